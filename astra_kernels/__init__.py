@@ -1,0 +1,30 @@
+"""Attention that works straight from bit-packed vector-quantization codes.
+
+Queries are [B, H, M, d], keys and values [B, Hkv, L, d], codes int32 [B, N, C]; ``lse`` is the
+natural log-sum-exp of the scores. Every op is a ``torch.library`` op, forward-only, and takes
+``impl``: "auto" (the quickest measured for the device), "reference" (plain torch), "triton",
+"native" (the C++ core).
+"""
+
+from astra_kernels import _library as _library
+from astra_kernels.attention import attention
+from astra_kernels.coded_attention import coded_attention
+from astra_kernels.codeword_attention import codeword_attention
+from astra_kernels.decode import decode
+from astra_kernels.encode import encode
+from astra_kernels.merge_state import merge_state
+from astra_kernels.mixed_attention import mixed_attention
+from astra_kernels.pack import pack, packed_size, unpack
+
+__all__ = [
+    "attention",
+    "coded_attention",
+    "codeword_attention",
+    "decode",
+    "encode",
+    "merge_state",
+    "mixed_attention",
+    "pack",
+    "packed_size",
+    "unpack",
+]

@@ -1,0 +1,97 @@
+"""Which implementation runs: the one place that knows.
+
+``auto`` takes the fastest that the device has: on a CPU the torch paths in ``cpu.py``, chosen by
+measurement; elsewhere a Triton kernel where there is one, else the reference. An explicit choice
+never falls back. Every implementation of an op takes the arguments of its reference.
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from astra_kernels.attention import cpu as attention_cpu
+from astra_kernels.attention import reference as attention_reference
+from astra_kernels.coded_attention import cpu as coded_attention_cpu
+from astra_kernels.coded_attention import reference as coded_attention_reference
+from astra_kernels.codeword_attention import cpu as codeword_attention_cpu
+from astra_kernels.codeword_attention import reference as codeword_attention_reference
+from astra_kernels.decode import cpu as decode_cpu
+from astra_kernels.decode import reference as decode_reference
+from astra_kernels.encode import cpu as encode_cpu
+from astra_kernels.encode import reference as encode_reference
+from astra_kernels.merge_state import cpu as merge_state_cpu
+from astra_kernels.merge_state import reference as merge_state_reference
+from astra_kernels.mixed_attention import cpu as mixed_attention_cpu
+from astra_kernels.mixed_attention import reference as mixed_attention_reference
+
+Kernel = Callable[..., Any]
+
+IMPLS = ("auto", "reference", "triton", "native")
+
+_REFERENCE: dict[str, Kernel] = {
+    "encode": encode_reference.encode,
+    "decode": decode_reference.decode,
+    "attention": attention_reference.attention,
+    "coded_attention": coded_attention_reference.coded_attention,
+    "codeword_attention": codeword_attention_reference.codeword_attention,
+    "merge_state": merge_state_reference.merge_state,
+    "mixed_attention": mixed_attention_reference.mixed_attention,
+}
+
+_CPU: dict[str, Kernel] = {
+    "encode": encode_cpu.encode,
+    "decode": decode_cpu.decode,
+    "attention": attention_cpu.attention,
+    "coded_attention": coded_attention_cpu.coded_attention,
+    "codeword_attention": codeword_attention_cpu.codeword_attention,
+    "merge_state": merge_state_cpu.merge_state,
+    "mixed_attention": mixed_attention_cpu.mixed_attention,
+}
+
+# Op -> kernel of the C++ core.
+_NATIVE: dict[str, Kernel] = {}
+
+# Op -> module holding a launcher of the op's name; imported on first use, as Triton is optional.
+_TRITON: dict[str, str] = {}
+
+
+def choose(op: str, impl: str, device: torch.device) -> Kernel:
+    """The implementation of ``op`` to run on tensors of ``device``."""
+    if impl == "auto":
+        if device.type == "cpu":
+            return _CPU[op]
+        return _triton(op) if device.type == "cuda" and op in _TRITON else _REFERENCE[op]
+    if impl == "reference":
+        return _REFERENCE[op]
+    if impl == "native":
+        if op not in _NATIVE:
+            raise RuntimeError(_unavailable(op, impl, f"there is no C++ kernel for {op}"))
+        if device.type != "cpu":
+            raise RuntimeError(_unavailable(op, impl, f"it runs on a CPU, not on {device}"))
+        return _NATIVE[op]
+    if impl == "triton":
+        if op not in _TRITON:
+            raise RuntimeError(_unavailable(op, impl, f"there is no Triton kernel for {op}"))
+        return _triton(op)
+    raise ValueError(f"astra_kernels.{op}: impl must be one of {', '.join(IMPLS)}, got {impl!r}")
+
+
+def _triton(op: str) -> Kernel:
+    try:
+        module = importlib.import_module(_TRITON[op])
+    except ModuleNotFoundError as error:
+        if error.name != "triton":
+            raise
+        raise RuntimeError(
+            _unavailable(op, "triton", "the package triton is not installed")
+        ) from None
+    launcher: Kernel = getattr(module, op)
+    return launcher
+
+
+def _unavailable(op: str, impl: str, why: str) -> str:
+    return f"astra_kernels.{op}: impl={impl!r} cannot run: {why}; impl='auto' takes what there is"

@@ -1,0 +1,369 @@
+"""Registration of every op with torch: schema, kernel, fake kernel; one boundary a public call.
+
+A kernel checks its input, unpacks codes where they are packed, and hands over to the implementation
+that ``_dispatch`` chooses. The fake kernel makes the same checks of shapes and dtypes and gives the
+outputs' shapes, dtypes and strides, which are those of every implementation. ``Library.define`` and
+``impl`` cost less per call than ``torch.library.custom_op`` (bench/ops.py, case `overhead`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from astra_kernels import _checks as checks
+from astra_kernels._checks import CodedInput
+from astra_kernels._dispatch import choose
+from astra_kernels.attention.cpu import new_state
+from astra_kernels.pack import reference as pack_reference
+from astra_kernels.pack.native import pack_tensor, unpack_tensor
+
+State = tuple[Tensor, Tensor]
+
+_library = torch.library.Library("astra", "DEF")  # type: ignore[no-untyped-call]
+
+
+def _register(schema: str, kernel: Callable[..., Any], fake: Callable[..., Any]) -> None:
+    name = schema.partition("(")[0]
+    tags = (torch.Tag.pt2_compliant_tag,)
+    _library.define(schema, tags=tags)  # type: ignore[no-untyped-call]
+    _library.impl(name, kernel, "CompositeExplicitAutograd")  # type: ignore[no-untyped-call]
+    torch.library.register_fake(f"astra::{name}", fake, lib=_library)
+
+
+def _wants_check(check: bool | None, tensor: Tensor) -> bool:
+    """Reading codes costs a device sync, so it is done unasked on the CPU only."""
+    return tensor.device.type == "cpu" if check is None else check
+
+
+def _stored_as_query(state: State) -> State:
+    """Every implementation's out leaves stored as [B, M, H, d], as the fake kernels promise."""
+    out, lse = state
+    return out.transpose(1, 2).contiguous().transpose(1, 2), lse
+
+
+# Bit packing
+
+
+def _pack(codes: Tensor, bits: int) -> Tensor:
+    return pack_tensor(codes, bits) if codes.is_cpu else pack_reference.pack(codes, bits)
+
+
+def _pack_fake(codes: Tensor, bits: int) -> Tensor:
+    return codes.new_empty((codes.numel() * bits + 7) // 8, dtype=torch.uint8)
+
+
+def _unpack(data: Tensor, bits: int, count: int) -> Tensor:
+    return (
+        unpack_tensor(data, bits, count)
+        if data.is_cpu
+        else pack_reference.unpack(data, bits, count)
+    )
+
+
+def _unpack_fake(data: Tensor, bits: int, count: int) -> Tensor:
+    return data.new_empty(count, dtype=torch.int32)
+
+
+_register("pack(Tensor codes, int bits) -> Tensor", _pack, _pack_fake)
+_register("unpack(Tensor data, int bits, SymInt count) -> Tensor", _unpack, _unpack_fake)
+
+
+# Vector quantization
+
+
+def _check_encode(vectors: Tensor, codebook: Tensor, half_norms: Tensor | None) -> None:
+    checks.check_forward_only("encode", vectors=vectors, codebook=codebook)
+    checks.check_encode(vectors, codebook, half_norms)
+
+
+def _encode(vectors: Tensor, codebook: Tensor, half_norms: Tensor | None, impl: str) -> Tensor:
+    _check_encode(vectors, codebook, half_norms)
+    codes: Tensor = choose("encode", impl, vectors.device)(vectors, codebook, half_norms)
+    return codes
+
+
+def _encode_fake(vectors: Tensor, codebook: Tensor, half_norms: Tensor | None, impl: str) -> Tensor:
+    _check_encode(vectors, codebook, half_norms)
+    return vectors.new_empty(vectors.shape[:-1], dtype=torch.int32)
+
+
+def _decode(codes: Tensor, codebook: Tensor, impl: str, check: bool | None) -> Tensor:
+    checks.check_forward_only("decode", codebook=codebook)
+    checks.check_decode(codes, codebook)
+    if _wants_check(check, codes):
+        checks.check_code_values("decode", "codes", codes, codebook.shape[1])
+    vectors: Tensor = choose("decode", impl, codes.device)(codes, codebook)
+    return vectors
+
+
+def _decode_fake(codes: Tensor, codebook: Tensor, impl: str, check: bool | None) -> Tensor:
+    checks.check_forward_only("decode", codebook=codebook)
+    checks.check_decode(codes, codebook)
+    return codebook.new_empty((*codes.shape, codebook.shape[2]))
+
+
+_register(
+    "encode(Tensor vectors, Tensor codebook, Tensor? half_norms, str impl) -> Tensor",
+    _encode,
+    _encode_fake,
+)
+_register(
+    "decode(Tensor codes, Tensor codebook, str impl, bool? check) -> Tensor",
+    _decode,
+    _decode_fake,
+)
+
+
+# Attention
+
+
+def _check_attention(
+    query: Tensor, key: Tensor, value: Tensor, is_causal: bool, key_mask: Tensor | None
+) -> None:
+    checks.check_forward_only("attention", query=query, key=key, value=value)
+    checks.check_query("attention", query)
+    checks.check_dense("attention", query, key, value, is_causal, key_mask)
+
+
+def _attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    is_causal: bool,
+    key_mask: Tensor | None,
+    scale: float | None,
+    impl: str,
+) -> State:
+    _check_attention(query, key, value, is_causal, key_mask)
+    kernel = choose("attention", impl, query.device)
+    return _stored_as_query(
+        kernel(query, key, value, is_causal=is_causal, key_mask=key_mask, scale=scale)
+    )
+
+
+def _attention_fake(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    is_causal: bool,
+    key_mask: Tensor | None,
+    scale: float | None,
+    impl: str,
+) -> State:
+    _check_attention(query, key, value, is_causal, key_mask)
+    return new_state(query)
+
+
+_register(
+    "attention(Tensor query, Tensor key, Tensor value, bool is_causal, Tensor? key_mask, "
+    "float? scale, str impl) -> (Tensor, Tensor)",
+    _attention,
+    _attention_fake,
+)
+
+
+def _unpack_rows(codes: Tensor, code_bits: int, tokens: int, codes_per_token: int) -> Tensor:
+    """uint8 [B, bytes] -> int32 [B, N, C]; every row starts at a byte."""
+    rows = [_unpack(row, code_bits, tokens * codes_per_token) for row in codes]
+    packed = torch.stack(rows) if len(rows) != 1 else rows[0]
+    return packed.view(codes.shape[0], tokens, codes_per_token)
+
+
+def _check_coded(op: str, query: Tensor, coded: CodedInput) -> checks.CodedShape:
+    checks.check_forward_only(
+        op, query=query, key_codebook=coded.key_codebook, value_codebook=coded.value_codebook
+    )
+    checks.check_query(op, query)
+    return checks.check_coded(op, query, coded)
+
+
+def _coded_arguments(
+    op: str, coded: CodedInput, shape: checks.CodedShape, scale: float | None, check: bool | None
+) -> dict[str, Any]:
+    """What every implementation takes; codes as integers [B, N, C], checked if they are to be."""
+    codes, value_codes, mask = coded.codes, coded.value_codes, coded.code_mask
+    if coded.code_bits is not None:
+        codes = _unpack_rows(codes, coded.code_bits, shape.tokens, shape.key_codes)
+        if value_codes is not None:
+            value_codes = _unpack_rows(
+                value_codes, coded.code_bits, shape.tokens, shape.value_codes
+            )
+    if _wants_check(check, codes):
+        checks.check_code_values(op, "codes", codes, shape.key_codewords, mask)
+        if value_codes is not None:
+            checks.check_code_values(op, "value_codes", value_codes, shape.value_codewords, mask)
+    return {
+        "codes": codes,
+        "key_codebook": coded.key_codebook,
+        "value_codebook": coded.value_codebook,
+        "value_codes": value_codes,
+        "scale": scale,
+        "rope": None if coded.cos is None else (coded.cos, coded.sin),
+        "code_mask": mask,
+    }
+
+
+_CODED = (
+    "Tensor codes, Tensor key_codebook, Tensor value_codebook, Tensor? value_codes, "
+    "int? code_bits, SymInt? num_tokens, Tensor? cos, Tensor? sin, Tensor? code_mask"
+)
+
+
+def _coded_attention(query: Tensor, *args: Any) -> State:
+    op = "coded_attention"
+    coded = CodedInput(*args[:-3])
+    scale, impl, check = args[-3:]
+    shape = _check_coded(op, query, coded)
+    kernel = choose(op, impl, query.device)
+    return _stored_as_query(kernel(query, **_coded_arguments(op, coded, shape, scale, check)))
+
+
+def _coded_attention_fake(query: Tensor, *args: Any) -> State:
+    _check_coded("coded_attention", query, CodedInput(*args[:-3]))
+    return new_state(query)
+
+
+_register(
+    f"coded_attention(Tensor query, {_CODED}, float? scale, str impl, bool? check) "
+    "-> (Tensor, Tensor)",
+    _coded_attention,
+    _coded_attention_fake,
+)
+
+
+def _check_mixed(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    is_causal: bool,
+    key_mask: Tensor | None,
+    coded: CodedInput,
+) -> checks.CodedShape:
+    op = "mixed_attention"
+    checks.check_forward_only(op, key=key, value=value)
+    shape = _check_coded(op, query, coded)
+    checks.check_dense(op, query, key, value, is_causal, key_mask)
+    if coded.key_codebook.shape[-4] != key.shape[1]:
+        got = checks.shape_of(coded.key_codebook)
+        checks.fail_value(op, "key_codebook", f"of key's Hkv = {key.shape[1]}", got)
+    return shape
+
+
+def _mixed_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    is_causal: bool,
+    key_mask: Tensor | None,
+    *args: Any,
+) -> State:
+    op = "mixed_attention"
+    coded = CodedInput(*args[:-3])
+    scale, impl, check = args[-3:]
+    shape = _check_mixed(query, key, value, is_causal, key_mask, coded)
+    kernel = choose(op, impl, query.device)
+    arguments = _coded_arguments(op, coded, shape, scale, check)
+    return _stored_as_query(
+        kernel(query, key, value, is_causal=is_causal, key_mask=key_mask, **arguments)
+    )
+
+
+def _mixed_attention_fake(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    is_causal: bool,
+    key_mask: Tensor | None,
+    *args: Any,
+) -> State:
+    _check_mixed(query, key, value, is_causal, key_mask, CodedInput(*args[:-3]))
+    return new_state(query)
+
+
+_register(
+    "mixed_attention(Tensor query, Tensor key, Tensor value, bool is_causal, Tensor? key_mask, "
+    f"{_CODED}, float? scale, str impl, bool? check) -> (Tensor, Tensor)",
+    _mixed_attention,
+    _mixed_attention_fake,
+)
+
+
+def _check_codeword_attention(
+    query: Tensor, counts: Tensor, key_codebook: Tensor, value_codebook: Tensor
+) -> None:
+    op = "codeword_attention"
+    checks.check_forward_only(
+        op, query=query, key_codebook=key_codebook, value_codebook=value_codebook
+    )
+    checks.check_query(op, query)
+    checks.check_codewords(op, query, counts, key_codebook, value_codebook)
+
+
+def _codeword_attention(
+    query: Tensor,
+    counts: Tensor,
+    key_codebook: Tensor,
+    value_codebook: Tensor,
+    scale: float | None,
+    impl: str,
+    check: bool | None,
+) -> State:
+    op = "codeword_attention"
+    _check_codeword_attention(query, counts, key_codebook, value_codebook)
+    if _wants_check(check, counts):
+        checks.check_counts(op, counts)
+    kernel = choose(op, impl, query.device)
+    return _stored_as_query(kernel(query, counts, key_codebook, value_codebook, scale=scale))
+
+
+def _codeword_attention_fake(
+    query: Tensor,
+    counts: Tensor,
+    key_codebook: Tensor,
+    value_codebook: Tensor,
+    scale: float | None,
+    impl: str,
+    check: bool | None,
+) -> State:
+    _check_codeword_attention(query, counts, key_codebook, value_codebook)
+    return new_state(query)
+
+
+_register(
+    "codeword_attention(Tensor query, Tensor counts, Tensor key_codebook, Tensor value_codebook, "
+    "float? scale, str impl, bool? check) -> (Tensor, Tensor)",
+    _codeword_attention,
+    _codeword_attention_fake,
+)
+
+
+def _check_merge(out_a: Tensor, lse_a: Tensor, out_b: Tensor, lse_b: Tensor) -> None:
+    op = "merge_state"
+    checks.check_forward_only(op, out_a=out_a, lse_a=lse_a, out_b=out_b, lse_b=lse_b)
+    checks.check_merge(op, out_a, lse_a, out_b, lse_b)
+
+
+def _merge_state(out_a: Tensor, lse_a: Tensor, out_b: Tensor, lse_b: Tensor, impl: str) -> State:
+    _check_merge(out_a, lse_a, out_b, lse_b)
+    out, lse = choose("merge_state", impl, out_a.device)(out_a, lse_a, out_b, lse_b)
+    stored = torch.empty_like(out_a)
+    return (out if out.stride() == stored.stride() else stored.copy_(out)), lse
+
+
+def _merge_state_fake(
+    out_a: Tensor, lse_a: Tensor, out_b: Tensor, lse_b: Tensor, impl: str
+) -> State:
+    _check_merge(out_a, lse_a, out_b, lse_b)
+    return torch.empty_like(out_a), torch.empty_like(lse_a, memory_format=torch.contiguous_format)
+
+
+_register(
+    "merge_state(Tensor out_a, Tensor lse_a, Tensor out_b, Tensor lse_b, str impl) "
+    "-> (Tensor, Tensor)",
+    _merge_state,
+    _merge_state_fake,
+)

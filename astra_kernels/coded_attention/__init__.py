@@ -1,0 +1,85 @@
+"""Attention over remote tokens, straight from their vector-quantization codes."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from astra_kernels._checks import check_tensors, split_rope
+
+__all__ = ["coded_attention"]
+
+
+def coded_attention(
+    query: Tensor,
+    codes: Tensor,
+    key_codebook: Tensor,
+    value_codebook: Tensor,
+    *,
+    value_codes: Tensor | None = None,
+    code_bits: int | None = None,
+    num_tokens: int | None = None,
+    scale: float | None = None,
+    rope: tuple[Tensor, Tensor] | None = None,
+    code_mask: Tensor | None = None,
+    impl: str = "auto",
+    check: bool | None = None,
+) -> tuple[Tensor, Tensor]:
+    """softmax(scale * q k(codes)^T) v(codes) and its log-sum-exp (the remote half of ASTRA's
+    Mixed-Precision Attention, arXiv 2505.19342 section 3).
+
+    The key of token n and KV head h is, sub-vector s by sub-vector,
+    sum_r key_codebook[r, h, s, codes[n, i(r, h, s)]], rotated if ``rope`` is given; its value the
+    same from ``value_codebook``. With C0 = Hkv*S, i = r*C0 + h*S + s: every KV head has its own
+    codes. With C0 = S, i = r*C0 + s: all heads share one set of codes.
+
+    Args:
+        query: [B, H, M, d], fp32, fp64, fp16 or bf16; H is a multiple of Hkv.
+        codes: int32 (or int64) [B, N, C] with C = R*Hkv*S or C = R*S, values in [0, K);
+            with ``code_bits`` uint8 [B, ceil(N*C*code_bits/8)], each row as ``pack`` writes it.
+        key_codebook, value_codebook: [Hkv, S, K, d/S], or [R, Hkv, S, K, d/S] for R additive
+            (residual) stages; any floating dtype, K up to 65,536. Of one shape unless
+            ``value_codes`` is given; then R, S and K of the two may differ.
+        value_codes: codes for the values alone, in the form of ``codes``; None: the same codes.
+        code_bits: 1..16, when codes are packed. If a row fits both, C = R*Hkv*S is meant.
+        num_tokens: N of packed codes. Otherwise taken from ``code_mask`` or ``rope``, else from
+            the bytes, which is possible when a token takes 8 bits or more.
+        scale: of the scores; None: 1/sqrt(d).
+        rope: (cos, sin), each [N, d] or [B, N, d]: key = key*cos + rotate_half(key)*sin, after
+            the lookup; rotate_half pairs channel i with i + d/2. d must be even.
+        code_mask: bool [B, N], True = visible. What hidden tokens hold never matters, not even
+            codes out of range.
+        impl: "auto", "reference", "triton" or "native"; an explicit choice never falls back.
+        check: whether to read and check the values of codes; None: on the CPU only.
+
+    Returns:
+        out: [B, H, M, d] of query's dtype, stored as [B, M, H, d].
+        lse: [B, H, M], natural log, fp32 (fp64 for fp64 queries).
+        A query that sees no token has out 0 and lse -inf. Accumulation is fp32 (fp64). The same
+        input gives the same bits on the same number of threads.
+
+    Raises:
+        TypeError: a dtype that is not listed. ValueError: shapes or devices that do not fit, a
+        visible code out of range. RuntimeError: an input requires grad, or ``impl`` cannot run.
+    """
+    op = "coded_attention"
+    check_tensors(
+        op, query=query, codes=codes, key_codebook=key_codebook, value_codebook=value_codebook
+    )
+    cos, sin = split_rope(op, rope)
+    out, lse = torch.ops.astra.coded_attention(
+        query,
+        codes,
+        key_codebook,
+        value_codebook,
+        value_codes,
+        code_bits,
+        num_tokens,
+        cos,
+        sin,
+        code_mask,
+        scale,
+        impl,
+        check,
+    )
+    return out, lse

@@ -1,0 +1,114 @@
+"""Attention over codes on a CPU: expand the codes, or count them, then torch's flash kernel.
+
+Looking rows up costs little beside the attention itself here (bench/ops.py), so the codes are
+expanded to dense keys and values. Where equal codes have equal keys and there are many tokens a
+codeword, the codes are counted instead and the tokens' number no longer matters.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from astra_kernels.attention.cpu import compute_dtype, flash, new_state
+from astra_kernels.codeword_attention.cpu import codeword_attention
+
+Rope = tuple[Tensor, Tensor]
+
+# Tokens per codeword from which counting beats expanding (bench/ops.py, case `coded_crossover`).
+COUNTING_TOKENS_PER_CODEWORD = 1.0
+
+
+def look_up(codes: Tensor, table: Tensor, dtype: torch.dtype) -> Tensor:
+    """codes [B, N, C], table [R, Hkv, S, K, d/S] -> [B, Hkv, N, d], stored as [B, N, Hkv, d]."""
+    stages, kv_heads, groups, codewords, width = table.shape
+    batch, tokens, codes_per_token = codes.shape
+    rows = table.reshape(-1, width)
+    first_rows = torch.arange(0, rows.shape[0], codewords).view(stages, kv_heads, groups)
+    shared = codes_per_token == stages * groups
+    index = codes.view(batch, tokens, stages, 1 if shared else kv_heads, groups) + first_rows
+    vectors = rows.index_select(0, index[:, :, 0].reshape(-1)).to(dtype)
+    for stage in range(1, stages):
+        vectors += rows.index_select(0, index[:, :, stage].reshape(-1))
+    return vectors.view(batch, tokens, kv_heads, groups * width).transpose(1, 2)
+
+
+def rotate(key: Tensor, rope: Rope) -> Tensor:
+    """Rotate-half positions for key [B, Hkv, N, d]; cos and sin [N, d] or [B, N, d]."""
+    cos, sin = (table.to(key.dtype).unsqueeze(-3) for table in rope)
+    half = key.shape[-1] // 2
+    rotated = key * cos
+    rotated[..., :half].addcmul_(key[..., half:], sin[..., :half], value=-1)
+    rotated[..., half:].addcmul_(key[..., :half], sin[..., half:])
+    return rotated
+
+
+def count(codes: Tensor, kv_heads: int, codewords: int) -> Tensor:
+    """codes [B, N, Hkv or 1] -> how often each codeword occurs, [B, Hkv or 1, K]."""
+    batch, _, heads = codes.shape
+    first = torch.arange(0, batch * heads * codewords, codewords).view(batch, 1, heads)
+    counts = torch.bincount((codes + first).view(-1), minlength=batch * heads * codewords)
+    return counts.view(batch, heads, codewords)
+
+
+def _visible_only(
+    query: Tensor,
+    codes: Tensor,
+    key_codebook: Tensor,
+    value_codebook: Tensor,
+    value_codes: Tensor | None,
+    scale: float | None,
+    rope: Rope | None,
+    code_mask: Tensor,
+) -> tuple[Tensor, Tensor]:
+    """Each batch row over its visible tokens alone."""
+    out, lse = new_state(query)
+    for row in range(query.shape[0]):
+        index = code_mask[row].nonzero().squeeze(1)
+        one = slice(row, row + 1)
+        row_rope = None
+        if rope is not None:
+            cos, sin = (x if x.ndim == 2 else x[row % x.shape[0]] for x in rope)
+            row_rope = (cos.index_select(0, index), sin.index_select(0, index))
+        out[one], lse[one] = coded_attention(
+            query[one],
+            codes[one].index_select(1, index),
+            key_codebook,
+            value_codebook,
+            value_codes=None if value_codes is None else value_codes[one].index_select(1, index),
+            scale=scale,
+            rope=row_rope,
+        )
+    return out, lse
+
+
+def coded_attention(
+    query: Tensor,
+    codes: Tensor,
+    key_codebook: Tensor,
+    value_codebook: Tensor,
+    *,
+    value_codes: Tensor | None = None,
+    scale: float | None = None,
+    rope: Rope | None = None,
+    code_mask: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    if code_mask is not None and not code_mask.all():
+        return _visible_only(
+            query, codes, key_codebook, value_codebook, value_codes, scale, rope, code_mask
+        )
+    keys = key_codebook if key_codebook.ndim == 5 else key_codebook.unsqueeze(0)
+    values = value_codebook if value_codebook.ndim == 5 else value_codebook.unsqueeze(0)
+    stages, kv_heads, groups, codewords, _ = keys.shape
+    if (
+        rope is None
+        and value_codes is None
+        and stages * groups == 1
+        and codes.shape[1] >= codewords * COUNTING_TOKENS_PER_CODEWORD
+    ):
+        counts = count(codes, kv_heads, codewords)
+        return codeword_attention(query, counts, keys[0], values[0], scale=scale)
+    dtype = compute_dtype(query)
+    key = look_up(codes, keys, dtype)
+    value = look_up(codes if value_codes is None else value_codes, values, dtype)
+    return flash(query, key if rope is None else rotate(key, rope), value, scale)

@@ -1,0 +1,54 @@
+"""Attention over codewords weighted by how often they occur: constant in the number of tokens."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from astra_kernels._checks import check_tensors
+
+__all__ = ["codeword_attention"]
+
+
+def codeword_attention(
+    query: Tensor,
+    counts: Tensor,
+    key_codebook: Tensor,
+    value_codebook: Tensor,
+    *,
+    scale: float | None = None,
+    impl: str = "auto",
+    check: bool | None = None,
+) -> tuple[Tensor, Tensor]:
+    """softmax(scale * q k_c^T + ln counts_c) v_c over the codewords c, and its log-sum-exp.
+
+    Tokens with equal codes have equal keys (no rotary positions, one code a token and head), and n
+    equal keys add n*exp(score) = exp(score + ln n) to the softmax. So this equals
+    ``coded_attention`` over any tokens that have these counts, exactly, out and lse.
+
+    Args:
+        query: [B, H, M, d], fp32, fp64, fp16 or bf16; H is a multiple of Hkv.
+        counts: integers [B, Hkv, K], or [B, 1, K] when all heads share one code; 0 = not there.
+        key_codebook, value_codebook: [Hkv, 1, K, d], any floating dtype, K up to 65,536.
+        scale: of the scores; None: 1/sqrt(d).
+        impl: "auto", "reference", "triton" or "native"; an explicit choice never falls back.
+        check: whether to read the counts and refuse negative ones; None: on the CPU only.
+
+    Returns:
+        out: [B, H, M, d] of query's dtype, stored as [B, M, H, d].
+        lse: [B, H, M], natural log, fp32 (fp64 for fp64 queries).
+        Where all counts are 0, out is 0 and lse -inf. Codewords of count 0 never matter. The same
+        input gives the same bits on the same number of threads.
+
+    Raises:
+        TypeError: a dtype that is not listed. ValueError: shapes or devices that do not fit, a
+        negative count. RuntimeError: an input requires grad, or ``impl`` cannot run here.
+    """
+    op = "codeword_attention"
+    check_tensors(
+        op, query=query, counts=counts, key_codebook=key_codebook, value_codebook=value_codebook
+    )
+    out, lse = torch.ops.astra.codeword_attention(
+        query, counts, key_codebook, value_codebook, scale, impl, check
+    )
+    return out, lse

@@ -1,0 +1,33 @@
+"""Vector quantization: codes back to codewords."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from astra_kernels._checks import check_tensors
+
+__all__ = ["decode"]
+
+
+def decode(
+    codes: Tensor, codebook: Tensor, *, impl: str = "auto", check: bool | None = None
+) -> Tensor:
+    """vectors[..., c, :] = codebook[c, codes[..., c], :], exactly.
+
+    Args:
+        codes: int32 (or int64) [..., C], values in [0, K).
+        codebook: [C, K, w], fp32, fp64, fp16 or bf16.
+        impl: "auto", "reference", "triton" or "native"; an explicit choice never falls back.
+        check: whether to read and check the values of codes; None: on the CPU only.
+
+    Returns:
+        [..., C, w] of the codebook's dtype. Deterministic.
+
+    Raises:
+        TypeError: a dtype that is not listed. ValueError: shapes or devices that do not fit, a
+        code out of range. RuntimeError: codebook requires grad, or ``impl`` cannot run here.
+    """
+    check_tensors("decode", codes=codes, codebook=codebook)
+    vectors: Tensor = torch.ops.astra.decode(codes, codebook, impl, check)
+    return vectors

@@ -1,0 +1,37 @@
+"""One softmax out of two partial ones."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from astra_kernels._checks import check_tensors
+
+__all__ = ["merge_state"]
+
+
+def merge_state(
+    out_a: Tensor, lse_a: Tensor, out_b: Tensor, lse_b: Tensor, *, impl: str = "auto"
+) -> tuple[Tensor, Tensor]:
+    """lse = ln(exp lse_a + exp lse_b); out = exp(lse_a - lse) out_a + exp(lse_b - lse) out_b.
+
+    Attention over two disjoint sets of keys, merged, is attention over their union, whatever the
+    split: this joins local attention with attention over codes.
+
+    Args:
+        out_a, out_b: [..., d] (attention gives [B, H, M, d]), of one shape and dtype.
+        lse_a, lse_b: [...], natural log, fp32 or fp64, of one dtype.
+        impl: "auto", "reference", "triton" or "native"; an explicit choice never falls back.
+
+    Returns:
+        out like out_a in dtype and layout, lse [...] of the inputs' dtype. A side whose lse is
+        -inf has no say, whatever its out holds; two such sides give out 0 and lse -inf. The
+        weights are taken in the dtype of lse. Deterministic.
+
+    Raises:
+        TypeError: a dtype that is not listed. ValueError: shapes or devices that do not fit.
+        RuntimeError: an input requires grad, or ``impl`` cannot run here.
+    """
+    check_tensors("merge_state", out_a=out_a, lse_a=lse_a, out_b=out_b, lse_b=lse_b)
+    out, lse = torch.ops.astra.merge_state(out_a, lse_a, out_b, lse_b, impl)
+    return out, lse

@@ -1,0 +1,131 @@
+"""Mixed-Precision Attention: local tokens dense, remote tokens as codes, one softmax."""
+
+from __future__ import annotations
+
+from typing import Literal, overload
+
+import torch
+from torch import Tensor
+
+from astra_kernels._checks import check_tensors, split_rope
+
+__all__ = ["mixed_attention"]
+
+Rope = tuple[Tensor, Tensor]
+
+
+@overload
+def mixed_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    codes: Tensor,
+    key_codebook: Tensor,
+    value_codebook: Tensor,
+    *,
+    is_causal: bool = ...,
+    key_mask: Tensor | None = ...,
+    scale: float | None = ...,
+    value_codes: Tensor | None = ...,
+    code_bits: int | None = ...,
+    num_tokens: int | None = ...,
+    rope: Rope | None = ...,
+    code_mask: Tensor | None = ...,
+    return_lse: Literal[False] = ...,
+    impl: str = ...,
+    check: bool | None = ...,
+) -> Tensor: ...
+@overload
+def mixed_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    codes: Tensor,
+    key_codebook: Tensor,
+    value_codebook: Tensor,
+    *,
+    is_causal: bool = ...,
+    key_mask: Tensor | None = ...,
+    scale: float | None = ...,
+    value_codes: Tensor | None = ...,
+    code_bits: int | None = ...,
+    num_tokens: int | None = ...,
+    rope: Rope | None = ...,
+    code_mask: Tensor | None = ...,
+    return_lse: Literal[True],
+    impl: str = ...,
+    check: bool | None = ...,
+) -> tuple[Tensor, Tensor]: ...
+def mixed_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    codes: Tensor,
+    key_codebook: Tensor,
+    value_codebook: Tensor,
+    *,
+    is_causal: bool = False,
+    key_mask: Tensor | None = None,
+    scale: float | None = None,
+    value_codes: Tensor | None = None,
+    code_bits: int | None = None,
+    num_tokens: int | None = None,
+    rope: Rope | None = None,
+    code_mask: Tensor | None = None,
+    return_lse: bool = False,
+    impl: str = "auto",
+    check: bool | None = None,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """Attention over L dense and N coded tokens in one softmax (arXiv 2505.19342, section 3):
+    softmax(scale * q [k; k(codes)]^T) [v; v(codes)].
+
+    Equals ``merge_state(*attention(...), *coded_attention(...))``; a drop-in for
+    ``scaled_dot_product_attention`` where some of the tokens are known by their codes only.
+
+    Args:
+        query: [B, H, M, d], fp32, fp64, fp16 or bf16.
+        key, value: [B, Hkv, L, d] of query's dtype; see ``attention``.
+        codes, key_codebook, value_codebook, value_codes, code_bits, num_tokens, rope, code_mask,
+            check: the coded tokens; see ``coded_attention``. ``rope`` turns the looked-up keys
+            only; query and key come rotated already.
+        is_causal: among the dense tokens query m sees keys 0..L-M+m (bottom-right aligned; needs
+            M <= L); coded tokens are all visible.
+        key_mask: bool [B, L], True = visible.
+        scale: of the scores; None: 1/sqrt(d).
+        return_lse: whether to return (out, lse) instead of out.
+        impl: "auto", "reference", "triton" or "native"; an explicit choice never falls back.
+
+    Returns:
+        out: [B, H, M, d] of query's dtype, stored as [B, M, H, d].
+        lse, if asked for: [B, H, M], natural log, fp32 (fp64 for fp64 queries).
+        A query that sees nothing has out 0 and lse -inf. Accumulation is fp32 (fp64). The same
+        input gives the same bits on the same number of threads.
+
+    Raises:
+        TypeError: a dtype that is not listed. ValueError: shapes or devices that do not fit, a
+        visible code out of range. RuntimeError: an input requires grad, or ``impl`` cannot run.
+    """
+    op = "mixed_attention"
+    check_tensors(op, query=query, key=key, value=value, codes=codes)
+    check_tensors(op, key_codebook=key_codebook, value_codebook=value_codebook)
+    cos, sin = split_rope(op, rope)
+    out, lse = torch.ops.astra.mixed_attention(
+        query,
+        key,
+        value,
+        is_causal,
+        key_mask,
+        codes,
+        key_codebook,
+        value_codebook,
+        value_codes,
+        code_bits,
+        num_tokens,
+        cos,
+        sin,
+        code_mask,
+        scale,
+        impl,
+        check,
+    )
+    return (out, lse) if return_lse else out

@@ -1,0 +1,44 @@
+"""Mixed-precision attention on a CPU: the two halves, then one softmax out of both.
+
+Measured against one flash call over concatenated keys (bench/ops.py): the halves need no copy of
+the local keys and keep the causal half cheap.
+"""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from astra_kernels.attention.cpu import attention
+from astra_kernels.coded_attention.cpu import Rope, coded_attention
+from astra_kernels.merge_state.cpu import merge_state
+
+
+def mixed_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    codes: Tensor,
+    key_codebook: Tensor,
+    value_codebook: Tensor,
+    *,
+    is_causal: bool = False,
+    key_mask: Tensor | None = None,
+    scale: float | None = None,
+    value_codes: Tensor | None = None,
+    rope: Rope | None = None,
+    code_mask: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    local = attention(query, key, value, is_causal=is_causal, key_mask=key_mask, scale=scale)
+    if codes.shape[1] == 0:
+        return local
+    remote = coded_attention(
+        query,
+        codes,
+        key_codebook,
+        value_codebook,
+        value_codes=value_codes,
+        scale=scale,
+        rope=rope,
+        code_mask=code_mask,
+    )
+    return merge_state(*local, *remote)

@@ -1,0 +1,177 @@
+"""Bit packing: codes of 1 to 16 bits, one after the other without padding.
+
+    packed_size(count, bits) -> int                 ceil(count * bits / 8)
+    pack(codes, bits, *, out=None) -> uint8         [packed_size(codes.size, bits)]
+    unpack(data, bits, count, *, out=None) -> int32 [count]
+
+**Layout.** Code i occupies the stream bits [i*bits, (i+1)*bits), least significant bit first in
+each byte; the unused high bits of the last byte are zero. These are the bytes of
+`numpy.packbits(bitorder="little")` and of faiss. Eight codes take exactly `bits` bytes.
+
+**What goes in.** Codes: int32, a torch tensor or a numpy array of any shape, read in row-major
+order. Data: uint8, a tensor, an array or any contiguous buffer of bytes (bytes, bytearray,
+memoryview). A non-contiguous tensor or array is copied first; everything else is read in place.
+
+**What comes out.** A numpy array for a numpy array, a torch tensor for all else. Or `out`, written
+in place and returned: a tensor, an array or any writable contiguous buffer, say a slice of a send
+buffer. `out` and `data` may be longer than needed; what lies beyond is neither read nor written.
+
+**Errors.** TypeError for a wrong type or dtype, ValueError for a wrong value or size, naming the
+argument, what was expected and what came. A code outside 0..2**bits-1 is a ValueError with its
+index; the output is then unspecified.
+
+**Devices.** Tensors that are not on the CPU go through `reference`, plain torch operations, which
+does not look at the values of codes: bits beyond the width are dropped.
+
+**Threads.** The GIL is released for calls of 32768 codes and more; a smaller call is over sooner
+than the GIL would change hands.
+"""
+
+from typing import Any, NoReturn, TypeVar, overload
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from .. import _C
+from . import reference
+from ._checks import (
+    check_data_size,
+    check_dtype,
+    check_input,
+    check_target,
+    dtype_name,
+    refuse,
+)
+from .native import pack_tensor, unpack_tensor
+
+__all__ = ["pack", "packed_size", "unpack"]
+
+Out = TypeVar("Out")
+Codes = npt.NDArray[np.int32]
+Bytes = npt.NDArray[np.uint8]
+
+_CPU = torch.device("cpu")
+_INT32, _UINT8 = np.dtype(np.int32), np.dtype(np.uint8)
+
+
+def packed_size(count: int, bits: int) -> int:
+    """Bytes that `count` codes of `bits` (1..16) take: ceil(count * bits / 8)."""
+    return _C.packed_size(count, bits)
+
+
+@overload
+def pack(codes: Tensor, bits: int, *, out: None = None) -> Tensor: ...
+@overload
+def pack(codes: Codes, bits: int, *, out: None = None) -> Bytes: ...
+@overload
+def pack(codes: Tensor | Codes, bits: int, *, out: Out) -> Out: ...
+def pack(codes: Tensor | Codes, bits: int, *, out: Any = None) -> Any:
+    """Packs int32 codes into bytes; see the module's text for the layout, kinds and errors."""
+    if isinstance(codes, np.ndarray):
+        source: Any = _array("codes", codes, _INT32)
+        if out is None:
+            out = np.empty(_C.packed_size(codes.size, bits), np.uint8)
+    elif isinstance(codes, Tensor):
+        if not codes.is_cpu:
+            return _pack_elsewhere(codes, bits, out)
+        if out is None:
+            return pack_tensor(codes, bits)
+        if codes.dtype is not torch.int32 or not codes.is_contiguous():
+            codes = check_input("codes", codes, torch.int32)
+        source = (codes.data_ptr(), codes.numel())
+    else:
+        refuse("codes", "a torch tensor or numpy array of int32", codes)
+    _C.pack(source, bits, _target(out, torch.uint8))
+    return out
+
+
+@overload
+def unpack(data: Tensor, bits: int, count: int, *, out: None = None) -> Tensor: ...
+@overload
+def unpack(data: Bytes, bits: int, count: int, *, out: None = None) -> Codes: ...
+@overload
+def unpack(
+    data: bytes | bytearray | memoryview, bits: int, count: int, *, out: None = None
+) -> Tensor: ...
+@overload
+def unpack(
+    data: Tensor | Bytes | bytes | bytearray | memoryview, bits: int, count: int, *, out: Out
+) -> Out: ...
+def unpack(data: Any, bits: int, count: int, *, out: Any = None) -> Any:
+    """Unpacks `count` codes from bytes; see the module's text for the layout, kinds and errors."""
+    if isinstance(data, np.ndarray):
+        source: Any = _array("data", data, _UINT8)
+        if out is None:
+            check_data_size(data.size, _C.packed_size(count, bits), bits, count)
+            out = np.empty(count, np.int32)
+    elif isinstance(data, Tensor):
+        if not data.is_cpu:
+            return _unpack_elsewhere(data, bits, count, out)
+        if out is None:
+            return unpack_tensor(data, bits, count)
+        if data.dtype is not torch.uint8 or not data.is_contiguous():
+            data = check_input("data", data, torch.uint8)
+        source = (data.data_ptr(), data.numel())
+    else:
+        source = data
+        if out is None:
+            check_data_size(_buffer_size(data), _C.packed_size(count, bits), bits, count)
+            out = torch.empty(count, dtype=torch.int32)
+        elif isinstance(data, tuple):
+            _refuse_data(data)
+    _C.unpack(source, bits, count, _target(out, torch.int32))
+    return out
+
+
+def _array(name: str, array: npt.NDArray[Any], dtype: np.dtype[Any]) -> npt.NDArray[Any]:
+    if array.dtype is not dtype and array.dtype != dtype:
+        raise TypeError(f"{name} must be {dtype}, got {array.dtype}")
+    return array if array.flags.c_contiguous else np.ascontiguousarray(array)
+
+
+def _buffer_size(data: Any) -> int:
+    try:
+        return memoryview(data).nbytes
+    except TypeError:
+        _refuse_data(data)
+
+
+def _refuse_data(data: object) -> NoReturn:
+    refuse("data", "a torch tensor, numpy array or buffer of uint8", data)
+
+
+def _target(out: Any, dtype: torch.dtype) -> Any:
+    """What the native module writes to: it checks sizes and buffers, and we check tensors."""
+    if isinstance(out, Tensor):
+        if out.dtype is not dtype or not out.is_cpu or not out.is_contiguous():
+            check_target(out, dtype, _CPU)
+        return (out.data_ptr(), out.numel())
+    if isinstance(out, tuple):
+        refuse("out", f"a tensor, array or writable buffer of {dtype_name(dtype)}", out)
+    return out
+
+
+def _pack_elsewhere(codes: Tensor, bits: int, out: Any) -> Any:
+    check_dtype("codes", codes, torch.int32)
+    _C.packed_size(codes.numel(), bits)  # for its checks
+    return _place(reference.pack(codes, bits), out)
+
+
+def _unpack_elsewhere(data: Tensor, bits: int, count: int, out: Any) -> Any:
+    check_dtype("data", data, torch.uint8)
+    check_data_size(data.numel(), _C.packed_size(count, bits), bits, count)
+    return _place(reference.unpack(data, bits, count), out)
+
+
+def _place(result: Tensor, out: Any) -> Any:
+    if out is None:
+        return result
+    if not isinstance(out, Tensor):
+        refuse("out", f"a tensor on {result.device} as the input is", out)
+    check_target(out, result.dtype, result.device)
+    if out.numel() < result.numel():
+        raise ValueError(f"out must hold at least {result.numel()} elements, got {out.numel()}")
+    out.view(-1)[: result.numel()].copy_(result)
+    return out

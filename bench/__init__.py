@@ -1,0 +1,1 @@
+"""Measurements beside their ideals and peers; results under `bench/results/<device>/`."""

@@ -1,0 +1,311 @@
+"""One block's all-to-all exchange on loopback: ours over TCP, gloo's all_gather, ZeroMQ.
+
+    python bench/exchange.py [--exchanges 2000] [--worlds 2 4] [--sizes 320 4096 32768 131072]
+
+Every rank is a process. All three run in the same processes, in rounds that take turns, so that
+whatever else the machine does meets them alike. An exchange is timed on every rank from the first
+send to the last received byte, and all ranks' samples are pooled. Correctness is checked first.
+The floor is half a round trip of the payload between two processes over plain blocking sockets.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import multiprocessing
+import platform
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from datetime import timedelta
+from multiprocessing.queues import Queue
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT / "python"))
+
+ROUNDS = 20
+WARM_UP = 10  # exchanges at the start of a round that are not counted
+
+Exchange = Callable[[int], dict[int, bytes | memoryview]]  # block -> payload of every other rank
+
+
+def pattern(rank: int, block: int, size: int) -> bytes:
+    """What `rank` sends at `block`: no two of them alike."""
+    return bytes((rank * 31 + block * 7 + position) % 251 for position in range(size))
+
+
+class Astra:
+    """Ours: frames over the TCP mesh."""
+
+    name = "astra tcp"
+
+    def __init__(self, rank: int, ports: dict[str, list[int]], size: int) -> None:
+        from astra_runtime.transport import connect, peers_of
+
+        addresses = [f"127.0.0.1:{port}" for port in ports["astra"]]
+        self.mesh = connect(rank, len(addresses), addresses)
+        self.others = peers_of(self.mesh)
+        self.frame = self.mesh.buffer(size)
+        self.payload = np.frombuffer(self.frame.payload, np.uint8)
+        self.sizes = dict.fromkeys(self.others, size)
+
+    def exchange(self, block: int) -> Any:
+        self.mesh.send(self.frame, block=block, plan=1, to=self.others)
+        return self.mesh.receive(self.sizes, block=block, plan=1)
+
+    def close(self) -> None:
+        self.mesh.close()
+
+
+class Gloo:
+    """torch.distributed's all_gather into preallocated tensors."""
+
+    name = "gloo"
+
+    def __init__(self, rank: int, ports: dict[str, list[int]], size: int) -> None:
+        import torch
+        import torch.distributed as dist
+
+        self.dist = dist
+        world_size = len(ports["astra"])
+        dist.init_process_group(
+            "gloo",
+            init_method=f"tcp://127.0.0.1:{ports['gloo'][0]}",
+            rank=rank,
+            world_size=world_size,
+            timeout=timedelta(seconds=60),
+        )
+        self.tensor = torch.zeros(size, dtype=torch.uint8)
+        self.payload = self.tensor.numpy()
+        self.gathered = [torch.zeros(size, dtype=torch.uint8) for _ in range(world_size)]
+        self.others = [other for other in range(world_size) if other != rank]
+
+    def exchange(self, block: int) -> Any:
+        self.dist.all_gather(self.gathered, self.tensor)
+        return {other: self.gathered[other].numpy() for other in self.others}
+
+    def close(self) -> None:
+        self.dist.destroy_process_group()
+
+
+class ZeroMQ:
+    """A full mesh of PAIR sockets; messages of 64 KiB and more without copies, as pyzmq advises."""
+
+    name = "zeromq"
+
+    def __init__(self, rank: int, ports: dict[str, list[int]], size: int) -> None:
+        import zmq
+
+        self.context = zmq.Context()
+        self.copy = size < zmq.COPY_THRESHOLD
+        self.data = bytearray(size)
+        self.payload = np.frombuffer(self.data, np.uint8)
+        self.sockets = {}
+        world_size = len(ports["astra"])
+        for other in range(world_size):
+            if other == rank:
+                continue
+            self.sockets[other] = link = self.context.socket(zmq.PAIR)
+            low, high = sorted((rank, other))
+            address = f"tcp://127.0.0.1:{ports['zeromq'][low * world_size + high]}"
+            if rank == low:
+                link.bind(address)
+            else:
+                link.connect(address)
+
+    def exchange(self, block: int) -> Any:
+        for link in self.sockets.values():
+            link.send(self.data, copy=self.copy)
+        if self.copy:
+            return {other: link.recv() for other, link in self.sockets.items()}
+        return {other: link.recv(copy=False).buffer for other, link in self.sockets.items()}
+
+    def close(self) -> None:
+        self.context.destroy(linger=1000)
+
+
+def check(system: Any, rank: int, world_size: int, size: int) -> None:
+    """Every payload arrives whole, block by block; raises where it does not."""
+    for block in range(3):
+        system.payload[:] = np.frombuffer(pattern(rank, block, size), np.uint8)
+        came = system.exchange(block)
+        for other in set(range(world_size)) - {rank}:
+            if bytes(came[other]) != pattern(other, block, size):
+                raise AssertionError(f"{system.name}: wrong payload of rank {other}")
+
+
+def measure(system: Any, exchanges: int) -> list[int]:
+    """Nanoseconds of each exchange of one round."""
+    samples = []
+    for block in range(WARM_UP + exchanges):
+        start = time.perf_counter_ns()
+        system.exchange(block)
+        samples.append(time.perf_counter_ns() - start)
+    return samples[WARM_UP:]
+
+
+def floor(rank: int, port: int, size: int, exchanges: int) -> list[int]:
+    """Nanoseconds of round trips between ranks 0 and 1 over plain blocking sockets."""
+    if rank > 1:
+        return []
+    if rank == 0:
+        with socket.create_server(("127.0.0.1", port)) as server:
+            link, _ = server.accept()
+    else:
+        link = dial(port)
+    link.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+    data, samples = bytearray(size), []
+    with link:
+        for _ in range(WARM_UP + exchanges):
+            start = time.perf_counter_ns()
+            if rank == 0:
+                link.sendall(data)
+                receive_exactly(link, data)
+            else:
+                receive_exactly(link, data)
+                link.sendall(data)
+            samples.append(time.perf_counter_ns() - start)
+    return samples[WARM_UP:] if rank == 0 else []
+
+
+def dial(port: int) -> socket.socket:
+    while True:
+        try:
+            return socket.create_connection(("127.0.0.1", port))
+        except ConnectionRefusedError:
+            time.sleep(0.01)
+
+
+def receive_exactly(link: socket.socket, data: bytearray) -> None:
+    view, filled = memoryview(data), 0
+    while filled < len(data):
+        filled += link.recv_into(view[filled:])
+
+
+def run_rank(
+    rank: int, ports: dict[str, list[int]], size: int, exchanges: int, results: Queue[Any]
+) -> None:
+    import torch
+
+    torch.set_num_threads(1)
+    world_size = len(ports["astra"])
+    samples: dict[str, list[int]] = {"floor": floor(rank, ports["floor"][0], size, 1000)}
+    systems = [kind(rank, ports, size) for kind in (Astra, Gloo, ZeroMQ)]
+    for system in systems:
+        check(system, rank, world_size, size)
+        samples[system.name] = []
+    per_round = -(-exchanges // ROUNDS)
+    for _ in range(ROUNDS):
+        for system in systems:
+            samples[system.name] += measure(system, per_round)
+    for system in systems:
+        system.close()
+    results.put(samples)
+
+
+def free_ports(count: int) -> list[int]:
+    sockets = [socket.create_server(("127.0.0.1", 0)) for _ in range(count)]
+    ports = [int(link.getsockname()[1]) for link in sockets]
+    for link in sockets:
+        link.close()
+    return ports
+
+
+def run_case(world_size: int, size: int, exchanges: int) -> dict[str, Any]:
+    numbers = free_ports(world_size + 2 + world_size * world_size)
+    ports = {
+        "astra": numbers[:world_size],
+        "gloo": numbers[world_size : world_size + 1],
+        "floor": numbers[world_size + 1 : world_size + 2],
+        "zeromq": numbers[world_size + 2 :],
+    }
+    context = multiprocessing.get_context("spawn")
+    results: Queue[Any] = context.Queue()
+    processes = [
+        context.Process(target=run_rank, args=(rank, ports, size, exchanges, results), daemon=True)
+        for rank in range(world_size)
+    ]
+    for process in processes:
+        process.start()
+    parts = [results.get(timeout=600) for _ in processes]
+    for process in processes:
+        process.join()
+    pooled = {name: np.concatenate([part[name] for part in parts]) / 1e6 for name in parts[0]}
+
+    def ms(name: str, percent: float) -> float:
+        return round(float(np.percentile(pooled[name], percent)), 5)
+
+    peers = {name: ms(name, 50) for name in ("gloo", "zeromq")}
+    return {
+        "name": f"exchange_{size}B_{world_size}ranks",
+        "shape": {"world_size": world_size, "N": size},
+        "dtype": "uint8",
+        "impl": "astra tcp",
+        "ms": {f"p{p}": ms("astra tcp", p) for p in (20, 50, 80, 99)},
+        "floor_ms": round(ms("floor", 50) / 2, 5),
+        "peers": peers,
+        "peers_p99": {name: ms(name, 99) for name in peers},
+        "ratio": round(min(peers.values()) / ms("astra tcp", 50), 3),
+    }
+
+
+def versions() -> dict[str, str]:
+    import torch
+    import zmq
+
+    return {
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "pyzmq": zmq.__version__,
+        "libzmq": zmq.zmq_version(),
+        "kernel": platform.release().split("-")[0],
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--exchanges", type=int, default=2000, help="of each system and case")
+    parser.add_argument("--worlds", type=int, nargs="+", default=[2, 4])
+    parser.add_argument("--sizes", type=int, nargs="+", default=[320, 4096, 32768, 131072])
+    parser.add_argument("--output", type=Path, help="default: bench/results/cpu-2core")
+    arguments = parser.parse_args()
+    cases = []
+    for world_size in arguments.worlds:
+        for size in arguments.sizes:
+            case = run_case(world_size, size, arguments.exchanges)
+            cases.append(case)
+            ours, peers, tails = case["ms"], case["peers"], case["peers_p99"]
+            print(
+                f"{case['name']:24} p50 {ours['p50']:.3f} p99 {ours['p99']:.3f} ms | "
+                f"gloo {peers['gloo']:.3f} {tails['gloo']:.3f} "
+                f"({peers['gloo'] / ours['p50']:.1f}x {tails['gloo'] / ours['p99']:.1f}x) | "
+                f"zeromq {peers['zeromq']:.3f} {tails['zeromq']:.3f} "
+                f"({peers['zeromq'] / ours['p50']:.1f}x {tails['zeromq'] / ours['p99']:.1f}x) | "
+                f"floor {case['floor_ms']:.3f}",
+                file=sys.stderr,
+                flush=True,
+            )
+    commit = subprocess.run(
+        ["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True
+    ).stdout.strip()
+    report = {
+        "command": "python bench/exchange.py",
+        "commit": commit,
+        "device": "cpu-2core",
+        "versions": versions(),
+        "link": "loopback",
+        "cases": cases,
+    }
+    path = (arguments.output or ROOT / "bench/results/cpu-2core") / "exchange.json"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(report, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,66 @@
+"""The command `astra`: one module a subcommand, each with `configure` and `run`."""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import os
+import signal
+import sys
+from collections.abc import Sequence
+
+COMMANDS = {
+    "demo": "the whole idea in one table: one device, dense exchange and ASTRA on a slow link",
+    "fit": "learn codebooks for a model",
+    "eval": "what the codes cost in accuracy, beside exact and local-only",
+    "run": "continue a prompt on several processes or devices",
+    "worker": "be one rank of a run that rank 0 leads",
+    "doctor": "what this machine has, and whether it works",
+}
+
+
+def _parser(chosen: str | None) -> argparse.ArgumentParser:
+    """The parser; only the chosen command's module is imported, so that help is quick."""
+    from .. import __version__
+
+    parser = argparse.ArgumentParser(
+        prog="astra",
+        description="One Transformer answers faster on several devices than on one.",
+    )
+    parser.add_argument("--version", action="version", version=f"astra {__version__}")
+    commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
+    for name, text in COMMANDS.items():
+        sub = commands.add_parser(
+            name,
+            help=text,
+            description=text[0].upper() + text[1:] + ".",
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+        )
+        if name == chosen:
+            importlib.import_module(f".{name}", __package__).configure(sub)
+    return parser
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs the command; the exit status is 0, 1 after an error, 2 for bad usage, 130 for Ctrl-C."""
+    given = list(sys.argv[1:] if arguments is None else arguments)
+    options = _parser(given[0] if given else None).parse_args(given)
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that `finally` runs
+    os.environ.setdefault("HF_HUB_OFFLINE", "1")  # nothing here ever downloads
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    from ..errors import AstraError
+
+    try:
+        command = importlib.import_module(f".{options.command}", __package__)
+        return int(command.run(options) or 0)
+    except KeyboardInterrupt:
+        print("astra: interrupted", file=sys.stderr)
+        return 130
+    except BrokenPipeError:
+        sys.stdout = open(os.devnull, "w")  # noqa: SIM115 - the reader of our output has left
+        return 1
+    except (AstraError, ValueError, OSError, ModuleNotFoundError) as error:
+        if os.environ.get("ASTRA_DEBUG"):
+            raise
+        print(f"astra: error: {error}", file=sys.stderr)
+        return 1

@@ -1,0 +1,207 @@
+"""What several commands share: options, models with their codebooks, the cluster of workers."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import fcntl
+import json
+import os
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from ..errors import AstraError
+from ..launch import Workers, WorkerFailed, free_ports
+
+DEFAULT_MODEL = "smollm2"
+CONNECT_SECONDS = 120.0
+
+
+def say(text: str) -> None:
+    """A line for people: on stderr, so that stdout holds results only."""
+    print(text, file=sys.stderr, flush=True)
+
+
+def show_json(value: Any) -> None:
+    print(json.dumps(value, ensure_ascii=False), flush=True)
+
+
+def positive(text: str) -> int:
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"expected at least 1, got {value}")
+    return value
+
+
+def add_model(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--model",
+        default=DEFAULT_MODEL,
+        help="smollm2, minilm, a folder, or a Hugging Face model in the local cache "
+        "(default: %(default)s)",
+    )
+    parser.add_argument("--json", action="store_true", help="one JSON object on stdout")
+
+
+def add_fit_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--codebook",
+        metavar="DIR",
+        help="a folder written by `astra fit` (default: the cached one for this model, which is "
+        "fitted first if there is none)",
+    )
+
+
+def add_mesh_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--threads", type=positive, default=1, help="CPU threads a rank")
+    parser.add_argument(
+        "--weights", metavar="W,W,…", help="shares of the tokens, one a rank (default: balanced)"
+    )
+    parser.add_argument(
+        "--timeout", type=float, default=60.0, help="seconds any wait for a peer may take"
+    )
+
+
+def weights_of(options: argparse.Namespace) -> list[float] | None:
+    if options.weights is None:
+        return None
+    try:
+        return [float(w) for w in options.weights.split(",")]
+    except ValueError as error:
+        raise AstraError(
+            f"--weights: expected numbers like 52,48, got {options.weights}"
+        ) from error
+
+
+def quiet_transformers() -> None:
+    """No bars and advice from libraries between our lines."""
+    from transformers.utils import logging
+
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+
+
+def load(name: str) -> tuple[Any, Any]:
+    """Model and tokenizer by name."""
+    from ..store import load_model, load_tokenizer
+
+    quiet_transformers()
+    return load_model(name), load_tokenizer(name)
+
+
+def default_groups(model: Any) -> int:
+    """One code for every KV head: the coarsest codes that keep heads apart."""
+    from ..models import adapt
+
+    return adapt(model).num_key_value_heads
+
+
+def ensure_codebook(options: argparse.Namespace, model: Any, tokenizer: Any) -> tuple[Any, Path]:
+    """The codebook asked for, or the cached default, fitted now if there is none."""
+    from ..codebook import Codebook
+    from ..models import adapt
+    from ..store import cache_folder
+
+    if options.codebook:
+        folder = Path(options.codebook)
+        return Codebook.from_pretrained(folder), folder
+    groups = default_groups(model)
+    name = f"{Path(options.model).name}-{adapt(model).digest()}-kv{groups}"
+    folder = cache_folder() / "codebooks" / name
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with open(folder.parent / f"{name}.lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # of several ranks on one machine, one fits
+        if not (folder / "astra_config.json").is_file():
+            say(f"no codebook for {options.model} yet: fitting one, once, into {folder}")
+            fit_builtin(model, tokenizer, groups=groups).save_pretrained(folder)
+    return Codebook.from_pretrained(folder), folder
+
+
+def fit_builtin(model: Any, tokenizer: Any, *, groups: int, **options: Any) -> Any:
+    """A codebook fitted on the calibration part of the built-in text."""
+    from ..store import builtin_text
+
+    text, _ = builtin_text()
+    return fit_text(model, tokenizer, text, groups=groups, **options)
+
+
+def fit_text(
+    model: Any, tokenizer: Any, text: str, *, tokens: int = 1024, windows: int = 26, **options: Any
+) -> Any:
+    """A codebook fitted on windows of a text, with progress and a plain word on its worth."""
+    from ..fit import fit, progress_bar
+    from ..store import token_windows
+
+    length = min(tokens, getattr(model.config, "max_position_embeddings", tokens))
+    calibration = token_windows(tokenizer, text, length, windows)
+    with progress_bar(True) as progress:
+        codebook = fit(model, calibration, progress=progress, **options)
+    say(verdict(codebook.notes.get("held_back")))
+    return codebook
+
+
+def verdict(held_back: dict[str, Any] | None) -> str:
+    """What a codebook is worth on the windows held back from its fit, in a sentence."""
+    if held_back is None:
+        return "not evaluated: too few windows to hold one back"
+    kept = held_back["gap_recovered"]
+    figures = (
+        f"{held_back['metric']} on {held_back['windows']} windows held back, "
+        f"{held_back['world_size']} ranks: exact {held_back['exact']:.4g}, "
+        f"ASTRA {held_back['astra']:.4g}, remote tokens dropped {held_back['local_only']:.4g}"
+    )
+    if kept <= 0:
+        return (
+            f"WARNING: these codes are worse than dropping the remote tokens ({figures}). "
+            "Calibrate on more text, or use more groups."
+        )
+    return f"{figures}; {100 * kept:.0f} % of what remote tokens are worth is kept"
+
+
+@contextlib.contextmanager
+def cluster(
+    options: argparse.Namespace,
+    world_size: int,
+    folder: Path,
+    model: Any,
+    codebook: Any,
+    link: Any = None,
+) -> Iterator[Any]:
+    """This process as rank 0 of `world_size` local ones: gives the `Ranks` to lead."""
+    import torch
+
+    from ..jobs import Ranks
+    from ..transport import connect
+    from ..transport.pacing import PacedMesh
+
+    torch.set_num_threads(options.threads)
+    peers = [f"127.0.0.1:{port}" for port in free_ports(world_size)]
+    arguments = ["--peers", ",".join(peers), "--model", options.model, "--codebook", str(folder)]
+    arguments += ["--threads", str(options.threads), "--timeout", str(options.timeout)]
+    if options.weights:
+        arguments += ["--weights", options.weights]
+    if link is not None:
+        arguments += ["--mbit", str(link.mbit_per_s or 0), "--delay-ms", str(link.delay_ms)]
+    with Workers(world_size, arguments, options.threads) as workers:
+        workers.wait_ready(CONNECT_SECONDS)
+        try:
+            mesh = connect(0, world_size, peers, timeout=options.timeout)
+            with mesh if link is None or link.is_free else PacedMesh(mesh, link) as timed:
+                ranks = Ranks(model, codebook, mesh, timed, weights_of(options))
+                yield ranks
+                ranks.lead(do="stop")
+                ranks.close()
+        except AstraError as error:
+            cause = workers.first_failed()
+            if cause is None:
+                raise
+            raise WorkerFailed(f"{error} ({cause})") from error
+
+
+def environment_place() -> tuple[int, int] | None:
+    """Rank and world size that torchrun gave this process, if it did."""
+    if "RANK" in os.environ and "WORLD_SIZE" in os.environ:
+        return int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+    return None

@@ -1,0 +1,73 @@
+"""`astra eval`: what the codes cost in accuracy."""
+
+from __future__ import annotations
+
+import argparse
+from typing import Any
+
+from .common import add_fit_options, add_model, ensure_codebook, load, positive, say, show_json
+
+
+def configure(parser: argparse.ArgumentParser) -> None:
+    parser.epilog = (
+        "example:\n"
+        "  astra eval --model smollm2 --codebook DIR --text FILE --world-size 4 --windows 8 --json"
+    )
+    add_model(parser)
+    add_fit_options(parser)
+    parser.add_argument("--text", metavar="FILE", help="evaluation text (default: built-in)")
+    parser.add_argument("--world-size", type=positive, default=4, help="simulated ranks")
+    parser.add_argument("--tokens", type=positive, default=1024, help="tokens a window")
+    parser.add_argument("--windows", type=positive, default=4, help="windows over the text")
+
+
+def run(options: argparse.Namespace) -> int:
+    from ..evaluate import measure
+    from ..fit import as_windows, progress_bar
+    from ..store import builtin_text, read_text, token_windows
+
+    model, tokenizer = load(options.model)
+    text = builtin_text()[1] if options.text is None else read_text(options.text)
+    windows = token_windows(tokenizer, text, options.tokens, options.windows)
+    codebook, _ = ensure_codebook(options, model, tokenizer)
+    done, steps = 0, 3 * len(windows)
+    with progress_bar(True) as progress:
+
+        def step() -> None:
+            nonlocal done
+            done += 1
+            progress("evaluating", done, steps)
+
+        found = measure(
+            model, codebook, as_windows(windows), world_size=options.world_size, progress=step
+        )
+    dense = 2 * codebook.geometry["num_key_value_heads"] * codebook.geometry["head_dim"] * 32
+    if codebook.space == "hidden":
+        dense = codebook.geometry["hidden_size"] * 32
+    result: dict[str, Any] = {
+        found.metric: {
+            "exact": found.exact,
+            "astra": found.astra,
+            "local_only": found.local_only,
+        },
+        "gap_recovered": found.gap_recovered,
+        "bits_per_token_block": found.bits_per_token_block,
+        "compression": dense / found.bits_per_token_block,
+        "world_size": options.world_size,
+        "windows": len(windows),
+        "tokens": options.tokens,
+    }
+    if options.json:
+        show_json(result)
+        return 0
+    print(f"{'':14}{found.metric:>12}")
+    for name, value in result[found.metric].items():
+        print(f"{name:14}{value:12.4f}")
+    print(
+        f"kept of the gap: {found.gap_recovered:.2f}   "
+        f"bits a token and block: {found.bits_per_token_block:.1f}   "
+        f"compression of the fp32 tensors: {result['compression']:.0f}×"
+    )
+    if found.gap_recovered < 0:
+        say("these codes are worse than dropping the remote tokens")
+    return 0

@@ -1,0 +1,54 @@
+"""`astra worker`: one rank that follows rank 0."""
+
+from __future__ import annotations
+
+import argparse
+import signal
+import sys
+
+from ..launch import READY, die_with
+from .common import add_fit_options, add_mesh_options, add_model, ensure_codebook, load, weights_of
+
+DAY = 86_400.0
+
+
+def configure(parser: argparse.ArgumentParser) -> None:
+    parser.epilog = (
+        "example, on the second of two devices:\n"
+        "  astra worker --rank 1 --peers 10.0.0.1:7000,10.0.0.2:7000 --codebook DIR\n"
+        "and on the first, which leads:\n"
+        "  astra run --rank 0 --peers 10.0.0.1:7000,10.0.0.2:7000 --codebook DIR --prompt TEXT"
+    )
+    add_model(parser)
+    add_fit_options(parser)
+    add_mesh_options(parser)
+    parser.add_argument("--rank", type=int, required=True, help="this process's place, from 0")
+    parser.add_argument("--peers", required=True, help="host:port of every rank, by rank")
+    parser.add_argument("--mbit", type=float, default=0.0, help=argparse.SUPPRESS)
+    parser.add_argument("--delay-ms", type=float, default=0.0, help=argparse.SUPPRESS)
+    parser.add_argument("--parent", type=int, help=argparse.SUPPRESS)
+
+
+def run(options: argparse.Namespace) -> int:
+    if options.parent:
+        die_with(options.parent)
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)  # the leader says why, not this process
+    import torch
+
+    from ..jobs import Ranks
+    from ..transport import Link, connect
+    from ..transport.pacing import PacedMesh
+
+    torch.set_num_threads(options.threads)
+    model, tokenizer = load(options.model)
+    codebook, _ = ensure_codebook(options, model, tokenizer)
+    peers = options.peers.split(",")
+    print(READY, flush=True)
+    link = Link(options.mbit or None, options.delay_ms)
+    mesh = connect(options.rank, len(peers), peers, timeout=options.timeout)
+    with mesh if link.is_free else PacedMesh(mesh, link) as timed:
+        ranks = Ranks(model, codebook, mesh, timed, weights_of(options))
+        print(f"rank {mesh.rank} of {mesh.world_size} follows rank 0", file=sys.stderr)
+        ranks.follow(idle=DAY)
+        ranks.close()
+    return 0

@@ -1,0 +1,281 @@
+"""The engine: one rank's side of a model that runs on N devices."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from types import TracebackType
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .codebook import Codebook
+from .gather import TOKEN, receive_tensors, send_tensor
+from .layer import Call
+from .models import adapt, listening
+from .plan import Plan, balanced_weights
+from .spaces import make_space
+from .transport import Mesh, local_mesh
+
+ANSWERS = ("last", "all", "local")
+
+
+class Engine:
+    """Runs an unmodified Hugging Face model together with the other ranks of a mesh.
+
+    Making an engine, calling it and generating are collective: every rank does the same, with the
+    same inputs. The model goes on working by itself, outside of the engine's calls.
+
+    Args:
+        model: a Hugging Face ViT, GPT-2, Llama, Mistral, Qwen2 or BERT, with or without a head.
+        codebook: what to send. None: dense keys and values, `Codebook.none()`.
+        mesh: the other ranks, from `astra_runtime.connect`. None: this process alone.
+        weights: shares of the tokens, one a rank; None: shares with which ranks of equal speed
+            finish together.
+
+    Raises:
+        ValueError: a model of another family, or a codebook made for another model.
+        HandshakeRefused: a rank has another model, codebook or weights.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        codebook: Codebook | None = None,
+        mesh: Mesh | None = None,
+        *,
+        weights: Sequence[float] | None = None,
+    ) -> None:
+        self.model = model
+        self.adapter = adapt(model)
+        self.codebook = Codebook.none() if codebook is None else codebook
+        self.mesh = local_mesh(1)[0] if mesh is None else mesh
+        self.weights = None if weights is None else tuple(weights)
+        self.space = make_space(self.codebook, self.adapter)
+        self.bits_per_token_block = 0.0
+        facts = {
+            "model": self.adapter.digest(),
+            "codebook": self.codebook.digest,
+            "plan": f"weights {self.weights or 'balanced'}",
+        }
+        self.mesh.agree(facts)
+        self.adapter.install()
+        self._open = True
+
+    @property
+    def rank(self) -> int:
+        return self.mesh.rank
+
+    def plan(self, tokens: int) -> Plan:
+        """The cut of an input of `tokens` tokens, the class token not counted."""
+        adapter, world_size = self.adapter, self.mesh.world_size
+        weights = self.weights
+        if weights is None:
+            hidden, keys = adapter.hidden_size, adapter.num_key_value_heads * adapter.head_dim
+            queries = adapter.num_heads * adapter.head_dim
+            gated = 3 if hasattr(adapter.model.config, "rms_norm_eps") else 2
+            mlp = 2 * gated * hidden * adapter.mlp_size
+            width = hidden if self.space.early else 2 * keys
+            weights = balanced_weights(
+                tokens,
+                world_size,
+                causal=adapter.causal,
+                linear=2 * hidden * (2 * queries + 2 * keys) + mlp,
+                attention=4 * queries,
+                code=2 * self.codebook.codewords * width,
+            )
+        return Plan.make(
+            tokens,
+            world_size,
+            causal=adapter.causal,
+            class_tokens=adapter.class_tokens,
+            weights=weights,
+        )
+
+    @torch.inference_mode()
+    def __call__(self, *, logits: str = "last", outputs: str = "every", **inputs: Tensor) -> Any:
+        """One forward pass, as the model's own: `engine(input_ids=…)`, `engine(pixel_values=…)`.
+
+        Args:
+            logits: "last": of the last token, or from the class token; "all": of every token;
+                "local": of this rank's tokens (with its class token), nothing is gathered.
+            outputs: "every": each rank gets the answer; "one": the owner of the last token (rank 0
+                of an encoder) does, the others return None.
+            inputs: `input_ids` [B, T], `attention_mask` [B, T], `token_type_ids` [B, T],
+                `pixel_values` [B, C, h, w]: whole, the same on every rank.
+
+        Returns:
+            The model's own output class.
+        """
+        call, kwargs = self._prepare(inputs, logits, outputs)
+        with listening(call):
+            output = self.model(**kwargs)
+        self._count(call)
+        has_answer = call.everywhere or call.answer == "local" or self.rank == call.plan.owner
+        return output if has_answer else None
+
+    def _prepare(
+        self, inputs: dict[str, Tensor], logits: str, outputs: str
+    ) -> tuple[Call, dict[str, Any]]:
+        if not self._open:
+            raise RuntimeError("the engine is closed")
+        if logits not in ANSWERS:
+            raise ValueError(f"logits: expected one of {', '.join(ANSWERS)}, got {logits!r}")
+        if outputs not in ("every", "one"):
+            raise ValueError(f"outputs: expected 'every' or 'one', got {outputs!r}")
+        adapter, rank = self.adapter, self.rank
+        batch, tokens = adapter.count(inputs)
+        plan = self.plan(tokens)
+        call = Call(
+            rank,
+            plan,
+            self.space,
+            self.mesh,
+            batch,
+            plan.tag(batch),
+            answer=logits,
+            everywhere=outputs == "every",
+        )
+        own, copies = plan.shard(rank), adapter.class_tokens
+        far = [
+            slice(plan.bounds[n] + copies, plan.bounds[n + 1] + copies) for n in plan.sources(rank)
+        ]
+        visible = adapter.visible(inputs)
+        if visible is not None:
+            body = visible[:, own.start + copies : own.stop + copies]
+            call.local_mask = torch.cat([visible[:, :copies], body], 1)
+            call.remote_mask = torch.cat([visible[:, s] for s in far], 1) if far else None
+        positions = adapter.positions(inputs)
+        rope = None if positions is None else adapter.rope(positions)
+        if rope is not None:
+            call.local_rope = (rope[0][:, own], rope[1][:, own])
+            if far:
+                cos, sin = (torch.cat([t[:, s] for s in far], 1) for t in rope)
+                call.remote_rope = (cos, sin)
+        kwargs = adapter.local_inputs(inputs, plan, rank)
+        if adapter.causal:
+            kwargs["use_cache"] = False
+        return call, kwargs
+
+    def _count(self, call: Call) -> None:
+        """Payload bits made for remote use, over the tokens they stand for and the blocks."""
+        makers = [n for n in range(call.plan.world_size) if call.plan.receivers(n)]
+        tokens = sum(call.plan.size(n) for n in makers) * call.batch
+        sizes = sum(self.space.payload_bytes(call.batch, call.plan.size(n)) for n in makers)
+        self.bits_per_token_block = 8 * sizes / tokens if tokens else 0.0
+
+    @torch.inference_mode()
+    def generate(
+        self,
+        input_ids: Tensor,
+        *,
+        attention_mask: Tensor | None = None,
+        max_new_tokens: int = 20,
+        eos_token_id: int | Sequence[int] | None = None,
+        choose: Callable[[Tensor, Tensor], Tensor] | None = None,
+        on_token: Callable[[Tensor], None] | None = None,
+    ) -> Tensor:
+        """Continues `input_ids` [B, T]; the prompt is read by all ranks, the rest by its owner.
+
+        The owner's cache holds its own tokens' keys and values in full precision and the codes of
+        the rest. It tells every other rank each token as it comes.
+
+        Args:
+            max_new_tokens: at least 1.
+            eos_token_id: ends a sequence; by default the model's own. A finished sequence is
+                continued with its end token until all have ended.
+            choose: (ids [B, t], logits [B, V]) -> next token [B], by default the likeliest; a
+                Hugging Face `LogitsProcessorList` followed by a draw fits in here.
+            on_token: called on every rank with each new column [B].
+
+        Returns:
+            int64 [B, T + new], on every rank.
+        """
+        if not self.adapter.causal:
+            raise ValueError("generate: expected a decoder, got an encoder")
+        if max_new_tokens < 1:
+            raise ValueError(f"max_new_tokens: expected at least 1, got {max_new_tokens}")
+        inputs = {"input_ids": input_ids}
+        if attention_mask is not None:
+            inputs["attention_mask"] = attention_mask
+        call, kwargs = self._prepare(inputs, "last", "one")
+        owner = _Owner(self, call, kwargs, inputs) if call.rank == call.plan.owner else None
+        if owner is None:
+            with listening(call):
+                self.model(**kwargs)
+        self._count(call)
+        others = [n for n in range(call.plan.world_size) if n != call.rank]
+        ends = self._ends(eos_token_id, input_ids.device)
+        done = torch.zeros(call.batch, dtype=torch.bool, device=input_ids.device)
+        ids = input_ids.long()
+        for _ in range(max_new_tokens):
+            if owner is not None:
+                scores = owner.scores(ids)
+                token = scores.argmax(-1) if choose is None else choose(ids, scores)
+                token = torch.where(done, ends[0], token) if len(ends) else token
+                send_tensor(self.mesh, token, block=TOKEN, plan=call.tag, to=others)
+            else:
+                shapes = {call.plan.owner: (call.batch,)}
+                heard = receive_tensors(self.mesh, shapes, ids, block=TOKEN, plan=call.tag)
+                token = heard[call.plan.owner]
+            ids = torch.cat([ids, token[:, None]], 1)
+            if on_token is not None:
+                on_token(token)
+            done |= torch.isin(token, ends)
+            if bool(done.all()):
+                break
+        return ids
+
+    def _ends(self, eos_token_id: int | Sequence[int] | None, device: torch.device) -> Tensor:
+        if eos_token_id is None:
+            config = getattr(self.model, "generation_config", self.model.config)
+            eos_token_id = getattr(config, "eos_token_id", None)
+        ends = [eos_token_id] if isinstance(eos_token_id, int) else list(eos_token_id or [])
+        return torch.tensor(ends, dtype=torch.int64, device=device)
+
+    def close(self) -> None:
+        """Takes the hooks off the model again. The mesh stays open."""
+        if self._open:
+            self._open = False
+            self.adapter.uninstall()
+
+    def __enter__(self) -> Engine:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.close()
+
+
+class _Owner:
+    """Decoding on the rank that holds the last token: its cache is dense for its own tokens."""
+
+    def __init__(
+        self, engine: Engine, call: Call, kwargs: dict[str, Any], inputs: dict[str, Tensor]
+    ) -> None:
+        from transformers import DynamicCache
+
+        self.model, self.call = engine.model, call
+        self.cache = DynamicCache()
+        self.position = engine.adapter.positions(inputs)[:, -1:].expand(call.batch, 1)  # type: ignore[index]
+        self.output = self._run(kwargs)
+        self.seen = inputs["input_ids"].shape[1]
+
+    def _run(self, kwargs: dict[str, Any]) -> Any:
+        with listening(self.call):
+            return self.model(**kwargs | {"past_key_values": self.cache, "use_cache": True})
+
+    def scores(self, ids: Tensor) -> Tensor:
+        """fp32 logits [B, V] of the token after `ids` [B, t], at most one token more than before."""
+        if ids.shape[1] > self.seen:
+            self.seen, self.call.decoding = ids.shape[1], True
+            self.position = self.position + 1
+            if self.call.local_mask is not None:
+                self.call.local_mask = F.pad(self.call.local_mask, (0, 1), value=True)
+            self.output = self._run({"input_ids": ids[:, -1:], "position_ids": self.position})
+        return self.output.logits[:, -1].float()  # type: ignore[no-any-return]

@@ -1,0 +1,90 @@
+"""What can go wrong between ranks, each with attributes to act on and a sentence to read."""
+
+from __future__ import annotations
+
+CONTROL_BLOCKS = 0xFF00  # block numbers from here on are control messages, not Transformer blocks
+
+
+def _moment(block: int | None) -> str:
+    """Names the wait in which something happened; None is the time before any block."""
+    if block is None:
+        return "while the ranks connected"
+    if block >= CONTROL_BLOCKS:
+        return f"at control message 0x{block:04x}"
+    return f"at block {block}"
+
+
+class AstraError(Exception):
+    """Any failure that ASTRA itself reports. Arguments are kept, so it survives pickling."""
+
+
+class ConnectFailed(AstraError):
+    """The ranks could not be joined: a port in use, an address nobody answers at."""
+
+    def __init__(self, reason: str, missing: tuple[int, ...] = ()) -> None:
+        super().__init__(reason, missing)
+        self.reason = reason
+        self.missing = missing
+
+    def __str__(self) -> str:
+        return self.reason
+
+
+class HandshakeRefused(AstraError):
+    """Two ranks do not belong together: version, world, rank, run, or a fact of `Mesh.agree`."""
+
+    def __init__(self, reason: str) -> None:
+        super().__init__(reason)
+        self.reason = reason
+
+    def __str__(self) -> str:
+        return self.reason
+
+
+class PeerLost(AstraError):
+    """A peer's connection ended although the run needs it."""
+
+    def __init__(self, rank: int, block: int | None = None, detail: str = "") -> None:
+        super().__init__(rank, block, detail)
+        self.rank = rank
+        self.block = block
+        self.detail = detail
+
+    def __str__(self) -> str:
+        tail = f": {self.detail}" if self.detail else ""
+        return f"rank {self.rank} was lost {_moment(self.block)}{tail}"
+
+
+class DeadlineExceeded(AstraError):
+    """A wait reached its deadline. `rank` is the first of `ranks`, all that were still missing."""
+
+    def __init__(
+        self, rank: int, block: int | None, seconds: float, ranks: tuple[int, ...] = ()
+    ) -> None:
+        super().__init__(rank, block, seconds, ranks)
+        self.rank = rank
+        self.block = block
+        self.seconds = seconds
+        self.ranks = ranks or (rank,)
+
+    def __str__(self) -> str:
+        who = ", ".join(str(rank) for rank in self.ranks)
+        plural = "s" if len(self.ranks) > 1 else ""
+        return f"rank{plural} {who} sent nothing within {self.seconds:g} s {_moment(self.block)}"
+
+
+class WireError(AstraError):
+    """A frame is not the one that had to come. `field`: what differs; rank None: not a peer's."""
+
+    def __init__(self, field: str, expected: object, got: object, rank: int | None = None) -> None:
+        super().__init__(field, expected, got, rank)
+        self.field = field
+        self.expected = expected
+        self.got = got
+        self.rank = rank
+
+    def __str__(self) -> str:
+        source = "somebody" if self.rank is None else f"rank {self.rank}"
+        if self.field == "plan":
+            return f"{source} runs another plan: its tag is {self.got}, expected {self.expected}"
+        return f"{source} sent a wrong {self.field}: expected {self.expected}, got {self.got}"

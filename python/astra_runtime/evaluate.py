@@ -1,0 +1,162 @@
+"""What the codes cost in accuracy, beside both controls: exact, and remote tokens dropped."""
+
+from __future__ import annotations
+
+import math
+import threading
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .codebook import Codebook
+from .engine import Engine
+from .transport import Mesh, local_mesh
+
+R = TypeVar("R")
+Inputs = dict[str, Tensor]
+
+
+def run_ranks(world_size: int, work: Callable[[Mesh], R], timeout: float = 600.0) -> list[R]:
+    """Runs `work` as every rank of a mesh of threads in this process; results by rank.
+
+    The threads may share one model: N ranks are simulated without N copies of the weights. The
+    error of the rank that failed first is raised.
+    """
+    meshes = local_mesh(world_size, timeout=timeout)
+    results: dict[int, R] = {}
+    errors: list[BaseException] = []
+
+    def rank(mesh: Mesh) -> None:
+        torch.set_num_threads(1)  # the ranks are the parallelism
+        try:
+            with mesh:
+                results[mesh.rank] = work(mesh)
+        except BaseException as error:
+            errors.append(error)
+
+    threads = [threading.Thread(target=rank, args=(mesh,), daemon=True) for mesh in meshes]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    if errors:
+        raise errors[0]
+    return [results[n] for n in range(world_size)]
+
+
+@dataclass(frozen=True)
+class Measured:
+    """What one set of windows says of a codebook.
+
+    Attributes:
+        metric: "perplexity" over the tokens after the first shard, for language models; "error"
+            for the others: squared error of the model's output over the output's variance.
+        exact, astra, local_only: the metric on one device, with the codes, and without any remote
+            tokens. Lower is better.
+        bits_per_token_block: payload bits a token and block.
+    """
+
+    metric: str
+    exact: float
+    astra: float
+    local_only: float
+    bits_per_token_block: float
+
+    @property
+    def gap_recovered(self) -> float:
+        """The share of what remote tokens are worth that the codes keep; below 0: they harm."""
+        if self.metric == "error":
+            return 1 - self.astra / self.local_only if self.local_only else math.nan
+        gap = math.log(self.local_only / self.exact)
+        return math.log(self.local_only / self.astra) / gap if gap else math.nan
+
+
+def is_language_model(model: Any) -> bool:
+    return hasattr(model, "lm_head")
+
+
+def shard_loss(engine: Engine, input_ids: Tensor) -> tuple[float, int]:
+    """Summed loss (nats) and number of the next-token predictions of this rank's tokens.
+
+    The first rank's tokens see no remote tokens and count nothing. Collective.
+    """
+    output = engine(input_ids=input_ids, logits="local")
+    shard = engine.plan(input_ids.shape[1]).shard(engine.rank)
+    targets = input_ids[:, shard.start + 1 : shard.stop + 1]
+    if engine.mesh.world_size > 1 and engine.rank == 0:
+        return 0.0, 0
+    return _loss(output.logits[:, : targets.shape[1]], targets), targets.numel()
+
+
+@torch.inference_mode()
+def measure(
+    model: nn.Module,
+    codebook: Codebook,
+    windows: Sequence[Inputs],
+    *,
+    world_size: int,
+    progress: Callable[[], None] = lambda: None,
+) -> Measured:
+    """Compares `codebook` with both controls over `windows`; the ranks are threads.
+
+    All three use the same equal shards. Exact is dense exchange in fp32, which equals the single
+    device to rounding. `progress` is called after each window and method.
+    """
+    if world_size < 2:
+        raise ValueError(
+            f"world_size: expected at least 2, so that there are remote tokens, got {world_size}"
+        )
+    language, bits = is_language_model(model), 0.0
+
+    def run(book: Codebook) -> list[list[Any]]:
+        """By rank and window: (loss, count) of a language model, else the output."""
+
+        def work(mesh: Mesh) -> list[Any]:
+            nonlocal bits
+            found: list[Any] = []
+            with Engine(model, book, mesh, weights=(1.0,) * world_size) as engine:
+                for window in windows:
+                    found.append(
+                        shard_loss(engine, window["input_ids"])
+                        if language
+                        else _output(engine(**window, logits="all"))
+                    )
+                    if engine.rank == 0:
+                        progress()
+                if book is codebook:
+                    bits = engine.bits_per_token_block
+            return found
+
+        return run_ranks(world_size, work)
+
+    exact, astra, dropped = run(Codebook.none()), run(codebook), run(Codebook.drop())
+    if language:
+        figures = [_perplexity(runs) for runs in (exact, astra, dropped)]
+        return Measured("perplexity", *figures, bits)
+    return Measured("error", 0.0, _error(astra[0], exact[0]), _error(dropped[0], exact[0]), bits)
+
+
+def _output(output: Any) -> Tensor:
+    """What a model without a language head is for: its logits, or its final hidden states."""
+    tensor = output.logits if "logits" in output else output.last_hidden_state
+    return tensor.float()  # type: ignore[no-any-return]
+
+
+def _loss(logits: Tensor, targets: Tensor) -> float:
+    flat = logits.float().flatten(0, 1)
+    return float(F.cross_entropy(flat, targets.flatten(), reduction="sum"))
+
+
+def _perplexity(runs: list[list[tuple[float, int]]]) -> float:
+    pairs = [pair for rank in runs for pair in rank]
+    return math.exp(sum(loss for loss, _ in pairs) / sum(count for _, count in pairs))
+
+
+def _error(outputs: list[Tensor], exact: list[Tensor]) -> float:
+    pairs = list(zip(outputs, exact, strict=True))
+    error = sum(float((a - b).square().sum()) for a, b in pairs)
+    return error / sum(float((b - b.mean()).square().sum()) for _, b in pairs)

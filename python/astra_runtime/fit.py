@@ -1,0 +1,226 @@
+"""Fitting codebooks: calibration, k-means, and a first honest look at the result."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .codebook import Codebook, check_groups, geometry, joint
+from .evaluate import Inputs, Measured, measure
+from .kmeans import kmeans
+from .models import Adapter, adapt, listening
+from .spaces import Rope, unrotate
+
+Progress = Callable[[str, int, int], None]  # what is done, steps done, steps in all
+
+
+def fit(
+    model: nn.Module,
+    calibration: Tensor | Sequence[Tensor],
+    *,
+    space: str = "kv",
+    groups: int = 1,
+    codewords: int = 1024,
+    shared: bool | None = None,
+    iterations: int = 10,
+    seed: int = 0,
+    held_back: int = 2,
+    world_size: int = 4,
+    progress: Progress = lambda what, done, steps: None,
+) -> Codebook:
+    """Learns the codewords of every block by k-means.
+
+    Args:
+        model: a supported Hugging Face model.
+        calibration: token windows, int64 [W, T] or a list of [T] (with the class token, for BERT);
+            or images, [W, C, h, w]. Never the text that is then prompted or evaluated.
+        space: "kv" codes keys and values jointly, before rotation; "hidden" codes block inputs.
+        groups: codes a token and block. Space "kv": a multiple of the KV heads, each coded on its
+            own, or fewer, shared by all heads. Space "hidden": channel groups (the paper's G).
+        codewords: codewords of a group (the paper's K).
+        shared: one set of codes for all heads; None: where `groups` is no multiple of the KV heads.
+        iterations: Lloyd iterations.
+        seed: makes the result deterministic for a number of threads.
+        held_back: windows kept out of the fit, on which the result is evaluated as `world_size`
+            ranks. `notes["held_back"]` of the codebook tells; with 0, nothing is evaluated.
+
+    Raises:
+        ValueError: nothing to calibrate on, more codewords than vectors, groups that the model
+            cannot be cut into, activations that are not finite.
+    """
+    adapter = adapt(model)
+    windows = as_windows(calibration)
+    if space not in ("kv", "hidden"):
+        raise ValueError(f"space: expected 'kv' or 'hidden', which are fitted, got {space!r}")
+    shared = space == "kv" and (
+        groups % adapter.num_key_value_heads != 0 if shared is None else shared
+    )
+    check_groups(space, groups, shared, geometry(adapter))
+    kept, tried = _hold_back(windows, held_back)
+    vectors = sum(batch * tokens for batch, tokens in map(adapter.count, kept))
+    if not 2 <= codewords <= min(vectors, 65536):
+        raise ValueError(
+            f"codewords: expected 2 to 65536 and at most the {vectors} calibration vectors, "
+            f"got {codewords}; give more calibration windows"
+        )
+    recorder = _Recorder(adapter, space)
+    with torch.inference_mode(), adapter.installed():
+        for done, window in enumerate(kept):
+            progress("calibrating", done, len(kept))
+            recorder.record(window)
+    progress("calibrating", len(kept), len(kept))
+    tables, scales = [], []
+    blocks = len(adapter.blocks)
+    for block in range(blocks):
+        progress("clustering", block, blocks)
+        vectors_of_block, scale = recorder.vectors(block, groups, shared)
+        tables.append(kmeans(vectors_of_block, codewords, iterations=iterations, seed=seed + block))
+        scales.append(scale)
+    progress("clustering", blocks, blocks)
+    codebook = Codebook(
+        space,
+        groups,
+        codewords,
+        shared,
+        geometry=geometry(adapter),
+        model=adapter.digest(),
+        tables=torch.stack(tables).cpu(),
+        scales=torch.stack(scales).cpu() if space == "kv" else None,
+        notes={"calibration_vectors": vectors, "iterations": iterations, "seed": seed},
+    )
+    if tried and vectors >= world_size:
+        ranks = min(world_size, min(adapter.count(window)[1] for window in tried))
+        codebook.notes["held_back"] = _evaluate(model, codebook, tried, ranks, progress)
+    return codebook
+
+
+def as_windows(calibration: Tensor | Sequence[Tensor]) -> list[Inputs]:
+    """Calibration data as the inputs of one forward pass each."""
+    windows = list(calibration)
+    if not windows:
+        raise ValueError("calibration: expected at least one window, got none")
+    if windows[0].is_floating_point():
+        return [{"pixel_values": window[None]} for window in windows]
+    return [{"input_ids": window[None]} for window in windows]
+
+
+def _hold_back(windows: list[Inputs], held_back: int) -> tuple[list[Inputs], list[Inputs]]:
+    """Splits evenly spaced windows off; at least half of all stay."""
+    count = min(held_back, len(windows) // 2)
+    out = {len(windows) * (2 * i + 1) // (2 * count) for i in range(count)}
+    kept = [window for i, window in enumerate(windows) if i not in out]
+    return kept, [windows[i] for i in sorted(out)]
+
+
+def _evaluate(
+    model: nn.Module, codebook: Codebook, windows: list[Inputs], ranks: int, progress: Progress
+) -> dict[str, Any]:
+    steps, done = 3 * len(windows), 0
+
+    def step() -> None:
+        nonlocal done
+        done += 1
+        progress("evaluating", done, steps)
+
+    found: Measured = measure(model, codebook, windows, world_size=ranks, progress=step)
+    return {
+        "windows": len(windows),
+        "world_size": ranks,
+        "metric": found.metric,
+        "exact": found.exact,
+        "astra": found.astra,
+        "local_only": found.local_only,
+        "gap_recovered": found.gap_recovered,
+    }
+
+
+class _Recorder:
+    """Keeps what a space codes while the model runs by itself, on one device."""
+
+    def __init__(self, adapter: Adapter, space: str) -> None:
+        self.adapter, self.space = adapter, space
+        self.kept: list[list[Any]] = [[] for _ in adapter.blocks]
+        self.rope: Rope = None
+
+    def record(self, window: Inputs) -> None:
+        positions = self.adapter.positions(window)
+        self.rope = None if positions is None else self.adapter.rope(positions)
+        with listening(self):
+            self.adapter.model(**window)
+
+    def embedded(self, hidden: Tensor) -> Tensor:
+        return hidden
+
+    def before_block(self, block: int, hidden: Tensor) -> None:
+        if self.space == "hidden":
+            self.kept[block].append(hidden[:, self.adapter.class_tokens :].float())
+
+    def attend(self, block: int, query: Tensor, key: Tensor, value: Tensor, scale: float) -> None:
+        if self.space == "kv":
+            copies = self.adapter.class_tokens
+            pair = (unrotate(key.float(), self.rope)[:, :, copies:], value[:, :, copies:].float())
+            self.kept[block].append(pair)
+
+    def finish(self, hidden: Tensor) -> Tensor:
+        return hidden[:, :1]  # the head's work is not needed
+
+    def vectors(self, block: int, groups: int, shared: bool) -> tuple[Tensor, Tensor]:
+        """The vectors [n, C, w] of a block, and the scales [Hkv, 2] they were multiplied with."""
+        kept, self.kept[block] = self.kept[block], []
+        scales = torch.ones(self.adapter.num_key_value_heads, 2, device=self.adapter.device)
+        if self.space == "hidden":
+            found = torch.cat([h.flatten(0, 1) for h in kept]).unflatten(-1, (groups, -1))
+        else:
+            key = torch.cat([k for k, _ in kept], 2)
+            value = torch.cat([v for _, v in kept], 2)
+            scales = balance(key, value)
+            found = joint(key, value, scales, groups, shared).flatten(0, 1)
+        if not bool(found.isfinite().all()):
+            raise ValueError(
+                f"model: activations of block {block} are not finite on the calibration data"
+            )
+        return found.contiguous(), scales
+
+
+def balance(key: Tensor, value: Tensor) -> Tensor:
+    """Scales [Hkv, 2] that give a head's keys and values the same total variance."""
+
+    def deviation(tensor: Tensor) -> Tensor:
+        flat = tensor.transpose(0, 1).flatten(1, 2)  # [Hkv, n, d]
+        return (flat - flat.mean(1, keepdim=True)).square().sum(-1).mean(-1).sqrt()
+
+    return 1 / torch.stack([deviation(key), deviation(value)], -1).clamp(min=1e-6)
+
+
+@contextlib.contextmanager
+def progress_bar(enabled: bool) -> Iterator[Progress]:
+    """A `progress` for people: a bar on stderr when it is a terminal, else a line a stage."""
+    import sys
+
+    from tqdm import tqdm
+
+    bar: Any = None
+    stage = ""
+
+    def show(what: str, done: int, steps: int) -> None:
+        nonlocal bar, stage
+        if not enabled:
+            return
+        if what != stage:
+            if bar is not None:
+                bar.close()
+            stage = what
+            bar = tqdm(total=steps, desc=what, file=sys.stderr, disable=not sys.stderr.isatty())
+            if not sys.stderr.isatty():
+                print(f"{what} ({steps} steps)", file=sys.stderr, flush=True)
+        bar.update(done - bar.n)
+
+    try:
+        yield show
+    finally:
+        if bar is not None:
+            bar.close()

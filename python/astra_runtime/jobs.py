@@ -1,0 +1,159 @@
+"""Work that all ranks of a running mesh do together: rank 0 leads, the others follow.
+
+The leader sends each job as one JSON frame; every rank, the leader too, then calls `Ranks.run`.
+Jobs name what to send ("codes", "none", "drop"), never a file: a worker's codebook is its own.
+"""
+
+from __future__ import annotations
+
+import json
+import struct
+import time
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .codebook import Codebook
+from .engine import Engine
+from .errors import WireError
+from .evaluate import shard_loss
+from .gather import JOB, JOB_SIZE, REPORT
+from .transport import Mesh
+
+MAX_JOB = 16 << 20  # bytes of a job's JSON
+
+
+class Ranks:
+    """This rank's model, its meshes and one engine for each way of exchanging.
+
+    Args:
+        mesh: carries the jobs, and exact answers that nobody times.
+        timed: the mesh that timed runs cross, with its emulated link; the same one without.
+        weights: shares of the tokens; None: balanced for the codebook, and the same for all.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        codebook: Codebook,
+        mesh: Mesh,
+        timed: Mesh | None = None,
+        weights: list[float] | None = None,
+    ) -> None:
+        self.model, self.codebook = model, codebook
+        self.mesh, self.timed = mesh, timed or mesh
+        self.weights = weights
+        self._engines: dict[tuple[str, bool], Engine] = {}
+
+    def engine(self, space: str, timed: bool) -> Engine:
+        """The engine for "codes", "none" or "drop"; made at its first use, on all ranks."""
+        key = (space, timed)
+        if key not in self._engines:
+            books = {"codes": self.codebook, "none": Codebook.none(), "drop": Codebook.drop()}
+            mesh = self.timed if timed else self.mesh
+            self._engines[key] = Engine(self.model, books[space], mesh, weights=self.weights)
+        return self._engines[key]
+
+    def lead(self, **job: Any) -> Any:
+        """On rank 0: has every rank run `job`, and returns rank 0's result."""
+        data = json.dumps(job).encode()
+        others = range(1, self.mesh.world_size)
+        self.mesh.send(struct.pack("<Q", len(data)), block=JOB_SIZE, plan=0, to=others)
+        self.mesh.send(data, block=JOB, plan=0, to=others)
+        return self.run(job)
+
+    def follow(self, idle: float) -> None:
+        """On the other ranks: runs jobs until told to stop. `idle`: seconds to wait for one."""
+        patience = self.mesh.timeout
+        while True:
+            self.mesh.timeout = idle
+            size = struct.unpack("<Q", self.mesh.receive({0: 8}, block=JOB_SIZE, plan=0)[0])[0]
+            self.mesh.timeout = patience
+            if size > MAX_JOB:
+                raise WireError("job size", f"at most {MAX_JOB}", size, 0)
+            job = json.loads(bytes(self.mesh.receive({0: size}, block=JOB, plan=0)[0]))
+            if job["do"] == "stop":
+                return
+            self.run(job)
+
+    def run(self, job: dict[str, Any]) -> Any:
+        """One job, on every rank at once."""
+        kind = job["do"]
+        if kind == "stop":
+            return None
+        ids = torch.tensor(job["input_ids"])
+        if kind == "prefill":
+            return self.prefill(ids, job["space"], job["repeats"])
+        if kind == "loss":
+            return self.loss(ids, job["space"])
+        if kind == "generate":
+            return self.generate(ids, job["space"], job["max_new_tokens"])
+        raise WireError("job", "prefill, loss, generate or stop", kind, 0)
+
+    def barrier(self) -> None:
+        """Returns when every rank has come here."""
+        self.report(0.0)
+
+    def report(self, value: float) -> list[float]:
+        """Every rank's `value`, on every rank."""
+        mesh = self.mesh
+        others = [n for n in range(mesh.world_size) if n != mesh.rank]
+        mesh.send(struct.pack("<d", value), block=REPORT, plan=0, to=others)
+        views = mesh.receive(dict.fromkeys(others, 8), block=REPORT, plan=0)
+        values = {n: struct.unpack("<d", view)[0] for n, view in views.items()} | {mesh.rank: value}
+        return [values[n] for n in range(mesh.world_size)]
+
+    def prefill(self, ids: Tensor, space: str, repeats: int) -> dict[str, Any]:
+        """Seconds to the last token's logits, on rank 0, and what crossed the sockets in one run.
+
+        Every rank has the input when the clock starts; it stops when rank 0, which asked, has the
+        logits (the last rank, which computes them, has them a vector's transfer earlier).
+        """
+        engine = self.engine(space, timed=True)
+        seconds = []
+        before = self.timed.stats
+        for _ in range(repeats):
+            self.barrier()
+            before = self.timed.stats
+            start = time.perf_counter()
+            engine(input_ids=ids)
+            seconds.append(time.perf_counter() - start)
+            self.timed.flush()
+            self.barrier()
+        sent = self.timed.stats - before
+        return {
+            "seconds": seconds,
+            "bits_per_token_block": engine.bits_per_token_block,
+            "sizes": [engine.plan(ids.shape[1]).size(n) for n in range(self.mesh.world_size)],
+            "bytes_sent_payload": self.report(float(sent.bytes_sent_payload)),
+        }
+
+    def loss(self, ids: Tensor, space: str) -> tuple[float, int]:
+        """Summed loss and number of predictions over the tokens after the first shard."""
+        total, count = shard_loss(self.engine(space, timed=False), ids)
+        return sum(self.report(total)), int(sum(self.report(float(count))))
+
+    def generate(self, ids: Tensor, space: str, max_new_tokens: int) -> dict[str, Any]:
+        """The continued ids, and the seconds at which each new token reached this rank."""
+        engine = self.engine(space, timed=True)
+        times: list[float] = []
+        self.barrier()
+        start = time.perf_counter()
+        out = engine.generate(
+            ids,
+            max_new_tokens=max_new_tokens,
+            on_token=lambda token: times.append(time.perf_counter() - start),
+        )
+        self.timed.flush()
+        self.barrier()
+        return {
+            "ids": out[:, ids.shape[1] :].tolist(),
+            "times": times,
+            "bits_per_token_block": engine.bits_per_token_block,
+        }
+
+    def close(self) -> None:
+        for engine in self._engines.values():
+            engine.close()
+        self._engines.clear()

@@ -1,0 +1,104 @@
+"""ASTRA in one file: a Transformer block on one of N ranks.
+
+Each rank holds the whole model and a slice of the tokens. In every block it sends its own tokens as
+codes of a few bits, attends to them in full precision while the bits are in flight, attends to the
+other ranks' tokens straight from the codes it received, and merges the two (Mixed-Precision
+Attention, arXiv 2505.19342): one softmax over local and remote tokens,
+
+    softmax(q·[K_local, K̂_remote]ᵀ/√d)·[V_local, V̂_remote].
+
+The model itself is unmodified: it calls `before_block`, `attend` and `finish` through the hooks of
+`models/base.py`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import astra_kernels as ak
+
+from .gather import gather
+from .plan import Plan
+from .spaces import Rope, Space
+from .transport import Mesh
+
+
+@dataclass
+class Call:
+    """One forward pass of one rank (and the decoding steps after it).
+
+    Attributes:
+        tag: names plan and batch in every frame.
+        local_rope, remote_rope: rotary cos and sin of this rank's tokens and of those it hears of.
+        local_mask, remote_mask: bool [B, L] and [B, N], False at padding; None: no padding.
+        answer: what the head reads: "last" (last or class token), "all" or "local" tokens.
+        everywhere: every rank gets the answer, not the owner alone.
+        kept: what this rank knows of the remote tokens, a block each; decoding goes on with it.
+    """
+
+    rank: int
+    plan: Plan
+    space: Space
+    mesh: Mesh
+    batch: int
+    tag: int
+    local_rope: Rope = None
+    remote_rope: Rope = None
+    local_mask: Tensor | None = None
+    remote_mask: Tensor | None = None
+    answer: str = "last"
+    everywhere: bool = True
+    decoding: bool = False
+    kept: dict[int, Any] = field(default_factory=dict)
+
+    def embedded(self, hidden: Tensor) -> Tensor:
+        """The class token's copy and this rank's shard of all embeddings."""
+        own, copies = self.plan.shard(self.rank), self.plan.class_tokens
+        return torch.cat([hidden[:, :copies], hidden[:, copies:][:, own]], 1)
+
+    def before_block(self, block: int, hidden: Tensor) -> None:
+        """Hidden-state codes leave before the block computes anything."""
+        if self.space.early and not self.decoding:
+            self.say(block, hidden[:, self.plan.class_tokens :])
+
+    def attend(self, block: int, query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
+        """Mixed-precision attention: [B, H, M, d] over local [B, Hkv, L, d] and remote tokens."""
+        copies = self.plan.class_tokens  # seen on this rank only, never sent
+        if not self.space.early and not self.decoding:
+            self.say(block, (key[:, :, copies:], value[:, :, copies:]))
+        mask, causal = self.local_mask, self.plan.causal and not self.decoding
+        out, lse = ak.attention(query, key, value, is_causal=causal, key_mask=mask, scale=scale)
+        remote = self.kept.get(block) if self.decoding else self.hear(block)
+        if remote is not None:
+            rope, mask = self.remote_rope, self.remote_mask
+            far, far_lse = self.space.attend(block, query, remote, rope, mask, scale)
+            out, _ = ak.merge_state(out, lse, far, far_lse)
+        return out
+
+    def say(self, block: int, what: Any) -> None:
+        """Codes of this rank's shard, packed into one frame for each rank that may see it."""
+        receivers = self.plan.receivers(self.rank)
+        if receivers and self.space.sends:
+            size = self.space.payload_bytes(self.batch, self.plan.size(self.rank))
+            frame = self.mesh.buffer(size)
+            self.space.encode(block, what, self.local_rope, frame.payload)
+            self.mesh.send(frame, block=block, plan=self.tag, to=receivers)
+
+    def hear(self, block: int) -> Any:
+        """This block's codes of every rank whose shard is visible here; None if there is none."""
+        sources = self.plan.sources(self.rank)
+        if not sources or not self.space.sends:
+            return None
+        sizes = {n: self.space.payload_bytes(self.batch, self.plan.size(n)) for n in sources}
+        views = self.mesh.receive(sizes, block=block, plan=self.tag)
+        payloads = [(views[n], self.plan.size(n)) for n in sources]
+        self.kept[block] = self.space.decode(block, payloads, self.batch, self.remote_rope)
+        return self.kept[block]
+
+    def finish(self, hidden: Tensor) -> Tensor:
+        """What the head needs of the final hidden states, from whichever ranks hold it."""
+        return hidden if self.decoding else gather(self, hidden)

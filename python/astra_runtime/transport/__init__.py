@@ -1,0 +1,128 @@
+"""How ranks reach each other: `connect` for processes, `local_mesh` for threads of one process."""
+
+from __future__ import annotations
+
+import socket
+from collections.abc import Sequence
+from typing import Literal
+
+from astra_runtime.transport import handshake, rendezvous
+from astra_runtime.transport.mesh import Mesh, Stats, peers_of
+from astra_runtime.transport.pacing import Link, PacedMesh
+from astra_runtime.transport.tcp import TcpMesh, prepare
+from astra_runtime.wire import NO_RUN, Frame, Hello
+
+__all__ = ["Frame", "Link", "Mesh", "Stats", "connect", "local_mesh", "peers_of"]
+
+
+def connect(
+    rank: int | None = None,
+    world_size: int | None = None,
+    peers: Sequence[str] | None = None,
+    *,
+    backend: Literal["tcp", "gloo", "nccl"] = "tcp",
+    host: str | None = None,
+    timeout: float = 30.0,
+    connect_timeout: float = 60.0,
+    link: Link | None = None,
+) -> Mesh:
+    """Joins the mesh and returns it; blocks until every rank is there or `connect_timeout` ends.
+
+    rank, world_size: this process and how many there are; default: torchrun's RANK, WORLD_SIZE.
+    peers: "host:port" of every rank, by rank. This rank listens at exactly its own. Default: any
+        free port, made known through torchrun's store at MASTER_ADDR:MASTER_PORT.
+    backend: "tcp", or torch.distributed's "gloo" or "nccl" (`peers[0]` is then its rendezvous).
+    host: the address to listen at instead of the one in `peers` (or of torchrun's interface).
+    timeout: seconds every later wait may take. link: emulate a slow access link (`Link`).
+    """
+    rank, world_size = _place(rank, world_size, peers)
+    mesh: Mesh
+    if backend in ("gloo", "nccl"):
+        from astra_runtime.transport.distributed import connect_distributed
+
+        mesh = connect_distributed(rank, world_size, peers, backend, timeout, connect_timeout)
+    elif backend == "tcp":
+        mesh = _connect_tcp(rank, world_size, peers, host, timeout, connect_timeout)
+    else:
+        raise ValueError(f'backend: expected "tcp", "gloo" or "nccl", got {backend!r}')
+    return mesh if link is None or link.is_free else PacedMesh(mesh, link)
+
+
+def local_mesh(world_size: int, *, timeout: float = 30.0, link: Link | None = None) -> list[Mesh]:
+    """All ranks of a TCP mesh over loopback in this process: one for each of `world_size` threads.
+
+    The connections are made directly, without the handshake.
+    """
+    sockets: list[dict[int, socket.socket]] = [{} for _ in range(world_size)]
+    for low in range(world_size):
+        with handshake.listen("127.0.0.1", 0, low) as listener:
+            for high in range(low + 1, world_size):
+                dialer = socket.create_connection(listener.getsockname())
+                listener.setblocking(True)
+                accepted, _ = listener.accept()
+                prepare(dialer)
+                prepare(accepted)
+                sockets[low][high], sockets[high][low] = accepted, dialer
+    meshes: list[Mesh] = [
+        TcpMesh(rank, world_size, sockets[rank], timeout=timeout) for rank in range(world_size)
+    ]
+    if link is None or link.is_free:
+        return meshes
+    return [PacedMesh(mesh, link) for mesh in meshes]
+
+
+def _place(
+    rank: int | None, world_size: int | None, peers: Sequence[str] | None
+) -> tuple[int, int]:
+    """This process's rank and the world size, from the arguments or from torchrun's variables."""
+    if world_size is None and peers is not None:
+        world_size = len(peers)
+    if world_size == 1 and rank is None:
+        rank = 0
+    if rank is None or world_size is None:
+        environment = rendezvous.from_environment()
+        if environment is None:
+            raise ValueError(
+                "connect: expected rank, world_size and peers, or torchrun's variables "
+                f"{', '.join(rendezvous.VARIABLES)}, got neither"
+            )
+        rank = environment[0] if rank is None else rank
+        world_size = environment[1] if world_size is None else world_size
+    if not 1 <= world_size <= 0xFFFF:
+        raise ValueError(f"world_size: expected 1..65535, got {world_size}")
+    if not 0 <= rank < world_size:
+        raise ValueError(f"rank: expected 0..{world_size - 1}, got {rank}")
+    if peers is not None and len(peers) != world_size:
+        raise ValueError(f"peers: expected {world_size} addresses, got {len(peers)}")
+    return rank, world_size
+
+
+def _connect_tcp(
+    rank: int,
+    world_size: int,
+    peers: Sequence[str] | None,
+    host: str | None,
+    timeout: float,
+    connect_timeout: float,
+) -> TcpMesh:
+    if world_size == 1:
+        return TcpMesh(0, 1, {}, timeout=timeout)
+    run, store = NO_RUN, None
+    if peers is not None:
+        addresses = dict(enumerate(map(handshake.parse_address, peers)))
+        own_host, port = addresses[rank]
+        listener = handshake.listen(host or own_host, port, rank)
+    else:
+        if rendezvous.from_environment() is None:
+            raise ValueError("peers: expected the address of every rank, got none")
+        listener = handshake.listen(host or rendezvous.own_host(), 0, rank)
+    with listener:
+        if peers is None:
+            own = listener.getsockname()[:2]
+            addresses, run, store = rendezvous.exchange_addresses(
+                rank, world_size, own, connect_timeout
+            )
+        formation = handshake.Formation(Hello(world_size, rank, run), listener, addresses)
+        sockets = formation.run(connect_timeout)
+    del store
+    return TcpMesh(rank, world_size, sockets, timeout=timeout, handshake=formation.stats)

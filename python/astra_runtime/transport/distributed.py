@@ -1,0 +1,277 @@
+"""The mesh over torch.distributed: the same frames as uint8 tensors, header in front and checked.
+
+The way to outgrow one machine's sockets: gloo on CPUs, NCCL between GPUs. torch.distributed shows
+less than a socket does, so three things are weaker than over TCP: a lost peer is noticed only by a
+wait for it, nothing says BYE, and bytes are counted as handed over, not at the socket. With NCCL a
+send is launched together with the next `receive`, `send` or `flush`: two ranks that both launched
+their sends first would wait for each other. gloo aborts the process when a message is larger than
+the buffer posted for it, so buffers are posted with room to spare and the header finds the fault.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections import deque
+from collections.abc import Mapping, Sequence
+from datetime import timedelta
+from types import TracebackType
+from typing import Any, Final, NamedTuple, Self
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed import P2POp, ProcessGroup
+
+from astra_runtime import wire
+from astra_runtime.errors import (
+    CONTROL_BLOCKS,
+    AstraError,
+    ConnectFailed,
+    DeadlineExceeded,
+    PeerLost,
+)
+from astra_runtime.transport import mesh as _mesh
+from astra_runtime.transport.mesh import Payload, Stats
+from astra_runtime.wire import HEADER_SIZE, Frame, Header
+
+ROOM: Final = 1 << 20  # bytes of the smallest buffer posted to gloo
+
+
+class _Transfer(NamedTuple):
+    """A tensor on its way. `work` has torch.distributed's `wait` and `is_completed`."""
+
+    work: Any
+    tensor: Tensor
+    rank: int
+
+
+class DistributedMesh:
+    """`Mesh` over a process group of which every rank is a member.
+
+    device: where the frames' tensors live; "cuda" for NCCL. batched: launch sends with receives.
+    owned: `close` also destroys the default process group.
+    """
+
+    def __init__(
+        self,
+        group: ProcessGroup,
+        *,
+        timeout: float = 30.0,
+        device: str = "cpu",
+        batched: bool = False,
+        owned: bool = False,
+    ) -> None:
+        self.rank = group.rank()
+        self.world_size = group.size()
+        self.timeout = timeout
+        self._group = group
+        self._device = torch.device(device)
+        self._batched = batched
+        self._owned = owned
+        self._closed = False
+        self._staged: list[tuple[Tensor, int]] = []
+        self._sending: deque[_Transfer] = deque()
+        self._free: dict[int, list[Tensor]] = {}
+        self._slots: dict[tuple[int, int], Tensor] = {}
+        self._sent = [0] * self.world_size
+        self._received = [0] * self.world_size
+        self._stats = {rank: Stats() for rank in _mesh.peers_of(self)}
+
+    @property
+    def stats(self) -> Stats:
+        return sum(self._stats.values(), Stats())
+
+    @property
+    def peer_stats(self) -> dict[int, Stats]:
+        return {rank: stats + Stats() for rank, stats in self._stats.items()}
+
+    def agree(self, facts: Mapping[str, str]) -> None:
+        _mesh.agree(self, facts)
+
+    def buffer(self, size: int) -> Frame:
+        return Frame(size)
+
+    def send(self, payload: Payload, *, block: int, plan: int, to: Sequence[int]) -> None:
+        frame = payload if isinstance(payload, Frame) else Frame.of(payload)
+        self._reap()
+        self._launch([])
+        for rank in to:
+            stats = self._stats_of(rank)
+            pool = self._free.setdefault(len(frame.data), [])
+            tensor = pool.pop() if pool else self._empty(len(frame.data))
+            data = frame.stamp(self._sent[rank], plan, block, self.rank)
+            tensor.copy_(torch.frombuffer(data, dtype=torch.uint8))
+            self._sent[rank] += 1
+            self._staged.append((tensor, rank))
+            stats.messages_sent += 1
+            stats.bytes_sent_total += len(data)
+            if block < CONTROL_BLOCKS:
+                stats.bytes_sent_payload += frame.size
+            else:
+                stats.bytes_sent_control += frame.size
+        if not self._batched:
+            self._launch([])
+
+    def receive(self, sizes: Mapping[int, int], *, block: int, plan: int) -> dict[int, memoryview]:
+        slot = block & 1 if block < CONTROL_BLOCKS else 2
+        wanted: list[tuple[Tensor, int]] = []
+        for rank, size in sizes.items():
+            self._stats_of(rank)
+            wanted.append((self._slot(rank, slot, HEADER_SIZE + size), rank))
+        transfers = self._launch(wanted)
+        deadline = time.monotonic() + self.timeout
+        views = {}
+        for transfer in transfers:
+            self._wait(transfer, block, deadline)
+            views[transfer.rank] = self._accept(transfer, sizes[transfer.rank], block, plan)
+        self._reap()
+        return views
+
+    def _accept(self, transfer: _Transfer, size: int, block: int, plan: int) -> memoryview:
+        """Checks the header of a frame that has come and returns its payload."""
+        rank = transfer.rank
+        received = transfer.tensor[: HEADER_SIZE + size].cpu().numpy()
+        data: memoryview = received.data
+        wire.check_header(data, Header(size, self._received[rank], plan, block, rank))
+        self._received[rank] += 1
+        stats = self._stats[rank]
+        stats.messages_received += 1
+        stats.bytes_received_total += len(data)
+        if block < CONTROL_BLOCKS:
+            stats.bytes_received_payload += size
+        else:
+            stats.bytes_received_control += size
+        return data[HEADER_SIZE:]
+
+    def _launch(self, receives: Sequence[tuple[Tensor, int]]) -> list[_Transfer]:
+        """Starts the staged sends and `receives`; returns the transfers of the latter."""
+        sends, self._staged = self._staged, []
+        group = self._group
+        try:
+            if self._batched and (sends or receives):
+                ops = [P2POp(dist.isend, tensor, rank, group) for tensor, rank in sends]
+                ops += [P2POp(dist.irecv, tensor, rank, group) for tensor, rank in receives]
+                works = dist.batch_isend_irecv(ops)
+                # NCCL returns one work for the whole batch.
+                works = works * len(ops) if len(works) == 1 else works
+            else:
+                works = [group.send([tensor], rank, 0) for tensor, rank in sends]
+                works += [group.recv([tensor], rank, 0) for tensor, rank in receives]
+        except RuntimeError as error:
+            rank = (*sends, *receives)[0][1]
+            raise PeerLost(rank, None, _first_line(error)) from error
+        transfers = [
+            _Transfer(work, tensor, rank)
+            for work, (tensor, rank) in zip(works, (*sends, *receives), strict=True)
+        ]
+        self._sending.extend(transfers[: len(sends)])
+        return transfers[len(sends) :]
+
+    def _wait(self, transfer: _Transfer, block: int | None, deadline: float) -> None:
+        left = max(deadline - time.monotonic(), 1e-3)
+        try:
+            transfer.work.wait(timedelta(milliseconds=math.ceil(left * 1000)))
+        except RuntimeError as error:
+            raise self._failure(transfer.rank, block, error) from error
+
+    def _failure(self, rank: int, block: int | None, error: RuntimeError) -> AstraError:
+        """torch.distributed has one exception for everything; its words tell what happened."""
+        text = str(error)
+        if "imed out" in text or "timeout" in text:
+            return DeadlineExceeded(rank, block, self.timeout)
+        return PeerLost(rank, block, _first_line(error))
+
+    def _reap(self) -> None:
+        """Takes back the buffers of sends that have completed."""
+        while self._sending and self._sending[0].work.is_completed():
+            tensor = self._sending.popleft().tensor
+            self._free[tensor.numel()].append(tensor)
+
+    def _slot(self, rank: int, slot: int, total: int) -> Tensor:
+        tensor = self._slots.get((rank, slot))
+        if tensor is None or tensor.numel() < total:
+            tensor = self._slots[rank, slot] = self._empty(max(total, ROOM))
+        return tensor[:total] if self._batched else tensor
+
+    def _empty(self, total: int) -> Tensor:
+        return torch.zeros(total, dtype=torch.uint8, device=self._device)
+
+    def _stats_of(self, rank: int) -> Stats:
+        if self._closed:
+            raise AstraError("the mesh is closed")
+        if rank not in self._stats:
+            raise ValueError(f"rank: expected one of {sorted(self._stats)}, got {rank}")
+        return self._stats[rank]
+
+    def flush(self) -> None:
+        self._launch([])
+        deadline = time.monotonic() + self.timeout
+        while self._sending:
+            self._wait(self._sending[0], None, deadline)
+            transfer = self._sending.popleft()
+            self._free[transfer.tensor.numel()].append(transfer.tensor)
+
+    def close(self) -> None:
+        self._close(deliver=True)
+
+    def _close(self, *, deliver: bool) -> None:
+        if self._closed:
+            return
+        self._closed = True
+        if deliver:
+            try:
+                self.flush()
+            except AstraError:
+                self._sending.clear()  # the peer is gone or does not read: nothing more to do
+        if self._owned:
+            dist.destroy_process_group()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self._close(deliver=kind is None)
+
+
+def _first_line(error: BaseException) -> str:
+    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+
+
+def connect_distributed(
+    rank: int,
+    world_size: int,
+    peers: Sequence[str] | None,
+    backend: str,
+    timeout: float,
+    connect_timeout: float,
+) -> DistributedMesh:
+    """Joins torch.distributed's default group (made here unless it exists) and wraps it.
+
+    peers: their first address is the rendezvous; None: torchrun's variables.
+    """
+    owned = not dist.is_initialized()
+    if owned:
+        method = "env://" if peers is None else f"tcp://{peers[0]}"
+        try:
+            dist.init_process_group(
+                backend,
+                init_method=method,
+                rank=rank,
+                world_size=world_size,
+                timeout=timedelta(seconds=connect_timeout),
+            )
+        except (RuntimeError, OSError, ValueError) as error:
+            reason = f"rank {rank} could not join the {backend} group: {_first_line(error)}"
+            raise ConnectFailed(reason) from error
+    group = dist.group.WORLD
+    if group is None or (group.rank(), group.size()) != (rank, world_size):
+        raise ConnectFailed(f"the existing process group is not rank {rank} of {world_size}")
+    nccl = backend == "nccl"
+    device = f"cuda:{torch.cuda.current_device()}" if nccl else "cpu"
+    return DistributedMesh(group, timeout=timeout, device=device, batched=nccl, owned=owned)

@@ -1,0 +1,221 @@
+"""Emulating a slow access link inside the sending process, exact below a packet, without credit.
+
+Each rank has one full-duplex link of the stated rate. Every frame to every peer crosses the rank's
+own uplink, one after another: it occupies the link for its bits over the rate and is delivered when
+its last bit has crossed, plus the delay. A frame that finds the link busy waits; an idle link saves
+nothing up, so no burst passes free. What is emulated is the uplink: N−1 senders that meet at one
+rank's downlink are not slowed there (in an all-to-all exchange both directions carry the same
+bytes). TCP acknowledgements are not counted.
+
+The frame is held by a thread until the moment its last bit would have arrived and then goes through
+the mesh below, loopback's few tens of microseconds late. The thread sleeps; computation continues.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import threading
+import time
+from collections import deque
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from types import TracebackType
+from typing import Final, NamedTuple, Self
+
+from astra_runtime.errors import AstraError, DeadlineExceeded
+from astra_runtime.transport import mesh as _mesh
+from astra_runtime.transport.mesh import Mesh, Payload, Stats
+from astra_runtime.wire import HEADER_SIZE, Frame
+
+SEGMENT: Final = 1448  # payload bytes of a full TCP segment on Ethernet, timestamps on
+SEGMENT_OVERHEAD: Final = 52  # IPv4 header 20, TCP header 20, timestamps option 12
+MAX_QUEUED: Final = 64 << 20  # payload bytes held back before `send` waits
+_PR_SET_TIMERSLACK: Final = 29
+
+
+@dataclass(frozen=True)
+class Link:
+    """An access link: rate in Mbit/s (None: unlimited) and one-way delay in milliseconds."""
+
+    mbit_per_s: float | None = None
+    delay_ms: float = 0.0
+
+    def __post_init__(self) -> None:
+        if self.mbit_per_s is not None and not self.mbit_per_s > 0:
+            raise ValueError(f"mbit_per_s: expected a positive rate, got {self.mbit_per_s}")
+        if not self.delay_ms >= 0:
+            raise ValueError(f"delay_ms: expected 0 or more, got {self.delay_ms}")
+
+    @property
+    def is_free(self) -> bool:
+        return self.mbit_per_s is None and self.delay_ms == 0
+
+    def seconds(self, payload: int) -> float:
+        """How long a frame of `payload` bytes occupies the link, all headers included."""
+        if self.mbit_per_s is None:
+            return 0.0
+        frame = HEADER_SIZE + payload
+        return (frame + SEGMENT_OVERHEAD * -(-frame // SEGMENT)) * 8e-6 / self.mbit_per_s
+
+
+class _Held(NamedTuple):
+    """One frame on its way to one peer. `last`: the buffer is free once this one is sent."""
+
+    due: float
+    frame: Frame
+    block: int
+    plan: int
+    rank: int
+    last: bool
+
+
+class PacedMesh:
+    """A mesh whose sends cross `link` first. The payload is copied, so `send` returns at once."""
+
+    def __init__(self, mesh: Mesh, link: Link) -> None:
+        self._mesh = mesh
+        self.link = link
+        self.rank = mesh.rank
+        self.world_size = mesh.world_size
+        self._busy_until = 0.0  # when the uplink has sent its last queued bit
+        self._held: deque[_Held] = deque()
+        self._held_bytes = 0
+        self._free: dict[int, list[Frame]] = {}
+        self._changed = threading.Condition()
+        self._closing = False
+        self._failure: AstraError | None = None
+        self._thread = threading.Thread(target=self._deliver, name="astra-link", daemon=True)
+        self._thread.start()
+
+    @property
+    def timeout(self) -> float:
+        return self._mesh.timeout
+
+    @timeout.setter
+    def timeout(self, seconds: float) -> None:
+        self._mesh.timeout = seconds
+
+    @property
+    def stats(self) -> Stats:
+        return self._mesh.stats
+
+    @property
+    def peer_stats(self) -> dict[int, Stats]:
+        return self._mesh.peer_stats
+
+    def agree(self, facts: Mapping[str, str]) -> None:
+        _mesh.agree(self, facts)
+
+    def buffer(self, size: int) -> Frame:
+        return self._mesh.buffer(size)
+
+    def send(self, payload: Payload, *, block: int, plan: int, to: Sequence[int]) -> None:
+        start = time.monotonic()
+        self._raise_failure()
+        content = payload.payload if isinstance(payload, Frame) else memoryview(payload).cast("B")
+        size = content.nbytes
+        with self._changed:
+            if self._held_bytes > MAX_QUEUED:
+                self._wait_for_room(block)
+                start = time.monotonic()
+            pool = self._free.setdefault(size, [])
+            frame = pool.pop() if pool else self._mesh.buffer(size)
+            frame.payload[:] = content
+            for position, rank in enumerate(to, 1):
+                self._busy_until = max(self._busy_until, start) + self.link.seconds(size)
+                due = self._busy_until + self.link.delay_ms * 1e-3
+                self._held.append(_Held(due, frame, block, plan, rank, position == len(to)))
+                self._held_bytes += size
+            self._changed.notify_all()
+
+    def _wait_for_room(self, block: int) -> None:
+        if not self._changed.wait_for(
+            lambda: self._held_bytes <= MAX_QUEUED or self._failure is not None, self.timeout
+        ):
+            raise DeadlineExceeded(self._held[0].rank, block, self.timeout)
+
+    def _raise_failure(self) -> None:
+        if self._failure is not None:
+            raise self._failure
+        if self._closing:
+            raise AstraError("the mesh is closed")
+
+    def _deliver(self) -> None:
+        """The thread: sleeps until the first held frame has crossed, and hands it on."""
+        _sharpen_timer()
+        while True:
+            with self._changed:
+                self._changed.wait_for(lambda: self._held or self._closing)
+                if not self._held:
+                    return
+                held = self._held[0]
+            pause = held.due - time.monotonic()
+            if pause > 0:
+                time.sleep(pause)
+            try:
+                self._mesh.send(held.frame, block=held.block, plan=held.plan, to=(held.rank,))
+                self._mesh.flush()
+            except AstraError as error:
+                self._fail(error)
+                return
+            with self._changed:
+                if not self._held:  # closed meanwhile without delivery
+                    return
+                self._held.popleft()
+                self._held_bytes -= held.frame.size
+                if held.last:
+                    self._free[held.frame.size].append(held.frame)
+                self._changed.notify_all()
+
+    def _fail(self, error: AstraError) -> None:
+        with self._changed:
+            self._failure = error
+            self._held.clear()
+            self._changed.notify_all()
+
+    def receive(self, sizes: Mapping[int, int], *, block: int, plan: int) -> dict[int, memoryview]:
+        self._raise_failure()
+        return self._mesh.receive(sizes, block=block, plan=plan)
+
+    def flush(self) -> None:
+        """Waits until everything sent has crossed the link."""
+        with self._changed:
+            crossing = max(0.0, self._busy_until + self.link.delay_ms * 1e-3 - time.monotonic())
+            if not self._changed.wait_for(lambda: not self._held, crossing + self.timeout):
+                raise DeadlineExceeded(self._held[0].rank, None, self.timeout)
+        self._raise_failure()
+
+    def close(self) -> None:
+        self._stop(deliver=True)
+        self._mesh.close()
+
+    def _stop(self, *, deliver: bool) -> None:
+        if deliver and not self._closing:
+            try:
+                self.flush()
+            except AstraError:
+                deliver = False
+        with self._changed:
+            self._closing = True
+            if not deliver:
+                self._held.clear()
+            self._changed.notify_all()
+        self._thread.join(self.timeout)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self._stop(deliver=kind is None)
+        self._mesh.__exit__(kind, error, trace)
+
+
+def _sharpen_timer() -> None:
+    """Lets this thread's sleeps end on time instead of up to 50 µs late (Linux's timer slack)."""
+    libc = ctypes.CDLL(None, use_errno=True)
+    libc.prctl(_PR_SET_TIMERSLACK, ctypes.c_ulong(1), 0, 0, 0)

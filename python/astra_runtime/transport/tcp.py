@@ -1,0 +1,358 @@
+"""A full mesh over TCP: non-blocking sockets, one system call a frame, a deadline on every wait.
+
+A frame leaves in `send` straight from its buffer. What the kernel does not take at once (more than
+its send buffer, a slow reader) is copied and follows in later calls: while this rank waits in
+`receive`, at its next `send`, in `flush` or `close`. Frames that come early stay in the kernel's
+receive buffer until their block is asked for, so TCP's own flow control slows a rank far ahead.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import math
+import os
+import select
+import socket
+import struct
+import termios
+import threading
+import time
+from collections import deque
+from collections.abc import Mapping, Sequence
+from types import TracebackType
+from typing import Final, Self
+
+from astra_runtime import wire
+from astra_runtime.errors import (
+    CONTROL_BLOCKS,
+    AstraError,
+    DeadlineExceeded,
+    PeerLost,
+)
+from astra_runtime.transport import mesh as _mesh
+from astra_runtime.transport.mesh import Payload, Stats
+from astra_runtime.wire import HEADER_SIZE, Frame, Header
+
+SEND_BUFFER: Final = 2 << 20  # asked of the kernel: usual frames (≤128 KiB) leave in one call
+MAX_UNSENT: Final = 64 << 20  # bytes kept for a peer that does not read before `send` waits
+YIELD_NANOSECONDS: Final = 50_000  # how long a wait yields its core before it sleeps
+_ENDED: Final = select.POLLRDHUP | select.POLLHUP | select.POLLERR
+
+
+def prepare(sock: socket.socket) -> None:
+    """The socket options of a connection, to be set before it connects or listens."""
+    sock.setblocking(False)
+    sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, SEND_BUFFER)
+    sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+
+
+def ended_properly(sock: socket.socket, rank: int) -> bool:
+    """Whether the bytes still unread on an ended connection end in the peer's BYE."""
+    (unread,) = struct.unpack("i", fcntl.ioctl(sock, termios.FIONREAD, bytes(4)))
+    if unread < HEADER_SIZE:
+        return False
+    try:
+        tail = sock.recv(unread, socket.MSG_PEEK)[-HEADER_SIZE:]
+    except OSError:
+        return False
+    return wire.is_bye(tail, rank)
+
+
+class _Peer:
+    """One connection: its sequence numbers, its unsent bytes, the frame being read."""
+
+    def __init__(self, rank: int, sock: socket.socket) -> None:
+        self.rank = rank
+        self.sock = sock
+        self.fd = sock.fileno()
+        self.sent = 0  # frames, and so the next sequence number
+        self.received = 0
+        self.unsent: deque[memoryview] = deque()
+        self.unsent_bytes = 0
+        self.watched = 0  # poll events registered
+        self.slots = [memoryview(bytearray(HEADER_SIZE))] * 3  # even, odd, control
+        self.expected = Header(0, 0, 0, 0, rank)
+        self.frame = self.slots[0]
+        self.filled = 0
+        self.stats = Stats()
+
+    def transmit(self, data: memoryview) -> None:
+        """Sends now what the kernel takes and keeps a copy of the rest, in order."""
+        taken = 0
+        if not self.unsent:
+            try:
+                taken = self.sock.send(data)
+            except BlockingIOError:
+                taken = 0
+            self.stats.bytes_sent_total += taken
+        if taken < len(data):
+            self.unsent.append(memoryview(bytes(data[taken:])))
+            self.unsent_bytes += len(data) - taken
+
+    def flush(self) -> bool:
+        """Sends what it can of the unsent bytes; True when none are left."""
+        while self.unsent:
+            rest = self.unsent[0]
+            try:
+                taken = self.sock.send(rest)
+            except BlockingIOError:
+                return False
+            self.stats.bytes_sent_total += taken
+            self.unsent_bytes -= taken
+            if taken < len(rest):
+                self.unsent[0] = rest[taken:]
+                return False
+            self.unsent.popleft()
+        return True
+
+    def expect(self, size: int, block: int, plan: int) -> None:
+        """Names the next frame; the reader has room for it and for nothing more."""
+        slot = block & 1 if block < CONTROL_BLOCKS else 2
+        total = HEADER_SIZE + size
+        if len(self.slots[slot]) < total:
+            self.slots[slot] = memoryview(bytearray(total))
+        self.frame = self.slots[slot][:total]
+        self.filled = 0
+        self.expected = Header(size, self.received, plan, block, self.rank)
+
+    def advance(self) -> bool:
+        """Reads what has come of the expected frame; True when it is complete and correct."""
+        before = self.filled
+        try:
+            count = self.sock.recv_into(self.frame[before:] if before else self.frame)
+        except BlockingIOError:
+            return False
+        except OSError as error:
+            raise self.lost(error.strerror or str(error)) from error
+        if count == 0:
+            raise self.lost("it closed the connection")
+        self.stats.bytes_received_total += count
+        self.filled = filled = before + count
+        if filled < HEADER_SIZE:
+            return False
+        if before < HEADER_SIZE:
+            if wire.is_bye(self.frame, self.rank):
+                raise self.lost("it had finished and said BYE")
+            wire.check_header(self.frame, self.expected)
+        if filled < len(self.frame):
+            return False
+        self.received += 1
+        return True
+
+    def lost(self, detail: str) -> PeerLost:
+        return PeerLost(self.rank, self.expected.block, detail)
+
+
+class TcpMesh:
+    """`Mesh` over connected sockets, one for each peer. Made by `connect` or `local_mesh`."""
+
+    def __init__(
+        self,
+        rank: int,
+        world_size: int,
+        sockets: Mapping[int, socket.socket],
+        *,
+        timeout: float = 30.0,
+        handshake: Stats | None = None,
+    ) -> None:
+        self.rank = rank
+        self.world_size = world_size
+        self.timeout = timeout
+        self._peers = {peer: _Peer(peer, sock) for peer, sock in sockets.items()}
+        self._by_fd = {peer.fd: peer for peer in self._peers.values()}
+        self._sending = threading.Lock()  # a link emulator sends from a thread of its own
+        self._poll = select.poll()
+        self._handshake = handshake or Stats()
+        self._closed = False
+        for peer in self._peers.values():
+            peer.sock.setsockopt(
+                socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, math.ceil(timeout * 1000)
+            )
+            self._poll.register(peer.fd, _ENDED)
+            peer.watched = _ENDED
+
+    @property
+    def stats(self) -> Stats:
+        return sum((peer.stats for peer in self._peers.values()), self._handshake)
+
+    @property
+    def peer_stats(self) -> dict[int, Stats]:
+        return {rank: peer.stats + Stats() for rank, peer in self._peers.items()}
+
+    def agree(self, facts: Mapping[str, str]) -> None:
+        _mesh.agree(self, facts)
+
+    def buffer(self, size: int) -> Frame:
+        return Frame(size)
+
+    def send(self, payload: Payload, *, block: int, plan: int, to: Sequence[int]) -> None:
+        frame = payload if isinstance(payload, Frame) else Frame.of(payload)
+        for rank in to:
+            peer = self._peer(rank)
+            if peer.unsent_bytes > MAX_UNSENT:
+                self._flush([peer], block)
+            with self._sending:
+                data = frame.stamp(peer.sent, plan, block, self.rank)
+                peer.sent += 1
+                stats = peer.stats
+                stats.messages_sent += 1
+                if block < CONTROL_BLOCKS:
+                    stats.bytes_sent_payload += frame.size
+                else:
+                    stats.bytes_sent_control += frame.size
+                try:
+                    peer.transmit(data)
+                except OSError as error:
+                    raise PeerLost(rank, block, error.strerror or str(error)) from error
+
+    def receive(self, sizes: Mapping[int, int], *, block: int, plan: int) -> dict[int, memoryview]:
+        waiting: dict[int, _Peer] = {}
+        for rank, size in sizes.items():
+            peer = self._peer(rank)
+            peer.expect(size, block, plan)
+            if not peer.advance():
+                waiting[peer.fd] = peer
+        if waiting:
+            self._wait(waiting, block)
+        views = {}
+        for rank, size in sizes.items():
+            peer = self._peers[rank]
+            peer.stats.messages_received += 1
+            if block < CONTROL_BLOCKS:
+                peer.stats.bytes_received_payload += size
+            else:
+                peer.stats.bytes_received_control += size
+            views[rank] = peer.frame[HEADER_SIZE:]
+        return views
+
+    def _wait(self, waiting: dict[int, _Peer], block: int) -> None:
+        """Serves every socket until all frames in `waiting` are whole or the deadline passes."""
+        deadline = time.monotonic() + self.timeout
+        self._yield_for(waiting)
+        for peer in self._peers.values():
+            self._watch(peer, peer.fd in waiting)
+        while waiting:
+            left = deadline - time.monotonic()
+            if left <= 0:
+                ranks = tuple(sorted(peer.rank for peer in waiting.values()))
+                raise DeadlineExceeded(ranks[0], block, self.timeout, ranks)
+            for fd, events in self._poll.poll(math.ceil(left * 1000)):
+                self._serve(self._by_fd[fd], events, waiting, block)
+
+    def _yield_for(self, waiting: dict[int, _Peer]) -> None:
+        """Most frames of an exchange come within microseconds. Giving the core to whoever sends
+        them is quicker than to sleep and be woken, and takes no core from a rank that computes."""
+        until = time.perf_counter_ns() + YIELD_NANOSECONDS
+        while waiting and time.perf_counter_ns() < until:
+            os.sched_yield()
+            for peer in list(waiting.values()):
+                if peer.advance():
+                    del waiting[peer.fd]
+
+    def _serve(self, peer: _Peer, events: int, waiting: dict[int, _Peer], block: int) -> None:
+        if events & select.POLLOUT:
+            self._flush_now([peer], block)
+        if peer.fd in waiting:
+            if events & ~select.POLLOUT and peer.advance():
+                del waiting[peer.fd]
+        elif events & _ENDED:
+            if not ended_properly(peer.sock, peer.rank):
+                raise PeerLost(peer.rank, block, "it closed the connection")
+            self._poll.unregister(peer.fd)  # what it sent before its BYE can still be read
+            peer.watched = 0
+            return
+        self._watch(peer, peer.fd in waiting)
+
+    def _watch(self, peer: _Peer, readable: bool) -> None:
+        """Keeps frames that came early from waking this rank: only awaited data counts."""
+        if not peer.watched:
+            return
+        events = _ENDED
+        if readable:
+            events |= select.POLLIN
+        if peer.unsent:
+            events |= select.POLLOUT
+        if events != peer.watched:
+            self._poll.modify(peer.fd, events)
+            peer.watched = events
+
+    def _peer(self, rank: int) -> _Peer:
+        if self._closed:
+            raise AstraError("the mesh is closed")
+        peer = self._peers.get(rank)
+        if peer is None:
+            raise ValueError(f"rank: expected one of {sorted(self._peers)}, got {rank}")
+        return peer
+
+    def flush(self) -> None:
+        self._flush(list(self._peers.values()), None)
+
+    def _flush_now(self, peers: Sequence[_Peer], block: int | None) -> list[_Peer]:
+        """Sends what the kernel takes; returns the peers with bytes left."""
+        left = []
+        with self._sending:
+            for peer in peers:
+                try:
+                    if not peer.flush():
+                        left.append(peer)
+                except OSError as error:
+                    raise PeerLost(peer.rank, block, error.strerror or str(error)) from error
+        return left
+
+    def _flush(self, peers: Sequence[_Peer], block: int | None) -> None:
+        deadline = time.monotonic() + self.timeout
+        while left := self._flush_now(peers, block):
+            seconds = deadline - time.monotonic()
+            if seconds <= 0:
+                ranks = tuple(sorted(peer.rank for peer in left))
+                raise DeadlineExceeded(ranks[0], block, self.timeout, ranks)
+            writable = select.poll()
+            for peer in left:
+                writable.register(peer.fd, select.POLLOUT)
+            writable.poll(math.ceil(seconds * 1000))
+
+    def close(self) -> None:
+        self._close(say_bye=True)
+
+    def _close(self, *, say_bye: bool) -> None:
+        if self._closed:
+            return
+        self._closed = True
+        if say_bye:
+            for peer in self._peers.values():
+                self._say_bye(peer)
+        for peer in self._peers.values():
+            peer.sock.close()
+
+    def _say_bye(self, peer: _Peer) -> None:
+        """Ends one connection so that nothing sent is lost: a close with unread input resets it,
+        and a reset discards what the peer's kernel has not acknowledged yet."""
+        try:
+            with self._sending:
+                peer.transmit(wire.bye(peer.sent, self.rank))
+            self._flush([peer], None)
+            peer.sock.shutdown(socket.SHUT_WR)
+            deadline = time.monotonic() + self.timeout
+            pause = 1e-4
+            while time.monotonic() < deadline:
+                (unacknowledged,) = struct.unpack(
+                    "i", fcntl.ioctl(peer.sock, termios.TIOCOUTQ, bytes(4))
+                )
+                if not unacknowledged:
+                    return
+                time.sleep(pause)
+                pause = min(2 * pause, 0.02)
+        except (AstraError, OSError):
+            return  # the peer is gone, and so is the need to take leave of it
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        # A rank that fails must look lost to its peers, not finished.
+        self._close(say_bye=kind is None)

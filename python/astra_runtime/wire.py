@@ -1,0 +1,197 @@
+"""The bytes ranks exchange: encoding and checking them, no I/O. `docs/wire.md` is the contract.
+
+A connection opens with one HELLO each way (28 bytes; the reply may carry a reason to refuse) and
+then carries frames: a 16-byte header and the payload. The reader always knows which frame has to
+come, so a header is checked for equality and its length never decides how much is allocated.
+"""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Final, NamedTuple
+
+from astra_runtime.errors import CONTROL_BLOCKS, HandshakeRefused, WireError
+
+PROTOCOL_VERSION: Final = 1
+MAGIC: Final = b"ASTR"
+
+_HEADER: Final = struct.Struct("<IIIHH")  # payload length, sequence, plan, block, source
+HEADER_SIZE: Final = _HEADER.size
+
+_HELLO: Final = struct.Struct("<4sHHHH16s")  # magic, version, world size, rank, reason length, run
+HELLO_SIZE: Final = _HELLO.size
+_PREFIX: Final = struct.Struct("<4sH")  # the part of HELLO that no version may change
+MAX_REASON: Final = 512
+NO_RUN: Final = bytes(16)
+
+FACTS: Final = 0xFFFE  # block number of the frame that `Mesh.agree` exchanges
+BYE: Final = 0xFFFF  # block number of the last frame of a rank that finished properly
+FACTS_SIZE: Final = 2048
+LAST_CONTROL: Final = 0xFFEF  # CONTROL_BLOCKS..LAST_CONTROL are free for the engine
+
+__all__ = ["BYE", "CONTROL_BLOCKS", "FACTS", "FACTS_SIZE", "HEADER_SIZE", "HELLO_SIZE"]
+__all__ += ["LAST_CONTROL", "MAX_REASON", "NO_RUN", "PROTOCOL_VERSION", "Frame", "Header", "Hello"]
+__all__ += ["bye", "check_header", "decode_facts", "decode_hello", "encode_facts", "is_bye"]
+__all__ += ["judge_prefix", "parse_header", "refusal"]
+
+
+class Header(NamedTuple):
+    """The first 16 bytes of a frame. `length`: payload bytes; `plan`: tag of what is computed."""
+
+    length: int
+    sequence: int
+    plan: int
+    block: int
+    source: int
+
+
+class Frame:
+    """A reusable frame: `payload` is a writable view of `size` bytes, the header lies before it."""
+
+    __slots__ = ("data", "payload", "size")
+
+    def __init__(self, size: int) -> None:
+        self.size = size
+        self.data = memoryview(bytearray(HEADER_SIZE + size))
+        self.payload = self.data[HEADER_SIZE:]
+
+    @classmethod
+    def of(cls, payload: bytes | bytearray | memoryview) -> Frame:
+        """A frame with a copy of `payload` (any contiguous buffer)."""
+        content = memoryview(payload).cast("B")
+        frame = cls(content.nbytes)
+        frame.payload[:] = content
+        return frame
+
+    def stamp(self, sequence: int, plan: int, block: int, source: int) -> memoryview:
+        """Writes the header and returns the whole frame, ready for one system call."""
+        try:
+            _HEADER.pack_into(self.data, 0, self.size, sequence, plan, block, source)
+        except struct.error as error:
+            header = Header(self.size, sequence, plan, block, source)
+            raise WireError("header", "fields within their widths", header) from error
+        return self.data
+
+
+def parse_header(data: bytes | bytearray | memoryview) -> Header:
+    """Reads the header at the start of `data`, which holds at least 16 bytes."""
+    if len(data) < HEADER_SIZE:
+        raise WireError("header size", HEADER_SIZE, len(data))
+    return Header._make(_HEADER.unpack_from(data))
+
+
+def check_header(data: bytes | bytearray | memoryview, expected: Header) -> None:
+    """Raises WireError, naming the field, unless `data` starts with exactly `expected`."""
+    got = parse_header(data)
+    if got == expected:
+        return
+    # The plan is named before what follows from it: another plan has other lengths and blocks.
+    for name in ("source", "sequence", "plan", "block", "length"):
+        if getattr(got, name) != getattr(expected, name):
+            rank, want, came = expected.source, getattr(expected, name), getattr(got, name)
+            if name == "plan":
+                want, came = f"0x{want:08x}", f"0x{came:08x}"
+            raise WireError(name, want, came, rank)
+
+
+def bye(sequence: int, source: int) -> memoryview:
+    """The last frame a rank sends on a connection it ends on purpose."""
+    return Frame(0).stamp(sequence, 0, BYE, source)
+
+
+def is_bye(data: bytes | bytearray | memoryview, source: int) -> bool:
+    """Whether `data` starts with the BYE of rank `source` (whatever its sequence number)."""
+    if len(data) < HEADER_SIZE:
+        return False
+    header = parse_header(data)
+    return header == (0, header.sequence, 0, BYE, source)
+
+
+@dataclass(frozen=True)
+class Hello:
+    """Who a rank is. `run`: 16 bytes that all ranks of one run share, zeros where none is set."""
+
+    world_size: int
+    rank: int
+    run: bytes = NO_RUN
+    version: int = PROTOCOL_VERSION
+
+    def encode(self, reason: str = "") -> bytes:
+        """28 bytes; as a reply, a non-empty `reason` refuses and follows as UTF-8."""
+        text = reason.encode()[:MAX_REASON]
+        fields = (MAGIC, self.version, self.world_size, self.rank, len(text), self.run)
+        return _HELLO.pack(*fields) + text
+
+
+def judge_prefix(data: bytes | bytearray | memoryview) -> str | None:
+    """Why the bytes read so far cannot become a HELLO of ours, or None while they still can."""
+    seen = bytes(data[: len(MAGIC)])
+    if seen != MAGIC[: len(seen)]:
+        return f"this port speaks ASTRA, the first bytes {seen!r} are something else"
+    if len(data) >= _PREFIX.size:
+        version: int = _PREFIX.unpack_from(data)[1]
+        if version != PROTOCOL_VERSION:
+            return f"protocol version {version} came, this rank speaks {PROTOCOL_VERSION}"
+    return None
+
+
+def decode_hello(data: bytes | bytearray | memoryview) -> tuple[Hello, int]:
+    """Parses the 28 bytes of a HELLO; also returns the length of the reason that follows."""
+    reason = judge_prefix(data)
+    if reason is not None:
+        raise HandshakeRefused(reason)
+    if len(data) != HELLO_SIZE:
+        raise WireError("hello size", HELLO_SIZE, len(data))
+    _, version, world_size, rank, reason_size, run = _HELLO.unpack(data)
+    if reason_size > MAX_REASON:
+        raise WireError("reason length", f"at most {MAX_REASON}", reason_size)
+    return Hello(world_size, rank, run, version), reason_size
+
+
+def refusal(own: Hello, other: Hello) -> str | None:
+    """Why `other` cannot join the world of `own`, in words that both sides can read; or None."""
+    if other.world_size != own.world_size:
+        return (
+            f"rank {other.rank} has world size {other.world_size}, "
+            f"rank {own.rank} has {own.world_size}"
+        )
+    if other.run != own.run:
+        ours, theirs = own.run.hex(), other.run.hex()
+        return f"rank {other.rank} belongs to run {theirs}, rank {own.rank} to {ours}"
+    if other.rank >= own.world_size:
+        return f"rank {other.rank} is outside the world of {own.world_size} ranks"
+    if other.rank == own.rank:
+        return f"rank {own.rank} was claimed by two processes"
+    return None
+
+
+def encode_facts(facts: Mapping[str, str]) -> bytes:
+    """Names and values as length-prefixed UTF-8, zero-padded to FACTS_SIZE bytes."""
+    parts = [struct.pack("<H", len(facts))]
+    for text in (item for pair in sorted(facts.items()) for item in pair):
+        raw = text.encode()
+        parts.append(struct.pack("<H", min(len(raw), 0xFFFF)) + raw)
+    data = b"".join(parts)
+    if len(data) > FACTS_SIZE:
+        raise ValueError(f"facts: expected at most {FACTS_SIZE} bytes encoded, got {len(data)}")
+    return data.ljust(FACTS_SIZE, b"\0")
+
+
+def decode_facts(data: bytes | bytearray | memoryview, rank: int) -> dict[str, str]:
+    """Inverse of `encode_facts`; `rank` is the sender, for the error."""
+    raw = bytes(data)
+    try:
+        (count,) = struct.unpack_from("<H", raw)
+        texts: list[str] = []
+        position = 2
+        for _ in range(2 * count):
+            (size,) = struct.unpack_from("<H", raw, position)
+            position += 2 + size
+            if position > len(raw):
+                raise WireError("facts", f"at most {len(raw)} bytes", position, rank)
+            texts.append(raw[position - size : position].decode())
+    except (struct.error, UnicodeDecodeError) as error:
+        raise WireError("facts", "length-prefixed UTF-8", str(error), rank) from error
+    return dict(zip(texts[::2], texts[1::2], strict=True))

@@ -1,0 +1,63 @@
+"""Tiny random models of every family, and inputs for them."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import transformers
+from torch import Tensor
+
+KINDS = ("llama", "mistral", "qwen2", "gpt2", "vit", "bert")
+
+
+def tiny(kind: str, seed: int = 0, **changes: Any) -> Any:
+    """A model of 3 blocks, hidden size 48, 6 heads (3 KV heads where they are grouped)."""
+    torch.manual_seed(seed)
+    sizes: dict[str, Any] = {
+        "hidden_size": 48,
+        "num_hidden_layers": 3,
+        "num_attention_heads": 6,
+        "initializer_range": 0.3,  # large, so that attention is far from uniform
+    }
+    if kind in ("llama", "mistral", "qwen2"):
+        sizes |= {
+            "vocab_size": 97,
+            "intermediate_size": 96,
+            "num_key_value_heads": 3,
+            "max_position_embeddings": 256,
+            "sliding_window": None,
+        }
+        if kind == "llama":
+            sizes |= {"head_dim": 16, "eos_token_id": None}
+            del sizes["sliding_window"]
+        config_class, model_class = {
+            "llama": (transformers.LlamaConfig, transformers.LlamaForCausalLM),
+            "mistral": (transformers.MistralConfig, transformers.MistralForCausalLM),
+            "qwen2": (transformers.Qwen2Config, transformers.Qwen2ForCausalLM),
+        }[kind]
+    elif kind == "gpt2":
+        sizes |= {"vocab_size": 97, "n_positions": 256, "eos_token_id": None, "bos_token_id": None}
+        config_class, model_class = transformers.GPT2Config, transformers.GPT2LMHeadModel
+    elif kind == "vit":
+        sizes |= {"image_size": 20, "patch_size": 4, "num_channels": 1, "intermediate_size": 96}
+        config_class, model_class = transformers.ViTConfig, transformers.ViTForImageClassification
+    else:
+        sizes |= {"vocab_size": 97, "intermediate_size": 96, "max_position_embeddings": 128}
+        config_class, model_class = transformers.BertConfig, transformers.BertModel
+    model = model_class(config_class(**(sizes | changes)))
+    return model.eval()
+
+
+def inputs_for(kind: str, tokens: int = 23, batch: int = 1, seed: int = 1) -> dict[str, Tensor]:
+    """Random inputs. A ViT's are images of 25 patches, whatever `tokens` says."""
+    generator = torch.Generator().manual_seed(seed)
+    if kind == "vit":
+        return {"pixel_values": torch.randn(batch, 1, 20, 20, generator=generator)}
+    return {"input_ids": torch.randint(0, 97, (batch, tokens), generator=generator)}
+
+
+def windows_for(kind: str, count: int = 6, tokens: int = 40) -> Tensor:
+    """Calibration windows, other than the inputs above."""
+    windows = [inputs_for(kind, tokens, seed=100 + i) for i in range(count)]
+    return torch.cat([next(iter(window.values())) for window in windows])

@@ -1,0 +1,112 @@
+"""N ranks as one forward pass over the whole sequence, made of references only.
+
+No mesh, no packing, no shards: every token is in one sequence (an encoder's class token once for
+each rank), and masks in fp64 say who sees whom, exactly or through codes.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import astra_kernels as ak
+from astra_runtime.codebook import Codebook, joint, split_tables
+from astra_runtime.models import adapt, listening
+from astra_runtime.plan import Plan
+from astra_runtime.spaces import rotate
+
+
+class Simulation:
+    """A listener that computes what all ranks together compute."""
+
+    def __init__(self, model: Any, codebook: Codebook, plan: Plan, inputs: dict[str, Tensor]):
+        self.model, self.book, self.plan = model, codebook, plan
+        self.adapter = adapt(model)
+        self.codes: dict[int, Tensor] = {}
+        self.x: dict[int, Tensor] = {}
+        copies = plan.class_tokens
+        self.order, self.rank, self.is_copy = [], [], []
+        for n in range(plan.world_size):
+            own = list(range(plan.tokens))[plan.shard(n)]
+            self.order += [0] * copies + [i + copies for i in own]
+            self.rank += [n] * (copies + len(own))
+            self.is_copy += [True] * copies + [False] * len(own)
+        positions = self.adapter.positions(inputs)
+        self.rope = None if positions is None else self.adapter.rope(positions)
+        ids = inputs.get("input_ids")
+        self.kwargs: dict[str, Any] = dict(inputs)
+        if ids is not None and copies:
+            order = torch.tensor(self.order)
+            self.kwargs = {"input_ids": ids[:, order], "position_ids": order[None]}
+
+    @torch.inference_mode()
+    def run(self) -> Any:
+        with self.adapter.installed(), listening(self):
+            return self.model(**self.kwargs)
+
+    def embedded(self, hidden: Tensor) -> Tensor:
+        return hidden[:, self.order]
+
+    def before_block(self, block: int, hidden: Tensor) -> None:
+        self.x[block] = hidden
+
+    def estimates(self, block: int) -> tuple[Tensor, Tensor]:
+        """Keys (rotated) and values of all tokens as other ranks see them."""
+        x, book = self.x[block], self.book
+        assert book.tables is not None
+        if book.space == "hidden":
+            vectors = x.unflatten(-1, (book.groups, -1))
+            self.codes[block] = ak.encode(vectors, book.tables[block], impl="reference")
+            estimate = ak.decode(self.codes[block], book.tables[block], impl="reference")
+            key, value = self.adapter.project(block, estimate.flatten(2))
+            return rotate(key, self.rope), value
+        assert book.scales is not None
+        key, value = self.adapter.project(block, x)
+        heads, scales = key.shape[1], book.scales[block]
+        vectors = joint(key, value, scales, book.groups, book.shared)
+        codes = ak.encode(vectors, book.tables[block], impl="reference")
+        self.codes[block] = codes
+        tables = split_tables(book.tables[block], scales, heads, book.shared)
+        per_head = codes if not book.shared else codes.repeat(1, 1, heads)
+        per_head = per_head.unflatten(-1, (heads, -1)).long()  # [B, T, Hkv, S]
+
+        def look_up(table: Tensor) -> Tensor:  # [Hkv, S, K, d/S] -> [B, Hkv, T, d]
+            rows = [
+                torch.cat([table[h, s][per_head[:, :, h, s]] for s in range(table.shape[1])], -1)
+                for h in range(heads)
+            ]
+            return torch.stack(rows, 1)
+
+        return rotate(look_up(tables[0]), self.rope), look_up(tables[1])
+
+    def attend(self, block: int, query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
+        rank, copy = torch.tensor(self.rank), torch.tensor(self.is_copy)
+        local = rank[:, None] == rank[None]
+        far = ~local & ~copy[None]
+        if self.plan.causal:
+            earlier = torch.ones_like(local).tril()
+            local, far = local & earlier, far & earlier
+        if self.book.space == "drop":
+            far = torch.zeros_like(far)
+            far_key, far_value = key, value
+        elif self.book.space == "none":
+            far_key, far_value = key, value
+        else:
+            far_key, far_value = self.estimates(block)
+        group = query.shape[1] // key.shape[1]
+
+        def scores(keys: Tensor, mask: Tensor) -> Tensor:
+            wide = keys.double().repeat_interleave(group, 1)
+            return (query.double() @ wide.mT * scale).masked_fill(~mask, -torch.inf)
+
+        both = torch.cat([scores(key, local), scores(far_key, far)], -1).softmax(-1)
+        values = torch.cat([value, far_value], 2).double().repeat_interleave(group, 1)
+        return (both @ values).to(query.dtype)
+
+    def finish(self, hidden: Tensor) -> Tensor:
+        copies = torch.tensor(self.is_copy)
+        if not self.plan.class_tokens:
+            return hidden
+        return torch.cat([hidden[:, copies].mean(1, keepdim=True), hidden[:, ~copies]], 1)

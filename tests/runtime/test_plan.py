@@ -1,0 +1,96 @@
+"""The cut: every token once, whatever the world size and weights; visibility by shards."""
+
+from __future__ import annotations
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from astra_runtime.plan import Plan, balanced_weights
+
+
+@given(st.integers(1, 12), st.integers(0, 200), st.data())
+def test_every_token_has_one_rank(world_size: int, extra: int, data: st.DataObject) -> None:
+    weights = data.draw(
+        st.none() | st.lists(st.floats(1e-3, 1e3), min_size=world_size, max_size=world_size)
+    )
+    tokens = world_size + extra
+    plan = Plan.make(tokens, world_size, causal=True, weights=weights)
+    held = [i for n in range(world_size) for i in range(tokens)[plan.shard(n)]]
+    assert held == list(range(tokens))
+    assert all(plan.size(n) >= 1 for n in range(world_size))
+
+
+def test_equal_shards_differ_by_at_most_one() -> None:
+    plan = Plan.make(23, 5, causal=True)
+    sizes = [plan.size(n) for n in range(5)]
+    assert sum(sizes) == 23
+    assert max(sizes) - min(sizes) <= 1
+
+
+def test_weights_are_followed() -> None:
+    plan = Plan.make(100, 3, causal=True, weights=[1, 2, 1])
+    assert [plan.size(n) for n in range(3)] == [25, 50, 25]
+
+
+def test_a_decoder_sees_earlier_shards_only() -> None:
+    plan = Plan.make(12, 4, causal=True)
+    assert [plan.sources(n) for n in range(4)] == [(), (0,), (0, 1), (0, 1, 2)]
+    assert [plan.receivers(n) for n in range(4)] == [(1, 2, 3), (2, 3), (3,), ()]
+    assert plan.owner == 3
+
+
+def test_an_encoder_sees_all_shards() -> None:
+    plan = Plan.make(12, 3, causal=False, class_tokens=1)
+    assert [plan.sources(n) for n in range(3)] == [(1, 2), (0, 2), (0, 1)]
+    assert plan.receivers(1) == (0, 2)
+    assert plan.owner == 0
+
+
+def test_tags_tell_plans_apart() -> None:
+    tags = {
+        Plan.make(tokens, 3, causal=causal, weights=weights).tag(batch)
+        for tokens in (12, 13)
+        for causal in (True, False)
+        for weights in (None, [1, 2, 1])
+        for batch in (1, 2)
+    }
+    assert len(tags) == 16
+
+
+@pytest.mark.parametrize(
+    ("tokens", "world_size", "weights", "message"),
+    [
+        (2, 3, None, "tokens: expected at least one for each of the 3 ranks, got 2"),
+        (5, 0, None, "world_size: expected at least 1, got 0"),
+        (5, 2, [1.0], "weights: expected 2 positive numbers"),
+        (5, 2, [1.0, 0.0], "weights: expected 2 positive numbers"),
+        (5, 2, [1.0, float("nan")], "weights: expected 2 positive numbers"),
+    ],
+)
+def test_bad_cuts_are_refused(
+    tokens: int, world_size: int, weights: list[float] | None, message: str
+) -> None:
+    with pytest.raises(ValueError, match=message):
+        Plan.make(tokens, world_size, causal=True, weights=weights)
+
+
+@pytest.mark.parametrize("world_size", [2, 3, 4, 7])
+def test_balanced_weights_give_equal_work(world_size: int) -> None:
+    tokens, linear, attention, code = 4096, 1e6, 2e3, 2e5
+    weights = balanced_weights(
+        tokens, world_size, causal=True, linear=linear, attention=attention, code=code
+    )
+    assert sum(weights) == pytest.approx(tokens, rel=1e-6)
+    work, start = [], 0.0
+    for n, size in enumerate(weights):
+        coded = code if n < world_size - 1 else 0.0
+        work.append(size * (linear + coded + attention * start) + attention * size * size / 2)
+        start += size
+    assert max(work) / min(work) == pytest.approx(1, rel=1e-6)
+
+
+def test_encoders_share_equally() -> None:
+    assert balanced_weights(
+        100, 4, causal=False, linear=1.0, attention=1.0, code=1.0
+    ) == pytest.approx([1, 1, 1, 1])
