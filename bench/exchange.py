@@ -1,6 +1,7 @@
 """One block's all-to-all exchange on loopback: ours over TCP, gloo's all_gather, ZeroMQ.
 
-    python bench/exchange.py [--exchanges 2000] [--worlds 2 4] [--sizes 320 4096 32768 131072]
+    python -m bench.exchange     # writes bench/results/<device>/exchange.json; about two minutes
+    python -m bench.exchange --exchanges 500 --worlds 2 --sizes 320 --no-write
 
 Every rank is a process. All three run in the same processes, in rounds that take turns, so that
 whatever else the machine does meets them alike. An exchange is timed on every rank from the first
@@ -11,14 +12,14 @@ The floor is half a round trip of the payload between two processes over plain b
 from __future__ import annotations
 
 import argparse
-import json
+import contextlib
 import multiprocessing
-import platform
+import random
 import socket
-import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from datetime import timedelta
 from multiprocessing.queues import Queue
 from pathlib import Path
@@ -26,13 +27,28 @@ from typing import Any
 
 import numpy as np
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT / "python"))
+if __package__ in (None, ""):
+    sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from bench._report import Case, Times, write
 
 ROUNDS = 20
+PEERS = ("gloo", "zeromq")
 WARM_UP = 10  # exchanges at the start of a round that are not counted
 
-Exchange = Callable[[int], dict[int, bytes | memoryview]]  # block -> payload of every other rank
+
+@dataclass(frozen=True)
+class Tailed(Times):
+    """An exchange waits for the slowest rank, so the tail is what a long prompt feels."""
+
+    p99: float
+
+
+@dataclass(frozen=True)
+class Exchange(Case):
+    """A case with the peers' tails."""
+
+    peers_p99: Mapping[str, float] = field(default_factory=dict)
 
 
 def pattern(rank: int, block: int, size: int) -> bytes:
@@ -210,14 +226,16 @@ def run_rank(
 
 
 def free_ports(count: int) -> list[int]:
-    sockets = [socket.create_server(("127.0.0.1", 0)) for _ in range(count)]
-    ports = [int(link.getsockname()[1]) for link in sockets]
-    for link in sockets:
-        link.close()
+    """Ports nobody listens at, below the range that the kernel hands to outgoing dials."""
+    ports: list[int] = []
+    while len(ports) < count:
+        port = random.SystemRandom().randrange(15_000, 32_000)
+        with contextlib.suppress(OSError), socket.create_server(("127.0.0.1", port)):
+            ports.append(port)
     return ports
 
 
-def run_case(world_size: int, size: int, exchanges: int) -> dict[str, Any]:
+def run_case(world_size: int, size: int, exchanges: int) -> Exchange:
     numbers = free_ports(world_size + 2 + world_size * world_size)
     ports = {
         "astra": numbers[:world_size],
@@ -238,34 +256,31 @@ def run_case(world_size: int, size: int, exchanges: int) -> dict[str, Any]:
         process.join()
     pooled = {name: np.concatenate([part[name] for part in parts]) / 1e6 for name in parts[0]}
 
-    def ms(name: str, percent: float) -> float:
-        return round(float(np.percentile(pooled[name], percent)), 5)
+    def ms(name: str) -> Tailed:
+        return Tailed(*(float(np.percentile(pooled[name], p)) for p in (20, 50, 80, 99)))
 
-    peers = {name: ms(name, 50) for name in ("gloo", "zeromq")}
-    return {
-        "name": f"exchange_{size}B_{world_size}ranks",
-        "shape": {"world_size": world_size, "N": size},
-        "dtype": "uint8",
-        "impl": "astra tcp",
-        "ms": {f"p{p}": ms("astra tcp", p) for p in (20, 50, 80, 99)},
-        "floor_ms": round(ms("floor", 50) / 2, 5),
-        "peers": peers,
-        "peers_p99": {name: ms(name, 99) for name in peers},
-        "ratio": round(min(peers.values()) / ms("astra tcp", 50), 3),
-    }
+    return Exchange(
+        name=f"exchange_{size}B_{world_size}ranks",
+        shape={"world_size": world_size, "N": size},
+        dtype="uint8",
+        impl="astra tcp",
+        ms=ms("astra tcp"),
+        floor_ms=ms("floor").p50 / 2,
+        peers={name: ms(name).p50 for name in PEERS},
+        peers_p99={name: ms(name).p99 for name in PEERS},
+    )
 
 
-def versions() -> dict[str, str]:
-    import torch
-    import zmq
-
-    return {
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "pyzmq": zmq.__version__,
-        "libzmq": zmq.zmq_version(),
-        "kernel": platform.release().split("-")[0],
-    }
+def summary(case: Exchange) -> str:
+    """One line: our median and tail, and how many times longer each peer takes."""
+    ours = case.ms
+    assert isinstance(ours, Tailed)
+    parts = [f"{case.name:24} p50 {ours.p50:.3f} p99 {ours.p99:.3f} ms"]
+    for name in PEERS:
+        p50, p99 = case.peers[name], case.peers_p99[name]
+        times = f"{p50 / ours.p50:.1f}x {p99 / ours.p99:.1f}x"
+        parts.append(f"{name} {p50:.3f} {p99:.3f} ({times})")
+    return " | ".join([*parts, f"floor {case.floor_ms:.3f}"])
 
 
 def main() -> None:
@@ -273,38 +288,17 @@ def main() -> None:
     parser.add_argument("--exchanges", type=int, default=2000, help="of each system and case")
     parser.add_argument("--worlds", type=int, nargs="+", default=[2, 4])
     parser.add_argument("--sizes", type=int, nargs="+", default=[320, 4096, 32768, 131072])
-    parser.add_argument("--output", type=Path, help="default: bench/results/cpu-2core")
+    parser.add_argument("--no-write", action="store_true", help="print only")
     arguments = parser.parse_args()
     cases = []
     for world_size in arguments.worlds:
         for size in arguments.sizes:
-            case = run_case(world_size, size, arguments.exchanges)
-            cases.append(case)
-            ours, peers, tails = case["ms"], case["peers"], case["peers_p99"]
-            print(
-                f"{case['name']:24} p50 {ours['p50']:.3f} p99 {ours['p99']:.3f} ms | "
-                f"gloo {peers['gloo']:.3f} {tails['gloo']:.3f} "
-                f"({peers['gloo'] / ours['p50']:.1f}x {tails['gloo'] / ours['p99']:.1f}x) | "
-                f"zeromq {peers['zeromq']:.3f} {tails['zeromq']:.3f} "
-                f"({peers['zeromq'] / ours['p50']:.1f}x {tails['zeromq'] / ours['p99']:.1f}x) | "
-                f"floor {case['floor_ms']:.3f}",
-                file=sys.stderr,
-                flush=True,
-            )
-    commit = subprocess.run(
-        ["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True
-    ).stdout.strip()
-    report = {
-        "command": "python bench/exchange.py",
-        "commit": commit,
-        "device": "cpu-2core",
-        "versions": versions(),
-        "link": "loopback",
-        "cases": cases,
-    }
-    path = (arguments.output or ROOT / "bench/results/cpu-2core") / "exchange.json"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(report, indent=1) + "\n")
+            cases.append(run_case(world_size, size, arguments.exchanges))
+            print(summary(cases[-1]), file=sys.stderr, flush=True)
+    if not arguments.no_write:
+        command = " ".join(["python -m bench.exchange", *sys.argv[1:]])
+        packages = ("torch", "pyzmq", "numpy")
+        write("exchange", cases, command=command, packages=packages, link={"kind": "loopback"})
 
 
 if __name__ == "__main__":

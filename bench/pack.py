@@ -6,8 +6,8 @@
 One thread, all in the same run; ours and faiss's write to buffers allocated beforehand. "15360" is
 what 512 tokens of 30 codes make, one exchange of a Transformer block; our time includes the Python
 call. The peer "numpy" is the layout written down in numpy; "numpy_tuned" is the quickest we found.
-A vector kernel is bound by memory, so its rate is nearly the same at every width, while a codec that
-goes bit by bit is slower the wider the code: at 1 or 2 bits no kernel could be 100 times numpy.
+A vector kernel is bound by memory, so its rate is nearly the same at every width, while a codec
+that goes bit by bit is the slower the wider the code: at 1 or 2 bits nothing is 100 times numpy.
 """
 
 import argparse
@@ -52,7 +52,8 @@ def numpy_pack(codes: Array, bits: int) -> Array:
 def numpy_unpack(data: Array, bits: int, count: int) -> Array:
     stream = np.unpackbits(data, count=count * bits, bitorder="little").reshape(count, bits)
     places = np.arange(bits, dtype=np.int32)
-    return (stream.astype(np.int32) << places).sum(axis=1, dtype=np.int32)
+    codes: Array = (stream.astype(np.int32) << places).sum(axis=1, dtype=np.int32)
+    return codes
 
 
 def numpy_tuned_pack(codes: Array, bits: int) -> Array:
@@ -63,7 +64,8 @@ def numpy_tuned_pack(codes: Array, bits: int) -> Array:
 
 def numpy_tuned_unpack(data: Array, bits: int, count: int) -> Array:
     stream = np.unpackbits(data, count=count * bits, bitorder="little").reshape(count, bits)
-    return stream.astype(np.int32) @ (1 << np.arange(bits, dtype=np.int32))
+    codes: Array = stream.astype(np.int32) @ (1 << np.arange(bits, dtype=np.int32))
+    return codes
 
 
 def faiss_pack(codes: Array, bits: int, out: Array) -> None:

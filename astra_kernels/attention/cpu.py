@@ -1,8 +1,8 @@
 """Dense attention on a CPU: torch's flash kernel, which also gives the log-sum-exp.
 
-Three of its habits are worked around here. It divides by zero on an empty key set. It reports lse 0
-for a row that sees nothing. And it lets NaN through from masked keys and values, so hidden keys are
-taken out instead of masked.
+Four of its habits are worked around here. It divides by zero on an empty key set. It reports lse 0
+for a row that sees nothing. It misreads tensors whose last axis is not contiguous. And it lets NaN
+through from masked keys and values, so hidden keys are taken out instead of masked.
 """
 
 from __future__ import annotations
@@ -11,8 +11,9 @@ import torch
 from torch import Tensor
 
 # Rows of queries that share one flash call under a causal mask. The kernel skips keys in blocks of
-# 512 only; cutting the rows leaves out most of the other half of the square (bench/ops.py).
-CAUSAL_ROWS = 128
+# 512 only; cutting the rows leaves out most of the other half of the square (bench/ops.py, case
+# `causal_rows`).
+CAUSAL_ROWS = 64
 
 _flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default
 
@@ -45,6 +46,8 @@ def flash(
     if dtype in (torch.float16, torch.bfloat16):
         # Without AMX the half-precision kernel is slower than fp32, and far less exact.
         query, key, value = query.float(), key.float(), value.float()
+    # The kernel takes any strides but that of the last axis, which it believes to be 1.
+    query, key, value = (x if x.stride(3) == 1 else x.contiguous() for x in (query, key, value))
     out, lse = _flash(query, key, value, 0.0, False, attn_mask=bias, scale=scale)
     return out.to(dtype), lse.contiguous()
 

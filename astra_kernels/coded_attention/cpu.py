@@ -15,8 +15,12 @@ from astra_kernels.codeword_attention.cpu import codeword_attention
 
 Rope = tuple[Tensor, Tensor]
 
-# Tokens per codeword from which counting beats expanding (bench/ops.py, case `coded_crossover`).
-COUNTING_TOKENS_PER_CODEWORD = 1.0
+# Tokens per codeword from which counting beats expanding, on codes drawn evenly, the worst case
+# (bench/ops.py, case `coded_crossover`: 0.5 to 0.8, and 1.7 for single queries whose heads have
+# codes of their own, as each head is then a small call).
+COUNTING_TOKENS_PER_CODEWORD = 0.75
+COUNTING_TOKENS_PER_CODEWORD_DECODING = 1.75
+DECODING_ROWS = 16
 
 
 def look_up(codes: Tensor, table: Tensor, dtype: torch.dtype) -> Tensor:
@@ -26,7 +30,7 @@ def look_up(codes: Tensor, table: Tensor, dtype: torch.dtype) -> Tensor:
     rows = table.reshape(-1, width)
     first_rows = torch.arange(0, rows.shape[0], codewords).view(stages, kv_heads, groups)
     shared = codes_per_token == stages * groups
-    index = codes.view(batch, tokens, stages, 1 if shared else kv_heads, groups) + first_rows
+    index = codes.reshape(batch, tokens, stages, 1 if shared else kv_heads, groups) + first_rows
     vectors = rows.index_select(0, index[:, :, 0].reshape(-1)).to(dtype)
     for stage in range(1, stages):
         vectors += rows.index_select(0, index[:, :, stage].reshape(-1))
@@ -43,12 +47,18 @@ def rotate(key: Tensor, rope: Rope) -> Tensor:
     return rotated
 
 
-def count(codes: Tensor, kv_heads: int, codewords: int) -> Tensor:
+def count(codes: Tensor, codewords: int) -> Tensor:
     """codes [B, N, Hkv or 1] -> how often each codeword occurs, [B, Hkv or 1, K]."""
     batch, _, heads = codes.shape
     first = torch.arange(0, batch * heads * codewords, codewords).view(batch, 1, heads)
-    counts = torch.bincount((codes + first).view(-1), minlength=batch * heads * codewords)
+    counts = torch.bincount((codes + first).reshape(-1), minlength=batch * heads * codewords)
     return counts.view(batch, heads, codewords)
+
+
+def _counting_from(query: Tensor, codes: Tensor) -> float:
+    if query.shape[2] < DECODING_ROWS and codes.shape[2] > 1:
+        return COUNTING_TOKENS_PER_CODEWORD_DECODING
+    return COUNTING_TOKENS_PER_CODEWORD
 
 
 def _visible_only(
@@ -99,14 +109,10 @@ def coded_attention(
         )
     keys = key_codebook if key_codebook.ndim == 5 else key_codebook.unsqueeze(0)
     values = value_codebook if value_codebook.ndim == 5 else value_codebook.unsqueeze(0)
-    stages, kv_heads, groups, codewords, _ = keys.shape
-    if (
-        rope is None
-        and value_codes is None
-        and stages * groups == 1
-        and codes.shape[1] >= codewords * COUNTING_TOKENS_PER_CODEWORD
-    ):
-        counts = count(codes, kv_heads, codewords)
+    codewords = keys.shape[3]
+    collapses = rope is None and value_codes is None and keys.shape[0] * keys.shape[2] == 1
+    if collapses and codes.shape[1] >= codewords * _counting_from(query, codes):
+        counts = count(codes, codewords)
         return codeword_attention(query, counts, keys[0], values[0], scale=scale)
     dtype = compute_dtype(query)
     key = look_up(codes, keys, dtype)

@@ -9,6 +9,6 @@ from torch import Tensor
 def decode(codes: Tensor, codebook: Tensor) -> Tensor:
     groups, codewords, width = codebook.shape
     first_rows = torch.arange(0, groups * codewords, codewords)
-    index = (codes + first_rows).view(-1)
+    index = (codes + first_rows).reshape(-1)
     vectors = codebook.reshape(-1, width).index_select(0, index)
     return vectors.view(*codes.shape, width)

@@ -9,8 +9,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-# Scores of one tile: 2^19 fp32 are 2 MiB. Smaller tiles fit L2 but pay more calls (bench/ops.py).
+# Scores of one tile: 2^19 fp32 are 2 MiB. Smaller tiles fit L2 but pay more calls; fewer rows than
+# MIN_ROWS waste the matmul (bench/ops.py, case `encode_tile`).
 TILE = 1 << 19
+MIN_ROWS = 64
 BLOCK = 64
 
 
@@ -25,7 +27,7 @@ def encode(vectors: Tensor, codebook: Tensor, half_norms: Tensor | None = None) 
         half_norms = codebook.square().sum(dim=-1).mul_(0.5)
     half_norms = half_norms.to(dtype)
     count = rows.shape[0]
-    tile = max(1, min(count, TILE // codewords))
+    tile = min(count, max(MIN_ROWS, TILE // codewords))
     scores = torch.empty(tile, codewords, dtype=dtype)
     codes = torch.empty(count, groups, dtype=torch.int32)
     for group in range(groups):

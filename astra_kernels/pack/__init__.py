@@ -23,6 +23,9 @@ index; the output is then unspecified.
 **Devices.** Tensors that are not on the CPU go through `reference`, plain torch operations, which
 does not look at the values of codes: bits beyond the width are dropped.
 
+**torch.compile.** Traced without `out`, a call on tensors is the op `torch.ops.astra.pack` or
+`unpack`; otherwise the kernel is called directly, which costs less than the dispatcher alone.
+
 **Threads.** The GIL is released for calls of 32768 codes and more; a smaller call is over sooner
 than the GIL would change hands.
 """
@@ -33,6 +36,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor
+from torch.compiler import is_compiling
 
 from .. import _C
 from . import reference
@@ -74,6 +78,8 @@ def pack(codes: Tensor | Codes, bits: int, *, out: Any = None) -> Any:
         if out is None:
             out = np.empty(_C.packed_size(codes.size, bits), np.uint8)
     elif isinstance(codes, Tensor):
+        if out is None and is_compiling():
+            return torch.ops.astra.pack(codes, bits)
         if not codes.is_cpu:
             return _pack_elsewhere(codes, bits, out)
         if out is None:
@@ -107,6 +113,8 @@ def unpack(data: Any, bits: int, count: int, *, out: Any = None) -> Any:
             check_data_size(data.size, _C.packed_size(count, bits), bits, count)
             out = np.empty(count, np.int32)
     elif isinstance(data, Tensor):
+        if out is None and is_compiling():
+            return torch.ops.astra.unpack(data, bits, count)
         if not data.is_cpu:
             return _unpack_elsewhere(data, bits, count, out)
         if out is None:
@@ -144,6 +152,8 @@ def _refuse_data(data: object) -> NoReturn:
 
 def _target(out: Any, dtype: torch.dtype) -> Any:
     """What the native module writes to: it checks sizes and buffers, and we check tensors."""
+    if isinstance(out, np.ndarray):
+        return out
     if isinstance(out, Tensor):
         if out.dtype is not dtype or not out.is_cpu or not out.is_contiguous():
             check_target(out, dtype, _CPU)

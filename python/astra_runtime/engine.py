@@ -94,7 +94,7 @@ class Engine:
         )
 
     @torch.inference_mode()
-    def __call__(self, *, logits: str = "last", outputs: str = "every", **inputs: Tensor) -> Any:
+    def __call__(self, *, logits: str = "last", outputs: str = "every", **inputs: Any) -> Any:
         """One forward pass, as the model's own: `engine(input_ids=…)`, `engine(pixel_values=…)`.
 
         Args:
@@ -262,7 +262,9 @@ class _Owner:
 
         self.model, self.call = engine.model, call
         self.cache = DynamicCache()
-        self.position = engine.adapter.positions(inputs)[:, -1:].expand(call.batch, 1)  # type: ignore[index]
+        positions = engine.adapter.positions(inputs)
+        assert positions is not None, "every decoder takes positions"
+        self.position = positions[:, -1:].expand(call.batch, 1)
         self.output = self._run(kwargs)
         self.seen = inputs["input_ids"].shape[1]
 
@@ -278,4 +280,4 @@ class _Owner:
             if self.call.local_mask is not None:
                 self.call.local_mask = F.pad(self.call.local_mask, (0, 1), value=True)
             self.output = self._run({"input_ids": ids[:, -1:], "position_ids": self.position})
-        return self.output.logits[:, -1].float()  # type: ignore[no-any-return]
+        return self.output.logits[:, -1].float()

@@ -6,7 +6,7 @@ one vector a sequence.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING
 
 import torch
@@ -34,7 +34,7 @@ def send_tensor(mesh: Mesh, tensor: Tensor, *, block: int, plan: int, to: Iterab
 
 def receive_tensors(
     mesh: Mesh,
-    shapes: dict[int, tuple[int, ...]],
+    shapes: Mapping[int, tuple[int, ...]],
     like: Tensor,
     *,
     block: int,

@@ -1,6 +1,6 @@
 """The bytes ranks exchange: encoding and checking them, no I/O. `docs/wire.md` is the contract.
 
-A connection opens with one HELLO each way (28 bytes; the reply may carry a reason to refuse) and
+A connection opens with one HELLO each way (30 bytes; the reply may carry a reason to refuse) and
 then carries frames: a 16-byte header and the payload. The reader always knows which frame has to
 come, so a header is checked for equality and its length never decides how much is allocated.
 """
@@ -20,11 +20,13 @@ MAGIC: Final = b"ASTR"
 _HEADER: Final = struct.Struct("<IIIHH")  # payload length, sequence, plan, block, source
 HEADER_SIZE: Final = _HEADER.size
 
-_HELLO: Final = struct.Struct("<4sHHHH16s")  # magic, version, world size, rank, reason length, run
+# magic, version, world size, rank, rank addressed, length of the reason, run
+_HELLO: Final = struct.Struct("<4sHHHHH16s")
 HELLO_SIZE: Final = _HELLO.size
 _PREFIX: Final = struct.Struct("<4sH")  # the part of HELLO that no version may change
 MAX_REASON: Final = 512
 NO_RUN: Final = bytes(16)
+NOBODY: Final = 0xFFFF  # the rank addressed by a reply to bytes that were no HELLO
 
 FACTS: Final = 0xFFFE  # block number of the frame that `Mesh.agree` exchanges
 BYE: Final = 0xFFFF  # block number of the last frame of a rank that finished properly
@@ -111,18 +113,19 @@ def is_bye(data: bytes | bytearray | memoryview, source: int) -> bool:
 
 @dataclass(frozen=True)
 class Hello:
-    """Who a rank is. `run`: 16 bytes that all ranks of one run share, zeros where none is set."""
+    """Who a rank is and whom it means. `run`: 16 bytes all ranks of a run share, or zeros."""
 
     world_size: int
     rank: int
+    to: int
     run: bytes = NO_RUN
     version: int = PROTOCOL_VERSION
 
     def encode(self, reason: str = "") -> bytes:
-        """28 bytes; as a reply, a non-empty `reason` refuses and follows as UTF-8."""
+        """30 bytes; as a reply, a non-empty `reason` refuses and follows as UTF-8."""
         text = reason.encode()[:MAX_REASON]
-        fields = (MAGIC, self.version, self.world_size, self.rank, len(text), self.run)
-        return _HELLO.pack(*fields) + text
+        identity = (self.world_size, self.rank, self.to)
+        return _HELLO.pack(MAGIC, self.version, *identity, len(text), self.run) + text
 
 
 def judge_prefix(data: bytes | bytearray | memoryview) -> str | None:
@@ -138,16 +141,16 @@ def judge_prefix(data: bytes | bytearray | memoryview) -> str | None:
 
 
 def decode_hello(data: bytes | bytearray | memoryview) -> tuple[Hello, int]:
-    """Parses the 28 bytes of a HELLO; also returns the length of the reason that follows."""
+    """Parses the 30 bytes of a HELLO; also returns the length of the reason that follows."""
     reason = judge_prefix(data)
     if reason is not None:
         raise HandshakeRefused(reason)
     if len(data) != HELLO_SIZE:
         raise WireError("hello size", HELLO_SIZE, len(data))
-    _, version, world_size, rank, reason_size, run = _HELLO.unpack(data)
+    _, version, world_size, rank, to, reason_size, run = _HELLO.unpack(data)
     if reason_size > MAX_REASON:
         raise WireError("reason length", f"at most {MAX_REASON}", reason_size)
-    return Hello(world_size, rank, run, version), reason_size
+    return Hello(world_size, rank, to, run, version), reason_size
 
 
 def refusal(own: Hello, other: Hello) -> str | None:
@@ -164,6 +167,8 @@ def refusal(own: Hello, other: Hello) -> str | None:
         return f"rank {other.rank} is outside the world of {own.world_size} ranks"
     if other.rank == own.rank:
         return f"rank {own.rank} was claimed by two processes"
+    if other.to != own.rank:
+        return f"rank {other.rank} looks for rank {other.to} where rank {own.rank} is"
     return None
 
 

@@ -1,4 +1,4 @@
-"""The C++ core without Python: built alone, its own tests under the sanitizers, used once installed."""
+"""The C++ core without Python: built alone, tested under the sanitizers, installed and used."""
 
 import shutil
 import subprocess

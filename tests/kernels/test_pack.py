@@ -207,6 +207,15 @@ def test_native_functions_are_the_bodies_of_the_ops() -> None:
     assert torch.equal(native.unpack_tensor(native.pack_tensor(codes, 7), 7, 50), codes)
 
 
+def test_compiles_to_one_graph() -> None:
+    @torch.compile(fullgraph=True, backend="eager")
+    def there_and_back(codes: torch.Tensor) -> torch.Tensor:
+        return unpack(pack(codes, 10), 10, codes.numel())
+
+    codes = torch.from_numpy(random_codes(10, 100))
+    assert torch.equal(there_and_back(codes), codes)
+
+
 def test_packed_size() -> None:
     for bits in WIDTHS:
         assert [packed_size(n, bits) for n in range(20)] == [-(-n * bits // 8) for n in range(20)]

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import logging
 import os
+import random
 import signal
 import socket
 import struct
@@ -14,7 +16,6 @@ import threading
 import time
 import tracemalloc
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -197,6 +198,7 @@ def test_stats_count_payload_and_framing(make: Callable[..., list[Mesh]]) -> Non
         all_to_all(mesh, 10, 320)
         mesh.send(b"token", block=0xFF00, plan=PLAN, to=[other])
         mesh.receive({other: 5}, block=0xFF00, plan=PLAN)
+        mesh.flush()  # behind a link, what was sent may not have left yet
         spent = mesh.stats - before
         assert (spent.messages_sent, spent.messages_received) == (11, 11)
         assert (spent.bytes_sent_payload, spent.bytes_received_payload) == (3200, 3200)
@@ -280,7 +282,7 @@ def test_wrong_use_is_refused(make: Callable[..., list[Mesh]]) -> None:
 # --- TCP: a raw socket plays the peer
 
 
-@contextmanager
+@contextlib.contextmanager
 def raw_peer(*, timeout: float = 5.0, world_size: int = 2) -> Iterator[tuple[TcpMesh, Any]]:
     """Rank 1's mesh, and the bare sockets at which its peers would be (rank 0, 2, 3 ...)."""
     sockets, peers = {}, []
@@ -374,13 +376,17 @@ def test_a_rank_that_fails_looks_lost() -> None:
         meshes[1].receive({0: 1}, block=0, plan=PLAN)
 
 
+def send_blocks(mesh: Mesh, payload: bytes, to: int) -> None:
+    for block in range(100):
+        mesh.send(payload, block=block, plan=PLAN, to=[to])
+        time.sleep(0.005)
+
+
 def test_sending_to_a_lost_peer_says_so() -> None:
     with raw_peer() as (mesh, peer):
         reset(peer)
         with pytest.raises(errors.PeerLost, match="rank 0 was lost at block"):
-            for block in range(100):
-                mesh.send(b"x", block=block, plan=PLAN, to=[0])
-                time.sleep(0.01)
+            send_blocks(mesh, b"x", to=0)
 
 
 def test_one_byte_at_a_time_meets_the_deadline() -> None:
@@ -405,8 +411,7 @@ def test_one_byte_at_a_time_meets_the_deadline() -> None:
 
 def test_a_peer_that_never_reads_meets_the_deadline() -> None:
     with raw_peer(timeout=0.3) as (mesh, _peer), pytest.raises(errors.DeadlineExceeded):
-        for block in range(20):
-            mesh.send(bytes(16 << 20), block=block, plan=PLAN, to=[0])
+        send_blocks(mesh, bytes(16 << 20), to=0)
 
 
 @pytest.mark.parametrize(
@@ -476,10 +481,12 @@ def test_threads_and_descriptors_are_given_back() -> None:
 
 
 def free_ports(count: int) -> list[str]:
-    sockets = [socket.create_server(("127.0.0.1", 0)) for _ in range(count)]
-    addresses = [f"127.0.0.1:{sock.getsockname()[1]}" for sock in sockets]
-    for sock in sockets:
-        sock.close()
+    """Addresses nobody listens at, below the range that the kernel hands to outgoing dials."""
+    addresses: list[str] = []
+    while len(addresses) < count:
+        port = random.SystemRandom().randrange(15_000, 32_000)
+        with contextlib.suppress(OSError), socket.create_server(("127.0.0.1", port)):
+            addresses.append(f"127.0.0.1:{port}")
     return addresses
 
 
@@ -564,7 +571,7 @@ def test_another_version_is_refused_on_both_sides() -> None:
 
     def newer() -> bytes:
         with dial(peers[0]) as sock:
-            sock.sendall(Hello(2, 1, version=7).encode())
+            sock.sendall(Hello(2, 1, 0, version=7).encode())
             return read_all(sock)
 
     refused, reply = together([lambda: connect(0, 2, peers), newer], errors_too=True)
@@ -596,19 +603,20 @@ def test_a_dialed_stranger_is_refused() -> None:
     assert "given as rank 0, does not speak ASTRA" in str(refused)
 
 
-def test_addresses_in_another_order_are_refused() -> None:
+def test_addresses_in_another_order_are_refused_on_both_sides() -> None:
     peers = free_ports(3)
     swapped = [peers[1], peers[0], peers[2]]
+    addresses = [peers, peers, swapped]
     results = together(
         [
-            lambda: connect(0, 3, peers, connect_timeout=2),
-            lambda: connect(1, 3, peers, connect_timeout=2),
-            lambda: connect(2, 3, swapped, connect_timeout=2),
+            lambda rank=rank: connect(rank, 3, addresses[rank], connect_timeout=1)
+            for rank in range(3)
         ],
         errors_too=True,
     )
     assert isinstance(results[2], errors.HandshakeRefused)
-    assert "it is rank" in str(results[2])
+    assert "looks for rank" in str(results[2])
+    assert any("rank 2 looks for rank" in str(result) for result in results[:2])
     assert all(isinstance(result, errors.AstraError) for result in results)
 
 
@@ -617,12 +625,13 @@ def test_addresses_in_another_order_are_refused() -> None:
     [
         (b"GET / HTTP/1.1\r\nHost: localhost\r\n\r\n", "this port speaks ASTRA"),
         (os.urandom(4096).replace(b"A", b"B"), "this port speaks ASTRA"),
-        (Hello(2, 1, bytes(range(16))).encode(), "rank 1 belongs to run 000102"),
-        (Hello(2, 5).encode(), "rank 5 is outside the world of 2 ranks"),
-        (Hello(2, 0).encode(), "rank 0 was claimed by two processes"),
+        (Hello(2, 1, 0, bytes(range(16))).encode(), "rank 1 belongs to run 000102"),
+        (Hello(2, 5, 0).encode(), "rank 5 is outside the world of 2 ranks"),
+        (Hello(2, 0, 0).encode(), "rank 0 was claimed by two processes"),
+        (Hello(2, 1, 3).encode(), "rank 1 looks for rank 3 where rank 0 is"),
         (b"ASTR\x01", "left before its HELLO was complete"),
     ],
-    ids=["http", "garbage", "run", "rank", "own-rank", "half"],
+    ids=["http", "garbage", "run", "rank", "own-rank", "place", "half"],
 )
 def test_strangers_are_refused_and_peers_still_join(
     hello: bytes, reason: str, caplog: pytest.LogCaptureFixture
@@ -633,8 +642,7 @@ def test_strangers_are_refused_and_peers_still_join(
         with dial(peers[0]) as sock:
             sock.sendall(hello)
             sock.shutdown(socket.SHUT_WR)
-            reply = read_all(sock)
-        return reply
+            return read_all(sock)
 
     def late_peer() -> Mesh:
         time.sleep(0.3)
@@ -692,7 +700,7 @@ def test_a_peer_lost_while_others_are_awaited() -> None:
 
     def short_life() -> None:
         with dial(peers[0]) as sock:
-            sock.sendall(Hello(3, 1).encode())
+            sock.sendall(Hello(3, 1, 0).encode())
             assert len(sock.recv(wire.HELLO_SIZE)) == wire.HELLO_SIZE
 
     lost, _ = together([lambda: connect(0, 3, peers), short_life], errors_too=True)
@@ -800,34 +808,32 @@ def test_an_impossible_link_is_refused(arguments: tuple[float, ...]) -> None:
 def test_frames_cross_the_uplink_one_after_another_and_idle_time_saves_nothing_up() -> None:
     link, size = Link(10, delay_ms=5), 12_500
     each = link.seconds(size)
-    start = threading.Barrier(3)
+    began = {}
 
     def work(mesh: Mesh) -> list[float]:
-        taken = []
+        arrivals = []
         for block in range(3):
-            start.wait(10)
-            began = time.monotonic()
             if mesh.rank == 0:
+                time.sleep(0.1)
+                began[block] = time.monotonic()
                 mesh.send(bytes(size), block=block, plan=PLAN, to=[1, 2])
-                assert time.monotonic() - began < each  # send does not wait for the link
+                assert time.monotonic() - began[block] < each  # send does not wait for the link
             else:
                 mesh.receive({0: size}, block=block, plan=PLAN)
-            taken.append(time.monotonic() - began)
-            time.sleep(0.1)
-        return taken
+                arrivals.append(time.monotonic() - began[block])
+        return arrivals
 
     _, first, second = as_ranks(local_mesh(3, link=link), work)
-    slack = 2e-3  # the barrier lets the ranks go one after another
     for taken, expected in [(first, each + 5e-3), (second, 2 * each + 5e-3)]:
-        assert min(taken) > expected - slack
+        assert min(taken) >= expected
         assert min(taken) < expected + 0.05
 
 
 def test_many_small_frames_take_their_bits_over_the_rate() -> None:
     link, blocks = Link(10), 200
+    began = time.monotonic()
 
     def work(mesh: Mesh) -> float:
-        began = time.monotonic()
         for block in range(blocks):
             if mesh.rank == 0:
                 mesh.send(bytes(320), block=block, plan=PLAN, to=[1])
@@ -837,7 +843,7 @@ def test_many_small_frames_take_their_bits_over_the_rate() -> None:
 
     _, taken = as_ranks(local_mesh(2, link=link), work)
     expected = blocks * link.seconds(320)
-    assert expected - 2e-3 < taken < expected + 0.1
+    assert expected <= taken < expected + 0.2
 
 
 def test_a_failure_behind_the_link_reaches_the_caller() -> None:
@@ -845,6 +851,4 @@ def test_a_failure_behind_the_link_reaches_the_caller() -> None:
     with pytest.raises(ZeroDivisionError), meshes[1]:
         raise ZeroDivisionError
     with meshes[0], pytest.raises(errors.PeerLost):
-        for block in range(100):
-            meshes[0].send(b"x", block=block, plan=PLAN, to=[1])
-            time.sleep(0.01)
+        send_blocks(meshes[0], b"x", to=1)

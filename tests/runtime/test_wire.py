@@ -25,8 +25,8 @@ GOLDEN_FRAMES = {
         "01000000 ffffffff ffffffff efff ffff 01",
     ),
 }
-GOLDEN_HELLO = "41535452 0100 0400 0200 0000 000102030405060708090a0b0c0d0e0f"
-GOLDEN_REFUSAL = "41535452 0100 0400 0000 0600 000102030405060708090a0b0c0d0e0f 6e6f206f6e65"
+GOLDEN_HELLO = "41535452 0100 0400 0200 0000 0000 000102030405060708090a0b0c0d0e0f"
+GOLDEN_REFUSAL = "41535452 0100 0400 0000 0200 0600 000102030405060708090a0b0c0d0e0f 6e6f206f6e65"
 GOLDEN_BYE = "00000000 09000000 00000000 ffff 0200"
 
 
@@ -43,15 +43,15 @@ def test_golden_frame(name: str) -> None:
 
 
 def test_golden_hello_refusal_and_bye() -> None:
-    assert Hello(4, 2, RUN).encode() == bytes.fromhex(GOLDEN_HELLO)
-    assert wire.decode_hello(bytes.fromhex(GOLDEN_HELLO)) == (Hello(4, 2, RUN), 0)
-    assert Hello(4, 0, RUN).encode("no one") == bytes.fromhex(GOLDEN_REFUSAL)
+    assert Hello(4, 2, 0, RUN).encode() == bytes.fromhex(GOLDEN_HELLO)
+    assert wire.decode_hello(bytes.fromhex(GOLDEN_HELLO)) == (Hello(4, 2, 0, RUN), 0)
+    assert Hello(4, 0, 2, RUN).encode("no one") == bytes.fromhex(GOLDEN_REFUSAL)
     assert bytes(wire.bye(9, 2)) == bytes.fromhex(GOLDEN_BYE)
 
 
 def test_sizes() -> None:
     assert wire.HEADER_SIZE == 16
-    assert wire.HELLO_SIZE == 28
+    assert wire.HELLO_SIZE == 30
     assert len(wire.encode_facts({})) == wire.FACTS_SIZE == 2048
 
 
@@ -127,16 +127,16 @@ def test_any_bytes_as_hello_give_a_typed_error(data: bytes) -> None:
         wire.decode_hello(data)
 
 
-@given(position=st.integers(0, 27), value=st.integers(0, 255))
+@given(position=st.integers(0, 29), value=st.integers(0, 255))
 def test_a_mutated_hello_never_passes_for_the_same_rank(position: int, value: int) -> None:
-    data = bytearray(Hello(4, 2, RUN).encode())
+    data = bytearray(Hello(4, 2, 0, RUN).encode())
     unchanged = data[position] == value
     data[position] = value
     try:
         hello, reason_size = wire.decode_hello(data)
     except errors.AstraError:
         return
-    refused = wire.refusal(Hello(4, 0, RUN), hello) is not None
+    refused = wire.refusal(Hello(4, 0, 2, RUN), hello) is not None
     assert unchanged or refused or reason_size or hello.rank != 2
 
 
@@ -155,15 +155,15 @@ def test_a_foreign_beginning_is_refused_at_once(data: bytes, words: str) -> None
     assert words in reason
 
 
-@pytest.mark.parametrize("size", range(29))
+@pytest.mark.parametrize("size", range(31))
 def test_the_beginning_of_a_hello_can_still_become_one(size: int) -> None:
-    assert wire.judge_prefix(Hello(4, 2, RUN).encode()[:size]) is None
+    assert wire.judge_prefix(Hello(4, 2, 0, RUN).encode()[:size]) is None
 
 
 def test_a_long_reason_is_bounded() -> None:
-    data = Hello(2, 0).encode("x" * 5000)
+    data = Hello(2, 0, 1).encode("x" * 5000)
     assert len(data) == wire.HELLO_SIZE + wire.MAX_REASON
-    too_long = data[:10] + (513).to_bytes(2, "little") + data[12:28]
+    too_long = data[:12] + (513).to_bytes(2, "little") + data[14:30]
     with pytest.raises(errors.WireError, match="reason length"):
         wire.decode_hello(too_long)
 
@@ -171,20 +171,21 @@ def test_a_long_reason_is_bounded() -> None:
 @pytest.mark.parametrize(
     ("other", "words"),
     [
-        (Hello(3, 1, RUN), "rank 1 has world size 3, rank 0 has 4"),
-        (Hello(4, 4, RUN), "rank 4 is outside the world of 4 ranks"),
-        (Hello(4, 0, RUN), "rank 0 was claimed by two processes"),
-        (Hello(4, 1), "rank 1 belongs to run 0000"),
+        (Hello(3, 1, 0, RUN), "rank 1 has world size 3, rank 0 has 4"),
+        (Hello(4, 4, 0, RUN), "rank 4 is outside the world of 4 ranks"),
+        (Hello(4, 0, 0, RUN), "rank 0 was claimed by two processes"),
+        (Hello(4, 3, 1, RUN), "rank 3 looks for rank 1 where rank 0 is"),
+        (Hello(4, 1, 0), "rank 1 belongs to run 0000"),
     ],
 )
 def test_refusals(other: Hello, words: str) -> None:
-    reason = wire.refusal(Hello(4, 0, RUN), other)
+    reason = wire.refusal(Hello(4, 0, 2, RUN), other)
     assert reason is not None
     assert words in reason
 
 
 def test_a_fitting_hello_is_not_refused() -> None:
-    assert wire.refusal(Hello(4, 0, RUN), Hello(4, 3, RUN)) is None
+    assert wire.refusal(Hello(4, 0, 2, RUN), Hello(4, 3, 0, RUN)) is None
 
 
 @given(st.dictionaries(st.text(max_size=20), st.text(max_size=40), max_size=8))
@@ -201,10 +202,9 @@ def test_too_many_facts_are_refused() -> None:
 def test_any_bytes_as_facts_give_facts_or_a_typed_error(data: bytes) -> None:
     try:
         facts = wire.decode_facts(data, 3)
-    except errors.WireError as error:
-        assert error.rank == 3
-    else:
-        assert all(isinstance(text, str) for pair in facts.items() for text in pair)
+    except errors.WireError:
+        return
+    assert all(isinstance(text, str) for pair in facts.items() for text in pair)
 
 
 def test_is_bye() -> None:

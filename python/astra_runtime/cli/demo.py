@@ -85,7 +85,6 @@ def _measure(options: argparse.Namespace, model: Any, ranks: Any, ids: Any) -> d
     """Times and perplexities of the three methods, and of the local-only control."""
     import torch
 
-    from ..jobs import Ranks
 
     given = ids.tolist()
     say("ASTRA: codes on the link")
@@ -109,11 +108,8 @@ def _measure(options: argparse.Namespace, model: Any, ranks: Any, ids: Any) -> d
         for space in ("codes", "none", "drop")
     }
     perplexity = {space: math.exp(total / count) for space, (total, count) in losses.items()}
-    seconds = {
-        "single": statistics.median(single[1:]),
-        "dense": statistics.median(dense["seconds"]),
-        "astra": statistics.median(astra["seconds"]),
-    }
+    samples = {"single": single[1:], "dense": dense["seconds"], "astra": astra["seconds"]}
+    seconds = {method: statistics.median(values) for method, values in samples.items()}
     bits = {
         "single": 0.0,
         "dense": dense["bits_per_token_block"],
@@ -124,13 +120,17 @@ def _measure(options: argparse.Namespace, model: Any, ranks: Any, ids: Any) -> d
         "dense": perplexity["none"],
         "astra": perplexity["codes"],
     }
-    assert isinstance(ranks, Ranks)
     return {
         "model": options.model,
         "world_size": ranks.mesh.world_size,
         "tokens": ids.shape[1],
         "shards": astra["sizes"],
         "threads": options.threads,
+        "codebook": {
+            "space": ranks.codebook.space,
+            "groups": ranks.codebook.groups,
+            "codewords": ranks.codebook.codewords,
+        },
         "link": {
             "mbit_per_s": options.mbit or None,
             "delay_ms": options.delay_ms,
@@ -143,6 +143,7 @@ def _measure(options: argparse.Namespace, model: Any, ranks: Any, ids: Any) -> d
                 "speedup": seconds["single"] / seconds[method],
                 "bits_per_token_block": bits[method],
                 "perplexity": accuracy[method],
+                "seconds": samples[method],
             }
             for method in ("single", "dense", "astra")
         ],

@@ -50,7 +50,8 @@ class _Decoder(Adapter):
 
     def count(self, inputs: Mapping[str, Tensor]) -> tuple[int, int]:
         ids = _take_ids(inputs, {"input_ids", "attention_mask"})
-        limit = self.model.config.max_position_embeddings
+        config: Any = self.model.config
+        limit = config.max_position_embeddings
         if ids.shape[1] > limit:
             raise ValueError(
                 f"input_ids: expected at most {limit} tokens, the model's limit, got {ids.shape[1]}"
@@ -74,7 +75,7 @@ class _Decoder(Adapter):
         }
 
     def final(self) -> nn.Module:
-        return self.base  # type: ignore[no-any-return]
+        return self.base
 
 
 class Llama(_Decoder):
@@ -168,7 +169,7 @@ class ViT(Adapter):
         return dict(inputs)
 
     def final(self) -> nn.Module:
-        return self.base.layernorm  # type: ignore[no-any-return]
+        return self.base.layernorm
 
     def install_extra(self) -> list[Any]:
         return [self.base.embeddings.register_forward_hook(embedding_hook)]
@@ -189,7 +190,7 @@ class Bert(Adapter):
         return list(self.base.encoder.layer)
 
     def attention_of(self, block: Any) -> nn.Module:
-        return block.attention.self  # type: ignore[no-any-return]
+        return block.attention.self
 
     def project(self, block: int, hidden: Tensor) -> tuple[Tensor, Tensor]:
         layer: Any = self.blocks[block]
@@ -201,7 +202,8 @@ class Bert(Adapter):
 
     def count(self, inputs: Mapping[str, Tensor]) -> tuple[int, int]:
         ids = _take_ids(inputs, {"input_ids", "attention_mask", "token_type_ids"})
-        limit = self.model.config.max_position_embeddings
+        config: Any = self.model.config
+        limit = config.max_position_embeddings
         if not 2 <= ids.shape[1] <= limit:
             raise ValueError(
                 f"input_ids: expected 2 to {limit} tokens, the class token first, "

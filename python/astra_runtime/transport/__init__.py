@@ -10,7 +10,7 @@ from astra_runtime.transport import handshake, rendezvous
 from astra_runtime.transport.mesh import Mesh, Stats, peers_of
 from astra_runtime.transport.pacing import Link, PacedMesh
 from astra_runtime.transport.tcp import TcpMesh, prepare
-from astra_runtime.wire import NO_RUN, Frame, Hello
+from astra_runtime.wire import NO_RUN, NOBODY, Frame, Hello
 
 __all__ = ["Frame", "Link", "Mesh", "Stats", "connect", "local_mesh", "peers_of"]
 
@@ -122,7 +122,7 @@ def _connect_tcp(
             addresses, run, store = rendezvous.exchange_addresses(
                 rank, world_size, own, connect_timeout
             )
-        formation = handshake.Formation(Hello(world_size, rank, run), listener, addresses)
+        formation = handshake.Formation(Hello(world_size, rank, NOBODY, run), listener, addresses)
         sockets = formation.run(connect_timeout)
     del store
     return TcpMesh(rank, world_size, sockets, timeout=timeout, handshake=formation.stats)

@@ -1,7 +1,7 @@
 """Joining the mesh: rank i listens at its address, dials every lower rank, admits every higher one.
 
 One loop serves the listener, the dials and the strangers at the door, so that nobody who is silent
-can hold up a good peer. Before its HELLO is checked a connection may cost 28 bytes and 5 seconds.
+can hold up a good peer. Before its HELLO is checked a connection may cost 30 bytes and 5 seconds.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ import select
 import socket
 import time
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Final
 
 from astra_runtime import wire
@@ -100,9 +101,12 @@ class Formation:
     """One rank's way into the mesh; `run` returns a connected socket for every peer."""
 
     def __init__(
-        self, own: Hello, listener: socket.socket | None, addresses: Mapping[int, tuple[str, int]]
+        self,
+        own: Hello,
+        listener: socket.socket,
+        addresses: Mapping[int, tuple[str, int]],
     ) -> None:
-        self.own = own
+        self.own = own  # addressed to nobody yet
         self.listener = listener
         self.dials = {rank: _Dial(rank, addresses[rank]) for rank in range(own.rank)}
         self.joined: dict[int, socket.socket] = {}
@@ -132,8 +136,7 @@ class Formation:
 
     def _poll_once(self, seconds: float) -> None:
         poll = select.poll()
-        if self.listener is not None:
-            poll.register(self.listener, select.POLLIN)
+        poll.register(self.listener, select.POLLIN)
         for door in self._doors.values():
             poll.register(door.sock, select.POLLIN)
         dialing = {}
@@ -158,7 +161,6 @@ class Formation:
     # --- the acceptor's side
 
     def _accept(self) -> None:
-        assert self.listener is not None
         try:
             sock, address = self.listener.accept()
         except OSError:
@@ -199,17 +201,17 @@ class Formation:
         if reason is None and hello.rank in self.joined:
             reason = f"rank {hello.rank} has joined already: two processes claim it"
         if reason is not None:
-            self._refuse(door, reason)
+            self._refuse(door, reason, hello.rank)
             if hello.world_size != self.own.world_size:  # such a world can never be complete
                 raise HandshakeRefused(reason)
             return
         del self._doors[door.sock.fileno()]
-        if self._reply(door):
+        if self._reply(door, hello.rank):
             self.joined[hello.rank] = door.sock
             self.stats.bytes_received_total += HELLO_SIZE
 
-    def _reply(self, door: _Door, reason: str = "") -> bool:
-        reply = self.own.encode(reason)
+    def _reply(self, door: _Door, to: int, reason: str = "") -> bool:
+        reply = replace(self.own, to=to).encode(reason)
         try:
             door.sock.send(reply)  # the first bytes on this connection: they fit its buffer
         except OSError:
@@ -218,9 +220,9 @@ class Formation:
         self.stats.bytes_sent_total += len(reply)
         return True
 
-    def _refuse(self, door: _Door, reason: str) -> None:
+    def _refuse(self, door: _Door, reason: str, to: int = wire.NOBODY) -> None:
         self._note(f"{door.name}: {reason}")
-        if not self._reply(door, reason):
+        if not self._reply(door, to, reason):
             self._doors.pop(door.sock.fileno(), None)
             return
         door.refused = True
@@ -290,7 +292,8 @@ class Formation:
                 # A port of the ephemeral range that nobody listens at can meet its own dial.
                 if door.sock.getsockname() == door.sock.getpeername():
                     raise OSError(errno.ECONNREFUSED, "ECONNREFUSED")
-                self.stats.bytes_sent_total += door.sock.send(self.own.encode())
+                hello = replace(self.own, to=dial.rank)
+                self.stats.bytes_sent_total += door.sock.send(hello.encode())
             except OSError as error:
                 self._again(dial, error.strerror or str(error))
                 return
@@ -317,7 +320,7 @@ class Formation:
         reason: str | None = door.data[HELLO_SIZE:].decode(errors="replace")
         reason = reason or wire.refusal(self.own, other)
         if not reason and other.rank != dial.rank:
-            reason = f"it is rank {other.rank}, not rank {dial.rank}"
+            reason = f"rank {other.rank} answered"
         if reason:
             raise HandshakeRefused(f"rank {dial.rank} at {dial.name} refused: {reason}")
         self.stats.bytes_received_total += len(door.data)

@@ -1,0 +1,158 @@
+"""README's tables, generated from the committed results.
+
+    python -m bench.tables [--check]
+
+Rewrites what stands between `<!-- table NAME -->` and `<!-- end -->` in README.md. With --check it
+changes nothing and fails if the tables are not what the results say.
+"""
+
+import json
+import re
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+RESULTS = ROOT / "bench" / "results"
+
+
+def load(name: str) -> dict | None:
+    path = RESULTS / f"{name}.json"
+    return json.loads(path.read_text()) if path.is_file() else None
+
+
+def table(head: list[str], rows: list[list[str]]) -> str:
+    lines = [head, ["---"] + ["--:"] * (len(head) - 1), *rows]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def source(report: dict) -> str:
+    return f"\n\n`{report['command'].strip()}` on {report['device']}, torch {report['versions'].get('torch', '–')}"
+
+
+def demo(report: dict) -> str:
+    rows = []
+    for result in report["demos"]:
+        link = f"{result['link']['mbit_per_s']:g} Mbit/s, {result['link']['delay_ms']:g} ms"
+        for run in result["runs"]:
+            rows.append(
+                [
+                    link,
+                    {"single": "one device", "dense": "dense exchange, fp32", "astra": "**ASTRA**"}[
+                        run["method"]
+                    ],
+                    f"{run['seconds_to_first_token']:.2f}",
+                    f"{run['speedup']:.2f}×",
+                    f"{run['bits_per_token_block']:.0f}",
+                    f"{run['perplexity']:.2f}",
+                ]
+            )
+        rows.append([link, "remote tokens dropped", "", "", "0", f"{result['local_only_perplexity']:.2f}"])
+    head = ["link, one-way delay", "", "first token (s)", "speedup", "bits/token/block", "perplexity"]
+    return table(head, rows) + source(report)
+
+
+def pack(report: dict) -> str:
+    rows = []
+    for case in report["cases"]:
+        count = case["shape"]["N"]
+
+        def rate(ms: float, count: int = count) -> str:
+            return f"{count / ms / 1e3:,.0f}"
+
+        peers = case["peers"]
+        rows.append(
+            [
+                case["name"],
+                rate(case["ms"]["p50"]),
+                rate(case["floor_ms"]),
+                f"{case['floor_ms'] / case['ms']['p50']:.0%}",
+                f"{peers['numpy'] / case['ms']['p50']:.0f}×",
+                f"{peers['faiss'] / case['ms']['p50']:.1f}×" if "faiss" in peers else "–",
+            ]
+        )
+    head = ["case", "M codes/s", "memcpy of the int32", "share", "over numpy", "over faiss"]
+    return table(head, rows) + source(report)
+
+
+def exchange(report: dict) -> str:
+    rows = []
+    for case in report["cases"]:
+        p99 = case.get("peers_p99", {})
+        rows.append(
+            [
+                case["name"],
+                f"{case['ms']['p50']:.3f} / {case['ms'].get('p99', float('nan')):.3f}",
+                *(
+                    f"{case['peers'][peer]:.3f} / {p99.get(peer, float('nan')):.3f}"
+                    for peer in ("gloo", "zeromq")
+                ),
+                f"{case['peers']['gloo'] / case['ms']['p50']:.1f}×",
+            ]
+        )
+    head = ["case, p50 / p99 in ms", "ASTRA", "gloo", "ZeroMQ", "over gloo, p50"]
+    return table(head, rows) + source(report)
+
+
+def ops(report: dict) -> str:
+    rows = []
+    for case in report["cases"]:
+        peers = ", ".join(f"{name} {ms:.3g}" for name, ms in case["peers"].items())
+        rows.append(
+            [
+                case["name"],
+                f"{case['ms']['p50']:.3g}",
+                peers,
+                "–" if case["ratio"] is None else f"{case['ratio']:.2f}×",
+            ]
+        )
+    return table(["case", "ms", "peers (ms)", "ratio"], rows) + source(report)
+
+
+def accuracy(report: dict) -> str:
+    rows = [
+        [
+            row["codes"],
+            f"{row['bits_per_token_block']:.0f}",
+            f"{row['world_size']}",
+            f"{row['exact']:.2f}",
+            f"{row['astra']:.2f}",
+            f"{row['local_only']:.2f}",
+            f"{row['gap_recovered']:.2f}",
+        ]
+        for row in report["rows"]
+    ]
+    head = ["codes", "bits/token/block", "ranks", "exact", "ASTRA", "dropped", "of the gap kept"]
+    return table(head, rows) + source(report)
+
+
+TABLES: dict[str, tuple[str, Callable[[dict], str]]] = {
+    "demo": ("cpu-2core/latency_demo", demo),
+    "pack": ("cpu-2core/pack", pack),
+    "exchange": ("cpu-2core/exchange", exchange),
+    "ops": ("cpu-2core/ops", ops),
+    "accuracy": ("cpu-2core/accuracy", accuracy),
+}
+
+
+def filled(readme: str) -> str:
+    def one(match: re.Match[str]) -> str:
+        name, make = TABLES[match[1]]
+        report = load(name)
+        body = "*not measured yet*" if report is None else make(report)
+        return f"<!-- table {match[1]} -->\n{body}\n<!-- end -->"
+
+    return re.sub(r"<!-- table (\w+) -->\n.*?<!-- end -->", one, readme, flags=re.S)
+
+
+def main() -> int:
+    path = ROOT / "README.md"
+    readme = path.read_text()
+    if "--check" in sys.argv:
+        return int(filled(readme) != readme)
+    path.write_text(filled(readme))
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

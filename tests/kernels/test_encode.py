@@ -1,0 +1,103 @@
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import astra_kernels as ak
+
+NAN, INF = float("nan"), float("inf")
+
+
+@pytest.mark.parametrize("lead", [(), (5,), (2, 3)])
+@pytest.mark.parametrize("k", [1, 2, 37, 64, 128, 192])
+def test_float64_nearest(impl, lead, k):
+    vectors = torch.randn(*lead, 3, 8, dtype=torch.float64)
+    codebook = torch.randn(3, k, 8, dtype=torch.float64)
+    codes = ak.encode(vectors, codebook, impl=impl)
+    assert codes.dtype == torch.int32
+    assert codes.shape == (*lead, 3)
+    distances = (vectors.unsqueeze(-2) - codebook).square().sum(dim=-1)
+    assert torch.equal(codes.long(), distances.argmin(dim=-1))
+
+
+@settings(max_examples=30, deadline=None)
+@given(st.integers(1, 300), st.integers(1, 4), st.integers(1, 9), st.integers(0, 2**20))
+def test_ties_go_to_the_lowest_index(k, groups, width, seed):
+    """Small integers: distances are exact in fp32 on every path, and ties abound."""
+    torch.manual_seed(seed)
+    vectors = torch.randint(-2, 3, (20, groups, width)).float()
+    codebook = torch.randint(-2, 3, (groups, k, width)).float()
+    want = ak.encode(vectors, codebook, impl="reference")
+    assert torch.equal(ak.encode(vectors, codebook), want)
+
+
+def test_many_tiles(monkeypatch):
+    from astra_kernels.encode import cpu
+
+    vectors, codebook = torch.randn(50, 2, 8).double(), torch.randn(2, 128, 8).double()
+    want = ak.encode(vectors, codebook)
+    monkeypatch.setattr(cpu, "TILE", 0)
+    monkeypatch.setattr(cpu, "MIN_ROWS", 7)
+    assert torch.equal(ak.encode(vectors, codebook), want)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_chosen_distance_is_minimal_to_rounding(dtype):
+    vectors, codebook = torch.randn(60, 2, 64).to(dtype), torch.randn(2, 256, 64).to(dtype)
+    codes = ak.encode(vectors, codebook).long().unsqueeze(-1)
+    distances = (vectors.double().unsqueeze(-2) - codebook.double()).square().sum(dim=-1)
+    chosen, least = distances.gather(-1, codes).squeeze(-1), distances.amin(dim=-1)
+    assert (chosen - least <= 64 * torch.finfo(torch.float32).eps * distances.amax()).all()
+    assert torch.equal(codes.squeeze(-1), ak.encode(vectors, codebook, impl="reference").long())
+
+
+def test_half_norms(impl):
+    vectors, codebook = torch.randn(40, 2, 8).double(), torch.randn(2, 64, 8).double()
+    norms = codebook.square().sum(dim=-1) / 2
+    got = ak.encode(vectors, codebook, half_norms=norms, impl=impl)
+    assert torch.equal(got, ak.encode(vectors, codebook, impl=impl))
+
+
+@pytest.mark.parametrize("k", [7, 128])
+def test_not_a_number(impl, k):
+    vectors, codebook = torch.randn(6, 2, 4), torch.randn(2, k, 4)
+    clean = ak.encode(vectors, codebook, impl=impl)
+    vectors[1, 0, 2] = NAN
+    vectors[2, 1, 0] = INF
+    vectors[3, 1] = -INF
+    codes = ak.encode(vectors, codebook, impl=impl)
+    assert codes[1, 0] == 0
+    assert codes[2, 1] == 0
+    assert codes[3, 1] == 0
+    clean[1, 0] = clean[2, 1] = clean[3, 1] = 0
+    assert torch.equal(codes, clean)
+
+
+@pytest.mark.parametrize("poison", [NAN, INF])
+def test_codeword_that_is_not_a_number_is_never_preferred(impl, poison):
+    vectors, codebook = torch.randn(50, 1, 4), torch.randn(1, 9, 4)
+    codebook[0, 0] = poison
+    codes = ak.encode(vectors, codebook, impl=impl)
+    want = ak.encode(vectors, codebook[:, 1:], impl=impl) + 1
+    assert torch.equal(codes, want)
+
+
+def test_most_codewords():
+    codebook = torch.randn(1, 65536, 2)
+    vectors = codebook[0, [65535, 0, 40000]].unsqueeze(1)
+    assert ak.encode(vectors, codebook).flatten().tolist() == [65535, 0, 40000]
+
+
+def test_no_vectors(impl):
+    codes = ak.encode(torch.randn(0, 3, 4), torch.randn(3, 5, 4), impl=impl)
+    assert codes.shape == (0, 3)
+    assert codes.dtype == torch.int32
+
+
+def test_strided_vectors():
+    vectors = torch.randn(3, 8, 20).permute(2, 0, 1)
+    codebook = torch.randn(3, 8, 64).transpose(1, 2)
+    want = ak.encode(vectors.contiguous(), codebook.contiguous())
+    assert torch.equal(ak.encode(vectors, codebook), want)

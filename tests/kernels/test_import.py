@@ -1,0 +1,37 @@
+from __future__ import annotations
+
+import subprocess
+import sys
+
+IMPORT = """
+import sys, time
+
+class Absent:
+    def find_spec(self, name, path=None, target=None):
+        if name.partition(".")[0] in {absent}:
+            raise ModuleNotFoundError(f"No module named {{name!r}}", name=name)
+
+sys.meta_path.insert(0, Absent())
+import torch
+start = time.perf_counter()
+import astra_kernels
+print(time.perf_counter() - start)
+assert not {absent} & set(sys.modules)
+"""
+
+
+def run(code: str) -> str:
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def test_lean_and_quick() -> None:
+    """Without Triton and transformers, and in under 1.5 s more than torch (best of three)."""
+    code = IMPORT.format(absent={"triton", "transformers", "safetensors", "sklearn", "faiss"})
+    assert min(float(run(code)) for _ in range(3)) < 1.5
+
+
+def test_exports() -> None:
+    names = run("import astra_kernels as ak; print(all(hasattr(ak, name) for name in ak.__all__))")
+    assert names.strip() == "True"

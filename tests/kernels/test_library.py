@@ -1,0 +1,333 @@
+"""What every op owes torch: schema, fake kernel, compilation, no silent loss of gradients."""
+
+from __future__ import annotations
+
+import re
+
+import pytest
+import torch
+
+import astra_kernels as ak
+
+
+def inputs(name, tokens=6, rows=4, device="cpu"):
+    """Positional and keyword arguments of one public call, with every option in use."""
+    f = {"device": device}
+    i = {"device": device, "dtype": torch.int32}
+    query = torch.randn(2, 4, rows, 16, **f)
+    key, value = torch.randn(2, 2, rows + 2, 16, **f), torch.randn(2, 2, rows + 2, 16, **f)
+    tables = (torch.randn(2, 2, 8, 8, **f), torch.randn(2, 2, 8, 8, **f))
+    codes = torch.randint(0, 8, (2, tokens, 4), **i)
+    rope = (torch.randn(tokens, 16, **f), torch.randn(tokens, 16, **f))
+    mask = torch.ones(2, tokens, dtype=torch.bool, device=device)
+    state = (query, torch.randn(2, 4, rows, **f))
+    coded = {"rope": rope, "code_mask": mask, "value_codes": codes, "scale": 0.2}
+    key_mask = torch.ones(2, rows + 2, dtype=torch.bool, device=device)
+    return {
+        "encode": ((torch.randn(tokens, 3, 8, **f), torch.randn(3, 16, 8, **f)), {}),
+        "decode": ((torch.randint(0, 8, (tokens, 3), **i), torch.randn(3, 8, 4, **f)), {}),
+        "attention": ((query, key, value), {"is_causal": True, "key_mask": key_mask}),
+        "coded_attention": ((query, codes, *tables), coded),
+        "codeword_attention": (
+            (query, torch.ones(2, 2, tokens, **i), *torch.randn(2, 2, 1, tokens, 16, **f)),
+            {},
+        ),
+        "merge_state": ((*state, query.clone(), state[1].clone()), {}),
+        "mixed_attention": ((query, key, value, codes, *tables), {**coded, "is_causal": True}),
+    }[name]
+
+
+OPS = (
+    "encode",
+    "decode",
+    "attention",
+    "coded_attention",
+    "codeword_attention",
+    "merge_state",
+    "mixed_attention",
+)
+
+
+def operator_calls(monkeypatch, name, args, options):
+    """The torch.ops call behind a public one."""
+    calls = []
+    op = getattr(torch.ops.astra, name)
+
+    def record(*arguments):
+        calls.append(arguments)
+        return op(*arguments)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(torch.ops.astra, name, record)
+        getattr(ak, name)(*args, **options)
+    return op.default, calls
+
+
+@pytest.mark.parametrize("name", OPS)
+def test_opcheck_and_one_boundary(monkeypatch, impl, name):
+    args, options = inputs(name)
+    op, calls = operator_calls(monkeypatch, name, args, {**options, "impl": impl})
+    assert len(calls) == 1
+    torch.library.opcheck(op, calls[0])
+
+
+def test_opcheck_of_packed_codes(monkeypatch):
+    query, codes, *tables = inputs("coded_attention")[0]
+    packed = torch.stack([ak.pack(row, 3) for row in codes])
+    options = {"code_bits": 3, "num_tokens": 6}
+    args = (query, packed, *tables)
+    op, calls = operator_calls(monkeypatch, "coded_attention", args, options)
+    torch.library.opcheck(op, calls[0])
+
+
+def test_opcheck_of_packing():
+    codes = torch.arange(20, dtype=torch.int32)
+    torch.library.opcheck(torch.ops.astra.pack.default, (codes, 5))
+    data = torch.ops.astra.pack(codes, 5)
+    torch.library.opcheck(torch.ops.astra.unpack.default, (data, 5, 20))
+    assert torch.equal(torch.ops.astra.unpack(data, 5, 20), codes)
+
+
+@pytest.mark.parametrize("name", OPS)
+def test_compiles_whole_with_dynamic_shapes(name):
+    torch._dynamo.reset()
+    frames = []
+
+    def backend(graph, _):
+        frames.append(graph)
+        return graph.forward
+
+    op = getattr(ak, name)
+    compiled = torch.compile(op, fullgraph=True, dynamic=True, backend=backend)
+    # No two sizes are equal in the first call: equal ones would be taken for one dimension.
+    for tokens, rows in ((11, 5), (14, 9), (20, 12)):
+        args, options = inputs(name, tokens, rows)
+        got, want = compiled(*args, **options), op(*args, **options)
+        torch.testing.assert_close(got, want, rtol=0, atol=0)
+    assert len(frames) == 1
+    calls = [node for node in frames[0].graph.nodes if "astra" in str(node.target)]
+    assert len(calls) == 1
+
+
+def test_packing_compiles_whole():
+    torch._dynamo.reset()
+
+    def there_and_back(codes):
+        return ak.unpack(ak.pack(codes, 5), 5, codes.numel())
+
+    compiled = torch.compile(there_and_back, fullgraph=True, dynamic=True, backend="eager")
+    for count in (20, 33):
+        codes = torch.arange(count, dtype=torch.int32) % 32
+        assert torch.equal(compiled(codes), codes)
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # torch's own, of torch.jit
+def test_compiles_with_inductor():
+    torch._dynamo.reset()
+    args, options = inputs("mixed_attention")
+
+    def block(*args):
+        return ak.mixed_attention(*args, **options) * 2 + 1
+
+    got = torch.compile(block, fullgraph=True)(*args)
+    torch.testing.assert_close(got, block(*args))
+
+
+@pytest.mark.parametrize("name", OPS)
+def test_fake_kernel_reads_no_data(name):
+    args, options = inputs(name, device="meta")
+    want_args, want_options = inputs(name)
+    got = getattr(ak, name)(*args, **options)
+    want = getattr(ak, name)(*want_args, **want_options)
+    single = isinstance(got, torch.Tensor)
+    for a, b in [(got, want)] if single else zip(got, want, strict=True):
+        assert (a.shape, a.dtype, a.stride()) == (b.shape, b.dtype, b.stride())
+
+
+@pytest.mark.parametrize("name", OPS)
+def test_gradients_are_refused(name):
+    args, options = inputs(name)
+    args = [x.requires_grad_() if x.is_floating_point() else x for x in args]
+    with pytest.raises(RuntimeError, match=f"astra_kernels.{name} is forward-only, but"):
+        getattr(ak, name)(*args, **options)
+    with torch.no_grad():
+        result = getattr(ak, name)(*args, **options)
+    for tensor in (result,) if isinstance(result, torch.Tensor) else result:
+        assert not tensor.requires_grad
+
+
+def test_rope_that_requires_grad_is_refused():
+    args, options = inputs("coded_attention")
+    options["rope"][1].requires_grad_()
+    with pytest.raises(RuntimeError, match="sin requires grad"):
+        ak.coded_attention(*args, **options)
+
+
+@pytest.mark.parametrize("name", OPS)
+def test_same_input_same_bits(impl, name):
+    args, options = inputs(name, tokens=300, rows=130)
+    first, second = (getattr(ak, name)(*args, **options, impl=impl) for _ in range(2))
+    torch.testing.assert_close(first, second, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("name", OPS)
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
+def test_dtypes(impl, name, dtype):
+    args, options = inputs(name)
+    if name == "merge_state":
+        args = (args[0].to(dtype), args[1], args[2].to(dtype), args[3])
+    else:
+        args = [x.to(dtype) if x.is_floating_point() else x for x in args]
+    result = getattr(ak, name)(*args, **options, impl=impl)
+    first = result if isinstance(result, torch.Tensor) else result[0]
+    assert first.dtype == (torch.int32 if name == "encode" else dtype)
+
+
+@pytest.mark.parametrize("name", OPS)
+def test_impl_that_is_not_there(name):
+    args, options = inputs(name)
+    op = getattr(ak, name)
+    with pytest.raises(ValueError, match=r"impl must be one of auto, .*, got 'cuda'"):
+        op(*args, **options, impl="cuda")
+    with pytest.raises(RuntimeError, match="there is no C\\+\\+ kernel for " + name):
+        op(*args, **options, impl="native")
+    with pytest.raises(RuntimeError, match="impl='triton' cannot run"):
+        op(*args, **options, impl="triton")
+
+
+def replaced(args, place, new):
+    return [*args[:place], new, *args[place + 1 :]]
+
+
+Q, C, K, V = 0, 1, 2, 3  # places of the arguments
+REFUSED = [
+    # op, place or option, replacement, exception, message
+    ("encode", 0, torch.randn(6, 4, 8), ValueError, "vectors must be [..., 3, 8]"),
+    ("encode", 0, torch.ones(6, 3, 8).long(), TypeError, "vectors must be of dtype float32"),
+    ("encode", 0, [1.0], TypeError, "vectors must be a torch.Tensor, got list"),
+    ("encode", 1, torch.randn(3, 8), ValueError, "codebook must be [C, K, w], got shape [3, 8]"),
+    ("encode", 1, torch.randn(3, 0, 8), ValueError, "codebook must be of 1 to 65536 codewords"),
+    ("encode", "half_norms", torch.randn(3, 8), ValueError, "half_norms must be [3, 16]"),
+    ("encode", 1, torch.randn(3, 16, 8, device="meta"), ValueError, "codebook must be on cpu"),
+    ("decode", 0, torch.zeros(6, 2).int(), ValueError, "codes must be [..., 3]"),
+    ("decode", 0, torch.zeros(6, 3), TypeError, "codes must be of dtype int32 or int64"),
+    ("decode", 0, torch.tensor([[0, 8, 1]]), ValueError, "in [0, 8) (K codewords), got 8 at index"),
+    ("decode", 0, torch.tensor([[0, 1, -1]]), ValueError, "got -1 at index [0, 2]"),
+    ("attention", Q, torch.randn(4, 4, 16), ValueError, "query must be [B, H, M, d]"),
+    ("attention", Q, torch.ones(2, 4, 4, 16).int(), TypeError, "query must be of dtype"),
+    ("attention", 1, torch.randn(2, 2, 6, 8), ValueError, "key must be [2, Hkv, L, 16]"),
+    ("attention", 1, torch.randn(2, 2, 5, 16), ValueError, "value must be of key's shape"),
+    ("attention", 1, torch.randn(2, 2, 6, 16).half(), TypeError, "key must be of dtype float32"),
+    ("attention", "key_mask", torch.ones(2, 5).bool(), ValueError, "key_mask must be [2, 6]"),
+    ("attention", "key_mask", torch.ones(2, 6), TypeError, "key_mask must be of dtype bool"),
+    ("attention", Q, torch.randn(2, 3, 4, 16), ValueError, "divides H = 3, got 2"),
+    ("attention", Q, torch.randn(2, 4, 7, 16), ValueError, "at least M = 7 tokens long"),
+    (
+        "coded_attention",
+        C,
+        torch.zeros(2, 6, 3).int(),
+        ValueError,
+        "C = R*Hkv*S = 4 or C = R*S = 2",
+    ),
+    ("coded_attention", C, torch.zeros(1, 6, 4).int(), ValueError, "codes must be [2, 6, C]"),
+    ("coded_attention", C, torch.zeros(2, 6, 4), TypeError, "codes must be of dtype int32"),
+    ("coded_attention", C, torch.full((2, 6, 4), 8), ValueError, "got 8 at index [0, 0, 0]"),
+    ("coded_attention", "value_codes", torch.full((2, 6, 4), -1), ValueError, "value_codes must"),
+    ("coded_attention", "value_codes", torch.zeros(2, 5, 4).int(), ValueError, "[2, 6, C]"),
+    (
+        "coded_attention",
+        K,
+        torch.randn(2, 8, 8),
+        ValueError,
+        "key_codebook must be [Hkv, S, K, d/S]",
+    ),
+    ("coded_attention", K, torch.randn(2, 2, 8, 9), ValueError, "with S * d/S = 16"),
+    (
+        "coded_attention",
+        K,
+        torch.ones(2, 2, 8, 8).int(),
+        TypeError,
+        "key_codebook must be of dtype",
+    ),
+    (
+        "coded_attention",
+        V,
+        torch.randn(1, 2, 8, 8),
+        ValueError,
+        "value_codebook must be of Hkv = 2",
+    ),
+    (
+        "coded_attention",
+        "code_mask",
+        torch.ones(2, 6),
+        TypeError,
+        "code_mask must be of dtype bool",
+    ),
+    ("coded_attention", "code_bits", 3, TypeError, "codes must be of dtype uint8"),
+    ("coded_attention", "rope", torch.ones(6, 16), TypeError, "rope must be a pair (cos, sin)"),
+    ("coded_attention", "rope", (1, 2), TypeError, "rope must be a pair (cos, sin)"),
+    ("coded_attention", "rope", (torch.ones(6, 8),) * 2, ValueError, "rope cos must be [6, 16]"),
+    ("coded_attention", "num_tokens", 5, ValueError, "codes must be [2, 5, C]"),
+    (
+        "codeword_attention",
+        1,
+        torch.ones(2, 2, 5).int(),
+        ValueError,
+        "counts must be [2, 2 or 1, 6]",
+    ),
+    ("codeword_attention", 1, torch.ones(2, 2, 6), TypeError, "counts must be of dtype"),
+    ("codeword_attention", 1, torch.full((2, 2, 6), -1), ValueError, "counts must be 0 or more"),
+    ("codeword_attention", 2, torch.randn(2, 2, 6, 8), ValueError, "[Hkv, 1, K, d] (S = 1)"),
+    ("codeword_attention", 3, torch.randn(2, 1, 5, 16), ValueError, "of key_codebook's shape"),
+    ("merge_state", 2, torch.randn(2, 4, 5, 16), ValueError, "out_b must be of out_a's shape"),
+    (
+        "merge_state",
+        1,
+        torch.randn(2, 4, 5),
+        ValueError,
+        "lse_a must be of out_a's shape without d",
+    ),
+    ("merge_state", 3, torch.randn(2, 4, 4).double(), TypeError, "lse_b must be of dtype float32"),
+    ("mixed_attention", 4, torch.randn(4, 2, 8, 8), ValueError, "key_codebook"),
+    ("mixed_attention", 1, torch.randn(2, 1, 6, 16), ValueError, "value must be of key's shape"),
+]
+
+
+@pytest.mark.parametrize(
+    ("name", "place", "new", "error", "message"),
+    REFUSED,
+    ids=[f"{row[0]}-{row[1]}-{i}" for i, row in enumerate(REFUSED)],
+)
+def test_bad_input_is_named(impl, name, place, new, error, message):
+    args, options = inputs(name)
+    if isinstance(place, str):
+        options = {**options, place: new}
+    else:
+        args = replaced(args, place, new)
+    expected = re.escape(message)
+    with pytest.raises(error, match=f"astra_kernels.{name}: .*{expected}"):
+        getattr(ak, name)(*args, **options, impl=impl)
+
+
+@pytest.mark.parametrize(
+    ("size", "bits", "options", "message"),
+    [
+        (7, 3, {"num_tokens": 6}, "codes must be [2, ceil(N*C*3/8)] with C = 4 or 2 and N = 6"),
+        (9, 17, {"num_tokens": 6}, "code_bits must be from 1 to 16, got 17"),
+        (9, 1, {}, "num_tokens must be given when a token takes fewer than 8 bits"),
+        (7, 16, {}, "codes must be [2, ceil(N*C*16/8)]"),
+    ],
+)
+def test_packed_sizes_that_do_not_fit(size, bits, options, message):
+    query, _, *tables = inputs("coded_attention")[0]
+    packed = torch.zeros(2, size, dtype=torch.uint8)
+    with pytest.raises(ValueError, match=re.escape(message)):
+        ak.coded_attention(query, packed, *tables, code_bits=bits, **options)
+
+
+def test_check_can_be_left_out():
+    """The caller vouches for the codes; only the ops' own reading of them is skipped."""
+    args, options = inputs("coded_attention")
+    want = ak.coded_attention(*args, **options)
+    got = ak.coded_attention(*args, **options, check=False)
+    assert torch.equal(got[0], want[0])

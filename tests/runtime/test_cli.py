@@ -1,0 +1,348 @@
+"""The command as a new user meets it: help, results, and sentences instead of tracebacks."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
+
+from astra_runtime import Codebook
+from astra_runtime.cli import COMMANDS, main
+from astra_runtime.store import builtin_text, token_windows
+
+from .models import tiny
+
+WORDS = [f"w{i}" for i in range(96)]
+PROMPT = " ".join(WORDS[i * 7 % 96] for i in range(30))
+TEXT = " ".join(WORDS[i * i % 96] for i in range(600))
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a tiny Llama and its tokenizer, a codebook, a text."""
+    folder = tmp_path_factory.mktemp("home")
+    vocabulary = {"<unk>": 0} | {word: i + 1 for i, word in enumerate(WORDS)}
+    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="<unk>")
+    fast.save_pretrained(folder / "model")
+    model = tiny("llama")
+    model.save_pretrained(folder / "model")
+    (folder / "text.txt").write_text(TEXT)
+    ids = token_windows(fast, TEXT, 50, 8)
+    book = Codebook.fit(model, ids, groups=3, codewords=32, held_back=2, world_size=2)
+    book.save_pretrained(folder / "codebook")
+    other = Codebook.fit(tiny("llama", seed=3), ids, groups=3, codewords=32, held_back=0)
+    other.save_pretrained(folder / "other")
+    return folder
+
+
+def astra(
+    home: Path, *arguments: str, code: int = 0, **environment: str
+) -> subprocess.CompletedProcess[str]:
+    done = subprocess.run(
+        [sys.executable, "-m", "astra_runtime", *arguments],
+        capture_output=True,
+        text=True,
+        timeout=100,
+        env=os.environ | {"ASTRA_CACHE": str(home / "cache")} | environment,
+    )
+    assert done.returncode == code, done.stderr
+    assert "Traceback" not in done.stderr
+    return done
+
+
+def model_options(home: Path) -> list[str]:
+    return ["--model", str(home / "model"), "--codebook", str(home / "codebook")]
+
+
+def error_of(done: subprocess.CompletedProcess[str]) -> str:
+    line = done.stderr.strip().splitlines()[-1]
+    assert line.startswith("astra: error: ")
+    return line
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_help_has_an_example(command: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as left:
+        main([command, "--help"])
+    assert left.value.code == 0
+    assert f"astra {command} " in capsys.readouterr().out.split("example")[1]
+
+
+def test_run_prints_one_json_object(home: Path) -> None:
+    asked = ["--prompt", PROMPT, "--max-new-tokens", "5", "--json"]
+    alone = json.loads(astra(home, "run", *model_options(home), *asked).stdout)
+    found = json.loads(
+        astra(
+            home, "run", *model_options(home), *asked, "--world-size", "2", "--space", "none"
+        ).stdout
+    )
+    assert set(found) == {
+        "text",
+        "world_size",
+        "seconds_to_first_token",
+        "seconds_per_token",
+        "bits_per_token_block",
+        "degraded",
+        "missing",
+    }
+    assert found["text"] == alone["text"]
+    assert found["world_size"] == 2
+    assert len(found["text"].split()) == 5
+    assert found["bits_per_token_block"] == 2 * 3 * 16 * 32
+
+
+def test_run_sends_codes(home: Path) -> None:
+    done = astra(
+        home, "run", *model_options(home), "--text", str(home / "text.txt"), "--json",
+        "--world-size", "3", "--max-new-tokens", "1", "--weights", "1,1,1",
+        code=1,
+    )  # fmt: skip
+    assert "at most 256 tokens" in error_of(done)
+    done = astra(
+        home, "run", *model_options(home), "--prompt", PROMPT, "--world-size", "3", "--json",
+        "--max-new-tokens", "2", "--weights", "1,1,1",
+    )  # fmt: skip
+    found = json.loads(done.stdout)
+    assert 15 <= found["bits_per_token_block"] < 16  # rows are padded to whole bytes
+
+
+def test_torchrun_starts_the_ranks(home: Path) -> None:
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2"]
+    command += ["-m", "astra_runtime", "run", *model_options(home)]
+    command += ["--prompt", PROMPT, "--max-new-tokens", "3", "--json"]
+    texts = []
+    for backend in ("tcp", "gloo"):
+        done = subprocess.run(
+            [*command, "--backend", backend], capture_output=True, text=True, timeout=100
+        )
+        assert done.returncode == 0, done.stderr
+        found = json.loads(done.stdout)
+        assert found["world_size"] == 2
+        texts.append(found["text"])
+    assert texts[0] == texts[1]
+
+
+def test_a_worker_follows_a_leader_on_given_addresses(home: Path) -> None:
+    with socket.socket() as one, socket.socket() as two:
+        one.bind(("127.0.0.1", 0))
+        two.bind(("127.0.0.1", 0))
+        peers = ",".join(f"127.0.0.1:{s.getsockname()[1]}" for s in (one, two))
+    worker = subprocess.Popen(
+        [sys.executable, "-m", "astra_runtime", "worker", "--rank", "1", "--peers", peers]
+        + model_options(home),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+    )
+    try:
+        done = astra(
+            home, "run", *model_options(home), "--rank", "0", "--peers", peers, "--prompt", PROMPT,
+            "--json",
+        )  # fmt: skip
+        assert json.loads(done.stdout)["world_size"] == 2
+        assert worker.wait(20) == 0
+    finally:
+        worker.kill()
+        worker.communicate()
+
+
+def test_eval_gives_both_controls(home: Path) -> None:
+    done = astra(
+        home, "eval", *model_options(home), "--text", str(home / "text.txt"), "--tokens", "60",
+        "--windows", "3", "--world-size", "3", "--json",
+    )  # fmt: skip
+    found = json.loads(done.stdout)
+    assert set(found["perplexity"]) == {"exact", "astra", "local_only"}
+    assert found["windows"] == 3
+    assert 15 <= found["bits_per_token_block"] < 16
+    assert found["compression"] == pytest.approx(2 * 48 * 32 / found["bits_per_token_block"])
+    assert found["gap_recovered"] < 1
+
+
+def test_fit_writes_a_codebook_and_tells_its_worth(home: Path) -> None:
+    done = astra(
+        home, "fit", "--model", str(home / "model"), "--text", str(home / "text.txt"), "--bits",
+        "40", "--codewords", "16", "--tokens", "50", "--windows", "8", "--world-size", "2",
+        "--output", str(home / "new"), "--json",
+    )  # fmt: skip
+    found = json.loads(done.stdout)
+    assert found["groups"] == 8  # one set of 4-bit codes for all heads, within 40 bits
+    assert found["bits_per_token_block"] == 32
+    assert found["verdict"]
+    assert Codebook.from_pretrained(home / "new").digest == found["digest"]
+
+
+def test_demo_gives_the_table_as_json(home: Path) -> None:
+    done = astra(
+        home, "demo", *model_options(home), "--text", str(home / "text.txt"), "--tokens", "60",
+        "--world-size", "2", "--mbit", "100", "--repeats", "1", "--json",
+    )  # fmt: skip
+    found: dict[str, Any] = json.loads(done.stdout)
+    assert [run["method"] for run in found["runs"]] == ["single", "dense", "astra"]
+    assert found["link"]["mbit_per_s"] == 100
+    assert found["runs"][0]["speedup"] == 1
+    single, dense, _ = (run["perplexity"] for run in found["runs"])
+    assert dense == pytest.approx(single, rel=1e-4)
+    assert found["local_only_perplexity"] != pytest.approx(single, rel=1e-4)
+    assert found["continuation"]
+
+
+def test_doctor_says_what_works(home: Path) -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "astra_runtime", "doctor", "--json"],
+        capture_output=True,
+        text=True,
+        timeout=100,
+    )
+    checks = json.loads(done.stdout)["checks"]
+    assert all(checks[name]["ok"] for name in ("bit packing", "ops", "exchange on loopback"))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["run", "--model", "no/such/model", "--prompt", "w1"], "model 'no/such/model' is not here"),
+        (["run", "--model", "{home}/cache", "--prompt", "w1"], "expected a folder with config.json"),
+        (["run", "{model}", "--codebook", "{home}/none", "--prompt", "w1"], "make one with `astra"),
+        (["run", "{model}", "--codebook", "{home}/other", "--prompt", "w1"], "made for a model with"),
+        (["run", "{model}", "{book}", "--prompt", ""], "at least one token"),
+        (["run", "{model}", "{book}", "--prompt", "w1", "--world-size", "2"], "1 tokens for 2 ranks"),
+        (["run", "{model}", "{book}", "--text", "{home}/none.txt"], "cannot be read"),
+        (["run", "{model}", "{book}", "--text", "{home}/cache/bytes"], "cannot be read"),
+        (["run", "{model}", "{book}", "--prompt", PROMPT, "--weights", "a,b"], "expected numbers"),
+        (
+            ["run", "{model}", "{book}", "--prompt", PROMPT, "--world-size", "2", "--weights", "1"],
+            "weights: expected 2",
+        ),
+        (["eval", "{model}", "{book}", "--text", "{home}/text.txt"], "at least 1024 tokens, got 600"),
+        (["demo", "{model}", "{book}", "--text", "{home}/text.txt"], "at least 1024 tokens, got 600"),
+        (["fit", "{model}", "--bits", "3", "--output", "{home}/x"], "expected at least 10, one code"),
+    ],
+)  # fmt: skip
+def test_mistakes_get_a_sentence(
+    home: Path, arguments: list[str], message: str, capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    (home / "cache").mkdir(exist_ok=True)
+    (home / "cache" / "bytes").write_bytes(b"\xff\xfe\xfa")
+    words = {"{model}": ["--model", f"{home}/model"], "{book}": ["--codebook", f"{home}/codebook"]}
+    given = [w.format(home=home) for a in arguments for w in words.get(a, [a])]
+    monkeypatch.setenv("ASTRA_CACHE", str(home / "cache"))
+    threads, handler = torch.get_num_threads(), signal.getsignal(signal.SIGTERM)
+    try:
+        assert main(given) == 1
+    finally:
+        torch.set_num_threads(threads)
+        signal.signal(signal.SIGTERM, handler)
+    last = capsys.readouterr().err.strip().splitlines()[-1]
+    assert last.startswith("astra: error: ")
+    assert message in last
+
+
+def test_a_port_in_use_is_named(home: Path) -> None:
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        done = astra(
+            home, "worker", *model_options(home), "--rank", "1", "--peers",
+            f"127.0.0.1:1,127.0.0.1:{port}", code=1,
+        )  # fmt: skip
+    assert str(port) in error_of(done)
+
+
+@pytest.mark.parametrize("blow", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
+def test_no_worker_outlives_its_leader(home: Path, blow: signal.Signals) -> None:
+    leader = subprocess.Popen(
+        [sys.executable, "-m", "astra_runtime", "run", *model_options(home), "--prompt", PROMPT]
+        + ["--world-size", "3", "--max-new-tokens", "200", "--timeout", "30"],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+    def workers() -> list[str]:
+        found = []
+        for entry in Path("/proc").iterdir():
+            if entry.name.isdigit():
+                try:
+                    command = (entry / "cmdline").read_bytes().split(b"\0")
+                except OSError:
+                    continue
+                if b"worker" in command and str(leader.pid).encode() in command:
+                    found.append(entry.name)
+        return found
+
+    deadline = time.monotonic() + 60
+    while len(workers()) < 2 and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert len(workers()) == 2
+    time.sleep(1.0)
+    leader.send_signal(blow)
+    _, words = leader.communicate(timeout=30)
+    assert leader.returncode != 0 or blow != signal.SIGKILL
+    while workers() and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert not workers()
+    assert "Traceback" not in words
+
+
+def test_a_dead_worker_is_named(home: Path) -> None:
+    """A worker that dies in the middle: the leader ends with an error that names it."""
+    leader = subprocess.Popen(
+        [sys.executable, "-m", "astra_runtime", "run", *model_options(home), "--prompt", PROMPT]
+        + ["--world-size", "2", "--max-new-tokens", "220", "--timeout", "30"],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    deadline = time.monotonic() + 60
+    killed = False
+    while not killed and time.monotonic() < deadline and leader.poll() is None:
+        for entry in Path("/proc").iterdir():
+            if not entry.name.isdigit():
+                continue
+            try:
+                command = (entry / "cmdline").read_bytes().split(b"\0")
+            except OSError:
+                continue
+            if b"worker" in command and str(leader.pid).encode() in command:
+                time.sleep(3.0)
+                os.kill(int(entry.name), signal.SIGKILL)
+                killed = True
+    _, words = leader.communicate(timeout=60)
+    assert killed
+    assert leader.returncode == 1
+    assert "rank 1" in words
+    assert "Traceback" not in words
+
+
+def test_the_built_in_texts_share_no_paragraph() -> None:
+    calibration, evaluation = builtin_text()
+    shared = set(calibration.split("\n\n")) & set(evaluation.split("\n\n"))
+    assert not shared
+    assert len(calibration) > 200_000
+    assert len(evaluation) > 50_000
+
+
+def test_windows_are_spread_and_do_not_overlap(home: Path) -> None:
+    from astra_runtime.store import load_tokenizer
+
+    tokenizer = load_tokenizer(str(home / "model"))
+    ids = tokenizer(TEXT, return_tensors="pt").input_ids[0]
+    windows = token_windows(tokenizer, TEXT, 100, 4)
+    assert torch.equal(windows[0], ids[:100])
+    assert torch.equal(windows[-1], ids[-100:])
+    assert len(token_windows(tokenizer, TEXT, 100, 50)) == 6
