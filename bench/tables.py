@@ -27,28 +27,36 @@ def table(head: list[str], rows: list[list[str]]) -> str:
 
 
 def source(report: dict) -> str:
-    return f"\n\n`{report['command'].strip()}` on {report['device']}, torch {report['versions'].get('torch', '–')}"
+    torch = report["versions"].get("torch", "–")
+    return f"\n\n`{report['command'].strip()}` on {report['device']}, torch {torch}"
 
 
 def demo(report: dict) -> str:
+    names = {"single": "one device", "dense": "dense exchange, fp32", "astra": "**ASTRA**"}
     rows = []
     for result in report["demos"]:
         link = f"{result['link']['mbit_per_s']:g} Mbit/s, {result['link']['delay_ms']:g} ms"
-        for run in result["runs"]:
-            rows.append(
-                [
-                    link,
-                    {"single": "one device", "dense": "dense exchange, fp32", "astra": "**ASTRA**"}[
-                        run["method"]
-                    ],
-                    f"{run['seconds_to_first_token']:.2f}",
-                    f"{run['speedup']:.2f}×",
-                    f"{run['bits_per_token_block']:.0f}",
-                    f"{run['perplexity']:.2f}",
-                ]
-            )
-        rows.append([link, "remote tokens dropped", "", "", "0", f"{result['local_only_perplexity']:.2f}"])
-    head = ["link, one-way delay", "", "first token (s)", "speedup", "bits/token/block", "perplexity"]
+        rows += [
+            [
+                link,
+                names[run["method"]],
+                f"{run['seconds_to_first_token']:.2f}",
+                f"{run['speedup']:.2f}×",
+                f"{run['bits_per_token_block']:.0f}",
+                f"{run['perplexity']:.2f}",
+            ]
+            for run in result["runs"]
+        ]
+        dropped = f"{result['local_only_perplexity']:.2f}"
+        rows.append([link, "remote tokens dropped", "", "", "0", dropped])
+    head = [
+        "link, one-way delay",
+        "",
+        "first token (s)",
+        "speedup",
+        "bits/token/block",
+        "perplexity",
+    ]
     return table(head, rows) + source(report)
 
 

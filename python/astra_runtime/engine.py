@@ -273,7 +273,7 @@ class _Owner:
             return self.model(**kwargs | {"past_key_values": self.cache, "use_cache": True})
 
     def scores(self, ids: Tensor) -> Tensor:
-        """fp32 logits [B, V] of the token after `ids` [B, t], at most one token more than before."""
+        """fp32 logits [B, V] after `ids` [B, t], which is at most one token more than before."""
         if ids.shape[1] > self.seen:
             self.seen, self.call.decoding = ids.shape[1], True
             self.position = self.position + 1

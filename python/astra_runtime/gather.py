@@ -53,7 +53,7 @@ def receive_tensors(
 
 
 def gather(call: Call, hidden: Tensor) -> Tensor:
-    """The hidden states that `call.answer` asks for, [B, M, D], from this rank's [B, copies + T, D].
+    """The hidden states that `call.answer` asks for, from this rank's [B, copies + T, D].
 
     "last": the last token of a decoder, [B, 1, D], or the mean of all ranks' class tokens
     (Distributed Class Tokens: with dense exchange the copies are equal). "all": the class token and

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -70,7 +71,7 @@ def _initial(vectors: Tensor, codewords: int, generator: torch.Generator) -> Ten
     chosen = torch.empty(groups, codewords, width, device=vectors.device)
     distance = torch.ones(count, groups, device=vectors.device)
     bounds = [codewords * r // rounds for r in range(rounds + 1)]
-    for low, high in zip(bounds, bounds[1:], strict=False):
+    for low, high in pairwise(bounds):
         if low == high:
             continue
         for c in range(groups):

@@ -53,7 +53,7 @@ class Workers:
         environment = os.environ | {"OMP_NUM_THREADS": str(threads), "ASTRA_WORKER": "1"}
         for rank in range(1, world_size):
             # seekable, so that the last words can be read after the end
-            self.errors[rank] = tempfile.TemporaryFile("w+")
+            self.errors[rank] = tempfile.TemporaryFile("w+")  # noqa: SIM115 - closed by stop
             command = [sys.executable, "-m", "astra_runtime", "worker", "--rank", str(rank)]
             self.processes[rank] = subprocess.Popen(
                 [*command, "--parent", str(os.getpid()), *arguments],

@@ -1,9 +1,9 @@
 """Who holds which tokens, and who may see them.
 
 A sequence of `tokens` tokens is cut into `world_size` contiguous shards, one a rank. Visibility is
-whole shards: a decoder's rank sees the shards before its own, an encoder's rank sees all the others.
-So attention over remote tokens never needs a causal mask, and only ranks that can see a shard
-receive its codes.
+whole shards: a decoder's rank sees the shards before its own, an encoder's rank sees all others. So
+attention over remote tokens never needs a causal mask, and only ranks that can see a shard receive
+its codes.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from __future__ import annotations
 import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 
 @dataclass(frozen=True)
@@ -38,7 +39,7 @@ class Plan:
         class_tokens: int = 0,
         weights: Sequence[float] | None = None,
     ) -> Plan:
-        """Cuts `tokens` in proportion to `weights` (equal by default), at least one token a rank."""
+        """Cuts `tokens` in proportion to `weights` (None: equal), at least one token a rank."""
         if world_size < 1:
             raise ValueError(f"world_size: expected at least 1, got {world_size}")
         if tokens < world_size:
@@ -123,4 +124,4 @@ def balanced_weights(
         middle = (low + high) / 2
         low, high = (middle, high) if reach(middle)[-1] < tokens else (low, middle)
     bounds = reach(high)
-    return tuple(after - before for before, after in zip(bounds, bounds[1:], strict=False))
+    return tuple(after - before for before, after in pairwise(bounds))

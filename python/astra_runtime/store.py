@@ -65,6 +65,14 @@ def model_folder(name: str) -> str:
     return str(folder)
 
 
+def at_hand(name: str) -> str:
+    """Where a packaged model is, or that its first use will convert it."""
+    folder = cache_folder() / "models" / name
+    if (folder / "config.json").is_file():
+        return str(folder)
+    return f"{_packaged(name).name}, to be converted at its first use"
+
+
 def _convert(gguf: Path, folder: Path) -> None:
     """Writes a GGUF file as a transformers folder, whole or not at all."""
     from transformers import AutoModelForCausalLM, AutoTokenizer

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import AstraError
-from ..launch import Workers, WorkerFailed, free_ports
+from ..launch import WorkerFailed, Workers, free_ports
 
 DEFAULT_MODEL = "smollm2"
 CONNECT_SECONDS = 120.0

@@ -85,7 +85,6 @@ def _measure(options: argparse.Namespace, model: Any, ranks: Any, ids: Any) -> d
     """Times and perplexities of the three methods, and of the local-only control."""
     import torch
 
-
     given = ids.tolist()
     say("ASTRA: codes on the link")
     ranks.lead(do="prefill", input_ids=given, space="codes", repeats=1)  # warms every rank up

@@ -113,6 +113,6 @@ def _check_exchange() -> str:
 
 
 def _check_model() -> str:
-    from ..store import model_folder
+    from ..store import at_hand
 
-    return model_folder("smollm2")
+    return at_hand("smollm2")
