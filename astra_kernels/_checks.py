@@ -252,9 +252,9 @@ def check_coded(op: str, query: Tensor, coded: CodedInput) -> CodedShape:
         check_mask(op, "code_mask", coded.code_mask, batch, tokens)
     if coded.cos is not None and coded.sin is not None:
         _check_rope(op, coded.cos, coded.sin, batch, tokens, dim)
-    for name, tensor in coded._asdict().items():
-        if isinstance(tensor, Tensor):
-            check_device(op, name, tensor, query.device)
+    for name, given in zip(coded._fields, coded, strict=True):
+        if isinstance(given, Tensor):
+            check_device(op, name, given, query.device)
     return CodedShape(tokens, key_codes, value_codes, keys.codewords, values.codewords)
 
 

@@ -54,6 +54,13 @@ def products(query: Tensor, key: Tensor, value: Tensor) -> Callable[[], Tensor]:
     return lambda: torch.matmul(torch.matmul(folded, key.mT), value)
 
 
+def expanded(codes: Tensor, tables: Tensor) -> list[Tensor]:
+    """Keys and values [B, Hkv, N, d] of codes [B, N, C] in two tables [Hkv, S, K, d/S]."""
+    index = coded_cpu.row_index(codes, tables[:1])
+    shape = (codes.shape[0], codes.shape[1])
+    return [coded_cpu.gather(index, t.unsqueeze(0), shape, torch.float32) for t in tables]
+
+
 def rotary(tokens: int, dim: int) -> tuple[Tensor, Tensor]:
     angle = torch.randn(tokens, dim // 2).repeat(1, 2)
     return angle.cos(), angle.sin()
@@ -85,7 +92,7 @@ def coded_case(name: str, model: str, rows: int, tokens: int, shared: bool, turn
     rope = rotary(tokens, dim) if turned else None
 
     def look_up() -> list[Tensor]:
-        key, value = (coded_cpu.look_up(codes, t.unsqueeze(0), torch.float32) for t in tables)
+        key, value = expanded(codes, tables)
         return [key if rope is None else coded_cpu.rotate(key, rope), value]
 
     dense = [x.contiguous() for x in look_up()]
@@ -307,7 +314,7 @@ def _crossover(heads: int, kv_heads: int, rows: int, tokens: int, shared: bool) 
     codes = torch.randint(0, K, (1, tokens, 1 if shared else kv_heads), dtype=torch.int32)
 
     def expand() -> object:
-        key, value = (coded_cpu.look_up(codes, t.unsqueeze(0), torch.float32) for t in tables)
+        key, value = expanded(codes, tables)
         return attention_cpu.flash(query, key, value, None)
 
     def count() -> object:

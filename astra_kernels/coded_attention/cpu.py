@@ -23,18 +23,25 @@ COUNTING_TOKENS_PER_CODEWORD_DECODING = 1.75
 DECODING_ROWS = 16
 
 
-def look_up(codes: Tensor, table: Tensor, dtype: torch.dtype) -> Tensor:
-    """codes [B, N, C], table [R, Hkv, S, K, d/S] -> [B, Hkv, N, d], stored as [B, N, Hkv, d]."""
-    stages, kv_heads, groups, codewords, width = table.shape
+def row_index(codes: Tensor, table: Tensor) -> Tensor:
+    """codes [B, N, C] -> which rows of table [R, Hkv, S, K, d/S] they mean, [R, B*N*Hkv*S]."""
+    stages, kv_heads, groups, codewords, _ = table.shape
     batch, tokens, codes_per_token = codes.shape
-    rows = table.reshape(-1, width)
-    first_rows = torch.arange(0, rows.shape[0], codewords).view(stages, kv_heads, groups)
     shared = codes_per_token == stages * groups
-    index = codes.reshape(batch, tokens, stages, 1 if shared else kv_heads, groups) + first_rows
-    vectors = rows.index_select(0, index[:, :, 0].reshape(-1)).to(dtype)
+    first_rows = torch.arange(0, stages * kv_heads * groups * codewords, codewords)
+    index = codes.reshape(batch, tokens, stages, 1 if shared else kv_heads, groups)
+    index = index + first_rows.view(stages, kv_heads, groups)
+    return index.movedim(2, 0).reshape(stages, -1)
+
+
+def gather(index: Tensor, table: Tensor, shape: tuple[int, int], dtype: torch.dtype) -> Tensor:
+    """Rows of the table, summed over stages, as [B, Hkv, N, d], stored as [B, N, Hkv, d]."""
+    stages, kv_heads, groups, _, width = table.shape
+    rows = table.reshape(-1, width)
+    vectors = rows.index_select(0, index[0]).to(dtype)
     for stage in range(1, stages):
-        vectors += rows.index_select(0, index[:, :, stage].reshape(-1))
-    return vectors.view(batch, tokens, kv_heads, groups * width).transpose(1, 2)
+        vectors += rows.index_select(0, index[stage])
+    return vectors.view(*shape, kv_heads, groups * width).transpose(1, 2)
 
 
 def rotate(key: Tensor, rope: Rope) -> Tensor:
@@ -115,6 +122,10 @@ def coded_attention(
         counts = count(codes, codewords)
         return codeword_attention(query, counts, keys[0], values[0], scale=scale)
     dtype = compute_dtype(query)
-    key = look_up(codes, keys, dtype)
-    value = look_up(codes if value_codes is None else value_codes, values, dtype)
+    shape = (codes.shape[0], codes.shape[1])
+    index = row_index(codes, keys)
+    key = gather(index, keys, shape, dtype)
+    if value_codes is not None:
+        index = row_index(value_codes, values)
+    value = gather(index, values, shape, dtype)
     return flash(query, key if rope is None else rotate(key, rope), value, scale)

@@ -27,7 +27,7 @@ def encode(vectors: Tensor, codebook: Tensor, half_norms: Tensor | None = None) 
         half_norms = codebook.square().sum(dim=-1).mul_(0.5)
     half_norms = half_norms.to(dtype)
     count = rows.shape[0]
-    tile = min(count, max(MIN_ROWS, TILE // codewords))
+    tile = max(1, min(count, max(MIN_ROWS, TILE // codewords)))
     scores = torch.empty(tile, codewords, dtype=dtype)
     codes = torch.empty(count, groups, dtype=torch.int32)
     for group in range(groups):

@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Final, NamedTuple
 
-from astra_runtime.errors import CONTROL_BLOCKS, HandshakeRefused, WireError
+from astra_runtime.errors import HandshakeRefused, WireError
 
 PROTOCOL_VERSION: Final = 1
 MAGIC: Final = b"ASTR"
@@ -31,12 +31,7 @@ NOBODY: Final = 0xFFFF  # the rank addressed by a reply to bytes that were no HE
 FACTS: Final = 0xFFFE  # block number of the frame that `Mesh.agree` exchanges
 BYE: Final = 0xFFFF  # block number of the last frame of a rank that finished properly
 FACTS_SIZE: Final = 2048
-LAST_CONTROL: Final = 0xFFEF  # CONTROL_BLOCKS..LAST_CONTROL are free for the engine
-
-__all__ = ["BYE", "CONTROL_BLOCKS", "FACTS", "FACTS_SIZE", "HEADER_SIZE", "HELLO_SIZE"]
-__all__ += ["LAST_CONTROL", "MAX_REASON", "NO_RUN", "PROTOCOL_VERSION", "Frame", "Header", "Hello"]
-__all__ += ["bye", "check_header", "decode_facts", "decode_hello", "encode_facts", "is_bye"]
-__all__ += ["judge_prefix", "parse_header", "refusal"]
+LAST_CONTROL: Final = 0xFFEF  # from errors.CONTROL_BLOCKS to here, numbers are the engine's to use
 
 
 class Header(NamedTuple):

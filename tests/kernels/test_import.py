@@ -3,6 +3,8 @@ from __future__ import annotations
 import subprocess
 import sys
 
+import astra_kernels as ak
+
 IMPORT = """
 import sys, time
 
@@ -27,11 +29,10 @@ def run(code: str) -> str:
 
 
 def test_lean_and_quick() -> None:
-    """Without Triton and transformers, and in under 1.5 s more than torch (best of three)."""
+    """Without Triton and transformers, and in under 1.5 s more than torch (best of two)."""
     code = IMPORT.format(absent={"triton", "transformers", "safetensors", "sklearn", "faiss"})
-    assert min(float(run(code)) for _ in range(3)) < 1.5
+    assert min(float(run(code)) for _ in range(2)) < 1.5
 
 
 def test_exports() -> None:
-    names = run("import astra_kernels as ak; print(all(hasattr(ak, name) for name in ak.__all__))")
-    assert names.strip() == "True"
+    assert all(callable(getattr(ak, name)) for name in ak.__all__)

@@ -119,12 +119,12 @@ def ensure_codebook(options: argparse.Namespace, model: Any, tokenizer: Any) -> 
     return Codebook.from_pretrained(folder), folder
 
 
-def fit_builtin(model: Any, tokenizer: Any, *, groups: int, **options: Any) -> Any:
+def fit_builtin(model: Any, tokenizer: Any, **options: Any) -> Any:
     """A codebook fitted on the calibration part of the built-in text."""
     from ..store import builtin_text
 
     text, _ = builtin_text()
-    return fit_text(model, tokenizer, text, groups=groups, **options)
+    return fit_text(model, tokenizer, text, **options)
 
 
 def fit_text(

@@ -195,7 +195,9 @@ class DistributedMesh:
         return tensor[:total] if self._batched else tensor
 
     def _empty(self, total: int) -> Tensor:
-        return torch.zeros(total, dtype=torch.uint8, device=self._device)
+        # kept for later calls, which may come from outside of the caller's inference mode
+        with torch.inference_mode(False):
+            return torch.zeros(total, dtype=torch.uint8, device=self._device)
 
     def _stats_of(self, rank: int) -> Stats:
         if self._closed:

@@ -69,8 +69,8 @@ class Mesh(Protocol):
     def receive(self, sizes: Mapping[int, int], *, block: int, plan: int) -> dict[int, memoryview]:
         """Waits for the frame of every rank in `sizes` (rank → expected payload bytes).
 
-        The views are valid until the second `receive` after this one whose block has the same
-        parity begins — that is, a block's codes survive the next block's receive. Control
+        The views are valid until the next `receive` for a block of the same parity: a block's
+        codes survive the next block's receive, not the one after. Control
         messages have a slot of their own. Watches every peer, waited for or not.
         """
 

@@ -165,6 +165,8 @@ class TcpMesh:
         self._poll = select.poll()
         self._handshake = handshake or Stats()
         self._closed = False
+        # Ranks that share cores had better sleep: a yielded core can be gone for a time slice.
+        self._may_yield = world_size <= len(os.sched_getaffinity(0))
         # Twice the deadline, so that a wait of ours ends first and can say whom it waited for.
         unacknowledged = math.ceil(2000 * timeout)  # milliseconds
         for peer in self._peers.values():
@@ -229,7 +231,8 @@ class TcpMesh:
     def _wait(self, waiting: dict[int, _Peer], block: int) -> None:
         """Serves every socket until all frames in `waiting` are whole or the deadline passes."""
         deadline = time.monotonic() + self.timeout
-        self._yield_for(waiting)
+        if self._may_yield:
+            self._yield_for(waiting)
         for peer in self._peers.values():
             self._watch(peer, peer.fd in waiting)
         while waiting:
@@ -241,8 +244,8 @@ class TcpMesh:
                 self._serve(self._by_fd[fd], events, waiting, block)
 
     def _yield_for(self, waiting: dict[int, _Peer]) -> None:
-        """Most frames of an exchange come within microseconds. Giving the core to whoever sends
-        them is quicker than to sleep and be woken, and takes no core from a rank that computes."""
+        """Most frames of an exchange come within microseconds: to give the core to whoever sends
+        them is quicker than to sleep and be woken. Looking without yielding starves the senders."""
         until = time.perf_counter_ns() + YIELD_NANOSECONDS
         while waiting and time.perf_counter_ns() < until:
             os.sched_yield()

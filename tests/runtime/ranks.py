@@ -1,0 +1,117 @@
+"""Ranks for the tests: meshes in one process, threads that act as ranks."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import random
+import socket
+import threading
+import time
+from collections.abc import Callable
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+from astra_runtime.transport import Link, Mesh, local_mesh, peers_of
+from astra_runtime.wire import Frame
+
+PLAN = 0x1234
+
+
+def gloo_mesh(world_size: int, *, timeout: float = 30.0) -> list[Mesh]:
+    """All ranks of a gloo mesh in this process: process groups of their own, over one store."""
+    import torch.distributed as dist
+
+    from astra_runtime.transport.distributed import DistributedMesh
+
+    store = dist.HashStore()
+
+    def join(rank: int) -> Mesh:
+        options = dist.ProcessGroupGloo._Options()
+        options._devices = [dist.ProcessGroupGloo.create_device(hostname="127.0.0.1")]
+        options._timeout = timedelta(seconds=20)
+        group = dist.ProcessGroupGloo(dist.PrefixStore("a", store), rank, world_size, options)
+        return DistributedMesh(group, timeout=timeout)
+
+    return together([lambda rank=rank: join(rank) for rank in range(world_size)])
+
+
+def paced_mesh(world_size: int, *, timeout: float = 30.0) -> list[Mesh]:
+    return local_mesh(world_size, timeout=timeout, link=Link(2000, 0.1))
+
+
+MAKERS = {"tcp": local_mesh, "gloo": gloo_mesh, "paced": paced_mesh}
+
+
+def together(calls: list[Callable[[], Any]], *, errors_too: bool = False) -> list[Any]:
+    """Runs the calls at the same time, one thread each; results, or exceptions, in order."""
+    results: list[Any] = [None] * len(calls)
+
+    def run(index: int) -> None:
+        try:
+            results[index] = calls[index]()
+        except BaseException as error:
+            results[index] = error
+
+    threads = [threading.Thread(target=run, args=(i,), daemon=True) for i in range(len(calls))]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(60)
+        assert not thread.is_alive(), "a rank hangs"
+    if not errors_too:
+        for result in results:
+            if isinstance(result, BaseException):
+                raise result
+    return results
+
+
+def as_ranks(meshes: list[Mesh], work: Callable[[Mesh], Any], **options: bool) -> list[Any]:
+    def run(mesh: Mesh) -> Any:
+        with mesh:
+            return work(mesh)
+
+    return together([lambda mesh=mesh: run(mesh) for mesh in meshes], **options)
+
+
+def pattern(rank: int, block: int, size: int) -> bytes:
+    return bytes((rank * 31 + block * 7 + position) % 251 for position in range(min(size, 500)))
+
+
+def fill(frame: Frame, rank: int, block: int) -> None:
+    head = pattern(rank, block, frame.size)
+    frame.payload[: len(head)] = head
+
+
+def all_to_all(mesh: Mesh, blocks: int, size: int) -> None:
+    frame, others = mesh.buffer(size), peers_of(mesh)
+    for block in range(blocks):
+        fill(frame, mesh.rank, block)
+        mesh.send(frame, block=block, plan=PLAN, to=others)
+        views = mesh.receive(dict.fromkeys(others, size), block=block, plan=PLAN)
+        for rank in others:
+            assert len(views[rank]) == size
+            assert bytes(views[rank][:500]) == pattern(rank, block, size)
+
+
+def free_ports(count: int) -> list[str]:
+    """Addresses nobody listens at, below the range that the kernel hands to outgoing dials."""
+    addresses: list[str] = []
+    while len(addresses) < count:
+        port = random.SystemRandom().randrange(15_000, 32_000)
+        with contextlib.suppress(OSError), socket.create_server(("127.0.0.1", port)):
+            addresses.append(f"127.0.0.1:{port}")
+    return addresses
+
+
+def environment() -> dict[str, str]:
+    root = Path(__file__).resolve().parents[2]
+    path = os.pathsep.join([str(root / "python"), str(root)])
+    return {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"}
+
+
+def send_blocks(mesh: Mesh, payload: bytes, to: int) -> None:
+    for block in range(100):
+        mesh.send(payload, block=block, plan=PLAN, to=[to])
+        time.sleep(0.005)
