@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -56,9 +55,9 @@ def fit(
     windows = as_windows(calibration)
     if space not in ("kv", "hidden"):
         raise ValueError(f"space: expected 'kv' or 'hidden', which are fitted, got {space!r}")
-    shared = space == "kv" and (
-        groups % adapter.num_key_value_heads != 0 if shared is None else shared
-    )
+    if shared is None:
+        shared = groups % adapter.num_key_value_heads != 0
+    shared = shared and space == "kv"
     check_groups(space, groups, shared, geometry(adapter))
     kept, tried = _hold_back(windows, held_back)
     vectors = sum(batch * tokens for batch, tokens in map(adapter.count, kept))
@@ -67,20 +66,14 @@ def fit(
             f"codewords: expected 2 to 65536 and at most the {vectors} calibration vectors, "
             f"got {codewords}; give more calibration windows"
         )
-    recorder = _Recorder(adapter, space)
-    with torch.inference_mode(), adapter.installed():
-        for done, window in enumerate(kept):
-            progress("calibrating", done, len(kept))
-            recorder.record(window)
-    progress("calibrating", len(kept), len(kept))
+    recorder = _record(adapter, space, kept, progress)
     tables, scales = [], []
-    blocks = len(adapter.blocks)
-    for block in range(blocks):
-        progress("clustering", block, blocks)
-        vectors_of_block, scale = recorder.vectors(block, groups, shared)
-        tables.append(kmeans(vectors_of_block, codewords, iterations=iterations, seed=seed + block))
+    for block in range(len(adapter.blocks)):
+        progress("clustering", block, len(adapter.blocks))
+        found, scale = recorder.vectors(block, groups, shared)
+        tables.append(kmeans(found, codewords, iterations=iterations, seed=seed + block))
         scales.append(scale)
-    progress("clustering", blocks, blocks)
+    progress("clustering", len(adapter.blocks), len(adapter.blocks))
     codebook = Codebook(
         space,
         groups,
@@ -92,8 +85,8 @@ def fit(
         scales=torch.stack(scales).cpu() if space == "kv" else None,
         notes={"calibration_vectors": vectors, "iterations": iterations, "seed": seed},
     )
-    if tried and vectors >= world_size:
-        ranks = min(world_size, min(adapter.count(window)[1] for window in tried))
+    if tried:
+        ranks = min(world_size, *(adapter.count(window)[1] for window in tried))
         codebook.notes["held_back"] = _evaluate(model, codebook, tried, ranks, progress)
     return codebook
 
@@ -136,6 +129,16 @@ def _evaluate(
         "local_only": found.local_only,
         "gap_recovered": found.gap_recovered,
     }
+
+
+def _record(adapter: Adapter, space: str, windows: list[Inputs], progress: Progress) -> _Recorder:
+    recorder = _Recorder(adapter, space)
+    with torch.inference_mode(), adapter.installed():
+        for done, window in enumerate(windows):
+            progress("calibrating", done, len(windows))
+            recorder.record(window)
+    progress("calibrating", len(windows), len(windows))
+    return recorder
 
 
 class _Recorder:
@@ -194,33 +197,3 @@ def balance(key: Tensor, value: Tensor) -> Tensor:
         return (flat - flat.mean(1, keepdim=True)).square().sum(-1).mean(-1).sqrt()
 
     return 1 / torch.stack([deviation(key), deviation(value)], -1).clamp(min=1e-6)
-
-
-@contextlib.contextmanager
-def progress_bar(enabled: bool) -> Iterator[Progress]:
-    """A `progress` for people: a bar on stderr when it is a terminal, else a line a stage."""
-    import sys
-
-    from tqdm import tqdm
-
-    bar: Any = None
-    stage = ""
-
-    def show(what: str, done: int, steps: int) -> None:
-        nonlocal bar, stage
-        if not enabled:
-            return
-        if what != stage:
-            if bar is not None:
-                bar.close()
-            stage = what
-            bar = tqdm(total=steps, desc=what, file=sys.stderr, disable=not sys.stderr.isatty())
-            if not sys.stderr.isatty():
-                print(f"{what} ({steps} steps)", file=sys.stderr, flush=True)
-        bar.update(done - bar.n)
-
-    try:
-        yield show
-    finally:
-        if bar is not None:
-            bar.close()

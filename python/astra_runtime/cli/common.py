@@ -131,15 +131,41 @@ def fit_text(
     model: Any, tokenizer: Any, text: str, *, tokens: int = 1024, windows: int = 26, **options: Any
 ) -> Any:
     """A codebook fitted on windows of a text, with progress and a plain word on its worth."""
-    from ..fit import fit, progress_bar
+    from ..fit import fit
     from ..store import token_windows
 
     length = min(tokens, getattr(model.config, "max_position_embeddings", tokens))
     calibration = token_windows(tokenizer, text, length, windows)
-    with progress_bar(True) as progress:
+    with progress_bar() as progress:
         codebook = fit(model, calibration, progress=progress, **options)
     say(verdict(codebook.notes.get("held_back")))
     return codebook
+
+
+@contextlib.contextmanager
+def progress_bar() -> Iterator[Any]:
+    """A `fit.Progress` for people: a bar on stderr if it is a terminal, else a line a stage."""
+    from tqdm import tqdm
+
+    bar: Any = None
+    stage = ""
+
+    def show(what: str, done: int, steps: int) -> None:
+        nonlocal bar, stage
+        if what != stage:
+            if bar is not None:
+                bar.close()
+            stage = what
+            bar = tqdm(total=steps, desc=what, file=sys.stderr, disable=not sys.stderr.isatty())
+            if not sys.stderr.isatty():
+                print(f"{what} ({steps} steps)", file=sys.stderr, flush=True)
+        bar.update(done - bar.n)
+
+    try:
+        yield show
+    finally:
+        if bar is not None:
+            bar.close()
 
 
 def verdict(held_back: dict[str, Any] | None) -> str:

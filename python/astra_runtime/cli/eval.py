@@ -5,7 +5,16 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
-from .common import add_fit_options, add_model, ensure_codebook, load, positive, say, show_json
+from .common import (
+    add_fit_options,
+    add_model,
+    ensure_codebook,
+    load,
+    positive,
+    progress_bar,
+    say,
+    show_json,
+)
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
@@ -23,7 +32,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace) -> int:
     from ..evaluate import measure
-    from ..fit import as_windows, progress_bar
+    from ..fit import as_windows
     from ..store import builtin_text, read_text, token_windows
 
     model, tokenizer = load(options.model)
@@ -31,7 +40,7 @@ def run(options: argparse.Namespace) -> int:
     windows = token_windows(tokenizer, text, options.tokens, options.windows)
     codebook, _ = ensure_codebook(options, model, tokenizer)
     done, steps = 0, 3 * len(windows)
-    with progress_bar(True) as progress:
+    with progress_bar() as progress:
 
         def step() -> None:
             nonlocal done

@@ -12,6 +12,7 @@ import contextlib
 import hashlib
 import threading
 import weakref
+from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
 from contextvars import ContextVar
 from typing import Any, Protocol
@@ -55,7 +56,7 @@ def listening(listener: Listener) -> Iterator[None]:
         _listener.reset(token)
 
 
-class Adapter:
+class Adapter(ABC):
     """A model family: where its blocks are, and how to cut its inputs. See `families.py`.
 
     Attributes:
@@ -109,24 +110,25 @@ class Adapter:
 
     # What a family says of itself.
 
+    @abstractmethod
     def find_blocks(self) -> list[nn.Module]:
-        raise NotImplementedError
+        """The Transformer blocks in order."""
 
+    @abstractmethod
     def attention_of(self, block: nn.Module) -> nn.Module:
         """The module that calls the attention interface."""
-        raise NotImplementedError
 
+    @abstractmethod
     def project(self, block: int, hidden: Tensor) -> tuple[Tensor, Tensor]:
         """Keys and values, not rotated, [B, Hkv, N, d], of block inputs [B, N, D]."""
-        raise NotImplementedError
 
+    @abstractmethod
     def count(self, inputs: Mapping[str, Tensor]) -> tuple[int, int]:
         """Batch size and number of tokens, the class token not counted. Checks the inputs."""
-        raise NotImplementedError
 
+    @abstractmethod
     def local_inputs(self, inputs: Mapping[str, Tensor], plan: Plan, rank: int) -> dict[str, Any]:
         """The keyword arguments with which `rank` calls the model's own forward."""
-        raise NotImplementedError
 
     def rope(self, positions: Tensor) -> tuple[Tensor, Tensor] | None:
         """cos and sin [B, N, d] at positions [B, N], or None without rotary positions."""
@@ -140,9 +142,9 @@ class Adapter:
         """Which tokens are not padding, bool [B, class_tokens + T], or None if all are."""
         return None
 
+    @abstractmethod
     def final(self) -> nn.Module:
         """The module whose output is, or holds as last_hidden_state, what the head reads."""
-        raise NotImplementedError
 
     def install_extra(self) -> list[Any]:
         """Hooks of this family alone."""
