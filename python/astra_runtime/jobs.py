@@ -53,6 +53,7 @@ class Ranks:
             books = {"codes": self.codebook, "none": Codebook.none(), "drop": Codebook.drop()}
             mesh = self.timed if timed else self.mesh
             self._engines[key] = Engine(self.model, books[space], mesh, weights=self.weights)
+            mesh.flush()  # nothing held by the link may be overtaken on the other mesh
         return self._engines[key]
 
     def lead(self, **job: Any) -> Any:
