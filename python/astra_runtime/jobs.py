@@ -44,15 +44,18 @@ class Ranks:
         self.model, self.codebook = model, codebook
         self.mesh, self.timed = mesh, timed or mesh
         self.weights = weights
-        self._engines: dict[tuple[str, bool], Engine] = {}
+        self._engines: dict[tuple[str, bool, int], Engine] = {}
 
-    def engine(self, space: str, timed: bool) -> Engine:
+    def engine(self, space: str, timed: bool, tokens: int) -> Engine:
         """The engine for "codes", "none" or "drop"; made at its first use, on all ranks."""
-        key = (space, timed)
+        key = (space, timed, tokens)
         if key not in self._engines:
             books = {"codes": self.codebook, "none": Codebook.none(), "drop": Codebook.drop()}
-            mesh = self.timed if timed else self.mesh
-            self._engines[key] = Engine(self.model, books[space], mesh, weights=self.weights)
+            mesh, weights = self.timed if timed else self.mesh, self.weights
+            if space != "codes" and weights is None:  # compared with the codes on the same shards
+                plan = self.engine("codes", timed, tokens).plan(tokens)
+                weights = [float(plan.size(n)) for n in range(mesh.world_size)]
+            self._engines[key] = Engine(self.model, books[space], mesh, weights=weights)
             mesh.flush()  # nothing held by the link may be overtaken on the other mesh
         return self._engines[key]
 
@@ -111,7 +114,7 @@ class Ranks:
         Every rank has the input when the clock starts; it stops when rank 0, which asked, has the
         logits (the last rank, which computes them, has them a vector's transfer earlier).
         """
-        engine = self.engine(space, timed=True)
+        engine = self.engine(space, True, ids.shape[1])
         seconds = []
         before = self.timed.stats
         for _ in range(repeats):
@@ -132,12 +135,12 @@ class Ranks:
 
     def loss(self, ids: Tensor, space: str) -> tuple[float, int]:
         """Summed loss and number of predictions over the tokens after the first shard."""
-        total, count = shard_loss(self.engine(space, timed=False), ids)
+        total, count = shard_loss(self.engine(space, False, ids.shape[1]), ids)
         return sum(self.report(total)), int(sum(self.report(float(count))))
 
     def generate(self, ids: Tensor, space: str, max_new_tokens: int) -> dict[str, Any]:
         """The continued ids, and the seconds at which each new token reached this rank."""
-        engine = self.engine(space, timed=True)
+        engine = self.engine(space, True, ids.shape[1])
         times: list[float] = []
         self.barrier()
         start = time.perf_counter()

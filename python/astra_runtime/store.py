@@ -128,7 +128,8 @@ def _paragraphs(topics: Sequence[str]) -> list[str]:
     """Paragraphs in order, each once: topics of the documentation quote each other."""
     seen: dict[str, None] = {}
     for topic in topics:
-        seen.update(dict.fromkeys(p for p in topic.split("\n\n") if p.strip()))
+        parts = (part.strip("\n") for part in topic.split("\n\n"))
+        seen.update(dict.fromkeys(part for part in parts if part.strip()))
     return list(seen)
 
 
@@ -164,5 +165,5 @@ def token_windows(tokenizer: Any, text: str, tokens: int, windows: int) -> list[
             "give a longer text or ask for fewer tokens"
         )
     count = min(windows, len(ids) // tokens)
-    step = (len(ids) - tokens) // max(1, count - 1) if count > 1 else 0
-    return [ids[i * step : i * step + tokens] for i in range(count)]
+    starts = [i * (len(ids) - tokens) // max(1, count - 1) for i in range(count)]
+    return [ids[start : start + tokens] for start in starts]

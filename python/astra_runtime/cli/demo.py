@@ -91,12 +91,12 @@ def _measure(options: argparse.Namespace, model: Any, ranks: Any, ids: Any) -> d
     astra = ranks.lead(do="prefill", input_ids=given, space="codes", repeats=options.repeats)
     say("single device: the model alone, in this process")
     with torch.inference_mode():
+        logits = model(input_ids=ids, use_cache=False).logits  # warms up, and tells the perplexity
         single = []
-        for _ in range(options.repeats + 1):
+        for _ in range(options.repeats):
             start = time.perf_counter()
             model(input_ids=ids, logits_to_keep=1, use_cache=False)
             single.append(time.perf_counter() - start)
-        logits = model(input_ids=ids, use_cache=False).logits
     say("dense sequence parallel: keys and values in fp32 on the same link (be patient)")
     dense = ranks.lead(do="prefill", input_ids=given, space="none", repeats=1)
     say("perplexity of the prompt after the first shard, link not limited")
@@ -107,7 +107,7 @@ def _measure(options: argparse.Namespace, model: Any, ranks: Any, ids: Any) -> d
         for space in ("codes", "none", "drop")
     }
     perplexity = {space: math.exp(total / count) for space, (total, count) in losses.items()}
-    samples = {"single": single[1:], "dense": dense["seconds"], "astra": astra["seconds"]}
+    samples = {"single": single, "dense": dense["seconds"], "astra": astra["seconds"]}
     seconds = {method: statistics.median(values) for method, values in samples.items()}
     bits = {
         "single": 0.0,
