@@ -133,7 +133,7 @@ class Engine:
             self.space,
             self.mesh,
             batch,
-            plan.tag(batch),
+            plan.tag(_contents(inputs)),
             answer=logits,
             everywhere=outputs == "every",
         )
@@ -199,6 +199,13 @@ class Engine:
         inputs = {"input_ids": input_ids}
         if attention_mask is not None:
             inputs["attention_mask"] = attention_mask
+        _, tokens = self.adapter.count(inputs)
+        limit = int(self.model.config.max_position_embeddings)  # type: ignore[union-attr, arg-type]
+        if tokens + max_new_tokens - 1 > limit:
+            raise ValueError(
+                f"max_new_tokens: expected at most {limit - tokens + 1} after {tokens} tokens, as "
+                f"the model's limit is {limit}, got {max_new_tokens}"
+            )
         call, kwargs = self._prepare(inputs, "last", "one")
         owner = _Owner(self, call, kwargs, inputs) if call.rank == call.plan.owner else None
         if owner is None:
@@ -250,6 +257,19 @@ class Engine:
         trace: TracebackType | None,
     ) -> None:
         self.close()
+
+
+def _contents(inputs: dict[str, Tensor]) -> list[bytes]:
+    """What must be the same on every rank: shapes, and token ids to the last one.
+
+    Images may differ by the rounding of each rank's own preprocessing.
+    """
+    told = []
+    for name, tensor in sorted(inputs.items()):
+        told.append(f"{name}{tuple(tensor.shape)}".encode())
+        if not tensor.is_floating_point():
+            told.append(tensor.to("cpu", torch.int64).contiguous().numpy().tobytes())
+    return told
 
 
 class _Owner:

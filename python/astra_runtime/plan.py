@@ -9,7 +9,7 @@ its codes.
 from __future__ import annotations
 
 import zlib
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
@@ -89,9 +89,15 @@ class Plan:
         """The rank that holds the sequence's last token, or rank 0 of an encoder."""
         return self.world_size - 1 if self.causal else 0
 
-    def tag(self, batch: int) -> int:
-        """32 bits that name this cut and batch size; every frame carries them."""
-        return zlib.crc32(repr((self.bounds, self.causal, self.class_tokens, batch)).encode())
+    def tag(self, inputs: Iterable[bytes | memoryview] = ()) -> int:
+        """32 bits that name this cut and the inputs it is of; every frame carries them.
+
+        Ranks that were given other tokens find out at the first frame.
+        """
+        told = zlib.crc32(repr((self.bounds, self.causal, self.class_tokens)).encode())
+        for content in inputs:
+            told = zlib.crc32(content, told)
+        return told
 
 
 def balanced_weights(

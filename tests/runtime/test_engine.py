@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from typing import Any
 
 import pytest
@@ -9,7 +10,7 @@ import torch
 from torch import Tensor
 
 import astra_kernels as ak
-from astra_runtime import Codebook, Engine, HandshakeRefused
+from astra_runtime import AstraError, Codebook, Engine, HandshakeRefused, WireError
 from astra_runtime.evaluate import run_ranks
 from astra_runtime.plan import Plan
 from astra_runtime.transport import Mesh
@@ -285,6 +286,23 @@ def test_ranks_that_differ_refuse_each_other() -> None:
         assert "codebook" in reason
 
 
+def test_ranks_with_other_inputs_find_out() -> None:
+    model = tiny("llama")
+
+    def work(mesh: Mesh) -> str:
+        inputs = inputs_for("llama", seed=mesh.rank)
+        with Engine(model, None, mesh) as engine:
+            if mesh.rank == 0:  # waits for nobody; its send may find rank 1 gone
+                with contextlib.suppress(AstraError):
+                    engine(**inputs, logits="local")
+                return ""
+            with pytest.raises(WireError) as found:
+                engine(**inputs, logits="local")
+            return str(found.value)
+
+    assert "runs another plan" in run_ranks(2, work)[1]
+
+
 def test_the_model_works_by_itself_before_between_and_after() -> None:
     model, inputs = tiny("llama"), inputs_for("llama")
     before = model(**inputs).logits
@@ -315,6 +333,10 @@ def test_the_model_works_by_itself_before_between_and_after() -> None:
         (
             lambda e: e.generate(torch.zeros(1, 4, dtype=torch.long), max_new_tokens=0),
             "max_new_tokens: expected at least 1",
+        ),
+        (
+            lambda e: e.generate(torch.zeros(1, 250, dtype=torch.long), max_new_tokens=8),
+            "max_new_tokens: expected at most 7 after 250 tokens",
         ),
     ],
 )

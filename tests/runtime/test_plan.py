@@ -47,15 +47,15 @@ def test_an_encoder_sees_all_shards() -> None:
     assert plan.owner == 0
 
 
-def test_tags_tell_plans_apart() -> None:
+def test_tags_tell_plans_and_inputs_apart() -> None:
     tags = {
-        Plan.make(tokens, 3, causal=causal, weights=weights).tag(batch)
+        Plan.make(tokens, 3, causal=causal, weights=weights).tag(inputs)
         for tokens in (12, 13)
         for causal in (True, False)
         for weights in (None, [1, 2, 1])
-        for batch in (1, 2)
+        for inputs in ((), (b"one",), (b"two",))
     }
-    assert len(tags) == 16
+    assert len(tags) == 24
 
 
 @pytest.mark.parametrize(
