@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from .codebook import Codebook
 from .engine import Engine
+from .parallel import on_one_core
 from .transport import Mesh, local_mesh
 
 R = TypeVar("R")
@@ -31,18 +32,20 @@ def run_ranks(world_size: int, work: Callable[[Mesh], R], timeout: float = 600.0
     errors: list[BaseException] = []
 
     def rank(mesh: Mesh) -> None:
-        torch.set_num_threads(1)  # the ranks are the parallelism
+        on_one_core()
         try:
             with mesh:
                 results[mesh.rank] = work(mesh)
         except BaseException as error:
             errors.append(error)
 
+    cores = torch.get_num_threads()
     threads = [threading.Thread(target=rank, args=(mesh,), daemon=True) for mesh in meshes]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join()
+    torch.set_num_threads(cores)
     if errors:
         raise errors[0]
     return [results[n] for n in range(world_size)]

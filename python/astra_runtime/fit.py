@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -12,6 +13,7 @@ from .codebook import Codebook, check_groups, geometry, joint
 from .evaluate import Inputs, Measured, measure
 from .kmeans import kmeans
 from .models import Adapter, adapt, listening
+from .parallel import map_cores
 from .spaces import Rope, unrotate
 
 Progress = Callable[[str, int, int], None]  # what is done, steps done, steps in all
@@ -43,7 +45,7 @@ def fit(
         codewords: codewords of a group (the paper's K).
         shared: one set of codes for all heads; None: where `groups` is no multiple of the KV heads.
         iterations: Lloyd iterations.
-        seed: makes the result deterministic for a number of threads.
+        seed: makes the result deterministic, whatever the number of threads.
         held_back: windows kept out of the fit, on which the result is evaluated as `world_size`
             ranks. `notes["held_back"]` of the codebook tells; with 0, nothing is evaluated.
 
@@ -66,14 +68,18 @@ def fit(
             f"codewords: expected 2 to 65536 and at most the {vectors} calibration vectors, "
             f"got {codewords}; give more calibration windows"
         )
-    recorder = _record(adapter, space, kept, progress)
-    tables, scales = [], []
-    for block in range(len(adapter.blocks)):
-        progress("clustering", block, len(adapter.blocks))
-        found, scale = recorder.vectors(block, groups, shared)
-        tables.append(kmeans(found, codewords, iterations=iterations, seed=seed + block))
+    recorded = _record(adapter, space, kept, progress)
+
+    def cluster(block: int) -> tuple[Tensor, Tensor]:
+        found, scales = recorded.vectors(block, groups, shared)
+        return kmeans(found, codewords, iterations=iterations, seed=seed + block), scales
+
+    blocks, tables, scales = len(adapter.blocks), [], []
+    progress("clustering", 0, blocks)
+    for block, (table, scale) in enumerate(map_cores(cluster, range(blocks))):
+        tables.append(table)
         scales.append(scale)
-    progress("clustering", len(adapter.blocks), len(adapter.blocks))
+        progress("clustering", block + 1, blocks)
     codebook = Codebook(
         space,
         groups,
@@ -131,49 +137,62 @@ def _evaluate(
     }
 
 
-def _record(adapter: Adapter, space: str, windows: list[Inputs], progress: Progress) -> _Recorder:
-    recorder = _Recorder(adapter, space)
-    with torch.inference_mode(), adapter.installed():
-        for done, window in enumerate(windows):
-            progress("calibrating", done, len(windows))
-            recorder.record(window)
-    progress("calibrating", len(windows), len(windows))
-    return recorder
+def _record(adapter: Adapter, space: str, windows: list[Inputs], progress: Progress) -> _Recorded:
+    """Runs the model by itself on every window, keeping what the space codes."""
+
+    def run(window: Inputs) -> list[Any]:
+        recorder = _Recorder(adapter, space, window)
+        with torch.inference_mode(), listening(recorder):
+            adapter.model(**window)
+        return recorder.kept
+
+    progress("calibrating", 0, len(windows))
+    kept: list[list[Any]] = []
+    with adapter.installed():
+        for of_window in map_cores(run, windows):
+            kept.append(of_window)
+            progress("calibrating", len(kept), len(windows))
+    return _Recorded(adapter, space, kept)
 
 
 class _Recorder:
-    """Keeps what a space codes while the model runs by itself, on one device."""
+    """A listener of one window: the block inputs, or the keys (not rotated) and values."""
 
-    def __init__(self, adapter: Adapter, space: str) -> None:
-        self.adapter, self.space = adapter, space
-        self.kept: list[list[Any]] = [[] for _ in adapter.blocks]
-        self.rope: Rope = None
-
-    def record(self, window: Inputs) -> None:
-        positions = self.adapter.positions(window)
-        self.rope = None if positions is None else self.adapter.rope(positions)
-        with listening(self):
-            self.adapter.model(**window)
+    def __init__(self, adapter: Adapter, space: str, window: Inputs) -> None:
+        self.copies, self.space = adapter.class_tokens, space
+        positions = adapter.positions(window)
+        self.rope: Rope = None if positions is None else adapter.rope(positions)
+        self.kept: list[Any] = [None] * len(adapter.blocks)
 
     def embedded(self, hidden: Tensor) -> Tensor:
         return hidden
 
     def before_block(self, block: int, hidden: Tensor) -> None:
         if self.space == "hidden":
-            self.kept[block].append(hidden[:, self.adapter.class_tokens :].float())
+            self.kept[block] = hidden[:, self.copies :].float()
 
     def attend(self, block: int, query: Tensor, key: Tensor, value: Tensor, scale: float) -> None:
         if self.space == "kv":
-            copies = self.adapter.class_tokens
-            pair = (unrotate(key.float(), self.rope)[:, :, copies:], value[:, :, copies:].float())
-            self.kept[block].append(pair)
+            plain = unrotate(key.float(), self.rope)
+            self.kept[block] = (plain[:, :, self.copies :], value[:, :, self.copies :].float())
 
     def finish(self, hidden: Tensor) -> Tensor:
         return hidden[:, :1]  # the head's work is not needed
 
+
+@dataclass
+class _Recorded:
+    """What was kept, by window and block. A block's part is freed when it is taken."""
+
+    adapter: Adapter
+    space: str
+    kept: list[list[Any]]
+
     def vectors(self, block: int, groups: int, shared: bool) -> tuple[Tensor, Tensor]:
         """The vectors [n, C, w] of a block, and the scales [Hkv, 2] they were multiplied with."""
-        kept, self.kept[block] = self.kept[block], []
+        kept = [of_window[block] for of_window in self.kept]
+        for of_window in self.kept:
+            of_window[block] = None
         scales = torch.ones(self.adapter.num_key_value_heads, 2, device=self.adapter.device)
         if self.space == "hidden":
             found = torch.cat([h.flatten(0, 1) for h in kept]).unflatten(-1, (groups, -1))

@@ -27,7 +27,7 @@ def kmeans(
         progress: called after every pass over the vectors.
 
     Returns:
-        fp32 [C, K, w]; the same for the same seed and number of threads.
+        fp32 [C, K, w]; the same for the same seed and number of torch threads.
 
     Starts with k-means‖ (Bahmani et al. 2012): in a few rounds, vectors are drawn with probability
     proportional to their squared distance from what was drawn before. Each Lloyd iteration moves

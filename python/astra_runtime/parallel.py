@@ -1,0 +1,30 @@
+"""Independent work on every core, one thread an item: quicker than each item on all cores."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from typing import TypeVar
+
+import torch
+
+Item = TypeVar("Item")
+Result = TypeVar("Result")
+
+
+def on_one_core() -> None:
+    """Has this thread's torch ops run on this thread alone."""
+    torch.set_num_threads(1)
+
+
+def map_cores(work: Callable[[Item], Result], items: Iterable[Item]) -> Iterator[Result]:
+    """`work` of every item, in order, on as many threads as torch may use.
+
+    An item's result does not depend on how many threads that is.
+    """
+    cores = torch.get_num_threads()
+    try:
+        with ThreadPoolExecutor(cores, initializer=on_one_core) as pool:
+            yield from pool.map(work, items)
+    finally:
+        torch.set_num_threads(cores)  # the count is also the default of threads to come
