@@ -37,6 +37,8 @@ class Engine:
     Raises:
         ValueError: a model of another family, or a codebook made for another model.
         HandshakeRefused: a rank has another model, codebook or weights.
+
+    Close it, or use it in a `with` block, to take the hooks off the model.
     """
 
     def __init__(
@@ -51,7 +53,11 @@ class Engine:
         self.adapter = adapt(model)
         self.codebook = Codebook.none() if codebook is None else codebook
         self.mesh = local_mesh(1)[0] if mesh is None else mesh
-        self.weights = None if weights is None else tuple(weights)
+        self.weights = None if weights is None else tuple(float(w) for w in weights)
+        if self.weights is not None:  # refuses weights that no plan can have
+            Plan.make(len(self.weights), self.mesh.world_size, causal=True, weights=self.weights)
+        if model.training:
+            raise ValueError("model: expected evaluation mode, got training: call model.eval()")
         self.space = make_space(self.codebook, self.adapter)
         self.bits_per_token_block = 0.0
         facts = {
@@ -72,17 +78,16 @@ class Engine:
         adapter, world_size = self.adapter, self.mesh.world_size
         weights = self.weights
         if weights is None:
-            hidden, keys = adapter.hidden_size, adapter.num_key_value_heads * adapter.head_dim
-            queries = adapter.num_heads * adapter.head_dim
-            gated = 3 if hasattr(adapter.model.config, "rms_norm_eps") else 2
-            mlp = 2 * gated * hidden * adapter.mlp_size
-            width = hidden if self.space.early else 2 * keys
+            linear, attention = adapter.block_flops()
+            width = 2 * adapter.num_key_value_heads * adapter.head_dim
+            if self.space.early:
+                width = adapter.hidden_size
             weights = balanced_weights(
                 tokens,
                 world_size,
                 causal=adapter.causal,
-                linear=2 * hidden * (2 * queries + 2 * keys) + mlp,
-                attention=4 * queries,
+                linear=linear,
+                attention=attention,
                 code=2 * self.codebook.codewords * width,
             )
         return Plan.make(
@@ -116,8 +121,9 @@ class Engine:
         return output if has_answer else None
 
     def _prepare(
-        self, inputs: dict[str, Tensor], logits: str, outputs: str
+        self, inputs: dict[str, Tensor], logits: str, outputs: str, *options: object
     ) -> tuple[Call, dict[str, Any]]:
+        """The call and the model's arguments; `options` have to be the same on every rank."""
         if not self._open:
             raise RuntimeError("the engine is closed")
         if logits not in ANSWERS:
@@ -133,7 +139,7 @@ class Engine:
             self.space,
             self.mesh,
             batch,
-            plan.tag(_contents(inputs)),
+            plan.tag([*_contents(inputs), repr(options).encode()]),
             answer=logits,
             everywhere=outputs == "every",
         )
@@ -154,6 +160,8 @@ class Engine:
                 cos, sin = (torch.cat([t[:, s] for s in far], 1) for t in rope)
                 call.remote_rope = (cos, sin)
         kwargs = adapter.local_inputs(inputs, plan, rank)
+        # a shard's hidden states or attentions would pass for the sequence's
+        kwargs |= {"return_dict": True, "output_hidden_states": False, "output_attentions": False}
         if adapter.causal:
             kwargs["use_cache"] = False
         return call, kwargs
@@ -192,34 +200,36 @@ class Engine:
         Returns:
             int64 [B, T + new], on every rank.
         """
-        if not self.adapter.causal:
-            raise ValueError("generate: expected a decoder, got an encoder")
+        if not (self.adapter.causal and hasattr(self.model, "lm_head")):
+            raise ValueError("generate: expected a decoder with a language-model head")
         if max_new_tokens < 1:
             raise ValueError(f"max_new_tokens: expected at least 1, got {max_new_tokens}")
         inputs = {"input_ids": input_ids}
         if attention_mask is not None:
             inputs["attention_mask"] = attention_mask
         _, tokens = self.adapter.count(inputs)
-        limit = int(self.model.config.max_position_embeddings)  # type: ignore[union-attr, arg-type]
+        limit = int(self.adapter.model.config.max_position_embeddings)
         if tokens + max_new_tokens - 1 > limit:
             raise ValueError(
                 f"max_new_tokens: expected at most {limit - tokens + 1} after {tokens} tokens, as "
                 f"the model's limit is {limit}, got {max_new_tokens}"
             )
-        call, kwargs = self._prepare(inputs, "last", "one")
+        ends = self._ends(eos_token_id, input_ids.device)
+        call, kwargs = self._prepare(inputs, "last", "one", max_new_tokens, ends.tolist())
+        call.keeps = call.rank == call.plan.owner
         owner = _Owner(self, call, kwargs, inputs) if call.rank == call.plan.owner else None
         if owner is None:
             with listening(call):
                 self.model(**kwargs)
         self._count(call)
         others = [n for n in range(call.plan.world_size) if n != call.rank]
-        ends = self._ends(eos_token_id, input_ids.device)
         done = torch.zeros(call.batch, dtype=torch.bool, device=input_ids.device)
         ids = input_ids.long()
         for _ in range(max_new_tokens):
             if owner is not None:
                 scores = owner.scores(ids)
                 token = scores.argmax(-1) if choose is None else choose(ids, scores)
+                token = token.to(ids.dtype).reshape(call.batch)
                 token = torch.where(done, ends[0], token) if len(ends) else token
                 send_tensor(self.mesh, token, block=TOKEN, plan=call.tag, to=others)
             else:

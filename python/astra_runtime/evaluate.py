@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 import threading
 from collections.abc import Callable, Sequence
@@ -14,6 +15,7 @@ from torch import Tensor, nn
 
 from .codebook import Codebook
 from .engine import Engine
+from .models import adapt
 from .parallel import on_one_core
 from .transport import Mesh, local_mesh
 
@@ -33,19 +35,22 @@ def run_ranks(world_size: int, work: Callable[[Mesh], R], timeout: float = 600.0
 
     def rank(mesh: Mesh) -> None:
         on_one_core()
-        try:
-            with mesh:
+        with contextlib.suppress(BaseException), mesh:
+            try:
                 results[mesh.rank] = work(mesh)
-        except BaseException as error:
-            errors.append(error)
+            except BaseException as error:
+                errors.append(error)  # before the mesh closes, and peers miss this rank
+                raise
 
     cores = torch.get_num_threads()
     threads = [threading.Thread(target=rank, args=(mesh,), daemon=True) for mesh in meshes]
     for thread in threads:
         thread.start()
-    for thread in threads:
-        thread.join()
-    torch.set_num_threads(cores)
+    try:
+        for thread in threads:
+            thread.join()
+    finally:
+        torch.set_num_threads(cores)
     if errors:
         raise errors[0]
     return [results[n] for n in range(world_size)]
@@ -71,11 +76,15 @@ class Measured:
 
     @property
     def gap_recovered(self) -> float:
-        """The share of what remote tokens are worth that the codes keep; below 0: they harm."""
+        """The share of what remote tokens are worth that the codes keep; below 0: they harm.
+
+        nan where remote tokens are worth nothing: where dropping them does no harm.
+        """
+        if self.local_only <= self.exact:
+            return math.nan
         if self.metric == "error":
-            return 1 - self.astra / self.local_only if self.local_only else math.nan
-        gap = math.log(self.local_only / self.exact)
-        return math.log(self.local_only / self.astra) / gap if gap else math.nan
+            return 1 - self.astra / self.local_only
+        return math.log(self.local_only / self.astra) / math.log(self.local_only / self.exact)
 
 
 def is_language_model(model: Any) -> bool:
@@ -112,6 +121,12 @@ def measure(
     if world_size < 2:
         raise ValueError(
             f"world_size: expected at least 2, so that there are remote tokens, got {world_size}"
+        )
+    shortest = min(adapt(model).count(window)[1] for window in windows)
+    if shortest <= world_size:
+        raise ValueError(
+            f"windows: expected more than {world_size} tokens in each, one a rank and one to "
+            f"predict, got {shortest}"
         )
     language, bits = is_language_model(model), 0.0
 

@@ -27,7 +27,7 @@ def fit(
     groups: int = 1,
     codewords: int = 1024,
     shared: bool | None = None,
-    iterations: int = 10,
+    iterations: int = 8,
     seed: int = 0,
     held_back: int = 2,
     world_size: int = 4,
@@ -55,6 +55,8 @@ def fit(
     """
     adapter = adapt(model)
     windows = as_windows(calibration)
+    if model.training:
+        raise ValueError("model: expected evaluation mode, got training: call model.eval()")
     if space not in ("kv", "hidden"):
         raise ValueError(f"space: expected 'kv' or 'hidden', which are fitted, got {space!r}")
     if shared is None:
@@ -62,6 +64,12 @@ def fit(
     shared = shared and space == "kv"
     check_groups(space, groups, shared, geometry(adapter))
     kept, tried = _hold_back(windows, held_back)
+    shortest = min((adapter.count(window)[1] for window in tried), default=0)
+    if tried and not 2 <= world_size < shortest:
+        raise ValueError(
+            f"world_size: expected at least 2 and less than the {shortest} tokens of a window held "
+            f"back for the evaluation, got {world_size}"
+        )
     vectors = sum(batch * tokens for batch, tokens in map(adapter.count, kept))
     if not 2 <= codewords <= min(vectors, 65536):
         raise ValueError(
@@ -92,8 +100,7 @@ def fit(
         notes={"calibration_vectors": vectors, "iterations": iterations, "seed": seed},
     )
     if tried:
-        ranks = min(world_size, *(adapter.count(window)[1] for window in tried))
-        codebook.notes["held_back"] = _evaluate(model, codebook, tried, ranks, progress)
+        codebook.notes["held_back"] = _evaluate(model, codebook, tried, world_size, progress)
     return codebook
 
 

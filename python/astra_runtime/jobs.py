@@ -6,6 +6,7 @@ Jobs name what to send ("codes", "none", "drop"), never a file: a worker's codeb
 
 from __future__ import annotations
 
+import itertools
 import json
 import struct
 import time
@@ -67,10 +68,13 @@ class Ranks:
         self.mesh.send(data, block=JOB, plan=0, to=others)
         return self.run(job)
 
-    def follow(self, idle: float) -> None:
-        """On the other ranks: runs jobs until told to stop. `idle`: seconds to wait for one."""
+    def follow(self, idle: float) -> int:
+        """On the other ranks: runs jobs until told to stop, and counts them.
+
+        `idle`: seconds to wait for a job; a leader that is gone is noticed at once.
+        """
         patience = self.mesh.timeout
-        while True:
+        for jobs in itertools.count():
             self.mesh.timeout = idle
             size = struct.unpack("<Q", self.mesh.receive({0: 8}, block=JOB_SIZE, plan=0)[0])[0]
             self.mesh.timeout = patience
@@ -78,8 +82,9 @@ class Ranks:
                 raise WireError("job size", f"at most {MAX_JOB}", size, 0)
             job = json.loads(bytes(self.mesh.receive({0: size}, block=JOB, plan=0)[0]))
             if job["do"] == "stop":
-                return
+                return jobs
             self.run(job)
+        raise AssertionError("endless")
 
     def run(self, job: dict[str, Any]) -> Any:
         """One job, on every rank at once."""

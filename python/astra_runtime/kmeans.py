@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from itertools import pairwise
 
 import torch
@@ -15,16 +14,14 @@ def kmeans(
     vectors: Tensor,
     codewords: int,
     *,
-    iterations: int = 10,
+    iterations: int = 8,
     seed: int = 0,
-    progress: Callable[[], None] = lambda: None,
 ) -> Tensor:
     """Codewords that minimize the squared error of `vectors`.
 
     Args:
         vectors: fp32 [n, C, w]; group c has its own codebook.
         codewords: K ≤ n.
-        progress: called after every pass over the vectors.
 
     Returns:
         fp32 [C, K, w]; the same for the same seed and number of torch threads.
@@ -40,7 +37,6 @@ def kmeans(
         )
     generator = torch.Generator(vectors.device).manual_seed(seed)
     centers = _initial(vectors, codewords, generator)
-    progress()
     for _ in range(iterations):
         codes = ak.encode(vectors, centers).long()  # [n, C]
         sums = torch.zeros_like(centers)
@@ -54,7 +50,6 @@ def kmeans(
             dead = (members[c] == 0).nonzero().flatten()
             if len(dead):
                 centers[c, dead] = vectors[_draw(error[:, c], len(dead), generator), c]
-        progress()
     return centers
 
 

@@ -18,6 +18,7 @@ from typing import IO, Any
 from .errors import AstraError
 
 READY = "ready"
+FAILURE = "astra: error: "
 _PR_SET_PDEATHSIG = 1
 
 
@@ -50,7 +51,7 @@ class Workers:
     def __init__(self, world_size: int, arguments: Sequence[str], threads: int) -> None:
         self.processes: dict[int, subprocess.Popen[str]] = {}
         self.errors: dict[int, IO[str]] = {}
-        environment = os.environ | {"OMP_NUM_THREADS": str(threads), "ASTRA_WORKER": "1"}
+        environment = os.environ | {"OMP_NUM_THREADS": str(threads)}
         for rank in range(1, world_size):
             # seekable, so that the last words can be read after the end
             self.errors[rank] = tempfile.TemporaryFile("w+")  # noqa: SIM115 - closed by stop
@@ -88,10 +89,10 @@ class Workers:
         """How a worker ended, and what it said last."""
         code = self.processes[rank].poll()
         self.errors[rank].seek(0)
-        lines = [line for line in self.errors[rank].read().splitlines() if line.strip()]
-        said = lines[-1].removeprefix("astra: error: ") if lines else "it said nothing"
+        lines = self.errors[rank].read().splitlines()
+        said = [line.removeprefix(FAILURE) for line in lines if line.startswith(FAILURE)]
         how = "still runs" if code is None else f"ended with status {code}"
-        return f"rank {rank} {how}: {said}"
+        return f"rank {rank} {how}" + (f": {said[-1]}" if said else "")
 
     def first_failed(self) -> str | None:
         """The last words of a worker that ended by itself with an error."""

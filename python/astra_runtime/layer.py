@@ -24,7 +24,7 @@ import astra_kernels as ak
 from .gather import gather
 from .plan import Plan
 from .spaces import Rope, Space
-from .transport import Mesh
+from .transport import Frame, Mesh
 
 
 @dataclass
@@ -32,12 +32,13 @@ class Call:
     """One forward pass of one rank (and the decoding steps after it).
 
     Attributes:
-        tag: names plan and batch in every frame.
+        tag: names plan and inputs in every frame.
         local_rope, remote_rope: rotary cos and sin of this rank's tokens and of those it hears of.
         local_mask, remote_mask: bool [B, L] and [B, N], False at padding; None: no padding.
         answer: what the head reads: "last" (last or class token), "all" or "local" tokens.
         everywhere: every rank gets the answer, not the owner alone.
-        kept: what this rank knows of the remote tokens, a block each; decoding goes on with it.
+        keeps: decoding follows here, from `kept`: what this rank knows of the remote tokens.
+        frame: the buffer that every block's codes are packed into.
     """
 
     rank: int
@@ -52,8 +53,10 @@ class Call:
     remote_mask: Tensor | None = None
     answer: str = "last"
     everywhere: bool = True
+    keeps: bool = False
     decoding: bool = False
     kept: dict[int, Any] = field(default_factory=dict)
+    frame: Frame | None = None
 
     def embedded(self, hidden: Tensor) -> Tensor:
         """The class token's copy and this rank's shard of all embeddings."""
@@ -84,9 +87,9 @@ class Call:
         receivers = self.plan.receivers(self.rank)
         if receivers and self.space.sends:
             size = self.space.payload_bytes(self.batch, self.plan.size(self.rank))
-            frame = self.mesh.buffer(size)
-            self.space.encode(block, what, self.local_rope, frame.payload)
-            self.mesh.send(frame, block=block, plan=self.tag, to=receivers)
+            self.frame = self.frame or self.mesh.buffer(size)  # as large in every block
+            self.space.encode(block, what, self.local_rope, self.frame.payload)
+            self.mesh.send(self.frame, block=block, plan=self.tag, to=receivers)
 
     def hear(self, block: int) -> Any:
         """This block's codes of every rank whose shard is visible here; None if there is none."""
@@ -96,8 +99,10 @@ class Call:
         sizes = {n: self.space.payload_bytes(self.batch, self.plan.size(n)) for n in sources}
         views = self.mesh.receive(sizes, block=block, plan=self.tag)
         payloads = [(views[n], self.plan.size(n)) for n in sources]
-        self.kept[block] = self.space.decode(block, payloads, self.batch, self.remote_rope)
-        return self.kept[block]
+        remote = self.space.decode(block, payloads, self.batch, self.remote_rope)
+        if self.keeps:
+            self.kept[block] = remote
+        return remote
 
     def finish(self, hidden: Tensor) -> Tensor:
         """What the head needs of the final hidden states, from whichever ranks hold it."""

@@ -23,8 +23,9 @@ def map_cores(work: Callable[[Item], Result], items: Iterable[Item]) -> Iterator
     An item's result does not depend on how many threads that is.
     """
     cores = torch.get_num_threads()
+    pool = ThreadPoolExecutor(cores, initializer=on_one_core)
     try:
-        with ThreadPoolExecutor(cores, initializer=on_one_core) as pool:
-            yield from pool.map(work, items)
+        yield from pool.map(work, items)
     finally:
+        pool.shutdown(wait=False, cancel_futures=True)  # after an error, the rest is not wanted
         torch.set_num_threads(cores)  # the count is also the default of threads to come

@@ -169,10 +169,17 @@ class KeyValueCodes(_LookedUp):
         self.write(block, vectors, out)
 
 
-class ProjectedHiddenCodes(_LookedUp):
-    """Block inputs in one code a token: norm, W_K and W_V are applied to the codebook, once."""
+class _HiddenEncoder(_Codes):
+    """The sender's side of hidden-state codes: channel groups of block inputs."""
 
     early = True
+
+    def encode(self, block: int, what: Any, rope: Rope, out: memoryview) -> None:
+        self.write(block, what.float().unflatten(-1, (self.groups, -1)), out)
+
+
+class ProjectedHiddenCodes(_HiddenEncoder, _LookedUp):
+    """Block inputs in one code a token: norm, W_K and W_V are applied to the codebook, once."""
 
     def __init__(self, codebook: Codebook, adapter: Adapter) -> None:
         super().__init__(codebook, adapter)
@@ -182,9 +189,6 @@ class ProjectedHiddenCodes(_LookedUp):
                 key, value = adapter.project(block, table.to(adapter.dtype))  # [1, Hkv, K, d]
                 self.keys.append(key.transpose(0, 1).contiguous())  # [Hkv, S=1, K, d]
                 self.values.append(value.transpose(0, 1).contiguous())
-
-    def encode(self, block: int, what: Any, rope: Rope, out: memoryview) -> None:
-        self.write(block, what.float().unflatten(-1, (self.groups, -1)), out)
 
 
 @dataclass(frozen=True)
@@ -202,17 +206,12 @@ class _DenseAttention(Space):
         return ak.attention(query, kept.key, kept.value, key_mask=mask, scale=scale)
 
 
-class HiddenCodes(_DenseAttention, _Codes):
+class HiddenCodes(_HiddenEncoder, _DenseAttention):
     """Block inputs in G codes a token (the paper): the receiver projects the estimate itself."""
-
-    early = True
 
     def __init__(self, codebook: Codebook, adapter: Adapter) -> None:
         super().__init__(codebook, adapter)
         self.adapter = adapter
-
-    def encode(self, block: int, what: Any, rope: Rope, out: memoryview) -> None:
-        self.write(block, what.float().unflatten(-1, (self.groups, -1)), out)
 
     def decode(
         self, block: int, payloads: Sequence[Payload], batch: int, rope: Rope
@@ -239,7 +238,9 @@ class Dense(_DenseAttention):
         pair = torch.stack(what)  # [2, B, Hkv, T, d]
         flat = torch.frombuffer(out, dtype=torch.uint8)
         if self.dtype != torch.int8:
-            flat.copy_(pair.to("cpu", self.dtype).contiguous().view(-1).view(torch.uint8))
+            top = torch.finfo(self.dtype).max  # a few massive activations exceed fp16
+            fitting = pair.float().clamp(-top, top).to("cpu", self.dtype)
+            flat.copy_(fitting.contiguous().view(-1).view(torch.uint8))
             return
         step = (pair.abs().amax(-1, keepdim=True) / 127).to(torch.float16)
         codes = (pair / step.clamp(min=2**-24)).round().clamp(-127, 127).to(torch.int8)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import importlib.util
 import os
 import shutil
@@ -75,10 +76,17 @@ def at_hand(name: str) -> str:
 
 def _convert(gguf: Path, folder: Path) -> None:
     """Writes a GGUF file as a transformers folder, whole or not at all."""
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
     print(f"converting {gguf.name}, once, into {folder}", file=sys.stderr, flush=True)
     folder.parent.mkdir(parents=True, exist_ok=True)
+    with open(folder.parent / f"{folder.name}.lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # of several processes, one converts
+        if not (folder / "config.json").is_file():
+            _write_converted(gguf, folder)
+
+
+def _write_converted(gguf: Path, folder: Path) -> None:
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
     part = Path(tempfile.mkdtemp(prefix=folder.name, dir=folder.parent))
     try:
         kwargs: Any = {"gguf_file": gguf.name, "local_files_only": True}
@@ -90,8 +98,7 @@ def _convert(gguf: Path, folder: Path) -> None:
         model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
         model.load_state_dict(loaded.state_dict())
         model.save_pretrained(part)
-        if not folder.exists():  # another process may have been quicker
-            part.rename(folder)
+        part.rename(folder)
     finally:
         shutil.rmtree(part, ignore_errors=True)
 
@@ -99,17 +106,18 @@ def _convert(gguf: Path, folder: Path) -> None:
 def load_model(name: str, dtype: torch.dtype = torch.float32) -> Any:
     """The Hugging Face model that goes by `name`, in evaluation mode; never downloads."""
     import transformers
+    from safetensors import SafetensorError
 
     folder = model_folder(name)
     try:
         config = transformers.AutoConfig.from_pretrained(folder, local_files_only=True)
         kind = getattr(transformers, (config.architectures or ["AutoModel"])[0])
         model = kind.from_pretrained(folder, dtype=dtype, local_files_only=True)
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, AttributeError, SafetensorError) as error:
         known = ", ".join(sorted(PACKAGED))
         raise ModelNotFound(
-            f"model {name!r} is not here: expected {known}, a folder, or a Hugging Face model in "
-            f"the local cache ({str(error).splitlines()[0]})"
+            f"model {name!r} is not here, or damaged: expected {known}, a folder, or a Hugging "
+            f"Face model in the local cache ({str(error).splitlines()[0]})"
         ) from error
     return model.eval()
 
@@ -157,13 +165,25 @@ def read_text(file: str | os.PathLike[str]) -> str:
 
 
 def token_windows(tokenizer: Any, text: str, tokens: int, windows: int) -> list[Tensor]:
-    """`windows` windows of `tokens` token ids, evenly spaced over the text, not overlapping."""
-    ids = tokenizer(text, return_tensors="pt", verbose=False).input_ids[0]
-    if len(ids) < tokens:
+    """`windows` windows of `tokens` token ids, evenly spaced over the text, not overlapping.
+
+    An encoder's windows each begin with its class token and end with its separator.
+    """
+    first, last = getattr(tokenizer, "cls_token_id", None), getattr(tokenizer, "sep_token_id", None)
+    framed = first is not None and last is not None
+    ids = tokenizer(
+        text, return_tensors="pt", verbose=False, add_special_tokens=not framed
+    ).input_ids[0]
+    body = tokens - 2 if framed else tokens
+    if not 1 <= body <= len(ids):
         raise AstraError(
-            f"text: expected at least {tokens} tokens, got {len(ids)}; "
+            f"text: expected at least {tokens} tokens, got {len(ids) + tokens - body}; "
             "give a longer text or ask for fewer tokens"
         )
-    count = min(windows, len(ids) // tokens)
-    starts = [i * (len(ids) - tokens) // max(1, count - 1) for i in range(count)]
-    return [ids[start : start + tokens] for start in starts]
+    count = min(windows, len(ids) // body)
+    starts = [i * (len(ids) - body) // max(1, count - 1) for i in range(count)]
+    bodies = [ids[start : start + body].long() for start in starts]
+    if not framed:
+        return bodies
+    ends = torch.tensor([first]), torch.tensor([last])
+    return [torch.cat([ends[0], found, ends[1]]) for found in bodies]

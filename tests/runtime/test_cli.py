@@ -127,7 +127,8 @@ def test_run_sends_codes(home: Path) -> None:
 
 
 def test_torchrun_starts_the_ranks(home: Path) -> None:
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2"]
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+    command += ["--nproc-per-node", "2"]
     command += ["-m", "astra_runtime", "run", *model_options(home)]
     command += ["--prompt", PROMPT, "--max-new-tokens", "3", "--json"]
     texts = []
@@ -230,8 +231,18 @@ ONE_WORD = ["--prompt", "w1"]
         (["run", "{model}", "{book}", *ONE_WORD, "--world-size", "2"], "1 tokens for 2 ranks"),
         (["run", "{model}", "{book}", "--text", "{home}/none.txt"], "cannot be read"),
         (["run", "{model}", "{book}", "--text", "{home}/cache/bytes"], "cannot be read"),
-        (["run", "{model}", "{book}", *ONE_WORD, "--weights", "a,b"], "expected numbers"),
-        (["run", "{model}", "{book}", *ONE_WORD, "--weights", "1,1"], "weights: expected 1"),
+        (["run", "{model}", "{book}", *ONE_WORD, "--weights", "a,b"], "expected 1 positive numbers"),
+        (["run", "{model}", "{book}", *ONE_WORD, "--weights", "1,1"], "--weights: expected 1 posi"),
+        (["run", "{model}", *ONE_WORD, "--rank", "1"], "--rank: expected together with --peers"),
+        (["run", "{model}", *ONE_WORD, "--rank", "0", "--peers", "foo"], 'expected "host:port"'),
+        (["run", "{model}", *ONE_WORD, "--rank", "1", "--peers", "a:1,b:2"], "--rank: expected 0"),
+        (["run", "{model}", *ONE_WORD, "--backend", "gloo"], "expected under torchrun only"),
+        (["run", "--model", "minilm", *ONE_WORD], "expected a language model"),
+        (["worker", "{model}", "--rank", "0", "--peers", "a:1,b:2"], "rank 0 leads"),
+        (["worker", "{model}", "--rank", "2", "--peers", "a:1,b:2"], "--rank: expected 0 to 1"),
+        (["demo", "{model}", "--mbit", "-5"], "mbit_per_s: expected a positive rate"),
+        (["fit", "{model}", "--output", "{home}/text.txt"], "File exists"),
+        (["eval", "{model}", "{book}", "--tokens", "3", "--world-size", "3"], "more than 3 tokens"),
         (["run", *LONG_TEXT], "at most 256 tokens, the model's limit, got 600"),
         (["eval", *LONG_TEXT], "at least 1024 tokens, got 600"),
         (["demo", *LONG_TEXT], "at least 1024 tokens, got 600"),
@@ -292,7 +303,8 @@ def test_no_worker_outlives_its_leader(home: Path, blow: signal.Signals) -> None
     time.sleep(1.0)
     leader.send_signal(blow)
     _, words = leader.communicate(timeout=30)
-    assert leader.returncode != 0 or blow != signal.SIGKILL
+    ends = {signal.SIGINT: 130, signal.SIGTERM: 143, signal.SIGKILL: -9}
+    assert leader.returncode == ends[blow]
     while workers() and time.monotonic() < deadline:
         time.sleep(0.05)
     assert not workers()

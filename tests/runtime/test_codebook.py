@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gc
 import json
+import weakref
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +17,7 @@ from astra_runtime.cli.common import verdict
 from astra_runtime.codebook import joint, split_tables
 from astra_runtime.fit import balance
 from astra_runtime.kmeans import kmeans
+from astra_runtime.models import adapt
 from astra_runtime.spaces import rotate, unrotate
 
 from .models import inputs_for, tiny, windows_for
@@ -95,10 +98,11 @@ def test_fit_evaluates_itself_and_says_when_codes_are_worse() -> None:
     assert told["windows"] == 2
     assert told["metric"] == "perplexity"
     assert told["exact"] > 1
-    good = told | {"gap_recovered": 0.4}
-    bad = told | {"gap_recovered": -0.1}
-    assert "40 % of what remote tokens are worth is kept" in verdict(good)
-    assert "worse than dropping the remote tokens" in verdict(bad)
+    figures = {"exact": 10.0, "local_only": 20.0, "gap_recovered": 0.4}
+    assert "40 % of what remote tokens are worth is kept" in verdict(told | figures | {"astra": 15})
+    assert "worse than dropping the remote tokens" in verdict(told | figures | {"astra": 20.1})
+    useless = figures | {"astra": 9.0, "local_only": 9.5}
+    assert "remote tokens are worth nothing" in verdict(told | useless)
     assert "not evaluated" in verdict(None)
 
 
@@ -131,11 +135,16 @@ def test_fit_reports_progress() -> None:
         ({"space": "hidden", "groups": 5}, "groups: expected one of 1, 2, 3, 4, 6"),
         ({"codewords": 241}, "at most the 240 calibration vectors, got 241"),
         ({"codewords": 1}, "codewords: expected 2 to 65536"),
+        ({"held_back": 1, "world_size": 1}, "world_size: expected at least 2"),
+        ({"held_back": 1, "world_size": 40}, "less than the 40 tokens of a window"),
     ],
 )
 def test_bad_fits_are_refused_before_any_work(options: dict[str, Any], message: str) -> None:
+    def progress(*step: Any) -> None:
+        pytest.fail(f"work was done: {step}")
+
     with pytest.raises(ValueError, match=message):
-        small(**options)
+        small(**options, progress=progress)
 
 
 def test_no_calibration_data_is_refused() -> None:
@@ -194,6 +203,34 @@ def test_codebooks_of_other_models_are_refused() -> None:
         Engine(tiny("llama", seed=9), book)
     with pytest.raises(ValueError, match="num_key_value_heads 3 .codebook. and 6 .model."):
         Engine(tiny("gpt2"), book)
+
+
+def test_the_digest_names_configuration_and_weights() -> None:
+    digests = {
+        adapt(model).digest()
+        for model in (tiny("llama"), tiny("llama", seed=1), tiny("llama", rms_norm_eps=1e-3))
+    }
+    assert len(digests) == 3
+    with Engine(tiny("llama")) as engine:  # which changes the attention meanwhile
+        assert engine.adapter.digest() in digests
+
+
+def test_adapters_do_not_keep_models_alive() -> None:
+    models = [tiny("llama"), tiny("llama").model]
+    for model in models:
+        Engine(model).close()
+    gone = [weakref.ref(model) for model in models]
+    del model
+    models.clear()
+    gc.collect()
+    assert [ref() for ref in gone] == [None, None]
+
+
+def test_models_in_training_mode_are_refused() -> None:
+    model = tiny("llama").train()
+    for make in (lambda: Engine(model), lambda: Codebook.fit(model, windows_for("llama"))):
+        with pytest.raises(ValueError, match="expected evaluation mode"):
+            make()
 
 
 def test_a_codebook_of_any_size_works() -> None:

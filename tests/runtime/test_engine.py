@@ -86,19 +86,25 @@ def options_for(kind: str, name: str) -> dict[str, Any]:
     return options
 
 
+@pytest.mark.parametrize("weights", [(1, 1, 1), (3, 1)])
 @pytest.mark.parametrize("name", SPACES)
 @pytest.mark.parametrize("kind", ["llama", "gpt2", "vit", "bert"])
-def test_codes_equal_the_simulation(kind: str, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    model, inputs = tiny(kind), inputs_for(kind, 23)
+def test_codes_equal_the_simulation(
+    kind: str, name: str, weights: tuple[int, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    world_size = len(weights)
+    model, inputs = tiny(kind), inputs_for(kind, 23, batch=2)
     book = fitted(kind, model, **options_for(kind, name))
     sent: list[Tensor] = []
     encode = ak.encode
     monkeypatch.setattr(ak, "encode", lambda *a, **k: sent.append(encode(*a, **k)) or sent[-1])
-    outputs = ranks_output(model, book, inputs, 3, logits="all", weights=(1, 1, 1))
+    outputs = ranks_output(model, book, inputs, world_size, logits="all", weights=weights)
     monkeypatch.undo()
     tokens = 25 if kind == "vit" else 22 if kind == "bert" else 23
     causal = kind in ("llama", "gpt2")
-    plan = Plan.make(tokens, 3, causal=causal, class_tokens=0 if causal else 1)
+    plan = Plan.make(
+        tokens, world_size, causal=causal, class_tokens=0 if causal else 1, weights=weights
+    )
     simulation = Simulation(model, book, plan, inputs)
     expected = logits_of(simulation.run())
     for output in outputs:
@@ -107,7 +113,7 @@ def test_codes_equal_the_simulation(kind: str, name: str, monkeypatch: pytest.Mo
     made = {tuple(codes.flatten().tolist()) for codes in sent}
     for block in range(3):
         codes = simulation.codes[block][:, ~copies]
-        for rank in range(3):
+        for rank in range(world_size):
             if plan.receivers(rank):
                 assert tuple(codes[:, plan.shard(rank)].flatten().tolist()) in made
 
@@ -214,6 +220,71 @@ def test_generation_from_codes_equals_repeated_prefill() -> None:
 
     ids, again = run_ranks(3, work)[0]
     assert torch.equal(ids[:, -1], again)
+
+
+def test_ranks_must_agree_on_what_to_generate() -> None:
+    model, inputs = tiny("llama"), inputs_for("llama", 12)
+
+    def work(mesh: Mesh) -> None:
+        with Engine(model, None, mesh) as engine:
+            if mesh.rank:
+                with pytest.raises(WireError, match="runs another plan"):
+                    engine.generate(inputs["input_ids"], max_new_tokens=3)
+            else:
+                with contextlib.suppress(AstraError):
+                    engine.generate(inputs["input_ids"], max_new_tokens=4)
+
+    run_ranks(2, work)
+
+
+def test_a_choice_of_ones_own_reaches_every_rank() -> None:
+    model, inputs = tiny("llama"), inputs_for("llama", 12, batch=2)
+
+    def second(ids: Tensor, scores: Tensor) -> Tensor:
+        return scores.topk(2).indices[:, 1:].int()  # [B, 1] and int32: neither matters
+
+    def work(mesh: Mesh) -> Tensor:
+        with Engine(model, None, mesh) as engine:
+            return engine.generate(inputs["input_ids"], max_new_tokens=2, choose=second)
+
+    first, other = run_ranks(2, work)
+    assert torch.equal(first, other)
+    with torch.inference_mode():
+        scores = model(**inputs).logits[:, -1]
+    assert torch.equal(first[:, 12], scores.topk(2).indices[:, 1])
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_models_of_half_precision_run(dtype: torch.dtype) -> None:
+    model, inputs = tiny("llama").to(dtype), inputs_for("llama", batch=2)
+    with torch.inference_mode():
+        single = model(**inputs).logits
+        error = float((tiny("llama")(**inputs).logits - single).abs().max())
+    dense = ranks_output(model, None, inputs, 3, logits="all")[0]
+    assert dense.dtype == dtype
+    assert float((dense - single).abs().max()) <= 2 * error
+    book = fitted("llama", model, space="kv", groups=3)
+    assert ranks_output(model, book, inputs, 2)[0].isfinite().all()
+
+
+def test_one_token_a_rank() -> None:
+    model, inputs = tiny("llama"), inputs_for("llama", 5)
+    single, tolerance = rounding(model, inputs)
+    output = ranks_output(model, None, inputs, 5, logits="all")[0]
+    assert float((output - single).abs().max()) <= tolerance
+
+
+def test_one_engine_takes_inputs_of_any_shape() -> None:
+    model = tiny("gpt2")
+    shapes = [(23, 1), (9, 3), (40, 2), (23, 1)]
+
+    def work(mesh: Mesh) -> list[Tensor]:
+        with Engine(model, None, mesh) as engine:
+            return [engine(**inputs_for("gpt2", t, b), logits="all").logits for t, b in shapes]
+
+    for output, (tokens, batch) in zip(run_ranks(2, work)[1], shapes, strict=True):
+        single, tolerance = rounding(model, inputs_for("gpt2", tokens, batch))
+        assert float((output - single).abs().max()) <= tolerance
 
 
 def test_generation_ends_at_the_end_token() -> None:

@@ -7,7 +7,9 @@ import importlib
 import os
 import signal
 import sys
+import threading
 from collections.abc import Sequence
+from typing import NoReturn
 
 COMMANDS = {
     "demo": "the whole idea in one table: one device, dense exchange and ASTRA on a slow link",
@@ -53,14 +55,27 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         command = importlib.import_module(f".{options.command}", __package__)
         return int(command.run(options) or 0)
-    except KeyboardInterrupt:
-        print("astra: interrupted", file=sys.stderr)
-        return 130
+    except (KeyboardInterrupt, SystemExit) as ended:
+        if isinstance(ended, KeyboardInterrupt):
+            print("astra: interrupted", file=sys.stderr)
+        _leave(130 if isinstance(ended, KeyboardInterrupt) else 143)
     except BrokenPipeError:
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115 - the reader of our output has left
         return 1
-    except (AstraError, ValueError, OSError, ModuleNotFoundError) as error:
+    except Exception as error:
         if os.environ.get("ASTRA_DEBUG"):
             raise
-        print(f"astra: error: {error}", file=sys.stderr)
+        expected = isinstance(error, AstraError | ValueError | OSError | ModuleNotFoundError)
+        what = str(error) if expected else f"{type(error).__name__}: {error}"
+        where = "" if expected else " (ASTRA_DEBUG=1 shows where)"
+        print(f"astra: error: {what}{where}", file=sys.stderr)
         return 1
+
+
+def _leave(status: int) -> NoReturn:
+    """Ends the process now: threads that are inside torch cannot be asked to."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    if threading.active_count() > 1:
+        os._exit(status)
+    sys.exit(status)

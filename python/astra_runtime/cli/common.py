@@ -6,7 +6,7 @@ import argparse
 import contextlib
 import fcntl
 import json
-import os
+import math
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -16,7 +16,8 @@ from ..errors import AstraError
 from ..launch import WorkerFailed, Workers, free_ports
 
 DEFAULT_MODEL = "smollm2"
-CONNECT_SECONDS = 120.0
+DENSE = "none"  # instead of a codebook's folder
+READY_SECONDS = 120.0
 
 
 def say(text: str) -> None:
@@ -25,13 +26,35 @@ def say(text: str) -> None:
 
 
 def show_json(value: Any) -> None:
-    print(json.dumps(value, ensure_ascii=False), flush=True)
+    def finite(item: Any) -> Any:
+        """JSON has no word for nan and infinity."""
+        if isinstance(item, dict):
+            return {name: finite(inner) for name, inner in item.items()}
+        if isinstance(item, list | tuple):
+            return [finite(inner) for inner in item]
+        return None if isinstance(item, float) and not math.isfinite(item) else item
+
+    print(json.dumps(finite(value), ensure_ascii=False, allow_nan=False), flush=True)
 
 
 def positive(text: str) -> int:
     value = int(text)
     if value < 1:
         raise argparse.ArgumentTypeError(f"expected at least 1, got {value}")
+    return value
+
+
+def two_or_more(text: str) -> int:
+    value = int(text)
+    if value < 2:
+        raise argparse.ArgumentTypeError(f"expected at least 2, got {value}")
+    return value
+
+
+def seconds(text: str) -> float:
+    value = float(text)
+    if not 0 < value <= 1e6:
+        raise argparse.ArgumentTypeError(f"expected seconds above 0, at most 1e6, got {text}")
     return value
 
 
@@ -50,29 +73,53 @@ def add_fit_options(parser: argparse.ArgumentParser) -> None:
         "--codebook",
         metavar="DIR",
         help="a folder written by `astra fit` (default: the cached one for this model, which is "
-        "fitted first if there is none)",
+        "fitted first if there is none; none: dense tensors)",
     )
 
 
 def add_mesh_options(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--threads", type=positive, default=1, help="CPU threads a rank")
+    parser.add_argument("--threads", type=positive, default=1, help="CPU threads a rank (1)")
     parser.add_argument(
         "--weights", metavar="W,W,…", help="shares of the tokens, one a rank (default: balanced)"
     )
     parser.add_argument(
-        "--timeout", type=float, default=60.0, help="seconds any wait for a peer may take"
+        "--connect-timeout",
+        type=seconds,
+        default=600.0,
+        help="seconds to wait for the other devices to start (default: %(default)g)",
+    )
+    parser.add_argument(
+        "--timeout",
+        type=seconds,
+        default=60.0,
+        help="seconds any wait for a peer may take (default: %(default)g)",
     )
 
 
-def weights_of(options: argparse.Namespace) -> list[float] | None:
+def weights_of(options: argparse.Namespace, world_size: int) -> list[float] | None:
+    """The shares that --weights names, one a rank."""
     if options.weights is None:
         return None
+    wanted = f"expected {world_size} positive numbers, one for each rank, got {options.weights}"
     try:
-        return [float(w) for w in options.weights.split(",")]
+        weights = [float(w) for w in options.weights.split(",")]
     except ValueError as error:
-        raise AstraError(
-            f"--weights: expected numbers like 52,48, got {options.weights}"
-        ) from error
+        raise AstraError(f"--weights: {wanted}") from error
+    if len(weights) != world_size or not all(0 < w < math.inf for w in weights):
+        raise AstraError(f"--weights: {wanted}")
+    return weights
+
+
+def peers_of(options: argparse.Namespace) -> list[str]:
+    """The addresses that --peers names, by rank, this rank among them."""
+    from ..transport.handshake import parse_address
+
+    peers: list[str] = options.peers.split(",")
+    for peer in peers:
+        parse_address(peer)
+    if options.rank is None or not 0 <= options.rank < len(peers):
+        raise AstraError(f"--rank: expected 0 to {len(peers) - 1} with --peers, got {options.rank}")
+    return peers
 
 
 def quiet_transformers() -> None:
@@ -83,12 +130,16 @@ def quiet_transformers() -> None:
     logging.disable_progress_bar()
 
 
-def load(name: str) -> tuple[Any, Any]:
-    """Model and tokenizer by name."""
+def load(name: str, *, decoder: bool = False) -> tuple[Any, Any]:
+    """Model and tokenizer by name; `decoder`: only a model that can continue a text will do."""
+    from ..models import adapt
     from ..store import load_model, load_tokenizer
 
     quiet_transformers()
-    return load_model(name), load_tokenizer(name)
+    model = load_model(name)
+    if not (adapt(model).causal and hasattr(model, "lm_head")) and decoder:
+        raise AstraError(f"model {name!r}: expected a language model that continues texts")
+    return model, load_tokenizer(name)
 
 
 def default_groups(model: Any) -> int:
@@ -104,6 +155,8 @@ def ensure_codebook(options: argparse.Namespace, model: Any, tokenizer: Any) -> 
     from ..models import adapt
     from ..store import cache_folder
 
+    if options.codebook == DENSE:
+        return Codebook.none(), Path(DENSE)
     if options.codebook:
         folder = Path(options.codebook)
         return Codebook.from_pretrained(folder), folder
@@ -172,17 +225,20 @@ def verdict(held_back: dict[str, Any] | None) -> str:
     """What a codebook is worth on the windows held back from its fit, in a sentence."""
     if held_back is None:
         return "not evaluated: too few windows to hold one back"
-    kept = held_back["gap_recovered"]
+    exact, astra, dropped = (held_back[key] for key in ("exact", "astra", "local_only"))
     figures = (
         f"{held_back['metric']} on {held_back['windows']} windows held back, "
-        f"{held_back['world_size']} ranks: exact {held_back['exact']:.4g}, "
-        f"ASTRA {held_back['astra']:.4g}, remote tokens dropped {held_back['local_only']:.4g}"
+        f"{held_back['world_size']} ranks: exact {exact:.4g}, "
+        f"ASTRA {astra:.4g}, remote tokens dropped {dropped:.4g}"
     )
-    if kept <= 0:
+    if astra >= dropped:
         return (
             f"WARNING: these codes are worse than dropping the remote tokens ({figures}). "
             "Calibrate on more text, or use more groups."
         )
+    if dropped <= exact:
+        return f"{figures}: remote tokens are worth nothing on these windows, so neither are codes"
+    kept = held_back["gap_recovered"]
     return f"{figures}; {100 * kept:.0f} % of what remote tokens are worth is kept"
 
 
@@ -211,11 +267,12 @@ def cluster(
     if link is not None:
         arguments += ["--mbit", str(link.mbit_per_s or 0), "--delay-ms", str(link.delay_ms)]
     with Workers(world_size, arguments, options.threads) as workers:
-        workers.wait_ready(CONNECT_SECONDS)
+        workers.wait_ready(READY_SECONDS)
         try:
-            mesh = connect(0, world_size, peers, timeout=options.timeout)
+            # every process is there: one that does not come now has died
+            mesh = connect(0, world_size, peers, timeout=options.timeout, connect_timeout=15.0)
             with mesh if link is None or link.is_free else PacedMesh(mesh, link) as timed:
-                ranks = Ranks(model, codebook, mesh, timed, weights_of(options))
+                ranks = Ranks(model, codebook, mesh, timed, weights_of(options, world_size))
                 yield ranks
                 ranks.lead(do="stop")
                 ranks.close()
@@ -224,10 +281,3 @@ def cluster(
             if cause is None:
                 raise
             raise WorkerFailed(f"{error} ({cause})") from error
-
-
-def environment_place() -> tuple[int, int] | None:
-    """Rank and world size that torchrun gave this process, if it did."""
-    if "RANK" in os.environ and "WORLD_SIZE" in os.environ:
-        return int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
-    return None

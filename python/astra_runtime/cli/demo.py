@@ -19,6 +19,8 @@ from .common import (
     positive,
     say,
     show_json,
+    two_or_more,
+    weights_of,
 )
 from .run import check_prompt
 
@@ -32,13 +34,13 @@ def configure(parser: argparse.ArgumentParser) -> None:
     add_mesh_options(parser)
     parser.add_argument(
         "--world-size",
-        type=positive,
+        type=two_or_more,
         default=max(2, min(4, len(os.sched_getaffinity(0)))),
         help="processes (default: the cores, 2 to 4)",
     )
     parser.add_argument("--text", metavar="FILE", help="prompt (default: built-in prose)")
-    parser.add_argument("--tokens", type=positive, default=1024, help="tokens of the prompt")
-    parser.add_argument("--mbit", type=float, default=10.0, help="link rate, 0: not limited")
+    parser.add_argument("--tokens", type=two_or_more, default=1024, help="of the prompt (1024)")
+    parser.add_argument("--mbit", type=float, default=10.0, help="link rate (10); 0: not limited")
     parser.add_argument("--delay-ms", type=float, default=0.0, help="one-way delay of the link")
     parser.add_argument("--repeats", type=positive, default=3, help="timed runs, median reported")
 
@@ -56,18 +58,23 @@ def run(options: argparse.Namespace) -> int:
         f"{options.threads} thread each. With the model and codebook cached this takes about a "
         "minute and a half; the first run fits the codebook, a few minutes more."
     )
-    model, tokenizer = load(options.model)
+    link = Link(options.mbit or None, options.delay_ms)
+    weights_of(options, world_size)
+    model, tokenizer = load(options.model, decoder=True)
     text = builtin_text()[1] if options.text is None else read_text(options.text)
     ids = token_windows(tokenizer, text, options.tokens, 1)[0][None]
     check_prompt(ids.shape[1], world_size)
     codebook, folder = ensure_codebook(options, model, tokenizer)
     torch.set_num_threads(options.threads)
-    link = Link(options.mbit or None, options.delay_ms)
+    new_tokens = min(CONTINUED, model.config.max_position_embeddings - ids.shape[1] + 1)
     say(f"starting {world_size - 1} worker processes")
     with cluster(options, world_size, folder, model, codebook, link) as ranks:
         result = _measure(options, model, ranks, ids)
         found = ranks.lead(
-            do="generate", input_ids=ids.tolist(), space="codes", max_new_tokens=CONTINUED
+            do="generate",
+            input_ids=ids.tolist(),
+            space="codes",
+            max_new_tokens=new_tokens,
         )
     result["continuation"] = tokenizer.decode(found["ids"][0], skip_special_tokens=True)
     result["seconds_per_token"] = (found["times"][-1] - found["times"][0]) / max(

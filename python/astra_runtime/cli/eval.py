@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import math
 from typing import Any
 
 from .common import (
@@ -14,6 +15,7 @@ from .common import (
     progress_bar,
     say,
     show_json,
+    two_or_more,
 )
 
 
@@ -25,14 +27,16 @@ def configure(parser: argparse.ArgumentParser) -> None:
     add_model(parser)
     add_fit_options(parser)
     parser.add_argument("--text", metavar="FILE", help="evaluation text (default: built-in)")
-    parser.add_argument("--world-size", type=positive, default=4, help="simulated ranks")
-    parser.add_argument("--tokens", type=positive, default=1024, help="tokens a window")
-    parser.add_argument("--windows", type=positive, default=4, help="windows over the text")
+    parser.add_argument("--world-size", type=two_or_more, default=4, help="simulated ranks (4)")
+    parser.add_argument("--tokens", type=positive, default=1024, help="tokens a window (1024)")
+    parser.add_argument("--windows", type=positive, default=4, help="windows over the text (4)")
 
 
 def run(options: argparse.Namespace) -> int:
+    from ..codebook import geometry
     from ..evaluate import measure
     from ..fit import as_windows
+    from ..models import adapt
     from ..store import builtin_text, read_text, token_windows
 
     model, tokenizer = load(options.model)
@@ -50,9 +54,10 @@ def run(options: argparse.Namespace) -> int:
         found = measure(
             model, codebook, as_windows(windows), world_size=options.world_size, progress=step
         )
-    dense = 2 * codebook.geometry["num_key_value_heads"] * codebook.geometry["head_dim"] * 32
+    sizes = geometry(adapt(model))
+    dense = 2 * sizes["num_key_value_heads"] * sizes["head_dim"] * 32
     if codebook.space == "hidden":
-        dense = codebook.geometry["hidden_size"] * 32
+        dense = sizes["hidden_size"] * 32
     result: dict[str, Any] = {
         found.metric: {
             "exact": found.exact,
@@ -61,7 +66,7 @@ def run(options: argparse.Namespace) -> int:
         },
         "gap_recovered": found.gap_recovered,
         "bits_per_token_block": found.bits_per_token_block,
-        "compression": dense / found.bits_per_token_block,
+        "compression": dense / (found.bits_per_token_block or math.nan),
         "world_size": options.world_size,
         "windows": len(windows),
         "tokens": options.tokens,
@@ -77,6 +82,6 @@ def run(options: argparse.Namespace) -> int:
         f"bits a token and block: {found.bits_per_token_block:.1f}   "
         f"compression of the fp32 tensors: {result['compression']:.0f}×"
     )
-    if found.gap_recovered < 0:
+    if found.astra >= found.local_only:
         say("these codes are worse than dropping the remote tokens")
     return 0

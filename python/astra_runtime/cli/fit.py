@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import argparse
+import os
 import time
 from pathlib import Path
 from typing import Any
 
 from ..errors import AstraError
-from .common import add_model, fit_text, load, positive, say, show_json, verdict
+from .common import add_model, fit_text, load, positive, say, show_json, two_or_more, verdict
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
@@ -24,13 +25,13 @@ def configure(parser: argparse.ArgumentParser) -> None:
     size = parser.add_mutually_exclusive_group()
     size.add_argument("--bits", type=positive, help="at most so many bits a token and block")
     size.add_argument("--groups", type=positive, help="codes a token and block")
-    parser.add_argument("--codewords", type=positive, default=1024, help="of a group (K)")
+    parser.add_argument("--codewords", type=positive, default=1024, help="of a group (K) (1024)")
     parser.add_argument("--shared", action="store_true", help="kv: one set of codes for all heads")
     parser.add_argument("--text", metavar="FILE", help="calibration text (default: built-in)")
-    parser.add_argument("--tokens", type=positive, default=1024, help="tokens a window")
-    parser.add_argument("--windows", type=positive, default=26, help="windows, two held back")
-    parser.add_argument("--world-size", type=positive, default=4, help="ranks of the evaluation")
-    parser.add_argument("--iterations", type=positive, default=10, help="k-means iterations")
+    parser.add_argument("--tokens", type=positive, default=1024, help="tokens a window (1024)")
+    parser.add_argument("--windows", type=positive, default=26, help="windows, two held back (26)")
+    parser.add_argument("--world-size", type=two_or_more, default=4, help="ranks to evaluate (4)")
+    parser.add_argument("--iterations", type=positive, default=8, help="k-means iterations (8)")
     parser.add_argument("--seed", type=int, default=0)
 
 
@@ -56,6 +57,10 @@ def groups_within(bits: int, space: str, shared: bool, model: Any, codewords: in
 def run(options: argparse.Namespace) -> int:
     from ..store import builtin_text, read_text
 
+    folder = Path(options.output)
+    folder.mkdir(parents=True, exist_ok=True)  # before minutes are spent
+    if not os.access(folder, os.W_OK):
+        raise AstraError(f"--output: {folder} cannot be written to")
     model, tokenizer = load(options.model)
     groups = options.groups
     if groups is None:
@@ -78,7 +83,7 @@ def run(options: argparse.Namespace) -> int:
         seed=options.seed,
         world_size=options.world_size,
     )
-    codebook.save_pretrained(options.output)
+    codebook.save_pretrained(folder)
     seconds = time.perf_counter() - start
     say(
         f"written to {options.output} after {seconds:.0f} s: {codebook.bits} bits a token and block"
@@ -87,7 +92,7 @@ def run(options: argparse.Namespace) -> int:
         held_back = codebook.notes.get("held_back")
         show_json(
             {
-                "output": str(Path(options.output)),
+                "output": str(folder),
                 "digest": codebook.digest,
                 "space": codebook.space,
                 "groups": codebook.groups,

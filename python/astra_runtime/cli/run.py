@@ -3,21 +3,19 @@
 from __future__ import annotations
 
 import argparse
-import contextlib
 import os
-from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 from ..errors import AstraError
 from .common import (
+    DENSE,
     add_fit_options,
     add_mesh_options,
     add_model,
     cluster,
     ensure_codebook,
-    environment_place,
     load,
+    peers_of,
     positive,
     say,
     show_json,
@@ -30,7 +28,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
         "examples:\n"
         '  astra run --world-size 2 --prompt "The capital of France is" --max-new-tokens 20\n'
         "  torchrun --nproc-per-node 2 -m astra_runtime run --prompt TEXT\n"
-        "  astra run --rank 0 --peers 10.0.0.1:7000,10.0.0.2:7000 --prompt TEXT\n"
+        "  astra run --rank 0 --peers 10.0.0.1:7000,10.0.0.2:7000 --codebook DIR --prompt TEXT\n"
         "      (the other devices run `astra worker`)"
     )
     add_model(parser)
@@ -58,27 +56,42 @@ def run(options: argparse.Namespace) -> int:
     import torch
 
     from ..store import read_text
+    from ..transport.rendezvous import from_environment
 
     prompt = options.prompt if options.text is None else read_text(options.text)
+    place = None
+    if options.peers is None:
+        place = from_environment()
+    if place is not None and options.world_size is not None:
+        raise AstraError("--world-size: torchrun has said how many ranks there are; leave it out")
+    if options.rank is not None and options.peers is None:
+        raise AstraError("--rank: expected together with --peers")
+    if options.backend != "tcp" and place is None:
+        raise AstraError(f"--backend {options.backend}: expected under torchrun only")
+    peers = None if options.peers is None else peers_of(options)
+    if peers is not None and options.rank != 0:
+        raise AstraError("--rank: expected 0 with --peers; the other devices run `astra worker`")
+    world_size = place[1] if place else len(peers) if peers else options.world_size or 1
+    weights_of(options, world_size)
     torch.set_num_threads(options.threads)
-    model, tokenizer = load(options.model)
+    model, tokenizer = load(options.model, decoder=True)
     ids = tokenizer(prompt, return_tensors="pt", verbose=False).input_ids
-    if ids.shape[1] < 1:
-        raise AstraError("prompt: expected at least one token, got an empty text")
+    check_prompt(ids.shape[1], world_size)
+    if options.codebook is None and (options.space != "codes" or world_size == 1):
+        options.codebook = DENSE  # no codes are wanted, so none are fitted
+    codebook, folder = ensure_codebook(options, model, tokenizer)
+    torch.set_num_threads(options.threads)  # fitting used every core
     job = {
         "do": "generate",
         "input_ids": ids.tolist(),
         "space": options.space,
         "max_new_tokens": options.max_new_tokens,
     }
-    place = environment_place() if options.peers is None and options.world_size is None else None
-    if place is None and options.peers is None:
-        check_prompt(ids.shape[1], options.world_size or 1)
-    codebook, folder = ensure_codebook(options, model, tokenizer)
-    torch.set_num_threads(options.threads)  # fitting used every core
-    with _ranks(options, place, folder, model, codebook) as (ranks, leads):
-        found = ranks.lead(**job) if leads else ranks.run(job)
-        world_size, rank = ranks.mesh.world_size, ranks.mesh.rank
+    if place is None and peers is None:
+        with cluster(options, world_size, folder, model, codebook) as ranks:
+            found, rank = ranks.lead(**job), 0
+    else:
+        rank, found = _joined(options, place, peers, model, codebook, job)
     if rank == 0:
         report(options, tokenizer, found, world_size)
     return 0
@@ -86,6 +99,8 @@ def run(options: argparse.Namespace) -> int:
 
 def check_prompt(tokens: int, world_size: int) -> None:
     """Before any process starts: every rank needs a token."""
+    if tokens == 0:
+        raise AstraError("prompt: expected at least one token, got an empty text")
     if tokens < world_size:
         raise AstraError(
             f"the prompt has {tokens} tokens for {world_size} ranks: expected at least one token "
@@ -93,28 +108,36 @@ def check_prompt(tokens: int, world_size: int) -> None:
         )
 
 
-@contextlib.contextmanager
-def _ranks(
-    options: argparse.Namespace, place: Any, folder: Path, model: Any, codebook: Any
-) -> Iterator[tuple[Any, bool]]:
-    """The ranks to run with, and whether this process leads them (or all were started alike)."""
+def _joined(
+    options: argparse.Namespace,
+    place: tuple[int, int] | None,
+    peers: list[str] | None,
+    model: Any,
+    codebook: Any,
+    job: dict[str, Any],
+) -> tuple[int, Any]:
+    """Runs the job in a mesh that others started too: this rank and its result.
+
+    Under torchrun every rank was started alike and knows the job; else rank 0 tells the workers.
+    """
     from ..jobs import Ranks
     from ..transport import connect
 
-    if place is None and options.peers is None:
-        with cluster(options, options.world_size or 1, folder, model, codebook) as ranks:
-            yield ranks, True
-        return
-    peers = None if options.peers is None else options.peers.split(",")
-    if peers is not None and options.rank != 0:
-        raise AstraError("--rank: expected 0 with --peers; the other devices run `astra worker`")
     rank, world_size = place or (0, len(peers or ()))
-    with connect(rank, world_size, peers, backend=options.backend, timeout=options.timeout) as mesh:
-        ranks = Ranks(model, codebook, mesh, weights=weights_of(options))
-        yield ranks, peers is not None
+    with connect(
+        rank,
+        world_size,
+        peers,
+        backend=options.backend,
+        timeout=options.timeout,
+        connect_timeout=options.connect_timeout,
+    ) as mesh:
+        ranks = Ranks(model, codebook, mesh, weights=weights_of(options, world_size))
+        found = ranks.run(job) if peers is None else ranks.lead(**job)
         if peers is not None:
             ranks.lead(do="stop")
         ranks.close()
+    return rank, found
 
 
 def report(options: argparse.Namespace, tokenizer: Any, found: Any, world_size: int) -> None:

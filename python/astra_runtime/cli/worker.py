@@ -4,10 +4,20 @@ from __future__ import annotations
 
 import argparse
 import signal
-import sys
 
+from ..errors import AstraError
 from ..launch import READY, die_with
-from .common import add_fit_options, add_mesh_options, add_model, ensure_codebook, load, weights_of
+from .common import (
+    add_fit_options,
+    add_mesh_options,
+    add_model,
+    ensure_codebook,
+    load,
+    peers_of,
+    say,
+    show_json,
+    weights_of,
+)
 
 DAY = 86_400.0
 
@@ -33,6 +43,10 @@ def run(options: argparse.Namespace) -> int:
     if options.parent:
         die_with(options.parent)
         signal.signal(signal.SIGTERM, signal.SIG_DFL)  # the leader says why, not this process
+    peers = peers_of(options)
+    weights = weights_of(options, len(peers))
+    if options.rank == 0:
+        raise AstraError("--rank: expected 1 or more; rank 0 leads, with `astra run --rank 0`")
     import torch
 
     from ..jobs import Ranks
@@ -40,15 +54,26 @@ def run(options: argparse.Namespace) -> int:
     from ..transport.pacing import PacedMesh
 
     torch.set_num_threads(options.threads)
-    model, tokenizer = load(options.model)
+    model, tokenizer = load(options.model, decoder=True)
     codebook, _ = ensure_codebook(options, model, tokenizer)
-    peers = options.peers.split(",")
-    print(READY, flush=True)
+    torch.set_num_threads(options.threads)  # fitting used every core
+    if options.parent:
+        print(READY, flush=True)
+    else:
+        say(f"rank {options.rank} of {len(peers)} waits for the others at {peers[options.rank]}")
     link = Link(options.mbit or None, options.delay_ms)
-    mesh = connect(options.rank, len(peers), peers, timeout=options.timeout)
+    mesh = connect(
+        options.rank,
+        len(peers),
+        peers,
+        timeout=options.timeout,
+        connect_timeout=options.connect_timeout,
+    )
     with mesh if link.is_free else PacedMesh(mesh, link) as timed:
-        ranks = Ranks(model, codebook, mesh, timed, weights_of(options))
-        print(f"rank {mesh.rank} of {mesh.world_size} follows rank 0", file=sys.stderr)
-        ranks.follow(idle=DAY)
+        ranks = Ranks(model, codebook, mesh, timed, weights)
+        say(f"rank {mesh.rank} of {mesh.world_size} follows rank 0")
+        jobs = ranks.follow(idle=DAY)
         ranks.close()
+    if options.json:
+        show_json({"rank": options.rank, "world_size": len(peers), "jobs": jobs})
     return 0

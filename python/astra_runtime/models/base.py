@@ -22,6 +22,20 @@ from torch import Tensor, nn
 
 from ..plan import Plan
 
+# What a configuration says besides the function that the model computes.
+_NOT_THE_MODEL = {
+    "transformers_version",
+    "_name_or_path",
+    "architectures",
+    "dtype",
+    "torch_dtype",
+    "attn_implementation",
+    "_attn_implementation",
+    "return_dict",
+    "output_hidden_states",
+    "output_attentions",
+    "use_cache",
+}
 ATTENTION = "astra"  # the name under which the attention is known to transformers
 
 
@@ -68,11 +82,11 @@ class Adapter(ABC):
 
     causal: bool
     class_tokens: int
+    mlp_matrices = 2  # of hidden_size × mlp_size each
 
     def __init__(self, model: nn.Module) -> None:
         config: Any = model.config
-        self.model = model
-        self.base: Any = getattr(model, getattr(model, "base_model_prefix", ""), model)
+        self._model = weakref.ref(model)  # strong, it would keep its own key in _adapters alive
         self.blocks: list[nn.Module] = self.find_blocks()
         self.attentions = [self.attention_of(block) for block in self.blocks]
         self.hidden_size = int(config.hidden_size)
@@ -85,6 +99,17 @@ class Adapter(ABC):
         self._index = {module: i for i, module in enumerate(self.attentions)}
 
     @property
+    def model(self) -> Any:
+        model = self._model()
+        assert model is not None, "the adapter of a model that is gone"
+        return model
+
+    @property
+    def base(self) -> Any:
+        """The model without its head."""
+        return getattr(self.model, getattr(self.model, "base_model_prefix", ""), self.model)
+
+    @property
     def device(self) -> torch.device:
         return next(self.model.parameters()).device
 
@@ -94,13 +119,23 @@ class Adapter(ABC):
 
     @property
     def mlp_size(self) -> int:
-        config: Any = self.model.config
+        config = self.model.config
         inner = getattr(config, "intermediate_size", None) or getattr(config, "n_inner", None)
         return int(inner or 4 * self.hidden_size)
 
+    def block_flops(self) -> tuple[float, float]:
+        """FLOPs of a block: of one token's projections and MLP, and of one query over one key."""
+        queries, keys = self.num_heads * self.head_dim, self.num_key_value_heads * self.head_dim
+        mlp = self.mlp_matrices * self.hidden_size * self.mlp_size
+        return 2.0 * (2 * self.hidden_size * (queries + keys) + mlp), 4.0 * queries
+
     def digest(self) -> str:
-        """Names the weights: a hash over every tensor's name, shape, dtype and a sample of it."""
+        """Names the model: a hash over its configuration, and over every tensor's name, shape,
+        dtype and a sample of its values."""
+        config = self.model.config.to_diff_dict()
         told = hashlib.sha256()
+        for name in sorted(config.keys() - _NOT_THE_MODEL):
+            told.update(f"{name}={config[name]!r};".encode())
         for name, tensor in sorted(self.model.state_dict().items()):
             flat = tensor.detach().reshape(-1)
             sample = flat[:: max(1, flat.numel() // 256)].to("cpu", torch.float32).contiguous()
@@ -165,9 +200,8 @@ class Adapter(ABC):
             self._handles.append(block.register_forward_pre_hook(hook, with_kwargs=True))
         self._handles.append(self.final().register_forward_hook(_final_hook))
         self._handles.extend(self.install_extra())
-        model: Any = self.model
-        self._previous = model.config._attn_implementation
-        model.set_attn_implementation(ATTENTION)
+        self._previous = self.model.config._attn_implementation
+        self.model.set_attn_implementation(ATTENTION)
 
     def uninstall(self) -> None:
         with _lock:
@@ -179,8 +213,7 @@ class Adapter(ABC):
         for handle in self._handles:
             handle.remove()
         self._handles.clear()
-        model: Any = self.model
-        model.set_attn_implementation(self._previous)
+        self.model.set_attn_implementation(self._previous)
 
     @contextlib.contextmanager
     def installed(self) -> Iterator[None]:

@@ -50,8 +50,7 @@ class _Decoder(Adapter):
 
     def count(self, inputs: Mapping[str, Tensor]) -> tuple[int, int]:
         ids = _take_ids(inputs, {"input_ids", "attention_mask"})
-        config: Any = self.model.config
-        limit = config.max_position_embeddings
+        limit = self.model.config.max_position_embeddings
         if ids.shape[1] > limit:
             raise ValueError(
                 f"input_ids: expected at most {limit} tokens, the model's limit, got {ids.shape[1]}"
@@ -79,7 +78,9 @@ class _Decoder(Adapter):
 
 
 class Llama(_Decoder):
-    """Rotary positions, grouped queries, RMS norm before attention."""
+    """Rotary positions, grouped queries, RMS norm before attention, a gated MLP."""
+
+    mlp_matrices = 3
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__(model)
@@ -202,8 +203,7 @@ class Bert(Adapter):
 
     def count(self, inputs: Mapping[str, Tensor]) -> tuple[int, int]:
         ids = _take_ids(inputs, {"input_ids", "attention_mask", "token_type_ids"})
-        config: Any = self.model.config
-        limit = config.max_position_embeddings
+        limit = self.model.config.max_position_embeddings
         if not 2 <= ids.shape[1] <= limit:
             raise ValueError(
                 f"input_ids: expected 2 to {limit} tokens, the class token first, "

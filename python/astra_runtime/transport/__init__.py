@@ -36,6 +36,9 @@ def connect(
     timeout: seconds every later wait may take. link: emulate a slow access link (`Link`).
     """
     rank, world_size = _place(rank, world_size, peers)
+    for name, wait in (("timeout", timeout), ("connect_timeout", connect_timeout)):
+        if not 0 < wait <= 1e6:
+            raise ValueError(f"{name}: expected seconds above 0, at most 1e6, got {wait}")
     mesh: Mesh
     if backend in ("gloo", "nccl"):
         from astra_runtime.transport.distributed import connect_distributed

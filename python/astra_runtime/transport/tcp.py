@@ -45,6 +45,10 @@ def prepare(sock: socket.socket) -> None:
     sock.setblocking(False)
     sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, SEND_BUFFER)
     sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+    # A worker may wait for hours; a peer that lost its power says nothing at all.
+    sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+    sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPIDLE, 30)
+    sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPINTVL, 10)
 
 
 def ended_properly(sock: socket.socket, rank: int) -> bool:
@@ -168,7 +172,7 @@ class TcpMesh:
         # Ranks that share cores had better sleep: a yielded core can be gone for a time slice.
         self._may_yield = world_size <= len(os.sched_getaffinity(0))
         # Twice the deadline, so that a wait of ours ends first and can say whom it waited for.
-        unacknowledged = math.ceil(2000 * timeout)  # milliseconds
+        unacknowledged = min(math.ceil(2000 * timeout), 2**31 - 1)  # milliseconds
         for peer in self._peers.values():
             peer.sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, unacknowledged)
             self._poll.register(peer.fd, _ENDED)
