@@ -231,7 +231,7 @@ ONE_WORD = ["--prompt", "w1"]
         (["run", "{model}", "{book}", *ONE_WORD, "--world-size", "2"], "1 tokens for 2 ranks"),
         (["run", "{model}", "{book}", "--text", "{home}/none.txt"], "cannot be read"),
         (["run", "{model}", "{book}", "--text", "{home}/cache/bytes"], "cannot be read"),
-        (["run", "{model}", "{book}", *ONE_WORD, "--weights", "a,b"], "expected 1 positive numbers"),
+        (["run", "{model}", "{book}", *ONE_WORD, "--weights", "a,b"], "expected 1 positive number"),
         (["run", "{model}", "{book}", *ONE_WORD, "--weights", "1,1"], "--weights: expected 1 posi"),
         (["run", "{model}", *ONE_WORD, "--rank", "1"], "--rank: expected together with --peers"),
         (["run", "{model}", *ONE_WORD, "--rank", "0", "--peers", "foo"], 'expected "host:port"'),
