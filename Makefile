@@ -19,7 +19,7 @@ help:
 setup: $(STAMP)
 
 $(STAMP): $(SOURCES)
-	@echo "== setting up $(VENV): dependencies, the build, the model SmolLM2; 3 to 6 minutes =="
+	@echo "== setting up $(VENV): dependencies, the build, the model SmolLM2; about 2 minutes beside the downloads =="
 	@$(PYTHON) -c 'import sys; sys.exit(0 if sys.version_info >= (3, 11) else "expected Python 3.11 or later, got " + sys.version.split()[0] + "; say make PYTHON=…")'
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet "$(TORCH)" numpy "setuptools>=77" wheel "pybind11>=2.13" "cmake>=3.25" ninja
@@ -30,15 +30,15 @@ $(STAMP): $(SOURCES)
 	@touch $@
 
 demo: $(STAMP)
-	@echo "== demo: the first run fits a codebook (3 to 4 minutes), later runs take about 1.5 minutes =="
+	@echo "== demo: the first run fits a codebook (about 3 minutes), later runs take less than 1.5 minutes =="
 	@$(BIN)/astra demo
 
 test: $(STAMP) test-core
-	@echo "== Python tests =="
+	@echo "== Python tests, about 6 minutes on 2 cores =="
 	$(BIN)/python -m pytest -m "not slow and not gpu"
 
 test-core: $(STAMP)
-	@echo "== C++ tests under ASan and UBSan =="
+	@echo "== C++ tests under ASan and UBSan, about 1 minute =="
 	$(BIN)/cmake -S . -B build/sanitized -G Ninja -DCMAKE_MAKE_PROGRAM=$(abspath $(BIN))/ninja -DCMAKE_BUILD_TYPE=RelWithDebInfo -DASTRA_BUILD_PYTHON=OFF -DASTRA_BUILD_TESTS=ON -DASTRA_SANITIZE=ON -DASTRA_WERROR=ON
 	$(BIN)/cmake --build build/sanitized --parallel 2
 	$(BIN)/ctest --test-dir build/sanitized --output-on-failure
@@ -58,11 +58,12 @@ format: $(STAMP)
 	find csrc -name '*.cpp' -o -name '*.hpp' | xargs $(BIN)/clang-format -i
 
 bench: $(STAMP)
-	@echo "== benchmarks, about 10 minutes; nothing else should run on the machine =="
+	@echo "== benchmarks, about half an hour; nothing else should run on the machine =="
 	$(BIN)/python -m bench.pack
 	$(BIN)/python -m bench.ops
 	$(BIN)/python -m bench.exchange
 	$(BIN)/python -m bench.demo
+	$(BIN)/python -m bench.accuracy
 	$(BIN)/python -m bench.tables
 
 clean:

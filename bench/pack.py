@@ -155,7 +155,7 @@ def main() -> None:
         for case in bench_width(bits, label, count)
     ]
     if not arguments.no_write:
-        packages = ("numpy", "faiss-cpu", "astra-inference")
+        packages = ("torch", "numpy", "faiss-cpu", "astra-inference")
         print(write("pack", cases, command="python -m bench.pack", packages=packages))
 
 
