@@ -50,14 +50,13 @@ def main() -> None:
             }
             say(str(row))
             rows.append(row)
-    path = write(
-        "accuracy",
-        [],
-        command="python -m bench.accuracy " + " ".join(sys.argv[1:]),
-        packages=("torch", "numpy", "transformers"),
-        extra={"rows": rows, "threads": torch.get_num_threads()},
-    )
-    print(f"wrote {path}")
+        write(  # after each, as a codebook takes minutes
+            "accuracy",
+            [],
+            command=" ".join(["python -m bench.accuracy", *sys.argv[1:]]),
+            packages=("torch", "numpy", "transformers"),
+            extra={"rows": rows, "threads": torch.get_num_threads()},
+        )
 
 
 if __name__ == "__main__":

@@ -41,6 +41,7 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
     fast.save_pretrained(folder / "model")
     model = tiny("llama")
     model.save_pretrained(folder / "model")
+    tiny("bert").save_pretrained(folder / "bert")
     (folder / "text.txt").write_text(TEXT)
     ids = token_windows(fast, TEXT, 50, 8)
     book = Codebook.fit(model, ids, groups=3, codewords=32, held_back=2, world_size=2)
@@ -237,7 +238,7 @@ ONE_WORD = ["--prompt", "w1"]
         (["run", "{model}", *ONE_WORD, "--rank", "0", "--peers", "foo"], 'expected "host:port"'),
         (["run", "{model}", *ONE_WORD, "--rank", "1", "--peers", "a:1,b:2"], "--rank: expected 0"),
         (["run", "{model}", *ONE_WORD, "--backend", "gloo"], "expected under torchrun only"),
-        (["run", "--model", "minilm", *ONE_WORD], "expected a language model"),
+        (["run", "--model", "{home}/bert", *ONE_WORD], "expected a language model"),
         (["worker", "{model}", "--rank", "0", "--peers", "a:1,b:2"], "rank 0 leads"),
         (["worker", "{model}", "--rank", "2", "--peers", "a:1,b:2"], "--rank: expected 0 to 1"),
         (["demo", "{model}", "--mbit", "-5"], "mbit_per_s: expected a positive rate"),

@@ -22,7 +22,8 @@ def pair(batch: int = 2, tokens: int = 5) -> tuple[torch.Tensor, torch.Tensor]:
 
 @pytest.mark.parametrize(("dtype", "error"), [("float32", 0.0), ("float16", 2e-3), ("int8", 0.02)])
 def test_dense_tensors_cross(dtype: str, error: float) -> None:
-    space = Dense(dtype, adapt(tiny("llama")))
+    model = tiny("llama")
+    space = Dense(dtype, adapt(model))
     shards = [pair(tokens=5), pair(tokens=3)]
     payloads = []
     for shard in shards:
@@ -38,7 +39,8 @@ def test_dense_tensors_cross(dtype: str, error: float) -> None:
 
 
 def test_int8_survives_zeros_and_extremes() -> None:
-    space = Dense("int8", adapt(tiny("llama")))
+    model = tiny("llama")
+    space = Dense("int8", adapt(model))
     key, value = torch.zeros(1, 3, 2, 16), torch.full((1, 3, 2, 16), 3e4)
     buffer = bytearray(space.payload_bytes(1, 2))
     space.encode(0, (key, value), None, memoryview(buffer))
