@@ -109,7 +109,8 @@ def commit() -> str:
         command = ["git", "-C", str(ROOT), *arguments]
         return subprocess.run(command, check=True, capture_output=True, text=True).stdout.strip()
 
-    changed = git("status", "--porcelain", "--untracked-files=no", "--", ".", ":!bench/results")
+    same = (":!bench/results", ":!*.md")  # what cannot change a measurement
+    changed = git("status", "--porcelain", "--untracked-files=no", "--", ".", *same)
     return git("rev-parse", "HEAD") + ("-dirty" if changed else "")
 
 

@@ -27,8 +27,9 @@ def table(head: list[str], rows: list[list[str]]) -> str:
 
 
 def source(report: dict) -> str:
-    torch = report["versions"].get("torch", "–")
-    return f"\n\n`{report['command'].strip()}` on {report['device']}, torch {torch}"
+    torch = report["versions"].get("torch")
+    version = "" if torch is None else f", torch {torch}"
+    return f"\n\n`{report['command'].strip()}` on {report['device']}{version}"
 
 
 def demo(report: dict) -> str:
