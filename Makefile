@@ -11,7 +11,7 @@ SOURCES := $(shell find csrc -type f) CMakeLists.txt setup.py pyproject.toml
 
 help:
 	@echo "make demo    one device, dense exchange and ASTRA side by side (real model, processes, sockets)"
-	@echo "make test    all fast tests: C++ under sanitizers, Python (about 8 minutes on 2 cores)"
+	@echo "make test    all fast tests: C++ under sanitizers, Python (about 5 minutes on 2 cores)"
 	@echo "make test-slow  the tests with pretrained models"
 	@echo "make lint    ruff, mypy, clang-format"
 	@echo "make bench   the benchmarks; results in bench/results, tables of README"
@@ -34,7 +34,7 @@ demo: $(STAMP)
 	@$(BIN)/astra demo
 
 test: $(STAMP) test-core
-	@echo "== Python tests, about 6 minutes on 2 cores =="
+	@echo "== Python tests, about 4 minutes on 2 cores =="
 	$(BIN)/python -m pytest -m "not slow and not gpu"
 
 test-core: $(STAMP)
