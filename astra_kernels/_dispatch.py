@@ -1,13 +1,16 @@
 """Which implementation runs: the one place that knows.
 
 ``auto`` takes the fastest that the device has: on a CPU the torch paths in ``cpu.py``, chosen by
-measurement; elsewhere a Triton kernel where there is one, else the reference. An explicit choice
-never falls back. Every implementation of an op takes the arguments of its reference.
+measurement; on CUDA the Triton kernels, but for fp64, which they do not take; elsewhere the
+reference. An explicit choice never falls back. Every implementation of an op takes the arguments of
+its reference; those of the coded attentions that have ``takes_packed`` also read packed codes.
 """
 
 from __future__ import annotations
 
+import functools
 import importlib
+import importlib.util
 from collections.abc import Callable
 from typing import Any
 
@@ -56,15 +59,20 @@ _CPU: dict[str, Kernel] = {
 _NATIVE: dict[str, Kernel] = {}
 
 # Op -> module holding a launcher of the op's name; imported on first use, as Triton is optional.
-_TRITON: dict[str, str] = {}
+_TRITON: dict[str, str] = {
+    op: f"astra_kernels.{op}.kernel"
+    for op in ("attention", "coded_attention", "codeword_attention", "mixed_attention")
+}
 
 
-def choose(op: str, impl: str, device: torch.device) -> Kernel:
-    """The implementation of ``op`` to run on tensors of ``device``."""
+def choose(op: str, impl: str, device: torch.device, dtype: torch.dtype) -> Kernel:
+    """The implementation of ``op`` to run on tensors of ``device``, the first one of ``dtype``."""
     if impl == "auto":
         if device.type == "cpu":
             return _CPU[op]
-        return _triton(op) if device.type == "cuda" and op in _TRITON else _REFERENCE[op]
+        if device.type == "cuda" and op in _TRITON and dtype != torch.float64 and has_triton():
+            return _triton(op)
+        return _REFERENCE[op]
     if impl == "reference":
         return _REFERENCE[op]
     if impl == "native":
@@ -76,20 +84,27 @@ def choose(op: str, impl: str, device: torch.device) -> Kernel:
     if impl == "triton":
         if op not in _TRITON:
             raise RuntimeError(_unavailable(op, impl, f"there is no Triton kernel for {op}"))
+        if not has_triton():
+            raise RuntimeError(_unavailable(op, impl, "the package triton is not installed"))
+        if dtype == torch.float64:
+            why = "the kernels take float32, float16 and bfloat16, not float64"
+            raise RuntimeError(_unavailable(op, impl, why))
+        launch = importlib.import_module("astra_kernels._triton.launch")
+        if not launch.runnable(device):
+            why = f"the kernels run on CUDA devices, and the tensors are on {device}"
+            raise RuntimeError(_unavailable(op, impl, why))
         return _triton(op)
     raise ValueError(f"astra_kernels.{op}: impl must be one of {', '.join(IMPLS)}, got {impl!r}")
 
 
+@functools.cache
+def has_triton() -> bool:
+    return importlib.util.find_spec("triton") is not None
+
+
+@functools.cache
 def _triton(op: str) -> Kernel:
-    try:
-        module = importlib.import_module(_TRITON[op])
-    except ModuleNotFoundError as error:
-        if error.name != "triton":
-            raise
-        raise RuntimeError(
-            _unavailable(op, "triton", "the package triton is not installed")
-        ) from None
-    launcher: Kernel = getattr(module, op)
+    launcher: Kernel = getattr(importlib.import_module(_TRITON[op]), op)
     return launcher
 
 

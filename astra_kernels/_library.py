@@ -84,7 +84,8 @@ def _check_encode(vectors: Tensor, codebook: Tensor, half_norms: Tensor | None) 
 
 def _encode(vectors: Tensor, codebook: Tensor, half_norms: Tensor | None, impl: str) -> Tensor:
     _check_encode(vectors, codebook, half_norms)
-    codes: Tensor = choose("encode", impl, vectors.device)(vectors, codebook, half_norms)
+    dtype = torch.promote_types(vectors.dtype, codebook.dtype)
+    codes: Tensor = choose("encode", impl, vectors.device, dtype)(vectors, codebook, half_norms)
     return codes
 
 
@@ -98,7 +99,7 @@ def _decode(codes: Tensor, codebook: Tensor, impl: str, check: bool | None) -> T
     checks.check_decode(codes, codebook)
     if _wants_check(check, codes):
         checks.check_code_values("decode", "codes", codes, codebook.shape[1])
-    vectors: Tensor = choose("decode", impl, codes.device)(codes, codebook)
+    vectors: Tensor = choose("decode", impl, codes.device, codebook.dtype)(codes, codebook)
     return vectors
 
 
@@ -141,7 +142,7 @@ def _attention(
     impl: str,
 ) -> State:
     _check_attention(query, key, value, is_causal, key_mask)
-    kernel = choose("attention", impl, query.device)
+    kernel = choose("attention", impl, query.device, query.dtype)
     return _stored_as_query(
         kernel(query, key, value, is_causal=is_causal, key_mask=key_mask, scale=scale)
     )
@@ -225,7 +226,7 @@ def _coded_attention(query: Tensor, *args: Any) -> State:
     coded = CodedInput(*args[:-3])
     scale, impl, check = args[-3:]
     shape = _check_coded(op, query, coded)
-    kernel = choose(op, impl, query.device)
+    kernel = choose(op, impl, query.device, query.dtype)
     return _stored_as_query(kernel(query, **_coded_arguments(op, coded, shape, scale, check)))
 
 
@@ -272,7 +273,7 @@ def _mixed_attention(
     coded = CodedInput(*args[:-3])
     scale, impl, check = args[-3:]
     shape = _check_mixed(query, key, value, is_causal, key_mask, coded)
-    kernel = choose(op, impl, query.device)
+    kernel = choose(op, impl, query.device, query.dtype)
     arguments = _coded_arguments(op, coded, shape, scale, check)
     return _stored_as_query(
         kernel(query, key, value, is_causal=is_causal, key_mask=key_mask, **arguments)
@@ -323,7 +324,7 @@ def _codeword_attention(
     _check_codeword_attention(query, counts, key_codebook, value_codebook)
     if _wants_check(check, counts):
         checks.check_counts(op, counts)
-    kernel = choose(op, impl, query.device)
+    kernel = choose(op, impl, query.device, query.dtype)
     return _stored_as_query(kernel(query, counts, key_codebook, value_codebook, scale=scale))
 
 
@@ -356,7 +357,7 @@ def _check_merge(out_a: Tensor, lse_a: Tensor, out_b: Tensor, lse_b: Tensor) -> 
 
 def _merge_state(out_a: Tensor, lse_a: Tensor, out_b: Tensor, lse_b: Tensor, impl: str) -> State:
     _check_merge(out_a, lse_a, out_b, lse_b)
-    out, lse = choose("merge_state", impl, out_a.device)(out_a, lse_a, out_b, lse_b)
+    out, lse = choose("merge_state", impl, out_a.device, lse_a.dtype)(out_a, lse_a, out_b, lse_b)
     stored = torch.empty_like(out_a)
     return (out if out.stride() == stored.stride() else stored.copy_(out)), lse
 

@@ -1,0 +1,106 @@
+"""Launching kernels: on which device, with which tile, or only writing down what would be launched.
+
+Every launcher asks ``capability`` for the chip and goes through ``launch``. Under ``record`` no
+kernel runs: the launches are collected for a chip that need not be there, so that ahead-of-time
+compilation sees the very arguments and constants that the launchers choose.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import triton
+
+# Compute capability assumed for a device that is none of ours, the interpreter's CPU for one.
+DEFAULT_CAPABILITY = 90
+
+
+@dataclass(frozen=True)
+class Launch:
+    """One launch as it was asked for: positional arguments, constants, warps and stages."""
+
+    kernel: Any
+    grid: tuple[int, ...]
+    args: tuple[Any, ...]
+    constants: dict[str, Any]
+    warps: int
+    stages: int
+
+
+class _Recording:
+    capability: int | None = None
+    launches: list[Launch]
+
+
+_recording = _Recording()
+
+
+def interpreted() -> bool:
+    """Whether kernels run in Triton's interpreter (TRITON_INTERPRET=1), on the CPU."""
+    return bool(triton.knobs.runtime.interpret)
+
+
+def runnable(device: torch.device) -> bool:
+    """Kernels run on CUDA devices, and on the CPU in the interpreter."""
+    return device.type == "cuda" or interpreted() or _recording.capability is not None
+
+
+def capability(device: torch.device) -> int:
+    """Compute capability as one number: 80, 90, 100 …"""
+    if _recording.capability is not None:
+        return _recording.capability
+    return _device_capability(device.index) if device.type == "cuda" else DEFAULT_CAPABILITY
+
+
+@functools.cache
+def _device_capability(index: int | None) -> int:
+    major, minor = torch.cuda.get_device_capability(index)
+    return major * 10 + minor
+
+
+@functools.cache
+def _device_processors(index: int | None) -> int:
+    return torch.cuda.get_device_properties(index).multi_processor_count
+
+
+def processors(device: torch.device) -> int:
+    """Streaming multiprocessors; 132, an H100's, where there is no device."""
+    return _device_processors(device.index) if device.type == "cuda" else 132
+
+
+@contextlib.contextmanager
+def record(capability: int) -> Iterator[list[Launch]]:
+    """Collects launches for a chip of that compute capability instead of running them."""
+    _recording.capability, _recording.launches = capability, []
+    try:
+        yield _recording.launches
+    finally:
+        _recording.capability = None
+
+
+def launch(
+    kernel: Any,
+    grid: tuple[int, ...],
+    *args: Any,
+    device: torch.device,
+    warps: int,
+    stages: int,
+    **constants: Any,
+) -> None:
+    """Runs a kernel on ``device``; an empty grid is nothing to do."""
+    if _recording.capability is not None:
+        _recording.launches.append(Launch(kernel, grid, args, constants, warps, stages))
+        return
+    if 0 in grid:
+        return
+    run: Callable[..., Any] = kernel[grid]
+    if device.type == "cuda" and device.index != torch.cuda.current_device():
+        with torch.cuda.device(device):
+            run(*args, **constants, num_warps=warps, num_stages=stages)
+    else:
+        run(*args, **constants, num_warps=warps, num_stages=stages)

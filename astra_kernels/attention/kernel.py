@@ -1,0 +1,1 @@
+"""Launches the attention kernel: tiles, shares, strides."""
