@@ -10,21 +10,30 @@ from astra_kernels import _library as _library
 from astra_kernels.attention import attention
 from astra_kernels.coded_attention import coded_attention
 from astra_kernels.codeword_attention import codeword_attention
+from astra_kernels.count_codes import count_codes
 from astra_kernels.decode import decode
 from astra_kernels.encode import encode
+from astra_kernels.encode_packed import encode_packed
+from astra_kernels.lookup_linear import fold_norm, lookup_linear
 from astra_kernels.merge_state import merge_state
 from astra_kernels.mixed_attention import mixed_attention
 from astra_kernels.pack import pack, packed_size, unpack
+from astra_kernels.warmup import warmup
 
 __all__ = [
     "attention",
     "coded_attention",
     "codeword_attention",
+    "count_codes",
     "decode",
     "encode",
+    "encode_packed",
+    "fold_norm",
+    "lookup_linear",
     "merge_state",
     "mixed_attention",
     "pack",
     "packed_size",
     "unpack",
+    "warmup",
 ]

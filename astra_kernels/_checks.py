@@ -205,21 +205,34 @@ def _count_codes(
             expected = f"[B, N, C] with C = R*Hkv*S = {own} or C = R*S = {shared}"
             fail_value(op, name, expected, shape_of(codes))
         return codes.shape[1], codes.shape[2]
+    return _count_packed(op, name, codes, batch, tokens, code_bits, (own, shared))
 
+
+def _count_packed(
+    op: str,
+    name: str,
+    codes: Tensor,
+    batch: int,
+    tokens: int | None,
+    code_bits: int,
+    codes_per_token: tuple[int, ...],
+) -> tuple[int, int]:
+    """How many tokens packed rows hold, and which of ``codes_per_token`` fits them first."""
     check_dtype(op, name, codes, (torch.uint8,))
     if codes.ndim != 2 or codes.shape[0] != batch:
         fail_value(op, name, f"[{batch}, bytes] when code_bits is given", shape_of(codes))
     if not 1 <= code_bits <= MAX_CODE_BITS:
         fail_value(op, "code_bits", f"from 1 to {MAX_CODE_BITS}", code_bits)
     size = codes.shape[1]
-    for per_token in (own, shared):
+    for per_token in codes_per_token:
         token_bits = per_token * code_bits
         if tokens is None and token_bits < 8 and size > 0:
             fail_value(op, "num_tokens", "given when a token takes fewer than 8 bits", None)
         count = size * 8 // token_bits if tokens is None else tokens
         if (count * token_bits + 7) // 8 == size:
             return count, per_token
-    expected = f"[{batch}, ceil(N*C*{code_bits}/8)] with C = {own} or {shared}"
+    choices = " or ".join(str(count) for count in codes_per_token)
+    expected = f"[{batch}, ceil(N*C*{code_bits}/8)] with C = {choices}"
     known = "" if tokens is None else f" and N = {tokens}"
     fail_value(op, name, expected + known, shape_of(codes))
 
@@ -281,6 +294,43 @@ def check_codewords(
         check_device(op, name, tensor, query.device)
 
 
+def check_count_codes(
+    codes: Tensor,
+    codewords: int,
+    code_bits: int | None,
+    num_tokens: int | None,
+    codes_per_token: int | None,
+    code_mask: Tensor | None,
+) -> tuple[int, int]:
+    """Everything about the call; gives N and C."""
+    op, per_token = "count_codes", "codes_per_token"
+    if not 1 <= codewords <= MAX_CODEWORDS:
+        fail_value(op, "codewords", f"from 1 to {MAX_CODEWORDS}", codewords)
+    for name, given, least in (("num_tokens", num_tokens, 0), (per_token, codes_per_token, 1)):
+        if given is not None and given < least:
+            fail_value(op, name, f"{least} or more", given)
+    tokens = num_tokens
+    if tokens is None and code_mask is not None and code_mask.ndim == 2:
+        tokens = code_mask.shape[1]
+    if code_bits is None:
+        check_dtype(op, "codes", codes, CODES)
+        check_ndim(op, "codes", codes, "B, N, C")
+        batch, there, places = codes.shape
+        if tokens not in (None, there) or codes_per_token not in (None, places):
+            n, c = ("N" if tokens is None else tokens), (codes_per_token or "C")
+            fail_value(op, "codes", f"[B, {n}, {c}]", shape_of(codes))
+        tokens = there
+    else:
+        if codes_per_token is None:
+            fail_value(op, per_token, "given when codes are packed (code_bits)", None)
+        batch, known = codes.shape[0] if codes.ndim > 0 else 0, (codes_per_token,)
+        tokens, places = _count_packed(op, "codes", codes, batch, tokens, code_bits, known)
+    if code_mask is not None:
+        check_mask(op, "code_mask", code_mask, batch, tokens)
+        check_device(op, "code_mask", code_mask, codes.device)
+    return tokens, places
+
+
 def check_merge(op: str, out_a: Tensor, lse_a: Tensor, out_b: Tensor, lse_b: Tensor) -> None:
     check_dtype(op, "out_a", out_a, FLOATING)
     check_dtype(op, "out_b", out_b, (out_a.dtype,))
@@ -296,8 +346,7 @@ def check_merge(op: str, out_a: Tensor, lse_a: Tensor, out_b: Tensor, lse_b: Ten
         check_device(op, name, tensor, out_a.device)
 
 
-def check_encode(vectors: Tensor, codebook: Tensor, half_norms: Tensor | None) -> None:
-    op = "encode"
+def check_encode(op: str, vectors: Tensor, codebook: Tensor, half_norms: Tensor | None) -> None:
     _check_codebook(op, codebook)
     check_dtype(op, "vectors", vectors, FLOATING)
     groups, codewords, width = codebook.shape
@@ -311,6 +360,21 @@ def check_encode(vectors: Tensor, codebook: Tensor, half_norms: Tensor | None) -
             expected = f"[{groups}, {codewords}] (C, K)"
             fail_value(op, "half_norms", expected, shape_of(half_norms))
         check_device(op, "half_norms", half_norms, vectors.device)
+
+
+def check_encode_packed(
+    vectors: Tensor, codebook: Tensor, code_bits: int, half_norms: Tensor | None
+) -> int:
+    """Everything about the call; gives the bytes of a batch row."""
+    op = "encode_packed"
+    check_ndim(op, "vectors", vectors, "B, N, C, w")
+    check_encode(op, vectors, codebook, half_norms)
+    if not 1 <= code_bits <= MAX_CODE_BITS:
+        fail_value(op, "code_bits", f"from 1 to {MAX_CODE_BITS}", code_bits)
+    if codebook.shape[1] > 2**code_bits:
+        expected = f"of at most {2**code_bits} codewords K (code_bits = {code_bits})"
+        fail_value(op, "codebook", expected, shape_of(codebook))
+    return (vectors.shape[1] * vectors.shape[2] * code_bits + 7) // 8
 
 
 def check_decode(codes: Tensor, codebook: Tensor) -> None:

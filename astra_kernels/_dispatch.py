@@ -3,7 +3,7 @@
 ``auto`` takes the fastest that the device has: on a CPU the torch paths in ``cpu.py``, chosen by
 measurement; on CUDA the Triton kernels, but for fp64, which they do not take; elsewhere the
 reference. An explicit choice never falls back. Every implementation of an op takes the arguments of
-its reference; those of the coded attentions that have ``takes_packed`` also read packed codes.
+its reference; those that have ``takes_packed`` also read packed codes.
 """
 
 from __future__ import annotations
@@ -22,10 +22,16 @@ from astra_kernels.coded_attention import cpu as coded_attention_cpu
 from astra_kernels.coded_attention import reference as coded_attention_reference
 from astra_kernels.codeword_attention import cpu as codeword_attention_cpu
 from astra_kernels.codeword_attention import reference as codeword_attention_reference
+from astra_kernels.count_codes import cpu as count_codes_cpu
+from astra_kernels.count_codes import reference as count_codes_reference
 from astra_kernels.decode import cpu as decode_cpu
 from astra_kernels.decode import reference as decode_reference
 from astra_kernels.encode import cpu as encode_cpu
 from astra_kernels.encode import reference as encode_reference
+from astra_kernels.encode_packed import cpu as encode_packed_cpu
+from astra_kernels.encode_packed import reference as encode_packed_reference
+from astra_kernels.lookup_linear import cpu as lookup_linear_cpu
+from astra_kernels.lookup_linear import reference as lookup_linear_reference
 from astra_kernels.merge_state import cpu as merge_state_cpu
 from astra_kernels.merge_state import reference as merge_state_reference
 from astra_kernels.mixed_attention import cpu as mixed_attention_cpu
@@ -37,20 +43,26 @@ IMPLS = ("auto", "reference", "triton", "native")
 
 _REFERENCE: dict[str, Kernel] = {
     "encode": encode_reference.encode,
+    "encode_packed": encode_packed_reference.encode_packed,
     "decode": decode_reference.decode,
     "attention": attention_reference.attention,
     "coded_attention": coded_attention_reference.coded_attention,
     "codeword_attention": codeword_attention_reference.codeword_attention,
+    "count_codes": count_codes_reference.count_codes,
+    "lookup_linear": lookup_linear_reference.lookup_linear,
     "merge_state": merge_state_reference.merge_state,
     "mixed_attention": mixed_attention_reference.mixed_attention,
 }
 
 _CPU: dict[str, Kernel] = {
     "encode": encode_cpu.encode,
+    "encode_packed": encode_packed_cpu.encode_packed,
     "decode": decode_cpu.decode,
     "attention": attention_cpu.attention,
     "coded_attention": coded_attention_cpu.coded_attention,
     "codeword_attention": codeword_attention_cpu.codeword_attention,
+    "count_codes": count_codes_cpu.count_codes,
+    "lookup_linear": lookup_linear_cpu.lookup_linear,
     "merge_state": merge_state_cpu.merge_state,
     "mixed_attention": mixed_attention_cpu.mixed_attention,
 }
@@ -61,7 +73,18 @@ _NATIVE: dict[str, Kernel] = {}
 # Op -> module holding a launcher of the op's name; imported on first use, as Triton is optional.
 _TRITON: dict[str, str] = {
     op: f"astra_kernels.{op}.kernel"
-    for op in ("attention", "coded_attention", "codeword_attention", "mixed_attention")
+    for op in (
+        "encode",
+        "encode_packed",
+        "attention",
+        "coded_attention",
+        "codeword_attention",
+        "count_codes",
+        "decode",
+        "lookup_linear",
+        "merge_state",
+        "mixed_attention",
+    )
 }
 
 
@@ -100,6 +123,13 @@ def choose(op: str, impl: str, device: torch.device, dtype: torch.dtype) -> Kern
 @functools.cache
 def has_triton() -> bool:
     return importlib.util.find_spec("triton") is not None
+
+
+def packing(device: torch.device) -> Any:
+    """The module that packs and unpacks tensors which are not on the CPU."""
+    if device.type == "cuda" and has_triton():
+        return importlib.import_module("astra_kernels.pack.kernel")
+    return importlib.import_module("astra_kernels.pack.reference")
 
 
 @functools.cache

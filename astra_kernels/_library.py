@@ -17,9 +17,9 @@ from torch import Tensor
 
 from astra_kernels import _checks as checks
 from astra_kernels._checks import CodedInput
-from astra_kernels._dispatch import choose
+from astra_kernels._dispatch import Kernel, choose, packing
 from astra_kernels.attention.cpu import new_state
-from astra_kernels.pack import reference as pack_reference
+from astra_kernels.lookup_linear import _checks as lookup_linear_checks
 from astra_kernels.pack.native import pack_tensor, unpack_tensor
 
 State = tuple[Tensor, Tensor]
@@ -51,7 +51,10 @@ def _stored_as_query(state: State) -> State:
 
 
 def _pack(codes: Tensor, bits: int) -> Tensor:
-    return pack_tensor(codes, bits) if codes.is_cpu else pack_reference.pack(codes, bits)
+    if codes.is_cpu:
+        return pack_tensor(codes, bits)
+    packed: Tensor = packing(codes.device).pack(codes, bits)
+    return packed
 
 
 def _pack_fake(codes: Tensor, bits: int) -> Tensor:
@@ -59,11 +62,10 @@ def _pack_fake(codes: Tensor, bits: int) -> Tensor:
 
 
 def _unpack(data: Tensor, bits: int, count: int) -> Tensor:
-    return (
-        unpack_tensor(data, bits, count)
-        if data.is_cpu
-        else pack_reference.unpack(data, bits, count)
-    )
+    if data.is_cpu:
+        return unpack_tensor(data, bits, count)
+    codes: Tensor = packing(data.device).unpack(data, bits, count)
+    return codes
 
 
 def _unpack_fake(data: Tensor, bits: int, count: int) -> Tensor:
@@ -79,7 +81,7 @@ _register("unpack(Tensor data, int bits, SymInt count) -> Tensor", _unpack, _unp
 
 def _check_encode(vectors: Tensor, codebook: Tensor, half_norms: Tensor | None) -> None:
     checks.check_forward_only("encode", vectors=vectors, codebook=codebook)
-    checks.check_encode(vectors, codebook, half_norms)
+    checks.check_encode("encode", vectors, codebook, half_norms)
 
 
 def _encode(vectors: Tensor, codebook: Tensor, half_norms: Tensor | None, impl: str) -> Tensor:
@@ -92,6 +94,30 @@ def _encode(vectors: Tensor, codebook: Tensor, half_norms: Tensor | None, impl: 
 def _encode_fake(vectors: Tensor, codebook: Tensor, half_norms: Tensor | None, impl: str) -> Tensor:
     _check_encode(vectors, codebook, half_norms)
     return vectors.new_empty(vectors.shape[:-1], dtype=torch.int32)
+
+
+def _check_encode_packed(
+    vectors: Tensor, codebook: Tensor, code_bits: int, half_norms: Tensor | None
+) -> int:
+    checks.check_forward_only("encode_packed", vectors=vectors, codebook=codebook)
+    return checks.check_encode_packed(vectors, codebook, code_bits, half_norms)
+
+
+def _encode_packed(
+    vectors: Tensor, codebook: Tensor, code_bits: int, half_norms: Tensor | None, impl: str
+) -> Tensor:
+    _check_encode_packed(vectors, codebook, code_bits, half_norms)
+    dtype = torch.promote_types(vectors.dtype, codebook.dtype)
+    kernel = choose("encode_packed", impl, vectors.device, dtype)
+    packed: Tensor = kernel(vectors, codebook, code_bits, half_norms)
+    return packed
+
+
+def _encode_packed_fake(
+    vectors: Tensor, codebook: Tensor, code_bits: int, half_norms: Tensor | None, impl: str
+) -> Tensor:
+    size = _check_encode_packed(vectors, codebook, code_bits, half_norms)
+    return vectors.new_empty((vectors.shape[0], size), dtype=torch.uint8)
 
 
 def _decode(codes: Tensor, codebook: Tensor, impl: str, check: bool | None) -> Tensor:
@@ -113,6 +139,12 @@ _register(
     "encode(Tensor vectors, Tensor codebook, Tensor? half_norms, str impl) -> Tensor",
     _encode,
     _encode_fake,
+)
+_register(
+    "encode_packed(Tensor vectors, Tensor codebook, int code_bits, Tensor? half_norms, str impl) "
+    "-> Tensor",
+    _encode_packed,
+    _encode_packed_fake,
 )
 _register(
     "decode(Tensor codes, Tensor codebook, str impl, bool? check) -> Tensor",
@@ -171,9 +203,16 @@ _register(
 
 def _unpack_rows(codes: Tensor, code_bits: int, tokens: int, codes_per_token: int) -> Tensor:
     """uint8 [B, bytes] -> int32 [B, N, C]; every row starts at a byte."""
-    rows = [_unpack(row, code_bits, tokens * codes_per_token) for row in codes]
-    packed = torch.stack(rows) if len(rows) != 1 else rows[0]
-    return packed.view(codes.shape[0], tokens, codes_per_token)
+    count = tokens * codes_per_token
+    if not codes.is_cpu:
+        rows = packing(codes.device).unpack_rows(codes, code_bits, count)
+    elif codes.shape[0] == 1:
+        rows = unpack_tensor(codes[0], code_bits, count)
+    else:
+        rows = codes.new_empty((codes.shape[0], count), dtype=torch.int32)
+        for row, packed in zip(rows, codes, strict=True):
+            row.copy_(unpack_tensor(packed, code_bits, count))
+    return rows.view(codes.shape[0], tokens, codes_per_token)
 
 
 def _check_coded(op: str, query: Tensor, coded: CodedInput) -> checks.CodedShape:
@@ -190,21 +229,27 @@ def _check_coded(op: str, query: Tensor, coded: CodedInput) -> checks.CodedShape
 
 
 def _coded_arguments(
-    op: str, coded: CodedInput, shape: checks.CodedShape, scale: float | None, check: bool | None
+    op: str,
+    kernel: Kernel,
+    coded: CodedInput,
+    shape: checks.CodedShape,
+    scale: float | None,
+    check: bool | None,
 ) -> dict[str, Any]:
-    """What every implementation takes; codes as integers [B, N, C], checked if they are to be."""
+    """What the implementation takes; values of codes are checked if they are to be."""
     codes, value_codes, mask = coded.codes, coded.value_codes, coded.code_mask
-    if coded.code_bits is not None:
-        codes = _unpack_rows(codes, coded.code_bits, shape.tokens, shape.key_codes)
+    checked = _wants_check(check, codes)
+    packed = coded.code_bits is not None and getattr(kernel, "takes_packed", False)
+    if coded.code_bits is not None and (checked or not packed):
+        bits, tokens = coded.code_bits, shape.tokens
+        codes = _unpack_rows(codes, bits, tokens, shape.key_codes)
         if value_codes is not None:
-            value_codes = _unpack_rows(
-                value_codes, coded.code_bits, shape.tokens, shape.value_codes
-            )
-    if _wants_check(check, codes):
+            value_codes = _unpack_rows(value_codes, bits, tokens, shape.value_codes)
+    if checked:
         checks.check_code_values(op, "codes", codes, shape.key_codewords, mask)
         if value_codes is not None:
             checks.check_code_values(op, "value_codes", value_codes, shape.value_codewords, mask)
-    return {
+    arguments = {
         "codes": codes,
         "key_codebook": coded.key_codebook,
         "value_codebook": coded.value_codebook,
@@ -213,6 +258,10 @@ def _coded_arguments(
         "rope": None if coded.cos is None else (coded.cos, coded.sin),
         "code_mask": mask,
     }
+    if packed:
+        arguments |= {"codes": coded.codes, "value_codes": coded.value_codes}
+        arguments |= {"code_bits": coded.code_bits, "shape": shape}
+    return arguments
 
 
 _CODED = (
@@ -227,7 +276,9 @@ def _coded_attention(query: Tensor, *args: Any) -> State:
     scale, impl, check = args[-3:]
     shape = _check_coded(op, query, coded)
     kernel = choose(op, impl, query.device, query.dtype)
-    return _stored_as_query(kernel(query, **_coded_arguments(op, coded, shape, scale, check)))
+    return _stored_as_query(
+        kernel(query, **_coded_arguments(op, kernel, coded, shape, scale, check))
+    )
 
 
 def _coded_attention_fake(query: Tensor, *args: Any) -> State:
@@ -274,7 +325,7 @@ def _mixed_attention(
     scale, impl, check = args[-3:]
     shape = _check_mixed(query, key, value, is_causal, key_mask, coded)
     kernel = choose(op, impl, query.device, query.dtype)
-    arguments = _coded_arguments(op, coded, shape, scale, check)
+    arguments = _coded_arguments(op, kernel, coded, shape, scale, check)
     return _stored_as_query(
         kernel(query, key, value, is_causal=is_causal, key_mask=key_mask, **arguments)
     )
@@ -349,6 +400,60 @@ _register(
 )
 
 
+def _count_codes(
+    codes: Tensor,
+    codewords: int,
+    code_bits: int | None,
+    num_tokens: int | None,
+    codes_per_token: int | None,
+    code_mask: Tensor | None,
+    impl: str,
+    check: bool | None,
+) -> Tensor:
+    op = "count_codes"
+    shape = checks.check_count_codes(
+        codes, codewords, code_bits, num_tokens, codes_per_token, code_mask
+    )
+    kernel = choose(op, impl, codes.device, torch.int32)
+    checked = _wants_check(check, codes)
+    packed = code_bits is not None and getattr(kernel, "takes_packed", False)
+    integers = codes
+    if code_bits is not None and (checked or not packed):
+        integers = _unpack_rows(codes, code_bits, *shape)
+    if checked:
+        checks.check_code_values(op, "codes", integers, codewords, code_mask)
+    options: dict[str, int | None] = {}
+    if packed:
+        integers = codes
+        options = {"code_bits": code_bits, "num_tokens": shape[0], "codes_per_token": shape[1]}
+    counts: Tensor = kernel(integers, codewords, code_mask=code_mask, **options)
+    return counts
+
+
+def _count_codes_fake(
+    codes: Tensor,
+    codewords: int,
+    code_bits: int | None,
+    num_tokens: int | None,
+    codes_per_token: int | None,
+    code_mask: Tensor | None,
+    impl: str,
+    check: bool | None,
+) -> Tensor:
+    _, places = checks.check_count_codes(
+        codes, codewords, code_bits, num_tokens, codes_per_token, code_mask
+    )
+    return codes.new_empty((codes.shape[0], places, codewords), dtype=torch.int32)
+
+
+_register(
+    "count_codes(Tensor codes, SymInt codewords, int? code_bits, SymInt? num_tokens, "
+    "SymInt? codes_per_token, Tensor? code_mask, str impl, bool? check) -> Tensor",
+    _count_codes,
+    _count_codes_fake,
+)
+
+
 def _check_merge(out_a: Tensor, lse_a: Tensor, out_b: Tensor, lse_b: Tensor) -> None:
     op = "merge_state"
     checks.check_forward_only(op, out_a=out_a, lse_a=lse_a, out_b=out_b, lse_b=lse_b)
@@ -374,4 +479,56 @@ _register(
     "-> (Tensor, Tensor)",
     _merge_state,
     _merge_state_fake,
+)
+
+
+# Linear layers over codes
+
+
+def _check_lookup_linear(given: lookup_linear_checks.Input) -> tuple[int, ...]:
+    checks.check_forward_only(
+        "lookup_linear",
+        codebook=given.codebook,
+        weight=given.weight,
+        bias=given.bias,
+        estimate=given.estimate,
+    )
+    return lookup_linear_checks.check(given)
+
+
+def _lookup_linear(*args: Any) -> State:
+    op = "lookup_linear"
+    given = lookup_linear_checks.Input(*args[:-2])
+    impl, check = args[-2:]
+    lead = _check_lookup_linear(given)
+    kernel = choose(op, impl, given.codes.device, lookup_linear_checks.widest(given))
+    codes, bits = given.codes, given.code_bits
+    checked = _wants_check(check, codes)
+    packed = bits is not None and getattr(kernel, "takes_packed", False)
+    if bits is not None and (checked or not packed):
+        codes = _unpack_rows(codes, bits, lead[1], lookup_linear_checks.codes_per_token(given))
+    if checked:
+        checks.check_code_values(op, "codes", codes, given.codebook.shape[-2])
+    options: dict[str, Any] = {"estimate": given.estimate, "norm": given.norm, "eps": given.eps}
+    if packed:
+        codes = given.codes
+        options |= {"code_bits": bits, "num_tokens": lead[1]}
+    y, x = kernel(codes, given.codebook, given.weight, given.bias, **options)
+    return y.contiguous(), y.new_empty(0) if x is None else x.contiguous()
+
+
+def _lookup_linear_fake(*args: Any) -> State:
+    given = lookup_linear_checks.Input(*args[:-2])
+    lead = _check_lookup_linear(given)
+    y = given.weight.new_empty((*lead, given.weight.shape[0]))
+    x = given.estimate
+    return y, y.new_empty(0) if x is None else x.new_empty(x.shape)
+
+
+_register(
+    "lookup_linear(Tensor codes, Tensor codebook, Tensor weight, Tensor? bias, Tensor? estimate, "
+    "str? norm, float eps, int? code_bits, SymInt? num_tokens, str impl, bool? check) "
+    "-> (Tensor, Tensor)",
+    _lookup_linear,
+    _lookup_linear_fake,
 )

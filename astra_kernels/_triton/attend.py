@@ -9,8 +9,9 @@ for few queries) each writes its partial softmax, and ``combine`` makes one out 
 Rotary positions turn looked-up keys in halves, score = q1.(k1 c - k2 s) + q2.(k2 c + k1 s): no row
 is read twice, which loading its rotated half again would do, and angle tables are read by half.
 
-Whole tiles and the ragged end are two loops (EDGE 0 and 1), so that only the end pays for masks;
-with few rows (not WHOLE) time goes into reading, and one masked loop does.
+Whole tiles and the ragged end are two loops (EDGE 0 and 1), so that only the end pays for masks.
+With few rows time goes into reading, and with both dense and coded keys four loops would take long
+to compile: one masked loop each does there (not WHOLE).
 """
 
 import triton
@@ -23,7 +24,7 @@ NOTHING, CODES, COUNTS = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)
 
 LN_2 = tl.constexpr(0.6931471805599453)
 
-_SIZES = ["queries", "locals_", "tokens", "codewords", "value_codewords", "angles_b", "codes_b"]
+_SIZES = ["queries", "locals_", "tokens", "codewords", "value_codewords", "codes_b"]
 
 
 @triton.jit(do_not_specialize=[*_SIZES, "value_codes_b", "counts_b"])
@@ -151,14 +152,9 @@ def attend(
             count = tl.load(place, mask=codeword < last, other=0).to(tl.float32)
             seen = count > 0
             keys = key_table + (head * codewords + codeword) * HEAD
-            if ROTARY:
-                key_1 = load_rows(keys, seen, HALF, HALF_BLOCK).to(DTYPE)
-                key_2 = load_rows(keys + HALF, seen, HALF, HALF_BLOCK).to(DTYPE)
-            else:
-                key_1 = load_rows(keys, seen, HEAD, BLOCK).to(DTYPE)
-                key_2 = key_1
+            keys = load_rows(keys, seen, HEAD, BLOCK).to(DTYPE)
             # n equal keys add n exp(score) = exp(score + ln n); log2(0) = -inf hides what is absent.
-            scores = dot_keys(query_1, query_2, key_1, key_2, ROTARY, PRECISION) * scale
+            scores = dot_keys(query_1, query_1, keys, keys, False, PRECISION) * scale
             scores += tl.log2(count)[None, :]
             values = value_table + (head * codewords + codeword) * HEAD
             values = load_rows(values, seen, HEAD, BLOCK).to(DTYPE)
@@ -186,29 +182,33 @@ def combine(
     part_out, part_lse,  # [shares, B*Hkv, M*G, d] and without d, fp32, in base 2
     out, lse,  # [B, M, H, d], [B, H, M]
     fold, kv_heads, queries, shares, pairs,  # G, Hkv, M, shares, B*Hkv
-    HEAD: tl.constexpr, BLOCK: tl.constexpr, SHARES: tl.constexpr,
+    HEAD: tl.constexpr, BLOCK: tl.constexpr, SHARES: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
-    """One softmax out of the shares' partial ones; a program for each query row."""
-    row = tl.program_id(0)
-    pair = tl.program_id(1)
+    """One softmax out of the shares' partial ones, for ROWS rows of a KV head."""
     rows = queries * fold
+    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    pair = tl.program_id(1)
     share = tl.arange(0, SHARES)
     channel = tl.arange(0, BLOCK)
-    place = (share * pairs + pair).to(tl.int64) * rows + row
-    there = share < shares
+    there = (row < rows)[:, None] & (share < shares)[None, :]
+    place = (share[None, :] * pairs + pair).to(tl.int64) * rows + row[:, None]
     lse_2 = tl.load(part_lse + place, mask=there, other=-float("inf"))
-    top = tl.max(lse_2, 0)
-    weight = tl.exp2(lse_2 - tl.where(top == -float("inf"), 0.0, top))
-    total = tl.sum(weight, 0)
-    empty = total == 0.0
-    total = tl.where(empty, 1.0, total)
-    mask = there[:, None] & (channel < HEAD)[None, :]
-    parts = tl.load(part_out + place[:, None] * HEAD + channel[None, :], mask=mask, other=0.0)
-    mean = tl.sum(parts * weight[:, None], 0) / total
+    top = tl.max(lse_2, 1)
+    weight = tl.exp2(lse_2 - tl.where(top == -float("inf"), 0.0, top)[:, None])
+    total = tl.sum(weight, 1)
+    total = tl.where(total == 0.0, 1.0, total)
+    parts = tl.load(
+        part_out + place[:, :, None] * HEAD + channel,
+        mask=there[:, :, None] & (channel < HEAD),
+        other=0.0,
+    )
+    mean = tl.sum(parts * weight[:, :, None], 1) / total[:, None]
     batch = (pair // kv_heads).to(tl.int64)
     head = (pair % kv_heads) * fold + row % fold
     heads = kv_heads * fold
     position = row // fold
-    target = out + ((batch * queries + position) * heads + head) * HEAD + channel
-    tl.store(target, mean.to(out.dtype.element_ty), mask=channel < HEAD)
-    tl.store(lse + (batch * heads + head) * queries + position, (top + tl.log2(total)) * LN_2)
+    target = ((batch * queries + position) * heads + head)[:, None] * HEAD + channel[None, :]
+    mask = (row < rows)[:, None] & (channel < HEAD)[None, :]
+    tl.store(out + target, mean.to(out.dtype.element_ty), mask=mask)
+    lse_place = (batch * heads + head) * queries + position
+    tl.store(lse + lse_place, (top + tl.log2(total)) * LN_2, mask=row < rows)

@@ -16,6 +16,9 @@ from typing import Any
 import torch
 import triton
 
+# The compiler fuses multiplications and additions; said aloud because the default changes.
+OPTIONS = {"enable_fp_fusion": True}
+
 # Compute capability assumed for a device that is none of ours, the interpreter's CPU for one.
 DEFAULT_CAPABILITY = 90
 
@@ -30,6 +33,7 @@ class Launch:
     constants: dict[str, Any]
     warps: int
     stages: int
+    options: dict[str, Any]
 
 
 class _Recording:
@@ -94,13 +98,17 @@ def launch(
 ) -> None:
     """Runs a kernel on ``device``; an empty grid is nothing to do."""
     if _recording.capability is not None:
-        _recording.launches.append(Launch(kernel, grid, args, constants, warps, stages))
+        _recording.launches.append(Launch(kernel, grid, args, constants, warps, stages, OPTIONS))
         return
     if 0 in grid:
         return
     run: Callable[..., Any] = kernel[grid]
+    with _on(device):
+        run(*args, **constants, num_warps=warps, num_stages=stages, **OPTIONS)
+
+
+def _on(device: torch.device) -> contextlib.AbstractContextManager[object]:
+    """Kernels start on the current device, so another one is made current."""
     if device.type == "cuda" and device.index != torch.cuda.current_device():
-        with torch.cuda.device(device):
-            run(*args, **constants, num_warps=warps, num_stages=stages)
-    else:
-        run(*args, **constants, num_warps=warps, num_stages=stages)
+        return torch.cuda.device(device)
+    return contextlib.nullcontext()

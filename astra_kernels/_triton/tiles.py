@@ -2,13 +2,23 @@
 
 Each kernel describes its problem (a ``Problem``) and lists tiles, best first. The choice is the
 first legal one, so that a chip with less shared memory gets the next smaller. What ``warmup`` has
-measured on this very device goes before the list.
+measured on this very device, and keeps on disk, goes before the list.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+import contextlib
+import functools
+import json
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+import triton
+
+from astra_kernels._cache import cache_folder
 
 # Shared memory one block may use, in bytes, by compute capability (CUDA C++ programming guide,
 # table "technical specifications per compute capability", less 1 KiB that the system keeps).
@@ -75,15 +85,81 @@ def candidates(problem: Problem) -> list[Tile]:
 
 
 def choose(problem: Problem) -> Tile:
-    """The tile to run a problem with."""
-    tile = _measured.get(problem)
+    """The tile to run a problem with: the one measured on this device, else the first legal one."""
+    if _watched is not None:
+        _watched.append(problem)
+    tile = _chosen.get(problem)
     if tile is None:
-        tile = next((tile for tile in problem.tiles() if legal(tile, problem)), None)
-        if tile is None:
-            raise RuntimeError(f"no tile of {type(problem).__name__} fits this device: {problem}")
-        _measured[problem] = tile
+        tile = _chosen[problem] = measured(problem) or _first(problem)
     return tile
 
 
-# Choices made so far; ``warmup`` puts measured ones here.
-_measured: dict[Problem, Tile] = {}
+def _first(problem: Problem) -> Tile:
+    for tile in problem.tiles():
+        if legal(tile, problem):
+            return tile
+    raise RuntimeError(f"no tile fits this device for {problem}")
+
+
+@contextlib.contextmanager
+def watch() -> Iterator[list[Problem]]:
+    """Collects the problems that tiles are chosen for."""
+    global _watched
+    _watched = []
+    try:
+        yield _watched
+    finally:
+        _watched = None
+
+
+def remember(problem: Problem, tile: Tile) -> None:
+    """From now on ``choose`` gives this tile."""
+    _chosen[problem] = tile
+
+
+def forget() -> None:
+    """Choices are made anew, and measured ones read from disk again."""
+    _chosen.clear()
+    _from_disk.cache_clear()
+
+
+_chosen: dict[Problem, Tile] = {}
+_watched: list[Problem] | None = None
+
+
+# Measured tiles on disk: one file a device and version of Triton, {problem: tile}.
+
+
+def measured(problem: Problem) -> Tile | None:
+    values = _from_disk().get(repr(problem))
+    if values is None:
+        return None
+    tile = Tile(**values)
+    return tile if legal(tile, problem) else None  # the file may be of another version of ours
+
+
+def save(tiles: Mapping[Problem, Tile]) -> Path:
+    """Adds measured tiles to this device's file; it is replaced at once, never half written."""
+    path = tiles_file()
+    merged = dict(_from_disk()) | {repr(p): asdict(tile) for p, tile in tiles.items()}
+    path.parent.mkdir(parents=True, exist_ok=True)
+    fresh = path.with_suffix(f".{os.getpid()}.tmp")
+    fresh.write_text(json.dumps(merged, indent=1))
+    fresh.replace(path)
+    _from_disk.cache_clear()
+    return path
+
+
+def tiles_file() -> Path:
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else "interpreter"
+    name = f"{device}-triton-{triton.__version__}".lower().replace(" ", "-")
+    return cache_folder() / "tiles" / f"{name}.json"
+
+
+@functools.cache
+def _from_disk() -> dict[str, dict[str, int]]:
+    try:
+        read: dict[str, dict[str, int]] = json.loads(tiles_file().read_text())
+    except (OSError, ValueError):  # no file is the usual case; a broken one is no reason to fail
+        return {}
+    return read

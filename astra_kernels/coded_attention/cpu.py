@@ -12,6 +12,7 @@ from torch import Tensor
 
 from astra_kernels.attention.cpu import compute_dtype, flash, new_state
 from astra_kernels.codeword_attention.cpu import codeword_attention
+from astra_kernels.count_codes.cpu import count
 
 Rope = tuple[Tensor, Tensor]
 
@@ -52,14 +53,6 @@ def rotate(key: Tensor, rope: Rope) -> Tensor:
     rotated[..., :half].addcmul_(key[..., half:], sin[..., :half], value=-1)
     rotated[..., half:].addcmul_(key[..., :half], sin[..., half:])
     return rotated
-
-
-def count(codes: Tensor, codewords: int) -> Tensor:
-    """codes [B, N, Hkv or 1] -> how often each codeword occurs, [B, Hkv or 1, K]."""
-    batch, _, heads = codes.shape
-    first = torch.arange(0, batch * heads * codewords, codewords).view(batch, 1, heads)
-    counts = torch.bincount((codes + first).reshape(-1), minlength=batch * heads * codewords)
-    return counts.view(batch, heads, codewords)
 
 
 def _counting_from(query: Tensor, codes: Tensor) -> float:

@@ -58,5 +58,5 @@ def _argmin(scores: Tensor) -> tuple[Tensor, Tensor]:
 
 def _nearest_of_any(rows: Tensor, table: Tensor) -> Tensor:
     """The same where NaN or infinity occurs: such a distance counts as infinite."""
-    nearest = [(table - row).square().sum(dim=-1).nan_to_num(nan=float("inf")) for row in rows]
-    return torch.stack(nearest).argmin(dim=1)
+    distances = torch.stack([(table - row).square().sum(dim=-1) for row in rows])
+    return distances.nan_to_num(nan=float("inf"), posinf=float("inf")).argmin(dim=1)

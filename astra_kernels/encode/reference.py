@@ -25,4 +25,5 @@ def encode(vectors: Tensor, codebook: Tensor, half_norms: Tensor | None = None) 
 
 def squared_distances(vector: Tensor, codewords: Tensor) -> Tensor:
     """[w] to [K, w] gives [K]; a distance that is not a number counts as infinite."""
-    return (codewords - vector).square().sum(dim=-1).nan_to_num(nan=float("inf"))
+    distances = (codewords - vector).square().sum(dim=-1)
+    return distances.nan_to_num(nan=float("inf"), posinf=float("inf"))

@@ -20,8 +20,9 @@ buffer. `out` and `data` may be longer than needed; what lies beyond is neither 
 argument, what was expected and what came. A code outside 0..2**bits-1 is a ValueError with its
 index; the output is then unspecified.
 
-**Devices.** Tensors that are not on the CPU go through `reference`, plain torch operations, which
-does not look at the values of codes: bits beyond the width are dropped.
+**Devices.** CUDA tensors are packed by the Triton kernels in `kernel`, where Triton is installed;
+tensors elsewhere go through `reference`, plain torch operations. Neither looks at the values of
+codes: bits beyond the width are dropped.
 
 **torch.compile.** Traced without `out`, a call on tensors is the op `torch.ops.astra.pack` or
 `unpack`; otherwise the kernel is called directly, which costs less than the dispatcher alone.
@@ -38,8 +39,7 @@ import torch
 from torch import Tensor
 from torch.compiler import is_compiling
 
-from .. import _C
-from . import reference
+from .. import _C, _dispatch
 from ._checks import (
     check_data_size,
     check_dtype,
@@ -126,7 +126,7 @@ def unpack(data: Any, bits: int, count: int, *, out: Any = None) -> Any:
         source = data
         if out is None:
             check_data_size(_buffer_size(data), _C.packed_size(count, bits), bits, count)
-            out = torch.empty(count, dtype=torch.int32)
+            out = torch.empty(count, dtype=torch.int32, device=_CPU)
         elif isinstance(data, tuple):
             _refuse_data(data)
     _C.unpack(source, bits, count, _target(out, torch.int32))
@@ -166,13 +166,13 @@ def _target(out: Any, dtype: torch.dtype) -> Any:
 def _pack_elsewhere(codes: Tensor, bits: int, out: Any) -> Any:
     check_dtype("codes", codes, torch.int32)
     _C.packed_size(codes.numel(), bits)  # for its checks
-    return _place(reference.pack(codes, bits), out)
+    return _place(_dispatch.packing(codes.device).pack(codes, bits), out)
 
 
 def _unpack_elsewhere(data: Tensor, bits: int, count: int, out: Any) -> Any:
     check_dtype("data", data, torch.uint8)
     check_data_size(data.numel(), _C.packed_size(count, bits), bits, count)
-    return _place(reference.unpack(data, bits, count), out)
+    return _place(_dispatch.packing(data.device).unpack(data, bits, count), out)
 
 
 def _place(result: Tensor, out: Any) -> Any:

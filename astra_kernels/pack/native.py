@@ -14,7 +14,7 @@ from .._C import unpack as _unpack
 from ._checks import check_data_size, check_input
 
 # A lookup in `torch` costs as much as a check.
-_empty, _int32, _uint8 = torch.empty, torch.int32, torch.uint8
+_empty, _int32, _uint8, _cpu = torch.empty, torch.int32, torch.uint8, torch.device("cpu")
 
 
 def pack_tensor(codes: Tensor, bits: int) -> Tensor:
@@ -23,7 +23,7 @@ def pack_tensor(codes: Tensor, bits: int) -> Tensor:
         codes = check_input("codes", codes, _int32)
     count = codes.numel()
     size = _packed_size(count, bits)
-    out = _empty(size, dtype=_uint8)
+    out = _empty(size, dtype=_uint8, device=_cpu)
     _pack((codes.data_ptr(), count), bits, (out.data_ptr(), size))
     return out
 
@@ -34,6 +34,6 @@ def unpack_tensor(data: Tensor, bits: int, count: int) -> Tensor:
         data = check_input("data", data, _uint8)
     size = data.numel()
     check_data_size(size, _packed_size(count, bits), bits, count)
-    out = _empty(count, dtype=_int32)
+    out = _empty(count, dtype=_int32, device=_cpu)
     _unpack((data.data_ptr(), size), bits, count, (out.data_ptr(), count))
     return out

@@ -19,3 +19,9 @@ def unpack(data: Tensor, bits: int, count: int) -> Tensor:
     stream = (data.reshape(-1, 1) >> places & 1).reshape(-1)[: count * bits]
     weights = 1 << torch.arange(bits, device=data.device)
     return (stream.reshape(count, bits) * weights).sum(dim=1).to(torch.int32)
+
+
+def unpack_rows(data: Tensor, bits: int, count: int) -> Tensor:
+    """Data uint8 [rows, at least ceil(count * bits / 8)] -> int32 [rows, count]."""
+    rows = [unpack(row, bits, count) for row in data]
+    return torch.stack(rows) if rows else data.new_empty((0, count), dtype=torch.int32)

@@ -15,6 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from astra_kernels._cache import cache_folder
+
 from .errors import AstraError
 
 PACKAGED = {
@@ -26,14 +28,6 @@ PACKAGED = {
 
 class ModelNotFound(AstraError):
     """No model of that name here. The sentence says how to get one."""
-
-
-def cache_folder() -> Path:
-    """`$ASTRA_CACHE`, or `astra` in the user's cache folder."""
-    root = os.environ.get("ASTRA_CACHE")
-    if root:
-        return Path(root)
-    return Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")).expanduser() / "astra"
 
 
 def _packaged(name: str) -> Path:

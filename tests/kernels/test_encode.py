@@ -84,6 +84,13 @@ def test_codeword_that_is_not_a_number_is_never_preferred(impl, poison):
     assert torch.equal(codes, want)
 
 
+def test_nan_is_no_farther_than_infinity(impl):
+    """All distances from an infinite vector are infinite, or NaN, which counts as infinite."""
+    vectors, codebook = torch.full((1, 1, 4), INF), torch.randn(1, 7, 4)
+    codebook[0, 0, 1] = INF
+    assert ak.encode(vectors, codebook, impl=impl) == 0
+
+
 def test_most_codewords():
     codebook = torch.randn(1, 65536, 2)
     vectors = codebook[0, [65535, 0, 40000]].unsqueeze(1)

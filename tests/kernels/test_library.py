@@ -25,12 +25,26 @@ def inputs(name, tokens=6, rows=4, device="cpu"):
     key_mask = torch.ones(2, rows + 2, dtype=torch.bool, device=device)
     return {
         "encode": ((torch.randn(tokens, 3, 8, **f), torch.randn(3, 16, 8, **f)), {}),
+        "encode_packed": (
+            (torch.randn(2, tokens, 3, 8, **f), torch.randn(3, 16, 8, **f)),
+            {"code_bits": 5},
+        ),
         "decode": ((torch.randint(0, 8, (tokens, 3), **i), torch.randn(3, 8, 4, **f)), {}),
         "attention": ((query, key, value), {"is_causal": True, "key_mask": key_mask}),
         "coded_attention": ((query, codes, *tables), coded),
         "codeword_attention": (
             (query, torch.ones(2, 2, tokens, **i), *torch.randn(2, 2, 1, tokens, 16, **f)),
             {},
+        ),
+        "count_codes": ((codes,), {"codewords": 8, "code_mask": mask}),
+        "lookup_linear": (
+            (
+                torch.randint(0, 8, (tokens, 6), **i),
+                torch.randn(2, 3, 8, 4, **f),
+                torch.randn(rows, 12, **f),
+                torch.randn(rows, **f),
+            ),
+            {"estimate": torch.randn(tokens, 12, **f), "norm": "layer", "eps": 1e-5},
         ),
         "merge_state": ((*state, query.clone(), state[1].clone()), {}),
         "mixed_attention": ((query, key, value, codes, *tables), {**coded, "is_causal": True}),
@@ -39,13 +53,17 @@ def inputs(name, tokens=6, rows=4, device="cpu"):
 
 OPS = (
     "encode",
+    "encode_packed",
     "decode",
     "attention",
     "coded_attention",
     "codeword_attention",
+    "count_codes",
+    "lookup_linear",
     "merge_state",
     "mixed_attention",
 )
+FLOATING = tuple(name for name in OPS if name != "count_codes")  # take floating point
 
 
 def operator_calls(monkeypatch, name, args, options):
@@ -144,7 +162,7 @@ def test_fake_kernel_reads_no_data(name):
         assert (a.shape, a.dtype, a.stride()) == (b.shape, b.dtype, b.stride())
 
 
-@pytest.mark.parametrize("name", OPS)
+@pytest.mark.parametrize("name", FLOATING)
 def test_gradients_are_refused(name):
     args, options = inputs(name)
     args = [x.requires_grad_() if x.is_floating_point() else x for x in args]
@@ -170,7 +188,7 @@ def test_same_input_same_bits(impl, name):
     torch.testing.assert_close(first, second, rtol=0, atol=0)
 
 
-@pytest.mark.parametrize("name", OPS)
+@pytest.mark.parametrize("name", FLOATING)
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
 def test_dtypes(impl, name, dtype):
     args, options = inputs(name)
@@ -180,11 +198,12 @@ def test_dtypes(impl, name, dtype):
         args = [x.to(dtype) if x.is_floating_point() else x for x in args]
     result = getattr(ak, name)(*args, **options, impl=impl)
     first = result if isinstance(result, torch.Tensor) else result[0]
-    assert first.dtype == (torch.int32 if name == "encode" else dtype)
+    assert first.dtype == {"encode": torch.int32, "encode_packed": torch.uint8}.get(name, dtype)
 
 
 @pytest.mark.parametrize("name", OPS)
-def test_impl_that_is_not_there(name):
+def test_impl_that_is_not_there(monkeypatch, name):
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)  # which would run the kernels on the CPU
     args, options = inputs(name)
     op = getattr(ak, name)
     with pytest.raises(ValueError, match=r"impl must be one of auto, .*, got 'cuda'"):
@@ -209,6 +228,14 @@ REFUSED = [
     ("encode", 1, torch.randn(3, 0, 8), ValueError, "codebook must be of 1 to 65536 codewords"),
     ("encode", "half_norms", torch.randn(3, 8), ValueError, "half_norms must be [3, 16]"),
     ("encode", 1, torch.randn(3, 16, 8, device="meta"), ValueError, "codebook must be on cpu"),
+    ("encode_packed", 0, torch.randn(6, 3, 8), ValueError, "vectors must be [B, N, C, w]"),
+    ("encode_packed", 0, torch.randn(2, 6, 4, 8), ValueError, "vectors must be [..., 3, 8]"),
+    ("encode_packed", 1, torch.randn(3, 33, 8), ValueError, "codebook must be of at most 32"),
+    ("encode_packed", 1, torch.ones(3, 16, 8).int(), TypeError, "codebook must be of dtype"),
+    ("encode_packed", "code_bits", 3, ValueError, "at most 8 codewords K (code_bits = 3)"),
+    ("encode_packed", "code_bits", 17, ValueError, "code_bits must be from 1 to 16, got 17"),
+    ("encode_packed", "code_bits", 0, ValueError, "code_bits must be from 1 to 16, got 0"),
+    ("encode_packed", "half_norms", torch.randn(3, 8), ValueError, "half_norms must be [3, 16]"),
     ("decode", 0, torch.zeros(6, 2).int(), ValueError, "codes must be [..., 3]"),
     ("decode", 0, torch.zeros(6, 3), TypeError, "codes must be of dtype int32 or int64"),
     ("decode", 0, torch.tensor([[0, 8, 1]]), ValueError, "in [0, 8) (K codewords), got 8 at index"),
@@ -279,6 +306,23 @@ REFUSED = [
     ("codeword_attention", 1, torch.full((2, 2, 6), -1), ValueError, "counts must be 0 or more"),
     ("codeword_attention", 2, torch.randn(2, 2, 6, 8), ValueError, "[Hkv, 1, K, d] (S = 1)"),
     ("codeword_attention", 3, torch.randn(2, 1, 5, 16), ValueError, "of key_codebook's shape"),
+    ("count_codes", 0, torch.zeros(2, 6, 4), TypeError, "codes must be of dtype int32 or int64"),
+    ("count_codes", 0, torch.zeros(6, 4).int(), ValueError, "codes must be [B, N, C]"),
+    ("count_codes", 0, torch.zeros(2, 5, 4).int(), ValueError, "codes must be [B, 6, C]"),
+    ("count_codes", 0, torch.full((2, 6, 4), 8), ValueError, "codes must be in [0, 8)"),
+    ("count_codes", "codewords", 65537, ValueError, "codewords must be from 1 to 65536"),
+    ("count_codes", "num_tokens", -1, ValueError, "num_tokens must be 0 or more, got -1"),
+    ("count_codes", "codes_per_token", 0, ValueError, "codes_per_token must be 1 or more, got 0"),
+    ("count_codes", "codes_per_token", 3, ValueError, "codes must be [B, 6, 3]"),
+    ("count_codes", "code_mask", torch.ones(1, 6).bool(), ValueError, "code_mask must be [2, 6]"),
+    ("lookup_linear", 0, torch.zeros(6, 3).int(), ValueError, "codes must be [..., 6] (R*C of"),
+    ("lookup_linear", 0, torch.zeros(6, 6), TypeError, "codes must be of dtype int32 or int64"),
+    ("lookup_linear", 0, torch.full((6, 6), 8), ValueError, "got 8 at index [0, 0]"),
+    ("lookup_linear", 1, torch.randn(8, 4), ValueError, "codebook must be [C, K, w] or [R, C, K"),
+    ("lookup_linear", 1, torch.randn(2, 3, 0, 4), ValueError, "of 1 to 65536 codewords K"),
+    ("lookup_linear", 1, torch.randn(2, 3, 8, 0), ValueError, "at least one stage, group and"),
+    ("lookup_linear", 2, torch.randn(4, 13), ValueError, "weight must be [out, 12] (D = C*w"),
+    ("lookup_linear", 2, [1.0], TypeError, "weight must be a torch.Tensor, got list"),
     ("merge_state", 2, torch.randn(2, 4, 5, 16), ValueError, "out_b must be of out_a's shape"),
     (
         "merge_state",

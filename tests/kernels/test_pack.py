@@ -396,7 +396,7 @@ def test_the_native_module_needs_no_torch() -> None:
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 @pytest.mark.parametrize("bits", [1, 7, 10, 16])
-def test_cuda_tensors_go_through_the_reference(bits: int) -> None:
+def test_cuda_tensors_give_the_same_bytes(bits: int) -> None:
     codes = torch.from_numpy(random_codes(bits, 1001))
     packed = pack(codes.cuda(), bits)
     assert packed.is_cuda
@@ -406,3 +406,11 @@ def test_cuda_tensors_go_through_the_reference(bits: int) -> None:
     assert torch.equal(out.cpu(), codes)
     with pytest.raises(ValueError, match="out must be on cuda"):
         pack(codes.cuda(), bits, out=torch.empty(4000, dtype=torch.uint8))
+
+
+def test_default_device_is_not_where_the_core_writes() -> None:
+    codes = torch.arange(20, dtype=torch.int32)
+    with torch.device("meta"):
+        data = pack(codes, 5)
+        assert torch.equal(unpack(data, 5, 20), codes)
+        assert torch.equal(unpack(data.numpy().tobytes(), 5, 20), codes)

@@ -1,0 +1,375 @@
+"""Launches the attention kernel: which tile, how many shares of the keys, and the arguments.
+
+The launchers of the ops (``kernel.py`` in their folders) say what the keys are; this file knows the
+kernel's signature.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+import triton
+from torch import Tensor
+
+from astra_kernels._triton import attend as kernels
+from astra_kernels._triton.launch import capability, launch, processors
+from astra_kernels._triton.tiles import Problem, Tile, choose
+
+State = tuple[Tensor, Tensor]
+
+# Up to this many rows (queries times query heads of a KV head) reading keys is what takes time.
+FEW_ROWS = 64
+
+# Programs of few rows that one multiprocessor runs side by side, and the most shares ``combine``
+# takes in at once.
+PROGRAMS_OF_FEW_ROWS = 4
+MOST_SHARES = 64
+
+# Partial rows a program of ``combine`` reads at a time.
+COMBINED_AT_ONCE = 32
+
+LARGEST_OFFSET = 2**31
+
+
+class Dense(NamedTuple):
+    """Keys and values [B, Hkv, L, d] of query's dtype; mask bool [B, L] or None."""
+
+    key: Tensor
+    value: Tensor
+    is_causal: bool = False
+    mask: Tensor | None = None
+
+
+class Coded(NamedTuple):
+    """Tokens known by codes: integers [B, N, C], or with ``bits`` packed rows uint8 [B, bytes].
+
+    Tables are [R, Hkv, S, K, d/S]; ``shared`` says that all KV heads have one set of codes.
+    """
+
+    tokens: int
+    codes: Tensor
+    key_table: Tensor
+    shared: bool
+    value_codes: Tensor
+    value_table: Tensor
+    value_shared: bool
+    bits: int | None = None
+    rope: tuple[Tensor, Tensor] | None = None
+    mask: Tensor | None = None
+
+
+class Counted(NamedTuple):
+    """Codewords and how often they occur: counts [B, 1 or Hkv, K], tables [Hkv, 1, K, d]."""
+
+    counts: Tensor
+    key_table: Tensor
+    value_table: Tensor
+
+
+@dataclass(frozen=True)
+class AttendProblem(Problem):
+    """The attention kernel; ``channels`` is d, padded."""
+
+    channels: int
+    rotary: bool
+    composed: bool  # rows of several sub-vectors, put together in registers
+    summed: int  # additive stages
+    mixed: bool  # dense and coded keys in one launch
+    few_rows: int  # rows where they are few, padded; 0: many
+
+    def tiles(self) -> Sequence[Tile]:
+        size = 64 if self.channels <= 64 else min(self.channels, 256)
+        loaded = self.rotary or self.composed or self.mixed or self.summed > 1
+        if self.itemsize == 4:
+            return FLOAT_TILES[size, loaded]
+        if self.few_rows:
+            return _few_rows_tiles(self.few_rows, size, loaded)
+        return HALF_TILES[_family(self.capability), size, loaded]
+
+    def shared_bytes(self, tile: Tile) -> int:
+        row = self.channels * self.itemsize
+        # Keys and values wait in as many buffers as there are pipeline stages, each summand apart.
+        waiting = 2 * tile.stages * (self.summed if tile.stages > 1 else 1)
+        # Rows that were turned, put together or split into two tf32 pass through once more.
+        again = 2 if self.rotary or self.composed or self.itemsize == 4 else 0
+        return (tile.rows + (waiting + again) * tile.columns) * row + 2048
+
+    def registers(self, tile: Tile) -> int:
+        threads = 32 * tile.warps
+        return 40 + tile.rows * (self.channels + 2 * tile.columns) // threads
+
+
+# Compute capabilities that multiply matrices by the same instruction: mma.sync (also on consumer
+# Blackwell, 120), wgmma, tcgen05.
+def _family(capability: int) -> int:
+    if capability < 90 or capability >= 120:
+        return 80
+    return 90 if capability < 100 else 100
+
+
+# (family, channels, whether rotation, composition or a second loop take registers) -> tiles, best
+# first. What spills, ahead-of-time compilation says (tests/triton_kernels/test_aot.py); what is
+# quickest, `warmup` finds among those that do not.
+_LAST = (Tile(32, 16, 4, 2), Tile(16, 16, 4, 1))
+_WIDE = (Tile(128, 64, 8, 3), Tile(128, 32, 8, 3), Tile(64, 64, 4, 3), Tile(64, 32, 4, 2), *_LAST)
+_NARROW = (Tile(64, 32, 4, 3), Tile(64, 32, 4, 2), *_LAST)
+_SMALL = (Tile(64, 32, 8, 2), Tile(32, 32, 4, 2), *_LAST)
+HALF_TILES: Mapping[tuple[int, int, bool], tuple[Tile, ...]] = {
+    (80, 64, False): _WIDE,
+    (80, 64, True): (Tile(128, 32, 8, 3), *_NARROW),
+    (80, 128, False): _WIDE,
+    (80, 128, True): _NARROW,
+    (80, 256, False): _SMALL,
+    (80, 256, True): _SMALL,
+    (90, 64, False): (*_WIDE, Tile(128, 128, 8, 3)),
+    (90, 64, True): _WIDE,
+    (90, 128, False): _WIDE,
+    (90, 128, True): _WIDE,
+    (90, 256, False): (Tile(128, 32, 8, 3), *_SMALL),
+    (90, 256, True): (Tile(128, 32, 8, 2), *_SMALL),
+    (100, 64, False): (*_WIDE, Tile(128, 128, 8, 3)),
+    (100, 64, True): _WIDE,
+    (100, 128, False): _WIDE,
+    (100, 128, True): _WIDE,
+    (100, 256, False): (Tile(128, 32, 8, 3), *_SMALL),
+    (100, 256, True): (Tile(128, 32, 8, 2), *_SMALL),
+}
+# fp32 operands are split into sums of two tf32 in registers, which leaves room for little else.
+FLOAT_TILES: Mapping[tuple[int, bool], tuple[Tile, ...]] = {
+    (64, False): (Tile(32, 32, 8, 2), Tile(16, 32, 8, 2), Tile(16, 16, 4, 1)),
+    (64, True): (Tile(16, 32, 8, 2), Tile(16, 16, 4, 1)),
+    (128, False): (Tile(16, 32, 8, 2), Tile(16, 16, 4, 2), Tile(16, 16, 4, 1)),
+    (128, True): (Tile(16, 32, 8, 2), Tile(16, 16, 4, 2), Tile(16, 16, 4, 1)),
+    (256, False): (Tile(16, 16, 8, 2), Tile(16, 16, 8, 1)),
+    (256, True): (Tile(16, 16, 8, 2), Tile(16, 16, 8, 1)),
+}
+
+
+def _few_rows_tiles(rows: int, size: int, loaded: bool) -> tuple[Tile, ...]:
+    last = (Tile(rows, 32, 4, 3), Tile(rows, 32, 4, 2), Tile(rows, 16, 4, 2), Tile(16, 16, 4, 1))
+    if rows * size > 32 * 128 or (loaded and rows > 16):
+        return last
+    return (Tile(rows, 64, 4, 3), Tile(rows, 64, 4, 2), *last)
+
+
+def attend(
+    query: Tensor,
+    scale: float | None,
+    *,
+    dense: Dense | None = None,
+    coded: Coded | None = None,
+    counted: Counted | None = None,
+    shares: int | None = None,
+    tile: Tile | None = None,
+) -> State:
+    """One softmax over the dense keys and the coded (or counted) ones.
+
+    query [B, H, M, d] gives out [B, H, M, d], stored [B, M, H, d], and lse [B, H, M]. ``shares``
+    and ``tile`` override what is chosen.
+    """
+    batch, heads, rows, dim = query.shape
+    kv_heads = _kv_heads(dense, coded, counted)
+    fold = heads // kv_heads
+    out = query.new_empty((batch, rows, heads, dim))
+    lse = query.new_empty((batch, heads, rows), dtype=torch.float32)
+    keys = _longest(dense, coded, counted)
+    if keys == 0 or query.numel() == 0:
+        return out.zero_().transpose(1, 2), lse.fill_(-math.inf)
+    folded = rows * fold
+    problem = AttendProblem(
+        capability(query.device),
+        query.element_size(),
+        channels=_padded(dim),
+        rotary=coded is not None and coded.rope is not None,
+        **_composition(coded),
+        mixed=dense is not None and (coded is not None or counted is not None),
+        few_rows=_padded(folded) if folded <= FEW_ROWS else 0,
+    )
+    tile = tile or choose(problem)
+    grid_rows, pairs = triton.cdiv(folded, tile.rows), batch * kv_heads
+    if shares is None:
+        shares = _shares(query.device, grid_rows * pairs, triton.cdiv(keys, tile.columns), problem)
+    if shares == 1:
+        _run(query, scale, dense, coded, counted, out, lse, (grid_rows, 1, pairs), tile)
+    else:
+        parts = query.new_empty((shares, pairs, folded, dim), dtype=torch.float32)
+        part_lse = query.new_empty((shares, pairs, folded), dtype=torch.float32)
+        _run(query, scale, dense, coded, counted, parts, part_lse, (grid_rows, shares, pairs), tile)
+        _combine(parts, part_lse, out, lse, fold)
+    return out.transpose(1, 2), lse
+
+
+def _kv_heads(dense: Dense | None, coded: Coded | None, counted: Counted | None) -> int:
+    if dense is not None:
+        return dense.key.shape[1]
+    if coded is not None:
+        return coded.key_table.shape[1]
+    assert counted is not None
+    return counted.key_table.shape[0]
+
+
+def _composition(coded: Coded | None) -> dict[str, Any]:
+    if coded is None:
+        return {"composed": False, "summed": 1}
+    tables = (coded.key_table, coded.value_table)
+    return {
+        "composed": any(table.shape[2] > 1 for table in tables),
+        "summed": max(table.shape[0] for table in tables),
+    }
+
+
+def _longest(dense: Dense | None, coded: Coded | None, counted: Counted | None) -> int:
+    """Keys of the longer source: it says into how many shares keys may be split."""
+    return max(
+        dense.key.shape[2] if dense is not None else 0,
+        coded.tokens if coded is not None else 0,
+        counted.key_table.shape[2] if counted is not None else 0,
+    )
+
+
+def _shares(device: torch.device, programs: int, key_tiles: int, problem: AttendProblem) -> int:
+    """Into how many shares the keys are split, so that there are programs for the whole chip."""
+    slots = processors(device) * (PROGRAMS_OF_FEW_ROWS if problem.few_rows else 1)
+    return max(1, min(slots // programs, key_tiles, MOST_SHARES))
+
+
+def _run(
+    query: Tensor,
+    scale: float | None,
+    dense: Dense | None,
+    coded: Coded | None,
+    counted: Counted | None,
+    out: Tensor,
+    lse: Tensor,
+    grid: tuple[int, int, int],
+    tile: Tile,
+) -> None:
+    _, heads, rows, dim = query.shape
+    query = _rows_contiguous(query)
+    kv_heads = _kv_heads(dense, coded, counted)
+    fold = heads // kv_heads
+    remote, tables = _remote_arguments(coded, counted)
+    codewords = tables[0].shape[3] if tables else 0
+    value_codewords = tables[1].shape[3] if tables else 0
+    launch(
+        kernels.attend,
+        grid,
+        *(query, *query.stride()[:3], out, lse),
+        *_dense_arguments(dense),
+        *remote,
+        *(fold, kv_heads, rows, 0 if dense is None else dense.key.shape[2]),
+        *(0 if coded is None else coded.tokens, codewords, value_codewords),
+        (dim**-0.5 if scale is None else scale) * math.log2(math.e),
+        device=query.device,
+        warps=tile.warps,
+        stages=tile.stages,
+        **_constants(dense, coded, counted),
+        HEAD=dim,
+        BLOCK=_padded(dim),
+        HALF_BLOCK=_padded((dim + 1) // 2),
+        ROWS=tile.rows,
+        KEYS=tile.columns,
+        WHOLE=rows * fold > FEW_ROWS and (dense is None or not tables),
+        PARTIAL=grid[1] > 1,
+        PRECISION="tf32x3" if query.dtype == torch.float32 else "ieee",
+    )
+
+
+def _dense_arguments(dense: Dense | None) -> tuple[Any, ...]:
+    if dense is None:
+        return (None, 0, 0, 0, None, 0, 0, 0, None)
+    key, value = _rows_contiguous(dense.key), _rows_contiguous(dense.value)
+    mask = None if dense.mask is None else dense.mask.contiguous()
+    _check_offsets(key, value)
+    return (key, *key.stride()[:3], value, *value.stride()[:3], mask)
+
+
+def _remote_arguments(
+    coded: Coded | None, counted: Counted | None
+) -> tuple[tuple[Any, ...], tuple[Tensor, ...]]:
+    """The kernel's arguments from ``codes`` to ``counts_h``, and the two tables."""
+    if counted is not None:
+        tables = [table.contiguous().unsqueeze(0) for table in counted[1:]]
+        counts = counted.counts.contiguous()
+        per_head = counts.stride(1) if counts.shape[1] > 1 else 0
+        counts_arguments = (counts, counts.stride(0), per_head)
+        return (None, 0, None, 0, *tables, None, None, 0, None, *counts_arguments), tuple(tables)
+    if coded is None:
+        return (None, 0, None, 0, None, None, None, None, 0, None, None, 0, 0), ()
+    codes, value_codes = coded.codes.contiguous(), coded.value_codes.contiguous()
+    tables = [coded.key_table.contiguous(), coded.value_table.contiguous()]
+    cos, sin = (None, None) if coded.rope is None else (x.contiguous() for x in coded.rope)
+    angles_b = cos.stride(0) if cos is not None and cos.ndim == 3 and cos.shape[0] > 1 else 0
+    mask = None if coded.mask is None else coded.mask.contiguous()
+    _check_offsets(*tables, codes, value_codes, bits=coded.bits)
+    return (
+        *(codes, codes.stride(0), value_codes, value_codes.stride(0), *tables),
+        *(cos, sin, angles_b, mask, None, 0, 0),
+    ), tuple(tables)
+
+
+def _constants(
+    dense: Dense | None, coded: Coded | None, counted: Counted | None
+) -> dict[str, int | bool]:
+    """What the kernel is compiled for, as far as the keys say it."""
+    stages, _, groups = (1, 1, 1) if coded is None else coded.key_table.shape[:3]
+    value_stages, _, value_groups = (1, 1, 1) if coded is None else coded.value_table.shape[:3]
+    remote = kernels.CODES if coded is not None else kernels.COUNTS if counted is not None else 0
+    return {
+        "DENSE": dense is not None and dense.key.shape[2] > 0,
+        "CAUSAL": dense is not None and dense.is_causal,
+        "KEY_MASK": dense is not None and dense.mask is not None,
+        "REMOTE": int(remote),
+        "ROTARY": coded is not None and coded.rope is not None,
+        "CODE_MASK": coded is not None and coded.mask is not None,
+        "BITS": 0 if coded is None or coded.bits is None else coded.bits,
+        "SHARED": coded is not None and coded.shared,
+        "VALUE_SHARED": coded is not None and coded.value_shared,
+        "STAGES": stages,
+        "GROUPS": groups,
+        "VALUE_STAGES": value_stages,
+        "VALUE_GROUPS": value_groups,
+    }
+
+
+def _combine(parts: Tensor, part_lse: Tensor, out: Tensor, lse: Tensor, fold: int) -> None:
+    shares, pairs, rows, dim = parts.shape
+    padded = triton.next_power_of_2(shares)
+    at_once = max(1, COMBINED_AT_ONCE // padded)
+    launch(
+        kernels.combine,
+        (triton.cdiv(rows, at_once), pairs),
+        *(parts, part_lse, out, lse, fold, out.shape[2] // fold, rows // fold, shares, pairs),
+        device=out.device,
+        warps=4,
+        stages=1,
+        HEAD=dim,
+        BLOCK=_padded(dim),
+        SHARES=padded,
+        ROWS=at_once,
+    )
+
+
+def _padded(channels: int) -> int:
+    """Matrix instructions take powers of two, from 16 on."""
+    return max(16, triton.next_power_of_2(channels))
+
+
+def _rows_contiguous(x: Tensor) -> Tensor:
+    return x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous()
+
+
+def _check_offsets(*tensors: Tensor, bits: int | None = None) -> None:
+    """Offsets within a batch row, and within a table, are 32-bit."""
+    for tensor in tensors:
+        packed = bits is not None and tensor.dtype == torch.uint8
+        steps = tensor.stride(0) * (8 if packed else 1) if tensor.shape[0] > 1 else tensor.numel()
+        if steps >= LARGEST_OFFSET:
+            raise ValueError(
+                f"astra_kernels: a batch row or table of {LARGEST_OFFSET} elements or more is too "
+                f"large for impl='triton', got shape {list(tensor.shape)}"
+            )
