@@ -153,9 +153,10 @@ def attend(
             seen = count > 0
             keys = key_table + (head * codewords + codeword) * HEAD
             keys = load_rows(keys, seen, HEAD, BLOCK).to(DTYPE)
-            # n equal keys add n exp(score) = exp(score + ln n); log2(0) = -inf hides what is absent.
+            # n equal keys add n exp(score) = exp(score + ln n).
+            weight = tl.where(seen, tl.log2(tl.where(seen, count, 1.0)), -float("inf"))
             scores = dot_keys(query_1, query_1, keys, keys, False, PRECISION) * scale
-            scores += tl.log2(count)[None, :]
+            scores += weight[None, :]
             values = value_table + (head * codewords + codeword) * HEAD
             values = load_rows(values, seen, HEAD, BLOCK).to(DTYPE)
             top, total, acc = take_in(scores, values, top, total, acc, PRECISION)

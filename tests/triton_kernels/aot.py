@@ -1,7 +1,11 @@
 """Ahead-of-time compilation of recorded launches for chips that need not be there.
 
-    python -m tests.triton_kernels.aot --capability 90          # every configuration, as a table
-    python -m tests.triton_kernels.aot --capability 90 --few    # those that `make test` checks
+    python -m tests.triton_kernels.aot                       # every configuration, three chips
+    python -m tests.triton_kernels.aot --few --capability 90 # what every test run checks, one chip
+
+It prints a table, or with ``--json`` one object a line, and exits with 1 where a kernel does not
+compile, spills registers at 128 channels or fewer, or takes more shared memory than the chip has or
+than the tile's predicate says. It does not run under TRITON_INTERPRET=1: there are no kernels then.
 
 A launch is compiled as the JIT would: pointers aligned to 16 bytes, integers specialized on 1 and
 on divisibility by 16. The compiler's report says how many registers a thread takes, how much shared
@@ -10,10 +14,16 @@ memory a block, and how much of the stack a thread: any is a spill.
 
 from __future__ import annotations
 
+import argparse
+import json
 import os
 import re
 import subprocess
+import sys
 import tempfile
+import time
+from collections.abc import Iterable, Iterator
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -24,8 +34,11 @@ from torch import Tensor
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from astra_kernels._triton.launch import Launch
+from astra_kernels._triton.launch import Launch, record
+from astra_kernels._triton.tiles import Tile, shared_memory, watch
+from tests.triton_kernels.aot_calls import Call, all_calls, few
 
+CAPABILITIES = (80, 90, 100)
 POINTERS = {
     torch.float16: "*fp16",
     torch.bfloat16: "*bf16",
@@ -101,3 +114,100 @@ def resources(cubin: bytes) -> tuple[int, int]:
     found = re.search(r"REG:(\d+) STACK:(\d+)", text)
     assert found, text
     return int(found[1]), int(found[2])
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """One kernel of one call on one chip; ``wrong`` says what is not as it must be, "" if all is."""
+
+    call: str
+    kernel: str
+    capability: int
+    tile: str
+    report: Report | None
+    bound: int | None  # shared memory that the tile's predicate allows for
+    seconds: float
+    wrong: str
+
+
+def check(call: Call, capability: int) -> Iterator[Outcome]:
+    """Compiles every kernel of a call."""
+    with record(capability) as launches, watch() as problems:
+        call.run()
+    for launch in launches:
+        start = time.perf_counter()
+        tile = tile_of(launch)
+        bound = next((p.shared_bytes(tile) for p in problems if tile in p.tiles()), None)
+        try:
+            report, wrong = compile_launch(launch, capability), ""
+        except Exception as error:  # whatever the compiler raises is the outcome
+            report, wrong = None, f"{type(error).__name__}: {error}"
+        if report is not None:
+            wrong = judge(report, call.channels, shared_memory(capability), bound)
+        seconds = time.perf_counter() - start
+        name = launch.kernel.fn.__name__
+        said = f"{tile.rows}x{tile.columns} warps={tile.warps} stages={tile.stages}"
+        yield Outcome(call.name, name, capability, said, report, bound, seconds, wrong)
+
+
+def tile_of(launch: Launch) -> Tile:
+    named = launch.constants
+    rows = named.get("ROWS", 0)
+    columns = named.get("KEYS", named.get("COLUMNS", 0))
+    return Tile(rows, columns, launch.warps, launch.stages, named.get("DEPTH", 0))
+
+
+def judge(report: Report, channels: int, limit: int, bound: int | None) -> str:
+    if report.stack and channels <= 128:
+        return f"{report.stack} bytes of registers spilled"
+    if report.shared > limit:
+        return f"{report.shared} bytes of shared memory, the chip has {limit}"
+    if bound is not None and report.shared > bound:
+        return f"{report.shared} bytes of shared memory, the predicate says at most {bound}"
+    return ""
+
+
+def check_all(job: tuple[str, int, bool]) -> list[Outcome]:
+    """In a worker: calls hold functions, which do not travel, so it looks its own up by name."""
+    name, capability, is_few = job
+    calls = few() if is_few else all_calls()
+    return list(check(next(call for call in calls if call.name == name), capability))
+
+
+def run(capabilities: Iterable[int], is_few: bool, processes: int) -> Iterator[Outcome]:
+    names = dict.fromkeys(call.name for call in (few() if is_few else all_calls()))
+    jobs = [(name, capability, is_few) for capability in capabilities for name in names]
+    with ProcessPoolExecutor(processes) as pool:
+        for outcomes in pool.map(check_all, jobs):
+            yield from outcomes
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description="compile the kernels ahead of time")
+    parser.add_argument("--capability", type=int, action="append", help="80, 90, 100 by default")
+    parser.add_argument("--few", action="store_true", help="one configuration of each kind")
+    parser.add_argument("--json", action="store_true", help="one JSON object a line")
+    parser.add_argument("--processes", type=int, default=len(os.sched_getaffinity(0)))
+    options = parser.parse_args()
+    count = failed = 0
+    for outcome in run(options.capability or CAPABILITIES, options.few, options.processes):
+        count, failed = count + 1, failed + bool(outcome.wrong)
+        if options.json:
+            print(json.dumps(asdict(outcome)), flush=True)
+        else:
+            print(line(outcome), flush=True)
+    print(f"{count} kernels compiled, {failed} not as they must be", file=sys.stderr)
+    return 1 if failed else 0
+
+
+def line(outcome: Outcome) -> str:
+    said = f"sm_{outcome.capability} {outcome.kernel} {outcome.tile} ({outcome.call}): "
+    if outcome.report is not None:
+        got = outcome.report
+        said += f"{got.registers} registers, {got.shared} B shared, {got.stack} B stack, "
+        said += f"{got.matrix or 'no matrix instruction'}, {got.copies} async copies"
+    return f"{said}, {outcome.seconds:.1f} s" + (f" WRONG: {outcome.wrong}" if outcome.wrong else "")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -15,19 +15,10 @@ from astra_kernels.coded_attention.kernel import coded_attention
 from astra_kernels.mixed_attention.kernel import mixed_attention
 from tests.triton_kernels.cases import Case, assert_as_exact_as_torch, make
 
-FEW, MANY = 5, 70  # queries; times two query heads a KV head: 10 and 140 rows
+FEW, MANY = 5, 35  # queries; times two query heads a KV head: 10 and 70 rows
 
 
-@pytest.fixture(autouse=True)
-def poisoned(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Memory that a launcher takes holds NaN, or counts that nothing has."""
-    plain = torch.Tensor.new_empty
-
-    def new_empty(self, *args, **kwargs):
-        fresh = plain(self, *args, **kwargs)
-        return fresh.fill_(float("nan") if fresh.is_floating_point() else 119)
-
-    monkeypatch.setattr(torch.Tensor, "new_empty", new_empty)
+pytestmark = pytest.mark.usefixtures("poisoned")
 
 
 def mixed(case: Case, **options):
@@ -80,7 +71,7 @@ def test_batches_with_masks(strategy, value_codes, rope):
 
 
 @pytest.mark.parametrize("strategy", STRATEGIES)
-@pytest.mark.parametrize(("m", "near"), [(1, 1), (FEW, FEW), (FEW, 90), (MANY, MANY), (MANY, 200)])
+@pytest.mark.parametrize(("m", "near"), [(1, 1), (FEW, 90), (MANY, MANY), (MANY, 150)])
 def test_causal(dtype, strategy, m, near):
     case = make(m=m, near=near, n=33, causal=True, dtype=dtype)
     assert_as_exact_as_torch(mixed(case, strategy=strategy), case)
@@ -124,11 +115,10 @@ def test_the_largest_codebook():
     assert_as_exact_as_torch(coded(case, strategy="fused"), case)
 
 
-@pytest.mark.parametrize("shares", [1, 2, 3, 7, 64])
-@pytest.mark.parametrize("m", [1, MANY])
+@pytest.mark.parametrize(("shares", "m"), [(1, 1), (2, 20), (3, 20), (7, 1), (64, 1)])
 @pytest.mark.parametrize("rope", [False, True])
 def test_any_number_of_shares(dtype, shares, m, rope):
-    case = make(m=m, near=m + 20, n=100, rope=rope, causal=True, dtype=dtype)
+    case = make(kv=1, m=m, near=m + 20, n=60, rope=rope, causal=True, dtype=dtype)
     got = launcher.attend(
         case.query,
         None,

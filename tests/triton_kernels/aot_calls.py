@@ -1,0 +1,204 @@
+"""The calls whose kernels are compiled ahead of time: a few for every test run, and all.
+
+A call runs an op's launcher on the CPU under ``launch.record``, so what is compiled is what the
+launcher would start on the chip: its tile, its constants, the alignment of its arguments.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from astra_kernels._checks import CodedShape
+from astra_kernels._triton.attention import Coded, Dense, attend
+from astra_kernels._triton.expand import expand
+from astra_kernels.codeword_attention.kernel import codeword_attention
+from astra_kernels.count_codes.kernel import count_codes
+from astra_kernels.decode.kernel import decode
+from astra_kernels.encode.kernel import encode
+from astra_kernels.encode_packed.kernel import encode_packed
+from astra_kernels.lookup_linear.kernel import lookup_linear
+from astra_kernels.merge_state.kernel import merge_state
+from astra_kernels.mixed_attention.kernel import mixed_attention
+from astra_kernels.pack.kernel import pack, unpack
+
+HALF, BF16, FLOAT = torch.float16, torch.bfloat16, torch.float32
+TOKENS, CODEWORDS, KV_HEADS, HEADS = 8192, 1024, 2, 8
+
+
+@dataclass(frozen=True)
+class Call:
+    """``channels``: head dimension; beyond 128 registers may spill."""
+
+    name: str
+    channels: int
+    run: Callable[[], object]
+
+
+def attention(
+    d: int, dtype: torch.dtype, *, m: int = 512, near: int = 0, rope: bool = False,
+    causal: bool = False, groups: int = 1, stages: int = 1, bits: int | None = None,
+    code_mask: bool = False, counted: bool = False, shares: int | None = None,
+) -> Call:  # fmt: skip
+    """Mixed attention; without local tokens (``near``) attention over codes alone."""
+    options = {
+        "m": m, "near": near, "rope": rope, "causal": causal, "groups": groups, "stages": stages,
+        "bits": bits, "mask": code_mask, "counted": counted,
+    }  # fmt: skip
+    said = " ".join(f"{key}={value}" for key, value in options.items() if value)
+
+    def run() -> object:
+        query = torch.empty(1, HEADS, m, d, dtype=dtype)
+        tables = torch.empty(2, stages, KV_HEADS, groups, CODEWORDS, d // groups, dtype=dtype)
+        per_token = stages * KV_HEADS * groups
+        codes = torch.empty(1, TOKENS, per_token, dtype=torch.int32)
+        if bits is not None:
+            codes = torch.empty(1, TOKENS * per_token * bits // 8, dtype=torch.uint8)
+        angles = torch.empty(TOKENS, d, dtype=dtype)
+        options: dict[str, Any] = {
+            "rope": (angles, angles) if rope else None,
+            "code_mask": torch.empty(1, TOKENS, dtype=torch.bool) if code_mask else None,
+            "code_bits": bits,
+            "shape": CodedShape(TOKENS, per_token, per_token, CODEWORDS, CODEWORDS),
+            "strategy": "counted" if counted else "fused",
+        }
+        if near:
+            key = torch.empty(1, KV_HEADS, near, d, dtype=dtype)
+            return mixed_attention(query, key, key, codes, *tables, is_causal=causal, **options)
+        if counted:
+            counts = torch.empty(1, KV_HEADS, CODEWORDS, dtype=torch.int32)
+            return codeword_attention(query, counts, *tables[:, 0])
+        coded = Coded(
+            *(TOKENS, codes, tables[0], False, codes, tables[1], False, bits),
+            *(options["rope"], options["code_mask"]),
+        )
+        return attend(query, None, coded=coded, shares=shares)
+
+    return Call(f"attention d={d} {short(dtype)} {said}", d, run)
+
+
+def dense(d: int, dtype: torch.dtype, *, m: int = 512, causal: bool = False) -> Call:
+    def run() -> object:
+        query = torch.empty(1, HEADS, m, d, dtype=dtype)
+        key = torch.empty(1, KV_HEADS, 2048, d, dtype=dtype)
+        return attend(query, None, dense=Dense(key, key, causal))
+
+    return Call(f"dense d={d} {short(dtype)} m={m}{' causal' * causal}", d, run)
+
+
+def search(width: int, groups: int, dtype: torch.dtype, bits: int | None = None) -> Call:
+    def run() -> object:
+        vectors = torch.empty(1, 4096, groups, width, dtype=dtype)
+        codebook = torch.empty(groups, CODEWORDS, width, dtype=dtype)
+        if bits is None:
+            return encode(vectors, codebook)
+        return encode_packed(vectors, codebook, bits)
+
+    packed = "" if bits is None else f" {bits} bits"
+    return Call(f"encode w={width} groups={groups} {short(dtype)}{packed}", width, run)
+
+
+def linear(width: int, groups: int, dtype: torch.dtype, norm: str | None, estimate: bool) -> Call:
+    channels = width * groups
+
+    def run() -> object:
+        codes = torch.empty(4096, groups, dtype=torch.int32)
+        codebook = torch.empty(1, groups, CODEWORDS, width, dtype=dtype)
+        weight = torch.empty(1536, channels, dtype=dtype)
+        state = torch.empty(4096, channels, dtype=dtype) if estimate else None
+        return lookup_linear(codes, codebook[0], weight, estimate=state, norm=norm)
+
+    said = f"{norm or 'no norm'}{' estimate' * estimate}"
+    return Call(f"lookup_linear w={width} groups={groups} {short(dtype)} {said}", 0, run)
+
+
+def helpers(dtype: torch.dtype, bits: int, d: int = 128) -> Iterator[Call]:
+    """The kernels around attention."""
+    codes = torch.empty(1, TOKENS, KV_HEADS, dtype=torch.int32)
+    packed = torch.empty(1, TOKENS * KV_HEADS * bits // 8, dtype=torch.uint8)
+    table = torch.empty(1, KV_HEADS, 1, CODEWORDS, d, dtype=dtype)
+    angles = torch.empty(TOKENS, d, dtype=dtype)
+    out, lse = torch.empty(1, 512, HEADS, d, dtype=dtype), torch.empty(1, HEADS, 512)
+    state = (out.transpose(1, 2), lse)
+    calls = {
+        "pack": lambda: pack(codes, bits),
+        "unpack": lambda: unpack(packed[0], bits, codes.numel()),
+        "count": lambda: count_codes(codes, CODEWORDS),
+        "count packed": lambda: count_codes(
+            packed, CODEWORDS, code_bits=bits, num_tokens=TOKENS, codes_per_token=KV_HEADS
+        ),
+        "decode": lambda: decode(codes, table[0, :, 0]),
+        "expand": lambda: expand(
+            codes, table, 1, TOKENS, shared=False, code_bits=None, dtype=dtype,
+            rope=(angles, angles),
+        ),
+        "merge": lambda: merge_state(*state, *state),
+    }  # fmt: skip
+    for name, run in calls.items():
+        yield Call(f"{name} d={d} {short(dtype)} bits={bits}", d, run)
+
+
+def short(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def few() -> list[Call]:
+    """One of each kind, at most 20 kernels a chip."""
+    pick = ("count packed", "expand", "merge", "unpack")
+    return [
+        attention(128, BF16, rope=True),
+        attention(64, HALF),
+        attention(64, BF16, rope=True, groups=4, stages=2),
+        attention(128, BF16, m=1, rope=True, bits=10),
+        attention(128, BF16, counted=True),
+        attention(64, BF16, m=1, counted=True),
+        attention(128, BF16, near=1024, rope=True, causal=True),
+        attention(128, FLOAT, rope=True),
+        attention(80, HALF, code_mask=True),
+        dense(128, BF16, causal=True),
+        search(768, 1, BF16, bits=10),
+        search(24, 32, FLOAT),
+        linear(24, 32, BF16, "rms", True),
+        *(call for call in helpers(BF16, 10) if call.name.startswith(pick)),
+    ]
+
+
+def all_calls() -> Iterator[Call]:
+    yield from few()
+    dims, dtypes = (16, 32, 64, 72, 80, 96, 128, 192, 256), (HALF, BF16, FLOAT)
+    for d, dtype, m, rope in itertools.product(dims, dtypes, (1, 8, 512), (False, True)):
+        yield attention(d, dtype, m=m, rope=rope)
+    for d, dtype, m in itertools.product((64, 128), (BF16, FLOAT), (1, 8, 512)):
+        yield attention(d, dtype, m=m, counted=True)
+        yield dense(d, dtype, m=m)
+        yield dense(d, dtype, m=m, causal=True)
+        yield attention(d, dtype, m=m, code_mask=True, rope=True)
+        yield attention(d, dtype, m=m, rope=True, groups=4)
+        yield attention(d, dtype, m=m, rope=True, stages=2, groups=4, bits=10)
+        yield attention(d, dtype, m=m, stages=3)
+        yield attention(d, dtype, m=m, near=1024, causal=True)
+        yield attention(d, dtype, m=m, near=1024, causal=True, rope=True)
+        yield attention(d, dtype, m=m, near=1024, counted=True)
+    for d, bits in itertools.product((64, 128), (1, 4, 8, 10, 12, 16)):
+        yield attention(d, BF16, rope=True, bits=bits)
+        yield attention(d, BF16, m=1, rope=True, bits=bits)
+    for d in (64, 128):
+        yield attention(d, BF16, m=128, rope=True, shares=4)
+        yield attention(d, BF16, m=512, shares=2)
+    for (width, groups), dtype in itertools.product(
+        ((768, 1), (4096, 1), (128, 32), (24, 32), (64, 8), (16, 3)), dtypes
+    ):
+        yield search(width, groups, dtype)
+        yield search(width, groups, dtype, bits=10)
+    norms = (None, "rms", "layer")
+    shapes = ((768, 1), (24, 32), (64, 9), (16, 24))
+    for (width, groups), dtype, norm, estimate in itertools.product(
+        shapes, dtypes, norms, (False, True)
+    ):
+        yield linear(width, groups, dtype, norm, estimate)
+    for dtype, bits, d in itertools.product(dtypes, (1, 4, 10, 16), (64, 72, 128)):
+        yield from helpers(dtype, bits, d)
