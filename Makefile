@@ -7,12 +7,13 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.set-up
 SOURCES := $(shell find csrc -type f) CMakeLists.txt setup.py pyproject.toml
 
-.PHONY: help setup demo test test-core test-slow lint format bench clean
+.PHONY: help setup demo test test-core test-slow test-aot lint format bench clean
 
 help:
 	@echo "make demo    one device, dense exchange and ASTRA side by side (real model, processes, sockets)"
 	@echo "make test    all fast tests: C++ under sanitizers, Python (about 5 minutes on 2 cores)"
 	@echo "make test-slow  the tests with pretrained models"
+	@echo "make test-aot   every Triton configuration, compiled ahead of time for three chips"
 	@echo "make lint    ruff, mypy, clang-format"
 	@echo "make bench   the benchmarks; results in bench/results, tables of README"
 
@@ -35,7 +36,9 @@ demo: $(STAMP)
 
 test: $(STAMP) test-core
 	@echo "== Python tests, about 4 minutes on 2 cores =="
-	$(BIN)/python -m pytest -m "not slow and not gpu"
+	$(BIN)/python -m pytest -m "not slow and not gpu" --ignore tests/triton_kernels
+	@echo "== Triton kernels: interpreted, and compiled ahead of time for three chips =="
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not slow and not gpu" -n 2 tests/triton_kernels
 
 test-core: $(STAMP)
 	@echo "== C++ tests under ASan and UBSan, about 1 minute =="
@@ -44,7 +47,11 @@ test-core: $(STAMP)
 	$(BIN)/ctest --test-dir build/sanitized --output-on-failure
 
 test-slow: $(STAMP)
-	$(BIN)/python -m pytest -m slow --timeout 1200
+	$(BIN)/python -m pytest -m slow --timeout 1200 --ignore tests/triton_kernels
+
+test-aot: $(STAMP)
+	@echo "== every kernel configuration, compiled for sm_80, sm_90 and sm_100 =="
+	$(BIN)/python -m tests.triton_kernels.aot
 
 lint: $(STAMP)
 	$(BIN)/ruff check .

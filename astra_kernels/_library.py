@@ -249,7 +249,7 @@ def _coded_arguments(
         checks.check_code_values(op, "codes", codes, shape.key_codewords, mask)
         if value_codes is not None:
             checks.check_code_values(op, "value_codes", value_codes, shape.value_codewords, mask)
-    arguments = {
+    arguments: dict[str, Any] = {
         "codes": codes,
         "key_codebook": coded.key_codebook,
         "value_codebook": coded.value_codebook,

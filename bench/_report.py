@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
+RESULTS = ROOT / "bench" / "results"
 
 
 @dataclass(frozen=True)
@@ -31,7 +32,10 @@ class Times:
 
 @dataclass(frozen=True)
 class Case:
-    """One thing measured. `ratio` is the best peer's median over ours, None without a peer."""
+    """One thing measured. `ratio` is the best peer's median over ours, None without a peer.
+
+    `extra` adds keys to the case in the file.
+    """
 
     name: str
     shape: Mapping[str, Any]
@@ -40,10 +44,15 @@ class Case:
     ms: Times
     floor_ms: float | None = None
     peers: Mapping[str, float] = field(default_factory=dict)
+    extra: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def ratio(self) -> float | None:
         return min(self.peers.values()) / self.ms.p50 if self.peers else None
+
+    def as_dict(self) -> dict[str, Any]:
+        own = {key: value for key, value in asdict(self).items() if key != "extra"}
+        return _rounded({**own, "ratio": self.ratio, **self.extra})
 
 
 def measure(
@@ -74,44 +83,57 @@ def percentiles(milliseconds: Sequence[float]) -> Times:
 
 def write(
     name: str,
-    cases: Sequence[Case],
+    cases: Sequence[Case | Mapping[str, Any]],
     *,
     command: str,
     packages: Sequence[str] = ("torch", "numpy"),
     link: Mapping[str, Any] | None = None,
     folder: str | None = None,
     extra: Mapping[str, Any] | None = None,
+    device: str | None = None,
+    results: Path | None = None,
 ) -> Path:
     """Writes bench/results/<folder>/<name>.json and returns its path.
 
-    `folder` defaults to this machine's cores, such as "cpu-2core". `extra` adds top-level keys.
+    `folder` and `device` default to this machine's cores, such as "cpu-2core". `extra` adds
+    top-level keys. Cases may come as they are read from such a file. `results` is another folder
+    than bench/results.
     """
     versions = {package: importlib.metadata.version(package) for package in packages}
     report = {
         "command": command,
         "commit": commit(),
-        "device": f"{cpu_name()}, {cores()} cores",
+        "device": device or f"{cpu_name()}, {cores()} cores",
         "versions": {"python": platform.python_version(), **versions},
         "link": link,
-        "cases": [_rounded({**asdict(case), "ratio": case.ratio}) for case in cases],
+        "cases": [case.as_dict() if isinstance(case, Case) else case for case in cases],
         **(extra or {}),
     }
-    path = ROOT / "bench" / "results" / (folder or f"cpu-{cores()}core") / f"{name}.json"
+    path = (results or RESULTS) / (folder or f"cpu-{cores()}core") / f"{name}.json"
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(report, indent=1) + "\n")
     return path
 
 
 def commit() -> str:
-    """The commit this tree is at, with "-dirty" if files under version control were changed."""
+    """The commit this tree is at, with "-dirty" if files under version control were changed.
+
+    A copy of the tree without its history has it from `$BENCH_COMMIT`, else it is "unknown".
+    """
+    told = os.environ.get("BENCH_COMMIT")
+    if told:
+        return told
 
     def git(*arguments: str) -> str:
         command = ["git", "-C", str(ROOT), *arguments]
         return subprocess.run(command, check=True, capture_output=True, text=True).stdout.strip()
 
     same = (":!bench/results", ":!*.md")  # what cannot change a measurement
-    changed = git("status", "--porcelain", "--untracked-files=no", "--", ".", *same)
-    return git("rev-parse", "HEAD") + ("-dirty" if changed else "")
+    try:
+        changed = git("status", "--porcelain", "--untracked-files=no", "--", ".", *same)
+        return git("rev-parse", "HEAD") + ("-dirty" if changed else "")
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"
 
 
 def cores() -> int:

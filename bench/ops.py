@@ -200,7 +200,8 @@ def overhead_cases() -> Iterator[Case]:
     state = ak.attention(query, key, value)
     shape = {"B": 1, "M": 4, "N": 4, "H": 2, "Hkv": 2, "d": 16}
     dense, coded, merge = (
-        choose(op, "auto", cpu, torch.float32) for op in ("attention", "coded_attention", "merge_state")
+        choose(op, "auto", cpu, torch.float32)
+        for op in ("attention", "coded_attention", "merge_state")
     )
     yield timed(
         "overhead_attention",

@@ -17,7 +17,15 @@ to compile: one masked loop each does there (not WHOLE).
 import triton
 import triton.language as tl
 
-from astra_kernels._triton.blocks import dot_keys, load_rows, look_up, share_of, take_in
+from astra_kernels._triton.blocks import (
+    dot_keys,
+    load_rows,
+    look_up,
+    share_of,
+    take_in,
+    turned,
+    unhidden,
+)
 
 # What REMOTE says of the tokens that are not dense.
 NOTHING, CODES, COUNTS = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)
@@ -50,7 +58,8 @@ def attend(
     DTYPE: tl.constexpr = query.dtype.element_ty
     batch = (tl.program_id(2) // kv_heads).to(tl.int64)
     head = tl.program_id(2) % kv_heads
-    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    first_row = tl.program_id(0) * ROWS
+    row = first_row + tl.arange(0, ROWS)
     there = row < queries * fold
     position = row // fold
     query_head = head * fold + row % fold
@@ -67,13 +76,13 @@ def attend(
 
     if DENSE:
         first, last = share_of(locals_, KEYS)
-        reach = locals_ - queries + position + 1  # row m sees keys below; bottom-right aligned
+        before = locals_ - queries + 1  # query m sees m + before keys; bottom-right aligned
         whole = first
         if CAUSAL:
-            last = tl.minimum(last, locals_ - queries + (tl.program_id(0) * ROWS + ROWS - 1) // fold + 1)
+            last = tl.minimum(last, (first_row + ROWS - 1) // fold + before)
             if WHOLE:
-                seen_by_all = locals_ - queries + (tl.program_id(0) * ROWS) // fold + 1
-                whole = first + tl.maximum(tl.minimum(last, seen_by_all) - first, 0) // KEYS * KEYS
+                seen_by_all = tl.minimum(last, first_row // fold + before)
+                whole = first + tl.maximum(seen_by_all - first, 0) // KEYS * KEYS
         elif WHOLE and not KEY_MASK:
             whole = first + (last - first) // KEYS * KEYS
         key_rows = key + batch * key_b + head * key_h
@@ -81,9 +90,7 @@ def attend(
         for EDGE in tl.static_range(0 if WHOLE else 1, 2):
             for start in range(whole if EDGE else first, last if EDGE else whole, KEYS):
                 token = start + tl.arange(0, KEYS)
-                seen = token < last
-                if KEY_MASK:
-                    seen = seen & (tl.load(key_mask + batch * locals_ + token, mask=seen, other=0) != 0)
+                seen = unhidden(token < last, key_mask, batch * locals_ + token, KEY_MASK)
                 if ROTARY:
                     key_1 = load_rows(key_rows + token * key_l, seen, HALF, HALF_BLOCK)
                     key_2 = load_rows(key_rows + token * key_l + HALF, seen, HALF, HALF_BLOCK)
@@ -94,7 +101,7 @@ def attend(
                 if EDGE:
                     visible = seen[None, :]
                     if CAUSAL:
-                        visible = visible & (token[None, :] < reach[:, None])
+                        visible = visible & (token[None, :] < (position + before)[:, None])
                     scores = tl.where(visible, scores, -float("inf"))
                 elif KEY_MASK:
                     scores = tl.where(seen[None, :], scores, -float("inf"))
@@ -111,9 +118,7 @@ def attend(
         for EDGE in tl.static_range(0 if WHOLE else 1, 2):
             for start in range(whole if EDGE else first, last if EDGE else whole, KEYS):
                 token = start + tl.arange(0, KEYS)
-                seen = token < last
-                if CODE_MASK:
-                    seen = seen & (tl.load(code_mask + batch * tokens + token, mask=seen, other=0) != 0)
+                seen = unhidden(token < last, code_mask, batch * tokens + token, CODE_MASK)
                 if ROTARY:
                     one = look_up(
                         key_codes, key_table, token, seen, head, kv_heads, codewords,
@@ -124,10 +129,9 @@ def attend(
                         HALF, HALF, HALF_BLOCK, STAGES, GROUPS, HEAD // GROUPS, SHARED, BITS,
                     )  # fmt: skip
                     angle = batch * angles_b + token * HEAD
-                    turn_cos = load_rows(cos + angle, seen, HALF, HALF_BLOCK).to(tl.float32)
-                    turn_sin = load_rows(sin + angle, seen, HALF, HALF_BLOCK).to(tl.float32)
-                    key_1 = (one.to(tl.float32) * turn_cos - two.to(tl.float32) * turn_sin).to(DTYPE)
-                    key_2 = (two.to(tl.float32) * turn_cos + one.to(tl.float32) * turn_sin).to(DTYPE)
+                    turn_cos = load_rows(cos + angle, seen, HALF, HALF_BLOCK)
+                    turn_sin = load_rows(sin + angle, seen, HALF, HALF_BLOCK)
+                    key_1, key_2 = turned(one, two, turn_cos, turn_sin, DTYPE)
                 else:
                     key_1 = look_up(
                         key_codes, key_table, token, seen, head, kv_heads, codewords,

@@ -41,6 +41,14 @@ def load_rows(rows, seen, CHANNELS: tl.constexpr, BLOCK: tl.constexpr):
 
 
 @triton.jit
+def unhidden(seen, mask, place, MASK: tl.constexpr):
+    """``seen`` [n], less what the boolean ``mask`` hides, if there is one (MASK)."""
+    if MASK:
+        seen = seen & (tl.load(mask + place, mask=seen, other=0) != 0)
+    return seen
+
+
+@triton.jit
 def look_up(
     codes,
     table,
@@ -130,6 +138,14 @@ def run_length(first, channels, width):
     while first % (2 * run) == 0 and channels % (2 * run) == 0 and width % (2 * run) == 0:
         run *= 2
     return run
+
+
+@triton.jit
+def turned(one, two, cos, sin, DTYPE: tl.constexpr):
+    """Rotate-half positions for the two halves of vectors, computed in fp32."""
+    one, two = one.to(tl.float32), two.to(tl.float32)
+    cos, sin = cos.to(tl.float32), sin.to(tl.float32)
+    return (one * cos - two * sin).to(DTYPE), (two * cos + one * sin).to(DTYPE)
 
 
 @triton.jit

@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from astra_kernels._triton.blocks import read_codes
+from astra_kernels._triton.blocks import read_codes, turned
 from astra_kernels._triton.launch import launch
 
 WARPS = 4
@@ -89,14 +89,12 @@ def expand_codes(
         )  # fmt: skip
         angle = (token * HEAD + channel)[:, None] + lane
         mask = seen[:, None]
-        turn_cos = tl.load(cos + batch * cos_b + angle, mask=mask, other=0.0).to(tl.float32)
-        turn_sin = tl.load(sin + batch * sin_b + angle, mask=mask, other=0.0).to(tl.float32)
-        one, two = one.to(tl.float32), two.to(tl.float32)
+        turn_cos = tl.load(cos + batch * cos_b + angle, mask=mask, other=0.0)
+        turn_sin = tl.load(sin + batch * sin_b + angle, mask=mask, other=0.0)
         place_out = (item // RUNS * HEAD + channel)[:, None] + lane
-        turned = one * turn_cos - two * turn_sin
-        tl.store(target + place_out, turned.to(DTYPE), mask=there[:, None])
-        turned = two * turn_cos + one * turn_sin
-        tl.store(target + place_out + REACH, turned.to(DTYPE), mask=there[:, None])
+        one, two = turned(one, two, turn_cos, turn_sin, DTYPE)
+        tl.store(target + place_out, one, mask=there[:, None])
+        tl.store(target + place_out + REACH, two, mask=there[:, None])
     else:  # items are written one after the other
         place_out = item[:, None] * VECTOR + lane
         tl.store(target + place_out, one.to(DTYPE), mask=there[:, None])

@@ -1,11 +1,12 @@
 """Ahead-of-time compilation of recorded launches for chips that need not be there.
 
     python -m tests.triton_kernels.aot                       # every configuration, three chips
-    python -m tests.triton_kernels.aot --few --capability 90 # what every test run checks, one chip
+    python -m tests.triton_kernels.aot --few --capability 90 # what every test run checks
 
 It prints a table, or with ``--json`` one object a line, and exits with 1 where a kernel does not
-compile, spills registers at 128 channels or fewer, or takes more shared memory than the chip has or
-than the tile's predicate says. It does not run under TRITON_INTERPRET=1: there are no kernels then.
+compile, spills registers (at most a few bytes where vectors have more than 128 channels), or takes
+more shared memory than the chip has or than the tile's predicate says. It does not run under
+TRITON_INTERPRET=1: there are no kernels then.
 
 A launch is compiled as the JIT would: pointers aligned to 16 bytes, integers specialized on 1 and
 on divisibility by 16. The compiler's report says how many registers a thread takes, how much shared
@@ -39,6 +40,9 @@ from astra_kernels._triton.tiles import Tile, shared_memory, watch
 from tests.triton_kernels.aot_calls import Call, all_calls, few
 
 CAPABILITIES = (80, 90, 100)
+
+# Bytes a thread may keep in memory where vectors have more than 128 channels.
+SPILL_ELSEWHERE = 16
 POINTERS = {
     torch.float16: "*fp16",
     torch.bfloat16: "*bf16",
@@ -118,7 +122,7 @@ def resources(cubin: bytes) -> tuple[int, int]:
 
 @dataclass(frozen=True)
 class Outcome:
-    """One kernel of one call on one chip; ``wrong`` says what is not as it must be, "" if all is."""
+    """One kernel of one call on one chip; ``wrong`` says what is not as it must be, if anything."""
 
     call: str
     kernel: str
@@ -158,7 +162,7 @@ def tile_of(launch: Launch) -> Tile:
 
 
 def judge(report: Report, channels: int, limit: int, bound: int | None) -> str:
-    if report.stack and channels <= 128:
+    if report.stack > (0 if 0 < channels <= 128 else SPILL_ELSEWHERE):
         return f"{report.stack} bytes of registers spilled"
     if report.shared > limit:
         return f"{report.shared} bytes of shared memory, the chip has {limit}"
@@ -206,7 +210,8 @@ def line(outcome: Outcome) -> str:
         got = outcome.report
         said += f"{got.registers} registers, {got.shared} B shared, {got.stack} B stack, "
         said += f"{got.matrix or 'no matrix instruction'}, {got.copies} async copies"
-    return f"{said}, {outcome.seconds:.1f} s" + (f" WRONG: {outcome.wrong}" if outcome.wrong else "")
+    said += f", {outcome.seconds:.1f} s"
+    return f"{said} WRONG: {outcome.wrong}" if outcome.wrong else said
 
 
 if __name__ == "__main__":

@@ -32,7 +32,7 @@ TOKENS, CODEWORDS, KV_HEADS, HEADS = 8192, 1024, 2, 8
 
 @dataclass(frozen=True)
 class Call:
-    """``channels``: head dimension; beyond 128 registers may spill."""
+    """``channels`` of vectors that a program holds whole, 0 where it goes over them in steps."""
 
     name: str
     channels: int
@@ -99,7 +99,8 @@ def search(width: int, groups: int, dtype: torch.dtype, bits: int | None = None)
         return encode_packed(vectors, codebook, bits)
 
     packed = "" if bits is None else f" {bits} bits"
-    return Call(f"encode w={width} groups={groups} {short(dtype)}{packed}", width, run)
+    channels = width if width <= 128 else 0
+    return Call(f"encode w={width} groups={groups} {short(dtype)}{packed}", channels, run)
 
 
 def linear(width: int, groups: int, dtype: torch.dtype, norm: str | None, estimate: bool) -> Call:

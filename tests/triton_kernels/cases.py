@@ -1,4 +1,4 @@
-"""Calls of mixed, coded and codeword attention, what float64 makes of them, and plain torch's error.
+"""Calls of the coded attentions, what float64 makes of them, and how exact plain torch is.
 
 The oracle is the reference in float64 on the very inputs of the kernel; the peer is torch's own
 attention on looked-up keys in the kernel's dtype.

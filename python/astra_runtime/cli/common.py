@@ -151,9 +151,10 @@ def default_groups(model: Any) -> int:
 
 def ensure_codebook(options: argparse.Namespace, model: Any, tokenizer: Any) -> tuple[Any, Path]:
     """The codebook asked for, or the cached default, fitted now if there is none."""
+    from astra_kernels._cache import cache_folder
+
     from ..codebook import Codebook
     from ..models import adapt
-    from ..store import cache_folder
 
     if options.codebook == DENSE:
         return Codebook.none(), Path(DENSE)

@@ -49,8 +49,7 @@ def _facts() -> dict[str, Any]:
     import torch
 
     import astra_kernels._C as core
-
-    from ..store import cache_folder
+    from astra_kernels._cache import cache_folder
 
     versions = {
         name: importlib.metadata.version(name) if importlib.util.find_spec(name) else "absent"

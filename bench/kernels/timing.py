@@ -1,0 +1,186 @@
+"""Times of calls on a device, all calls in turns so that a disturbance meets all of them.
+
+On a GPU a sample lies between two events, and the calls in it are queued behind a kernel that only
+waits: so what is timed is the device's work, without Python's. Three more ways tell the rest:
+
+    cold    the same with an L2 cache that was just overwritten
+    graph   replays of a CUDA graph: what a decoder that captures its step pays
+    eager   wall clock of calls one after the other: what it costs without a graph, launches included
+"""
+
+from __future__ import annotations
+
+import contextlib
+import statistics
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+
+import torch
+
+from bench._report import Times, measure, percentiles
+
+Call = Callable[[], object]
+
+SAMPLES = 30
+LONG_MS, SAMPLES_OF_LONG = 20.0, 10  # so long that nothing disturbs it much
+MOST_REPEATS, REPEATED_MS = 5, 0.1  # a sample repeats a short call
+SHORT_MS = 2.0  # graph and eager times are taken up to here
+LEAD = 1.5  # the waiting kernel waits so many times as long as queueing takes
+MOST_LEAD_MS = 5.0
+
+
+@dataclass(frozen=True)
+class Measured:
+    """Times of one call; `graph` and `eager` are missing where they say nothing or failed."""
+
+    warm: Times
+    cold: Times | None = None
+    graph: Times | None = None
+    eager: Times | None = None
+
+
+def on_cpu(calls: Mapping[str, Call], *, seconds: float = 0.3) -> dict[str, Measured]:
+    return {name: Measured(times) for name, times in measure(calls, seconds=seconds).items()}
+
+
+@dataclass
+class Gpu:
+    """Times calls on the current CUDA device."""
+
+    samples: int = SAMPLES
+    flushed: torch.Tensor = field(init=False, repr=False)
+    cycles_per_ms: float = field(init=False)
+
+    def __post_init__(self) -> None:
+        properties = torch.cuda.get_device_properties(torch.cuda.current_device())
+        cache = getattr(properties, "L2_cache_size", 0) or 64 * 2**20
+        self.flushed = torch.empty(cache, dtype=torch.int32, device="cuda")  # 4 times it
+        self.cycles_per_ms = 1e6  # a guess, to be replaced
+        waits = [self._events(lambda: torch.cuda._sleep(2_000_000), 0.0, 1) for _ in range(5)]
+        self.cycles_per_ms = 2_000_000 / statistics.median(waits)
+
+    def measure(self, calls: Mapping[str, Call]) -> dict[str, Measured]:
+        plans = {name: self._plan(call) for name, call in calls.items()}
+        most = max(milliseconds for _, milliseconds, _ in plans.values())
+        samples = self.samples if most < LONG_MS else min(self.samples, SAMPLES_OF_LONG)
+        graphs = {
+            name: self._graph(call)
+            for name, call in calls.items()
+            if plans[name][1] < SHORT_MS
+        }  # fmt: skip
+        warm: dict[str, list[float]] = {name: [] for name in calls}
+        cold: dict[str, list[float]] = {name: [] for name in calls}
+        replayed: dict[str, list[float]] = {name: [] for name in calls}
+        for _ in range(samples):
+            for name, call in calls.items():
+                repeats, _, lead = plans[name]
+                call()  # whose data the cache then holds
+                warm[name].append(self._events(call, lead * repeats, repeats))
+                self.flushed.zero_()
+                cold[name].append(self._events(call, lead, 1))
+                graph = graphs.get(name)
+                if graph is not None:
+                    replayed[name].append(self._events(graph.replay, lead, 1) / MOST_REPEATS)
+        eager = {name: self._eager(calls[name]) for name in graphs}
+        return {
+            name: Measured(
+                percentiles(warm[name]),
+                percentiles(cold[name]),
+                percentiles(replayed[name]) if replayed[name] else None,
+                eager.get(name),
+            )
+            for name in calls
+        }
+
+    def _plan(self, call: Call) -> tuple[int, float, float]:
+        """How often a sample repeats the call, about how long it takes, how long to queue it."""
+        for _ in range(3):
+            call()
+        queueing = []
+        for _ in range(3):
+            torch.cuda.synchronize()
+            start = time.perf_counter()
+            call()
+            queueing.append((time.perf_counter() - start) * 1e3)
+        lead = min(statistics.median(queueing), MOST_LEAD_MS)
+        once = min(self._events(call, lead, 1) for _ in range(3))
+        return max(1, min(MOST_REPEATS, int(REPEATED_MS / max(once, 1e-3)))), once, lead
+
+    def _events(self, call: Call, lead: float, repeats: int) -> float:
+        """Milliseconds the device takes for one call; `lead`: to queue them all."""
+        first, last = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        if lead:
+            torch.cuda._sleep(int((LEAD * lead + 0.05) * self.cycles_per_ms))
+        first.record()
+        for _ in range(repeats):
+            call()
+        last.record()
+        torch.cuda.synchronize()
+        return first.elapsed_time(last) / repeats
+
+    def _eager(self, call: Call) -> Times:
+        taken = []
+        for _ in range(10):
+            torch.cuda.synchronize()
+            start = time.perf_counter()
+            for _ in range(10):
+                call()
+            torch.cuda.synchronize()
+            taken.append((time.perf_counter() - start) * 1e2)
+        return percentiles(taken)
+
+    def _graph(self, call: Call) -> torch.cuda.CUDAGraph | None:
+        """A graph of MOST_REPEATS calls, None where a call cannot be captured."""
+        side = torch.cuda.Stream()
+        side.wait_stream(torch.cuda.current_stream())
+        graph = torch.cuda.CUDAGraph()
+        try:
+            with torch.cuda.stream(side):
+                call()
+            torch.cuda.current_stream().wait_stream(side)
+            with torch.cuda.graph(graph, capture_error_mode="thread_local"):
+                for _ in range(MOST_REPEATS):
+                    call()
+            graph.replay()
+            torch.cuda.synchronize()
+        except RuntimeError:  # a call that synchronizes, or allocates outside the pool
+            with contextlib.suppress(RuntimeError):
+                torch.cuda.synchronize()
+            return None
+        return graph
+
+
+# What a chip can do, per second.
+
+
+@dataclass(frozen=True)
+class Ceilings:
+    """copy: bytes; dense, fp32: FLOP of 16-bit and of fp32-accurate products; exp: exponentials."""
+
+    copy: float
+    dense: float
+    fp32: float
+    exp: float
+
+
+COPY, DENSE, EXP = 3.0e12, 800e12, 3.7e12
+# An fp32-accurate product takes three in tf32, at half the rate of 16-bit ones each.
+FP32_OF_DENSE = 1 / 6
+NOMINAL = Ceilings(COPY, DENSE, DENSE * FP32_OF_DENSE, EXP)
+
+
+def measured_ceilings(device: torch.device, *, small: bool = False) -> Ceilings:
+    """Copy and matrix product as the device has them; the rate of exponentials is the nominal."""
+    size = 512 if small else 8192
+    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+    source = torch.randn(size * (size if small else 2 * size), device=device)
+    target = torch.empty_like(source)
+    left, right = torch.randn(2, size, size, device=device).to(dtype)
+    calls = {"copy": lambda: target.copy_(source), "matmul": lambda: left @ right}
+    times = Gpu().measure(calls) if device.type == "cuda" else on_cpu(calls, seconds=0.1)
+    dense = 2 * size**3 / (times["matmul"].warm.p50 / 1e3)
+    copy = 2 * source.numel() * source.element_size() / (times["copy"].warm.p50 / 1e3)
+    if device.type == "cuda":
+        return Ceilings(copy, dense, dense * FP32_OF_DENSE, EXP)
+    return Ceilings(copy, dense, dense, float("inf"))  # nothing is known of its exponentials

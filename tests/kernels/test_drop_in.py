@@ -1,0 +1,87 @@
+"""The drop-in claim: equal to dense attention, in unmodified models, compiled and not."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import pytest
+import torch
+from torch._dynamo.testing import CompileCounterWithBackend
+
+from tests import examples
+
+drop_in = examples.load("drop_in")
+
+LENGTHS = ((11, 5), (14, 9), (20, 12), (33, 7))  # prefix and rest; first no two sizes are equal
+
+
+@pytest.fixture(autouse=True)
+def fresh_compiler():
+    torch._dynamo.reset()
+    yield
+    torch._dynamo.reset()
+
+
+def block(layer, hidden, before):
+    """From a prefix's hidden states to codes, and attention over them: two ops of ours."""
+    prefix = drop_in.to_codes(*layer.keys_values(before))
+    return layer(hidden, prefix).relu()
+
+
+def inputs(before, rest, batch=3):
+    return torch.randn(batch, rest, 64), torch.randn(batch, before, 64)
+
+
+def assert_equal_to_dense(differences, tolerance):
+    coded, without = differences
+    assert coded <= tolerance
+    assert without > 1000 * tolerance  # the prefix matters
+
+
+@pytest.mark.parametrize(("tokens", "cut"), [(96, 64), (40, 1), (33, 32)])
+def test_module_equals_dense_attention(tokens, cut):
+    assert_equal_to_dense(drop_in.plain_module("cpu", tokens, cut), 1e-6)
+
+
+@pytest.mark.parametrize("kind", ["gpt2", "llama"])
+def test_unmodified_model_equals_dense_attention(kind):
+    pytest.importorskip("transformers")
+    assert_equal_to_dense(drop_in.hugging_face(kind, "cpu"), 5e-5)  # logits reach 20
+
+
+def test_the_program():
+    pytest.importorskip("transformers")
+    command = [sys.executable, drop_in.__file__, "--device", "cpu"]
+    run = subprocess.run(command, capture_output=True, text=True, check=True, timeout=100)
+    assert run.stdout.count("prefix as codes") == 3
+
+
+@pytest.mark.parametrize(
+    ("dynamic", "compilations"), [(None, 2), (True, 1), (False, len(LENGTHS))], ids=str
+)
+@torch.no_grad()
+def test_compiles_whole_for_any_length(dynamic, compilations):
+    """Left to itself, torch compiles for the first lengths and then once more, for all."""
+    layer = drop_in.SelfAttention()
+    counter = CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(block, fullgraph=True, dynamic=dynamic, backend=counter)
+    for lengths in LENGTHS:
+        hidden, before = inputs(*lengths)
+        torch.testing.assert_close(
+            compiled(layer, hidden, before), block(layer, hidden, before), rtol=0, atol=0
+        )
+    assert counter.frame_count == compilations
+    for graph in counter.graphs:
+        ops = [str(node.target) for node in graph.graph.nodes if "astra" in str(node.target)]
+        assert sorted(op.split(".")[1] for op in ops) == ["encode", "mixed_attention"]
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # torch's own, of torch.jit
+@torch.no_grad()
+def test_compiles_with_inductor():
+    layer = drop_in.SelfAttention()
+    compiled = torch.compile(block, fullgraph=True, dynamic=True)
+    for lengths in LENGTHS[:2]:
+        hidden, before = inputs(*lengths)
+        torch.testing.assert_close(compiled(layer, hidden, before), block(layer, hidden, before))
