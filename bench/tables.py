@@ -135,12 +135,54 @@ def accuracy(report: dict) -> str:
     return table(head, rows) + source(report)
 
 
+# Cases that README shows; the rest is in the file.
+SHOWN = (
+    r"codeword_(counted_)?M1024_N(4096|32768|131072)_H32",
+    r"(fused|expanded)_lookup_(rotary|subvectors)_M(64|256|1024)_N8192_H32",
+    r"fused_lookup_rotary_packed_M256_N8192_H32",
+    r"decode_rotary_fused_(packed_)?M1_N(131072|1048576)",
+    r"decode_plain_(counts|counted_packed)_M1_N(131072|1048576)",
+    r"encode_(bfloat16|float32)_D768_G",
+    r"mixed_|merge_state|lookup_linear_T8192|pack_10bit_1048576|unpack_10bit_1048576",
+)
+
+
+def kernels(report: dict) -> str:
+    rows = []
+    for case in report["cases"]:
+        if not any(re.match(pattern, case["name"]) for pattern in SHOWN):
+            continue
+        ours, peers = case["ms"]["p50"], case["peers"]
+        best = min(peers, key=peers.__getitem__) if peers else None
+        over = {name: f"{ms / ours:.2f}×" for name, ms in peers.items()}
+        rest = ", ".join(f"{name} {x}" for name, x in over.items() if name != best)
+        graph = case.get("graph_ms")
+        rows.append(
+            [
+                case["name"],
+                f"{ours * 1e3:,.1f}",
+                "–" if graph is None else f"{graph * 1e3:,.1f}",
+                f"{case['floor_ms'] * 1e3:,.1f}",
+                "–" if best is None else f"{over[best]} ({best})",
+                rest or "–",
+            ]
+        )
+    head = ["case", "µs", "in a graph", "floor", "over the best peer", "over others"]
+    text = table(head, rows) + source(report)
+    if report.get("failed"):
+        text += "\n\nFailed their check, not timed: "
+        text += ", ".join(case["name"] for case in report["failed"]) + "."
+    return text
+
+
 TABLES: dict[str, tuple[str, Callable[[dict], str]]] = {
     "demo": ("cpu-2core/latency_demo", demo),
     "pack": ("cpu-2core/pack", pack),
     "exchange": ("cpu-2core/exchange", exchange),
     "ops": ("cpu-2core/ops", ops),
     "accuracy": ("cpu-2core/accuracy", accuracy),
+    "kernels_h100": ("h100/kernels", kernels),
+    "kernels_h200": ("h200/kernels", kernels),
 }
 
 

@@ -7,7 +7,8 @@ codes have equal keys. One running softmax takes in all of them. With several sh
 for few queries) each writes its partial softmax, and ``combine`` makes one out of them.
 
 Rotary positions turn looked-up keys in halves, score = q1.(k1 c - k2 s) + q2.(k2 c + k1 s): no row
-is read twice, which loading its rotated half again would do, and angle tables are read by half.
+is read twice, which loading its rotated half again would do, and angle tables are read by half. The
+turned halves are interleaved, in queries and keys alike, so that one matrix product takes both.
 
 Whole tiles and the ragged end are two loops (EDGE 0 and 1), so that only the end pays for masks.
 With few rows time goes into reading, and with both dense and coded keys four loops would take long
@@ -18,7 +19,7 @@ import triton
 import triton.language as tl
 
 from astra_kernels._triton.blocks import (
-    dot_keys,
+    interleaved,
     load_rows,
     look_up,
     share_of,
@@ -64,12 +65,16 @@ def attend(
     position = row // fold
     query_head = head * fold + row % fold
     query_row = query + batch * query_b + query_head * query_h + position * query_m
+    if DENSE or not ROTARY:
+        queries_plain = load_rows(query_row, there, HEAD, BLOCK)
     if ROTARY:
-        query_1 = load_rows(query_row, there, HALF, HALF_BLOCK)
-        query_2 = load_rows(query_row + HALF, there, HALF, HALF_BLOCK)
+        # Loaded in the keys' order: queries put together in registers would stay there.
+        pair = tl.arange(0, 2 * HALF_BLOCK)
+        channel = pair % 2 * HALF + pair // 2
+        mask = there[:, None] & (pair // 2 < HALF)[None, :]
+        queries_coded = tl.load(query_row[:, None] + channel[None, :], mask=mask, other=0.0)
     else:
-        query_1 = load_rows(query_row, there, HEAD, BLOCK)
-        query_2 = query_1
+        queries_coded = queries_plain
     top = tl.full([ROWS], -float("inf"), tl.float32)
     total = tl.zeros([ROWS], tl.float32)
     acc = tl.zeros([ROWS, BLOCK], tl.float32)
@@ -91,13 +96,8 @@ def attend(
             for start in range(whole if EDGE else first, last if EDGE else whole, KEYS):
                 token = start + tl.arange(0, KEYS)
                 seen = unhidden(token < last, key_mask, batch * locals_ + token, KEY_MASK)
-                if ROTARY:
-                    key_1 = load_rows(key_rows + token * key_l, seen, HALF, HALF_BLOCK)
-                    key_2 = load_rows(key_rows + token * key_l + HALF, seen, HALF, HALF_BLOCK)
-                else:
-                    key_1 = load_rows(key_rows + token * key_l, seen, HEAD, BLOCK)
-                    key_2 = key_1
-                scores = dot_keys(query_1, query_2, key_1, key_2, ROTARY, PRECISION) * scale
+                keys = load_rows(key_rows + token * key_l, seen, HEAD, BLOCK)
+                scores = tl.dot(queries_plain, tl.trans(keys), input_precision=PRECISION) * scale
                 if EDGE:
                     visible = seen[None, :]
                     if CAUSAL:
@@ -114,31 +114,32 @@ def attend(
         if WHOLE and not CODE_MASK:
             whole = first + (last - first) // KEYS * KEYS
         key_codes = codes + batch * codes_b
-        val_codes = value_codes + batch * value_codes_b
+        val_codes = key_codes  # one load of a code then serves both
+        if value_codes is not None:
+            val_codes = value_codes + batch * value_codes_b
         for EDGE in tl.static_range(0 if WHOLE else 1, 2):
             for start in range(whole if EDGE else first, last if EDGE else whole, KEYS):
                 token = start + tl.arange(0, KEYS)
                 seen = unhidden(token < last, code_mask, batch * tokens + token, CODE_MASK)
                 if ROTARY:
-                    one = look_up(
+                    key_1 = look_up(
                         key_codes, key_table, token, seen, head, kv_heads, codewords,
                         0, HALF, HALF_BLOCK, STAGES, GROUPS, HEAD // GROUPS, SHARED, BITS,
                     )  # fmt: skip
-                    two = look_up(
+                    key_2 = look_up(
                         key_codes, key_table, token, seen, head, kv_heads, codewords,
                         HALF, HALF, HALF_BLOCK, STAGES, GROUPS, HEAD // GROUPS, SHARED, BITS,
                     )  # fmt: skip
                     angle = batch * angles_b + token * HEAD
                     turn_cos = load_rows(cos + angle, seen, HALF, HALF_BLOCK)
                     turn_sin = load_rows(sin + angle, seen, HALF, HALF_BLOCK)
-                    key_1, key_2 = turned(one, two, turn_cos, turn_sin, DTYPE)
+                    keys = interleaved(*turned(key_1, key_2, turn_cos, turn_sin, DTYPE))
                 else:
-                    key_1 = look_up(
+                    keys = look_up(
                         key_codes, key_table, token, seen, head, kv_heads, codewords,
                         0, HEAD, BLOCK, STAGES, GROUPS, HEAD // GROUPS, SHARED, BITS,
                     ).to(DTYPE)  # fmt: skip
-                    key_2 = key_1
-                scores = dot_keys(query_1, query_2, key_1, key_2, ROTARY, PRECISION) * scale
+                scores = tl.dot(queries_coded, tl.trans(keys), input_precision=PRECISION) * scale
                 if EDGE:
                     scores = tl.where(seen[None, :], scores, -float("inf"))
                 values = look_up(
@@ -159,7 +160,7 @@ def attend(
             keys = load_rows(keys, seen, HEAD, BLOCK).to(DTYPE)
             # n equal keys add n exp(score) = exp(score + ln n).
             weight = tl.where(seen, tl.log2(tl.where(seen, count, 1.0)), -float("inf"))
-            scores = dot_keys(query_1, query_1, keys, keys, False, PRECISION) * scale
+            scores = tl.dot(queries_coded, tl.trans(keys), input_precision=PRECISION) * scale
             scores += weight[None, :]
             values = value_table + (head * codewords + codeword) * HEAD
             values = load_rows(values, seen, HEAD, BLOCK).to(DTYPE)

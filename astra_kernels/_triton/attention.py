@@ -127,14 +127,14 @@ HALF_TILES: Mapping[tuple[int, int, bool], tuple[Tile, ...]] = {
     (80, 256, True): _SMALL,
     (90, 64, False): (*_WIDE, Tile(128, 128, 8, 3)),
     (90, 64, True): _WIDE,
-    (90, 128, False): _WIDE,
-    (90, 128, True): _WIDE,
+    (90, 128, False): (*_WIDE, Tile(128, 64, 8, 4)),
+    (90, 128, True): (*_WIDE, Tile(128, 64, 8, 4)),
     (90, 256, False): (Tile(128, 32, 8, 3), *_SMALL),
     (90, 256, True): (Tile(128, 32, 8, 2), *_SMALL),
     (100, 64, False): (*_WIDE, Tile(128, 128, 8, 3)),
     (100, 64, True): _WIDE,
-    (100, 128, False): _WIDE,
-    (100, 128, True): _WIDE,
+    (100, 128, False): (*_WIDE, Tile(128, 64, 8, 4)),
+    (100, 128, True): (*_WIDE, Tile(128, 64, 8, 4)),
     (100, 256, False): (Tile(128, 32, 8, 3), *_SMALL),
     (100, 256, True): (Tile(128, 32, 8, 2), *_SMALL),
 }
@@ -153,7 +153,7 @@ def _few_rows_tiles(rows: int, size: int, loaded: bool) -> tuple[Tile, ...]:
     last = (Tile(rows, 32, 4, 3), Tile(rows, 32, 4, 2), Tile(rows, 16, 4, 2), Tile(16, 16, 4, 1))
     if rows * size > 32 * 128 or (loaded and rows > 16):
         return last
-    return (Tile(rows, 64, 4, 3), Tile(rows, 64, 4, 2), *last)
+    return (Tile(rows, 64, 4, 3), Tile(rows, 64, 4, 4), Tile(rows, 64, 4, 2), *last)
 
 
 def attend(
@@ -300,14 +300,16 @@ def _remote_arguments(
         return (None, 0, None, 0, *tables, None, None, 0, None, *counts_arguments), tuple(tables)
     if coded is None:
         return (None, 0, None, 0, None, None, None, None, 0, None, None, 0, 0), ()
-    codes, value_codes = coded.codes.contiguous(), coded.value_codes.contiguous()
+    codes = coded.codes.contiguous()
+    value_codes = None if coded.value_codes is coded.codes else coded.value_codes.contiguous()
     tables = [coded.key_table.contiguous(), coded.value_table.contiguous()]
     cos, sin = (None, None) if coded.rope is None else (x.contiguous() for x in coded.rope)
     angles_b = cos.stride(0) if cos is not None and cos.ndim == 3 and cos.shape[0] > 1 else 0
     mask = None if coded.mask is None else coded.mask.contiguous()
-    _check_offsets(*tables, codes, value_codes, bits=coded.bits)
+    _check_offsets(*tables, codes, codes if value_codes is None else value_codes, bits=coded.bits)
     return (
-        *(codes, codes.stride(0), value_codes, value_codes.stride(0), *tables),
+        *(codes, codes.stride(0)),
+        *(value_codes, 0 if value_codes is None else value_codes.stride(0), *tables),
         *(cos, sin, angles_b, mask, None, 0, 0),
     ), tuple(tables)
 

@@ -246,7 +246,18 @@ def coded(shape: Shape, dtype: torch.dtype, device: torch.device, rotary: bool =
         return error_of(oracle(query, case.dense_head, shape["Hkv"], rows), rows)
 
     peers = {**dense_peers(query, lambda: case.dense), "index_select_sdpa": select}
+    if device.type == "cuda" and shape["M"] > 1:
+        peers["expand_sdpa"] = lambda: sdpa(query, *expanded_by_us(case), enable_gqa=True)
     return Calls(ours, peers, lambda result: error()(result), whole=whole)
+
+
+def expanded_by_us(case: Coded) -> tuple[Tensor, Tensor]:
+    """Keys and values by the kernel behind the strategy "expanded"."""
+    from astra_kernels.coded_attention.kernel import describe, look_up
+
+    coded = describe(case.codes, *case.tables, None, case.rope, None, None, None)
+    key, value, *_ = look_up(case.query, coded)
+    return key, value
 
 
 coded_rotary = functools.partial(coded, rotary=True)

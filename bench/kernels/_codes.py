@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import importlib.util
 import math
 from collections.abc import Callable
@@ -78,29 +79,32 @@ def encode(shape: Shape, dtype: torch.dtype, device: torch.device) -> Calls:
 
 
 def vector_quantize(vectors: Tensor, codebook: Tensor) -> Call:
-    """The codes that package finds for these codewords."""
-    from vector_quantize_pytorch import VectorQuantize
-
+    """The codes that package finds for these codewords; imported when first called."""
     groups, codewords, width = codebook.shape
-    with torch.inference_mode(False):
-        layer = VectorQuantize(
-            dim=groups * width,
-            codebook_dim=width,
-            codebook_size=codewords,
-            heads=groups,
-            separate_codebook_per_head=groups > 1,
-        )
-        layer = layer.to(vectors.device).eval()
-        layer._codebook.embed.data.copy_(codebook.clone())
+
+    @functools.cache
+    def layer() -> torch.nn.Module:
+        from vector_quantize_pytorch import VectorQuantize
+
+        with torch.inference_mode(False):
+            made = VectorQuantize(
+                dim=groups * width,
+                codebook_dim=width,
+                codebook_size=codewords,
+                heads=groups,
+                separate_codebook_per_head=groups > 1,
+            )
+            made = made.to(vectors.device).eval()
+            made._codebook.embed.data.copy_(codebook.clone())
+        return made
+
     flat = vectors.reshape(1, vectors.shape[0], groups * width)
-    return lambda: layer(flat)[1]
+    return lambda: layer()(flat)[1]
 
 
 def linear(shape: Shape, dtype: torch.dtype, device: torch.device) -> Calls:
     tokens, channels, groups = shape["T"], shape["D"], shape["groups"]
-    codes = torch.randint(
-        0, shape["K"], (tokens, groups), dtype=torch.int32, device=device
-    )
+    codes = torch.randint(0, shape["K"], (tokens, groups), dtype=torch.int32, device=device)
     codebook = torch.randn(groups, shape["K"], channels // groups, dtype=dtype, device=device)
     weight = torch.randn(shape["out"], channels, dtype=dtype, device=device) / channels**0.5
     want = ak.decode(codes, codebook, impl="reference").reshape(tokens, channels).double()

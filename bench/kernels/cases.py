@@ -179,9 +179,7 @@ def decode_specs() -> Iterator[Spec]:
             ways = {impl: named(f"decode_{kind}_{impl}", shape) for impl in impls}
             build = _attention.coded_rotary if kind == "rotary" else _attention.coded
             notes = {"floor_of": "reading dense keys and values"}
-            yield Spec(
-                f"decode_{kind}", shape, torch.bfloat16, ways, decode_floor, build, notes
-            )
+            yield Spec(f"decode_{kind}", shape, torch.bfloat16, ways, decode_floor, build, notes)
 
 
 def plain_specs() -> Iterator[Spec]:

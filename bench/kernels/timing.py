@@ -5,7 +5,7 @@ waits: so what is timed is the device's work, without Python's. Three more ways 
 
     cold    the same with an L2 cache that was just overwritten
     graph   replays of a CUDA graph: what a decoder that captures its step pays
-    eager   wall clock of calls one after the other: what it costs without a graph, launches included
+    eager   wall clock of calls one after the other: what calls cost from Python, launches included
 """
 
 from __future__ import annotations

@@ -89,12 +89,31 @@ def test_opcheck_and_one_boundary(monkeypatch, impl, name):
     torch.library.opcheck(op, calls[0])
 
 
-def test_opcheck_of_packed_codes(monkeypatch):
-    query, codes, *tables = inputs("coded_attention")[0]
-    packed = torch.stack([ak.pack(row, 3) for row in codes])
-    options = {"code_bits": 3, "num_tokens": 6}
-    args = (query, packed, *tables)
-    op, calls = operator_calls(monkeypatch, "coded_attention", args, options)
+# Ops that take packed codes -> the place of their codes.
+PACKED = {"coded_attention": 1, "count_codes": 0, "lookup_linear": 0, "mixed_attention": 3}
+
+
+def packed_inputs(name, tokens=6, rows=4):
+    """As ``inputs``, with the codes packed: 3 bits each."""
+    args, options = inputs(name, tokens, rows)
+    place = PACKED[name]
+    codes = args[place]
+    packed = torch.stack([ak.pack(row, 3) for row in (codes if codes.ndim == 3 else codes[None])])
+    options = {**options, "code_bits": 3, "num_tokens": tokens}
+    if "value_codes" in options:
+        options["value_codes"] = packed.clone()
+    if name == "count_codes":
+        options["codes_per_token"] = codes.shape[2]
+    if name == "lookup_linear":
+        options["estimate"] = options["estimate"][None]
+    return replaced(args, place, packed), options
+
+
+@pytest.mark.parametrize("name", PACKED)
+def test_opcheck_of_packed_codes(monkeypatch, impl, name):
+    args, options = packed_inputs(name)
+    op, calls = operator_calls(monkeypatch, name, args, {**options, "impl": impl})
+    assert len(calls) == 1
     torch.library.opcheck(op, calls[0])
 
 
@@ -106,8 +125,12 @@ def test_opcheck_of_packing():
     assert torch.equal(torch.ops.astra.unpack(data, 5, 20), codes)
 
 
-@pytest.mark.parametrize("name", OPS)
-def test_compiles_whole_with_dynamic_shapes(name):
+@pytest.mark.parametrize(
+    ("name", "make"),
+    [*((name, inputs) for name in OPS), *((name, packed_inputs) for name in PACKED)],
+    ids=[*OPS, *(f"{name}-packed" for name in PACKED)],
+)
+def test_compiles_whole_with_dynamic_shapes(name, make):
     torch._dynamo.reset()
     frames = []
 
@@ -119,7 +142,7 @@ def test_compiles_whole_with_dynamic_shapes(name):
     compiled = torch.compile(op, fullgraph=True, dynamic=True, backend=backend)
     # No two sizes are equal in the first call: equal ones would be taken for one dimension.
     for tokens, rows in ((11, 5), (14, 9), (20, 12)):
-        args, options = inputs(name, tokens, rows)
+        args, options = make(name, tokens, rows)
         got, want = compiled(*args, **options), op(*args, **options)
         torch.testing.assert_close(got, want, rtol=0, atol=0)
     assert len(frames) == 1

@@ -1,0 +1,256 @@
+"""Measures the kernels beside their peers and their floors.
+
+    python -m bench.kernels                          # everything, on a GPU: a few minutes
+    python -m bench.kernels --only 'decode|codeword' # cases whose name the pattern finds
+    python -m bench.kernels --device cpu --small     # tries the harness, on any machine
+
+Writes bench/results/<device>/kernels.json after every case, and prints a table and what the times
+say of the constants in astra_kernels/_triton/strategies.py. A case that fails its check gets no
+time, is listed under "failed", and makes the exit status 1.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import importlib.metadata
+import json
+import os
+import re
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from bench._report import RESULTS, cores, cpu_name, write
+from bench.kernels import cases as table
+from bench.kernels import crossovers
+from bench.kernels.run import Clock, DeviceLost, failures, run
+from bench.kernels.timing import NOMINAL, SAMPLES, Gpu, measured_ceilings
+
+PACKAGES = ("torch", "triton", "vector-quantize-pytorch", "flashinfer-python")
+
+
+def arguments(given: Sequence[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="python -m bench.kernels",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
+    parser.add_argument("--only", default="", metavar="PATTERN", help="cases to run, a regex")
+    parser.add_argument(
+        "--small", action="store_true", help="tiny shapes; written as kernels_small"
+    )
+    parser.add_argument("--output", type=Path, help="results folder instead of bench/results")
+    parser.add_argument("--seconds", type=float, help="start no case after so many")
+    parser.add_argument("--samples", type=int, default=SAMPLES)
+    parser.add_argument("--name", default="kernels", help="of the result file")
+    parser.add_argument("--tune", action="store_true", help="find the quickest tiles first")
+    parser.add_argument("--resume", action="store_true", help="go on with the result file")
+    parser.add_argument("--compile", metavar="I/N", help="only run every N-th case's kernels once")
+    args = parser.parse_args(given)
+    if args.small and args.name == "kernels":
+        args.name = "kernels_small"
+    return args
+
+
+def chosen(args: argparse.Namespace) -> list[table.Spec]:
+    found = []
+    for spec in table.specs():
+        ways = {impl: name for impl, name in spec.ways.items() if re.search(args.only, name)}
+        if ways:
+            spec = dataclasses.replace(spec, ways=ways)
+            found.append(table.small(spec) if args.small else spec)
+    return found
+
+
+class Report:
+    """The result file of a run."""
+
+    def __init__(self, args: argparse.Namespace) -> None:
+        self.args = args
+        self.cases: list[dict[str, Any]] = []
+        self.failed: list[dict[str, Any]] = []
+        self.extra: dict[str, Any] = {}
+        if args.device == "cuda":
+            name = torch.cuda.get_device_name()
+            self.folder, self.device = device_folder(name), name
+            self.device += f", {cpu_name()}, {cores()} cores"
+        else:
+            self.folder, self.device = f"cpu-{cores()}core", None
+
+    @property
+    def path(self) -> Path:
+        return (self.args.output or RESULTS) / self.folder / f"{self.args.name}.json"
+
+    def resume(self) -> None:
+        if self.path.is_file():
+            old = json.loads(self.path.read_text())
+            self.cases, self.failed = old["cases"], old["failed"]
+
+    def done(self) -> set[str]:
+        return {case["name"] for case in [*self.cases, *self.failed]}
+
+    def write(self, complete: bool) -> Path:
+        return write(
+            self.args.name,
+            self.cases,
+            command=command(self.args),
+            packages=installed(PACKAGES),
+            folder=self.folder,
+            device=self.device,
+            results=self.args.output,
+            extra={**self.extra, "complete": complete, "failed": self.failed},
+        )
+
+
+def device_folder(name: str) -> str:
+    """ "NVIDIA H100 80GB HBM3" -> "h100"."""
+    model = re.search(r"[A-Z]{1,3}\d{2,4}", name.upper().replace("RTX ", "RTX"))
+    return model[0].lower() if model else re.sub(r"\W+", "-", name).lower()
+
+
+def installed(packages: Sequence[str]) -> list[str]:
+    found = []
+    for package in packages:
+        try:
+            importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+        found.append(package)
+    return found
+
+
+def command(args: argparse.Namespace) -> str:
+    words = ["python -m bench.kernels"]
+    if args.device != "cuda":
+        words.append(f"--device {args.device}")
+    words += [f"--{flag}" for flag in ("small", "tune") if getattr(args, flag)]
+    if args.only:
+        words.append(f"--only '{args.only}'")
+    return " ".join(words)
+
+
+def compile_only(args: argparse.Namespace) -> int:
+    """Runs the kernels once, so that their compiled form is in Triton's cache."""
+    part, parts = (int(number) for number in args.compile.split("/"))
+    wrong = 0
+    for spec in chosen(args)[part::parts]:
+        try:
+            calls = spec.build(spec.shape, spec.dtype, torch.device(args.device))
+            for impl in spec.ways:
+                calls.ours[impl]()
+        except RuntimeError as reason:  # the run proper will say it in its place
+            print(f"{next(iter(spec.ways.values()))}: {reason}"[:300], file=sys.stderr)
+            wrong += 1
+    return int(wrong > 0)
+
+
+def tune(spec: table.Spec, device: torch.device) -> dict[str, Any]:
+    import astra_kernels as ak
+
+    calls = spec.build(spec.shape, spec.dtype, device)
+    tiles: dict[str, Any] = {}
+    for impl in spec.ways:
+        tiles.update(ak.warmup(calls.ours[impl]))
+    return tiles
+
+
+def show(case: dict[str, Any]) -> None:
+    over = "  ".join(f"{name} {ratio:.2f}x" for name, ratio in case["over"].items())
+    floor, ours = case["floor_ms"], case["ms"]["p50"]
+    rest = "".join(
+        f" {kind} {case[f'{kind}_ms']:.4g}"
+        for kind in ("cold", "graph", "eager")
+        if f"{kind}_ms" in case
+    )
+    print(
+        f"{case['name']:58s} {ours:9.4g} ms ({floor / ours:4.0%} of floor){rest} | over: {over}"
+        f" | error {case['error']:.1e}",
+        flush=True,
+    )
+
+
+def measure(args: argparse.Namespace, report: Report) -> bool:
+    """Whether every chosen case was tried."""
+    started = time.monotonic()
+    device = torch.device(args.device)
+    ceilings = measured_ceilings(device, small=args.small)
+    report.extra["ceilings"] = {
+        "measured": {"copy": ceilings.copy, "dense": ceilings.dense},
+        "nominal": dataclasses.asdict(NOMINAL),
+    }
+    copy, dense = ceilings.copy / 1e12, ceilings.dense / 1e12
+    print(f"copy {copy:.3g} TB/s, matrix product {dense:.3g} TFLOP/s", flush=True)
+    gpu = Gpu(args.samples) if args.device == "cuda" else None
+    clock = Clock(device, ceilings, gpu, 0.02 if args.small else 0.3)
+    for spec in chosen(args):
+        done = report.done()
+        spec = dataclasses.replace(
+            spec, ways={impl: name for impl, name in spec.ways.items() if name not in done}
+        )
+        if not spec.ways:
+            continue
+        if args.seconds and time.monotonic() - started > args.seconds:
+            return False
+        try:
+            if args.tune:
+                report.extra.setdefault("tiles", {}).update(tune(spec, device))
+            outcome = run(spec, clock)
+        except DeviceLost as reason:
+            report.failed += failures(spec, str(reason))
+            report.write(complete=False)
+            go_on_in_a_new_process(args, time.monotonic() - started)
+        for note in outcome.notes:
+            print(f"    left out: {note}", flush=True)
+        for case in outcome.cases:
+            report.cases.append(case.as_dict())
+            show(report.cases[-1])
+        for failure in outcome.failed:
+            print(f"{failure['name']:58s} FAILED: {failure['why']}", flush=True)
+        report.failed += outcome.failed
+        report.write(complete=False)
+        del outcome
+        if gpu is not None:
+            torch.cuda.empty_cache()
+    return True
+
+
+def go_on_in_a_new_process(args: argparse.Namespace, spent: float) -> None:
+    words = [word for word in sys.argv[1:] if word != "--resume"]
+    if args.seconds:
+        words += ["--seconds", str(max(1.0, args.seconds - spent))]
+    sys.stdout.flush()
+    os.execv(sys.executable, [sys.executable, "-m", "bench.kernels", *words, "--resume"])
+
+
+def main(given: Sequence[str] | None = None) -> int:
+    args = arguments(given)
+    if args.device == "cuda" and not torch.cuda.is_available():
+        print("bench.kernels: there is no CUDA device; --device cpu --small tries the harness")
+        return 2
+    with torch.inference_mode():
+        if args.compile:
+            return compile_only(args)
+        report = Report(args)
+        if args.resume:
+            report.resume()
+        complete = measure(args, report)
+    found = crossovers.summary(report.cases)
+    if args.device == "cuda":
+        major, minor = torch.cuda.get_device_capability()
+        found["code"] = crossovers.as_code(10 * major + minor, found)
+        print(f"MEASURED in astra_kernels/_triton/strategies.py:\n    {found['code']}")
+    report.extra["crossovers"] = found
+    print(report.write(complete))
+    if report.failed:
+        print(f"{len(report.failed)} of {len(report.done())} cases failed their check")
+    return int(bool(report.failed))
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
