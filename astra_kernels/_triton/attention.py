@@ -72,7 +72,7 @@ class Counted(NamedTuple):
 
 @dataclass(frozen=True)
 class AttendProblem(Problem):
-    """The attention kernel; ``channels`` is d, padded."""
+    """The attention kernel; ``channels`` is d, padded, by halves where it is rotary."""
 
     channels: int
     rotary: bool
@@ -87,7 +87,7 @@ class AttendProblem(Problem):
         if self.itemsize == 4:
             return FLOAT_TILES[size, loaded]
         if self.few_rows:
-            return _few_rows_tiles(self.few_rows, size, loaded)
+            return _few_rows_tiles(self.few_rows, size, loaded, _family(self.capability))
         return HALF_TILES[_family(self.capability), size, loaded]
 
     def shared_bytes(self, tile: Tile) -> int:
@@ -149,9 +149,9 @@ FLOAT_TILES: Mapping[tuple[int, bool], tuple[Tile, ...]] = {
 }
 
 
-def _few_rows_tiles(rows: int, size: int, loaded: bool) -> tuple[Tile, ...]:
+def _few_rows_tiles(rows: int, size: int, loaded: bool, family: int) -> tuple[Tile, ...]:
     last = (Tile(rows, 32, 4, 3), Tile(rows, 32, 4, 2), Tile(rows, 16, 4, 2), Tile(16, 16, 4, 1))
-    if rows * size > 32 * 128 or (loaded and rows > 16):
+    if rows * size > 32 * 128 or (loaded and (rows > 16 or (family == 80 and size > 64))):
         return last
     return (Tile(rows, 64, 4, 3), Tile(rows, 64, 4, 4), Tile(rows, 64, 4, 2), *last)
 
@@ -180,11 +180,12 @@ def attend(
     if keys == 0 or query.numel() == 0:
         return out.zero_().transpose(1, 2), lse.fill_(-math.inf)
     folded = rows * fold
+    rotary = coded is not None and coded.rope is not None
     problem = AttendProblem(
         capability(query.device),
         query.element_size(),
-        channels=_padded(dim),
-        rotary=coded is not None and coded.rope is not None,
+        channels=max(_padded(dim), 2 * _padded(dim // 2)) if rotary else _padded(dim),
+        rotary=rotary,
         **_composition(coded),
         mixed=dense is not None and (coded is not None or counted is not None),
         few_rows=_padded(folded) if folded <= FEW_ROWS else 0,
