@@ -207,9 +207,9 @@ def describe_device(env: Mapping[str, str]) -> dict[str, object]:
 
 def copy_results(results: Path, output: Path) -> list[str]:
     """What fits beside summary.json and log.txt: the numbers first, then the pictures."""
-    found = sorted(results.rglob("*.json")) + sorted(results.rglob("*.png"))
+    numbers, pictures = (sorted(results.rglob(f"*.{kind}")) for kind in ("json", "png"))
     names = []
-    for path in found[: MOST_FILES - 2]:
+    for path in [*numbers[:2], *pictures[: MOST_FILES - 4]]:
         shutil.copyfile(path, output / path.name)
         names.append(path.name)
     return names

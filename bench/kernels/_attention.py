@@ -121,8 +121,9 @@ def make(shape: Shape, dtype: torch.dtype, device: torch.device, rotary: bool) -
     codes = torch.randint(0, shape["K"], size, dtype=torch.int32, device=device)
     rope = None
     if rotary:
-        speed = 10_000.0 ** -torch.arange(0, 1, 2 / dim, dtype=torch.float64)
-        angle = torch.outer(torch.arange(tokens, dtype=torch.float64), speed).repeat(1, 2)
+        speed = 10_000.0 ** -torch.arange(0, 1, 2 / dim, dtype=torch.float64, device=device)
+        place = torch.arange(tokens, dtype=torch.float64, device=device)
+        angle = torch.outer(place, speed).repeat(1, 2)
         rope = (angle.cos().to(**options), angle.sin().to(**options))
     return Coded(shape, query, codes, tables, rope)
 

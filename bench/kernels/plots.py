@@ -85,10 +85,10 @@ def draw(report: Mapping[str, Any], folder: Path) -> list[Path]:
         groups = panels(report["cases"], prefixes)
         if not groups:
             continue
-        columns = min(4, len(groups))
+        columns = min(3, len(groups))
         rows = -(-len(groups) // columns)
         figure, axes = pyplot.subplots(
-            rows, columns, figsize=(4.5 * columns, 3.6 * rows), squeeze=False, sharex=True
+            rows, columns, figsize=(4.5 * columns, 3.6 * rows), squeeze=False
         )
         for axis in axes.flat[len(groups) :]:
             axis.set_visible(False)

@@ -132,16 +132,20 @@ class Gpu:
 
     def _graph(self, call: Call) -> torch.cuda.CUDAGraph | None:
         """A graph of MOST_REPEATS calls, None where a call cannot be captured."""
-        side = torch.cuda.Stream()
+        # torch.cuda.graph would collect garbage and empty the allocator's cache every time.
+        side, graph = torch.cuda.Stream(), torch.cuda.CUDAGraph()
         side.wait_stream(torch.cuda.current_stream())
-        graph = torch.cuda.CUDAGraph()
         try:
             with torch.cuda.stream(side):
                 call()
+                side.synchronize()
+                graph.capture_begin(capture_error_mode="thread_local")
+                try:
+                    for _ in range(MOST_REPEATS):
+                        call()
+                finally:
+                    graph.capture_end()
             torch.cuda.current_stream().wait_stream(side)
-            with torch.cuda.graph(graph, capture_error_mode="thread_local"):
-                for _ in range(MOST_REPEATS):
-                    call()
             graph.replay()
             torch.cuda.synchronize()
         except RuntimeError:  # a call that synchronizes, or allocates outside the pool

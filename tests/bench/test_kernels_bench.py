@@ -6,6 +6,7 @@ import dataclasses
 import json
 import math
 import sys
+import time
 
 import pytest
 import torch
@@ -13,7 +14,7 @@ import torch
 from bench import gpu, tables
 from bench.kernels import __main__ as program
 from bench.kernels import cases as cases_of
-from bench.kernels import crossovers, plots, run
+from bench.kernels import crossovers, plots, run, timing
 from bench.kernels.timing import NOMINAL, Ceilings
 
 REQUIRED = {"name", "shape", "dtype", "impl", "ms", "floor_ms", "peers", "ratio"}
@@ -213,6 +214,78 @@ def test_a_run_that_was_cut_goes_on(tmp_path):
     report = json.loads(path.read_text())
     assert report["complete"]
     assert len(report["cases"]) == 4
+
+
+def test_the_clock_of_a_gpu(monkeypatch):
+    """Its logic, on a device that is pretended: what is queued runs at once."""
+
+    class Event:
+        def __init__(self, enable_timing):
+            self.at = None
+
+        def record(self):
+            self.at = time.perf_counter()
+
+        def elapsed_time(self, other):
+            return (other.at - self.at) * 1e3
+
+    class Stream:
+        def __enter__(self):
+            return self
+
+        def __exit__(self, *_):
+            return False
+
+        def wait_stream(self, _):
+            pass
+
+        synchronize = record_stream = lambda *_: None
+
+    class Graph:
+        captured = 0
+
+        def capture_begin(self, capture_error_mode):
+            Graph.captured += 1
+
+        def capture_end(self):
+            pass
+
+        def replay(self):
+            time.sleep(0.001)
+
+    class Properties:
+        L2_cache_size = 1024
+
+    slept = []
+    empty = torch.empty
+    for name, pretended in {
+        "Event": Event, "Stream": Stream, "CUDAGraph": Graph, "_sleep": slept.append,
+        "current_stream": Stream, "stream": lambda stream: stream, "synchronize": lambda: None,
+        "current_device": lambda: 0, "get_device_properties": lambda _: Properties,
+    }.items():  # fmt: skip
+        monkeypatch.setattr(torch.cuda, name, pretended)
+    monkeypatch.setattr(torch, "empty", lambda *size, dtype, device: empty(*size, dtype=dtype))
+    clock = timing.Gpu(samples=5)
+    assert clock.flushed.nbytes == 4 * 1024
+
+    def refuses_capture():
+        if Graph.captured > 1:
+            Graph.captured = 1
+            raise RuntimeError("operation not permitted when stream is capturing")
+        time.sleep(0.0005)
+
+    times = clock.measure({
+        "quick": lambda: time.sleep(0.0005), "slow": lambda: time.sleep(0.003),
+        "waits": refuses_capture,
+    })  # fmt: skip
+    assert 0.4 < times["quick"].warm.p50 < 5
+    assert times["quick"].cold.p50 > 0.4
+    assert times["quick"].graph.p50 == pytest.approx(1 / timing.MOST_REPEATS, rel=1)
+    assert times["quick"].eager.p50 > 0.4
+    assert times["slow"].graph is None  # too long for launches to matter
+    assert times["waits"].graph is None
+    assert times["waits"].warm.p50 > 0.4
+    assert slept
 
 
 def test_crossings():

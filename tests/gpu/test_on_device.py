@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import importlib.util
 
 import pytest
@@ -37,13 +36,11 @@ def clones(result):
 
 
 @pytest.mark.parametrize("name", OPS)
-def test_auto_is_the_kernel(monkeypatch, name):
+def test_auto_is_the_kernel(name):
     if importlib.util.find_spec("triton") is None:
         pytest.skip("there is no Triton")
-    module = importlib.import_module(f"astra_kernels.{name}.kernel")
     args, options = call_of(name)
     want = clones(getattr(ak, name)(*args, **options, impl="triton"))
-    assert callable(getattr(module, name))
     assert_same(getattr(ak, name)(*args, **options), want)
 
 
