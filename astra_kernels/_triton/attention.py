@@ -141,7 +141,7 @@ HALF_TILES: Mapping[tuple[int, int, bool], tuple[Tile, ...]] = {
 # fp32 operands are split into sums of two tf32 in registers, which leaves room for little else.
 FLOAT_TILES: Mapping[tuple[int, bool], tuple[Tile, ...]] = {
     (64, False): (Tile(32, 32, 8, 2), Tile(16, 32, 8, 2), Tile(16, 16, 4, 1)),
-    (64, True): (Tile(16, 32, 8, 2), Tile(16, 16, 4, 1)),
+    (64, True): (Tile(16, 32, 4, 2), Tile(16, 16, 4, 1)),
     (128, False): (Tile(16, 32, 8, 2), Tile(16, 16, 4, 2), Tile(16, 16, 4, 1)),
     (128, True): (Tile(16, 32, 8, 2), Tile(16, 16, 4, 2), Tile(16, 16, 4, 1)),
     (256, False): (Tile(16, 16, 8, 2), Tile(16, 16, 8, 1)),
