@@ -27,6 +27,8 @@ def warmup(call: Callable[[], object], *, tune: bool = True) -> dict[str, dict[s
     Returns:
         For each kernel that was tuned, its problem and the tile chosen. Empty without CUDA.
 
+    Call it before a CUDA graph is captured, too: a kernel's first launch compiles and loads it.
+
     ::
 
         ak.warmup(lambda: ak.coded_attention(query, codes, key_table, value_table))

@@ -91,7 +91,9 @@ def stages(results: Path, cores: int) -> list[Stage]:
     smoke = (python, "-m", "bench.kernels.smoke")
     smokes = tuple((*smoke, "--part", f"{part}/{workers}") for part in range(workers))
     memcheck, racecheck = ((*sanitizer, "--tool", f"{t}check", *smoke) for t in ("mem", "race"))
-    tests = pytest_command("tests/triton_kernels", workers=workers)
+    # Ahead-of-time compilation needs no GPU and is tested elsewhere.
+    not_here = "--ignore=tests/triton_kernels/test_aot.py"
+    tests = pytest_command("tests/triton_kernels", not_here, workers=workers)
     on_cuda = pytest_command("tests/gpu", workers=min(4, workers))
     pictures = (python, "-m", "bench.kernels.plots", "--results", str(results))
     return [

@@ -59,7 +59,10 @@ def attend(
     DTYPE: tl.constexpr = query.dtype.element_ty
     batch = (tl.program_id(2) // kv_heads).to(tl.int64)
     head = tl.program_id(2) % kv_heads
-    first_row = tl.program_id(0) * ROWS
+    tile = tl.program_id(0)
+    if CAUSAL:  # the last rows see most: they start first, so that none is left to wait for
+        tile = tl.num_programs(0) - 1 - tile
+    first_row = tile * ROWS
     row = first_row + tl.arange(0, ROWS)
     there = row < queries * fold
     position = row // fold

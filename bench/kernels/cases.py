@@ -28,6 +28,9 @@ from bench.kernels.timing import Call, Ceilings
 
 Shape = Mapping[str, Any]
 
+# What a case's shape says in the result file; d of encoding is the width of a group, D / groups.
+SHAPE_KEYS = ("B", "M", "N", "H", "Hkv", "d", "K", "S", "T", "groups")
+
 FULL = {"H": 32, "Hkv": 8, "d": 128}  # Llama-3-8B's attention
 SMALL = {"H": 12, "Hkv": 12, "d": 64}  # ViT-Base's, GPT-2's
 K, BITS = 1024, 10
@@ -198,7 +201,7 @@ def encode_specs() -> Iterator[Spec]:
     for dtype in (torch.bfloat16, torch.float32):
         for channels in (768, 4096):
             for groups in (1, 32):
-                shape = {"T": 4096, "D": channels, "K": K, "groups": groups}
+                shape = grouped(4096, channels, groups)
                 shape["itemsize"] = dtype.itemsize
                 kind = str(dtype).removeprefix("torch.")
                 ways = {
@@ -219,7 +222,7 @@ def other_specs() -> Iterator[Spec]:
     for channels, outputs in ((768, 1536),):
         for tokens in (768, 8192):
             for groups in (1, 32):
-                shape = {"T": tokens, "D": channels, "out": outputs, "K": K, "groups": groups}
+                shape = {**grouped(tokens, channels, groups), "out": outputs}
                 ways = {"auto": f"lookup_linear_T{tokens}_G{groups}"}
                 build = _codes.linear
                 yield Spec("lookup_linear", shape, torch.bfloat16, ways, linear_floor, build)
@@ -239,10 +242,15 @@ def other_specs() -> Iterator[Spec]:
         ways = {"auto": f"count_codes_N{tokens}"}
         yield Spec("count_codes", shape, torch.int32, ways, bytes_floor, _codes.count)
     for groups in (1, 32):
-        shape = {"T": 8192, "D": 768, "K": K, "groups": groups}
+        shape = grouped(8192, 768, groups)
         shape["bytes"] = 8192 * (768 * 2 + groups * 4)
         ways = {"auto": f"decode_codes_D768_G{groups}"}
         yield Spec("decode_codes", shape, torch.bfloat16, ways, bytes_floor, _codes.decode)
+
+
+def grouped(tokens: int, channels: int, groups: int) -> dict[str, Any]:
+    """Vectors of so many channels in groups, each with K codewords."""
+    return {"T": tokens, "D": channels, "d": channels // groups, "K": K, "groups": groups}
 
 
 def named(prefix: str, shape: Shape) -> str:
@@ -263,6 +271,8 @@ def small(spec: Spec) -> Spec:
     }
     if "L" in shape:
         shape["M"] = shape["L"]
-    if "d" in shape:
+    if "D" in shape:
+        shape["d"] = shape["D"] // shape["groups"]
+    elif "d" in shape:
         shape["d"] = 32
     return replace(spec, shape=shape)

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from bench._report import Case, Times
-from bench.kernels.cases import Calls, Spec
+from bench.kernels.cases import SHAPE_KEYS, Calls, Shape, Spec
 from bench.kernels.timing import Call, Ceilings, Gpu, Measured, on_cpu
 
 # Error of ours over that of the best peer; over the whole result, between ours and that peer.
@@ -133,6 +133,9 @@ def _case(
         "over": {name: t.warm.p50 / ours.warm.p50 for name, t in others.items()},
         **spec.notes,
     }
+    shape, detail = agreed(spec.shape)
+    if detail:
+        extra["detail"] = detail
     for kind in ("cold", "graph", "eager"):
         time: Times | None = getattr(ours, kind)
         if time is not None:
@@ -141,11 +144,18 @@ def _case(
             extra[f"peers_{kind}"] = {name: t.p50 for name, t in peers.items() if t is not None}
     peers_p50 = {name: t.warm.p50 for name, t in others.items()}
     dtype = str(spec.dtype).removeprefix("torch.")
-    return Case(spec.ways[impl], spec.shape, dtype, impl, ours.warm, floor, peers_p50, extra)
+    return Case(spec.ways[impl], shape, dtype, impl, ours.warm, floor, peers_p50, extra)
 
 
 def _failure(spec: Spec, impl: str, why: str) -> dict[str, Any]:
-    return {"name": spec.ways[impl], "shape": dict(spec.shape), "impl": impl, "why": why}
+    return {"name": spec.ways[impl], "shape": agreed(spec.shape)[0], "impl": impl, "why": why}
+
+
+def agreed(shape: Shape) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The keys that every reader of result files knows, and what else there is to say."""
+    known = {key: shape[key] for key in SHAPE_KEYS if key in shape}
+    skipped = {"itemsize", "bytes", *known}
+    return known, {key: value for key, value in shape.items() if key not in skipped}
 
 
 def failures(spec: Spec, why: str) -> list[dict[str, Any]]:
