@@ -48,7 +48,8 @@ def test_what_is_wrong_is_said():
     assert aot.judge(fine, 128, 2000, 1500) == ""
     assert "spilled" in aot.judge(aot.Report(255, 8, 1000, "", 0), 128, 2000, 1500)
     assert aot.judge(aot.Report(255, 8, 1000, "", 0), 256, 2000, 1500) == ""
-    assert "spilled" in aot.judge(aot.Report(255, 24, 1000, "", 0), 256, 2000, 1500)
+    assert aot.judge(aot.Report(255, 16, 1000, "", 0), 0, 2000, 1500) == ""
+    assert "spilled" in aot.judge(aot.Report(255, 24, 1000, "", 0), 0, 2000, 1500)
     assert "the chip has 900" in aot.judge(fine, 64, 900, None)
     assert "at most 999" in aot.judge(fine, 64, 2000, 999)
 
