@@ -92,9 +92,10 @@ def stages(results: Path, cores: int) -> list[Stage]:
     smokes = tuple((*smoke, "--part", f"{part}/{workers}") for part in range(workers))
     memcheck, racecheck = ((*sanitizer, "--tool", f"{t}check", *smoke) for t in ("mem", "race"))
     # Ahead-of-time compilation needs no GPU and is tested elsewhere.
-    not_here = "--ignore=tests/triton_kernels/test_aot.py"
-    tests = pytest_command("tests/triton_kernels", not_here, workers=workers)
-    on_cuda = pytest_command("tests/gpu", workers=min(4, workers))
+    graphs = "tests/triton_kernels/test_graphs.py"
+    left_out = [f"--ignore={path}" for path in ("tests/triton_kernels/test_aot.py", graphs)]
+    tests = pytest_command("tests/triton_kernels", *left_out, workers=workers)
+    on_cuda = pytest_command(graphs, workers=min(4, workers))
     pictures = (python, "-m", "bench.kernels.plots", "--results", str(results))
     return [
         Stage("build", (build_command(),), 90, 10),

@@ -28,7 +28,7 @@ import torch
 from bench._report import RESULTS, cores, cpu_name, write
 from bench.kernels import cases as table
 from bench.kernels import crossovers
-from bench.kernels.run import Clock, DeviceLost, failures, run
+from bench.kernels.run import REFUSALS, Clock, DeviceLost, failures, run
 from bench.kernels.timing import NOMINAL, SAMPLES, Gpu, measured_ceilings
 
 PACKAGES = ("torch", "triton", "vector-quantize-pytorch", "flashinfer-python")
@@ -144,7 +144,7 @@ def compile_only(args: argparse.Namespace) -> int:
             calls = spec.build(spec.shape, spec.dtype, torch.device(args.device))
             for impl in spec.ways:
                 calls.ours[impl]()
-        except RuntimeError as reason:  # the run proper will say it in its place
+        except REFUSALS as reason:  # the run proper will say it in its place
             print(f"{next(iter(spec.ways.values()))}: {reason}"[:300], file=sys.stderr)
             wrong += 1
     return int(wrong > 0)
@@ -199,7 +199,10 @@ def measure(args: argparse.Namespace, report: Report) -> bool:
             return False
         try:
             if args.tune:
-                report.extra.setdefault("tiles", {}).update(tune(spec, device))
+                try:
+                    report.extra.setdefault("tiles", {}).update(tune(spec, device))
+                except REFUSALS as reason:  # the run proper says whether the kernel works at all
+                    print(f"    not tuned: {spec.family}: {reason}"[:300], flush=True)
             outcome = run(spec, clock)
         except DeviceLost as reason:
             report.failed += failures(spec, str(reason))
