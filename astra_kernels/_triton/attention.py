@@ -87,7 +87,7 @@ class AttendProblem(Problem):
         if self.itemsize == 4:
             return FLOAT_TILES[size, loaded]
         if self.few_rows:
-            return _few_rows_tiles(self.few_rows, size, loaded, _family(self.capability))
+            return _few_rows_tiles(self.few_rows, size, loaded)
         return HALF_TILES[_family(self.capability), size, loaded]
 
     def shared_bytes(self, tile: Tile) -> int:
@@ -149,9 +149,9 @@ FLOAT_TILES: Mapping[tuple[int, bool], tuple[Tile, ...]] = {
 }
 
 
-def _few_rows_tiles(rows: int, size: int, loaded: bool, family: int) -> tuple[Tile, ...]:
+def _few_rows_tiles(rows: int, size: int, loaded: bool) -> tuple[Tile, ...]:
     last = (Tile(rows, 32, 4, 3), Tile(rows, 32, 4, 2), Tile(rows, 16, 4, 2), Tile(16, 16, 4, 1))
-    if rows * size > 32 * 128 or (loaded and (rows > 16 or (family == 80 and size > 64))):
+    if rows * size > 32 * 128 or (loaded and (rows > 16 or size > 64)):
         return last
     return (Tile(rows, 64, 4, 3), Tile(rows, 64, 4, 4), Tile(rows, 64, 4, 2), *last)
 

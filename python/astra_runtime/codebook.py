@@ -22,7 +22,8 @@ if TYPE_CHECKING:
 
 CONFIG_FILE, TENSOR_FILE = "astra_config.json", "codebooks.safetensors"
 FORMAT = 1
-SPACES = ("kv", "hidden", "none", "drop")
+FITTED = ("kv", "hidden", "differential")  # spaces of codes
+SPACES = (*FITTED, "none", "drop")
 DENSE_DTYPES = ("float32", "float16", "int8")
 
 
@@ -32,14 +33,18 @@ class Codebook:
 
     Attributes:
         space: "kv": joint keys and values before rotation; "hidden": block inputs (the paper);
-            "none": dense keys and values; "drop": nothing (the local-only control).
-        groups: codes a token and block (C), 0 where there are none.
+            "differential": what a block's input adds to its estimate one block earlier, from the
+            token embeddings on; "none": dense keys and values; "drop": nothing (the local-only
+            control).
+        groups: codes a token and block (C), 0 where there are none. Block 0 of space "differential"
+            needs none: every rank embeds the token ids itself.
         codewords: codewords of a group (K), 0 where there are none.
         shared: space "kv": one set of codes for all heads instead of codes of each head's own.
         dtype: space "none": "float32", "float16" or "int8" on the wire.
         geometry: num_blocks, num_heads, num_key_value_heads, head_dim and hidden_size of the model.
         model: digest of the model's weights (`Adapter.digest`).
-        tables: fp32 [num_blocks, C, K, w]. w = 2·d·Hkv/C in space "kv", D/C in "hidden".
+        tables: fp32 [num_blocks, C, K, w]. w = 2·d·Hkv/C in space "kv", else D/C. In space
+            "differential" those of block 0 are zero, and not used.
         scales: fp32 [num_blocks, Hkv, 2], space "kv": what keys and values are multiplied with
             before the nearest codeword is sought. The tables hold scaled codewords.
         notes: where the codewords come from, and what `fit` measured.
@@ -81,7 +86,7 @@ class Codebook:
 
     @property
     def coded(self) -> bool:
-        return self.space in ("kv", "hidden")
+        return self.space in FITTED
 
     @property
     def code_bits(self) -> int:
@@ -89,9 +94,13 @@ class Codebook:
         return max(1, (self.codewords - 1).bit_length())
 
     @property
-    def bits(self) -> int:
-        """Bits a token and block, of a coded space."""
-        return self.groups * self.code_bits
+    def bits(self) -> float:
+        """Bits a token and block, of a coded space, on average over the blocks."""
+        bits = self.groups * self.code_bits
+        if self.space != "differential":
+            return bits
+        blocks = self.geometry["num_blocks"]
+        return bits * (blocks - 1) / blocks
 
     @property
     def digest(self) -> str:
@@ -110,6 +119,7 @@ class Codebook:
         """Refuses a model that the codewords were not made for, saying what differs."""
         if not self.coded:
             return
+        check_space(self.space, adapter)
         have = geometry(adapter)
         if have != self.geometry:
             wrong = [
@@ -203,6 +213,16 @@ def split_tables(table: Tensor, scales: Tensor, heads: int, shared: bool) -> tup
         pair = table.unflatten(-1, (2, -1)).unflatten(0, (heads, -1))
     pair = pair / scales[:, None, None, :, None]
     return pair[..., 0, :].contiguous(), pair[..., 1, :].contiguous()
+
+
+def check_space(space: str, adapter: Adapter) -> None:
+    """Refuses a space that models of this family cannot be coded in."""
+    if space == "differential" and not adapter.token_ids:
+        raise ValueError(
+            "space: differential codes need token ids, from which every rank embeds the others' "
+            f"tokens; a model of type {adapter.model.config.model_type!r} has none: "
+            "use 'kv' or 'hidden'"
+        )
 
 
 def check_groups(space: str, groups: int, shared: bool, sizes: dict[str, int]) -> None:

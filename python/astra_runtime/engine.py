@@ -136,7 +136,7 @@ class Engine:
         call = Call(
             rank,
             plan,
-            self.space,
+            self.space.begin(inputs, plan, rank),
             self.mesh,
             batch,
             plan.tag([*_contents(inputs), repr(options).encode()]),
@@ -170,8 +170,13 @@ class Engine:
         """Payload bits made for remote use, over the tokens they stand for and the blocks."""
         makers = [n for n in range(call.plan.world_size) if call.plan.receivers(n)]
         tokens = sum(call.plan.size(n) for n in makers) * call.batch
-        sizes = sum(self.space.payload_bytes(call.batch, call.plan.size(n)) for n in makers)
-        self.bits_per_token_block = 8 * sizes / tokens if tokens else 0.0
+        blocks = len(self.adapter.blocks)
+        size = sum(
+            self.space.payload_bytes(block, call.batch, call.plan.size(n))
+            for block in range(blocks)
+            for n in makers
+        )
+        self.bits_per_token_block = 8 * size / (tokens * blocks) if tokens else 0.0
 
     @torch.inference_mode()
     def generate(

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from .codebook import Codebook, check_groups, geometry, joint
+import astra_kernels as ak
+
+from .codebook import FITTED, Codebook, check_groups, check_space, geometry, joint
 from .evaluate import Inputs, Measured, measure
 from .kmeans import kmeans
 from .models import Adapter, adapt, listening
@@ -39,9 +41,10 @@ def fit(
         model: a supported Hugging Face model.
         calibration: token windows, int64 [W, T] or a list of [T] (with the class token, for BERT);
             or images, [W, C, h, w]. Never the text that is then prompted or evaluated.
-        space: "kv" codes keys and values jointly, before rotation; "hidden" codes block inputs.
+        space: "kv" codes keys and values jointly, before rotation; "hidden" codes block inputs;
+            "differential" codes what a block's input adds to the estimate of the block before.
         groups: codes a token and block. Space "kv": a multiple of the KV heads, each coded on its
-            own, or fewer, shared by all heads. Space "hidden": channel groups (the paper's G).
+            own, or fewer, shared by all heads. Else channel groups (the paper's G).
         codewords: codewords of a group (the paper's K).
         shared: one set of codes for all heads; None: where `groups` is no multiple of the KV heads.
         iterations: Lloyd iterations.
@@ -51,14 +54,18 @@ def fit(
 
     Raises:
         ValueError: nothing to calibrate on, more codewords than vectors, groups that the model
-            cannot be cut into, activations that are not finite.
+            cannot be cut into, activations that are not finite, a model without token ids in
+            space "differential".
     """
     adapter = adapt(model)
     windows = as_windows(calibration)
     if model.training:
         raise ValueError("model: expected evaluation mode, got training: call model.eval()")
-    if space not in ("kv", "hidden"):
-        raise ValueError(f"space: expected 'kv' or 'hidden', which are fitted, got {space!r}")
+    if space not in FITTED:
+        raise ValueError(
+            f"space: expected {', '.join(map(repr, FITTED))}, which are fitted, got {space!r}"
+        )
+    check_space(space, adapter)
     if shared is None:
         shared = groups % adapter.num_key_value_heads != 0
     shared = shared and space == "kv"
@@ -83,8 +90,12 @@ def fit(
         return kmeans(found, codewords, iterations=iterations, seed=seed + block), scales
 
     blocks, tables, scales = len(adapter.blocks), [], []
+    if space == "differential":
+        found = _closed_loop(recorded, groups, codewords, iterations, seed)
+    else:
+        found = map_cores(cluster, range(blocks))
     progress("clustering", 0, blocks)
-    for block, (table, scale) in enumerate(map_cores(cluster, range(blocks))):
+    for block, (table, scale) in enumerate(found):
         tables.append(table)
         scales.append(scale)
         progress("clustering", block + 1, blocks)
@@ -102,6 +113,29 @@ def fit(
     if tried:
         codebook.notes["held_back"] = _evaluate(model, codebook, tried, world_size, progress)
     return codebook
+
+
+def _closed_loop(
+    recorded: _Recorded, groups: int, codewords: int, iterations: int, seed: int
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """Tables and scales of each block in turn: what is left to code depends on earlier tables."""
+    estimate, scales = recorded.vectors(0, groups, False)  # the embeddings: known everywhere
+    yield estimate.new_zeros(groups, codewords, estimate.shape[-1]), scales
+    for block in range(1, len(recorded.adapter.blocks)):
+        found, scales = recorded.vectors(block, groups, False)
+        parts = (found - estimate).split(1, 1)
+
+        def cluster(
+            group: int, parts: Sequence[Tensor] = parts, block: int = block
+        ) -> tuple[Tensor, Tensor]:
+            part = parts[group].contiguous()
+            start = seed + block * groups + group
+            table = kmeans(part, codewords, iterations=iterations, seed=start)
+            return table, ak.decode(ak.encode(part, table), table)
+
+        tables, steps = zip(*map_cores(cluster, range(groups)), strict=True)
+        estimate += torch.cat(steps, 1)
+        yield torch.cat(tables), scales
 
 
 def as_windows(calibration: Tensor | Sequence[Tensor]) -> list[Inputs]:
@@ -175,7 +209,7 @@ class _Recorder:
         return hidden
 
     def before_block(self, block: int, hidden: Tensor) -> None:
-        if self.space == "hidden":
+        if self.space != "kv":
             self.kept[block] = hidden[:, self.copies :].float()
 
     def attend(self, block: int, query: Tensor, key: Tensor, value: Tensor, scale: float) -> None:
@@ -201,7 +235,7 @@ class _Recorded:
         for of_window in self.kept:
             of_window[block] = None
         scales = torch.ones(self.adapter.num_key_value_heads, 2, device=self.adapter.device)
-        if self.space == "hidden":
+        if self.space != "kv":
             found = torch.cat([h.flatten(0, 1) for h in kept]).unflatten(-1, (groups, -1))
         else:
             key = torch.cat([k for k, _ in kept], 2)

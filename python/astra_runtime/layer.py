@@ -85,8 +85,8 @@ class Call:
     def say(self, block: int, what: Any) -> None:
         """Codes of this rank's shard, packed into one frame for each rank that may see it."""
         receivers = self.plan.receivers(self.rank)
-        if receivers and self.space.sends:
-            size = self.space.payload_bytes(self.batch, self.plan.size(self.rank))
+        size = self.space.payload_bytes(block, self.batch, self.plan.size(self.rank))
+        if receivers and size:
             self.frame = self.frame or self.mesh.buffer(size)  # as large in every block
             self.space.encode(block, what, self.local_rope, self.frame.payload)
             self.mesh.send(self.frame, block=block, plan=self.tag, to=receivers)
@@ -94,10 +94,12 @@ class Call:
     def hear(self, block: int) -> Any:
         """This block's codes of every rank whose shard is visible here; None if there is none."""
         sources = self.plan.sources(self.rank)
-        if not sources or not self.space.sends:
+        if not sources:
             return None
-        sizes = {n: self.space.payload_bytes(self.batch, self.plan.size(n)) for n in sources}
-        views = self.mesh.receive(sizes, block=block, plan=self.tag)
+        sizes = {n: self.space.payload_bytes(block, self.batch, self.plan.size(n)) for n in sources}
+        views = dict.fromkeys(sources, memoryview(b""))  # what is sent nowhere is not awaited
+        if any(sizes.values()):
+            views = self.mesh.receive(sizes, block=block, plan=self.tag)
         payloads = [(views[n], self.plan.size(n)) for n in sources]
         remote = self.space.decode(block, payloads, self.batch, self.remote_rope)
         if self.keeps:

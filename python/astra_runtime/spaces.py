@@ -7,8 +7,9 @@ once a block; everything here is on the hot path and allocates only what it retu
 
 from __future__ import annotations
 
+import copy
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -20,6 +21,7 @@ import astra_kernels as ak
 from .codebook import Codebook, joint, split_tables
 from .errors import WireError
 from .models import Adapter
+from .plan import Plan
 
 Rope = tuple[Tensor, Tensor] | None  # cos and sin, [B, N, d]
 Payload = tuple[memoryview, int]  # the bytes of one rank's shard, and its tokens
@@ -30,15 +32,17 @@ class Space(ABC):
 
     Attributes:
         early: what is sent is known from the block's input, before its projections.
-        sends: anything is sent at all.
     """
 
     early: ClassVar[bool] = False
-    sends: ClassVar[bool] = True
+
+    def begin(self, inputs: Mapping[str, Tensor], plan: Plan, rank: int) -> Space:
+        """The space of one forward pass of `rank`: another one where blocks build on each other."""
+        return self
 
     @abstractmethod
-    def payload_bytes(self, batch: int, tokens: int) -> int:
-        """Bytes of a shard of `tokens` tokens."""
+    def payload_bytes(self, block: int, batch: int, tokens: int) -> int:
+        """Bytes of a shard of `tokens` tokens; nothing is sent or awaited where there are none."""
 
     @abstractmethod
     def encode(self, block: int, what: Any, rope: Rope, out: memoryview) -> None:
@@ -50,7 +54,7 @@ class Space(ABC):
 
     @abstractmethod
     def decode(self, block: int, payloads: Sequence[Payload], batch: int, rope: Rope) -> Any:
-        """What this rank keeps of the remote tokens, in the order of `payloads`."""
+        """What this rank keeps of the remote tokens, in the order of `payloads`; None: nothing."""
 
     @abstractmethod
     def attend(
@@ -70,6 +74,8 @@ def make_space(codebook: Codebook, adapter: Adapter) -> Space:
     if codebook.space == "hidden":
         single = codebook.groups == 1
         return (ProjectedHiddenCodes if single else HiddenCodes)(codebook, adapter)
+    if codebook.space == "differential":
+        return DifferentialCodes(codebook, adapter)
     return Dense(codebook.dtype, adapter) if codebook.space == "none" else Nothing()
 
 
@@ -100,15 +106,16 @@ class _Codes(Space):
         self.codewords = codebook.codewords
         self.tables = codebook.tables.to(adapter.device, torch.float32)
 
-    def payload_bytes(self, batch: int, tokens: int) -> int:
+    def payload_bytes(self, block: int, batch: int, tokens: int) -> int:
         return batch * ak.packed_size(tokens * self.groups, self.bits)
 
-    def write(self, block: int, vectors: Tensor, out: memoryview) -> None:
-        """Writes the nearest codewords of vectors [B, T, C, w] into `out`, packed."""
+    def write(self, block: int, vectors: Tensor, out: memoryview) -> Tensor:
+        """Writes the nearest codewords of vectors [B, T, C, w] into `out`, packed; the codes."""
         codes = ak.encode(vectors, self.tables[block])
         row = len(out) // len(codes)
         for b, codes_of_row in enumerate(codes.cpu()):
             ak.pack(codes_of_row, self.bits, out=out[b * row : (b + 1) * row])
+        return codes
 
     def read(self, payloads: Sequence[Payload], batch: int) -> Tensor:
         """Unpacks and joins payloads: codes [B, N, C]."""
@@ -217,8 +224,51 @@ class HiddenCodes(_HiddenEncoder, _DenseAttention):
         self, block: int, payloads: Sequence[Payload], batch: int, rope: Rope
     ) -> DenseTokens:
         estimate = ak.decode(self.read(payloads, batch), self.tables[block]).flatten(2)
+        return self.seen(block, estimate, rope)
+
+    def seen(self, block: int, estimate: Tensor, rope: Rope) -> DenseTokens:
+        """The block's own keys and values of estimated inputs [B, N, D]."""
         key, value = self.adapter.project(block, estimate.to(self.adapter.dtype))
         return DenseTokens(rotate(key, rope), value)
+
+
+class DifferentialCodes(HiddenCodes):
+    """Codes of what a block's input adds to the estimate that the other ranks have of it.
+
+    The estimate starts as the token's embedding, which every rank computes from the token ids, so
+    block 0 sends nothing; each later block adds its codewords. The sender adds them too, to the
+    estimates of its own tokens: what one block's codes miss, the next block's codes make good.
+
+    Attributes:
+        own: fp32 [B, T, D], what the others know of this rank's tokens; of one pass, see `begin`.
+        remote: fp32 [B, N, D], what this rank knows of the tokens that it sees.
+    """
+
+    own: Tensor
+    remote: Tensor
+
+    def begin(self, inputs: Mapping[str, Tensor], plan: Plan, rank: int) -> DifferentialCodes:
+        known = self.adapter.embed(inputs)[:, plan.class_tokens :].float()
+        far = [known[:, plan.shard(n)] for n in plan.sources(rank)]
+        this = copy.copy(self)  # the tables stay shared
+        this.own, this.remote = known[:, plan.shard(rank)], torch.cat([known[:, :0], *far], 1)
+        return this
+
+    def payload_bytes(self, block: int, batch: int, tokens: int) -> int:
+        return super().payload_bytes(block, batch, tokens) if block else 0
+
+    def encode(self, block: int, what: Any, rope: Rope, out: memoryview) -> None:
+        missing = (what.float() - self.own).unflatten(-1, (self.groups, -1))
+        codes = self.write(block, missing, out)
+        self.own = self.own + ak.decode(codes, self.tables[block]).flatten(2)
+
+    def decode(
+        self, block: int, payloads: Sequence[Payload], batch: int, rope: Rope
+    ) -> DenseTokens:
+        if block:
+            codes = self.read(payloads, batch)
+            self.remote = self.remote + ak.decode(codes, self.tables[block]).flatten(2)
+        return self.seen(block, self.remote, rope)
 
 
 class Dense(_DenseAttention):
@@ -229,7 +279,7 @@ class Dense(_DenseAttention):
         self.model_dtype, self.device = adapter.dtype, adapter.device
         self.heads, self.head_dim = adapter.num_key_value_heads, adapter.head_dim
 
-    def payload_bytes(self, batch: int, tokens: int) -> int:
+    def payload_bytes(self, block: int, batch: int, tokens: int) -> int:
         vectors = 2 * batch * self.heads * tokens
         step = 2 if self.dtype == torch.int8 else 0  # an fp16 step a vector
         return vectors * (self.head_dim * self.dtype.itemsize + step)
@@ -269,16 +319,14 @@ class Dense(_DenseAttention):
 class Nothing(Space):
     """The local-only control: no rank hears of another's tokens."""
 
-    sends = False
-
-    def payload_bytes(self, batch: int, tokens: int) -> int:
+    def payload_bytes(self, block: int, batch: int, tokens: int) -> int:
         return 0
 
     def encode(self, block: int, what: Any, rope: Rope, out: memoryview) -> None:
         raise AssertionError("nothing is sent")
 
     def decode(self, block: int, payloads: Sequence[Payload], batch: int, rope: Rope) -> None:
-        raise AssertionError("nothing is received")
+        return None
 
     def attend(
         self, block: int, query: Tensor, kept: Any, rope: Rope, mask: Tensor | None, scale: float

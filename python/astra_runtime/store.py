@@ -7,6 +7,7 @@ import importlib.util
 import os
 import shutil
 import sys
+import sysconfig
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
@@ -127,7 +128,7 @@ def load_tokenizer(name: str) -> Any:
 
 
 def _paragraphs(topics: Sequence[str]) -> list[str]:
-    """Paragraphs in order, each once: topics of the documentation quote each other."""
+    """Paragraphs in order, each once: topics, and files of source, quote each other."""
     seen: dict[str, None] = {}
     for topic in topics:
         parts = (part.strip("\n") for part in topic.split("\n\n"))
@@ -135,17 +136,41 @@ def _paragraphs(topics: Sequence[str]) -> list[str]:
     return list(seen)
 
 
-def builtin_text() -> tuple[str, str]:
-    """Real prose that every Python brings along, Python's reference: (calibration, evaluation).
-
-    Every fifth topic is for prompts and evaluation; no paragraph of these is in the other part.
-    """
+def _documentation() -> list[str]:
+    """The topics of Python's reference, by name."""
     from pydoc_data.topics import topics
 
-    names = sorted(topics)
-    evaluation = _paragraphs([topics[name] for name in names[::5]])
+    return [topics[name] for name in sorted(topics)]
+
+
+def _source() -> list[str]:
+    """Modules of the standard library, by name: those of 16 to 64 KiB, not the private ones."""
+    folder = Path(sysconfig.get_path("stdlib"))
+    files = [file for file in sorted(folder.glob("[a-z]*.py")) if 16 <= file.stat().st_size >> 10 < 64]
+    if len(files) < 10:
+        raise AstraError(f"domain 'source': expected the standard library's source in {folder}")
+    return [read_text(file) for file in files]
+
+
+DOMAINS = {"documentation": _documentation, "source": _source}
+
+
+def builtin_text(domain: str = "documentation") -> tuple[str, str]:
+    """Real text that every Python brings along: (calibration, evaluation).
+
+    Every fifth topic, or file, is for prompts and evaluation; no paragraph of these is in the other
+    part.
+
+    Args:
+        domain: "documentation", the prose of Python's reference, or "source", the code of its
+            standard library. Codebooks are fitted on one, and may be tried on the other.
+    """
+    if domain not in DOMAINS:
+        raise ValueError(f"domain: expected one of {', '.join(DOMAINS)}, got {domain!r}")
+    texts = DOMAINS[domain]()
+    evaluation = _paragraphs(texts[::5])
     aside = set(evaluation)
-    rest = [topics[name] for i, name in enumerate(names) if i % 5]
+    rest = [text for i, text in enumerate(texts) if i % 5]
     calibration = [p for p in _paragraphs(rest) if p not in aside]
     return "\n\n".join(calibration), "\n\n".join(evaluation)
 

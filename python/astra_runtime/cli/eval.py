@@ -56,7 +56,7 @@ def run(options: argparse.Namespace) -> int:
         )
     sizes = geometry(adapt(model))
     dense = 2 * sizes["num_key_value_heads"] * sizes["head_dim"] * 32
-    if codebook.space == "hidden":
+    if codebook.space in ("hidden", "differential"):
         dense = sizes["hidden_size"] * 32
     result: dict[str, Any] = {
         found.metric: {

@@ -8,6 +8,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+from ..codebook import FITTED
 from ..errors import AstraError
 from .common import add_model, fit_text, load, positive, say, show_json, two_or_more, verdict
 
@@ -21,7 +22,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
     )
     add_model(parser)
     parser.add_argument("--output", metavar="DIR", required=True, help="folder for the codebook")
-    parser.add_argument("--space", choices=("kv", "hidden"), default="kv", help="what is coded")
+    parser.add_argument("--space", choices=FITTED, default="kv", help="what is coded")
     size = parser.add_mutually_exclusive_group()
     size.add_argument("--bits", type=positive, help="at most so many bits a token and block")
     size.add_argument("--groups", type=positive, help="codes a token and block")
@@ -85,9 +86,8 @@ def run(options: argparse.Namespace) -> int:
     )
     codebook.save_pretrained(folder)
     seconds = time.perf_counter() - start
-    say(
-        f"written to {options.output} after {seconds:.0f} s: {codebook.bits} bits a token and block"
-    )
+    bits = f"{codebook.bits:.5g} bits a token and block"
+    say(f"written to {options.output} after {seconds:.0f} s: {bits}")
     if options.json:
         held_back = codebook.notes.get("held_back")
         show_json(

@@ -76,12 +76,14 @@ class Adapter(ABC):
     Attributes:
         causal: a decoder; its shards see earlier shards only.
         class_tokens: 1 for encoders, whose first token is copied to every rank.
+        token_ids: the input is token ids, which every rank has: `embed` works.
         blocks, attentions: the Transformer blocks and their attention modules, in order.
         num_heads, num_key_value_heads, head_dim, hidden_size: H, Hkv, d and D.
     """
 
     causal: bool
     class_tokens: int
+    token_ids = True
     mlp_matrices = 2  # of hidden_size × mlp_size each
 
     def __init__(self, model: nn.Module) -> None:
@@ -164,6 +166,13 @@ class Adapter(ABC):
     @abstractmethod
     def local_inputs(self, inputs: Mapping[str, Tensor], plan: Plan, rank: int) -> dict[str, Any]:
         """The keyword arguments with which `rank` calls the model's own forward."""
+
+    def embed(self, inputs: Mapping[str, Tensor]) -> Tensor:
+        """Block 0's input of every token, [B, class_tokens + T, D], where `token_ids`.
+
+        Positions and token types are in it where the family adds them to the embeddings.
+        """
+        raise NotImplementedError(f"{type(self).__name__} has no token ids")
 
     def rope(self, positions: Tensor) -> tuple[Tensor, Tensor] | None:
         """cos and sin [B, N, d] at positions [B, N], or None without rotary positions."""

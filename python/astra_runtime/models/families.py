@@ -112,6 +112,10 @@ class Llama(_Decoder):
             _heads(attention.v_proj(normed), self.head_dim),
         )
 
+    def embed(self, inputs: Mapping[str, Tensor]) -> Tensor:
+        embedded: Tensor = self.base.embed_tokens(inputs["input_ids"])
+        return embedded
+
     def rope(self, positions: Tensor) -> tuple[Tensor, Tensor]:
         like = torch.empty(0, dtype=torch.float32, device=positions.device)
         cos, sin = self.base.rotary_emb(like, positions)
@@ -134,11 +138,15 @@ class GPT2(_Decoder):
         key, value = both.split(width, -1)
         return _heads(key, self.head_dim), _heads(value, self.head_dim)
 
+    def embed(self, inputs: Mapping[str, Tensor]) -> Tensor:
+        embedded: Tensor = self.base.wte(inputs["input_ids"])
+        return embedded + self.base.wpe(self.positions(inputs))
+
 
 class ViT(Adapter):
     """Patches and a class token; cut after embedding."""
 
-    causal, class_tokens = False, 1
+    causal, class_tokens, token_ids = False, 1, False
 
     def find_blocks(self) -> list[nn.Module]:
         return list(self.base.layers)
@@ -227,6 +235,11 @@ class Bert(Adapter):
         if "token_type_ids" in inputs:
             taken["token_type_ids"] = cut(inputs["token_type_ids"])
         return taken
+
+    def embed(self, inputs: Mapping[str, Tensor]) -> Tensor:
+        ids, types = inputs["input_ids"], inputs.get("token_type_ids")
+        embedded: Tensor = self.base.embeddings(input_ids=ids, token_type_ids=types)
+        return embedded
 
     def final(self) -> nn.Module:
         return self.blocks[-1]
