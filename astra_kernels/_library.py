@@ -462,7 +462,8 @@ def _check_merge(out_a: Tensor, lse_a: Tensor, out_b: Tensor, lse_b: Tensor) -> 
 
 def _merge_state(out_a: Tensor, lse_a: Tensor, out_b: Tensor, lse_b: Tensor, impl: str) -> State:
     _check_merge(out_a, lse_a, out_b, lse_b)
-    out, lse = choose("merge_state", impl, out_a.device, lse_a.dtype)(out_a, lse_a, out_b, lse_b)
+    dtype = torch.promote_types(out_a.dtype, lse_a.dtype)
+    out, lse = choose("merge_state", impl, out_a.device, dtype)(out_a, lse_a, out_b, lse_b)
     stored = torch.empty_like(out_a)
     return (out if out.stride() == stored.stride() else stored.copy_(out)), lse
 

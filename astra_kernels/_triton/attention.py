@@ -75,6 +75,7 @@ class AttendProblem(Problem):
     """The attention kernel; ``channels`` is d, padded, by halves where it is rotary."""
 
     channels: int
+    staged: int  # itemsize of what is read: the widest of query, tables and angles
     rotary: bool
     composed: bool  # rows of several sub-vectors, put together in registers
     summed: int  # additive stages
@@ -88,10 +89,13 @@ class AttendProblem(Problem):
             return FLOAT_TILES[size, loaded]
         if self.few_rows:
             return _few_rows_tiles(self.few_rows, size, loaded)
-        return HALF_TILES[_family(self.capability), size, loaded]
+        family = _family(self.capability)
+        if family == 80 and self.summed > 1:
+            return _NARROW
+        return HALF_TILES[family, size, loaded]
 
     def shared_bytes(self, tile: Tile) -> int:
-        row = self.channels * self.itemsize
+        row = self.channels * max(self.itemsize, self.staged)
         # Keys and values wait in as many buffers as there are pipeline stages, each summand apart.
         waiting = 2 * tile.stages * (self.summed if tile.stages > 1 else 1)
         # Rows that were turned, put together or split into two tf32 pass through once more.
@@ -185,6 +189,7 @@ def attend(
         capability(query.device),
         query.element_size(),
         channels=max(_padded(dim), 2 * _padded(dim // 2)) if rotary else _padded(dim),
+        staged=_staged(query, coded, counted),
         rotary=rotary,
         **_composition(coded),
         mixed=dense is not None and (coded is not None or counted is not None),
@@ -211,6 +216,15 @@ def _kv_heads(dense: Dense | None, coded: Coded | None, counted: Counted | None)
         return coded.key_table.shape[1]
     assert counted is not None
     return counted.key_table.shape[0]
+
+
+def _staged(query: Tensor, coded: Coded | None, counted: Counted | None) -> int:
+    read = [query]
+    if coded is not None:
+        read += [coded.key_table, coded.value_table, *(coded.rope or ())]
+    if counted is not None:
+        read += [counted.key_table, counted.value_table]
+    return max(tensor.element_size() for tensor in read)
 
 
 def _composition(coded: Coded | None) -> dict[str, Any]:
@@ -251,6 +265,7 @@ def _run(
 ) -> None:
     _, heads, rows, dim = query.shape
     query = _rows_contiguous(query)
+    _check_offsets(query)
     kv_heads = _kv_heads(dense, coded, counted)
     fold = heads // kv_heads
     remote, tables = _remote_arguments(coded, counted)
@@ -295,6 +310,7 @@ def _remote_arguments(
     """The kernel's arguments from ``codes`` to ``counts_h``, and the two tables."""
     if counted is not None:
         tables = [table.contiguous().unsqueeze(0) for table in counted[1:]]
+        _check_offsets(*tables, axes=5)
         counts = counted.counts.contiguous()
         per_head = counts.stride(1) if counts.shape[1] > 1 else 0
         counts_arguments = (counts, counts.stride(0), per_head)
@@ -304,10 +320,16 @@ def _remote_arguments(
     codes = coded.codes.contiguous()
     value_codes = None if coded.value_codes is coded.codes else coded.value_codes.contiguous()
     tables = [coded.key_table.contiguous(), coded.value_table.contiguous()]
-    cos, sin = (None, None) if coded.rope is None else (x.contiguous() for x in coded.rope)
+    cos, sin = coded.rope or (None, None)
+    if cos is not None and sin is not None:
+        if cos.shape != sin.shape:  # one is the same for all batch rows
+            cos, sin = torch.broadcast_tensors(cos, sin)
+        cos, sin = cos.contiguous(), sin.contiguous()
+        _check_offsets(cos, axes=2)
     angles_b = cos.stride(0) if cos is not None and cos.ndim == 3 and cos.shape[0] > 1 else 0
     mask = None if coded.mask is None else coded.mask.contiguous()
-    _check_offsets(*tables, codes, codes if value_codes is None else value_codes, bits=coded.bits)
+    _check_offsets(*tables, axes=5)
+    _check_offsets(codes, codes if value_codes is None else value_codes, bits=coded.bits)
     return (
         *(codes, codes.stride(0)),
         *(value_codes, 0 if value_codes is None else value_codes.stride(0), *tables),
@@ -363,14 +385,22 @@ def _padded(channels: int) -> int:
 
 
 def _rows_contiguous(x: Tensor) -> Tensor:
-    return x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous()
+    """Channels one after the other, rows within reach of 32 bits: other views are copied."""
+    fine = (x.stride(-1) == 1 or x.shape[-1] == 1) and _reach(x, x.ndim - 1) < LARGEST_OFFSET
+    return x if fine else x.contiguous()
 
 
-def _check_offsets(*tensors: Tensor, bits: int | None = None) -> None:
-    """Offsets within a batch row, and within a table, are 32-bit."""
+def _reach(x: Tensor, axes: int) -> int:
+    """Elements from the first to the last one along the last axes."""
+    sizes = zip(x.shape[-axes:], x.stride()[-axes:], strict=True)
+    return 1 + sum((size - 1) * stride for size, stride in sizes)
+
+
+def _check_offsets(*tensors: Tensor, axes: int | None = None, bits: int | None = None) -> None:
+    """Offsets within a batch row (or as many of the last ``axes``) are 32-bit, in bits of codes."""
     for tensor in tensors:
         packed = bits is not None and tensor.dtype == torch.uint8
-        steps = tensor.stride(0) * (8 if packed else 1) if tensor.shape[0] > 1 else tensor.numel()
+        steps = _reach(tensor, axes or tensor.ndim - 1) * (8 if packed else 1)
         if steps >= LARGEST_OFFSET:
             raise ValueError(
                 f"astra_kernels: a batch row or table of {LARGEST_OFFSET} elements or more is too "

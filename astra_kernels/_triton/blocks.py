@@ -16,18 +16,18 @@ def read_codes(codes, index, mask, codewords, BITS: tl.constexpr):
     A code out of range becomes the last codeword, so that no table is read outside.
     """
     if BITS == 0:
-        code = tl.load(codes + index, mask=mask, other=0).to(tl.uint32)
+        code = tl.load(codes + index, mask=mask, other=0)
     else:
         bit = index * BITS
         byte = codes + (bit >> 3)
-        shift = bit & 7
-        code = tl.load(byte, mask=mask, other=0).to(tl.uint32)
+        shift = (bit & 7).to(tl.int32)
+        code = tl.load(byte, mask=mask, other=0).to(tl.int32)
         if BITS > 1:  # a code of two bits may end in the next byte, one of ten in the third
-            code |= tl.load(byte + 1, mask=mask & (shift + BITS > 8), other=0).to(tl.uint32) << 8
+            code |= tl.load(byte + 1, mask=mask & (shift + BITS > 8), other=0).to(tl.int32) << 8
         if BITS > 9:
-            code |= tl.load(byte + 2, mask=mask & (shift + BITS > 16), other=0).to(tl.uint32) << 16
-        code = (code >> shift.to(tl.uint32)) & ((1 << BITS) - 1)
-    return tl.minimum(code, codewords.to(tl.uint32) - 1).to(tl.int32)
+            code |= tl.load(byte + 2, mask=mask & (shift + BITS > 16), other=0).to(tl.int32) << 16
+        code = (code >> shift) & ((1 << BITS) - 1)
+    return tl.where((code >= 0) & (code < codewords), code, codewords - 1).to(tl.int32)
 
 
 @triton.jit

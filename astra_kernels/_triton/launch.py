@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import threading
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -18,6 +19,9 @@ import triton
 
 # The compiler fuses multiplications and additions; said aloud because the default changes.
 OPTIONS = {"enable_fp_fusion": True}
+
+# Programs along the second and third axis of a grid.
+LARGEST_GRID = 65_535
 
 # Compute capability assumed for a device that is none of ours, the interpreter's CPU for one.
 DEFAULT_CAPABILITY = 90
@@ -36,7 +40,9 @@ class Launch:
     options: dict[str, Any]
 
 
-class _Recording:
+class _Recording(threading.local):
+    """Of one thread: what others launch meanwhile runs."""
+
     capability: int | None = None
     launches: list[Launch]
 
@@ -102,6 +108,11 @@ def launch(
         return
     if 0 in grid:
         return
+    if max(grid[1:], default=0) > LARGEST_GRID:
+        raise ValueError(
+            f"astra_kernels: impl='triton' takes at most {LARGEST_GRID} batch rows times KV heads "
+            f"(or groups) in a call, got {max(grid[1:])}; split the batch"
+        )
     run: Callable[..., Any] = kernel[grid]
     with _on(device):
         run(*args, **constants, num_warps=warps, num_stages=stages, **OPTIONS)

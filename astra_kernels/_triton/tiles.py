@@ -11,6 +11,7 @@ import contextlib
 import functools
 import json
 import os
+import threading
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -86,8 +87,8 @@ def candidates(problem: Problem) -> list[Tile]:
 
 def choose(problem: Problem) -> Tile:
     """The tile to run a problem with: the one measured on this device, else the first legal one."""
-    if _watched is not None:
-        _watched.append(problem)
+    if _watched.problems is not None:
+        _watched.problems.append(problem)
     tile = _chosen.get(problem)
     if tile is None:
         tile = _chosen[problem] = measured(problem) or _first(problem)
@@ -103,13 +104,13 @@ def _first(problem: Problem) -> Tile:
 
 @contextlib.contextmanager
 def watch() -> Iterator[list[Problem]]:
-    """Collects the problems that tiles are chosen for."""
-    global _watched
-    _watched = []
+    """Collects the problems that this thread chooses tiles for."""
+    seen: list[Problem] = []
+    _watched.problems = seen
     try:
-        yield _watched
+        yield seen
     finally:
-        _watched = None
+        _watched.problems = None
 
 
 def remember(problem: Problem, tile: Tile) -> None:
@@ -124,7 +125,13 @@ def forget() -> None:
 
 
 _chosen: dict[Problem, Tile] = {}
-_watched: list[Problem] | None = None
+
+
+class _Watched(threading.local):
+    problems: list[Problem] | None = None
+
+
+_watched = _Watched()
 
 
 # Measured tiles on disk: one file a device and version of Triton, {problem: tile}.

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import asdict
 
+import triton
 import triton.testing
 
 from astra_kernels._triton import tiles
@@ -34,7 +36,10 @@ def _quickest(call: Call, problem: Problem) -> Tile:
     times: dict[Tile, float] = {}
     for tile in tiles.candidates(problem):
         tiles.remember(problem, tile)
-        times[tile] = _milliseconds(call)
+        try:
+            times[tile] = _milliseconds(call)
+        except triton.TritonError:  # the tile is too large after all, or has no code
+            times[tile] = math.inf
     return min(times, key=times.__getitem__)
 
 

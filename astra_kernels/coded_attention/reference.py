@@ -20,9 +20,7 @@ def rotate_half(x: Tensor) -> Tensor:
 
 def apply_rope(key: Tensor, rope: Rope) -> Tensor:
     """key [B, Hkv, N, d]; cos and sin [N, d] or [B, N, d]."""
-    cos, sin = (table.to(key.dtype) for table in rope)
-    if cos.ndim == 3:
-        cos, sin = cos.unsqueeze(1), sin.unsqueeze(1)
+    cos, sin = (table.to(key.dtype).unsqueeze(-3) for table in rope)
     return key * cos + rotate_half(key) * sin
 
 

@@ -17,6 +17,7 @@ norm subtracts nothing. All sums are fp32. In fp16, x - s (RMS norm: x) must sta
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -87,7 +88,7 @@ def lookup_linear_kernel(
     CHANNELS: tl.constexpr = GROUPS * WIDTH
     SAMPLED: tl.constexpr = DEPTH if DEPTH < CHANNELS else CHANNELS
     row_tile, column_tile = tile_of(
-        tl.program_id(0), tl.cdiv(tokens, ROWS), tl.cdiv(outputs, COLUMNS), GROUPED
+        tl.program_id(0), tl.cdiv(tokens, ROWS), tl.maximum(tl.cdiv(outputs, COLUMNS), 1), GROUPED
     )
     token = (row_tile * ROWS + tl.arange(0, ROWS)).to(tl.int64)
     there = token < tokens
@@ -256,7 +257,7 @@ def lookup_linear(
     outputs = weight.shape[0]
     out = weight.new_empty((*lead, outputs))
     new_estimate = None if estimate is None else estimate.new_empty(estimate.shape)
-    tokens = out.numel() // max(outputs, 1)
+    tokens = math.prod(lead)
     weight = weight.contiguous()
     weight_sum = weight.sum(1, dtype=torch.float32) if norm == "layer" else weight
     problem = LookupLinear(
@@ -269,7 +270,8 @@ def lookup_linear(
     codes = codes.contiguous()
     launch(
         lookup_linear_kernel,
-        (triton.cdiv(tokens, tile.rows) * triton.cdiv(outputs, tile.columns),),
+        # Without outputs there may still be an estimate to refine.
+        (triton.cdiv(tokens, tile.rows) * max(triton.cdiv(outputs, tile.columns), 1),),
         codes, codes.stride(0) if code_bits else 0, codebook.contiguous(), weight,
         weight if bias is None else bias.contiguous(), weight_sum,
         weight if estimate is None else estimate.contiguous(),

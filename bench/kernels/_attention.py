@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.attention.bias import causal_lower_right
 from torch.nn.functional import scaled_dot_product_attention as sdpa
 
 import astra_kernels as ak
@@ -286,14 +287,12 @@ def mixed(shape: Shape, dtype: torch.dtype, device: torch.device) -> Calls:
             remote = ak.coded_attention(query, case.codes, *tables, rope=rope)
             return ak.merge_state(*local, *remote)
 
-    visible = None
-    if causal:
-        visible = torch.ones(shape["M"], shape["L"] + shape["N"], dtype=torch.bool, device=device)
-        visible[:, : shape["L"]].tril_()
-    key, value = (torch.cat(pair, dim=2) for pair in zip(near, case.dense, strict=True))
+    # The far keys first: then the mask is the causal one that flash kernels know.
+    visible = causal_lower_right(shape["M"], shape["N"] + shape["L"]) if causal else None
+    key, value = (torch.cat(pair, dim=2) for pair in zip(case.dense, near, strict=True))
 
     def select() -> Tensor:
-        both = [torch.cat(pair, dim=2) for pair in zip(near, case.expanded(), strict=True)]
+        both = [torch.cat(pair, dim=2) for pair in zip(case.expanded(), near, strict=True)]
         return sdpa(query, *both, attn_mask=visible, enable_gqa=True)
 
     def keys_values(head: int) -> tuple[Tensor, Tensor]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
@@ -17,7 +18,13 @@ from bench.kernels.timing import Call, Ceilings, Gpu, Measured, on_cpu
 MOST_OF_PEER, MOST_APART = 2.0, 4.0
 
 # What a call may raise on a device that is too small, or in a library that lacks the case.
-REFUSALS = (RuntimeError, ValueError, TypeError, NotImplementedError, ImportError, AttributeError)
+REFUSALS: tuple[type[Exception], ...] = (
+    *(RuntimeError, ValueError, TypeError, NotImplementedError, ImportError, AttributeError),
+)
+with contextlib.suppress(ImportError):  # too much shared memory, or no code made of a kernel
+    from triton import TritonError
+
+    REFUSALS += (TritonError,)
 
 
 class DeviceLost(RuntimeError):

@@ -6,9 +6,11 @@ attention on looked-up keys in the kernel's dtype.
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass, field
 
 import torch
+from hypothesis import HealthCheck, settings
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention as sdpa
 
@@ -108,6 +110,16 @@ def make(
     query = torch.randn(b, h, m, d, dtype=dtype)
     key, value = torch.randn(2, b, kv, near, d, dtype=dtype)
     return Case(query, key, value, codes(), *tables, dense, coded, scale)
+
+
+def examples(count: int) -> settings:
+    """So many examples of hypothesis, fewer where each is a kernel to compile."""
+    interpreted = os.environ.get("TRITON_INTERPRET") == "1"
+    return settings(
+        max_examples=count if interpreted else min(count, 8),
+        deadline=None,
+        suppress_health_check=[HealthCheck.function_scoped_fixture],
+    )
 
 
 def assert_as_exact_as_torch(got: State, case: Case) -> None:

@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 import astra_kernels as ak
 from astra_kernels._triton import attention as launcher
+from astra_kernels._triton.launch import record
 from astra_kernels._triton.strategies import STRATEGIES
 from astra_kernels._triton.tiles import Tile
 from astra_kernels.coded_attention.kernel import coded_attention
 from astra_kernels.mixed_attention.kernel import mixed_attention
-from tests.triton_kernels.cases import Case, assert_as_exact_as_torch, make
+from tests.triton_kernels.cases import Case, assert_as_exact_as_torch, examples, make
 
 FEW, MANY = 5, 35  # queries; times two query heads a KV head: 10 and 70 rows
 
@@ -218,13 +219,42 @@ def test_strided_inputs_and_tables_of_another_dtype():
         torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-3)
 
 
+def test_rope_tables_for_one_and_for_all_batch_rows():
+    case = make(b=2, rope=True)
+    cos, sin = case.coded["rope"]
+    own = torch.randn(2, 40, 8).repeat(1, 1, 2)
+    for rope in ((cos, own), (own, sin), (cos.unsqueeze(0), own), (cos, sin.unsqueeze(0))):
+        case.coded["rope"] = rope
+        assert_as_exact_as_torch(coded(case, strategy="fused"), case)
+        assert_as_exact_as_torch(coded(case, strategy="expanded"), case)
+
+
+def test_views_of_much_memory_are_copied_and_larger_rows_refused():
+    """Offsets within a batch row are 32-bit."""
+    with torch.device("meta"), record(90) as launches:
+        cache = torch.empty(1, 2**17, 2**10, 2, 16)  # tokens, layers, heads, channels
+        key = cache[:, :, 3].transpose(1, 2)
+        query = torch.empty(1, 2, 70, 16)
+        launcher.attend(query, None, dense=launcher.Dense(key, key))
+        (given, *strides), *_ = (launch.args[6:10] for launch in launches)
+        assert given.shape == key.shape
+        assert strides == [2**22, 2**21, 16]
+        large = torch.empty(1, 2, 2**26, 16)
+        with pytest.raises(ValueError, match="too large"):
+            launcher.attend(large, None, dense=launcher.Dense(key, key))
+        with pytest.raises(ValueError, match="too large"):
+            launcher.attend(query, None, dense=launcher.Dense(large, large))
+
+
 def test_large_scores_do_not_overflow():
     case = make(near=20, n=50, scale=40.0)
     assert_as_exact_as_torch(mixed(case), case)
 
 
 @settings(
-    max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+    max_examples=examples(40),
+    deadline=None,
+    suppress_health_check=[HealthCheck.function_scoped_fixture],
 )
 @given(st.data())
 def test_any_shape(data):

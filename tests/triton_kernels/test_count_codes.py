@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 import astra_kernels as ak
 from astra_kernels.count_codes import kernel
 from astra_kernels.pack import reference as pack_reference
+from tests.triton_kernels.cases import examples
 
 
 def count(codes, codewords, **options):
@@ -46,7 +47,9 @@ def test_packed_codes_are_read_where_they_lie(monkeypatch, bits):
 
 
 @settings(
-    max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+    max_examples=examples(40),
+    deadline=None,
+    suppress_health_check=[HealthCheck.function_scoped_fixture],
 )
 @given(
     shape=st.tuples(st.integers(0, 3), st.integers(0, 1100), st.integers(0, 4)),

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 import astra_kernels as ak
 from astra_kernels.decode import kernel, reference
+from tests.triton_kernels.cases import examples
 
 pytestmark = pytest.mark.usefixtures("poisoned")
 
@@ -39,7 +40,9 @@ def test_what_is_no_number_is_copied():
 
 
 @settings(
-    max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+    max_examples=examples(40),
+    deadline=None,
+    suppress_health_check=[HealthCheck.function_scoped_fixture],
 )
 @given(
     lead=st.lists(st.integers(0, 40), max_size=2),

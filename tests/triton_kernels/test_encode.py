@@ -6,7 +6,7 @@ import math
 
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 import astra_kernels as ak
@@ -15,6 +15,7 @@ from astra_kernels._triton.launch import record
 from astra_kernels._triton.tiles import Tile, candidates
 from astra_kernels.encode import kernel
 from astra_kernels.encode_packed import kernel as packed_kernel
+from tests.triton_kernels.cases import examples
 
 NAN, INF = float("nan"), float("inf")
 
@@ -97,7 +98,9 @@ def test_ties_go_to_the_lowest_index(shares, copy, tile):
 
 
 @settings(
-    max_examples=15, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+    max_examples=examples(15),
+    deadline=None,
+    suppress_health_check=[HealthCheck.function_scoped_fixture],
 )
 @given(
     st.integers(1, 40), st.integers(1, 40), st.integers(1, 2), st.integers(1, 40),

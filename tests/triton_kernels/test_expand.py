@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from astra_kernels._triton.expand import expand
 from astra_kernels.coded_attention.reference import apply_rope, look_up
 from astra_kernels.pack import reference as pack_reference
+from tests.triton_kernels.cases import examples
 
 pytestmark = pytest.mark.usefixtures("poisoned")
 
@@ -131,7 +132,9 @@ def test_into_another_dtype(target):
 
 
 @settings(
-    max_examples=30, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+    max_examples=examples(30),
+    deadline=None,
+    suppress_health_check=[HealthCheck.function_scoped_fixture],
 )
 @given(
     b=st.integers(0, 3),

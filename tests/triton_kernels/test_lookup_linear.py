@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 import astra_kernels as ak
@@ -13,6 +13,7 @@ from astra_kernels._triton import tiles
 from astra_kernels.lookup_linear import kernel
 from astra_kernels.lookup_linear.kernel import lookup_linear
 from astra_kernels.lookup_linear.reference import look_up
+from tests.triton_kernels.cases import examples
 
 NORMS = [None, "rms", "layer"]
 
@@ -103,7 +104,9 @@ def test_order_of_tiles(monkeypatch, grouped):
 
 
 @settings(
-    max_examples=15, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+    max_examples=examples(15),
+    deadline=None,
+    suppress_health_check=[HealthCheck.function_scoped_fixture],
 )
 @given(
     tokens=st.integers(1, 40),
@@ -147,8 +150,11 @@ def test_few_tokens(norm, tokens):
 
 
 def test_no_outputs():
-    codes, codebook, weight, bias, _ = make(outputs=0)
+    codes, codebook, weight, bias, estimate = make(outputs=0)
     assert lookup_linear(codes, codebook, weight, bias)[0].shape == (19, 0)
+    y, x = lookup_linear(codes, codebook, weight, bias, estimate=estimate, norm="layer")
+    assert y.shape == (19, 0)
+    torch.testing.assert_close(x, plain(codes, codebook, weight, bias, estimate, None)[1])
 
 
 @pytest.mark.parametrize("mean", [30.0, 1000.0])

@@ -6,10 +6,11 @@ import math
 
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 import astra_kernels as ak
+from tests.triton_kernels.cases import examples
 
 pytestmark = pytest.mark.usefixtures("poisoned")
 
@@ -105,7 +106,9 @@ def test_a_broken_lse_shows():
 
 
 @settings(
-    max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+    max_examples=examples(40),
+    deadline=None,
+    suppress_health_check=[HealthCheck.function_scoped_fixture],
 )
 @given(
     shape=st.lists(st.integers(0, 5), min_size=0, max_size=5),

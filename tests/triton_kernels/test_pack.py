@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 import astra_kernels as ak
 from astra_kernels import _dispatch
 from astra_kernels.pack import kernel, reference
+from tests.triton_kernels.cases import examples
 
 pytestmark = pytest.mark.usefixtures("poisoned")
 
@@ -47,7 +48,9 @@ def test_bits_beyond_the_width_are_dropped(bits):
 
 
 @settings(
-    max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+    max_examples=examples(40),
+    deadline=None,
+    suppress_health_check=[HealthCheck.function_scoped_fixture],
 )
 @given(
     bits=st.sampled_from(WIDTHS), rows=st.integers(0, 3), count=st.integers(0, 1100), data=st.data()

@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import itertools
 import json
+import threading
+from dataclasses import asdict
 
 import pytest
 import torch
+from triton.runtime.errors import OutOfResources
 
 import astra_kernels as ak
 from astra_kernels._triton import tiles, tuning
 from astra_kernels._triton.attention import AttendProblem
+from astra_kernels._triton.launch import record
 from astra_kernels._triton.tiles import Tile
 
 
@@ -23,7 +27,7 @@ def own_cache(tmp_path, monkeypatch):
 
 
 def problem(capability=90, channels=64):
-    return AttendProblem(capability, 2, channels, False, False, 1, False, 0)
+    return AttendProblem(capability, 2, channels, 2, False, False, 1, False, 0)
 
 
 def call():
@@ -40,7 +44,7 @@ def test_every_device_has_a_legal_tile(capability, itemsize):
         (16, 32, 64, 128, 256), (0, 16, 64), (False, True), (1, 2, 16)
     ):
         flags = (loaded, loaded, summed, loaded, few_rows)
-        case = AttendProblem(capability, itemsize, channels, *flags)
+        case = AttendProblem(capability, itemsize, channels, itemsize, *flags)
         tile = tiles.choose(case)
         assert tile in case.tiles()
         assert case.shared_bytes(tile) <= tiles.shared_memory(capability)
@@ -67,6 +71,37 @@ def test_warmup_keeps_the_quickest_on_disk(monkeypatch):
     torch.testing.assert_close(got, want)
     tiles.forget()  # as a new process
     assert tiles.choose(seen[0]) == Tile(**found[key])
+
+
+def test_warmup_goes_on_where_a_tile_does_not_fit(monkeypatch):
+    def milliseconds(call):
+        if next(calls) == 0:
+            raise OutOfResources(2, 1, "shared memory")
+        return 1.0
+
+    calls = itertools.count()
+    monkeypatch.setattr(tuning, "_milliseconds", milliseconds)
+    found = ak.warmup(call)
+    with tiles.watch() as seen:
+        call()
+    assert found[repr(seen[0])] == asdict(tiles.candidates(seen[0])[1])
+
+
+def test_threads_do_not_see_each_others_problems_and_launches(device):
+    want = call()
+    got = []
+
+    def elsewhere():
+        with torch.device(device):  # the default is a thread's own
+            got.extend(call())
+
+    with tiles.watch() as seen, record(80) as launches:
+        thread = threading.Thread(target=elsewhere)
+        thread.start()
+        thread.join()
+    assert seen == []
+    assert launches == []
+    torch.testing.assert_close(tuple(got), want)
 
 
 def test_a_broken_or_foreign_file_is_no_reason_to_fail():
