@@ -251,11 +251,7 @@ def test_large_scores_do_not_overflow():
     assert_as_exact_as_torch(mixed(case), case)
 
 
-@settings(
-    max_examples=examples(40),
-    deadline=None,
-    suppress_health_check=[HealthCheck.function_scoped_fixture],
-)
+@examples(40)
 @given(st.data())
 def test_any_shape(data):
     draw = data.draw

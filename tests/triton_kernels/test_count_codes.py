@@ -46,11 +46,7 @@ def test_packed_codes_are_read_where_they_lie(monkeypatch, bits):
     assert torch.equal(got, want(codes, codewords, code_mask=mask))
 
 
-@settings(
-    max_examples=examples(40),
-    deadline=None,
-    suppress_health_check=[HealthCheck.function_scoped_fixture],
-)
+@examples(40)
 @given(
     shape=st.tuples(st.integers(0, 3), st.integers(0, 1100), st.integers(0, 4)),
     codewords=st.integers(1, 5000),

@@ -39,11 +39,7 @@ def test_what_is_no_number_is_copied():
     assert torch.equal(got.view(torch.int32), codebook.view(torch.int32)[0, :, None])
 
 
-@settings(
-    max_examples=examples(40),
-    deadline=None,
-    suppress_health_check=[HealthCheck.function_scoped_fixture],
-)
+@examples(40)
 @given(
     lead=st.lists(st.integers(0, 40), max_size=2),
     groups=st.integers(0, 5),

@@ -97,11 +97,7 @@ def test_ties_go_to_the_lowest_index(shares, copy, tile):
     assert codes.flatten().tolist() == [0, 0]
 
 
-@settings(
-    max_examples=examples(15),
-    deadline=None,
-    suppress_health_check=[HealthCheck.function_scoped_fixture],
-)
+@examples(15)
 @given(
     st.integers(1, 40), st.integers(1, 40), st.integers(1, 2), st.integers(1, 40),
     st.integers(1, 3), st.sampled_from([WHOLE, STEPS]),

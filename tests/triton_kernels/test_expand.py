@@ -131,11 +131,7 @@ def test_into_another_dtype(target):
         assert torch.equal(got, plain(codes, table).to(target))
 
 
-@settings(
-    max_examples=examples(30),
-    deadline=None,
-    suppress_health_check=[HealthCheck.function_scoped_fixture],
-)
+@examples(30)
 @given(
     b=st.integers(0, 3),
     n=st.integers(0, 50),

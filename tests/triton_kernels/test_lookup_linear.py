@@ -103,11 +103,7 @@ def test_order_of_tiles(monkeypatch, grouped):
     assert_as_exact_as_torch(make(tokens=50, outputs=75, width=8), "rms")
 
 
-@settings(
-    max_examples=examples(15),
-    deadline=None,
-    suppress_health_check=[HealthCheck.function_scoped_fixture],
-)
+@examples(15)
 @given(
     tokens=st.integers(1, 40),
     groups=st.integers(1, 6),

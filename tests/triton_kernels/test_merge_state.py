@@ -105,11 +105,7 @@ def test_a_broken_lse_shows():
     assert out[1].isfinite().all()
 
 
-@settings(
-    max_examples=examples(40),
-    deadline=None,
-    suppress_health_check=[HealthCheck.function_scoped_fixture],
-)
+@examples(40)
 @given(
     shape=st.lists(st.integers(0, 5), min_size=0, max_size=5),
     d=st.integers(0, 40),

@@ -47,11 +47,7 @@ def test_bits_beyond_the_width_are_dropped(bits):
     assert torch.equal(kernel.pack(codes, bits), reference.pack(codes, bits))
 
 
-@settings(
-    max_examples=examples(40),
-    deadline=None,
-    suppress_health_check=[HealthCheck.function_scoped_fixture],
-)
+@examples(40)
 @given(
     bits=st.sampled_from(WIDTHS), rows=st.integers(0, 3), count=st.integers(0, 1100), data=st.data()
 )
