@@ -33,9 +33,7 @@ def main() -> None:
     quiet_transformers()
     model, tokenizer = load_model("smollm2"), load_tokenizer("smollm2")
     windows = {
-        domain: as_windows(
-            token_windows(tokenizer, builtin_text(domain)[1], 1024, options.windows)
-        )
+        domain: as_windows(token_windows(tokenizer, builtin_text(domain)[1], 1024, options.windows))
         for domain in options.domain
     }
     rows = []

@@ -119,21 +119,20 @@ def _closed_loop(
     recorded: _Recorded, groups: int, codewords: int, iterations: int, seed: int
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """Tables and scales of each block in turn: what is left to code depends on earlier tables."""
+
+    def cluster(group: tuple[int, Tensor]) -> tuple[Tensor, Tensor]:
+        """Codewords [1, K, w] of a group of channels, and what they add to its estimates."""
+        start, vectors = group
+        table = kmeans(vectors, codewords, iterations=iterations, seed=start)
+        return table, ak.decode(ak.encode(vectors, table), table)
+
     estimate, scales = recorded.vectors(0, groups, False)  # the embeddings: known everywhere
     yield estimate.new_zeros(groups, codewords, estimate.shape[-1]), scales
     for block in range(1, len(recorded.adapter.blocks)):
         found, scales = recorded.vectors(block, groups, False)
-        parts = (found - estimate).split(1, 1)
-
-        def cluster(
-            group: int, parts: Sequence[Tensor] = parts, block: int = block
-        ) -> tuple[Tensor, Tensor]:
-            part = parts[group].contiguous()
-            start = seed + block * groups + group
-            table = kmeans(part, codewords, iterations=iterations, seed=start)
-            return table, ak.decode(ak.encode(part, table), table)
-
-        tables, steps = zip(*map_cores(cluster, range(groups)), strict=True)
+        missing = [part.contiguous() for part in (found - estimate).split(1, 1)]
+        clustered = map_cores(cluster, enumerate(missing, seed + block * groups))
+        tables, steps = zip(*clustered, strict=True)
         estimate += torch.cat(steps, 1)
         yield torch.cat(tables), scales
 

@@ -49,11 +49,11 @@ def kmeans(
         for c in range(groups):
             dead = (members[c] == 0).nonzero().flatten()
             if len(dead):
-                centers[c, dead] = vectors[_draw(error[:, c], len(dead), generator), c]
+                centers[c, dead] = vectors[draw(error[:, c], len(dead), generator), c]
     return centers
 
 
-def _draw(weight: Tensor, count: int, generator: torch.Generator) -> Tensor:
+def draw(weight: Tensor, count: int, generator: torch.Generator) -> Tensor:
     """`count` different indices, each drawn with probability proportional to its weight."""
     # The `count` smallest of Exp(1)/weight are such a draw; zero weights come last.
     wait = torch.empty_like(weight).exponential_(generator=generator) / weight.clamp(min=1e-30)
@@ -70,7 +70,7 @@ def _initial(vectors: Tensor, codewords: int, generator: torch.Generator) -> Ten
         if low == high:
             continue
         for c in range(groups):
-            chosen[c, low:high] = vectors[_draw(distance[:, c], high - low, generator), c]
+            chosen[c, low:high] = vectors[draw(distance[:, c], high - low, generator), c]
         fresh = chosen[:, low:high].contiguous()
         nearest = ak.decode(ak.encode(vectors, fresh), fresh)
         step = (vectors - nearest).square().sum(-1)

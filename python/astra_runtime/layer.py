@@ -87,7 +87,7 @@ class Call:
         receivers = self.plan.receivers(self.rank)
         size = self.space.payload_bytes(block, self.batch, self.plan.size(self.rank))
         if receivers and size:
-            self.frame = self.frame or self.mesh.buffer(size)  # as large in every block
+            self.frame = self.frame or self.mesh.buffer(size)  # in all blocks that send
             self.space.encode(block, what, self.local_rope, self.frame.payload)
             self.mesh.send(self.frame, block=block, plan=self.tag, to=receivers)
 
@@ -97,7 +97,7 @@ class Call:
         if not sources:
             return None
         sizes = {n: self.space.payload_bytes(block, self.batch, self.plan.size(n)) for n in sources}
-        views = dict.fromkeys(sources, memoryview(b""))  # what is sent nowhere is not awaited
+        views = dict.fromkeys(sources, memoryview(b""))  # what nobody sends, nobody awaits
         if any(sizes.values()):
             views = self.mesh.receive(sizes, block=block, plan=self.tag)
         payloads = [(views[n], self.plan.size(n)) for n in sources]

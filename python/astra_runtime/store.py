@@ -146,7 +146,9 @@ def _documentation() -> list[str]:
 def _source() -> list[str]:
     """Modules of the standard library, by name: those of 16 to 64 KiB, not the private ones."""
     folder = Path(sysconfig.get_path("stdlib"))
-    files = [file for file in sorted(folder.glob("[a-z]*.py")) if 16 <= file.stat().st_size >> 10 < 64]
+    files = [
+        file for file in sorted(folder.glob("[a-z]*.py")) if 16 <= file.stat().st_size >> 10 < 64
+    ]
     if len(files) < 10:
         raise AstraError(f"domain 'source': expected the standard library's source in {folder}")
     return [read_text(file) for file in files]

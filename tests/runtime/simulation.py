@@ -26,6 +26,7 @@ class Simulation:
         self.adapter = adapt(model)
         self.codes: dict[int, Tensor] = {}
         self.x: dict[int, Tensor] = {}
+        self.estimate = torch.empty(0)  # space "differential": of the block before
         copies = plan.class_tokens
         self.order, self.rank, self.is_copy = [], [], []
         for n in range(plan.world_size):
@@ -56,6 +57,16 @@ class Simulation:
         """Keys (rotated) and values of all tokens as other ranks see them."""
         x, book = self.x[block], self.book
         assert book.tables is not None
+        if book.space == "differential":
+            if block == 0:
+                self.estimate = x
+            else:
+                vectors = (x - self.estimate).unflatten(-1, (book.groups, -1))
+                self.codes[block] = ak.encode(vectors, book.tables[block], impl="reference")
+                step = ak.decode(self.codes[block], book.tables[block], impl="reference")
+                self.estimate = self.estimate + step.flatten(2)
+            key, value = self.adapter.project(block, self.estimate)
+            return rotate(key, self.rope), value
         if book.space == "hidden":
             vectors = x.unflatten(-1, (book.groups, -1))
             self.codes[block] = ak.encode(vectors, book.tables[block], impl="reference")

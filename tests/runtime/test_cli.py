@@ -21,7 +21,7 @@ from transformers import PreTrainedTokenizerFast
 
 from astra_runtime import Codebook
 from astra_runtime.cli import COMMANDS, main
-from astra_runtime.store import builtin_text, token_windows
+from astra_runtime.store import DOMAINS, builtin_text, token_windows
 
 from .models import tiny
 
@@ -195,6 +195,34 @@ def test_fit_writes_a_codebook_and_tells_its_worth(
     assert Codebook.from_pretrained(home / "new").digest == found["digest"]
 
 
+def test_differential_codes_are_fitted_evaluated_and_run(
+    home: Path, here: Callable[..., tuple[str, str]]
+) -> None:
+    model, text = ["--model", str(home / "model")], ["--text", str(home / "text.txt")]
+    book = str(home / "differential")
+    out, told = here(
+        "fit", *model, *text, "--space", "differential", "--groups", "4", "--codewords", "16",
+        "--tokens", "50", "--windows", "8", "--world-size", "2", "--output", book, "--json",
+    )  # fmt: skip
+    bits = 4 * 4 * 2 / 3  # the first of three blocks sends nothing
+    assert json.loads(out)["bits_per_token_block"] == pytest.approx(bits)
+    assert "10.667 bits a token and block" in told
+    out, _ = here(
+        "eval", *model, *text, "--codebook", book, "--tokens", "60", "--windows", "2",
+        "--world-size", "2", "--json",
+    )  # fmt: skip
+    found = json.loads(out)
+    assert found["bits_per_token_block"] == pytest.approx(bits)
+    assert found["compression"] == pytest.approx(48 * 32 / bits)
+    done = astra(
+        home, "run", *model, "--codebook", book, "--prompt", PROMPT, "--world-size", "2",
+        "--max-new-tokens", "3", "--json",
+    )  # fmt: skip
+    found = json.loads(done.stdout)
+    assert len(found["text"].split()) == 3
+    assert found["bits_per_token_block"] == pytest.approx(bits)
+
+
 def test_demo_gives_the_table_as_json(home: Path) -> None:
     done = astra(
         home, "demo", *model_options(home), "--text", str(home / "text.txt"), "--tokens", "60",
@@ -342,12 +370,22 @@ def test_a_dead_worker_is_named(home: Path) -> None:
     assert "Traceback" not in words
 
 
-def test_the_built_in_texts_share_no_paragraph() -> None:
-    calibration, evaluation = builtin_text()
+@pytest.mark.parametrize("domain", DOMAINS)
+def test_the_built_in_texts_share_no_paragraph(domain: str) -> None:
+    calibration, evaluation = builtin_text(domain)
+    assert (calibration, evaluation) == builtin_text(domain)
     shared = set(calibration.split("\n\n")) & set(evaluation.split("\n\n"))
     assert not shared
     assert len(calibration) > 200_000
     assert len(evaluation) > 50_000
+
+
+def test_domains_are_different_texts() -> None:
+    assert builtin_text() == builtin_text("documentation")
+    assert "def __init__(self" in builtin_text("source")[1]
+    assert builtin_text("source")[1].count("def ") > 20 * builtin_text()[1].count("def ")
+    with pytest.raises(ValueError, match="expected one of documentation, source, got 'prose'"):
+        builtin_text("prose")
 
 
 def test_windows_are_spread_and_do_not_overlap(home: Path) -> None:

@@ -128,11 +128,12 @@ def test_fit_reports_progress() -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"space": "none"}, "space: expected 'kv' or 'hidden'"),
+        ({"space": "none"}, "space: expected 'kv', 'hidden', 'differential', which"),
         ({"groups": 5}, "groups: expected one of 1, 2, 4, 8, 16 .*shared codes"),
         ({"groups": 9}, "groups: expected one of 3, 6, 12, 24, 48"),
         ({"groups": 9, "shared": False}, "groups: expected one of 3, 6, 12, 24, 48"),
         ({"space": "hidden", "groups": 5}, "groups: expected one of 1, 2, 3, 4, 6"),
+        ({"space": "differential", "groups": 5}, "groups: expected one of 1, 2, 3, 4, 6"),
         ({"codewords": 241}, "at most the 240 calibration vectors, got 241"),
         ({"codewords": 1}, "codewords: expected 2 to 65536"),
         ({"held_back": 1, "world_size": 1}, "world_size: expected at least 2"),

@@ -28,7 +28,7 @@ def test_dense_tensors_cross(dtype: str, error: float) -> None:
     payloads = []
     for shard in shards:
         tokens = shard[0].shape[2]
-        buffer = bytearray(b"\xa5" * space.payload_bytes(2, tokens))
+        buffer = bytearray(b"\xa5" * space.payload_bytes(0, 2, tokens))
         space.encode(0, shard, None, memoryview(buffer))
         payloads.append((memoryview(buffer), tokens))
     kept = space.decode(0, payloads, 2, None)
@@ -42,14 +42,17 @@ def test_int8_survives_zeros_and_extremes() -> None:
     model = tiny("llama")
     space = Dense("int8", adapt(model))
     key, value = torch.zeros(1, 3, 2, 16), torch.full((1, 3, 2, 16), 3e4)
-    buffer = bytearray(space.payload_bytes(1, 2))
+    buffer = bytearray(space.payload_bytes(0, 1, 2))
     space.encode(0, (key, value), None, memoryview(buffer))
     kept = space.decode(0, [(memoryview(buffer), 2)], 1, None)
     assert torch.equal(kept.key, key)
     torch.testing.assert_close(kept.value, value, rtol=0.01, atol=0)
 
 
-@pytest.mark.parametrize("options", [{"groups": 3}, {"space": "hidden", "groups": 4}])
+@pytest.mark.parametrize(
+    "options",
+    [{"groups": 3}, {"space": "hidden", "groups": 4}, {"space": "differential", "groups": 4}],
+)
 def test_codes_cross_with_rows_of_whole_bytes(options: dict[str, Any]) -> None:
     model = tiny("llama")
     book = Codebook.fit(model, windows_for("llama"), codewords=32, held_back=0, **options)
@@ -57,7 +60,7 @@ def test_codes_cross_with_rows_of_whole_bytes(options: dict[str, Any]) -> None:
     groups = options["groups"]
     codes = torch.randint(0, 32, (2, 5, groups), dtype=torch.int32)
     vectors = ak.decode(codes, book.tables[1])  # type: ignore[index]
-    size = space.payload_bytes(2, 5)
+    size = space.payload_bytes(1, 2, 5)
     assert size == 2 * -(-5 * groups * 5 // 8)
     buffer = memoryview(bytearray(b"\xa5" * size))
     space.write(1, vectors, buffer)

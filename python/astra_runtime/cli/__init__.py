@@ -14,6 +14,7 @@ from typing import NoReturn
 COMMANDS = {
     "demo": "the whole idea in one table: one device, dense exchange and ASTRA on a slow link",
     "fit": "learn codebooks for a model",
+    "finetune": "adapt a model and its codebook to each other",
     "eval": "what the codes cost in accuracy, beside exact and local-only",
     "run": "continue a prompt on several processes or devices",
     "worker": "be one rank of a run that rank 0 leads",

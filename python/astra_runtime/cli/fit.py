@@ -8,7 +8,6 @@ import time
 from pathlib import Path
 from typing import Any
 
-from ..codebook import FITTED
 from ..errors import AstraError
 from .common import add_model, fit_text, load, positive, say, show_json, two_or_more, verdict
 
@@ -22,7 +21,8 @@ def configure(parser: argparse.ArgumentParser) -> None:
     )
     add_model(parser)
     parser.add_argument("--output", metavar="DIR", required=True, help="folder for the codebook")
-    parser.add_argument("--space", choices=FITTED, default="kv", help="what is coded")
+    spaces = ("kv", "hidden", "differential")
+    parser.add_argument("--space", choices=spaces, default="kv", help="what is coded (kv)")
     size = parser.add_mutually_exclusive_group()
     size.add_argument("--bits", type=positive, help="at most so many bits a token and block")
     size.add_argument("--groups", type=positive, help="codes a token and block")

@@ -1,0 +1,170 @@
+"""`astra finetune`: adapt a model and its codebook to each other."""
+
+from __future__ import annotations
+
+import argparse
+import math
+import os
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ..errors import AstraError
+from .common import add_model, load, positive, say, show_json, two_or_more, verdict
+
+if TYPE_CHECKING:
+    from ..evaluate import Measured
+    from ..finetune import Step
+
+CONTROLS = {"exact": "none", "local-only": "drop"}
+
+
+def configure(parser: argparse.ArgumentParser) -> None:
+    parser.epilog = (
+        "examples:\n"
+        "  astra finetune --model smollm2 --codebook codebook/ --output adapted/ --steps 300\n"
+        "  astra run --model adapted/ --codebook adapted/ --world-size 4\n\n"
+        "N devices are simulated in one process; N and the shards change with every step."
+    )
+    add_model(parser)
+    start = parser.add_mutually_exclusive_group(required=True)
+    start.add_argument("--codebook", metavar="DIR", help="where the codewords start: `astra fit`")
+    start.add_argument(
+        "--control", choices=CONTROLS, help="train a control instead, which needs no codebook"
+    )
+    parser.add_argument(
+        "--output", metavar="DIR", required=True, help="folder for model and codebook"
+    )
+    parser.add_argument("--text", metavar="FILE", help="text to train on (default: built-in)")
+    parser.add_argument("--tokens", type=positive, default=1024, help="tokens a window (1024)")
+    parser.add_argument("--windows", type=positive, default=1000, help="at most so many (1000)")
+    parser.add_argument("--held-back", type=int, default=2, help="windows to look at (2)")
+    parser.add_argument("--steps", type=positive, default=300, help="optimizer steps (300)")
+    parser.add_argument("--batch", type=positive, default=4, help="windows a step (4)")
+    parser.add_argument("--lr", type=float, default=5e-5, help="highest learning rate (5e-5)")
+    parser.add_argument("--noise", type=float, default=1.0, help="λ, of the residual (1)")
+    parser.add_argument("--commitment", type=float, default=1e-4, help="β (1e-4)")
+    parser.add_argument("--decay", type=float, default=0.99, help="γ of moving averages (0.99)")
+    parser.add_argument("--min-ranks", type=positive, default=2, help="fewest devices (2)")
+    parser.add_argument("--max-ranks", type=positive, default=8, help="most devices (8)")
+    parser.add_argument("--min-shard", type=positive, default=16, help="fewest tokens of one (16)")
+    parser.add_argument("--world-size", type=two_or_more, default=4, help="evaluated as (4)")
+    parser.add_argument(
+        "--evaluate-every", type=int, default=100, help="steps; 0: start and end only (100)"
+    )
+    parser.add_argument(
+        "--checkpoint-every", type=int, default=100, help="steps; 0: no checkpoints (100)"
+    )
+    parser.add_argument("--resume", action="store_true", help="go on from the last checkpoint")
+    parser.add_argument("--device", choices=("cpu", "cuda"), help="default: cuda if there is one")
+    parser.add_argument("--seed", type=int, default=0)
+
+
+def run(options: argparse.Namespace) -> int:
+    from ..codebook import Codebook
+    from ..finetune import finetune, save_result
+    from ..store import builtin_text, read_text, token_windows
+
+    folder = Path(options.output)
+    folder.mkdir(parents=True, exist_ok=True)  # before hours are spent
+    if not os.access(folder, os.W_OK):
+        raise AstraError(f"--output: {folder} cannot be written to")
+    control = CONTROLS.get(options.control or "")
+    codebook = Codebook(control) if control else Codebook.from_pretrained(options.codebook)
+    model, tokenizer = load(options.model)
+    model = model.to(device_of(options))
+    text = builtin_text()[0] if options.text is None else read_text(options.text)
+    length = min(options.tokens, getattr(model.config, "max_position_embeddings", options.tokens))
+    windows = token_windows(tokenizer, text, length, options.windows)
+    begun, log = time.perf_counter(), _Log()
+    made = finetune(
+        model,
+        codebook,
+        windows,
+        settings_of(options),
+        folder=folder,
+        resume=options.resume,
+        held_back=options.held_back,
+        world_size=options.world_size,
+        evaluate_every=options.evaluate_every,
+        checkpoint_every=options.checkpoint_every,
+        report=log,
+    )
+    tokenizer.save_pretrained(folder)
+    save_result(model, made, folder)
+    seconds = time.perf_counter() - begun
+    held_back = made.notes.get("held_back")
+    if made.coded:
+        say(verdict(held_back))
+    say(f"written to {options.output} after {seconds:.0f} s")
+    if options.json:
+        show_json(
+            {
+                "output": str(folder),
+                "digest": made.digest,
+                "steps": options.steps,
+                "loss": log.losses,
+                "held_back": held_back,
+                "measured": made.notes.get("measured"),
+                "seconds": seconds,
+            }
+        )
+    return 0
+
+
+def device_of(options: argparse.Namespace) -> str:
+    import torch
+
+    there = torch.cuda.is_available()
+    if options.device == "cuda" and not there:
+        raise AstraError("--device: expected cpu, as torch finds no CUDA device here, got cuda")
+    return options.device or ("cuda" if there else "cpu")
+
+
+def settings_of(options: argparse.Namespace) -> Any:
+    from ..finetune import Settings
+
+    return Settings(
+        steps=options.steps,
+        lr=options.lr,
+        batch=options.batch,
+        noise=options.noise,
+        commitment=options.commitment,
+        decay=options.decay,
+        ranks=(options.min_ranks, options.max_ranks),
+        shard=options.min_shard,
+        seed=options.seed,
+    )
+
+
+class _Log:
+    """A line for people now and then: the mean loss since the last one, and what was measured."""
+
+    def __init__(self) -> None:
+        self.losses: list[float] = []
+        self.told, self.at = 0, time.perf_counter()
+
+    def __call__(self, step: Step) -> None:
+        if step.measured is not None:
+            say(f"step {step.step}/{step.steps}: {_figures(step.measured)}")
+            return
+        self.losses.append(step.loss)
+        now = time.perf_counter()
+        if step.step < step.steps and now - self.at < 5:
+            return
+        recent = self.losses[self.told :]
+        say(
+            f"step {step.step}/{step.steps}: loss {sum(recent) / len(recent):.4f}, "
+            f"commitment {step.commitment:.2g}, {(now - self.at) / len(recent):.2f} s a step"
+        )
+        self.told, self.at = len(self.losses), now
+
+
+def _figures(found: Measured) -> str:
+    figures = (
+        f"held back: {found.metric} {found.astra:.4g} "
+        f"(exact {found.exact:.4g}, remote tokens dropped {found.local_only:.4g})"
+    )
+    if math.isnan(found.gap_recovered):
+        return figures
+    return f"{figures}, {100 * found.gap_recovered:.0f} % of the gap recovered"
