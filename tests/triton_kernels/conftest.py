@@ -9,9 +9,14 @@ from importlib.util import find_spec
 
 import pytest
 import torch
+from torch.utils._device import _device_constructors
 
 # Not imported here: whether kernels are interpreted is settled when Triton is first imported.
 collect_ignore_glob = [] if find_spec("triton") else ["test_*.py"]
+
+
+# torch lists once which functions take the default device, by identity: before any is replaced.
+_device_constructors()
 
 
 @pytest.fixture(autouse=True)

@@ -231,15 +231,16 @@ def test_rope_tables_for_one_and_for_all_batch_rows():
 
 def test_views_of_much_memory_are_copied_and_larger_rows_refused():
     """Offsets within a batch row are 32-bit."""
-    with torch.device("meta"), record(90) as launches:
-        cache = torch.empty(1, 2**17, 2**10, 2, 16)  # tokens, layers, heads, channels
+    with record(90) as launches:
+        # tokens, layers, heads, channels
+        cache = torch.empty(1, 2**17, 2**10, 2, 16, device="meta")
         key = cache[:, :, 3].transpose(1, 2)
-        query = torch.empty(1, 2, 70, 16)
+        query = torch.empty(1, 2, 70, 16, device="meta")
         launcher.attend(query, None, dense=launcher.Dense(key, key))
         (given, *strides), *_ = (launch.args[6:10] for launch in launches)
         assert given.shape == key.shape
         assert strides == [2**22, 2**21, 16]
-        large = torch.empty(1, 2, 2**26, 16)
+        large = torch.empty(1, 2, 2**26, 16, device="meta")
         with pytest.raises(ValueError, match="too large"):
             launcher.attend(large, None, dense=launcher.Dense(key, key))
         with pytest.raises(ValueError, match="too large"):
