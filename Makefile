@@ -11,7 +11,7 @@ SOURCES := $(shell find csrc -type f) CMakeLists.txt setup.py pyproject.toml
 
 help:
 	@echo "make demo    one device, dense exchange and ASTRA side by side (real model, processes, sockets)"
-	@echo "make test    all fast tests: C++ under sanitizers, Python (about 5 minutes on 2 cores)"
+	@echo "make test    all fast tests: C++ under sanitizers, Python (about 10 minutes on 2 cores)"
 	@echo "make test-slow  the tests with pretrained models"
 	@echo "make test-aot   every Triton configuration, compiled ahead of time for three chips"
 	@echo "make lint    ruff, mypy, clang-format"
@@ -35,9 +35,9 @@ demo: $(STAMP)
 	@$(BIN)/astra demo
 
 test: $(STAMP) test-core
-	@echo "== Python tests, about 4 minutes on 2 cores =="
+	@echo "== Python tests, about 5 minutes on 2 cores =="
 	$(BIN)/python -m pytest -m "not slow and not gpu" --ignore tests/triton_kernels
-	@echo "== Triton kernels: interpreted, and compiled ahead of time for three chips =="
+	@echo "== Triton kernels, interpreted, and compiled ahead of time for three chips: about 3 minutes =="
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not slow and not gpu" -n 2 tests/triton_kernels
 
 test-core: $(STAMP)
