@@ -283,6 +283,7 @@ def _run(
         device=query.device,
         warps=tile.warps,
         stages=tile.stages,
+        all_registers=_needs_registers(query, dense, coded),
         **_constants(dense, coded, counted),
         HEAD=dim,
         BLOCK=_padded(dim),
@@ -293,6 +294,13 @@ def _run(
         PARTIAL=grid[1] > 1,
         PRECISION="tf32x3" if query.dtype == torch.float32 else "ieee",
     )
+
+
+def _needs_registers(query: Tensor, dense: Dense | None, coded: Coded | None) -> bool:
+    """Whether operands pass through registers on their way to the matrix unit."""
+    if query.element_size() == 4 or (dense is not None and coded is not None):
+        return True
+    return coded is not None and any(coded.key_table.shape[i] > 1 for i in (0, 2))
 
 
 def _dense_arguments(dense: Dense | None) -> tuple[Any, ...]:

@@ -100,11 +100,17 @@ def launch(
     device: torch.device,
     warps: int,
     stages: int,
+    all_registers: bool = False,
     **constants: Any,
 ) -> None:
-    """Runs a kernel on ``device``; an empty grid is nothing to do."""
+    """Runs a kernel on ``device``; an empty grid is nothing to do.
+
+    ``all_registers``: the assembler would rather spill a few bytes than let fewer programs share a
+    multiprocessor; this tells it not to.
+    """
+    options = {**OPTIONS, "maxnreg": 255} if all_registers else OPTIONS
     if _recording.capability is not None:
-        _recording.launches.append(Launch(kernel, grid, args, constants, warps, stages, OPTIONS))
+        _recording.launches.append(Launch(kernel, grid, args, constants, warps, stages, options))
         return
     if 0 in grid:
         return
@@ -115,7 +121,7 @@ def launch(
         )
     run: Callable[..., Any] = kernel[grid]
     with _on(device):
-        run(*args, **constants, num_warps=warps, num_stages=stages, **OPTIONS)
+        run(*args, **constants, num_warps=warps, num_stages=stages, **options)
 
 
 def _on(device: torch.device) -> contextlib.AbstractContextManager[object]:
