@@ -91,7 +91,7 @@ class AttendProblem(Problem):
             return _few_rows_tiles(self.few_rows, size, loaded)
         family = _family(self.capability)
         if family == 80 and self.summed > 1:
-            return _NARROW
+            return _LAST if self.composed else _NARROW
         return HALF_TILES[family, size, loaded]
 
     def shared_bytes(self, tile: Tile) -> int:
