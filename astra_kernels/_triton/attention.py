@@ -351,7 +351,9 @@ def _constants(
     """What the kernel is compiled for, as far as the keys say it."""
     stages, _, groups = (1, 1, 1) if coded is None else coded.key_table.shape[:3]
     value_stages, _, value_groups = (1, 1, 1) if coded is None else coded.value_table.shape[:3]
-    remote = kernels.CODES if coded is not None else kernels.COUNTS if counted is not None else 0
+    remote = kernels.NOTHING
+    if coded is not None or counted is not None:
+        remote = kernels.CODES if coded is not None else kernels.COUNTS
     return {
         "DENSE": dense is not None and dense.key.shape[2] > 0,
         "CAUSAL": dense is not None and dense.is_causal,
