@@ -17,12 +17,15 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from .transform import Transform
+
 if TYPE_CHECKING:
     from .models import Adapter
 
+_TENSORS = ("tables", "scales", "transforms")
 CONFIG_FILE, TENSOR_FILE = "astra_config.json", "codebooks.safetensors"
 FORMAT = 1
-FITTED = ("kv", "hidden", "differential")  # spaces of codes
+FITTED = ("kv", "hidden", "differential", "transform")  # spaces of codes
 SPACES = (*FITTED, "none", "drop")
 DENSE_DTYPES = ("float32", "float16", "int8")
 
@@ -34,19 +37,25 @@ class Codebook:
     Attributes:
         space: "kv": joint keys and values before rotation; "hidden": block inputs (the paper);
             "differential": what a block's input adds to its estimate one block earlier, from the
-            token embeddings on; "none": dense keys and values; "drop": nothing (the local-only
+            token embeddings on; "transform": keys and values by predictive transform codes
+            (`transform.py`); "none": dense keys and values; "drop": nothing (the local-only
             control).
         groups: codes a token and block (C), 0 where there are none. Block 0 of space "differential"
-            needs none: every rank embeds the token ids itself.
+            needs none: every rank embeds the token ids itself. Of space "transform", where blocks
+            differ, the most that a block has.
         codewords: codewords of a group (K), 0 where there are none.
         shared: space "kv": one set of codes for all heads instead of codes of each head's own.
         dtype: space "none": "float32", "float16" or "int8" on the wire.
+        prefix: leading tokens of a decoder's input that every rank computes itself, so that they
+            are exact everywhere at no bits. The first token is unlike all others: attention that
+            has nothing to look at rests on it, and its code would have to be perfect.
         geometry: num_blocks, num_heads, num_key_value_heads, head_dim and hidden_size of the model.
         model: digest of the model's weights (`Adapter.digest`).
         tables: fp32 [num_blocks, C, K, w]. w = 2·d·Hkv/C in space "kv", else D/C. In space
             "differential" those of block 0 are zero, and not used.
         scales: fp32 [num_blocks, Hkv, 2], space "kv": what keys and values are multiplied with
             before the nearest codeword is sought. The tables hold scaled codewords.
+        transforms: one a block, in space "transform", which has no `tables`.
         notes: where the codewords come from, and what `fit` measured.
     """
 
@@ -55,10 +64,12 @@ class Codebook:
     codewords: int = 0
     shared: bool = False
     dtype: str = "float32"
+    prefix: int = 0
     geometry: dict[str, int] = field(default_factory=dict)
     model: str = ""
     tables: Tensor | None = None
     scales: Tensor | None = None
+    transforms: tuple[Transform, ...] = ()
     notes: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -96,6 +107,8 @@ class Codebook:
     @property
     def bits(self) -> float:
         """Bits a token and block, of a coded space, on average over the blocks."""
+        if self.space == "transform":
+            return sum(t.codes for t in self.transforms) * self.code_bits / len(self.transforms)
         bits = self.groups * self.code_bits
         if self.space != "differential":
             return bits
@@ -106,14 +119,20 @@ class Codebook:
     def digest(self) -> str:
         """Names the content: every field that changes what a code means."""
         told = hashlib.sha256(json.dumps(self._config(), sort_keys=True).encode())
-        for tensor in (self.tables, self.scales):
-            if tensor is not None:
-                told.update(tensor.contiguous().numpy().tobytes())
+        for _, tensor in sorted(self._tensors().items()):
+            told.update(tensor.numpy().tobytes())
         return told.hexdigest()[:16]
 
     def _config(self) -> dict[str, Any]:
-        fields = asdict(replace(self, tables=None, scales=None, notes={}))
-        return {k: v for k, v in fields.items() if k not in ("tables", "scales", "notes")}
+        fields = asdict(replace(self, tables=None, scales=None, transforms=(), notes={}))
+        return {k: v for k, v in fields.items() if k not in (*_TENSORS, "notes")}
+
+    def _tensors(self) -> dict[str, Tensor]:
+        """What the safetensors file holds, by name."""
+        found = {"tables": self.tables, "scales": self.scales}
+        for block, transform in enumerate(self.transforms):
+            found |= {f"{block:03}.{name}": t for name, t in transform.tensors().items()}
+        return {name: t.contiguous() for name, t in found.items() if t is not None}
 
     def check_model(self, adapter: Adapter) -> None:
         """Refuses a model that the codewords were not made for, saying what differs."""
@@ -141,9 +160,7 @@ class Codebook:
 
         path = Path(folder)
         path.mkdir(parents=True, exist_ok=True)
-        tensors = {"tables": self.tables, "scales": self.scales}
-        present = {name: t.contiguous() for name, t in tensors.items() if t is not None}
-        save_file(present, path / (TENSOR_FILE + ".part"))
+        save_file(self._tensors(), path / (TENSOR_FILE + ".part"))
         os.replace(path / (TENSOR_FILE + ".part"), path / TENSOR_FILE)
         config = {"format": FORMAT, "digest": self.digest, **self._config(), "notes": self.notes}
         part = path / (CONFIG_FILE + ".part")
@@ -169,7 +186,7 @@ class Codebook:
             if config.pop("format") != FORMAT:
                 raise ValueError(f"expected format {FORMAT}")
             digest = config.pop("digest")
-            made = cls(**config, tables=tensors.get("tables"), scales=tensors.get("scales"))
+            made = cls(**config, **_parts(tensors))
         except (SafetensorError, ValueError, TypeError, KeyError, AttributeError) as error:
             raise ValueError(f"codebook: {path} cannot be read: {error}") from error
         if made.digest != digest:
@@ -177,6 +194,19 @@ class Codebook:
                 f"codebook: {path} is damaged: expected content {digest}, got {made.digest}"
             )
         return made
+
+
+def _parts(tensors: dict[str, Tensor]) -> dict[str, Any]:
+    """The inverse of `Codebook._tensors`, as keyword arguments."""
+    of_blocks: dict[str, dict[str, Tensor]] = {}
+    found: dict[str, Any] = {}
+    for name, tensor in sorted(tensors.items()):
+        block, _, part = name.partition(".")
+        if part:
+            of_blocks.setdefault(block, {})[part] = tensor
+        else:
+            found[name] = tensor
+    return {**found, "transforms": tuple(Transform(**parts) for parts in of_blocks.values())}
 
 
 def geometry(adapter: Adapter) -> dict[str, int]:

@@ -73,9 +73,17 @@ class Engine:
     def rank(self) -> int:
         return self.mesh.rank
 
-    def plan(self, tokens: int) -> Plan:
-        """The cut of an input of `tokens` tokens, the class token not counted."""
+    def plan(self, tokens: int, hidden: int = 0) -> Plan:
+        """The cut of an input of `tokens` tokens, the class token not counted.
+
+        Where the codebook has every rank compute the first tokens itself, `hidden` tokens of
+        padding in front of them are taken along.
+        """
         adapter, world_size = self.adapter, self.mesh.world_size
+        copies = adapter.class_tokens
+        if adapter.causal and world_size > 1 and self.codebook.prefix:
+            copies = min(hidden + self.codebook.prefix, tokens - world_size)
+            tokens -= copies
         weights = self.weights
         if weights is None:
             linear, attention = adapter.block_flops()
@@ -94,7 +102,7 @@ class Engine:
             tokens,
             world_size,
             causal=adapter.causal,
-            class_tokens=adapter.class_tokens,
+            copies=copies,
             weights=weights,
         )
 
@@ -132,7 +140,8 @@ class Engine:
             raise ValueError(f"outputs: expected 'every' or 'one', got {outputs!r}")
         adapter, rank = self.adapter, self.rank
         batch, tokens = adapter.count(inputs)
-        plan = self.plan(tokens)
+        visible = adapter.visible(inputs)
+        plan = self.plan(tokens, _hidden(visible))
         call = Call(
             rank,
             plan,
@@ -143,14 +152,10 @@ class Engine:
             answer=logits,
             everywhere=outputs == "every",
         )
-        own, copies = plan.shard(rank), adapter.class_tokens
-        far = [
-            slice(plan.bounds[n] + copies, plan.bounds[n + 1] + copies) for n in plan.sources(rank)
-        ]
-        visible = adapter.visible(inputs)
+        own, copies = plan.shard(rank), plan.copies
+        far = [plan.shard(n) for n in plan.sources(rank)]
         if visible is not None:
-            body = visible[:, own.start + copies : own.stop + copies]
-            call.local_mask = torch.cat([visible[:, :copies], body], 1)
+            call.local_mask = torch.cat([visible[:, :copies], visible[:, own]], 1)
             call.remote_mask = torch.cat([visible[:, s] for s in far], 1) if far else None
         positions = adapter.positions(inputs)
         rope = None if positions is None else adapter.rope(positions)
@@ -285,6 +290,11 @@ def _contents(inputs: dict[str, Tensor]) -> list[bytes]:
         if not tensor.is_floating_point():
             told.append(tensor.to("cpu", torch.int64).contiguous().numpy().tobytes())
     return told
+
+
+def _hidden(visible: Tensor | None) -> int:
+    """The most tokens of padding in front of a sequence of the batch; `visible` is bool [B, T]."""
+    return 0 if visible is None else int((visible.cumsum(-1) == 0).sum(-1).max())
 
 
 class _Owner:

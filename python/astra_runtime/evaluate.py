@@ -6,7 +6,7 @@ import contextlib
 import math
 import threading
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
 import torch
@@ -66,6 +66,7 @@ class Measured:
         exact, astra, local_only: the metric on one device, with the codes, and without any remote
             tokens. Lower is better.
         bits_per_token_block: payload bits a token and block.
+        local_prefix: without remote tokens but for the codebook's prefix; None where it has none.
     """
 
     metric: str
@@ -73,6 +74,7 @@ class Measured:
     astra: float
     local_only: float
     bits_per_token_block: float
+    local_prefix: float | None = None
 
     @property
     def gap_recovered(self) -> float:
@@ -115,8 +117,8 @@ def measure(
 ) -> Measured:
     """Compares `codebook` with both controls over `windows`; the ranks are threads.
 
-    All three use the same equal shards. Exact is dense exchange in fp32, which equals the single
-    device to rounding. `progress` is called after each window and method.
+    All use the same equal shards (with a prefix, to a token). Exact is dense exchange in fp32,
+    which equals the single device to rounding. `progress` is called after each window and method.
     """
     if world_size < 2:
         raise ValueError(
@@ -152,11 +154,14 @@ def measure(
         return run_ranks(world_size, work)
 
     exact, astra, dropped = run(Codebook.none()), run(codebook), run(Codebook.drop())
-    if language:
-        return Measured(
-            "perplexity", _perplexity(exact), _perplexity(astra), _perplexity(dropped), bits
-        )
-    return Measured("error", 0.0, _error(astra[0], exact[0]), _error(dropped[0], exact[0]), bits)
+    if not language:
+        coded, alone = (_error(found[0], exact[0]) for found in (astra, dropped))
+        return Measured("error", 0.0, coded, alone, bits)
+    local_prefix = None
+    if codebook.prefix:
+        local_prefix = _perplexity(run(replace(Codebook.drop(), prefix=codebook.prefix)))
+    of_exact, coded, alone = map(_perplexity, (exact, astra, dropped))
+    return Measured("perplexity", of_exact, coded, alone, bits, local_prefix)
 
 
 def _output(output: Any) -> Tensor:

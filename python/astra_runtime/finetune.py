@@ -188,7 +188,7 @@ class _Training:
         _check_model(model, codebook, self.adapter)
         windows = as_windows(data)
         self.tokens = _check_windows(windows, self.adapter)
-        settings.check(self.tokens)
+        settings.check(self.tokens - codebook.prefix)
         _check_labels(labels, len(windows), model)
         out = _apart(len(windows), held_back)
         device = self.adapter.device
@@ -221,7 +221,7 @@ class _Training:
         settings, number = self.settings, self.done
         generator = torch.Generator().manual_seed(settings.seed * 1_000_003 + number)
         inputs, labels = self._batch(generator)
-        plan = draw_plan(self.tokens, self.adapter, settings, generator)
+        plan = draw_plan(self.tokens, self.adapter, settings, generator, self.start.prefix)
         run = Simulation(
             self.model,
             self.start,
@@ -273,8 +273,13 @@ class _Training:
         """The codewords as they are now, for the model as it is now."""
         if not self.start.coded:
             return self.start
-        tables = torch.stack([layer.tables for layer in self.quantizers]).cpu()  # type: ignore[misc]
-        return replace(self.start, tables=tables, model=self.adapter.digest(), notes={})
+        made = replace(self.start, model=self.adapter.digest(), notes={})
+        tables = [getattr(layer, "tables", None) for layer in self.quantizers]
+        if not self.start.transforms:
+            return replace(made, tables=torch.stack(tables).cpu())  # type: ignore[arg-type]
+        pairs = zip(self.start.transforms, tables, strict=True)
+        trained = (t if table is None else replace(t, tables=table.cpu()) for t, table in pairs)
+        return replace(made, transforms=tuple(trained))
 
     def measure(self, world_size: int, report: Report) -> None:
         """Runs the windows held back through the engine itself, beside both controls."""
@@ -351,16 +356,24 @@ class _Training:
 
 
 def draw_plan(
-    tokens: int, adapter: Adapter, settings: Settings, generator: torch.Generator
+    tokens: int,
+    adapter: Adapter,
+    settings: Settings,
+    generator: torch.Generator,
+    prefix: int = 0,
 ) -> Plan:
-    """N uniform in `settings.ranks`, the cut uniform among those with no shard too small."""
+    """N uniform in `settings.ranks`, the cut uniform among those with no shard too small.
+
+    `prefix` of a decoder's tokens are every rank's own.
+    """
+    tokens -= prefix
     least, most = settings.ranks
     ranks = int(torch.randint(least, most + 1, (), generator=generator))
     # N − 1 different ones of slack + N − 1 places are a uniform way to share `slack` out to N
     slack = tokens - ranks * settings.shard
     places = torch.randperm(slack + ranks - 1, generator=generator)[: ranks - 1].sort().values
     cuts = [int(place) - i + (i + 1) * settings.shard for i, place in enumerate(places)]
-    return Plan((0, *cuts, tokens), adapter.causal, adapter.class_tokens)
+    return Plan((0, *cuts, tokens), adapter.causal, adapter.class_tokens + prefix)
 
 
 def schedule(step: int, settings: Settings) -> float:

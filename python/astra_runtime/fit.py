@@ -13,10 +13,14 @@ import astra_kernels as ak
 
 from .codebook import FITTED, Codebook, check_groups, check_space, geometry, joint
 from .evaluate import Inputs, Measured, measure
+from .fit_transform import Rows, allocate, embedding_of, fit_blocks, roots, sensitivity
 from .kmeans import kmeans
 from .models import Adapter, adapt, listening
 from .parallel import map_cores
 from .spaces import Rope, unrotate
+from .transform import Transform, flat
+
+SENSITIVITY_WINDOWS = 8  # a backward pass each; F needs no more
 
 Progress = Callable[[str, int, int], None]  # what is done, steps done, steps in all
 
@@ -27,7 +31,10 @@ def fit(
     *,
     space: str = "kv",
     groups: int = 1,
-    codewords: int = 1024,
+    codewords: int | None = None,
+    bits: float | None = None,
+    prefix: int | None = None,
+    rank: int = 64,
     shared: bool | None = None,
     iterations: int = 8,
     seed: int = 0,
@@ -42,10 +49,17 @@ def fit(
         calibration: token windows, int64 [W, T] or a list of [T] (with the class token, for BERT);
             or images, [W, C, h, w]. Never the text that is then prompted or evaluated.
         space: "kv" codes keys and values jointly, before rotation; "hidden" codes block inputs;
-            "differential" codes what a block's input adds to the estimate of the block before.
+            "differential" codes what a block's input adds to the estimate of the block before;
+            "transform" codes keys and values with all that is known of them (`transform.py`): the
+            most accurate, and the only one that says itself how many bits each block is worth.
         groups: codes a token and block. Space "kv": a multiple of the KV heads, each coded on its
             own, or fewer, shared by all heads. Else channel groups (the paper's G).
-        codewords: codewords of a group (the paper's K).
+        codewords: codewords of a group (the paper's K); None: 256 in space "transform", else 1024.
+        bits: space "transform", which has no `groups`: at most so many bits a token and block, on
+            average over the blocks; None: 100.
+        prefix: leading tokens of a decoder's input that every rank computes itself; None: 1 in
+            space "transform", else 0.
+        rank: space "transform", of its predictor.
         shared: one set of codes for all heads; None: where `groups` is no multiple of the KV heads.
         iterations: Lloyd iterations.
         seed: makes the result deterministic, whatever the number of threads.
@@ -66,10 +80,19 @@ def fit(
             f"space: expected {', '.join(map(repr, FITTED))}, which are fitted, got {space!r}"
         )
     check_space(space, adapter)
+    transform = space == "transform"
+    codewords = codewords or (256 if transform else 1024)
+    prefix = _prefix(prefix, transform, adapter)
+    if transform:
+        bits = 100.0 if bits is None else float(bits)
+        _check_bits(bits, codewords, adapter)
+    elif bits is not None:
+        raise ValueError(f"bits: expected with space 'transform', got space {space!r}")
     if shared is None:
         shared = groups % adapter.num_key_value_heads != 0
     shared = shared and space == "kv"
-    check_groups(space, groups, shared, geometry(adapter))
+    if not transform:
+        check_groups(space, groups, shared, geometry(adapter))
     kept, tried = _hold_back(windows, held_back)
     shortest = min((adapter.count(window)[1] for window in tried), default=0)
     if tried and not 2 <= world_size < shortest:
@@ -83,7 +106,22 @@ def fit(
             f"codewords: expected 2 to 65536 and at most the {vectors} calibration vectors, "
             f"got {codewords}; give more calibration windows"
         )
-    recorded = _record(adapter, space, kept, progress)
+    notes: dict[str, Any] = {"calibration_vectors": vectors, "iterations": iterations, "seed": seed}
+    common: dict[str, Any] = {
+        "prefix": prefix,
+        "geometry": geometry(adapter),
+        "model": adapter.digest(),
+        "notes": notes,
+    }
+    if transform:
+        assert bits is not None
+        made = _transforms(model, kept, bits, prefix, codewords, rank, iterations, seed, progress)
+        notes |= {"bits": bits, "rank": rank, "codes": [t.codes for t in made]}
+        codebook = Codebook(space, max(t.codes for t in made), codewords, transforms=made, **common)
+        if tried:
+            notes["held_back"] = _evaluate(model, codebook, tried, world_size, progress)
+        return codebook
+    recorded = _record(adapter, space, kept, progress, prefix)
 
     def cluster(block: int) -> tuple[Tensor, Tensor]:
         found, scales = recorded.vectors(block, groups, shared)
@@ -104,15 +142,75 @@ def fit(
         groups,
         codewords,
         shared,
-        geometry=geometry(adapter),
-        model=adapter.digest(),
         tables=torch.stack(tables).cpu(),
         scales=torch.stack(scales).cpu() if space == "kv" else None,
-        notes={"calibration_vectors": vectors, "iterations": iterations, "seed": seed},
+        **common,
     )
     if tried:
-        codebook.notes["held_back"] = _evaluate(model, codebook, tried, world_size, progress)
+        notes["held_back"] = _evaluate(model, codebook, tried, world_size, progress)
     return codebook
+
+
+def _prefix(prefix: int | None, transform: bool, adapter: Adapter) -> int:
+    if prefix is None:
+        prefix = 1 if transform and adapter.causal else 0
+    if prefix < 0 or (prefix and not adapter.causal):
+        raise ValueError(
+            f"prefix: expected 0 or more, and 0 for an encoder, whose first tokens see all others, "
+            f"got {prefix}"
+        )
+    return prefix
+
+
+def _check_bits(bits: float, codewords: int, adapter: Adapter) -> None:
+    blocks, code = len(adapter.blocks), (codewords - 1).bit_length()
+    most = 32 * 2 * adapter.num_key_value_heads * adapter.head_dim
+    if not code / blocks <= bits <= most:
+        raise ValueError(
+            f"bits: expected at least {code / blocks:.2g}, one code of {code} bits in one of "
+            f"{blocks} blocks, and at most {most}, dense fp32, got {bits:g}"
+        )
+
+
+def _transforms(
+    model: nn.Module,
+    windows: list[Inputs],
+    bits: float,
+    prefix: int,
+    codewords: int,
+    rank: int,
+    iterations: int,
+    seed: int,
+    progress: Progress,
+) -> tuple[Transform, ...]:
+    """Sensitivity on a few windows, the record of all, and the fit of every block."""
+    adapter = adapt(model)
+    if rank < 1:
+        raise ValueError(f"rank: expected at least 1, got {rank}")
+    few = windows[:: max(1, len(windows) // SENSITIVITY_WINDOWS)][:SENSITIVITY_WINDOWS]
+    progress("weighing", 0, 1)
+    cost = sensitivity(model, few, prefix=prefix, world_size=4, seed=seed)
+    progress("weighing", 1, 1)
+    recorded = _record(adapter, "kv", windows, progress, prefix)
+    copies, embedding = adapter.class_tokens + prefix, None
+    if adapter.token_ids:
+        found = [embedding_of(adapter, window)[:, copies:].flatten(0, 1) for window in windows]
+        embedding = torch.cat(found)
+    blocks = len(adapter.blocks)
+    with torch.no_grad():  # not inference mode: the tensors made here may be trained with
+        rows = Rows([recorded.pairs(block) for block in range(blocks)], embedding)
+        root = roots(cost.to(adapter.device))
+        counts = allocate(rows, root, bits, (codewords - 1).bit_length())
+        return fit_blocks(
+            rows,
+            root,
+            counts,
+            codewords=codewords,
+            rank=rank,
+            iterations=iterations,
+            seed=seed,
+            progress=lambda block: progress("clustering", block + 1, blocks),
+        )
 
 
 def _closed_loop(
@@ -177,11 +275,13 @@ def _evaluate(
     }
 
 
-def _record(adapter: Adapter, space: str, windows: list[Inputs], progress: Progress) -> _Recorded:
+def _record(
+    adapter: Adapter, space: str, windows: list[Inputs], progress: Progress, prefix: int = 0
+) -> _Recorded:
     """Runs the model by itself on every window, keeping what the space codes."""
 
     def run(window: Inputs) -> list[Any]:
-        recorder = _Recorder(adapter, space, window)
+        recorder = _Recorder(adapter, space, window, prefix)
         with torch.inference_mode(), listening(recorder):
             adapter.model(**window)
         return recorder.kept
@@ -198,8 +298,8 @@ def _record(adapter: Adapter, space: str, windows: list[Inputs], progress: Progr
 class _Recorder:
     """A listener of one window: the block inputs, or the keys (not rotated) and values."""
 
-    def __init__(self, adapter: Adapter, space: str, window: Inputs) -> None:
-        self.copies, self.space = adapter.class_tokens, space
+    def __init__(self, adapter: Adapter, space: str, window: Inputs, prefix: int) -> None:
+        self.copies, self.space = adapter.class_tokens + prefix, space
         positions = adapter.positions(window)
         self.rope: Rope = None if positions is None else adapter.rope(positions)
         self.kept: list[Any] = [None] * len(adapter.blocks)
@@ -228,6 +328,15 @@ class _Recorded:
     space: str
     kept: list[list[Any]]
 
+    def pairs(self, block: int) -> Tensor:
+        """Keys and values of a block, side by side as `transform.flat` puts them: [n, E]."""
+        kept = [of_window[block] for of_window in self.kept]
+        for of_window in self.kept:
+            of_window[block] = None
+        found = torch.cat([flat(key, value).flatten(0, 1) for key, value in kept])
+        _finite(found, block)
+        return found
+
     def vectors(self, block: int, groups: int, shared: bool) -> tuple[Tensor, Tensor]:
         """The vectors [n, C, w] of a block, and the scales [Hkv, 2] they were multiplied with."""
         kept = [of_window[block] for of_window in self.kept]
@@ -241,11 +350,15 @@ class _Recorded:
             value = torch.cat([v for _, v in kept], 2)
             scales = balance(key, value)
             found = joint(key, value, scales, groups, shared).flatten(0, 1)
-        if not bool(found.isfinite().all()):
-            raise ValueError(
-                f"model: activations of block {block} are not finite on the calibration data"
-            )
+        _finite(found, block)
         return found.contiguous(), scales
+
+
+def _finite(found: Tensor, block: int) -> None:
+    if not bool(found.isfinite().all()):
+        raise ValueError(
+            f"model: activations of block {block} are not finite on the calibration data"
+        )
 
 
 def balance(key: Tensor, value: Tensor) -> Tensor:

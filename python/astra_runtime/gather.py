@@ -62,11 +62,11 @@ def gather(call: Call, hidden: Tensor) -> Tensor:
     plan, rank = call.plan, call.rank
     if call.answer == "local" or call.mesh.world_size == 1:
         last = call.answer == "last"
-        return hidden if not last else hidden[:, :1] if plan.class_tokens else hidden[:, -1:]
+        return hidden if not last else hidden[:, -1:] if plan.causal else hidden[:, :1]
     if call.answer == "all":
         piece, senders = hidden, set(range(plan.world_size))
-    elif plan.class_tokens:
-        piece, senders = hidden[:, : plan.class_tokens], set(range(plan.world_size))
+    elif not plan.causal:
+        piece, senders = hidden[:, : plan.copies], set(range(plan.world_size))
     else:
         piece, senders = hidden[:, -1:], {plan.owner}
 
@@ -77,14 +77,15 @@ def gather(call: Call, hidden: Tensor) -> Tensor:
         return piece
     whole = call.answer == "all"
     shapes = {
-        n: (len(hidden), plan.class_tokens + plan.size(n) if whole else 1, hidden.shape[-1])
+        n: (len(hidden), plan.copies + plan.size(n) if whole else 1, hidden.shape[-1])
         for n in senders - {rank}
     }
     pieces = receive_tensors(call.mesh, shapes, hidden, block=HEAD, plan=call.tag)
     if rank in senders:
         pieces[rank] = piece
     ordered = [pieces[n] for n in sorted(pieces)]
-    if not plan.class_tokens:
-        return torch.cat(ordered, 1)
-    token = torch.stack([p[:, : plan.class_tokens] for p in ordered]).mean(0)
-    return torch.cat([token, *(p[:, plan.class_tokens :] for p in ordered)], 1)
+    if plan.causal and not whole:
+        return ordered[0]
+    first = [p[:, : plan.copies] for p in ordered]
+    token = first[0] if plan.causal else torch.stack(first).mean(0)
+    return torch.cat([token, *(p[:, plan.copies :] for p in ordered)], 1)

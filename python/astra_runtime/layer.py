@@ -38,7 +38,7 @@ class Call:
         answer: what the head reads: "last" (last or class token), "all" or "local" tokens.
         everywhere: every rank gets the answer, not the owner alone.
         keeps: decoding follows here, from `kept`: what this rank knows of the remote tokens.
-        frame: the buffer that every block's codes are packed into.
+        frames: buffers that blocks' codes are packed into, by size.
     """
 
     rank: int
@@ -56,21 +56,21 @@ class Call:
     keeps: bool = False
     decoding: bool = False
     kept: dict[int, Any] = field(default_factory=dict)
-    frame: Frame | None = None
+    frames: dict[int, Frame] = field(default_factory=dict)
 
     def embedded(self, hidden: Tensor) -> Tensor:
         """The class token's copy and this rank's shard of all embeddings."""
-        own, copies = self.plan.shard(self.rank), self.plan.class_tokens
-        return torch.cat([hidden[:, :copies], hidden[:, copies:][:, own]], 1)
+        own, copies = self.plan.shard(self.rank), self.plan.copies
+        return torch.cat([hidden[:, :copies], hidden[:, own]], 1)
 
     def before_block(self, block: int, hidden: Tensor) -> None:
         """Hidden-state codes leave before the block computes anything."""
         if self.space.early and not self.decoding:
-            self.say(block, hidden[:, self.plan.class_tokens :])
+            self.say(block, hidden[:, self.plan.copies :])
 
     def attend(self, block: int, query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
         """Mixed-precision attention: [B, H, M, d] over local [B, Hkv, L, d] and remote tokens."""
-        copies = self.plan.class_tokens  # seen on this rank only, never sent
+        copies = self.plan.copies  # seen on this rank only, never sent
         if not self.space.early and not self.decoding:
             self.say(block, (key[:, :, copies:], value[:, :, copies:]))
         mask, causal = self.local_mask, self.plan.causal and not self.decoding
@@ -78,8 +78,11 @@ class Call:
         remote = self.kept.get(block) if self.decoding else self.hear(block)
         if remote is not None:
             rope, mask = self.remote_rope, self.remote_mask
+            first = copies if causal else 0  # a decoder's first tokens see no others
+            query, near, lse = query[:, :, first:], out[:, :, first:], lse[:, :, first:]
             far, far_lse = self.space.attend(block, query, remote, rope, mask, scale)
-            out, _ = ak.merge_state(out, lse, far, far_lse)
+            both, _ = ak.merge_state(near, lse, far, far_lse)
+            out = torch.cat([out[:, :, :first], both], 2) if first else both
         return out
 
     def say(self, block: int, what: Any) -> None:
@@ -87,9 +90,9 @@ class Call:
         receivers = self.plan.receivers(self.rank)
         size = self.space.payload_bytes(block, self.batch, self.plan.size(self.rank))
         if receivers and size:
-            self.frame = self.frame or self.mesh.buffer(size)  # in all blocks that send
-            self.space.encode(block, what, self.local_rope, self.frame.payload)
-            self.mesh.send(self.frame, block=block, plan=self.tag, to=receivers)
+            frame = self.frames.get(size) or self.frames.setdefault(size, self.mesh.buffer(size))
+            self.space.encode(block, what, self.local_rope, frame.payload)
+            self.mesh.send(frame, block=block, plan=self.tag, to=receivers)
 
     def hear(self, block: int) -> Any:
         """This block's codes of every rank whose shard is visible here; None if there is none."""

@@ -21,13 +21,14 @@ class Plan:
     Attributes:
         bounds: `world_size + 1` token indices; rank n holds tokens `bounds[n]` to `bounds[n + 1]`.
         causal: True for decoders. False for encoders, where every rank sees every shard.
-        class_tokens: copies of the class token that every rank holds in front of its shard, seen
-            on that rank only and never sent (0 for decoders). They are not counted in `tokens`.
+        copies: leading tokens of the sequence that every rank computes itself, in front of its
+            shard: seen on that rank only, never sent, and not counted in `tokens`. An encoder's
+            class token; a decoder's first tokens, where its codebook asks for that.
     """
 
     bounds: tuple[int, ...]
     causal: bool
-    class_tokens: int = 0
+    copies: int = 0
 
     @classmethod
     def make(
@@ -36,7 +37,7 @@ class Plan:
         world_size: int,
         *,
         causal: bool,
-        class_tokens: int = 0,
+        copies: int = 0,
         weights: Sequence[float] | None = None,
     ) -> Plan:
         """Cuts `tokens` in proportion to `weights` (None: equal), at least one token a rank."""
@@ -57,7 +58,7 @@ class Plan:
             reached += weight / sum(share)
             latest = tokens - (world_size - 1 - n)  # leaves a token for every rank after this one
             bounds.append(min(max(round(tokens * reached), bounds[-1] + 1), latest))
-        return cls(tuple(bounds), causal, class_tokens)
+        return cls(tuple(bounds), causal, copies)
 
     @property
     def tokens(self) -> int:
@@ -68,11 +69,11 @@ class Plan:
         return len(self.bounds) - 1
 
     def shard(self, rank: int) -> slice:
-        """The tokens of `rank`, as a slice of the sequence."""
-        return slice(self.bounds[rank], self.bounds[rank + 1])
+        """The tokens of `rank`, as a slice of the sequence, the copies in front included."""
+        return slice(self.bounds[rank] + self.copies, self.bounds[rank + 1] + self.copies)
 
     def size(self, rank: int) -> int:
-        """How many tokens `rank` holds, class-token copies not counted."""
+        """How many tokens `rank` holds, copies not counted."""
         return self.bounds[rank + 1] - self.bounds[rank]
 
     def sources(self, rank: int) -> tuple[int, ...]:
@@ -94,7 +95,7 @@ class Plan:
 
         Ranks that were given other tokens find out at the first frame.
         """
-        told = zlib.crc32(repr((self.bounds, self.causal, self.class_tokens)).encode())
+        told = zlib.crc32(repr((self.bounds, self.causal, self.copies)).encode())
         for content in inputs:
             told = zlib.crc32(content, told)
         return told

@@ -8,6 +8,11 @@ shard's keys and values as they are and other shards' through quantized stand-in
 where K holds a shard's own tokens and K̂ everyone else's. With the tables of a `Codebook` this is
 what the engine's ranks compute together, to rounding; it costs twice the attention scores of the
 plain model, and no communication.
+
+Codes may be lost on their way (`lost`): then a receiver leaves the shard out of that block's
+softmax. In the spaces "differential" and "transform" it also goes on without the codewords of that
+block, so that its estimate of the shard stays off in later blocks, while the sender and the other
+receivers know nothing of it. That is computed as it is, with an estimate for each receiver.
 """
 
 from __future__ import annotations
@@ -25,16 +30,20 @@ from .models import Adapter, adapt, listening
 from .navq import NAVQ
 from .plan import Plan
 from .spaces import rotate, unrotate
+from .transform import Known, flat, heads, unit
 
 
 def quantizers(codebook: Codebook, device: torch.device | str, **options: Any) -> nn.ModuleList:
     """A quantizer for each block, with the codebook's tables; `options` are those of `NAVQ`."""
-    if codebook.tables is None:
-        return nn.ModuleList()
     seed = options.pop("seed", 0)
-    tables = codebook.tables.to(device, torch.float32)
+    tables = [t.tables for t in codebook.transforms]
+    if codebook.tables is not None:
+        tables = list(codebook.tables)
     return nn.ModuleList(
-        NAVQ(table, seed=seed + block, **options) for block, table in enumerate(tables)
+        NAVQ(table.to(device, torch.float32), seed=seed + block, **options)
+        if len(table)
+        else nn.Identity()  # a block of which nothing is sent
+        for block, table in enumerate(tables)
     )
 
 
@@ -65,8 +74,9 @@ class Layout:
         rank: list[int] = []
         sent: list[bool] = []
         for n in range(plan.world_size):
-            copies = plan.class_tokens if n == 0 or not single_class_token else 0
-            own = range(plan.bounds[n] + plan.class_tokens, plan.bounds[n + 1] + plan.class_tokens)
+            copies = plan.copies if n == 0 or not single_class_token else 0
+            shard = plan.shard(n)
+            own = range(shard.start, shard.stop)
             token += [*range(copies), *own]
             rank += [n] * (copies + len(own))
             sent += [single_class_token] * copies + [True] * len(own)
@@ -102,6 +112,9 @@ class Simulation:
         inputs: as the model's own, whole.
         quantizers: one a block, in place of the codebook's tables; from `quantizers`.
         single_class_token: rank 0 alone has the class token, for comparison.
+        lost: the share of frames that do not arrive: of each block, from each rank to each other,
+            drawn independently, one draw for the whole batch.
+        generator: on the CPU, what losses are drawn from; needed where `lost` is not 0.
 
     Attributes:
         commitment: after `run`: the commitment losses of all blocks, summed.
@@ -116,12 +129,18 @@ class Simulation:
         quantizers: Sequence[NAVQ] | nn.ModuleList | None = None,
         *,
         single_class_token: bool = False,
+        lost: float = 0.0,
+        generator: torch.Generator | None = None,
     ) -> None:
+        if not 0 <= lost <= 1:
+            raise ValueError(f"lost: expected a share between 0 and 1, got {lost}")
+        if lost and generator is None:
+            raise ValueError("generator: expected one, from which the losses are drawn, got None")
+        self.lost, self.generator = lost, generator
         self.adapter: Adapter = adapt(model)
-        if self.adapter.count(inputs)[1] != plan.tokens:
-            raise ValueError(
-                f"plan: expected one of {self.adapter.count(inputs)[1]} tokens, got {plan.tokens}"
-            )
+        tokens = self.adapter.count(inputs)[1] - (plan.copies if plan.causal else 0)
+        if tokens != plan.tokens:
+            raise ValueError(f"plan: expected one of {tokens} tokens, got {plan.tokens}")
         device = self.adapter.device
         self.codebook, self.plan = codebook, plan
         self.quantizers = quantizers if quantizers is not None else frozen(codebook, device)
@@ -132,11 +151,19 @@ class Simulation:
         self.mask = self.layout.mask(plan.causal, visible)
         self.counted = None if visible is None else visible[:, self.layout.token[self.layout.sent]]
         positions = self.adapter.positions(inputs)
+        if positions is not None:
+            positions = positions[:, plan.copies :]  # of the tokens sent
         self.rope = None if positions is None else self.adapter.rope(positions)
         self.kwargs = self._inputs(inputs)
         self.commitment = torch.zeros((), device=device)
+        self.transforms = [t.to(device) for t in codebook.transforms]
+        self.loop: Known  # space "transform": what all know of the tokens sent
+        self.loops: list[Known] = []  # and each receiver, where frames are lost
         self.block_input: Tensor | None = None
         self.known: Tensor | None = None  # space "differential": what all ranks know of tokens sent
+        self.behind: Tensor | None = (
+            None  # [N, B, S, D]: what each receiver lacks of it, after losses
+        )
 
     def _inputs(self, inputs: Mapping[str, Tensor]) -> dict[str, Any]:
         """What the model is called with: every rank's own inputs, side by side."""
@@ -160,7 +187,7 @@ class Simulation:
     def run(self) -> Any:
         """The model's own output; with a class token, of one sequence as the model knows it."""
         self.commitment = torch.zeros_like(self.commitment)
-        self.known = None
+        self.known = self.behind = None
         with self.adapter.installed(), listening(self):
             return self.adapter.model(**self.kwargs)
 
@@ -174,44 +201,112 @@ class Simulation:
 
     def attend(self, block: int, query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
         """Attention [B, H, L, d] over keys and values [B, Hkv, L, d] and their stand-ins."""
-        mask = self.mask
+        length = key.shape[2]
         if self.codebook.space == "drop":
-            mask = mask[..., : key.shape[2]]
-        else:
-            far_key, far_value = self._stand_ins(block, key, value)
-            key = torch.cat([key, far_key.to(key.dtype)], 2)
-            value = torch.cat([value, far_value.to(value.dtype)], 2)
-        heads = query.shape[1] // key.shape[1]  # of queries to a head of keys
-        key, value = key.repeat_interleave(heads, 1), value.repeat_interleave(heads, 1)
-        return F.scaled_dot_product_attention(query, key, value, attn_mask=mask, scale=scale)
+            return _attention(query, key, value, self.mask[..., :length], scale)
+        mask, arrived = self.mask, self._arrivals(block)
+        if arrived is not None:
+            rank = self.layout.rank
+            heard = arrived[rank][:, rank[self.layout.sent]]
+            mask = torch.cat([mask[..., :length], mask[..., length:] & heard], -1)
+        of_receivers = self._stand_ins(block, key, value, arrived)
+        found = []
+        for n, (far_key, far_value) in enumerate(of_receivers):
+            rows = self.layout.rank == n if len(of_receivers) > 1 else slice(None)
+            keys = torch.cat([key, far_key.to(key.dtype)], 2)
+            values = torch.cat([value, far_value.to(value.dtype)], 2)
+            found.append(_attention(query[:, :, rows], keys, values, mask[:, :, rows], scale))
+        return found[0] if len(found) == 1 else torch.cat(found, 2)  # rank after rank
+
+    def _arrivals(self, block: int) -> Tensor | None:
+        """Whose codes of this block arrive where: bool [N receiving, N sending]; None: all do."""
+        silent = self.codebook.space == "differential" and not block  # sends nothing to lose
+        silent |= bool(self.transforms) and not self.transforms[block].codes
+        if not self.lost or silent:
+            return None
+        drawn = torch.rand((self.plan.world_size,) * 2, generator=self.generator)
+        return (drawn >= self.lost).to(self.layout.rank.device)
 
     def finish(self, hidden: Tensor) -> Tensor:
-        if not self.plan.class_tokens or self.single:
+        if not self.plan.copies or self.single:
             return hidden
         sent = self.layout.sent
-        return torch.cat([hidden[:, ~sent].mean(1, keepdim=True), hidden[:, sent]], 1)
+        copies = hidden[:, ~sent].unflatten(1, (self.plan.world_size, -1))
+        first = copies[:, 0] if self.plan.causal else copies.mean(1)
+        return torch.cat([first, hidden[:, sent]], 1)
 
     # Stand-ins, by space.
 
-    def _stand_ins(self, block: int, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
-        """Keys (rotated) and values [B, Hkv, S, d] of the tokens sent, as other ranks see them."""
+    def _stand_ins(
+        self, block: int, key: Tensor, value: Tensor, arrived: Tensor | None
+    ) -> list[tuple[Tensor, Tensor]]:
+        """Keys (rotated) and values [B, Hkv, S, d] of the tokens sent, as other ranks see them.
+
+        One pair for all, or one a receiver where losses have made their estimates differ.
+        """
         sent = self.layout.sent
         if self.codebook.space == "none":
-            return key[:, :, sent], value[:, :, sent]
-        if self.codebook.space == "kv":
+            return [(key[:, :, sent], value[:, :, sent])]
+        if self.codebook.space == "transform":
+            plain = unrotate(key[:, :, sent].float(), self.rope)
+            seen = self._pairs_seen(block, flat(plain, value[:, :, sent].float()), arrived)
+            pairs = [heads(y, key.shape[1]) for y in seen]
+        elif self.codebook.space == "kv":
             assert self.scales is not None
-            heads, shared, scales = key.shape[1], self.codebook.shared, self.scales[block]
-            key = unrotate(key[:, :, sent].float(), self.rope)
-            vectors = joint(key, value[:, :, sent].float(), scales, self.codebook.groups, shared)
-            key, value = parted(self._quantize(block, vectors)[1], scales, heads, shared)
+            shared, scales = self.codebook.shared, self.scales[block]
+            plain = unrotate(key[:, :, sent].float(), self.rope)
+            vectors = joint(plain, value[:, :, sent].float(), scales, self.codebook.groups, shared)
+            output = self._quantize(block, vectors)[1]
+            pairs = [parted(output, scales, key.shape[1], shared)]
         else:
             assert self.block_input is not None
-            key, value = self.adapter.project(block, self._inputs_seen(block, self.block_input))
-        return rotate(key, self.rope), value
+            seen = self._inputs_seen(block, self.block_input, arrived)
+            pairs = [self.adapter.project(block, hidden) for hidden in seen]
+        return [(rotate(far, self.rope), far_value) for far, far_value in pairs]
 
-    def _inputs_seen(self, block: int, hidden: Tensor) -> Tensor:
-        """Block inputs [B, S, D] as other ranks know them."""
-        x = hidden[:, self.layout.sent].float()
+    def _pairs_seen(self, block: int, y: Tensor, arrived: Tensor | None) -> list[Tensor]:
+        """Space "transform": keys and values y [B, S, E] as the others know them."""
+        if not block:
+            first = embedding = None
+            if self.adapter.token_ids:
+                assert self.block_input is not None
+                sent = self.block_input[:, self.layout.sent]
+                first, embedding = y.detach(), unit(sent.detach())
+            loop = Known(self.transforms, first, embedding)
+            self.loops = [loop.fork() for _ in range(self.plan.world_size if self.lost else 1)]
+            self.loop = loop
+            if first is not None:
+                return [y]
+        transform, predicted = self.transforms[block], self.loop.predict(block, y)
+        words, step = None, y.new_zeros(())
+        if transform.codes:
+            z = transform.coordinates(y - predicted)
+            estimate, output = self._quantize(block, z)
+            words, step = estimate.detach(), transform.restored(output.detach())
+        self.loop.learn(block, predicted, words)  # free of noise: the coder's loop is exact
+        if not self.lost:
+            return [y + (predicted + step - y).detach()]  # straight-through, for all of y
+        return [self._heard(block, loop, y, words, n, arrived) for n, loop in enumerate(self.loops)]
+
+    def _heard(
+        self,
+        block: int,
+        loop: Known,
+        y: Tensor,
+        words: Tensor | None,
+        receiver: int,
+        arrived: Tensor | None,
+    ) -> Tensor:
+        """What one receiver knows of y after a block whose frames may be lost."""
+        if words is not None and arrived is not None:
+            here = arrived[receiver][self.layout.rank[self.layout.sent]]
+            words = words * here[:, None, None]
+        found = loop.learn(block, loop.predict(block, y), words)
+        return y + (found - y).detach()
+
+    def _inputs_seen(self, block: int, hidden: Tensor, arrived: Tensor | None) -> list[Tensor]:
+        """Block inputs [B, S, D] as other ranks know them: of all, or of each receiver."""
+        x, behind = hidden[:, self.layout.sent].float(), None
         if self.codebook.space == "hidden":
             seen = self._quantize(block, x.unflatten(-1, (self.codebook.groups, -1)))[1].flatten(2)
         elif self.known is None:
@@ -222,7 +317,17 @@ class Simulation:
             estimate, output = self._quantize(block, missing)
             self.known = known + estimate.flatten(2)  # free of noise: the coder's loop is exact
             seen = known + output.flatten(2)
-        return seen.to(hidden.dtype)
+            behind = self._fall_behind(estimate.flatten(2), arrived)
+        of_receivers = [seen] if behind is None else [seen - lacks for lacks in behind]
+        return [found.to(hidden.dtype) for found in of_receivers]
+
+    def _fall_behind(self, step: Tensor, arrived: Tensor | None) -> Tensor | None:
+        """What each receiver's estimate lacks, [N, B, S, D], after codewords [B, S, D]."""
+        if arrived is not None:
+            missed = ~arrived[:, self.layout.rank[self.layout.sent]]  # [N, S]
+            lacks = missed[:, None, :, None] * step.detach()
+            self.behind = lacks if self.behind is None else self.behind + lacks
+        return self.behind
 
     def _quantize(self, block: int, vectors: Tensor) -> tuple[Tensor, Tensor]:
         """The codewords of vectors [B, S, C, w], and the same with noise while training."""
@@ -232,6 +337,13 @@ class Simulation:
             raise ValueError(f"block {block}: {error}") from error
         self.commitment = self.commitment + found.commitment
         return found.estimate, found.output
+
+
+def _attention(query: Tensor, key: Tensor, value: Tensor, mask: Tensor, scale: float) -> Tensor:
+    """[B, H, M, d] of queries [B, H, M, d] over [B, Hkv, N, d], under a mask [B or 1, 1, M, N]."""
+    heads = query.shape[1] // key.shape[1]  # of queries to a head of keys
+    key, value = key.repeat_interleave(heads, 1), value.repeat_interleave(heads, 1)
+    return F.scaled_dot_product_attention(query, key, value, attn_mask=mask, scale=scale)
 
 
 def parted(vectors: Tensor, scales: Tensor, heads: int, shared: bool) -> tuple[Tensor, Tensor]:

@@ -22,6 +22,7 @@ from .codebook import Codebook, joint, split_tables
 from .errors import WireError
 from .models import Adapter
 from .plan import Plan
+from .transform import Known, flat, heads, unit
 
 Rope = tuple[Tensor, Tensor] | None  # cos and sin, [B, N, d]
 Payload = tuple[memoryview, int]  # the bytes of one rank's shard, and its tokens
@@ -76,6 +77,8 @@ def make_space(codebook: Codebook, adapter: Adapter) -> Space:
         return (ProjectedHiddenCodes if single else HiddenCodes)(codebook, adapter)
     if codebook.space == "differential":
         return DifferentialCodes(codebook, adapter)
+    if codebook.space == "transform":
+        return TransformCodes(codebook, adapter)
     return Dense(codebook.dtype, adapter) if codebook.space == "none" else Nothing()
 
 
@@ -100,14 +103,16 @@ def unrotate(keys: Tensor, rope: Rope) -> Tensor:
 class _Codes(Space):
     """Packing and unpacking, alike in all coded spaces: rows of a batch are byte-aligned."""
 
+    tables: Sequence[Tensor]  # [C, K, w] a block
+
     def __init__(self, codebook: Codebook, adapter: Adapter) -> None:
-        assert codebook.tables is not None
         self.groups, self.bits = codebook.groups, codebook.code_bits
-        self.codewords = codebook.codewords
-        self.tables = codebook.tables.to(adapter.device, torch.float32)
+        self.codewords, self.device = codebook.codewords, adapter.device
+        if codebook.tables is not None:
+            self.tables = list(codebook.tables.to(adapter.device, torch.float32))
 
     def payload_bytes(self, block: int, batch: int, tokens: int) -> int:
-        return batch * ak.packed_size(tokens * self.groups, self.bits)
+        return batch * ak.packed_size(tokens * len(self.tables[block]), self.bits)
 
     def write(self, block: int, vectors: Tensor, out: memoryview) -> Tensor:
         """Writes the nearest codewords of vectors [B, T, C, w] into `out`, packed; the codes."""
@@ -117,19 +122,19 @@ class _Codes(Space):
             ak.pack(codes_of_row, self.bits, out=out[b * row : (b + 1) * row])
         return codes
 
-    def read(self, payloads: Sequence[Payload], batch: int) -> Tensor:
+    def read(self, block: int, payloads: Sequence[Payload], batch: int) -> Tensor:
         """Unpacks and joins payloads: codes [B, N, C]."""
-        parts = []
+        parts, groups = [], len(self.tables[block])
         for view, tokens in payloads:
-            row, count = len(view) // batch, tokens * self.groups
+            row, count = len(view) // batch, tokens * groups
             rows = [
                 ak.unpack(view[b * row : (b + 1) * row], self.bits, count) for b in range(batch)
             ]
-            parts.append(torch.stack(rows).view(batch, tokens, self.groups))
+            parts.append(torch.stack(rows).view(batch, tokens, groups))
         codes = torch.cat(parts, 1)
         if self.codewords < 1 << self.bits and int(codes.max()) >= self.codewords:
             raise WireError("code", f"below {self.codewords}", int(codes.max()))
-        return codes.to(self.tables.device)
+        return codes.to(self.device)
 
 
 class _LookedUp(_Codes):
@@ -139,7 +144,7 @@ class _LookedUp(_Codes):
     values: list[Tensor]
 
     def decode(self, block: int, payloads: Sequence[Payload], batch: int, rope: Rope) -> Tensor:
-        return self.read(payloads, batch)
+        return self.read(block, payloads, batch)
 
     def attend(
         self, block: int, query: Tensor, kept: Any, rope: Rope, mask: Tensor | None, scale: float
@@ -223,7 +228,7 @@ class HiddenCodes(_HiddenEncoder, _DenseAttention):
     def decode(
         self, block: int, payloads: Sequence[Payload], batch: int, rope: Rope
     ) -> DenseTokens:
-        estimate = ak.decode(self.read(payloads, batch), self.tables[block]).flatten(2)
+        estimate = ak.decode(self.read(block, payloads, batch), self.tables[block]).flatten(2)
         return self.seen(block, estimate, rope)
 
     def seen(self, block: int, estimate: Tensor, rope: Rope) -> DenseTokens:
@@ -248,7 +253,7 @@ class DifferentialCodes(HiddenCodes):
     remote: Tensor
 
     def begin(self, inputs: Mapping[str, Tensor], plan: Plan, rank: int) -> DifferentialCodes:
-        known = self.adapter.embed(inputs)[:, plan.class_tokens :].float()
+        known = self.adapter.embed(inputs).float()
         far = [known[:, plan.shard(n)] for n in plan.sources(rank)]
         this = copy.copy(self)  # the tables stay shared
         this.own, this.remote = known[:, plan.shard(rank)], torch.cat([known[:, :0], *far], 1)
@@ -266,9 +271,68 @@ class DifferentialCodes(HiddenCodes):
         self, block: int, payloads: Sequence[Payload], batch: int, rope: Rope
     ) -> DenseTokens:
         if block:
-            codes = self.read(payloads, batch)
+            codes = self.read(block, payloads, batch)
             self.remote = self.remote + ak.decode(codes, self.tables[block]).flatten(2)
         return self.seen(block, self.remote, rope)
+
+
+class TransformCodes(_Codes, _DenseAttention):
+    """Predictive transform codes of keys and values, see `transform.py`.
+
+    Attributes:
+        own: what the others know of this rank's tokens; of one pass, see `begin`.
+        remote: what this rank knows of the tokens that it sees.
+    """
+
+    own: Known
+    remote: Known
+
+    def __init__(self, codebook: Codebook, adapter: Adapter) -> None:
+        super().__init__(codebook, adapter)
+        self.adapter = adapter
+        self.transforms = [t.to(adapter.device) for t in codebook.transforms]
+        self.tables = [t.tables for t in self.transforms]
+
+    def begin(self, inputs: Mapping[str, Tensor], plan: Plan, rank: int) -> TransformCodes:
+        this = copy.copy(self)  # the tensors stay shared
+        if not self.adapter.token_ids:
+            this.own, this.remote = (Known(self.transforms, None, None) for _ in range(2))
+            return this
+        embedded = self.adapter.embed(inputs)
+        first, embedding = flat(*self.adapter.project(0, embedded)).float(), unit(embedded)
+
+        def known(shards: list[slice]) -> Known:
+            cut = [torch.cat([t[:, :0], *(t[:, s] for s in shards)], 1) for t in (first, embedding)]
+            return Known(self.transforms, *cut)
+
+        this.own = known([plan.shard(rank)])
+        this.remote = known([plan.shard(n) for n in plan.sources(rank)])
+        return this
+
+    def encode(self, block: int, what: Any, rope: Rope, out: memoryview) -> None:
+        key, value = what
+        y = flat(unrotate(key.float(), rope), value.float())
+        transform, predicted = self.transforms[block], self.own.predict(block, y)
+        codes = self.write(block, transform.coordinates(y - predicted), out)
+        self.own.learn(block, predicted, ak.decode(codes, transform.tables))
+
+    def decode(
+        self, block: int, payloads: Sequence[Payload], batch: int, rope: Rope
+    ) -> DenseTokens:
+        known, transform = self.remote, self.transforms[block]
+        if block == 0 and known.reached == 0:  # every rank computed it
+            assert known.estimate is not None
+            return self._seen(known.estimate, rope)
+        tokens, words = sum(count for _, count in payloads), None
+        if transform.codes:
+            words = ak.decode(self.read(block, payloads, batch), transform.tables)
+        shape = transform.offset.expand(batch, tokens, -1)
+        return self._seen(known.learn(block, known.predict(block, shape), words), rope)
+
+    def _seen(self, estimate: Tensor, rope: Rope) -> DenseTokens:
+        key, value = heads(estimate, self.adapter.num_key_value_heads)
+        dtype = self.adapter.dtype
+        return DenseTokens(rotate(key, rope).to(dtype), value.to(dtype))
 
 
 class Dense(_DenseAttention):

@@ -27,14 +27,17 @@ class Simulation:
         self.codes: dict[int, Tensor] = {}
         self.x: dict[int, Tensor] = {}
         self.estimate = torch.empty(0)  # space "differential": of the block before
-        copies = plan.class_tokens
+        copies = plan.copies
         self.order, self.rank, self.is_copy = [], [], []
         for n in range(plan.world_size):
-            own = list(range(plan.tokens))[plan.shard(n)]
-            self.order += [0] * copies + [i + copies for i in own]
+            shard = plan.shard(n)
+            own = list(range(shard.start, shard.stop))
+            self.order += [*range(copies), *own]
             self.rank += [n] * (copies + len(own))
             self.is_copy += [True] * copies + [False] * len(own)
         positions = self.adapter.positions(inputs)
+        if positions is not None:
+            positions = positions[:, self.order]
         self.rope = None if positions is None else self.adapter.rope(positions)
         ids = inputs.get("input_ids")
         self.kwargs: dict[str, Any] = dict(inputs)
@@ -56,6 +59,8 @@ class Simulation:
     def estimates(self, block: int) -> tuple[Tensor, Tensor]:
         """Keys (rotated) and values of all tokens as other ranks see them."""
         x, book = self.x[block], self.book
+        if book.space == "transform":
+            return self.transformed(block, x)
         assert book.tables is not None
         if book.space == "differential":
             if block == 0:
@@ -92,13 +97,46 @@ class Simulation:
 
         return rotate(look_up(tables[0]), self.rope), look_up(tables[1])
 
+    def transformed(self, block: int, x: Tensor) -> tuple[Tensor, Tensor]:
+        """The formulas of `transform.py`, one after the other."""
+        code, free = self.book.transforms[block], self.adapter.token_ids
+        key, value = self.adapter.project(block, x)
+        y = torch.cat([key, value], 1).transpose(1, 2).flatten(2)
+        if block == 0:
+            self.embedding = x / x.square().mean(-1, keepdim=True).sqrt()
+            self.estimate = y if free else torch.empty(0)
+        if block or not free:
+            known = [self.estimate] if block else []
+            features = (
+                torch.cat([*known, *([self.embedding] if free else [])], -1)
+                if block
+                else x[..., :0]
+            )
+            p = features @ (code.squeeze @ code.spread) + code.offset
+            z = ((y - p) @ code.analysis).unflatten(-1, code.tables.shape[::2])
+            codes = torch.cdist(z.transpose(0, 2).flatten(1, 2), code.tables).argmin(-1)  # [C, T·B]
+            words = (
+                torch.stack([t[c] for t, c in zip(code.tables, codes, strict=True)], 1)
+                if len(codes)
+                else z[:0]
+            )
+            words = (
+                words.unflatten(0, (y.shape[1], y.shape[0])).transpose(0, 1) if len(codes) else z
+            )
+            self.estimate = p + words.flatten(2) @ code.synthesis
+        key, value = self.estimate.unflatten(-1, (2, -1, self.adapter.head_dim)).permute(
+            2, 0, 3, 1, 4
+        )
+        return rotate(key, self.rope), value
+
     def attend(self, block: int, query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
         rank, copy = torch.tensor(self.rank), torch.tensor(self.is_copy)
         local = rank[:, None] == rank[None]
         far = ~local & ~copy[None]
         if self.plan.causal:
             earlier = torch.ones_like(local).tril()
-            local, far = local & earlier, far & earlier
+            place = torch.tensor(self.order)
+            local, far = local & earlier, far & (place[:, None] > place)
         if self.book.space == "drop":
             far = torch.zeros_like(far)
             far_key, far_value = key, value
@@ -117,7 +155,9 @@ class Simulation:
         return (both @ values).to(query.dtype)
 
     def finish(self, hidden: Tensor) -> Tensor:
-        copies = torch.tensor(self.is_copy)
-        if not self.plan.class_tokens:
+        is_copy = torch.tensor(self.is_copy)
+        if not self.plan.copies:
             return hidden
-        return torch.cat([hidden[:, copies].mean(1, keepdim=True), hidden[:, ~copies]], 1)
+        copies = hidden[:, is_copy].unflatten(1, (self.plan.world_size, -1))
+        first = copies[:, 0] if self.plan.causal else copies.mean(1)
+        return torch.cat([first, hidden[:, ~is_copy]], 1)

@@ -106,9 +106,7 @@ def test_codes_equal_the_simulation(
     monkeypatch.undo()
     tokens = 25 if kind == "vit" else 22 if kind == "bert" else 23
     causal = kind in ("llama", "gpt2")
-    plan = Plan.make(
-        tokens, world_size, causal=causal, class_tokens=0 if causal else 1, weights=weights
-    )
+    plan = Plan.make(tokens, world_size, causal=causal, copies=0 if causal else 1, weights=weights)
     simulation = Simulation(model, book, plan, inputs)
     expected = logits_of(simulation.run())
     for output in outputs:

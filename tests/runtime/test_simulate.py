@@ -27,7 +27,7 @@ def plan_for(model: Any, inputs: dict[str, Tensor], weights: tuple[int, ...]) ->
         adapter.count(inputs)[1],
         len(weights),
         causal=adapter.causal,
-        class_tokens=adapter.class_tokens,
+        copies=adapter.class_tokens,
         weights=weights,
     )
 
@@ -96,7 +96,7 @@ def test_padding_is_as_the_engine_has_it(kind: str) -> None:
 
 
 def test_who_sees_a_class_token() -> None:
-    plan = Plan((0, 2, 5), causal=False, class_tokens=1)
+    plan = Plan((0, 2, 5), causal=False, copies=1)
     shared = Layout.make(plan, torch.device("cpu"))
     assert shared.token.tolist() == [0, 1, 2, 0, 3, 4, 5]
     assert shared.sent.tolist() == [False, True, True, False, True, True, True]
@@ -196,3 +196,145 @@ def test_a_plan_of_another_length_is_refused() -> None:
     plan = Plan.make(19, 2, causal=True)
     with pytest.raises(ValueError, match="plan: expected one of 20 tokens, got 19"):
         Simulation(model, Codebook.drop(), plan, inputs)
+
+
+SPACES_OF_LOSS = [
+    ("kv", {"space": "kv", "groups": 6}),
+    ("hidden", {"space": "hidden", "groups": 4}),
+    ("differential", {"space": "differential", "groups": 4}),
+]
+LOSS_IDS = [name for name, _ in SPACES_OF_LOSS]
+
+
+@pytest.mark.parametrize(("name", "options"), SPACES_OF_LOSS, ids=LOSS_IDS)
+@pytest.mark.parametrize("kind", ["llama", "gpt2", "bert"])
+def test_nothing_lost_changes_no_bit(kind: str, name: str, options: dict[str, Any]) -> None:
+    model, inputs = tiny(kind), inputs_for(kind, 23, batch=2)
+    book = fitted(kind, model, **options)
+    plain = simulated(model, book, inputs, (5, 1, 3))
+    generator = torch.Generator().manual_seed(0)
+    state = generator.get_state()
+    found = simulated(model, book, inputs, (5, 1, 3), lost=0.0, generator=generator)
+    assert torch.equal(found, plain)
+    assert torch.equal(generator.get_state(), state)
+
+
+@pytest.mark.parametrize(("name", "options"), SPACES_OF_LOSS[:2], ids=LOSS_IDS[:2])
+@pytest.mark.parametrize("kind", FAMILIES)
+def test_all_lost_is_all_dropped(kind: str, name: str, options: dict[str, Any]) -> None:
+    model, inputs = tiny(kind), inputs_for(kind, 23, batch=2)
+    book = fitted(kind, model, **options)
+    found = simulated(model, book, inputs, (5, 1, 3), lost=1.0, generator=torch.Generator())
+    dropped = simulated(model, Codebook.drop(), inputs, (5, 1, 3))
+    torch.testing.assert_close(found, dropped, rtol=2e-4, atol=2e-4)
+
+
+class Deaf(Simulation):
+    """Some frames are lost, and it is known which: those into rank `to` of blocks `blocks`."""
+
+    to: int
+    blocks: tuple[int, ...]
+
+    def _arrivals(self, block: int) -> Tensor | None:
+        if block not in self.blocks:
+            return None
+        arrived = torch.ones(self.plan.world_size, self.plan.world_size, dtype=torch.bool)
+        arrived[self.to] = False
+        return arrived
+
+
+class Estimates(Simulation):
+    """The same by hand, for the receiver alone: what it adds up, and what it leaves out."""
+
+    to: int
+    blocks: tuple[int, ...]
+
+    def _inputs_seen(self, block: int, hidden: Tensor, arrived: Tensor | None) -> list[Tensor]:
+        before = self.known
+        (seen,) = super()._inputs_seen(block, hidden, arrived)
+        step = torch.zeros_like(seen) if before is None else seen - before
+        if before is None:
+            self.mine = seen
+        elif block not in self.blocks:
+            self.mine = self.mine + step
+        return [self.mine]
+
+    def attend(self, block: int, query: Tensor, *others: Any) -> Tensor:
+        whole = self.mask
+        if block in self.blocks:
+            length = len(self.layout.token)
+            self.mask = torch.cat([whole[..., :length], whole[..., length:] & False], -1)
+        try:
+            return super().attend(block, query, *others)
+        finally:
+            self.mask = whole
+
+
+def run_with(kind: type, model: Any, book: Codebook, inputs: Any, **given: Any) -> Tensor:
+    run = kind(model, book, plan_for(model, inputs, (1, 1)), inputs)
+    run.__dict__.update(given)
+    with torch.no_grad():
+        return logits_of(run.run())
+
+
+@pytest.mark.parametrize("blocks", [(1,), (2,), (1, 2)])
+@pytest.mark.parametrize("kind", ["llama", "gpt2"])
+def test_a_differential_receiver_stays_behind(kind: str, blocks: tuple[int, ...]) -> None:
+    """Of two ranks of a decoder only the second hears anything, so one estimate is all."""
+    model, inputs = tiny(kind), inputs_for(kind, 24, batch=2)
+    book = fitted(kind, model, space="differential", groups=4)
+    found = run_with(Deaf, model, book, inputs, to=1, blocks=blocks)
+    wanted = run_with(Estimates, model, book, inputs, to=1, blocks=blocks)
+    torch.testing.assert_close(found, wanted, rtol=2e-4, atol=2e-4)
+    assert float((found - run_with(Simulation, model, book, inputs)).abs().max()) > 1e-2
+
+
+def test_one_differential_receiver_s_loss_is_its_own() -> None:
+    """What rank 1 misses of rank 0, rank 2 still has."""
+    model, inputs = tiny("gpt2"), inputs_for("gpt2", 24)
+    book = fitted("gpt2", model, space="differential", groups=4)
+    run = Deaf(model, book, plan_for(model, inputs, (1, 1, 1)), inputs)
+    run.to, run.blocks = 1, (1,)
+    with torch.no_grad():
+        run.run()
+    assert run.behind is not None
+    assert run.behind.shape == (3, 1, 24, 48)
+    assert float(run.behind[1].abs().min(-1).values.max()) > 0
+    assert not bool(run.behind[::2].any())
+
+
+@pytest.mark.parametrize(("name", "options"), SPACES_OF_LOSS, ids=LOSS_IDS)
+def test_the_right_share_is_lost(name: str, options: dict[str, Any]) -> None:
+    model, inputs = tiny("gpt2"), inputs_for("gpt2", 24)
+    book = fitted("gpt2", model, **options)
+    plan = plan_for(model, inputs, (1,) * 6)
+    generator = torch.Generator().manual_seed(5)
+    run = Simulation(model, book, plan, inputs, lost=0.05, generator=generator)
+    drawn = [run._arrivals(1) for _ in range(2000)]
+    arrived = torch.stack([found for found in drawn if found is not None])
+    assert arrived.shape == (2000, 6, 6)
+    off = (~arrived).float().mean(0) - 0.05  # of each pair, ±4.5 standard deviations
+    assert float(off.abs().max()) < 0.022
+    assert abs(float(off.mean())) < 0.004
+    assert (run._arrivals(0) is None) is (name == "differential")  # sends nothing to lose
+
+
+def test_losses_depend_on_the_generator_only() -> None:
+    model, inputs = tiny("gpt2"), inputs_for("gpt2", 24)
+    book = fitted("gpt2", model, space="differential", groups=4)
+
+    def lossy(seed: int) -> Tensor:
+        generator = torch.Generator().manual_seed(seed)
+        return simulated(model, book, inputs, (1, 1, 1), lost=0.5, generator=generator)
+
+    assert torch.equal(lossy(3), lossy(3))
+    assert not torch.equal(lossy(3), lossy(4))
+
+
+def test_losses_that_cannot_be_are_refused() -> None:
+    model, inputs = tiny("gpt2"), inputs_for("gpt2", 20)
+    plan = Plan.make(20, 2, causal=True)
+    with pytest.raises(ValueError, match="lost: expected a share between 0 and 1, got 1.5"):
+        Simulation(model, Codebook.drop(), plan, inputs, lost=1.5)
+    with pytest.raises(ValueError, match="generator: expected one"):
+        Simulation(model, Codebook.drop(), plan, inputs, lost=0.5)

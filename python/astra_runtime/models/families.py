@@ -67,11 +67,9 @@ class _Decoder(Adapter):
         return _padding(inputs)
 
     def local_inputs(self, inputs: Mapping[str, Tensor], plan: Plan, rank: int) -> dict[str, Any]:
-        shard = plan.shard(rank)
-        return {
-            "input_ids": inputs["input_ids"][:, shard],
-            "position_ids": self.positions(inputs)[:, shard],
-        }
+        shard, copies = plan.shard(rank), plan.copies
+        whole = {"input_ids": inputs["input_ids"], "position_ids": self.positions(inputs)}
+        return {name: torch.cat([t[:, :copies], t[:, shard]], 1) for name, t in whole.items()}
 
     def final(self) -> nn.Module:
         return self.base
@@ -223,8 +221,7 @@ class Bert(Adapter):
         return _padding(inputs)
 
     def local_inputs(self, inputs: Mapping[str, Tensor], plan: Plan, rank: int) -> dict[str, Any]:
-        shard = plan.shard(rank)
-        body = slice(shard.start + 1, shard.stop + 1)  # token 0 is the class token
+        body = plan.shard(rank)
         ids = inputs["input_ids"]
         everywhere = torch.arange(ids.shape[1], device=ids.device)[None]
 

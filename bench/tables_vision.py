@@ -1,0 +1,105 @@
+"""Tables of accuracy_vision.json. Each takes the file's content and returns markdown."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+from bench.tables import source, table
+
+CONTROLS = ["exact", "int8", "dropped"]
+COLUMNS = ["bits/token/block", "fewer bits", "FLOPs over ideal", "accuracy (%)", "below exact"]
+
+
+def _figures(row: dict[str, Any]) -> list[str]:
+    """COLUMNS, then CONTROLS."""
+    return [
+        f"{row['bits_per_token_block']:.0f}",
+        f"{row['compression']:.1f}×",
+        f"{row['flops_over_ideal']:.2f}",
+        f"{row['accuracy_mean']:.2f} ± {row['accuracy_std']:.2f}",
+        f"{row['below_exact']:.2f} ± {row['below_exact_std']:.2f}",
+        *(f"{row[name]:.2f}" for name in ("exact", "int8", "local_only")),
+    ]
+
+
+def _of(report: dict[str, Any], *groups: str) -> list[dict[str, Any]]:
+    return [row for row in report["rows"] if row["group"] in groups]
+
+
+def _seeds(report: dict[str, Any]) -> str:
+    rows = report["rows"]
+    if not rows:
+        return ""
+    size, part, seeds = report["size"], report["part"], rows[0]["n_seeds"]
+    right = [row["accuracy_mean"] / 100 for row in rows]
+    error = max(100 * math.sqrt(p * (1 - p) / (seeds * size["test"])) for p in right)
+    return (
+        f"\n\n{seeds} seeds, mean ± their deviation, each on {size['test']} {part} images of its "
+        f"own (standard error of a mean at most {error:.2f} points, of a difference less); "
+        f"adapted in {size['adaptation']} steps of {size['batch']} images."
+    )
+
+
+def vision(report: dict[str, Any]) -> str:
+    """Accuracy against bits, by task, adapted and with k-means alone; and the goals."""
+    once = {
+        (row["task"], row["codes"], row["adapted"]): row for row in _of(report, "goals", "bits")
+    }
+    order = ("task", "space", "bits_per_token_block", "adapted")
+    rows = [
+        [row["task"], row["codes"], "adapted" if row["adapted"] else "k-means only", *_figures(row)]
+        for row in sorted(once.values(), key=lambda row: [row[name] for name in order])
+    ]
+    head = ["label", "codes", "", *COLUMNS, *CONTROLS]
+    return table(head, rows) + _goals(report) + _seeds(report) + source(report)
+
+
+def _goals(report: dict[str, Any]) -> str:
+    lines = [
+        f"- {goal['task']}: at {goal['row_compression']:.1f}× ({goal['codes']}) "
+        f"{goal['below_exact']:.2f} points below exact, {goal['permitted']} permitted"
+        f" at {goal['compression']}×: {'reached' if goal['reached'] else '**not reached**'}"
+        + ("" if goal["counts"] else " (does not count: remote tokens matter too little)")
+        for goal in report["goals"]
+    ]
+    return "\n\n" + "\n".join(lines)
+
+
+def vision_training(report: dict[str, Any]) -> str:
+    """What one setting of the training does: noise, commitment, codewords, the class token."""
+    names = {
+        "noise": lambda row: f"λ = {row['noise']:g}",
+        "commitment": lambda row: f"β = {row['commitment']:g}",
+        "codewords": lambda row: f"K = {row['codewords']}",
+        "class token": lambda row: f"{row['class_token']} class token",
+    }
+    rows = [
+        [name(row), row["codes"], *_figures(row)]
+        for group, name in names.items()
+        for row in _of(report, group)
+    ]
+    return table(["", "codes", *COLUMNS, *CONTROLS], rows) + _seeds(report) + source(report)
+
+
+def vision_ranks(report: dict[str, Any]) -> str:
+    """Trained for four ranks or for any number, run as N; and with frames lost."""
+    rows = [
+        [
+            f"{row['world_size']}",
+            "N = {}".format(row["ranks"][0]) if row["ranks"][0] == row["ranks"][1] else "any N",
+            row["codes"],
+            f"{row['lost']:.0%}",
+            *_figures(row),
+        ]
+        for row in _of(report, "ranks", "loss")
+    ]
+    head = ["ranks", "trained for", "codes", "lost", *COLUMNS, *CONTROLS]
+    return table(head, rows) + _seeds(report) + source(report)
+
+
+TABLES = {
+    "vision": ("cpu-2core/accuracy_vision", vision),
+    "vision_training": ("cpu-2core/accuracy_vision", vision_training),
+    "vision_ranks": ("cpu-2core/accuracy_vision", vision_ranks),
+}

@@ -1,0 +1,101 @@
+"""What is compared: ways to adapt a model, and where each is looked at."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+RANKS = (2, 8)  # N is drawn from these while training, where nothing else is said
+WORLD = 4  # ranks at the evaluation, where nothing else is said
+
+
+@dataclass(frozen=True)
+class Size:
+    """How large model and data are, and how long training takes.
+
+    Attributes:
+        pretraining: steps on one device.
+        adaptation, lr: steps as N ranks, of codes and controls alike, and their rate.
+        batch: images a step, of both.
+        images: adaptation images; calibration takes the first `calibration` of them.
+        test: images of the evaluation, of each seed's own.
+        seeds: of initial values, data and codebooks.
+        codewords: at most as many a group.
+    """
+
+    hidden: int = 96
+    layers: int = 4
+    heads: int = 4
+    pretraining: int = 1000
+    adaptation: int = 250
+    lr: float = 4e-4
+    batch: int = 16
+    images: int = 8192
+    calibration: int = 512
+    test: int = 2048
+    seeds: int = 3
+    codewords: int = 4096
+
+
+FULL = Size()
+QUICK = Size(32, 2, 2, 4, 2, 4e-4, 4, 64, 16, 32, 2, 16)
+
+
+@dataclass(frozen=True)
+class Way:
+    """A task, a codebook, and how model and codebook were adapted to each other; λ is `noise`, β
+    `commitment`. Not `adapted`: the model as it was, with the codebook that k-means found."""
+
+    task: str
+    space: str
+    groups: int = 0
+    codewords: int = 0
+    adapted: bool = True
+    noise: float = 0.3
+    commitment: float = 1e-4
+    ranks: tuple[int, int] = RANKS
+    single: bool = False
+
+    @property
+    def name(self) -> str:
+        return f"{self.space}:{self.groups}×{self.codewords}"
+
+
+@dataclass(frozen=True)
+class Row:
+    """A way, looked at as `world_size` ranks that lose a share `lost` of all frames."""
+
+    way: Way
+    world_size: int = WORLD
+    lost: float = 0.0
+
+
+# 76.8 and 3072 times fewer bits than the block's input in fp32
+MAIN, LEAST = Way("largest", "hidden", 4, 1024), Way("largest", "kv", 1, 2)
+SWEPT = Way("largest", "hidden", 4, 256)  # of which training settings are varied
+SPACES = {
+    "hidden": [(1, 2), (1, 4), (1, 8), (1, 1024), (4, 1024), (16, 128)],
+    "kv": [(1, 2), (1, 8), (1, 1024), (4, 1024), (16, 128)],
+}
+
+
+def groups() -> dict[str, list[Row]]:
+    """Rows by what they show; what matters most comes first."""
+    sweep = (2, 3, WORLD, 6, 8)
+    fixed = replace(MAIN, ranks=(WORLD, WORLD))
+    bits = [Way("largest", space, *sizes) for space, tried in SPACES.items() for sizes in tried]
+    return {
+        "goals": [
+            Row(replace(way, task=task)) for task in ("largest", "left") for way in (MAIN, LEAST)
+        ],
+        "class token": [
+            Row(replace(way, single=single)) for way in (MAIN, LEAST) for single in (False, True)
+        ],
+        "loss": [Row(way, lost=share) for way in (MAIN, LEAST) for share in (0.0, 0.05)],
+        "bits": [Row(replace(way, adapted=adapted)) for way in bits for adapted in (True, False)],
+        "noise": [Row(replace(SWEPT, noise=value)) for value in (0.0, 0.1, 0.3, 1.0)],
+        "commitment": [
+            Row(replace(SWEPT, commitment=value)) for value in (0.0, 1e-4, 2e-4, 5e-4, 0.25)
+        ],
+        "ranks": [Row(way, world_size=n) for way in (MAIN, fixed) for n in sweep],
+        "codewords": [Row(replace(MAIN, codewords=count)) for count in (64, 256, 1024, 4096)],
+    }

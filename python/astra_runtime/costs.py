@@ -1,0 +1,150 @@
+"""What a plan costs in FLOPs, beside the ideal: the single device's work in N equal parts.
+
+Counted as in `Adapter.block_flops`: products of matrices, a multiplication and an addition each;
+norms, activations, sums and lookups are left out, and so are embeddings and the head. Attention
+counts the pairs of a query and a key that it sees, so a causal square is half of one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from .codebook import Codebook
+from .models import Adapter
+from .plan import Plan, balanced_weights
+
+
+@dataclass(frozen=True)
+class CodeCosts:
+    """What a space adds to a block's FLOPs, on average over the blocks.
+
+    Attributes:
+        code: of coding one own token, on a rank that others hear.
+        receive: of one remote token heard, before attention reads it.
+        attended: remote tokens are attended to.
+    """
+
+    code: float = 0.0
+    receive: float = 0.0
+    attended: bool = True
+
+
+def _search(codebook: Codebook, width: int) -> float:
+    """FLOPs of finding the codewords of a token: G searches of K codewords of width/G channels."""
+    return 2.0 * codebook.codewords * width
+
+
+def _projection(adapter: Adapter) -> float:
+    """FLOPs of a token's keys and values from its block input."""
+    return 2.0 * adapter.hidden_size * 2 * adapter.num_key_value_heads * adapter.head_dim
+
+
+def _key_value(adapter: Adapter, codebook: Codebook) -> CodeCosts:
+    width = 2 * adapter.num_key_value_heads * adapter.head_dim
+    return CodeCosts(_search(codebook, width))
+
+
+def _hidden(adapter: Adapter, codebook: Codebook) -> CodeCosts:
+    """With one group the tables were projected when they were loaded."""
+    receive = 0.0 if codebook.groups == 1 else _projection(adapter)
+    return CodeCosts(_search(codebook, adapter.hidden_size), receive)
+
+
+def _differential(adapter: Adapter, codebook: Codebook) -> CodeCosts:
+    """Block 0 codes nothing, but its remote keys and values are projected too."""
+    blocks = len(adapter.blocks)
+    code = _search(codebook, adapter.hidden_size) * (blocks - 1) / blocks
+    return CodeCosts(code, _projection(adapter))
+
+
+# One line a space; another space needs no more than its own.
+SPACE_COSTS: dict[str, Callable[[Adapter, Codebook], CodeCosts]] = {
+    "kv": _key_value,
+    "hidden": _hidden,
+    "differential": _differential,
+    "none": lambda adapter, codebook: CodeCosts(),
+    "drop": lambda adapter, codebook: CodeCosts(attended=False),
+}
+
+
+def engine_plan(adapter: Adapter, codebook: Codebook, tokens: int, world_size: int) -> Plan:
+    """The cut that `Engine.plan` makes without weights of its own."""
+    linear, attention = adapter.block_flops()
+    width = 2 * adapter.num_key_value_heads * adapter.head_dim
+    if codebook.space in ("hidden", "differential"):
+        width = adapter.hidden_size
+    weights = balanced_weights(
+        tokens,
+        world_size,
+        causal=adapter.causal,
+        linear=linear,
+        attention=attention,
+        code=_search(codebook, width),
+    )
+    return Plan.make(
+        tokens,
+        world_size,
+        causal=adapter.causal,
+        copies=adapter.class_tokens,
+        weights=weights,
+    )
+
+
+def single_flops(adapter: Adapter, tokens: int) -> float:
+    """FLOPs of all blocks on one device, of `tokens` tokens and the class token."""
+    linear, attention = adapter.block_flops()
+    count = tokens + adapter.class_tokens
+    pairs = _pairs(count, adapter.causal)
+    return len(adapter.blocks) * (linear * count + attention * pairs)
+
+
+def rank_flops(adapter: Adapter, codebook: Codebook, plan: Plan) -> list[float]:
+    """FLOPs of all blocks, by rank."""
+    linear, attention = adapter.block_flops()
+    if codebook.space not in SPACE_COSTS:
+        raise ValueError(f"space: expected one of {', '.join(SPACE_COSTS)}, got {codebook.space!r}")
+    costs = SPACE_COSTS[codebook.space](adapter, codebook)
+    found = []
+    for rank in range(plan.world_size):
+        own = plan.size(rank)
+        queries = own + plan.copies
+        heard = sum(map(plan.size, plan.sources(rank))) if costs.attended else 0
+        pairs = _pairs(queries, plan.causal) + queries * heard
+        coded = own if plan.receivers(rank) else 0
+        block = linear * queries + attention * pairs + costs.code * coded + costs.receive * heard
+        found.append(len(adapter.blocks) * block)
+    return found
+
+
+def flops_over_ideal(
+    adapter: Adapter,
+    codebook: Codebook,
+    tokens: int,
+    world_size: int,
+    plan: Plan | None = None,
+) -> float:
+    """FLOPs of the rank with most work, over those of one device divided by N: 1 is ideal.
+
+    Args:
+        adapter: of the model, from `astra_runtime.models.adapt`.
+        codebook: space, groups and codewords count; it need not be the model's own.
+        tokens: tokens of the sequence, the class token not counted.
+        world_size: N.
+        plan: another cut than the engine's own.
+
+    Raises:
+        ValueError: a space whose costs are not known, a plan of other tokens or ranks.
+    """
+    plan = plan or engine_plan(adapter, codebook, tokens, world_size)
+    if (plan.tokens, plan.world_size) != (tokens, world_size):
+        raise ValueError(
+            f"plan: expected {tokens} tokens and {world_size} ranks, "
+            f"got {plan.tokens} and {plan.world_size}"
+        )
+    return max(rank_flops(adapter, codebook, plan)) * world_size / single_flops(adapter, tokens)
+
+
+def _pairs(tokens: int, causal: bool) -> float:
+    """Pairs of a query and a key among tokens that are all on one device."""
+    return tokens * (tokens + 1) / 2 if causal else float(tokens * tokens)
