@@ -1,71 +1,159 @@
-"""What codes cost in accuracy: perplexity of SmolLM2 beside both controls.
+"""What codes cost in accuracy: perplexity of SmolLM2 beside its controls, domain by domain.
 
-    python -m bench.accuracy [--codes kv:3 differential:1 …] [--domain documentation source]
+    python -m bench.accuracy [--codes transform:100 kv:3 …] [--domains documentation source …]
 
-Codebooks are fitted on the calibration part of the built-in documentation and evaluated on its
-evaluation part, topics that they never saw, and on a domain that they never saw, the source code of
-the standard library, as 2 and as 4 ranks. Writes accuracy.json; minutes a codebook.
+Codebooks are fitted on the calibration part of the built-in documentation and, for space
+"transform", on text that the model itself wrote. They are evaluated on other topics of that
+documentation and on domains that they never saw (`bench.corpora`). N ranks are simulated in one
+pass (`astra_runtime.simulate`, which equals the engine). Adds to accuracy_lm.json after each row,
+so that an interrupted run keeps what it has; rows that are there already are not measured again.
 """
 
 import argparse
-import itertools
+import json
+import math
+import statistics
 import sys
+from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
+import torch.nn.functional as F
+from torch import Tensor
 
 from astra_runtime import Codebook
 from astra_runtime.cli.common import fit_builtin, quiet_transformers, say
-from astra_runtime.evaluate import measure
-from astra_runtime.fit import as_windows
-from astra_runtime.store import DOMAINS, builtin_text, load_model, load_tokenizer, token_windows
+from astra_runtime.costs import flops_over_ideal
+from astra_runtime.models import adapt
+from astra_runtime.parallel import map_cores
+from astra_runtime.plan import Plan
+from astra_runtime.simulate import Simulation
+from astra_runtime.store import load_model, load_tokenizer, token_windows
 from bench._report import write
+from bench.corpora import corpus
+from bench.tables import load
+
+TOKENS = 1024
+RESULT = "accuracy_lm"
+CONTROLS = {"exact": Codebook.none(), "local_only": Codebook.drop()}
+
+
+def losses(model, book: Codebook, windows: Sequence[Tensor], world_size: int) -> list[float]:
+    """Nats a token after the first shard (of exact equal shards), by window."""
+    adapter = adapt(model)
+    tokens = TOKENS - book.prefix
+    plan = Plan.make(tokens, world_size, causal=True, copies=book.prefix)
+
+    @torch.inference_mode()
+    def one(ids: Tensor) -> float:
+        logits = Simulation(model, book, plan, {"input_ids": ids[None]}).run().logits[0]
+        first = TOKENS // world_size
+        return float(F.cross_entropy(logits[first:-1], ids[first + 1 :]))
+
+    with adapter.installed():
+        return list(map_cores(one, windows))
+
+
+def codebook_of(name: str, seed: int, model, tokenizer) -> Codebook:
+    """ "SPACE:GROUPS", "transform:BITS", or a folder."""
+    space, colon, choice = name.partition(":")
+    if not colon:
+        return Codebook.from_pretrained(name)
+    if space == "transform":
+        return fit_builtin(
+            model, tokenizer, space=space, bits=float(choice), held_back=0, seed=seed
+        )
+    return fit_builtin(model, tokenizer, space=space, groups=int(choice), held_back=0, seed=seed)
+
+
+class Report:
+    """The rows of earlier runs, and of this one."""
+
+    def __init__(self) -> None:
+        self.rows = (load(f"cpu-2core/{RESULT}") or {"rows": []})["rows"]
+
+    def find(self, **wanted) -> dict | None:
+        return next((r for r in self.rows if wanted.items() <= r.items()), None)
+
+    def add(self, row: dict) -> None:
+        say(json.dumps({k: v for k, v in row.items() if k != "losses"}))
+        self.rows.append(row)
+        write(
+            RESULT,
+            [],
+            command=" ".join(["python -m bench.accuracy", *sys.argv[1:]]),
+            packages=("torch", "numpy", "transformers"),
+            extra={"rows": self.rows, "threads": torch.get_num_threads()},
+        )
+
+
+def row_of(codes: str, book: Codebook, found: list[float], base: dict[str, list[float]]) -> dict:
+    """Perplexities and the share of the gap kept, over all windows and between them."""
+    mean = {name: statistics.fmean(values) for name, values in base.items()}
+    loss = statistics.fmean(found)
+    each = [
+        (out - got) / (out - best)
+        for got, best, out in zip(found, base["exact"], base["local_only"], strict=True)
+    ]
+    return {
+        "perplexity": math.exp(loss),
+        "exact": math.exp(mean["exact"]),
+        "local_only": math.exp(mean["local_only"]),
+        "gap_recovered": (mean["local_only"] - loss) / (mean["local_only"] - mean["exact"]),
+        "gap_spread": statistics.stdev(each) if len(each) > 1 else None,
+        "bits_per_token_block": book.bits if book.coded else None,
+        "losses": [round(x, 5) for x in found],
+    }
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    codes = ["kv:1", "kv:3", "kv:12", "hidden:1", "hidden:8", "none:int8"]
-    parser.add_argument("--codes", nargs="+", default=codes, help="SPACE:GROUPS, or none:DTYPE")
-    parser.add_argument("--windows", type=int, default=4, help="evaluation windows of 1024 tokens")
-    parser.add_argument("--domain", nargs="+", choices=DOMAINS, default=["documentation"])
-    parser.add_argument("--ranks", nargs="+", type=int, default=[2, 4], help="world sizes")
-    parser.add_argument("--output", default="accuracy", help="name of the result (accuracy)")
+    codes = ["transform:10", "transform:30", "transform:100", "transform:300", "transform:600"]
+    parser.add_argument("--codes", nargs="+", default=codes, help="SPACE:GROUPS, transform:BITS")
+    parser.add_argument("--names", nargs="+", help="names for codebooks given as folders")
+    parser.add_argument("--seed", type=int, default=0, help="of the fit")
+    parser.add_argument("--windows", type=int, default=16, help="of 1024 tokens, a domain")
+    domains = ["documentation", "source", "handbook"]
+    parser.add_argument("--domains", nargs="+", default=domains)
+    parser.add_argument("--ranks", nargs="+", type=int, default=[4], help="world sizes")
     options = parser.parse_args()
     quiet_transformers()
     model, tokenizer = load_model("smollm2"), load_tokenizer("smollm2")
+    report = Report()
+
     windows = {
-        domain: as_windows(token_windows(tokenizer, builtin_text(domain)[1], 1024, options.windows))
-        for domain in options.domain
+        domain: token_windows(tokenizer, corpus(domain)[1], TOKENS, options.windows)
+        for domain in options.domains
     }
-    rows = []
-    for name in options.codes:
-        space, choice = name.split(":")
-        if space == "none":
-            book = Codebook.none(choice)
-        else:
-            book = fit_builtin(model, tokenizer, space=space, groups=int(choice), held_back=0)
-        for domain, world_size in itertools.product(options.domain, options.ranks):
-            found = measure(model, book, windows[domain], world_size=world_size)
-            row = {
-                "codes": name,
-                "domain": domain,
-                "world_size": world_size,
-                "windows": len(windows[domain]),
-                "bits_per_token_block": found.bits_per_token_block,
-                "exact": found.exact,
-                "astra": found.astra,
-                "local_only": found.local_only,
-                "gap_recovered": found.gap_recovered,
-                "calibration_vectors": book.notes.get("calibration_vectors"),
-            }
-            say(str(row))
-            rows.append(row)
-        write(  # after each, as a codebook takes minutes
-            options.output,
-            [],
-            command=" ".join(["python -m bench.accuracy", *sys.argv[1:]]),
-            packages=("torch", "numpy", "transformers"),
-            extra={"rows": rows, "threads": torch.get_num_threads()},
-        )
+
+    def measured(name: str, book: Codebook, domain: str, ranks: int, seed: int) -> list[float]:
+        place = {"codes": name, "domain": domain, "world_size": ranks, "seed": seed}
+        place["windows"] = len(windows[domain])
+        known = report.find(**place)
+        if known is not None:
+            return known["losses"]
+        base = {}
+        if name not in CONTROLS:
+            base = {n: measured(n, b, domain, ranks, 0) for n, b in CONTROLS.items()}
+        found = losses(model, book, windows[domain], ranks)
+        row = {**place, "perplexity": math.exp(statistics.fmean(found))}
+        row["losses"] = [round(x, 5) for x in found]
+        if base:
+            row |= row_of(name, book, found, base)
+            row["flops_over_ideal"] = flops_over_ideal(adapt(model), book, TOKENS, ranks)
+        report.add(row)
+        return found
+
+    for name, shown in zip(options.codes, options.names or options.codes, strict=True):
+        book = None
+        for domain in options.domains:
+            for ranks in options.ranks:
+                if book is None:
+                    book = CONTROLS.get(name) or codebook_of(name, options.seed, model, tokenizer)
+                measured(shown, book, domain, ranks, options.seed)
+                if book.prefix:
+                    alone = replace(Codebook.drop(), prefix=book.prefix)
+                    measured(f"local_prefix_{book.prefix}", alone, domain, ranks, 0)
 
 
 if __name__ == "__main__":

@@ -58,11 +58,19 @@ def _differential(adapter: Adapter, codebook: Codebook) -> CodeCosts:
     return CodeCosts(code, _projection(adapter))
 
 
+def _transform(adapter: Adapter, codebook: Codebook) -> CodeCosts:
+    """The predictor and the way back for every token; the search and the way there for own ones."""
+    macs = [t.macs for t in codebook.transforms]
+    code, receive = (sum(parts) / len(macs) for parts in zip(*macs, strict=True))
+    return CodeCosts(2.0 * code, 2.0 * receive)
+
+
 # One line a space; another space needs no more than its own.
 SPACE_COSTS: dict[str, Callable[[Adapter, Codebook], CodeCosts]] = {
     "kv": _key_value,
     "hidden": _hidden,
     "differential": _differential,
+    "transform": _transform,
     "none": lambda adapter, codebook: CodeCosts(),
     "drop": lambda adapter, codebook: CodeCosts(attended=False),
 }

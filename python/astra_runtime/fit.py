@@ -13,7 +13,7 @@ import astra_kernels as ak
 
 from .codebook import FITTED, Codebook, check_groups, check_space, geometry, joint
 from .evaluate import Inputs, Measured, measure
-from .fit_transform import Rows, allocate, embedding_of, fit_blocks, roots, sensitivity
+from .fit_transform import Cost, Rows, allocate, embedding_of, fit_blocks, sensitivity
 from .kmeans import kmeans
 from .models import Adapter, adapt, listening
 from .parallel import map_cores
@@ -189,7 +189,7 @@ def _transforms(
         raise ValueError(f"rank: expected at least 1, got {rank}")
     few = windows[:: max(1, len(windows) // SENSITIVITY_WINDOWS)][:SENSITIVITY_WINDOWS]
     progress("weighing", 0, 1)
-    cost = sensitivity(model, few, prefix=prefix, world_size=4, seed=seed)
+    fisher = sensitivity(model, few, prefix=prefix, world_size=4, seed=seed)
     progress("weighing", 1, 1)
     recorded = _record(adapter, "kv", windows, progress, prefix)
     copies, embedding = adapter.class_tokens + prefix, None
@@ -199,11 +199,11 @@ def _transforms(
     blocks = len(adapter.blocks)
     with torch.no_grad():  # not inference mode: the tensors made here may be trained with
         rows = Rows([recorded.pairs(block) for block in range(blocks)], embedding)
-        root = roots(cost.to(adapter.device))
-        counts = allocate(rows, root, bits, (codewords - 1).bit_length())
+        cost = Cost.of(fisher.to(adapter.device))
+        counts = allocate(rows, cost, bits, (codewords - 1).bit_length())
         return fit_blocks(
             rows,
-            root,
+            cost,
             counts,
             codewords=codewords,
             rank=rank,

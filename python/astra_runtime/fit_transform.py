@@ -108,6 +108,23 @@ def _drawn_loss(model: nn.Module, output: Any, generator: torch.Generator) -> Te
     return (answer * direction).sum() / answer.detach().std()
 
 
+@dataclass(frozen=True)
+class Cost:
+    """Symmetric square roots of every block's F, and their inverses, [L, E, E] both."""
+
+    root: Tensor
+    inverse: Tensor
+
+    @classmethod
+    def of(cls, fisher: Tensor) -> Cost:
+        """With a floor under the eigenvalues of F."""
+        mean = fisher.diagonal(dim1=1, dim2=2).mean(-1).clamp(min=1e-20)
+        values, axes = torch.linalg.eigh(fisher)
+        spread = (values.clamp(min=0) + FLOOR * mean[:, None]).sqrt()[:, None]
+        back = axes.transpose(1, 2)
+        return cls((axes * spread) @ back, (axes / spread) @ back)
+
+
 # Where bits go.
 
 
@@ -128,7 +145,7 @@ def regression(x: Tensor, y: Tensor) -> Tensor:
     """Ridge regression of centred rows: [F, E]."""
     gram = x.T @ x
     gram.diagonal().mul_(1 + RIDGE).add_(1e-6 * len(x))
-    return torch.linalg.solve(gram, x.T @ y)
+    return torch.cholesky_solve(x.T @ y, torch.linalg.cholesky(gram))
 
 
 @dataclass
@@ -174,16 +191,16 @@ def _codes(eigenvalues: Tensor, level: float, code_bits: int) -> int:
     return round(float(bits) / code_bits)
 
 
-def allocate(rows: Rows, roots: Tensor, bits: float, code_bits: int) -> list[int]:
+def allocate(rows: Rows, cost: Cost, bits: float, code_bits: int) -> list[int]:
     """Codes a token of every block, at most `bits` a block on average, by reverse water-filling.
 
-    `roots` are the square roots of F, [L, E, E]. Every axis is coded to the same error, the water
+    Every axis is coded to the same error, the water
     level, or not at all; the level that spends the budget is found by bisection.
     """
     blocks = len(rows.blocks)
     models = list(_models(rows))
     start = blocks - len(models)
-    inverse = torch.linalg.inv(roots)
+    roots, inverse = cost.root, cost.inverse
 
     def spent(level: float) -> list[int]:
         counts = [0] * start
@@ -219,15 +236,9 @@ def allocate(rows: Rows, roots: Tensor, bits: float, code_bits: int) -> list[int
 # Block by block.
 
 
-def roots(cost: Tensor) -> Tensor:
-    """Square roots of F, [L, E, E], with a floor under its eigenvalues."""
-    mean = cost.diagonal(dim1=1, dim2=2).mean(-1).clamp(min=1e-20)
-    values, axes = torch.linalg.eigh(cost)
-    values = values.clamp(min=0) + FLOOR * mean[:, None]
-    return (axes * values.sqrt()[:, None]) @ axes.transpose(1, 2)
-
-
-def predictor(x: Tensor, y: Tensor, root: Tensor, rank: int) -> tuple[Tensor, Tensor, Tensor]:
+def predictor(
+    x: Tensor, y: Tensor, root: Tensor, inverse: Tensor, rank: int
+) -> tuple[Tensor, Tensor, Tensor]:
     """squeeze, spread and offset: the best prediction of that rank, errors weighed by root².
 
     Reduced-rank regression (Izenman 1975): the regression in coordinates where every error costs
@@ -239,7 +250,7 @@ def predictor(x: Tensor, y: Tensor, root: Tensor, rank: int) -> tuple[Tensor, Te
     told = centred @ full
     _, axes = torch.linalg.eigh(told.T @ told)
     axes = axes[:, -rank:]
-    squeeze, spread = full @ axes, torch.linalg.solve(root, axes).T
+    squeeze, spread = full @ axes, axes.T @ inverse
     return squeeze, spread, mean_y - mean_x @ squeeze @ spread
 
 
@@ -266,7 +277,13 @@ def _level(values: Tensor, budget: float) -> Tensor:
 
 
 def coder(
-    missing: Tensor, root: Tensor, codes: int, codewords: int, iterations: int, seed: int
+    missing: Tensor,
+    root: Tensor,
+    inverse: Tensor,
+    codes: int,
+    codewords: int,
+    iterations: int,
+    seed: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """analysis, synthesis and tables for the errors [n, E] that the predictor leaves."""
     weighed = missing @ root
@@ -277,7 +294,7 @@ def coder(
     width = max(map(len, groups))
     analysis = missing.new_zeros(missing.shape[1], len(groups), width)
     synthesis = missing.new_zeros(len(groups), width, missing.shape[1])
-    to, back = root @ axes, torch.linalg.solve(root, axes).T
+    to, back = root @ axes, axes.T @ inverse
     for group, chosen in enumerate(groups):
         analysis[:, group, : len(chosen)] = to[:, chosen]
         synthesis[group, : len(chosen)] = back[chosen]
@@ -294,7 +311,7 @@ def coder(
 
 def fit_blocks(
     rows: Rows,
-    root: Tensor,
+    cost: Cost,
     counts: Sequence[int],
     *,
     codewords: int,
@@ -312,12 +329,13 @@ def fit_blocks(
         else:
             features = known.features()
             x = y.new_zeros(len(y), 0) if features is None else features[0]
-            squeeze, spread, offset = predictor(x, y, root[block], rank)
+            weights = cost.root[block], cost.inverse[block]
+            squeeze, spread, offset = predictor(x, y, *weights, rank)
             left = y - (offset + x @ squeeze @ spread)
             parts = (squeeze, spread, offset)
             if counts[block]:
                 place = seed + block * 1000
-                coded = coder(left, root[block], counts[block], codewords, iterations, place)
+                coded = coder(left, *weights, counts[block], codewords, iterations, place)
             else:
                 silent = Transform.silent(y.shape[1], codewords)
                 coded = silent.analysis, silent.synthesis, silent.tables

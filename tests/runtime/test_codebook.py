@@ -128,7 +128,7 @@ def test_fit_reports_progress() -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"space": "none"}, "space: expected 'kv', 'hidden', 'differential', which"),
+        ({"space": "none"}, "space: expected 'kv', 'hidden', 'differential', 'transform', which"),
         ({"groups": 5}, "groups: expected one of 1, 2, 4, 8, 16 .*shared codes"),
         ({"groups": 9}, "groups: expected one of 3, 6, 12, 24, 48"),
         ({"groups": 9, "shared": False}, "groups: expected one of 3, 6, 12, 24, 48"),

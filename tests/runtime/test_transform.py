@@ -14,6 +14,7 @@ from astra_runtime import Codebook, Engine
 from astra_runtime.evaluate import measure, run_ranks
 from astra_runtime.fit import as_windows
 from astra_runtime.fit_transform import (
+    Cost,
     Rows,
     _level,
     allocate,
@@ -22,7 +23,6 @@ from astra_runtime.fit_transform import (
     fit_blocks,
     predictor,
     regression,
-    roots,
     sensitivity,
 )
 from astra_runtime.models import adapt
@@ -226,9 +226,13 @@ def test_sensitivity_is_what_an_error_costs() -> None:
 def test_roots_squared_are_the_costs() -> None:
     half = torch.randn(2, 6, 6)
     cost = half @ half.transpose(1, 2)
-    root = roots(cost)
-    torch.testing.assert_close(root, root.transpose(1, 2))
-    torch.testing.assert_close(root @ root, cost, rtol=0.05, atol=0.05)
+    found = Cost.of(cost)
+    torch.testing.assert_close(found.root, found.root.transpose(1, 2))
+    torch.testing.assert_close(found.root @ found.root, cost, rtol=0.05, atol=0.05)
+    torch.testing.assert_close(found.root @ found.inverse, torch.eye(6).repeat(2, 1, 1))
+
+
+FLAT = Cost.of(torch.eye(4).repeat(2, 1, 1))  # all errors cost the same
 
 
 def rows_of(generator: torch.Generator, spreads: list[Tensor], count: int = 4000) -> Rows:
@@ -241,10 +245,12 @@ def test_bits_go_where_they_buy_most() -> None:
     generator = torch.Generator().manual_seed(0)
     spreads = [torch.tensor([8.0, 4.0, 0.1, 0.1]), torch.tensor([64.0, 64.0, 64.0, 0.01])]
     rows = rows_of(generator, spreads)
-    counts = allocate(rows, torch.eye(4).repeat(2, 1, 1), 10.0, 2)
+    counts = allocate(rows, FLAT, 10.0, 2)
     assert sum(counts) * 2 <= 20
     assert counts == [2, 8]  # 20 bits over axes of 3, 2, 6, 6 and 6 bits above 1: 0.6 less each
-    weighed = torch.stack([8 * torch.eye(4), torch.eye(4)])  # errors in block 0 cost 64 times more
+    weighed = Cost.of(
+        torch.stack([64 * torch.eye(4), torch.eye(4)])
+    )  # errors in block 0 cost 64 times more
     assert allocate(rows, weighed, 10.0, 2)[0] > counts[0]
     assert allocate(rows, weighed, 0.9, 2) == [0, 0]
 
@@ -256,9 +262,9 @@ def test_what_can_be_predicted_needs_no_bits() -> None:
         4000, 4, generator=generator
     )
     rows = Rows([first, mixed], torch.randn(4000, 3, generator=generator))
-    assert allocate(rows, torch.eye(4).repeat(2, 1, 1), 100.0, 4)[0] == 0  # known to everyone
+    assert allocate(rows, FLAT, 100.0, 4)[0] == 0  # known to everyone
     free = Rows([first, mixed], None)
-    counts = allocate(free, torch.eye(4).repeat(2, 1, 1), 12.0, 4)
+    counts = allocate(free, FLAT, 12.0, 4)
     assert counts[0] > counts[1]  # the second follows from the first
 
 
@@ -280,12 +286,13 @@ def test_a_predictor_of_full_rank_is_the_regression() -> None:
     x, y = (torch.randn(500, n, generator=generator) for n in (7, 5))
     y = y + x[:, :5] + 3
     half = torch.randn(5, 5, generator=generator)
-    root = roots((half @ half.T)[None])[0]
-    squeeze, spread, offset = predictor(x, y, root, 5)
+    cost = Cost.of((half @ half.T)[None])
+    root, inverse = cost.root[0], cost.inverse[0]
+    squeeze, spread, offset = predictor(x, y, root, inverse, 5)
     full = regression(x - x.mean(0), y - y.mean(0))
     torch.testing.assert_close(squeeze @ spread, full, rtol=1e-3, atol=1e-3)
     torch.testing.assert_close(offset + x.mean(0) @ full, y.mean(0), rtol=1e-3, atol=1e-3)
-    worse = predictor(x, y, root, 1)
+    worse = predictor(x, y, root, inverse, 1)
     assert worse[0].shape == (7, 1)
 
     def error(parts: tuple[Tensor, Tensor, Tensor]) -> float:
@@ -299,8 +306,9 @@ def test_coordinates_and_back_are_the_coded_axes() -> None:
     generator = torch.Generator().manual_seed(0)
     missing = torch.randn(400, 6, generator=generator) * torch.tensor([9.0, 5, 3, 1, 1, 1])
     half = torch.randn(6, 6, generator=generator)
-    root = roots((half @ half.T)[None])[0]
-    analysis, synthesis, tables = coder(missing, root, 6, 256, 2, 0)
+    cost = Cost.of((half @ half.T)[None])
+    root, inverse = cost.root[0], cost.inverse[0]
+    analysis, synthesis, tables = coder(missing, root, inverse, 6, 256, 2, 0)
     code = Transform(
         torch.zeros(0, 1), torch.zeros(1, 6), torch.zeros(6), analysis, synthesis, tables
     )
@@ -313,9 +321,9 @@ def test_the_loop_is_closed() -> None:
     generator = torch.Generator().manual_seed(0)
     y = torch.randn(3000, 4, generator=generator) * torch.tensor([4.0, 2.0, 1.0, 0.5])
     rows = Rows([y, y.clone(), y.clone()], None)
-    root = torch.eye(4).repeat(3, 1, 1)
+    cost = Cost.of(torch.eye(4).repeat(3, 1, 1))
     options: dict[str, Any] = {"codewords": 16, "rank": 4, "iterations": 4, "seed": 0}
-    made = fit_blocks(rows, root, [1, 1, 1], **options)
+    made = fit_blocks(rows, cost, [1, 1, 1], **options)
     known = Known(made, None, None)
     errors = []
     for block, code in enumerate(made):
