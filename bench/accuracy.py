@@ -113,7 +113,7 @@ def main() -> None:
     parser.add_argument("--names", nargs="+", help="names for codebooks given as folders")
     parser.add_argument("--seed", type=int, default=0, help="of the fit")
     parser.add_argument("--windows", type=int, default=16, help="of 1024 tokens, a domain")
-    domains = ["documentation", "source", "handbook"]
+    domains = ["documentation", "handbook"]
     parser.add_argument("--domains", nargs="+", default=domains)
     parser.add_argument("--ranks", nargs="+", type=int, default=[4], help="world sizes")
     options = parser.parse_args()

@@ -21,6 +21,8 @@ from .spaces import Rope, unrotate
 from .transform import Transform, flat
 
 SENSITIVITY_WINDOWS = 8  # a backward pass each; F needs no more
+DEFAULT_BITS = 100.0
+TARGET_FROM, TARGET_LEAST, TARGET_MOST = 40.0, 5.0, 1280.0  # budgets tried for a target
 
 Progress = Callable[[str, int, int], None]  # what is done, steps done, steps in all
 
@@ -33,6 +35,8 @@ def fit(
     groups: int = 1,
     codewords: int | None = None,
     bits: float | None = None,
+    target_gap: float | None = None,
+    extra: Sequence[Tensor] = (),
     prefix: int | None = None,
     rank: int = 64,
     shared: bool | None = None,
@@ -57,6 +61,10 @@ def fit(
         codewords: codewords of a group (the paper's K); None: 256 in space "transform", else 1024.
         bits: space "transform", which has no `groups`: at most so many bits a token and block, on
             average over the blocks; None: 100.
+        target_gap: space "transform": in place of `bits`, the share of what remote tokens are worth
+            that is to be kept on the windows held back. Tries budgets that double, or halve, and
+            takes the smallest that suffices; `notes["tried"]` has them all.
+        extra: more windows to calibrate on, never held back: `sampled_windows` of the model.
         prefix: leading tokens of a decoder's input that every rank computes itself; None: 1 in
             space "transform", else 0.
         rank: space "transform", of its predictor.
@@ -84,16 +92,23 @@ def fit(
     codewords = codewords or (256 if transform else 1024)
     prefix = _prefix(prefix, transform, adapter)
     if transform:
-        bits = 100.0 if bits is None else float(bits)
+        if target_gap is not None:
+            _check_target(target_gap, bits, held_back, windows)
+        bits = DEFAULT_BITS if bits is None else float(bits)
         _check_bits(bits, codewords, adapter)
-    elif bits is not None:
-        raise ValueError(f"bits: expected with space 'transform', got space {space!r}")
+        if rank < 1:
+            raise ValueError(f"rank: expected at least 1, got {rank}")
+    elif bits is not None or target_gap is not None:
+        raise ValueError(
+            f"bits, target_gap: expected with space 'transform' only, got space {space!r}"
+        )
     if shared is None:
         shared = groups % adapter.num_key_value_heads != 0
     shared = shared and space == "kv"
     if not transform:
         check_groups(space, groups, shared, geometry(adapter))
     kept, tried = _hold_back(windows, held_back)
+    kept += as_windows(extra) if len(extra) else []
     shortest = min((adapter.count(window)[1] for window in tried), default=0)
     if tried and not 2 <= world_size < shortest:
         raise ValueError(
@@ -115,12 +130,19 @@ def fit(
     }
     if transform:
         assert bits is not None
-        made = _transforms(model, kept, bits, prefix, codewords, rank, iterations, seed, progress)
-        notes |= {"bits": bits, "rank": rank, "codes": [t.codes for t in made]}
-        codebook = Codebook(space, max(t.codes for t in made), codewords, transforms=made, **common)
-        if tried:
-            notes["held_back"] = _evaluate(model, codebook, tried, world_size, progress)
-        return codebook
+        settings = _Settings(prefix, codewords, rank, iterations, seed)
+        prepared = _prepare(model, kept, settings, progress)
+
+        def at(budget: float) -> Codebook:
+            made = _transforms(prepared, budget, settings, progress)
+            told = {**notes, "bits": budget, "rank": rank, "codes": [t.codes for t in made]}
+            most = max(t.codes for t in made)
+            book = Codebook(space, most, codewords, transforms=made, **common | {"notes": told})
+            if tried:
+                told["held_back"] = _evaluate(model, book, tried, world_size, progress)
+            return book
+
+        return at(bits) if target_gap is None else _smallest(at, target_gap)
     recorded = _record(adapter, space, kept, progress, prefix)
 
     def cluster(block: int) -> tuple[Tensor, Tensor]:
@@ -172,21 +194,56 @@ def _check_bits(bits: float, codewords: int, adapter: Adapter) -> None:
         )
 
 
-def _transforms(
-    model: nn.Module,
-    windows: list[Inputs],
-    bits: float,
-    prefix: int,
-    codewords: int,
-    rank: int,
-    iterations: int,
-    seed: int,
-    progress: Progress,
-) -> tuple[Transform, ...]:
-    """Sensitivity on a few windows, the record of all, and the fit of every block."""
-    adapter = adapt(model)
-    if rank < 1:
-        raise ValueError(f"rank: expected at least 1, got {rank}")
+def _check_target(target: float, bits: float | None, held_back: int, windows: list[Inputs]) -> None:
+    if bits is not None:
+        raise ValueError("target_gap: expected in place of bits, got both")
+    if not 0 < target < 1:
+        raise ValueError(f"target_gap: expected a share between 0 and 1, got {target}")
+    if not held_back or len(windows) < 2:
+        raise ValueError("target_gap: expected windows to hold back, on which it is measured")
+
+
+def _smallest(at: Callable[[float], Codebook], target: float) -> Codebook:
+    """The codebook of the smallest budget tried that keeps `target` of the gap."""
+    tried: dict[float, Codebook] = {}
+
+    def enough(bits: float) -> bool:
+        tried[bits] = tried.get(bits) or at(bits)
+        kept = tried[bits].notes["held_back"]["gap_recovered"]
+        return bool(kept >= target)  # nan, where nothing is to be kept, is not enough
+
+    bits = TARGET_FROM
+    if enough(bits):
+        while bits > TARGET_LEAST and enough(bits / 2):
+            bits /= 2
+    else:
+        while bits < TARGET_MOST and not enough(bits):
+            bits *= 2
+        enough(bits)
+    told = [
+        {"bits": book.bits, "gap_recovered": book.notes["held_back"]["gap_recovered"]}
+        for _, book in sorted(tried.items())
+    ]
+    tried[bits].notes.update(target_gap=target, tried=told)
+    return tried[bits]
+
+
+@dataclass(frozen=True)
+class _Settings:
+    """Of space "transform", see `fit`."""
+
+    prefix: int
+    codewords: int
+    rank: int
+    iterations: int
+    seed: int
+
+
+def _prepare(
+    model: nn.Module, windows: list[Inputs], settings: _Settings, progress: Progress
+) -> tuple[Rows, Cost]:
+    """What every budget's fit needs: sensitivity on a few windows, and the record of all."""
+    adapter, prefix, seed = adapt(model), settings.prefix, settings.seed
     few = windows[:: max(1, len(windows) // SENSITIVITY_WINDOWS)][:SENSITIVITY_WINDOWS]
     progress("weighing", 0, 1)
     fisher = sensitivity(model, few, prefix=prefix, world_size=4, seed=seed)
@@ -196,19 +253,26 @@ def _transforms(
     if adapter.token_ids:
         found = [embedding_of(adapter, window)[:, copies:].flatten(0, 1) for window in windows]
         embedding = torch.cat(found)
-    blocks = len(adapter.blocks)
+    pairs = [recorded.pairs(block) for block in range(len(adapter.blocks))]
+    return Rows(pairs, embedding), Cost.of(fisher.to(adapter.device))
+
+
+def _transforms(
+    prepared: tuple[Rows, Cost], bits: float, settings: _Settings, progress: Progress
+) -> tuple[Transform, ...]:
+    """The code of every block within a budget."""
+    rows, cost = prepared
+    blocks = len(rows.blocks)
     with torch.no_grad():  # not inference mode: the tensors made here may be trained with
-        rows = Rows([recorded.pairs(block) for block in range(blocks)], embedding)
-        cost = Cost.of(fisher.to(adapter.device))
-        counts = allocate(rows, cost, bits, (codewords - 1).bit_length())
+        counts = allocate(rows, cost, bits, (settings.codewords - 1).bit_length())
         return fit_blocks(
             rows,
             cost,
             counts,
-            codewords=codewords,
-            rank=rank,
-            iterations=iterations,
-            seed=seed,
+            codewords=settings.codewords,
+            rank=settings.rank,
+            iterations=settings.iterations,
+            seed=settings.seed,
             progress=lambda block: progress("clustering", block + 1, blocks),
         )
 

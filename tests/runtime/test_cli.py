@@ -184,15 +184,67 @@ def test_fit_writes_a_codebook_and_tells_its_worth(
     home: Path, here: Callable[..., tuple[str, str]]
 ) -> None:
     out, _ = here(
-        "fit", "--model", str(home / "model"), "--text", str(home / "text.txt"), "--bits",
-        "40", "--codewords", "16", "--tokens", "50", "--windows", "8", "--world-size", "2",
-        "--output", str(home / "new"), "--json",
+        "fit", "--model", str(home / "model"), "--text", str(home / "text.txt"), "--space", "kv",
+        "--bits", "40", "--codewords", "16", "--tokens", "50", "--windows", "8",
+        "--world-size", "2", "--output", str(home / "new"), "--json",
     )  # fmt: skip
     found = json.loads(out)
     assert found["groups"] == 8  # one set of 4-bit codes for all heads, within 40 bits
     assert found["bits_per_token_block"] == 32
     assert found["verdict"]
     assert Codebook.from_pretrained(home / "new").digest == found["digest"]
+
+
+def test_bits_alone_make_transform_codes_that_run(
+    home: Path, here: Callable[..., tuple[str, str]]
+) -> None:
+    model, text = ["--model", str(home / "model")], ["--text", str(home / "text.txt")]
+    book = str(home / "transform")
+    out, told = here(
+        "fit", *model, *text, "--bits", "20", "--codewords", "16", "--tokens", "50", "--windows",
+        "8", "--sampled", "2", "--world-size", "2", "--output", book, "--json",
+    )  # fmt: skip
+    found = json.loads(out)
+    assert found["space"] == "transform"
+    assert 10 < found["bits_per_token_block"] <= 20
+    assert "sampling" in told
+    assert Codebook.from_pretrained(book).notes["calibration_vectors"] == 6 * 50 + 2 * 50
+    out, _ = here(
+        "eval", *model, *text, "--codebook", book, "--tokens", "60", "--windows", "2",
+        "--world-size", "2", "--json",
+    )  # fmt: skip
+    # of 29 and 30 tokens a rank, whole bytes
+    found_bits = json.loads(out)["bits_per_token_block"]
+    assert found_bits == pytest.approx(found["bits_per_token_block"], rel=0.02)
+    done = astra(
+        home, "run", *model, "--codebook", book, "--prompt", PROMPT, "--world-size", "2",
+        "--max-new-tokens", "3", "--json",
+    )  # fmt: skip
+    assert len(json.loads(done.stdout)["text"].split()) == 3
+
+
+def test_a_target_is_met_by_the_fewest_bits_tried(
+    home: Path, here: Callable[..., tuple[str, str]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from astra_runtime import fit
+
+    monkeypatch.setattr(
+        fit, "_evaluate", lambda model, book, *rest: FOUND | {"gap_recovered": book.bits / 50}
+    )
+    for target, wanted, tried in ((0.3, 20, 3), (0.75, 40, 2), (0.9, 80, 2)):
+        out, _ = here(
+            "fit", "--model", str(home / "model"), "--text", str(home / "text.txt"),
+            "--target-gap", str(target), "--codewords", "16", "--tokens", "50", "--windows", "8",
+            "--sampled", "0", "--output", str(home / "target"), "--json",
+        )  # fmt: skip
+        found = json.loads(out)
+        assert found["bits_per_token_block"] <= wanted
+        assert found["held_back"]["gap_recovered"] >= target
+        assert len(found["tried"]) == tried
+
+
+FOUND = {"windows": 2, "world_size": 2, "metric": "perplexity", "exact": 1.0, "astra": 1.5}
+FOUND |= {"local_only": 2.0}
 
 
 def test_differential_codes_are_fitted_evaluated_and_run(
@@ -275,7 +327,18 @@ ONE_WORD = ["--prompt", "w1"]
         (["run", *LONG_TEXT], "at most 256 tokens, the model's limit, got 600"),
         (["eval", *LONG_TEXT], "at least 1024 tokens, got 600"),
         (["demo", *LONG_TEXT], "at least 1024 tokens, got 600"),
-        (["fit", "{model}", "--bits", "3", "--output", "{home}/x"], "expected at least 10, one"),
+        (
+            ["fit", "{model}", "--space", "kv", "--bits", "3", "--output", "{home}/x"],
+            "expected at least 10, one",
+        ),
+        (
+            ["fit", "{model}", "--space", "transform", "--groups", "3", "--output", "{home}/x"],
+            "chooses groups itself",
+        ),
+        (
+            ["fit", "{model}", "--space", "kv", "--target-gap", ".9", "--output", "{home}/x"],
+            "--target-gap: expected with --space transform",
+        ),
     ],
 )
 def test_mistakes_get_a_sentence(

@@ -18,6 +18,7 @@ from ..launch import WorkerFailed, Workers, free_ports
 DEFAULT_MODEL = "smollm2"
 DENSE = "none"  # instead of a codebook's folder
 READY_SECONDS = 120.0
+SAMPLED, SAMPLED_TOKENS = 48, 512  # windows that a model writes, and the length of each
 
 
 def say(text: str) -> None:
@@ -182,15 +183,41 @@ def fit_builtin(model: Any, tokenizer: Any, **options: Any) -> Any:
 
 
 def fit_text(
-    model: Any, tokenizer: Any, text: str, *, tokens: int = 1024, windows: int = 26, **options: Any
+    model: Any,
+    tokenizer: Any,
+    text: str,
+    *,
+    tokens: int = 1024,
+    windows: int = 26,
+    sampled: int | None = None,
+    **options: Any,
 ) -> Any:
-    """A codebook fitted on windows of a text, with progress and a plain word on its worth."""
+    """A codebook fitted on windows of a text, with progress and a plain word on its worth.
+
+    `sampled` windows more are written by the model itself; None: as many as serve its space well.
+    """
+    from ..evaluate import is_language_model
     from ..fit import fit
+    from ..sample import BATCH, document_token, sampled_windows
     from ..store import token_windows
 
     length = min(tokens, getattr(model.config, "max_position_embeddings", tokens))
     calibration = token_windows(tokenizer, text, length, windows)
+    writes = is_language_model(model)
+    if sampled is None:
+        sampled = SAMPLED if writes and options.get("space") == "transform" else 0
+    if sampled and not writes:
+        raise AstraError("--sampled: expected a language model, which writes text, or 0 windows")
     with progress_bar() as progress:
+        size = min(length, SAMPLED_TOKENS)
+        options["extra"] = sampled_windows(
+            model,
+            sampled,
+            size,
+            start=document_token(tokenizer),
+            seed=options.get("seed", 0),
+            progress=lambda done: progress("sampling", done, -(-sampled // BATCH) * size),
+        )
         codebook = fit(model, calibration, progress=progress, **options)
     say(verdict(codebook.notes.get("held_back")))
     return codebook

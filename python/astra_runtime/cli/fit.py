@@ -9,31 +9,67 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import AstraError
-from .common import add_model, fit_text, load, positive, say, show_json, two_or_more, verdict
+from .common import (
+    SAMPLED,
+    add_model,
+    fit_text,
+    load,
+    positive,
+    say,
+    show_json,
+    two_or_more,
+    verdict,
+)
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
     parser.epilog = (
         "examples:\n"
-        "  astra fit --model smollm2 --bits 30 --output codebook/\n"
+        "  astra fit --model smollm2 --bits 100 --output codebook/\n"
+        "  astra fit --model smollm2 --target-gap 0.9 --output codebook/\n"
         "  astra fit --model path/to/gpt2 --space hidden --groups 16 --text calibration.txt "
         "--output DIR"
     )
     add_model(parser)
     parser.add_argument("--output", metavar="DIR", required=True, help="folder for the codebook")
-    spaces = ("kv", "hidden", "differential")
-    parser.add_argument("--space", choices=spaces, default="kv", help="what is coded (kv)")
+    parser.add_argument(
+        "--space",
+        choices=("kv", "hidden", "differential", "transform"),
+        help="what is coded (transform; with --groups or --shared: kv)",
+    )
     size = parser.add_mutually_exclusive_group()
     size.add_argument("--bits", type=positive, help="at most so many bits a token and block")
+    size.add_argument(
+        "--target-gap",
+        type=share,
+        metavar="SHARE",
+        help="the fewest bits that keep this share of what remote tokens are worth (transform)",
+    )
     size.add_argument("--groups", type=positive, help="codes a token and block")
-    parser.add_argument("--codewords", type=positive, default=1024, help="of a group (K) (1024)")
+    parser.add_argument(
+        "--codewords", type=positive, help="of a group (K) (256 in space transform, else 1024)"
+    )
     parser.add_argument("--shared", action="store_true", help="kv: one set of codes for all heads")
     parser.add_argument("--text", metavar="FILE", help="calibration text (default: built-in)")
     parser.add_argument("--tokens", type=positive, default=1024, help="tokens a window (1024)")
     parser.add_argument("--windows", type=positive, default=26, help="windows, two held back (26)")
+    parser.add_argument(
+        "--sampled",
+        type=int,
+        metavar="WINDOWS",
+        help=f"windows of text that the model itself writes, to calibrate on as well: codes serve "
+        f"other domains better (space transform of a language model: {SAMPLED}; else 0)",
+    )
     parser.add_argument("--world-size", type=two_or_more, default=4, help="ranks to evaluate (4)")
     parser.add_argument("--iterations", type=positive, default=8, help="k-means iterations (8)")
     parser.add_argument("--seed", type=int, default=0)
+
+
+def share(text: str) -> float:
+    value = float(text)
+    if not 0 < value < 1:
+        raise argparse.ArgumentTypeError(f"expected a share between 0 and 1, got {text}")
+    return value
 
 
 def groups_within(bits: int, space: str, shared: bool, model: Any, codewords: int) -> int:
@@ -63,11 +99,23 @@ def run(options: argparse.Namespace) -> int:
     if not os.access(folder, os.W_OK):
         raise AstraError(f"--output: {folder} cannot be written to")
     model, tokenizer = load(options.model)
-    groups = options.groups
-    if groups is None:
-        bits = options.bits or 30
-        groups = groups_within(bits, options.space, options.shared, model, options.codewords)
-        say(f"{groups} codes a token and block, of {options.codewords} codewords each")
+    space = options.space or ("kv" if options.groups or options.shared else "transform")
+    size: dict[str, Any] = {"codewords": options.codewords}
+    if space == "transform":
+        if options.groups or options.shared:
+            raise AstraError(
+                "--space transform chooses groups itself: expected --bits or --target-gap"
+            )
+        size |= {"bits": options.bits, "target_gap": options.target_gap}
+    else:
+        if options.target_gap:
+            raise AstraError(f"--target-gap: expected with --space transform, got {space}")
+        codewords = options.codewords or 1024
+        groups = options.groups
+        if groups is None:
+            groups = groups_within(options.bits or 30, space, options.shared, model, codewords)
+            say(f"{groups} codes a token and block, of {codewords} codewords each")
+        size |= {"groups": groups, "shared": True if options.shared else None}
     text = builtin_text()[0] if options.text is None else read_text(options.text)
     start = time.perf_counter()
     codebook = fit_text(
@@ -76,10 +124,9 @@ def run(options: argparse.Namespace) -> int:
         text,
         tokens=options.tokens,
         windows=options.windows,
-        space=options.space,
-        groups=groups,
-        codewords=options.codewords,
-        shared=True if options.shared else None,
+        space=space,
+        sampled=options.sampled,
+        **size,
         iterations=options.iterations,
         seed=options.seed,
         world_size=options.world_size,
@@ -87,6 +134,8 @@ def run(options: argparse.Namespace) -> int:
     codebook.save_pretrained(folder)
     seconds = time.perf_counter() - start
     bits = f"{codebook.bits:.5g} bits a token and block"
+    for tried in codebook.notes.get("tried", []):
+        say(f"tried {tried['bits']:.4g} bits: {100 * tried['gap_recovered']:.0f} % kept")
     say(f"written to {options.output} after {seconds:.0f} s: {bits}")
     if options.json:
         held_back = codebook.notes.get("held_back")
@@ -101,6 +150,7 @@ def run(options: argparse.Namespace) -> int:
                 "bits_per_token_block": codebook.bits,
                 "seconds": seconds,
                 "held_back": held_back,
+                "tried": codebook.notes.get("tried"),
                 "verdict": verdict(held_back),
             }
         )
