@@ -137,6 +137,42 @@ def accuracy(report: dict) -> str:
     return table(head, rows) + source(report)
 
 
+def accuracy_lm(report: dict) -> str:
+    """Codes by domain and bits; the spread is the deviation between windows."""
+    shown, names = [], {"local_prefix_1": "remote tokens dropped, first token exact"}
+    for row in report["rows"]:
+        if row["codes"] in ("exact", "local_only"):
+            continue
+        kept = f"{row['gap_recovered']:.2f}"
+        spread = row.get("gap_spread")
+        bits, flops = row["bits_per_token_block"], row["flops_over_ideal"]
+        shown.append(
+            [
+                names.get(row["codes"], row["codes"]),
+                row["domain"],
+                str(row["world_size"]),
+                "0" if bits is None else f"{bits:.0f}",
+                f"{flops:.2f}",
+                f"{row['exact']:.2f}",
+                f"{row['perplexity']:.2f}",
+                f"{row['local_only']:.2f}",
+                kept if spread is None else f"{kept} ± {spread:.2f}",
+            ]
+        )
+    shown.sort(key=lambda line: (line[1], int(line[2]), float(line[3])))
+    head = [
+        "codes",
+        "text",
+        "ranks",
+        "bits/token/block",
+        "FLOPs/ideal",
+        "exact",
+        "ASTRA",
+        "dropped",
+    ]
+    return table([*head, "gap kept"], shown) + source(report)
+
+
 # Cases that README shows; the rest is in the file.
 SHOWN = (
     r"codeword_(counted_)?M1024_N(4096|32768|131072)_H32",
@@ -183,6 +219,7 @@ TABLES: dict[str, tuple[str, Callable[[dict], str]]] = {
     "exchange": ("cpu-2core/exchange", exchange),
     "ops": ("cpu-2core/ops", ops),
     "accuracy": ("cpu-2core/accuracy", accuracy),
+    "accuracy_lm": ("cpu-2core/accuracy_lm", accuracy_lm),
     "accuracy_differential": ("cpu-2core/accuracy_differential", accuracy),
     "kernels_h100": ("h100/kernels", kernels),
     "kernels_h200": ("h200/kernels", kernels),

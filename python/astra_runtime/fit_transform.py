@@ -34,7 +34,9 @@ from .transform import Known, Transform, flat, heads, quantized, unit
 RIDGE = 3e-3  # of the features' own variance, in regressions
 # Of F's mean diagonal, added to it: what few windows say nothing of costs something too.
 FLOOR = 3e-3
-SEARCH = 24  # halvings of the water level's interval
+SEARCH = 24  # steps towards the water level
+MEMBERS = 64  # vectors a codeword that k-means sees: more cost time and change little
+SAMPLE = 8192  # rows are enough to tell where bits go
 
 
 # What an error costs.
@@ -141,11 +143,11 @@ class Rows:
         return Known(transforms, first, embedding)
 
 
-def regression(x: Tensor, y: Tensor) -> Tensor:
-    """Ridge regression of centred rows: [F, E]."""
-    gram = x.T @ x
-    gram.diagonal().mul_(1 + RIDGE).add_(1e-6 * len(x))
-    return torch.cholesky_solve(x.T @ y, torch.linalg.cholesky(gram))
+def regression(gram: Tensor, cross: Tensor, count: int) -> Tensor:
+    """Ridge regression of `count` centred rows x on y: [F, E], from xᵀx and xᵀy."""
+    raised = gram.clone()
+    raised.diagonal().mul_(1 + RIDGE).add_(1e-6 * count)
+    return torch.cholesky_solve(cross, torch.linalg.cholesky(raised))
 
 
 @dataclass
@@ -164,18 +166,21 @@ def _models(rows: Rows) -> Iterator[_Model]:
     """Of every block that is coded, in order."""
     start = 0 if rows.embedding is None else 1
 
+    few = slice(None, None, max(1, len(rows.blocks[0]) // SAMPLE))
+
     def one(block: int) -> _Model:
-        y = rows.blocks[block]
+        y = rows.blocks[block][few]
         y = y - y.mean(0)
         width = y.shape[1]
         if not block:
             return _Model(torch.zeros(width, width), y.T @ y / len(y))
         present = [rows.blocks[block - 1], rows.embedding]
-        x = torch.cat([t for t in present if t is not None], 1)
+        x = torch.cat([t[few] for t in present if t is not None], 1)
         x = x - x.mean(0)
-        found = regression(x, y)
+        found = regression(x.T @ x, x.T @ y, len(x))
         left = y - x @ found
-        return _Model(found[:width], left.T @ left / len(y))
+        free = max(1, len(y) - x.shape[1])  # what the regression has learned by heart is no gain
+        return _Model(found[:width], left.T @ left / free)
 
     return map_cores(one, range(start, len(rows.blocks)))
 
@@ -214,20 +219,23 @@ def allocate(rows: Rows, cost: Cost, bits: float, code_bits: int) -> list[int]:
             error = back.T @ (left[:, None] * back)
         return counts
 
-    top = max(
-        float(torch.linalg.eigvalsh(r @ m.noise @ r).max())
-        for r, m in zip(roots[start:], models, strict=True)
+    tops = (
+        float(torch.linalg.eigvalsh(root @ model.noise @ root).max())
+        for root, model in zip(roots[start:], models, strict=True)
     )
-    high = math.log2(max(top, 1e-30)) + 4
-    low = high - 64  # log2 of the level: too low spends too much
+    high, spends = math.log2(max(*tops, 1e-30)) + 4, 0  # log2 of a level that spends nothing
+    low, most = high - 64, bits * blocks * 8  # and of one that spends far too much
     best = [0] * blocks
     for _ in range(SEARCH):
-        middle = (low + high) / 2
+        # spending is convex and nearly straight in the level's logarithm where many axes are coded
+        part = (most - bits * blocks) / max(most - spends, 1e-9)
+        middle = low + (high - low) * min(max(part, 0.1), 0.9)
         counts = spent(2.0**middle)
-        if sum(counts) * code_bits <= bits * blocks:
-            high, best = middle, counts
+        total = sum(counts) * code_bits
+        if total <= bits * blocks:
+            high, spends, best = middle, total, counts
         else:
-            low = middle
+            low, most = middle, total
         if sum(best) * code_bits > bits * blocks - code_bits:
             break
     return best
@@ -246,9 +254,9 @@ def predictor(
     """
     mean_x, mean_y = x.mean(0), y.mean(0)
     centred = x - mean_x
-    full = regression(centred, (y - mean_y) @ root)
-    told = centred @ full
-    _, axes = torch.linalg.eigh(told.T @ told)
+    gram = centred.T @ centred
+    full = regression(gram, centred.T @ ((y - mean_y) @ root), len(x))
+    _, axes = torch.linalg.eigh(full.T @ gram @ full)
     axes = axes[:, -rank:]
     squeeze, spread = full @ axes, axes.T @ inverse
     return squeeze, spread, mean_y - mean_x @ squeeze @ spread
@@ -298,7 +306,8 @@ def coder(
     for group, chosen in enumerate(groups):
         analysis[:, group, : len(chosen)] = to[:, chosen]
         synthesis[group, : len(chosen)] = back[chosen]
-    coordinates = missing @ analysis.flatten(1)
+    enough = slice(None, None, max(1, len(missing) // (MEMBERS * codewords)))
+    coordinates = missing[enough] @ analysis.flatten(1)
     parts = coordinates.unflatten(-1, (len(groups), width)).split(1, 1)
 
     def cluster(numbered: tuple[int, Tensor]) -> Tensor:

@@ -289,7 +289,8 @@ def test_a_predictor_of_full_rank_is_the_regression() -> None:
     cost = Cost.of((half @ half.T)[None])
     root, inverse = cost.root[0], cost.inverse[0]
     squeeze, spread, offset = predictor(x, y, root, inverse, 5)
-    full = regression(x - x.mean(0), y - y.mean(0))
+    centred = x - x.mean(0)
+    full = regression(centred.T @ centred, centred.T @ (y - y.mean(0)), len(x))
     torch.testing.assert_close(squeeze @ spread, full, rtol=1e-3, atol=1e-3)
     torch.testing.assert_close(offset + x.mean(0) @ full, y.mean(0), rtol=1e-3, atol=1e-3)
     worse = predictor(x, y, root, inverse, 1)
