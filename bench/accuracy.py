@@ -140,6 +140,7 @@ def main() -> None:
         row["losses"] = [round(x, 5) for x in found]
         if base:
             row |= row_of(name, book, found, base)
+            row["calibration_vectors"] = book.notes.get("calibration_vectors")
             row["flops_over_ideal"] = flops_over_ideal(adapt(model), book, TOKENS, ranks)
         report.add(row)
         return found

@@ -7,7 +7,7 @@ counts the pairs of a query and a key that it sees, so a causal square is half o
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from .codebook import Codebook
@@ -76,27 +76,46 @@ SPACE_COSTS: dict[str, Callable[[Adapter, Codebook], CodeCosts]] = {
 }
 
 
-def engine_plan(adapter: Adapter, codebook: Codebook, tokens: int, world_size: int) -> Plan:
-    """The cut that `Engine.plan` makes without weights of its own."""
-    linear, attention = adapter.block_flops()
-    width = 2 * adapter.num_key_value_heads * adapter.head_dim
-    if codebook.space in ("hidden", "differential"):
-        width = adapter.hidden_size
-    weights = balanced_weights(
-        tokens,
-        world_size,
-        causal=adapter.causal,
-        linear=linear,
-        attention=attention,
-        code=_search(codebook, width),
-    )
-    return Plan.make(
-        tokens,
-        world_size,
-        causal=adapter.causal,
-        copies=adapter.class_tokens,
-        weights=weights,
-    )
+def engine_plan(
+    adapter: Adapter,
+    codebook: Codebook,
+    tokens: int,
+    world_size: int,
+    *,
+    weights: Sequence[float] | None = None,
+    padding: int = 0,
+) -> Plan:
+    """The cut of a sequence of `tokens` tokens, the class token not counted.
+
+    Args:
+        weights: shares of the tokens; None: those with which ranks of equal speed finish together.
+        padding: in front of the text. Where the codebook has every rank compute the first tokens
+            itself, padding is taken along.
+    """
+    copies = adapter.class_tokens
+    if adapter.causal and world_size > 1 and codebook.prefix:
+        copies = max(0, min(padding + codebook.prefix, tokens - world_size))
+        tokens -= copies
+    if weights is None:
+        linear, attention = adapter.block_flops()
+        costs = costs_of(adapter, codebook)
+        weights = balanced_weights(
+            tokens,
+            world_size,
+            causal=adapter.causal,
+            linear=linear,
+            attention=attention,
+            code=costs.code,
+            receive=costs.receive,
+        )
+    return Plan.make(tokens, world_size, causal=adapter.causal, copies=copies, weights=weights)
+
+
+def costs_of(adapter: Adapter, codebook: Codebook) -> CodeCosts:
+    """What the codebook's space adds to the model's own work."""
+    if codebook.space not in SPACE_COSTS:
+        raise ValueError(f"space: expected one of {', '.join(SPACE_COSTS)}, got {codebook.space!r}")
+    return SPACE_COSTS[codebook.space](adapter, codebook)
 
 
 def single_flops(adapter: Adapter, tokens: int) -> float:
@@ -110,15 +129,14 @@ def single_flops(adapter: Adapter, tokens: int) -> float:
 def rank_flops(adapter: Adapter, codebook: Codebook, plan: Plan) -> list[float]:
     """FLOPs of all blocks, by rank."""
     linear, attention = adapter.block_flops()
-    if codebook.space not in SPACE_COSTS:
-        raise ValueError(f"space: expected one of {', '.join(SPACE_COSTS)}, got {codebook.space!r}")
-    costs = SPACE_COSTS[codebook.space](adapter, codebook)
+    costs = costs_of(adapter, codebook)
     found = []
     for rank in range(plan.world_size):
         own = plan.size(rank)
         queries = own + plan.copies
         heard = sum(map(plan.size, plan.sources(rank))) if costs.attended else 0
-        pairs = _pairs(queries, plan.causal) + queries * heard
+        seeing = own if plan.causal else queries  # a decoder's first tokens see no others
+        pairs = _pairs(queries, plan.causal) + seeing * heard
         coded = own if plan.receivers(rank) else 0
         block = linear * queries + attention * pairs + costs.code * coded + costs.receive * heard
         found.append(len(adapter.blocks) * block)
@@ -145,10 +163,11 @@ def flops_over_ideal(
         ValueError: a space whose costs are not known, a plan of other tokens or ranks.
     """
     plan = plan or engine_plan(adapter, codebook, tokens, world_size)
-    if (plan.tokens, plan.world_size) != (tokens, world_size):
+    whole = plan.tokens + (plan.copies if plan.causal else 0)
+    if (whole, plan.world_size) != (tokens, world_size):
         raise ValueError(
             f"plan: expected {tokens} tokens and {world_size} ranks, "
-            f"got {plan.tokens} and {plan.world_size}"
+            f"got {whole} and {plan.world_size}"
         )
     return max(rank_flops(adapter, codebook, plan)) * world_size / single_flops(adapter, tokens)
 

@@ -11,10 +11,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .codebook import Codebook
+from .costs import engine_plan
 from .gather import TOKEN, receive_tensors, send_tensor
 from .layer import Call
 from .models import adapt, listening
-from .plan import Plan, balanced_weights
+from .plan import Plan
 from .spaces import make_space
 from .transport import Mesh, local_mesh
 
@@ -73,37 +74,19 @@ class Engine:
     def rank(self) -> int:
         return self.mesh.rank
 
-    def plan(self, tokens: int, hidden: int = 0) -> Plan:
+    def plan(self, tokens: int, padding: int = 0) -> Plan:
         """The cut of an input of `tokens` tokens, the class token not counted.
 
-        Where the codebook has every rank compute the first tokens itself, `hidden` tokens of
-        padding in front of them are taken along.
+        Where the codebook has every rank compute the first tokens itself, `padding`
+        tokens in front of them are taken along.
         """
-        adapter, world_size = self.adapter, self.mesh.world_size
-        copies = adapter.class_tokens
-        if adapter.causal and world_size > 1 and self.codebook.prefix:
-            copies = min(hidden + self.codebook.prefix, tokens - world_size)
-            tokens -= copies
-        weights = self.weights
-        if weights is None:
-            linear, attention = adapter.block_flops()
-            width = 2 * adapter.num_key_value_heads * adapter.head_dim
-            if self.space.early:
-                width = adapter.hidden_size
-            weights = balanced_weights(
-                tokens,
-                world_size,
-                causal=adapter.causal,
-                linear=linear,
-                attention=attention,
-                code=2 * self.codebook.codewords * width,
-            )
-        return Plan.make(
+        return engine_plan(
+            self.adapter,
+            self.codebook,
             tokens,
-            world_size,
-            causal=adapter.causal,
-            copies=copies,
-            weights=weights,
+            self.mesh.world_size,
+            weights=self.weights,
+            padding=padding,
         )
 
     @torch.inference_mode()
@@ -141,7 +124,7 @@ class Engine:
         adapter, rank = self.adapter, self.rank
         batch, tokens = adapter.count(inputs)
         visible = adapter.visible(inputs)
-        plan = self.plan(tokens, _hidden(visible))
+        plan = self.plan(tokens, _padding(visible))
         call = Call(
             rank,
             plan,
@@ -292,7 +275,7 @@ def _contents(inputs: dict[str, Tensor]) -> list[bytes]:
     return told
 
 
-def _hidden(visible: Tensor | None) -> int:
+def _padding(visible: Tensor | None) -> int:
     """The most tokens of padding in front of a sequence of the batch; `visible` is bool [B, T]."""
     return 0 if visible is None else int((visible.cumsum(-1) == 0).sum(-1).max())
 

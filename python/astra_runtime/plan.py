@@ -102,7 +102,14 @@ class Plan:
 
 
 def balanced_weights(
-    tokens: int, world_size: int, *, causal: bool, linear: float, attention: float, code: float
+    tokens: int,
+    world_size: int,
+    *,
+    causal: bool,
+    linear: float,
+    attention: float,
+    code: float,
+    receive: float = 0.0,
 ) -> tuple[float, ...]:
     """Shares of the tokens with which all ranks of equal speed finish a block together.
 
@@ -110,6 +117,7 @@ def balanced_weights(
         linear: FLOPs of one token's projections and MLP.
         attention: FLOPs of one query over one key.
         code: FLOPs of coding one token; the last rank of a decoder codes nothing.
+        receive: FLOPs of one remote token heard, before attention reads it.
 
     A decoder's later ranks see more keys and so take fewer tokens; an encoder's take equal shares.
     """
@@ -122,11 +130,12 @@ def balanced_weights(
         for n in range(world_size):
             start, a = bounds[-1], attention / 2
             b = linear + attention * start + (code if n < world_size - 1 else 0.0)
-            # a·s² + b·s = budget; the causal half of the local square is a·s²
-            bounds.append(start + 2 * budget / (b + (b * b + 4 * a * budget) ** 0.5))
+            left = max(0.0, budget - receive * start)
+            # a·s² + b·s = left; the causal half of the local square is a·s²
+            bounds.append(start + 2 * left / (b + (b * b + 4 * a * left) ** 0.5))
         return bounds
 
-    low, high = 0.0, tokens * (linear + code + attention * tokens)
+    low, high = 0.0, tokens * (linear + code + receive + attention * tokens)
     for _ in range(60):
         middle = (low + high) / 2
         low, high = (middle, high) if reach(middle)[-1] < tokens else (low, middle)

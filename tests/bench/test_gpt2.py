@@ -58,7 +58,7 @@ def test_controls_are_what_they_are_called(report: dict[str, Any]) -> None:
         if row["space"] == "drop" and row["adapted"]:
             assert row["gap_recovered"] in (0, None)
         if row["space"] == "none:int8":
-            assert row["engine_exact"] == pytest.approx(row["perplexity"], rel=0.01)
+            assert row["exact_here"] == pytest.approx(row["perplexity"], rel=0.01)
 
 
 def test_tables_hold_every_row(report: dict[str, Any]) -> None:

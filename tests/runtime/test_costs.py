@@ -108,6 +108,29 @@ def test_products_outside_attention_and_search_are_what_torch_counts(
         assert found == whole[rank] - 3 * (attention * pairs + search)
 
 
+def test_transform_codes_are_counted() -> None:
+    model, inputs = tiny("gpt2"), inputs_for("gpt2", 23)
+    adapter = adapt(model)
+    options: dict[str, Any] = {"space": "transform", "bits": 24, "codewords": 16, "rank": 8}
+    book = Codebook.fit(model, windows_for("gpt2"), held_back=0, **options)
+
+    def work(mesh: Any) -> int:
+        with Engine(model.transformer, relabelled(book, model), mesh, weights=(5, 3, 2)) as engine:
+            return counted(lambda: engine(**inputs, logits="local"))
+
+    plan = engine_plan(adapter, book, 23, 3, weights=(5, 3, 2))
+    whole = rank_flops(adapter, book, plan)
+    _, attention = adapter.block_flops()
+    search = 2 * sum(t.tables.numel() for t in book.transforms)  # `encode` is not counted there
+    free = 2 * 2 * 48 * 48  # block 0's keys and values, which every rank computes of all tokens
+    for rank, found in enumerate(run_ranks(3, work)):
+        own, heard = plan.size(rank), plan.bounds[rank]
+        queries = own + plan.copies
+        pairs = queries * (queries + 1) / 2 + own * heard
+        not_counted = 3 * attention * pairs + (search * own if rank < 2 else 0)
+        assert found == whole[rank] - not_counted + free * 23
+
+
 def relabelled(book: Codebook, model: Any) -> Codebook:
     """The codebook for the model without its head, whose digest is another."""
     return replace(book, model=adapt(model.transformer).digest())
