@@ -55,10 +55,12 @@ def losses(model, book: Codebook, windows: Sequence[Tensor], world_size: int) ->
 
 
 def codebook_of(name: str, seed: int, model, tokenizer) -> Codebook:
-    """ "SPACE:GROUPS", "transform:BITS", or a folder."""
+    """ "SPACE:GROUPS", "transform:BITS", "none:DTYPE", or a folder."""
     space, colon, choice = name.partition(":")
     if not colon:
         return Codebook.from_pretrained(name)
+    if space == "none":
+        return Codebook.none(choice)
     if space == "transform":
         return fit_builtin(
             model, tokenizer, space=space, bits=float(choice), held_back=0, seed=seed
@@ -87,7 +89,16 @@ class Report:
         )
 
 
-def row_of(codes: str, book: Codebook, found: list[float], base: dict[str, list[float]]) -> dict:
+def bits_of(book: Codebook, model) -> float:
+    if book.coded:
+        return book.bits
+    adapter = adapt(model)
+    each = {"float32": 32, "float16": 16, "int8": 8 + 16 / adapter.head_dim}[book.dtype]
+    dense = 2 * adapter.num_key_value_heads * adapter.head_dim * each
+    return 0.0 if book.space == "drop" else dense
+
+
+def row_of(model, book: Codebook, found: list[float], base: dict[str, list[float]]) -> dict:
     """Perplexities and the share of the gap kept, over all windows and between them."""
     mean = {name: statistics.fmean(values) for name, values in base.items()}
     loss = statistics.fmean(found)
@@ -101,7 +112,7 @@ def row_of(codes: str, book: Codebook, found: list[float], base: dict[str, list[
         "local_only": math.exp(mean["local_only"]),
         "gap_recovered": (mean["local_only"] - loss) / (mean["local_only"] - mean["exact"]),
         "gap_spread": statistics.stdev(each) if len(each) > 1 else None,
-        "bits_per_token_block": book.bits if book.coded else None,
+        "bits_per_token_block": bits_of(book, model),
         "losses": [round(x, 5) for x in found],
     }
 
@@ -139,7 +150,7 @@ def main() -> None:
         row = {**place, "perplexity": math.exp(statistics.fmean(found))}
         row["losses"] = [round(x, 5) for x in found]
         if base:
-            row |= row_of(name, book, found, base)
+            row |= row_of(model, book, found, base)
             row["calibration_vectors"] = book.notes.get("calibration_vectors")
             row["flops_over_ideal"] = flops_over_ideal(adapt(model), book, TOKENS, ranks)
         report.add(row)

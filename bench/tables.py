@@ -151,7 +151,7 @@ def accuracy_lm(report: dict) -> str:
                 names.get(row["codes"], row["codes"]),
                 row["domain"],
                 str(row["world_size"]),
-                "0" if bits is None else f"{bits:.0f}",
+                f"{bits or 0:.0f}",
                 f"{flops:.2f}",
                 f"{row['exact']:.2f}",
                 f"{row['perplexity']:.2f}",

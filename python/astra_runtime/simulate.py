@@ -29,7 +29,7 @@ from .codebook import Codebook, joint
 from .models import Adapter, adapt, listening
 from .navq import NAVQ
 from .plan import Plan
-from .spaces import rotate, unrotate
+from .spaces import int8, rotate, unrotate
 from .transform import Known, flat, heads, unit
 
 
@@ -246,7 +246,13 @@ class Simulation:
         """
         sent = self.layout.sent
         if self.codebook.space == "none":
-            return [(key[:, :, sent], value[:, :, sent])]
+            pair = torch.stack([key[:, :, sent], value[:, :, sent]])
+            if self.codebook.dtype == "int8":
+                codes, step = int8(pair)
+                pair = codes * step.to(pair.dtype)
+            elif self.codebook.dtype == "float16":
+                pair = pair.half().to(pair.dtype)
+            return [(pair[0], pair[1])]
         if self.codebook.space == "transform":
             plain = unrotate(key[:, :, sent].float(), self.rope)
             seen = self._pairs_seen(block, flat(plain, value[:, :, sent].float()), arrived)

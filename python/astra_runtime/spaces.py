@@ -335,6 +335,13 @@ class TransformCodes(_Codes, _DenseAttention):
         return DenseTokens(rotate(key, rope).to(dtype), value.to(dtype))
 
 
+def int8(vectors: Tensor) -> tuple[Tensor, Tensor]:
+    """Vectors [..., d] in 8 bits: int8 codes, and an fp16 step a vector, [..., 1]."""
+    step = (vectors.abs().amax(-1, keepdim=True) / 127).to(torch.float16)
+    codes = (vectors / step.clamp(min=2**-24)).round().clamp(-127, 127)
+    return codes.to(torch.int8), step
+
+
 class Dense(_DenseAttention):
     """The keys and values themselves: exact in float32, a strong baseline in int8."""
 
@@ -356,8 +363,7 @@ class Dense(_DenseAttention):
             fitting = pair.float().clamp(-top, top).to("cpu", self.dtype)
             flat.copy_(fitting.contiguous().view(-1).view(torch.uint8))
             return
-        step = (pair.abs().amax(-1, keepdim=True) / 127).to(torch.float16)
-        codes = (pair / step.clamp(min=2**-24)).round().clamp(-127, 127).to(torch.int8)
+        codes, step = int8(pair)
         cut = codes.numel()
         flat[:cut].copy_(codes.cpu().view(-1).view(torch.uint8))
         flat[cut:].copy_(step.cpu().view(-1).view(torch.uint8))

@@ -68,6 +68,17 @@ def test_dropped_tokens_equal_the_engine(kind: str) -> None:
     torch.testing.assert_close(found, output, rtol=2e-4, atol=2e-4)
 
 
+@pytest.mark.parametrize("dtype", ["int8", "float16"])
+@pytest.mark.parametrize("kind", FAMILIES)
+def test_dense_tensors_of_few_bits_equal_the_engine(kind: str, dtype: str) -> None:
+    model, inputs = tiny(kind), inputs_for(kind, 23)
+    book = Codebook.none(dtype)
+    found = simulated(model, book, inputs, (2, 1))
+    output = ranks_output(model, book, inputs, 2, logits="all", weights=(2, 1))[0]
+    torch.testing.assert_close(found, output, rtol=2e-4, atol=2e-4)
+    assert not torch.equal(found, simulated(model, Codebook.none(), inputs, (2, 1)))
+
+
 @pytest.mark.parametrize("single", [False, True])
 @pytest.mark.parametrize("kind", FAMILIES)
 def test_exact_stand_ins_equal_the_plain_model(kind: str, single: bool) -> None:

@@ -64,8 +64,8 @@ def test_codes_cross_with_rows_of_whole_bytes(options: dict[str, Any]) -> None:
     assert size == 2 * -(-5 * groups * 5 // 8)
     buffer = memoryview(bytearray(b"\xa5" * size))
     space.write(1, vectors, buffer)
-    assert torch.equal(space.read([(buffer, 5)], 2), codes)
-    twice = space.read([(buffer, 5), (buffer, 5)], 2)
+    assert torch.equal(space.read(0, [(buffer, 5)], 2), codes)
+    twice = space.read(0, [(buffer, 5), (buffer, 5)], 2)
     assert torch.equal(twice, torch.cat([codes, codes], 1))
 
 
@@ -75,4 +75,4 @@ def test_codes_that_no_codeword_has_are_refused() -> None:
     space: Any = make_space(book, adapt(model))
     forged = ak.pack(torch.tensor([0, 20, 21], dtype=torch.int32), 5).numpy().tobytes()
     with pytest.raises(WireError, match="wrong code: expected below 21, got 21"):
-        space.read([(memoryview(bytearray(forged)), 1)], 1)
+        space.read(0, [(memoryview(bytearray(forged)), 1)], 1)
