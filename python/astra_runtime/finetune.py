@@ -26,9 +26,9 @@ from torch import Tensor, nn
 from .codebook import Codebook
 from .errors import AstraError
 from .evaluate import Inputs, Measured, is_language_model, measure
-from .fit import as_windows
 from .models import Adapter, adapt
 from .plan import Plan
+from .recording import as_windows
 from .simulate import Simulation, quantizers
 
 CHECKPOINT = "checkpoint.pt"

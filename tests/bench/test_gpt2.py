@@ -58,7 +58,8 @@ def test_controls_are_what_they_are_called(report: dict[str, Any]) -> None:
         if row["space"] == "drop" and row["adapted"]:
             assert row["gap_recovered"] in (0, None)
         if row["space"] == "none:int8":
-            assert row["exact_here"] == pytest.approx(row["perplexity"], rel=0.01)
+            assert row["ratio_to_exact"] == pytest.approx(1, abs=0.05)
+            assert row["compression"] == pytest.approx(32 / 2 / (8 + 16 / 8))
 
 
 def test_tables_hold_every_row(report: dict[str, Any]) -> None:

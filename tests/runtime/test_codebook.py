@@ -15,9 +15,9 @@ import astra_kernels as ak
 from astra_runtime import Codebook, Engine
 from astra_runtime.cli.common import verdict
 from astra_runtime.codebook import joint, split_tables
-from astra_runtime.fit import balance
 from astra_runtime.kmeans import kmeans
 from astra_runtime.models import adapt
+from astra_runtime.recording import balance
 from astra_runtime.spaces import rotate, unrotate
 
 from .models import inputs_for, tiny, windows_for

@@ -12,7 +12,7 @@ from torch import Tensor
 from astra_runtime import Codebook, Engine
 from astra_runtime.cli.common import fit_builtin, quiet_transformers
 from astra_runtime.evaluate import measure, run_ranks
-from astra_runtime.fit import as_windows
+from astra_runtime.recording import as_windows
 from astra_runtime.store import builtin_text, load_model, load_tokenizer, token_windows
 from astra_runtime.transport import Mesh
 

@@ -12,7 +12,6 @@ from torch import Tensor, nn
 
 from astra_runtime import Codebook, Engine
 from astra_runtime.evaluate import measure, run_ranks
-from astra_runtime.fit import as_windows
 from astra_runtime.fit_transform import (
     Cost,
     Rows,
@@ -27,6 +26,7 @@ from astra_runtime.fit_transform import (
 )
 from astra_runtime.models import adapt
 from astra_runtime.plan import Plan
+from astra_runtime.recording import as_windows
 from astra_runtime.simulate import Simulation as Package
 from astra_runtime.simulate import quantizers
 from astra_runtime.spaces import rotate

@@ -35,8 +35,8 @@ def configure(parser: argparse.ArgumentParser) -> None:
 def run(options: argparse.Namespace) -> int:
     from ..codebook import geometry
     from ..evaluate import measure
-    from ..fit import as_windows
     from ..models import adapt
+    from ..recording import as_windows
     from ..store import builtin_text, read_text, token_windows
 
     model, tokenizer = load(options.model)

@@ -47,7 +47,9 @@ def configure(parser: argparse.ArgumentParser) -> None:
     )
     size.add_argument("--groups", type=positive, help="codes a token and block")
     parser.add_argument(
-        "--codewords", type=positive, help="of a group (K) (256 in space transform, else 1024)"
+        "--codewords",
+        type=positive,
+        help="of a group (K) (1024; space transform: 256, above 200 bits 64)",
     )
     parser.add_argument("--shared", action="store_true", help="kv: one set of codes for all heads")
     parser.add_argument("--text", metavar="FILE", help="calibration text (default: built-in)")

@@ -1,0 +1,136 @@
+"""What codes cost an encoder: do all-MiniLM-L6-v2's embeddings still find the same neighbours?
+
+    python -m bench.encoder [--codes transform:30 kv:12 …] [--seeds 0 1 2]
+
+Texts of 256 tokens, as four simulated ranks. A text's embedding is the mean of its tokens' final
+states, as the model is meant to be used. Each text's nearest neighbours among the others are sought
+with exact and with coded embeddings. Codebooks are fitted on documentation; evaluated on other
+topics of it, and on a handbook that they never saw. Writes accuracy_encoder.json after each row;
+rows that are there already are not measured again.
+"""
+
+import argparse
+import statistics
+import sys
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from astra_runtime import Codebook
+from astra_runtime.cli.common import quiet_transformers, say
+from astra_runtime.costs import flops_over_ideal
+from astra_runtime.models import adapt
+from astra_runtime.parallel import map_cores
+from astra_runtime.plan import Plan
+from astra_runtime.simulate import Simulation
+from astra_runtime.store import load_model, load_tokenizer, token_windows
+from bench._report import write
+from bench.accuracy import bits_of
+from bench.corpora import corpus
+from bench.tables import load
+
+TOKENS, RANKS, NEIGHBOURS = 256, 4, 10
+RESULT = "accuracy_encoder"
+
+
+def embeddings(model, book: Codebook, texts: list[Tensor]) -> Tensor:
+    """Unit embeddings [W, D] of the texts, on simulated ranks."""
+    plan = Plan.make(TOKENS - 1, RANKS, causal=False, copies=1)
+
+    @torch.inference_mode()
+    def one(ids: Tensor) -> Tensor:
+        run = Simulation(model, book, plan, {"input_ids": ids[None]})
+        return run.run().last_hidden_state[0].mean(0)
+
+    with adapt(model).installed():
+        return F.normalize(torch.stack(list(map_cores(one, texts))), dim=-1)
+
+
+def neighbours(vectors: Tensor) -> Tensor:
+    """The nearest other texts of each, nearest first: [W, NEIGHBOURS]."""
+    alike = vectors @ vectors.T
+    return alike.fill_diagonal_(-2).topk(NEIGHBOURS).indices
+
+
+def agreement(exact: Tensor, coded: Tensor) -> dict[str, float]:
+    """How alike embeddings are, and how alike the rankings that they give."""
+    best, found = neighbours(exact), neighbours(coded)
+    shared = (best[:, :, None] == found[:, None]).any(-1).float().mean()
+    return {
+        "cosine": float((exact * coded).sum(-1).mean()),
+        "first_neighbour_agrees": float((best[:, 0] == found[:, 0]).float().mean()),
+        "ten_neighbours_shared": float(shared),
+    }
+
+
+def codebook_of(name: str, seed: int, model, calibration: list[Tensor]) -> Codebook:
+    space, _, choice = name.partition(":")
+    if space in ("none", "drop"):
+        return Codebook.none(choice) if space == "none" else Codebook.drop()
+    order = torch.randperm(len(calibration), generator=torch.Generator().manual_seed(seed))
+    windows = [calibration[i] for i in order[: len(calibration) * 3 // 4]]  # another set a seed
+    size = {"bits": float(choice)} if space == "transform" else {"groups": int(choice)}
+    return Codebook.fit(model, windows, space=space, held_back=0, seed=seed, **size)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    codes = ["drop", "none:int8", "transform:10", "transform:30", "transform:100", "kv:1", "kv:12"]
+    parser.add_argument("--codes", nargs="+", default=codes, help="SPACE:GROUPS, transform:BITS")
+    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2], help="of the fits")
+    parser.add_argument("--texts", type=int, default=128, help="a domain")
+    parser.add_argument("--calibration", type=int, default=96, help="texts, three quarters used")
+    parser.add_argument("--domains", nargs="+", default=["documentation", "handbook"])
+    options = parser.parse_args()
+    quiet_transformers()
+    model, tokenizer = load_model("minilm"), load_tokenizer("minilm")
+    calibration = token_windows(tokenizer, corpus("documentation")[0], TOKENS, options.calibration)
+    texts = {
+        d: token_windows(tokenizer, corpus(d)[1], TOKENS, options.texts) for d in options.domains
+    }
+    exact = {d: embeddings(model, Codebook.none(), texts[d]) for d in options.domains}
+    rows = (load(f"cpu-2core/{RESULT}") or {"rows": []})["rows"]
+    for name in options.codes:
+        seeds = [0] if name.startswith(("none", "drop")) else options.seeds
+        for seed in seeds:
+            missing = [
+                d
+                for d in options.domains
+                if not any((r["codes"], r["seed"], r["domain"]) == (name, seed, d) for r in rows)
+            ]
+            book = codebook_of(name, seed, model, calibration) if missing else None
+            for domain in missing:
+                coded = embeddings(model, book, texts[domain])
+                rows.append(
+                    {
+                        "codes": name,
+                        "seed": seed,
+                        "domain": domain,
+                        "texts": len(texts[domain]),
+                        "world_size": RANKS,
+                        "bits_per_token_block": bits_of(book, model),
+                        "flops_over_ideal": flops_over_ideal(adapt(model), book, TOKENS - 1, RANKS),
+                        "calibration_vectors": book.notes.get("calibration_vectors"),
+                        **agreement(exact[domain], coded),
+                    }
+                )
+                say(str(rows[-1]))
+                write(
+                    RESULT,
+                    [],
+                    command=" ".join(["python -m bench.encoder", *sys.argv[1:]]),
+                    packages=("torch", "numpy", "transformers"),
+                    extra={"rows": rows, "threads": torch.get_num_threads()},
+                )
+
+
+def spread(rows: list[dict], name: str) -> str:
+    """Mean over seeds, and their deviation where there are several."""
+    values = [row[name] for row in rows]
+    mean = f"{statistics.fmean(values):.3f}"
+    return mean if len(values) == 1 else f"{mean} ± {statistics.stdev(values):.3f}"
+
+
+if __name__ == "__main__":
+    main()
