@@ -29,9 +29,9 @@ from astra_runtime.parallel import map_cores
 from astra_runtime.plan import Plan
 from astra_runtime.simulate import Simulation
 from astra_runtime.store import load_model, load_tokenizer, token_windows
+from bench._markdown import load
 from bench._report import write
 from bench.corpora import corpus
-from bench.tables import load
 
 TOKENS = 1024
 RESULT = "accuracy_lm"

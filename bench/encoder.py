@@ -10,7 +10,6 @@ rows that are there already are not measured again.
 """
 
 import argparse
-import statistics
 import sys
 
 import torch
@@ -25,10 +24,10 @@ from astra_runtime.parallel import map_cores
 from astra_runtime.plan import Plan
 from astra_runtime.simulate import Simulation
 from astra_runtime.store import load_model, load_tokenizer, token_windows
+from bench._markdown import load
 from bench._report import write
 from bench.accuracy import bits_of
 from bench.corpora import corpus
-from bench.tables import load
 
 TOKENS, RANKS, NEIGHBOURS = 256, 4, 10
 RESULT = "accuracy_encoder"
@@ -123,13 +122,6 @@ def main() -> None:
                     packages=("torch", "numpy", "transformers"),
                     extra={"rows": rows, "threads": torch.get_num_threads()},
                 )
-
-
-def spread(rows: list[dict], name: str) -> str:
-    """Mean over seeds, and their deviation where there are several."""
-    values = [row[name] for row in rows]
-    mean = f"{statistics.fmean(values):.3f}"
-    return mean if len(values) == 1 else f"{mean} ± {statistics.stdev(values):.3f}"
 
 
 if __name__ == "__main__":

@@ -6,30 +6,15 @@ Rewrites what stands between `<!-- table NAME -->` and `<!-- end -->` in README.
 changes nothing and fails if the tables are not what the results say.
 """
 
-import json
 import re
 import sys
 from collections.abc import Callable
 from pathlib import Path
 
+from bench import tables_vision
+from bench._markdown import load, source, spread, table
+
 ROOT = Path(__file__).resolve().parent.parent
-RESULTS = ROOT / "bench" / "results"
-
-
-def load(name: str) -> dict | None:
-    path = RESULTS / f"{name}.json"
-    return json.loads(path.read_text()) if path.is_file() else None
-
-
-def table(head: list[str], rows: list[list[str]]) -> str:
-    lines = [head, ["---"] + ["--:"] * (len(head) - 1), *rows]
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
-
-
-def source(report: dict) -> str:
-    torch = report["versions"].get("torch")
-    version = "" if torch is None else f", torch {torch}"
-    return f"\n\n`{report['command'].strip()}` on {report['device']}{version}"
 
 
 def demo(report: dict) -> str:
@@ -173,6 +158,28 @@ def accuracy_lm(report: dict) -> str:
     return table([*head, "gap kept"], shown) + source(report)
 
 
+def accuracy_encoder(report: dict) -> str:
+    """Seeds in one row."""
+    groups: dict[tuple[str, str], list[dict]] = {}
+    for row in report["rows"]:
+        groups.setdefault((row["domain"], row["codes"]), []).append(row)
+    rows = [
+        [
+            "remote tokens dropped" if codes == "drop" else codes,
+            domain,
+            f"{found[0]['bits_per_token_block']:.0f}",
+            f"{found[0]['flops_over_ideal']:.2f}",
+            spread([row["cosine"] for row in found]),
+            spread([row["first_neighbour_agrees"] for row in found]),
+            spread([row["ten_neighbours_shared"] for row in found]),
+        ]
+        for (domain, codes), found in groups.items()
+    ]
+    rows.sort(key=lambda line: (line[1], float(line[2])))
+    head = ["codes", "text", "bits/token/block", "FLOPs/ideal", "cosine", "first neighbour agrees"]
+    return table([*head, "ten neighbours shared"], rows) + source(report)
+
+
 # Cases that README shows; the rest is in the file.
 SHOWN = (
     r"codeword_(counted_)?M1024_N(4096|32768|131072)_H32",
@@ -219,6 +226,8 @@ TABLES: dict[str, tuple[str, Callable[[dict], str]]] = {
     "exchange": ("cpu-2core/exchange", exchange),
     "ops": ("cpu-2core/ops", ops),
     "accuracy": ("cpu-2core/accuracy", accuracy),
+    "accuracy_encoder": ("cpu-2core/accuracy_encoder", accuracy_encoder),
+    "vision": tables_vision.TABLES["vision"],
     "accuracy_lm": ("cpu-2core/accuracy_lm", accuracy_lm),
     "accuracy_differential": ("cpu-2core/accuracy_differential", accuracy),
     "kernels_h100": ("h100/kernels", kernels),

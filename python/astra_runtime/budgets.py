@@ -76,6 +76,11 @@ def check_budget(
     return bits
 
 
+def default_rank(adapter: Adapter) -> int:
+    """Receivers pay for the predictor: it is to stay small beside the block's own work."""
+    return min(64, max(1, adapter.hidden_size // 8))
+
+
 def default_codewords(bits: float) -> int:
     """More codewords are better, and cost more to learn and to search; few bits have few groups."""
     return 256 if bits <= MANY_BITS else 64

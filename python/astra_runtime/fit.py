@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 import astra_kernels as ak
 
-from .budgets import Settings, check_budget, default_codewords, fit_transform
+from .budgets import Settings, check_budget, default_codewords, default_rank, fit_transform
 from .codebook import FITTED, Codebook, check_groups, check_space, geometry
 from .evaluate import Inputs, Measured, measure
 from .kmeans import kmeans
@@ -30,7 +30,7 @@ def fit(
     target_gap: float | None = None,
     extra: Sequence[Tensor] = (),
     prefix: int | None = None,
-    rank: int = 64,
+    rank: int | None = None,
     shared: bool | None = None,
     iterations: int = 8,
     seed: int = 0,
@@ -60,7 +60,7 @@ def fit(
         extra: more windows to calibrate on, never held back: `sampled_windows` of the model.
         prefix: leading tokens of a decoder's input that every rank computes itself; None: 1 in
             space "transform", else 0.
-        rank: space "transform", of its predictor.
+        rank: space "transform", of its predictor; None: an eighth of the hidden size, at most 64.
         shared: one set of codes for all heads; None: where `groups` is no multiple of the KV heads.
         iterations: Lloyd iterations.
         seed: makes the result deterministic, whatever the number of threads.
@@ -84,6 +84,7 @@ def fit(
     transform = space == "transform"
     prefix = _prefix(prefix, transform, adapter)
     given = codewords
+    rank = default_rank(adapter) if rank is None else rank
     if transform:
         bits = check_budget(bits, target_gap, codewords, rank, adapter)
         codewords = codewords or default_codewords(bits)

@@ -1,0 +1,152 @@
+"""Accuracy per bit after NAVQ adaptation: a GPT-2 trained here, over spaces, bits and settings.
+
+    python -m bench.gpt2 [--quick] [--resume]
+
+Trains a small GPT-2 from scratch (`gpt2_model.py`), adapts it and a codebook to each other with
+`astra_runtime.finetune`, and measures the perplexity of N ranks, with equal shards, over the tokens
+after the first shard, on text of a domain that was trained on and of one that nothing ever saw.
+
+Time allows one pre-training only. Seeds differ in codebook, adaptation data, noise and losses; the
+evaluation windows are the same. The controls had the same data and steps: `exact` is the better of
+the original and of the model adapted with exact attention, `dropped` is adapted to hear nothing of
+other shards. Rows of kind "revised" are of windows whose second half nearly repeats the first: they
+need remote tokens, which "prose" hardly does in a model of this size.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from astra_runtime import Codebook
+from astra_runtime.cli.common import quiet_transformers, say
+from bench._report import RESULTS, cores, write
+from bench.gpt2_measure import Bench, Codes, Size, Task, described
+from bench.gpt2_model import Shape
+
+FULL = Size(
+    Shape(),
+    bits=(
+        Codes("differential", 4, 1024),
+        Codes("kv", 4, 1024),
+        Codes("hidden", 4, 1024),
+        Codes("differential", 1, 1024),
+        Codes("kv", 1, 256),
+        Codes("hidden", 1, 256),
+    ),
+    plain=(
+        Codes("differential", 8, 64),
+        Codes("differential", 16, 256),
+        Codes("kv", 16, 256),
+        Codes("hidden", 16, 256),
+    ),
+    base=Codes("differential", 4, 1024),
+)
+QUICK = Size(
+    Shape(
+        width=32,
+        layers=2,
+        head=8,
+        vocabulary=300,
+        tokens=128,
+        steps=2,
+        per_domain=5_000,
+        seen=("documentation",),
+        unseen="source",
+    ),
+    bits=(Codes("differential", 2, 16), Codes("kv", 2, 16), Codes("hidden", 2, 16)),
+    plain=(Codes("kv", 1, 16),),
+    base=Codes("differential", 2, 16),
+    steps=2,
+    sweep_steps=1,
+    calibration=4,
+    windows=2,
+    seeds=2,
+    noise=(0.0, 0.1),
+    commitment=(0.0, 1e-4),
+    codewords=(8, 16),
+    ranks=(2, 4),
+)
+
+
+def tasks(size: Size) -> list[Task]:
+    """All groups of rows, the most wanted first."""
+    wanted, revised, base = size.bits[: size.first], {"kinds": ["revised"]}, size.base
+    short = {"steps": size.sweep_steps, "options": revised}
+    found = [
+        Task("control", book, adapted=adapted)
+        for book in (Codebook.none(), Codebook.drop())
+        for adapted in (True, False)
+    ]
+    found += [Task("bits", codes, adapted=adapted) for codes in wanted for adapted in (False, True)]
+    found += [Task("lost", codes, options={**revised, "lost": 0.05}) for codes in wanted]
+    found += [Task("ranks", base, options={**revised, "ranks": n}) for n in size.ranks]
+    found += [Task("noise", base, changes={"noise": noise}, **short) for noise in size.noise]
+    found += [
+        Task("commitment", base, changes={"commitment": weight}, **short)
+        for weight in size.commitment
+    ]
+    found += [Task("codewords", replace(base, codewords=k), **short) for k in size.codewords]
+    for codes in size.bits[size.first :]:
+        found += [Task("bits", codes, adapted=adapted) for adapted in (False, True)]
+    found += [Task("bits", codes, adapted=False) for codes in size.plain]
+    return [*found, Task("control", Codebook.none("int8"), adapted=False)]
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--quick", action="store_true", help="seconds: that everything runs")
+    parser.add_argument("--resume", action="store_true", help="go on where the result file ends")
+    parser.add_argument("--output", default="accuracy_gpt2", help="name of the result")
+    parser.add_argument("--results", type=Path, help="another folder than bench/results")
+    options = parser.parse_args(arguments)
+    quiet_transformers()
+    size, start = QUICK if options.quick else FULL, time.monotonic()
+    file = (options.results or RESULTS) / f"cpu-{cores()}core" / f"{options.output}.json"
+    before: dict[str, Any] = {"rows": [], "done": 0, "seconds": 0.0}
+    if options.resume:
+        before = json.loads(file.read_text())
+    bench, rows = Bench(size), list(before["rows"])
+    for done, task in enumerate(tasks(size), 1):
+        if done <= before["done"]:
+            continue
+        group = bench.run(task)
+        rows += group
+        seconds = before["seconds"] + time.monotonic() - start
+        for row in group:
+            say(f"{seconds:5.0f} s  {line(row)}")
+        write(
+            options.output,
+            [],
+            command=" ".join(["python -m bench.gpt2", *(arguments or sys.argv[1:])]),
+            packages=("torch", "numpy", "transformers", "tokenizers"),
+            extra={
+                "rows": rows,
+                "done": done,
+                "model": described(bench),
+                "threads": torch.get_num_threads(),
+                "seconds": seconds,
+            },
+            results=options.results,
+        )
+
+
+def line(row: dict[str, Any]) -> str:
+    return (
+        f"{row['group']} {row['space']} {row['groups']}x{row['codewords']} "
+        f"adapted={row['adapted']} {row['domain']}/{row['kind']} N={row['world_size']}: "
+        f"{row['perplexity']:.2f} ± {row['perplexity_std']:.2f}, over exact "
+        f"{row['ratio_to_exact']:.3f}, dropped {row['dropped_over_exact']:.3f}"
+    )
+
+
+if __name__ == "__main__":
+    main()

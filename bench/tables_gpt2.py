@@ -1,0 +1,133 @@
+"""Tables of `bench.gpt2`'s result, as those of `tables.py`: a report in, markdown out.
+
+Cells say perplexity over exact, the mean and standard deviation over seeds.
+"""
+
+from bench.gpt2_model import KINDS
+
+Row = dict
+HERE, NEW = True, False  # text of a kind seen in training, and of an unseen one
+
+
+def _table(head: list[str], rows: list[list[str]], report: dict) -> str:
+    lines = [head, ["---"] + ["--:"] * (len(head) - 1), *rows]
+    text = "\n".join("| " + " | ".join(line) + " |" for line in lines)
+    return (
+        f"{text}\n\n`{report['command'].strip()}` on {report['device']}, "
+        f"torch {report['versions']['torch']}"
+    )
+
+
+def _find(report: dict, **facts: object) -> list[Row]:
+    return [
+        row for row in report["rows"] if all(row.get(name) == is_ for name, is_ in facts.items())
+    ]
+
+
+def _ratio(rows: list[Row]) -> str:
+    if not rows:
+        return "–"
+    (row,) = rows
+    return f"{row['ratio_to_exact']:.3f} ± {row['ratio_to_exact_std']:.3f}"
+
+
+def _kept(rows: list[Row]) -> str:
+    gap = rows[0]["gap_recovered"] if rows else None
+    return "–" if gap is None else f"{gap:.2f}"
+
+
+def _codes(row: Row) -> str:
+    named = {"none": "dense fp32, adapted", "drop": "dropped", "none:int8": "dense int8"}
+    if row["space"] in named:
+        return named[row["space"]]
+    return f"{row['space']}, {row['groups']} of {row['codewords']}"
+
+
+def gpt2_bits(report: dict) -> str:
+    """Perplexity against bits: a line for codes, before and after adaptation."""
+    seen: dict[tuple, Row] = {}
+    for row in report["rows"]:
+        if row["group"] in ("control", "bits"):
+            key = (row["space"], row.get("groups"), row.get("codewords"), row["adapted"])
+            seen.setdefault(key, row)
+    order = sorted(seen.items(), key=lambda item: -(item[1]["bits_per_token_block"]))
+    rows = []
+    for (space, groups, codewords, adapted), first in order:
+        cells = [
+            _find(
+                report,
+                group=first["group"],
+                space=space,
+                groups=groups,
+                codewords=codewords,
+                adapted=adapted,
+                seen_in_training=known,
+                kind=kind,
+            )
+            for kind in reversed(KINDS)
+            for known in (HERE, NEW)
+        ]
+        compression = first["compression"]
+        rows.append(
+            [
+                _codes(first),
+                "yes" if adapted else "no",
+                f"{first['bits_per_token_block']:.3g}",
+                "–" if compression is None else f"{compression:.3g}×",
+                f"{first['flops_over_ideal']:.2f}",
+                *map(_ratio, cells),
+                f"{_kept(cells[0])} / {_kept(cells[1])}",
+            ]
+        )
+    head = ["codes", "adapted", "bits/token/block", "fewer than fp32", "FLOPs over ideal"]
+    head += ["revised, seen", "revised, unseen", "prose, seen", "prose, unseen"]
+    head += ["gap kept, revised"]
+    return _table(head, rows, report)
+
+
+def gpt2_settings(report: dict) -> str:
+    """λ, β and K, each varied on the same codes, in fewer steps."""
+    names = {"noise": "λ", "commitment": "β", "codewords": "K"}
+    rows = []
+    for group, symbol in names.items():
+        for row in _find(report, group=group, seen_in_training=HERE):
+            facts = {group: row[group]}
+            unseen = _find(report, group=group, seen_in_training=NEW, **facts)
+            rows.append(
+                [
+                    f"{symbol} = {row[group]:g}",
+                    f"{row['bits_per_token_block']:.3g}",
+                    _ratio([row]),
+                    _ratio(unseen),
+                    f"{_kept([row])} / {_kept(unseen)}",
+                ]
+            )
+    head = ["setting", "bits/token/block", "revised, seen", "revised, unseen", "gap kept"]
+    return _table(head, rows, report)
+
+
+def gpt2_ranks(report: dict) -> str:
+    """Trained for four ranks, run by others; and with codes lost on their way."""
+    rows = []
+    for row in _find(report, group="ranks", seen_in_training=HERE):
+        ranks = row["world_size"]
+        unseen = _find(report, group="ranks", seen_in_training=NEW, world_size=ranks)
+        rows.append(_run(f"N = {ranks}", row, unseen))
+    for row in _find(report, group="lost", seen_in_training=HERE):
+        same = {name: row[name] for name in ("space", "groups", "codewords", "lost")}
+        unseen = _find(report, group="lost", seen_in_training=NEW, **same)
+        rows.append(_run(f"N = 4, {row['lost']:.0%} lost, {_codes(row)}", row, unseen))
+    head = ["run", "FLOPs over ideal", "revised, seen", "… dropped", "revised, unseen", "… dropped"]
+    return _table(head, rows, report)
+
+
+def _run(name: str, row: Row, unseen: list[Row]) -> list[str]:
+    dropped = f"{unseen[0]['dropped_over_exact']:.3f}" if unseen else "–"
+    return [
+        name,
+        f"{row['flops_over_ideal']:.2f}",
+        _ratio([row]),
+        f"{row['dropped_over_exact']:.3f}",
+        _ratio(unseen),
+        dropped,
+    ]
