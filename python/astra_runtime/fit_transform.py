@@ -34,7 +34,8 @@ from .transform import Known, Transform, flat, heads, quantized, unit
 RIDGE = 3e-3  # of the features' own variance, in regressions
 # Of F's mean diagonal, added to it: what few windows say nothing of costs something too.
 FLOOR = 3e-3
-SEARCH = 24  # steps towards the water level
+SEARCH = 24  # steps towards the water level, at most
+STRIDE = 6.0  # the first ones, in its logarithm: three bits more on every axis
 MEMBERS = 64  # vectors a codeword that k-means sees: more cost time and change little
 SAMPLE = 8192  # rows are enough to tell where bits go
 
@@ -223,20 +224,22 @@ def allocate(rows: Rows, cost: Cost, bits: float, code_bits: int) -> list[int]:
         float(torch.linalg.eigvalsh(root @ model.noise @ root).max())
         for root, model in zip(roots[start:], models, strict=True)
     )
+    budget, best = bits * blocks, [0] * blocks
     high, spends = math.log2(max(*tops, 1e-30)) + 4, 0  # log2 of a level that spends nothing
-    low, most = high - 64, bits * blocks * 8  # and of one that spends far too much
-    best = [0] * blocks
+    low, most = high - STRIDE, 0
     for _ in range(SEARCH):
-        # spending is convex and nearly straight in the level's logarithm where many axes are coded
-        part = (most - bits * blocks) / max(most - spends, 1e-9)
-        middle = low + (high - low) * min(max(part, 0.1), 0.9)
+        middle = low
+        if most:  # found one that spends too much: nearly straight between the two
+            part = (most - budget) / max(most - spends, 1)
+            middle = low + (high - low) * min(max(part, 0.05), 0.95)
         counts = spent(2.0**middle)
         total = sum(counts) * code_bits
-        if total <= bits * blocks:
-            high, spends, best = middle, total, counts
-        else:
+        if total > budget:
             low, most = middle, total
-        if sum(best) * code_bits > bits * blocks - code_bits:
+        else:
+            high, spends, best = middle, total, counts
+            low = low if most else low - STRIDE
+        if sum(best) * code_bits > budget - code_bits:
             break
     return best
 
