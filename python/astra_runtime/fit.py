@@ -211,7 +211,7 @@ def _hold_back(windows: list[Inputs], held_back: int) -> tuple[list[Inputs], lis
 def _evaluate(
     model: nn.Module, codebook: Codebook, windows: list[Inputs], ranks: int, progress: Progress
 ) -> dict[str, Any]:
-    steps, done = 3 * len(windows), 0
+    steps, done = (4 if codebook.prefix else 3) * len(windows), 0
 
     def step() -> None:
         nonlocal done

@@ -43,7 +43,7 @@ def run(options: argparse.Namespace) -> int:
     text = builtin_text()[1] if options.text is None else read_text(options.text)
     windows = token_windows(tokenizer, text, options.tokens, options.windows)
     codebook, _ = ensure_codebook(options, model, tokenizer)
-    done, steps = 0, 3 * len(windows)
+    done, steps = 0, (4 if codebook.prefix else 3) * len(windows)
     with progress_bar() as progress:
 
         def step() -> None:
@@ -71,6 +71,8 @@ def run(options: argparse.Namespace) -> int:
         "windows": len(windows),
         "tokens": options.tokens,
     }
+    if found.local_prefix is not None:  # remote tokens dropped but for those that all ranks compute
+        result[found.metric]["local_prefix"] = found.local_prefix
     if options.json:
         show_json(result)
         return 0
