@@ -37,7 +37,7 @@ def _kept(rows: list[Row]) -> str:
 
 
 def _codes(row: Row) -> str:
-    named = {"none": "dense fp32, adapted", "drop": "dropped", "none:int8": "dense int8"}
+    named = {"none": "dense fp32", "drop": "dropped", "none:int8": "dense int8"}
     if row["space"] in named:
         return named[row["space"]]
     return f"{row['space']}, {row['groups']} of {row['codewords']}"
