@@ -137,6 +137,8 @@ def assert_as_exact_as_torch(got: State, case: Case) -> None:
         return
     eps = torch.finfo(dtype).eps
     peer_error = (case.peer()[seen] - want[seen]).abs().max()
-    assert (out[seen] - want[seen]).abs().max() <= 2 * peer_error + eps
+    # Weights rounded to the dtype, times values of up to 4, and the output's own rounding: of few
+    # elements torch's may by luck all be exact.
+    assert (out[seen] - want[seen]).abs().max() <= 2 * peer_error + 4 * eps
     # A score is a sum of d products of rounded keys; its error grows with their size.
     assert (lse[seen] - want_lse[seen]).abs().max() <= 4 * eps * (1 + want_lse[seen].abs().max())

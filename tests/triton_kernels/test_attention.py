@@ -256,6 +256,7 @@ def test_large_scores_do_not_overflow():
 @given(st.data())
 def test_any_shape(data):
     draw = data.draw
+    torch.manual_seed(draw(st.integers(0, 2**16)))  # what fails once fails again
     kv, fold = draw(st.integers(1, 3)), draw(st.integers(1, 3))
     groups = draw(st.sampled_from([1, 1, 2, 3, 5]))
     width = draw(st.sampled_from([2, 4, 6, 16]))
