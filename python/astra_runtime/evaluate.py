@@ -99,11 +99,13 @@ def shard_loss(engine: Engine, input_ids: Tensor) -> tuple[float, int]:
     The first rank's tokens see no remote tokens and count nothing. Collective.
     """
     output = engine(input_ids=input_ids, logits="local")
-    shard = engine.plan(input_ids.shape[1]).shard(engine.rank)
+    plan = engine.plan(input_ids.shape[1])
+    shard = plan.shard(engine.rank)
     targets = input_ids[:, shard.start + 1 : shard.stop + 1]
     if engine.mesh.world_size > 1 and engine.rank == 0:
         return 0.0, 0
-    return _loss(output.logits[:, : targets.shape[1]], targets), targets.numel()
+    predicted = output.logits[:, plan.copies :]  # the leading tokens are every rank's
+    return _loss(predicted[:, : targets.shape[1]], targets), targets.numel()
 
 
 @torch.inference_mode()

@@ -188,6 +188,24 @@ def test_the_prefix_has_a_control_of_its_own() -> None:
     assert measure(model, Codebook.none("int8"), windows, world_size=2).local_prefix is None
 
 
+def test_what_every_rank_computes_counts_once() -> None:
+    """Exact exchange is exact with a prefix, too, in what is measured of it."""
+    model = tiny("llama")
+    windows = as_windows(windows_for("llama", count=2, tokens=40))
+    for prefix in (1, 4):
+        found = measure(model, Codebook("none", prefix=prefix), windows, world_size=2)
+        with torch.no_grad():
+            start = prefix + (40 - prefix) // 2 + (40 - prefix) % 2
+            losses = [
+                torch.nn.functional.cross_entropy(
+                    model(**w).logits[0, start:-1], w["input_ids"][0, start + 1 :]
+                )
+                for w in windows
+            ]
+        wanted = float(torch.stack(losses).mean().exp())
+        assert found.astra == pytest.approx(wanted, rel=1e-4)
+
+
 def test_the_fit_is_deterministic() -> None:
     digests = {fitted(tiny("gpt2"), "gpt2").digest for _ in range(2)}
     assert len(digests) == 1
