@@ -54,8 +54,8 @@ class Ranks:
             books = {"codes": self.codebook, "none": Codebook.none(), "drop": Codebook.drop()}
             mesh, weights = self.timed if timed else self.mesh, self.weights
             if space != "codes" and weights is None:  # compared with the codes on the same shards
-                plan = self.engine("codes", timed, tokens).plan(tokens)
-                weights = [float(plan.size(n)) for n in range(mesh.world_size)]
+                of_codes = self.engine("codes", timed, tokens)
+                weights = [float(size) for size in _sizes(of_codes, tokens)]
             self._engines[key] = Engine(self.model, books[space], mesh, weights=weights)
             mesh.flush()  # nothing held by the link may be overtaken on the other mesh
         return self._engines[key]
@@ -134,7 +134,7 @@ class Ranks:
         return {
             "seconds": seconds,
             "bits_per_token_block": engine.bits_per_token_block,
-            "sizes": [engine.plan(ids.shape[1]).size(n) for n in range(self.mesh.world_size)],
+            "sizes": _sizes(engine, ids.shape[1]),
             "bytes_sent_payload": self.report(float(sent.bytes_sent_payload)),
         }
 
@@ -166,3 +166,12 @@ class Ranks:
         for engine in self._engines.values():
             engine.close()
         self._engines.clear()
+
+
+def _sizes(engine: Engine, tokens: int) -> list[int]:
+    """Tokens by rank; a decoder's first tokens, which every rank computes, count as rank 0's."""
+    plan = engine.plan(tokens)
+    sizes = [plan.size(n) for n in range(plan.world_size)]
+    if plan.causal:
+        sizes[0] += plan.copies
+    return sizes

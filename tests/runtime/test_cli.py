@@ -222,6 +222,14 @@ def test_bits_alone_make_transform_codes_that_run(
         "--max-new-tokens", "3", "--json",
     )  # fmt: skip
     assert len(json.loads(done.stdout)["text"].split()) == 3
+    done = astra(
+        home, "demo", *model, *text, "--codebook", book, "--tokens", "60", "--world-size", "2",
+        "--mbit", "100", "--repeats", "1", "--json",
+    )  # fmt: skip
+    demo = json.loads(done.stdout)
+    single, dense, coded = (run["perplexity"] for run in demo["runs"])
+    assert dense == pytest.approx(single, rel=1e-4)  # of the same tokens
+    assert coded == pytest.approx(single, rel=0.5)
 
 
 def test_a_target_is_met_by_the_fewest_bits_tried(
