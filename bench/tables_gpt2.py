@@ -3,6 +3,7 @@
 Cells say perplexity over exact, the mean and standard deviation over seeds.
 """
 
+from bench._markdown import source, table
 from bench.gpt2_model import KINDS
 
 Row = dict
@@ -10,12 +11,7 @@ HERE, NEW = True, False  # text of a kind seen in training, and of an unseen one
 
 
 def _table(head: list[str], rows: list[list[str]], report: dict) -> str:
-    lines = [head, ["---"] + ["--:"] * (len(head) - 1), *rows]
-    text = "\n".join("| " + " | ".join(line) + " |" for line in lines)
-    return (
-        f"{text}\n\n`{report['command'].strip()}` on {report['device']}, "
-        f"torch {report['versions']['torch']}"
-    )
+    return table(head, rows) + source(report)
 
 
 def _find(report: dict, **facts: object) -> list[Row]:
