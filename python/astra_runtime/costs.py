@@ -14,6 +14,8 @@ from .codebook import Codebook
 from .models import Adapter
 from .plan import Plan, balanced_weights
 
+HALO = 32  # tokens
+
 
 @dataclass(frozen=True)
 class CodeCosts:
@@ -84,6 +86,7 @@ def engine_plan(
     *,
     weights: Sequence[float] | None = None,
     padding: int = 0,
+    halo: int | None = None,
 ) -> Plan:
     """The cut of a sequence of `tokens` tokens, the class token not counted.
 
@@ -91,11 +94,14 @@ def engine_plan(
         weights: shares of the tokens; None: those with which ranks of equal speed finish together.
         padding: in front of the text. Where the codebook has every rank compute the first tokens
             itself, padding is taken along.
+        halo: see `Plan`; None: `default_halo`.
     """
     copies = adapter.class_tokens
     if adapter.causal and world_size > 1 and codebook.prefix:
         copies = max(0, min(padding + codebook.prefix, tokens - world_size))
         tokens -= copies
+    if halo is None:
+        halo = default_halo(adapter, codebook, tokens, world_size)
     if weights is None:
         linear, attention = adapter.block_flops()
         costs = costs_of(adapter, codebook)
@@ -107,8 +113,21 @@ def engine_plan(
             attention=attention,
             code=costs.code,
             receive=costs.receive,
+            halo=halo,
         )
-    return Plan.make(tokens, world_size, causal=adapter.causal, copies=copies, weights=weights)
+    return Plan.make(
+        tokens, world_size, causal=adapter.causal, copies=copies, halo=halo, weights=weights
+    )
+
+
+def default_halo(adapter: Adapter, codebook: Codebook, tokens: int, world_size: int) -> int:
+    """Tokens before its shard that a rank computes where nobody says how many.
+
+    Enough for what codes cost most to be gone (DESIGN.md), and never much beside the shard itself.
+    """
+    if not (adapter.causal and codebook.coded) or world_size == 1:
+        return 0
+    return min(HALO, tokens // (8 * world_size))
 
 
 def costs_of(adapter: Adapter, codebook: Codebook) -> CodeCosts:
@@ -132,12 +151,11 @@ def rank_flops(adapter: Adapter, codebook: Codebook, plan: Plan) -> list[float]:
     costs = costs_of(adapter, codebook)
     found = []
     for rank in range(plan.world_size):
-        own = plan.size(rank)
-        queries = own + plan.copies
-        heard = sum(map(plan.size, plan.sources(rank))) if costs.attended else 0
-        seeing = own if plan.causal else queries  # a decoder's first tokens see no others
+        queries = plan.size(rank) + plan.lead(rank)
+        heard = sum(plan.heard(rank, n) for n in plan.sources(rank)) if costs.attended else 0
+        seeing = queries - plan.copies if plan.causal else queries  # the first see no others
         pairs = _pairs(queries, plan.causal) + seeing * heard
-        coded = own if plan.receivers(rank) else 0
+        coded = plan.told(rank)
         block = linear * queries + attention * pairs + costs.code * coded + costs.receive * heard
         found.append(len(adapter.blocks) * block)
     return found

@@ -15,7 +15,7 @@ from .costs import engine_plan
 from .gather import TOKEN, receive_tensors, send_tensor
 from .layer import Call
 from .models import adapt, listening
-from .plan import Plan
+from .plan import Plan, check_halo
 from .spaces import make_space
 from .transport import Mesh, local_mesh
 
@@ -34,6 +34,8 @@ class Engine:
         mesh: the other ranks, from `astra_runtime.connect`. None: this process alone.
         weights: shares of the tokens, one a rank; None: shares with which ranks of equal speed
             finish together.
+        halo: tokens before its shard that a decoder's rank computes, too, so that they are as good
+            as exact where they matter most; None: `default_halo`, 0 without codes.
 
     Raises:
         ValueError: a model of another family, or a codebook made for another model.
@@ -49,6 +51,7 @@ class Engine:
         mesh: Mesh | None = None,
         *,
         weights: Sequence[float] | None = None,
+        halo: int | None = None,
     ) -> None:
         self.model = model
         self.adapter = adapt(model)
@@ -57,6 +60,8 @@ class Engine:
         self.weights = None if weights is None else tuple(float(w) for w in weights)
         if self.weights is not None:  # refuses weights that no plan can have
             Plan.make(len(self.weights), self.mesh.world_size, causal=True, weights=self.weights)
+        check_halo(halo or 0, self.adapter.causal)
+        self.halo = halo
         if model.training:
             raise ValueError("model: expected evaluation mode, got training: call model.eval()")
         self.space = make_space(self.codebook, self.adapter)
@@ -64,7 +69,7 @@ class Engine:
         facts = {
             "model": self.adapter.digest(),
             "codebook": self.codebook.digest,
-            "plan": f"weights {self.weights or 'balanced'}",
+            "plan": f"weights {self.weights or 'balanced'}, halo {_named(self.halo)}",
         }
         self.mesh.agree(facts)
         self.adapter.install()
@@ -87,6 +92,7 @@ class Engine:
             self.mesh.world_size,
             weights=self.weights,
             padding=padding,
+            halo=self.halo,
         )
 
     @torch.inference_mode()
@@ -135,18 +141,17 @@ class Engine:
             answer=logits,
             everywhere=outputs == "every",
         )
-        own, copies = plan.shard(rank), plan.copies
-        far = [plan.shard(n) for n in plan.sources(rank)]
+        far = bool(plan.sources(rank))
         if visible is not None:
-            call.local_mask = torch.cat([visible[:, :copies], visible[:, own]], 1)
-            call.remote_mask = torch.cat([visible[:, s] for s in far], 1) if far else None
+            call.local_mask = plan.local(visible, rank)
+            call.remote_mask = plan.far(visible, rank) if far else None
         positions = adapter.positions(inputs)
         rope = None if positions is None else adapter.rope(positions)
         if rope is not None:
+            own = plan.sent(rank)
             call.local_rope = (rope[0][:, own], rope[1][:, own])
             if far:
-                cos, sin = (torch.cat([t[:, s] for s in far], 1) for t in rope)
-                call.remote_rope = (cos, sin)
+                call.remote_rope = (plan.far(rope[0], rank), plan.far(rope[1], rank))
         kwargs = adapter.local_inputs(inputs, plan, rank)
         # a shard's hidden states or attentions would pass for the sequence's
         kwargs |= {"return_dict": True, "output_hidden_states": False, "output_attentions": False}
@@ -157,10 +162,10 @@ class Engine:
     def _count(self, call: Call) -> None:
         """Payload bits made for remote use, over the tokens they stand for and the blocks."""
         makers = [n for n in range(call.plan.world_size) if call.plan.receivers(n)]
-        tokens = sum(call.plan.size(n) for n in makers) * call.batch
+        tokens = sum(call.plan.told(n) for n in makers) * call.batch
         blocks = len(self.adapter.blocks)
         size = sum(
-            self.space.payload_bytes(block, call.batch, call.plan.size(n))
+            self.space.payload_bytes(block, call.batch, call.plan.told(n))
             for block in range(blocks)
             for n in makers
         )
@@ -273,6 +278,10 @@ def _contents(inputs: dict[str, Tensor]) -> list[bytes]:
         if not tensor.is_floating_point():
             told.append(tensor.to("cpu", torch.int64).contiguous().numpy().tobytes())
     return told
+
+
+def _named(halo: int | None) -> str:
+    return "default" if halo is None else str(halo)
 
 
 def _padding(visible: Tensor | None) -> int:

@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .codebook import Codebook
+from .costs import default_halo
 from .engine import Engine
 from .models import adapt
 from .parallel import on_one_core
@@ -66,7 +67,8 @@ class Measured:
         exact, astra, local_only: the metric on one device, with the codes, and without any remote
             tokens. Lower is better.
         bits_per_token_block: payload bits a token and block.
-        local_prefix: without remote tokens but for the codebook's prefix; None where it has none.
+        local_overlap: without remote tokens but for those that each rank computes itself, the
+            codebook's prefix and the halo; None where there are none.
     """
 
     metric: str
@@ -74,7 +76,7 @@ class Measured:
     astra: float
     local_only: float
     bits_per_token_block: float
-    local_prefix: float | None = None
+    local_overlap: float | None = None
 
     @property
     def gap_recovered(self) -> float:
@@ -115,12 +117,14 @@ def measure(
     windows: Sequence[Inputs],
     *,
     world_size: int,
-    progress: Callable[[], None] = lambda: None,
+    halo: int | None = None,
+    progress: Callable[[int, int], None] = lambda done, steps: None,
 ) -> Measured:
     """Compares `codebook` with both controls over `windows`; the ranks are threads.
 
     All use the same equal shards (with a prefix, to a token). Exact is dense exchange in fp32,
-    which equals the single device to rounding. `progress` is called after each window and method.
+    which equals the single device to rounding. `halo` is of the engine, for `codebook`; None: its
+    default for the shortest window. `progress` hears of windows done and in all, over all methods.
     """
     if world_size < 2:
         raise ValueError(
@@ -132,15 +136,21 @@ def measure(
             f"windows: expected more than {world_size} tokens in each, one a rank and one to "
             f"predict, got {shortest}"
         )
-    language, bits = is_language_model(model), 0.0
+    language, bits, done = is_language_model(model), 0.0, 0
+    if halo is None:
+        halo = default_halo(adapt(model), codebook, shortest - codebook.prefix, world_size)
 
-    def run(book: Codebook) -> list[list[Any]]:
+    overlaps = language and bool(codebook.prefix or halo)
+    methods = 4 if overlaps else 3
+
+    def run(book: Codebook, halo: int = 0) -> list[list[Any]]:
         """By rank and window: (loss, count) of a language model, else the output."""
 
         def work(mesh: Mesh) -> list[Any]:
-            nonlocal bits
+            nonlocal bits, done
             found: list[Any] = []
-            with Engine(model, book, mesh, weights=(1.0,) * world_size) as engine:
+            equal = (1.0,) * world_size
+            with Engine(model, book, mesh, weights=equal, halo=halo) as engine:
                 for window in windows:
                     found.append(
                         shard_loss(engine, window["input_ids"])
@@ -148,22 +158,23 @@ def measure(
                         else _output(engine(**window, logits="all"))
                     )
                     if engine.rank == 0:
-                        progress()
+                        done += 1
+                        progress(done, methods * len(windows))
                 if book is codebook:
                     bits = engine.bits_per_token_block
             return found
 
         return run_ranks(world_size, work)
 
-    exact, astra, dropped = run(Codebook.none()), run(codebook), run(Codebook.drop())
+    exact, astra, dropped = run(Codebook.none()), run(codebook, halo), run(Codebook.drop())
     if not language:
         coded, alone = (_error(found[0], exact[0]) for found in (astra, dropped))
         return Measured("error", 0.0, coded, alone, bits)
-    local_prefix = None
-    if codebook.prefix:
-        local_prefix = _perplexity(run(replace(Codebook.drop(), prefix=codebook.prefix)))
+    overlap = None
+    if overlaps:
+        overlap = _perplexity(run(replace(Codebook.drop(), prefix=codebook.prefix), halo))
     of_exact, coded, alone = map(_perplexity, (exact, astra, dropped))
-    return Measured("perplexity", of_exact, coded, alone, bits, local_prefix)
+    return Measured("perplexity", of_exact, coded, alone, bits, overlap)
 
 
 def _output(output: Any) -> Tensor:

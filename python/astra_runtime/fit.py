@@ -211,11 +211,7 @@ def _hold_back(windows: list[Inputs], held_back: int) -> tuple[list[Inputs], lis
 def _evaluate(
     model: nn.Module, codebook: Codebook, windows: list[Inputs], ranks: int, progress: Progress
 ) -> dict[str, Any]:
-    steps, done = (4 if codebook.prefix else 3) * len(windows), 0
-
-    def step() -> None:
-        nonlocal done
-        done += 1
+    def step(done: int, steps: int) -> None:
         progress("evaluating", done, steps)
 
     found: Measured = measure(model, codebook, windows, world_size=ranks, progress=step)

@@ -32,6 +32,7 @@ class Ranks:
         mesh: carries the jobs, and exact answers that nobody times.
         timed: the mesh that timed runs cross, with its emulated link; the same one without.
         weights: shares of the tokens; None: balanced for the codebook, and the same for all.
+        halo: of the engine with codes; None: its default. The others have none.
     """
 
     def __init__(
@@ -41,10 +42,11 @@ class Ranks:
         mesh: Mesh,
         timed: Mesh | None = None,
         weights: list[float] | None = None,
+        halo: int | None = None,
     ) -> None:
         self.model, self.codebook = model, codebook
         self.mesh, self.timed = mesh, timed or mesh
-        self.weights = weights
+        self.weights, self.halo = weights, halo
         self._engines: dict[tuple[str, bool, int], Engine] = {}
 
     def engine(self, space: str, timed: bool, tokens: int) -> Engine:
@@ -56,7 +58,8 @@ class Ranks:
             if space != "codes" and weights is None:  # compared with the codes on the same shards
                 of_codes = self.engine("codes", timed, tokens)
                 weights = [float(size) for size in _sizes(of_codes, tokens)]
-            self._engines[key] = Engine(self.model, books[space], mesh, weights=weights)
+            halo = self.halo if space == "codes" else None
+            self._engines[key] = Engine(self.model, books[space], mesh, weights=weights, halo=halo)
             mesh.flush()  # nothing held by the link may be overtaken on the other mesh
         return self._engines[key]
 

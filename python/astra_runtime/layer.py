@@ -23,7 +23,7 @@ import astra_kernels as ak
 
 from .gather import gather
 from .plan import Plan
-from .spaces import Rope, Space
+from .spaces import Payload, Rope, Space
 from .transport import Frame, Mesh
 
 
@@ -33,7 +33,7 @@ class Call:
 
     Attributes:
         tag: names plan and inputs in every frame.
-        local_rope, remote_rope: rotary cos and sin of this rank's tokens and of those it hears of.
+        local_rope, remote_rope: rotary cos and sin of the tokens sent and of those heard of.
         local_mask, remote_mask: bool [B, L] and [B, N], False at padding; None: no padding.
         answer: what the head reads: "last" (last or class token), "all" or "local" tokens.
         everywhere: every rank gets the answer, not the owner alone.
@@ -58,27 +58,31 @@ class Call:
     kept: dict[int, Any] = field(default_factory=dict)
     frames: dict[int, Frame] = field(default_factory=dict)
 
+    @property
+    def told(self) -> slice:
+        """Which of the tokens computed here are sent: not the copies, not the halo."""
+        lead = self.plan.lead(self.rank)
+        return slice(lead, lead + self.plan.told(self.rank))
+
     def embedded(self, hidden: Tensor) -> Tensor:
         """The class token's copy and this rank's shard of all embeddings."""
-        own, copies = self.plan.shard(self.rank), self.plan.copies
-        return torch.cat([hidden[:, :copies], hidden[:, own]], 1)
+        return self.plan.local(hidden, self.rank)
 
     def before_block(self, block: int, hidden: Tensor) -> None:
         """Hidden-state codes leave before the block computes anything."""
         if self.space.early and not self.decoding:
-            self.say(block, hidden[:, self.plan.copies :])
+            self.say(block, hidden[:, self.told])
 
     def attend(self, block: int, query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
         """Mixed-precision attention: [B, H, M, d] over local [B, Hkv, L, d] and remote tokens."""
-        copies = self.plan.copies  # seen on this rank only, never sent
         if not self.space.early and not self.decoding:
-            self.say(block, (key[:, :, copies:], value[:, :, copies:]))
+            self.say(block, (key[:, :, self.told], value[:, :, self.told]))
         mask, causal = self.local_mask, self.plan.causal and not self.decoding
         out, lse = ak.attention(query, key, value, is_causal=causal, key_mask=mask, scale=scale)
         remote = self.kept.get(block) if self.decoding else self.hear(block)
         if remote is not None:
             rope, mask = self.remote_rope, self.remote_mask
-            first = copies if causal else 0  # a decoder's first tokens see no others
+            first = self.plan.copies if causal else 0  # a decoder's first tokens see no others
             query, near, lse = query[:, :, first:], out[:, :, first:], lse[:, :, first:]
             far, far_lse = self.space.attend(block, query, remote, rope, mask, scale)
             both, _ = ak.merge_state(near, lse, far, far_lse)
@@ -88,7 +92,7 @@ class Call:
     def say(self, block: int, what: Any) -> None:
         """Codes of this rank's shard, packed into one frame for each rank that may see it."""
         receivers = self.plan.receivers(self.rank)
-        size = self.space.payload_bytes(block, self.batch, self.plan.size(self.rank))
+        size = self.space.payload_bytes(block, self.batch, self.plan.told(self.rank))
         if receivers and size:
             frame = self.frames.get(size) or self.frames.setdefault(size, self.mesh.buffer(size))
             self.space.encode(block, what, self.local_rope, frame.payload)
@@ -99,11 +103,12 @@ class Call:
         sources = self.plan.sources(self.rank)
         if not sources:
             return None
-        sizes = {n: self.space.payload_bytes(block, self.batch, self.plan.size(n)) for n in sources}
+        told = {n: self.plan.told(n) for n in sources}
+        sizes = {n: self.space.payload_bytes(block, self.batch, told[n]) for n in sources}
         views = dict.fromkeys(sources, memoryview(b""))  # what nobody sends, nobody awaits
         if any(sizes.values()):
             views = self.mesh.receive(sizes, block=block, plan=self.tag)
-        payloads = [(views[n], self.plan.size(n)) for n in sources]
+        payloads = [Payload(views[n], told[n], self.plan.heard(self.rank, n)) for n in sources]
         remote = self.space.decode(block, payloads, self.batch, self.remote_rope)
         if self.keeps:
             self.kept[block] = remote
@@ -111,4 +116,4 @@ class Call:
 
     def finish(self, hidden: Tensor) -> Tensor:
         """What the head needs of the final hidden states, from whichever ranks hold it."""
-        return hidden if self.decoding else gather(self, hidden)
+        return hidden if self.decoding else gather(self, self.plan.own(hidden, self.rank))

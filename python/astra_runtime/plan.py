@@ -1,9 +1,13 @@
 """Who holds which tokens, and who may see them.
 
-A sequence of `tokens` tokens is cut into `world_size` contiguous shards, one a rank. Visibility is
-whole shards: a decoder's rank sees the shards before its own, an encoder's rank sees all others. So
-attention over remote tokens never needs a causal mask, and only ranks that can see a shard receive
-its codes.
+A sequence of `tokens` tokens is cut into `world_size` contiguous shards, one a rank. A decoder's
+rank sees what lies before its own tokens, an encoder's rank sees all other shards. So attention
+over remote tokens never needs a causal mask, and only ranks that can see a shard receive its codes.
+
+A decoder's rank may also compute a halo, the last tokens before its shard (ghost cells, as codes
+for stencils call it): what a token needs most is what stands right before it, and coarse codes cost
+most there. Halos are seen on that rank only. Nothing of them is sent, and codes of these tokens,
+which their own rank sends to others, are not looked at.
 """
 
 from __future__ import annotations
@@ -12,6 +16,9 @@ import zlib
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
+
+import torch
+from torch import Tensor
 
 
 @dataclass(frozen=True)
@@ -24,11 +31,14 @@ class Plan:
         copies: leading tokens of the sequence that every rank computes itself, in front of its
             shard: seen on that rank only, never sent, and not counted in `tokens`. An encoder's
             class token; a decoder's first tokens, where its codebook asks for that.
+        halo: of a decoder, how many tokens before its shard a rank computes, too; fewer where there
+            are no more.
     """
 
     bounds: tuple[int, ...]
     causal: bool
     copies: int = 0
+    halo: int = 0
 
     @classmethod
     def make(
@@ -38,6 +48,7 @@ class Plan:
         *,
         causal: bool,
         copies: int = 0,
+        halo: int = 0,
         weights: Sequence[float] | None = None,
     ) -> Plan:
         """Cuts `tokens` in proportion to `weights` (None: equal), at least one token a rank."""
@@ -53,12 +64,13 @@ class Plan:
             raise ValueError(
                 f"weights: expected {world_size} positive numbers, one for each rank, got {share}"
             )
+        check_halo(halo, causal)
         bounds, reached = [0], 0.0
         for n, weight in enumerate(share):
             reached += weight / sum(share)
             latest = tokens - (world_size - 1 - n)  # leaves a token for every rank after this one
             bounds.append(min(max(round(tokens * reached), bounds[-1] + 1), latest))
-        return cls(tuple(bounds), causal, copies)
+        return cls(tuple(bounds), causal, copies, halo)
 
     @property
     def tokens(self) -> int:
@@ -76,14 +88,52 @@ class Plan:
         """How many tokens `rank` holds, copies not counted."""
         return self.bounds[rank + 1] - self.bounds[rank]
 
+    def lead(self, rank: int) -> int:
+        """Tokens that `rank` computes in front of its shard: the copies, and its halo."""
+        return self.copies + min(self.halo, self.bounds[rank])
+
+    def local(self, tensor: Tensor, rank: int) -> Tensor:
+        """What `rank` computes of the sequence [B, copies + tokens, …]: copies, halo, shard."""
+        shard = self.shard(rank)
+        start = shard.start - (self.lead(rank) - self.copies)
+        return torch.cat([tensor[:, : self.copies], tensor[:, start : shard.stop]], 1)
+
+    def own(self, tensor: Tensor, rank: int) -> Tensor:
+        """Of what `rank` computes, [B, L, …], what it answers for: the halo left out."""
+        if self.lead(rank) == self.copies:
+            return tensor
+        return torch.cat([tensor[:, : self.copies], tensor[:, self.lead(rank) :]], 1)
+
+    def heard(self, rank: int, source: int) -> int:
+        """How many tokens of `source`, from its first on, `rank` knows from codes alone."""
+        if source == rank or (self.causal and source > rank):
+            return 0
+        if not self.causal:
+            return self.size(source)
+        start = max(0, self.bounds[rank] - self.halo)
+        return max(0, min(self.bounds[source + 1], start) - self.bounds[source])
+
+    def told(self, rank: int) -> int:
+        """How many tokens of `rank`, from its first on, are sent: those that any rank hears of."""
+        return max((self.heard(n, rank) for n in range(self.world_size)), default=0)
+
     def sources(self, rank: int) -> tuple[int, ...]:
         """The ranks whose tokens the tokens of `rank` see, in the order of the sequence."""
-        last = rank if self.causal else self.world_size
-        return tuple(n for n in range(last) if n != rank)
+        return tuple(n for n in range(self.world_size) if self.heard(rank, n))
 
     def receivers(self, rank: int) -> tuple[int, ...]:
         """The ranks that see the tokens of `rank`."""
-        return tuple(n for n in range(self.world_size) if rank in self.sources(n))
+        return tuple(n for n in range(self.world_size) if self.heard(n, rank))
+
+    def sent(self, rank: int) -> slice:
+        """The tokens of `rank` that are sent, as a slice of the sequence."""
+        start = self.shard(rank).start
+        return slice(start, start + self.told(rank))
+
+    def far(self, tensor: Tensor, rank: int) -> Tensor:
+        """Of the sequence [B, copies + tokens, …], what `rank` hears of: [B, N, …]."""
+        starts = [(self.shard(n).start, self.heard(rank, n)) for n in self.sources(rank)]
+        return torch.cat([tensor[:, :0], *(tensor[:, at : at + n] for at, n in starts)], 1)
 
     @property
     def owner(self) -> int:
@@ -95,7 +145,7 @@ class Plan:
 
         Ranks that were given other tokens find out at the first frame.
         """
-        told = zlib.crc32(repr((self.bounds, self.causal, self.copies)).encode())
+        told = zlib.crc32(repr((self.bounds, self.causal, self.copies, self.halo)).encode())
         for content in inputs:
             told = zlib.crc32(content, told)
         return told
@@ -110,6 +160,7 @@ def balanced_weights(
     attention: float,
     code: float,
     receive: float = 0.0,
+    halo: int = 0,
 ) -> tuple[float, ...]:
     """Shares of the tokens with which all ranks of equal speed finish a block together.
 
@@ -118,6 +169,7 @@ def balanced_weights(
         attention: FLOPs of one query over one key.
         code: FLOPs of coding one token; the last rank of a decoder codes nothing.
         receive: FLOPs of one remote token heard, before attention reads it.
+        halo: tokens before its shard that a rank computes, too.
 
     A decoder's later ranks see more keys and so take fewer tokens; an encoder's take equal shares.
     """
@@ -129,10 +181,13 @@ def balanced_weights(
         bounds = [0.0]
         for n in range(world_size):
             start, a = bounds[-1], attention / 2
-            b = linear + attention * start + (code if n < world_size - 1 else 0.0)
-            left = max(0.0, budget - receive * start)
-            # a·s² + b·s = left; the causal half of the local square is a·s²
-            bounds.append(start + 2 * left / (b + (b * b + 4 * a * left) ** 0.5))
+            ahead = min(float(halo), start)
+            heard, coded = start - ahead, code if n < world_size - 1 else 0.0
+            b = linear + attention * heard + coded
+            left = max(0.0, budget - receive * heard + coded * ahead)
+            # a·u² + b·u = left, u = halo and shard; the causal half of the local square is a·u²
+            computed = 2 * left / (b + (b * b + 4 * a * left) ** 0.5)
+            bounds.append(start + max(computed - ahead, 1e-3))
         return bounds
 
     low, high = 0.0, tokens * (linear + code + receive + attention * tokens)
@@ -141,3 +196,11 @@ def balanced_weights(
         low, high = (middle, high) if reach(middle)[-1] < tokens else (low, middle)
     bounds = reach(high)
     return tuple(after - before for before, after in pairwise(bounds))
+
+
+def check_halo(halo: int, causal: bool) -> None:
+    if halo < 0 or (halo and not causal):
+        raise ValueError(
+            "halo: expected 0 or more, and 0 for an encoder, whose tokens look both ways, "
+            f"got {halo}"
+        )

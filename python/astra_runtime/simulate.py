@@ -60,11 +60,13 @@ class Layout:
         token: int64 [L], which token of the model's own sequence, class token first.
         rank: int64 [L], whose it is.
         sent: bool [L], whether other ranks know of it, through codes. S are.
+        start: int64 [L], from which token on its rank computes the sequence itself.
     """
 
     token: Tensor
     rank: Tensor
     sent: Tensor
+    start: Tensor
 
     @classmethod
     def make(cls, plan: Plan, device: torch.device, single_class_token: bool = False) -> Layout:
@@ -73,14 +75,16 @@ class Layout:
         token: list[int] = []
         rank: list[int] = []
         sent: list[bool] = []
+        start: list[int] = []
         for n in range(plan.world_size):
             copies = plan.copies if n == 0 or not single_class_token else 0
-            shard = plan.shard(n)
-            own = range(shard.start, shard.stop)
+            shard, halo = plan.shard(n), plan.lead(n) - plan.copies
+            own = range(shard.start - halo, shard.stop)
             token += [*range(copies), *own]
             rank += [n] * (copies + len(own))
-            sent += [single_class_token] * copies + [True] * len(own)
-        return cls(*(torch.tensor(given, device=device) for given in (token, rank, sent)))
+            sent += [single_class_token] * copies + [False] * halo + [True] * (len(own) - halo)
+            start += [own.start] * (copies + len(own))
+        return cls(*(torch.tensor(given, device=device) for given in (token, rank, sent, start)))
 
     def mask(self, causal: bool, visible: Tensor | None) -> Tensor:
         """Who sees whom: bool [B or 1, 1, L, L + S], local tokens first, then stand-ins.
@@ -93,6 +97,7 @@ class Layout:
         if causal:
             near = near & (self.token[:, None] >= self.token)
             far = far & (self.token[:, None] > self.token[self.sent])
+            far = far & (self.start[:, None] > self.token[self.sent])  # not what the halo has
         both = torch.cat([near, far], 1)[None, None]
         if visible is None:
             return both
@@ -228,10 +233,13 @@ class Simulation:
         return (drawn >= self.lost).to(self.layout.rank.device)
 
     def finish(self, hidden: Tensor) -> Tensor:
-        if not self.plan.copies or self.single:
-            return hidden
         sent = self.layout.sent
-        copies = hidden[:, ~sent].unflatten(1, (self.plan.world_size, -1))
+        if self.single:
+            return hidden
+        if not self.plan.copies:
+            return hidden[:, sent]
+        copies = hidden[:, self.layout.token < self.plan.copies]
+        copies = copies.unflatten(1, (self.plan.world_size, -1))
         first = copies[:, 0] if self.plan.causal else copies.mean(1)
         return torch.cat([first, hidden[:, sent]], 1)
 

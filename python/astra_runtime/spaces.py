@@ -25,7 +25,20 @@ from .plan import Plan
 from .transform import Known, flat, heads, unit
 
 Rope = tuple[Tensor, Tensor] | None  # cos and sin, [B, N, d]
-Payload = tuple[memoryview, int]  # the bytes of one rank's shard, and its tokens
+
+
+@dataclass(frozen=True)
+class Payload:
+    """The bytes of one rank's shard.
+
+    Attributes:
+        tokens: how many they stand for.
+        heard: how many of them, from the first on, are of use here.
+    """
+
+    view: memoryview
+    tokens: int
+    heard: int
 
 
 class Space(ABC):
@@ -125,12 +138,14 @@ class _Codes(Space):
     def read(self, block: int, payloads: Sequence[Payload], batch: int) -> Tensor:
         """Unpacks and joins payloads: codes [B, N, C]."""
         parts, groups = [], len(self.tables[block])
-        for view, tokens in payloads:
-            row, count = len(view) // batch, tokens * groups
+        for payload in payloads:
+            view, row = payload.view, len(payload.view) // batch
             rows = [
-                ak.unpack(view[b * row : (b + 1) * row], self.bits, count) for b in range(batch)
+                ak.unpack(view[b * row : (b + 1) * row], self.bits, payload.tokens * groups)
+                for b in range(batch)
             ]
-            parts.append(torch.stack(rows).view(batch, tokens, groups))
+            codes = torch.stack(rows).view(batch, payload.tokens, groups)
+            parts.append(codes[:, : payload.heard])
         codes = torch.cat(parts, 1)
         if self.codewords < 1 << self.bits and int(codes.max()) >= self.codewords:
             raise WireError("code", f"below {self.codewords}", int(codes.max()))
@@ -254,9 +269,8 @@ class DifferentialCodes(HiddenCodes):
 
     def begin(self, inputs: Mapping[str, Tensor], plan: Plan, rank: int) -> DifferentialCodes:
         known = self.adapter.embed(inputs).float()
-        far = [known[:, plan.shard(n)] for n in plan.sources(rank)]
         this = copy.copy(self)  # the tables stay shared
-        this.own, this.remote = known[:, plan.shard(rank)], torch.cat([known[:, :0], *far], 1)
+        this.own, this.remote = known[:, plan.sent(rank)], plan.far(known, rank)
         return this
 
     def payload_bytes(self, block: int, batch: int, tokens: int) -> int:
@@ -301,12 +315,9 @@ class TransformCodes(_Codes, _DenseAttention):
         embedded = self.adapter.embed(inputs)
         first, embedding = flat(*self.adapter.project(0, embedded)).float(), unit(embedded)
 
-        def known(shards: list[slice]) -> Known:
-            cut = [torch.cat([t[:, :0], *(t[:, s] for s in shards)], 1) for t in (first, embedding)]
-            return Known(self.transforms, *cut)
-
-        this.own = known([plan.shard(rank)])
-        this.remote = known([plan.shard(n) for n in plan.sources(rank)])
+        sent = plan.sent(rank)
+        this.own = Known(self.transforms, first[:, sent], embedding[:, sent])
+        this.remote = Known(self.transforms, plan.far(first, rank), plan.far(embedding, rank))
         return this
 
     def encode(self, block: int, what: Any, rope: Rope, out: memoryview) -> None:
@@ -323,7 +334,7 @@ class TransformCodes(_Codes, _DenseAttention):
         if block == 0 and known.reached == 0:  # every rank computed it
             assert known.estimate is not None
             return self._seen(known.estimate, rope)
-        tokens, words = sum(count for _, count in payloads), None
+        tokens, words = sum(payload.heard for payload in payloads), None
         if transform.codes:
             words = ak.decode(self.read(block, payloads, batch), transform.tables)
         shape = transform.offset.expand(batch, tokens, -1)
@@ -369,15 +380,15 @@ class Dense(_DenseAttention):
         flat[cut:].copy_(step.cpu().view(-1).view(torch.uint8))
 
     def _one(self, payload: Payload, batch: int) -> Tensor:
-        view, tokens = payload
-        flat = torch.frombuffer(view, dtype=torch.uint8).to(self.device, copy=True)
-        shape = (2, batch, self.heads, tokens)
+        flat = torch.frombuffer(payload.view, dtype=torch.uint8).to(self.device, copy=True)
+        shape, heard = (2, batch, self.heads, payload.tokens), slice(payload.heard)
         if self.dtype != torch.int8:
-            return flat.view(self.dtype).view(*shape, self.head_dim).to(self.model_dtype)
+            pair = flat.view(self.dtype).view(*shape, self.head_dim)
+            return pair[..., heard, :].to(self.model_dtype)
         cut = flat.numel() * self.head_dim // (self.head_dim + 2)
         codes, step = flat[:cut].view(torch.int8), flat[cut:].view(torch.float16)
         pair = codes.view(*shape, self.head_dim).float() * step.view(*shape, 1)
-        return pair.to(self.model_dtype)
+        return pair[..., heard, :].to(self.model_dtype)
 
     def decode(
         self, block: int, payloads: Sequence[Payload], batch: int, rope: Rope

@@ -28,20 +28,23 @@ class Simulation:
         self.x: dict[int, Tensor] = {}
         self.estimate = torch.empty(0)  # space "differential": of the block before
         copies = plan.copies
-        self.order, self.rank, self.is_copy = [], [], []
+        self.order, self.rank, self.is_copy, self.is_halo, self.start = [], [], [], [], []
         for n in range(plan.world_size):
             shard = plan.shard(n)
             own = list(range(shard.start, shard.stop))
-            self.order += [*range(copies), *own]
-            self.rank += [n] * (copies + len(own))
-            self.is_copy += [True] * copies + [False] * len(own)
+            halo = list(range(max(copies, shard.start - plan.halo), shard.start))
+            self.order += [*range(copies), *halo, *own]
+            self.rank += [n] * (copies + len(halo) + len(own))
+            self.is_copy += [True] * copies + [False] * (len(halo) + len(own))
+            self.is_halo += [False] * copies + [True] * len(halo) + [False] * len(own)
+            self.start += [(halo or own)[0]] * (copies + len(halo) + len(own))
         positions = self.adapter.positions(inputs)
         if positions is not None:
             positions = positions[:, self.order]
         self.rope = None if positions is None else self.adapter.rope(positions)
         ids = inputs.get("input_ids")
         self.kwargs: dict[str, Any] = dict(inputs)
-        if ids is not None and copies:
+        if ids is not None and (copies or plan.halo):
             order = torch.tensor(self.order)
             self.kwargs = {"input_ids": ids[:, order], "position_ids": order[None]}
 
@@ -132,11 +135,12 @@ class Simulation:
     def attend(self, block: int, query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
         rank, copy = torch.tensor(self.rank), torch.tensor(self.is_copy)
         local = rank[:, None] == rank[None]
-        far = ~local & ~copy[None]
+        far = ~local & ~copy[None] & ~torch.tensor(self.is_halo)[None]
         if self.plan.causal:
             earlier = torch.ones_like(local).tril()
             place = torch.tensor(self.order)
             local, far = local & earlier, far & (place[:, None] > place)
+            far = far & (place < torch.tensor(self.start)[:, None])
         if self.book.space == "drop":
             far = torch.zeros_like(far)
             far_key, far_value = key, value
@@ -155,7 +159,8 @@ class Simulation:
         return (both @ values).to(query.dtype)
 
     def finish(self, hidden: Tensor) -> Tensor:
-        is_copy = torch.tensor(self.is_copy)
+        is_copy, is_halo = torch.tensor(self.is_copy), torch.tensor(self.is_halo)
+        hidden, is_copy = hidden[:, ~is_halo], is_copy[~is_halo]
         if not self.plan.copies:
             return hidden
         copies = hidden[:, is_copy].unflatten(1, (self.plan.world_size, -1))

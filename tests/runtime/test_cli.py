@@ -214,7 +214,7 @@ def test_bits_alone_make_transform_codes_that_run(
         "--world-size", "2", "--json",
     )  # fmt: skip
     # of 29 and 30 tokens a rank, whole bytes
-    assert "local_prefix" in json.loads(out)["perplexity"]
+    assert "local_overlap" in json.loads(out)["perplexity"]
     found_bits = json.loads(out)["bits_per_token_block"]
     assert found_bits == pytest.approx(found["bits_per_token_block"], rel=0.02)
     done = astra(

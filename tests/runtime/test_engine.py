@@ -26,10 +26,10 @@ def logits_of(output: Any) -> Tensor:
 def ranks_output(
     model: Any, book: Codebook | None, inputs: dict[str, Tensor], world_size: int, **options: Any
 ) -> list[Tensor]:
-    weights = options.pop("weights", None)
+    weights, halo = options.pop("weights", None), options.pop("halo", 0)
 
     def work(mesh: Mesh) -> Tensor:
-        with Engine(model, book, mesh, weights=weights) as engine:
+        with Engine(model, book, mesh, weights=weights, halo=halo) as engine:
             return logits_of(engine(**inputs, **options))
 
     return run_ranks(world_size, work, timeout=30)
@@ -335,7 +335,7 @@ def test_bits_are_what_crosses_the_sockets(book: Any, bits: float) -> None:
         assert book.bits == bits
 
     def work(mesh: Mesh) -> tuple[float, int, int]:
-        with Engine(model, book, mesh, weights=(1, 1)) as engine:
+        with Engine(model, book, mesh, weights=(1, 1), halo=0) as engine:
             before = mesh.stats
             engine(**inputs, logits="local")
             sent = mesh.stats - before

@@ -75,9 +75,10 @@ def test_bad_cuts_are_refused(
         Plan.make(tokens, world_size, causal=True, weights=weights)
 
 
+@pytest.mark.parametrize("halo", [0, 32])
 @pytest.mark.parametrize("receive", [0.0, 1e5])
 @pytest.mark.parametrize("world_size", [2, 3, 4, 7])
-def test_balanced_weights_give_equal_work(world_size: int, receive: float) -> None:
+def test_balanced_weights_give_equal_work(world_size: int, receive: float, halo: int) -> None:
     tokens, linear, attention, code = 4096, 1e6, 2e3, 2e5
     weights = balanced_weights(
         tokens,
@@ -87,13 +88,16 @@ def test_balanced_weights_give_equal_work(world_size: int, receive: float) -> No
         attention=attention,
         code=code,
         receive=receive,
+        halo=halo,
     )
     assert sum(weights) == pytest.approx(tokens, rel=1e-6)
     work, start = [], 0.0
     for n, size in enumerate(weights):
         coded = code if n < world_size - 1 else 0.0
-        of_own = size * (linear + coded + attention * start) + attention * size * size / 2
-        work.append(of_own + receive * start)
+        ahead = halo if n else 0
+        computed, heard = size + ahead, start - ahead
+        of_own = computed * (linear + attention * heard) + attention * computed * computed / 2
+        work.append(of_own + coded * size + receive * heard)
         start += size
     assert max(work) / min(work) == pytest.approx(1, rel=1e-6)
 

@@ -138,7 +138,7 @@ def test_bits_are_those_of_the_plan() -> None:
     assert len({t.codes for t in book.transforms}) > 1  # blocks differ
 
     def work(mesh: Mesh) -> tuple[float, int]:
-        with Engine(model, book, mesh, weights=(1, 1)) as engine:
+        with Engine(model, book, mesh, weights=(1, 1), halo=0) as engine:
             engine(**inputs)
             return engine.bits_per_token_block, mesh.stats.bytes_sent_payload
 
@@ -183,9 +183,9 @@ def test_the_prefix_has_a_control_of_its_own() -> None:
     model = tiny("llama")
     windows = as_windows(windows_for("llama", count=2, tokens=40))
     found = measure(model, fitted(model, "llama", prefix=5), windows, world_size=2)
-    assert found.local_prefix is not None
-    assert found.local_prefix != found.local_only
-    assert measure(model, Codebook.none("int8"), windows, world_size=2).local_prefix is None
+    assert found.local_overlap is not None
+    assert found.local_overlap != found.local_only
+    assert measure(model, Codebook.none("int8"), windows, world_size=2).local_overlap is None
 
 
 def test_what_every_rank_computes_counts_once() -> None:

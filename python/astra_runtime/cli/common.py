@@ -45,6 +45,13 @@ def positive(text: str) -> int:
     return value
 
 
+def not_negative(text: str) -> int:
+    value = int(text)
+    if value < 0:
+        raise argparse.ArgumentTypeError(f"expected at least 0, got {text}")
+    return value
+
+
 def two_or_more(text: str) -> int:
     value = int(text)
     if value < 2:
@@ -83,6 +90,7 @@ def add_mesh_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--weights", metavar="W,W,…", help="shares of the tokens, one a rank (default: balanced)"
     )
+    add_halo(parser)
     parser.add_argument(
         "--connect-timeout",
         type=seconds,
@@ -94,6 +102,16 @@ def add_mesh_options(parser: argparse.ArgumentParser) -> None:
         type=seconds,
         default=60.0,
         help="seconds any wait for a peer may take (default: %(default)g)",
+    )
+
+
+def add_halo(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--halo",
+        type=not_negative,
+        metavar="H",
+        help="tokens before its shard that a rank computes, too: better answers for more work "
+        "(default: 32 with codes, at most an eighth of a shard)",
     )
 
 
@@ -292,6 +310,8 @@ def cluster(
     arguments += ["--threads", str(options.threads), "--timeout", str(options.timeout)]
     if options.weights:
         arguments += ["--weights", options.weights]
+    if options.halo is not None:
+        arguments += ["--halo", str(options.halo)]
     if link is not None:
         arguments += ["--mbit", str(link.mbit_per_s or 0), "--delay-ms", str(link.delay_ms)]
     with Workers(world_size, arguments, options.threads) as workers:
@@ -300,7 +320,8 @@ def cluster(
             # every process is there: one that does not come now has died
             mesh = connect(0, world_size, peers, timeout=options.timeout, connect_timeout=15.0)
             with mesh if link is None or link.is_free else PacedMesh(mesh, link) as timed:
-                ranks = Ranks(model, codebook, mesh, timed, weights_of(options, world_size))
+                weights = weights_of(options, world_size)
+                ranks = Ranks(model, codebook, mesh, timed, weights, options.halo)
                 yield ranks
                 ranks.lead(do="stop")
                 ranks.close()

@@ -8,6 +8,7 @@ from typing import Any
 
 from .common import (
     add_fit_options,
+    add_halo,
     add_model,
     ensure_codebook,
     load,
@@ -26,6 +27,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
     )
     add_model(parser)
     add_fit_options(parser)
+    add_halo(parser)
     parser.add_argument("--text", metavar="FILE", help="evaluation text (default: built-in)")
     parser.add_argument("--world-size", type=two_or_more, default=4, help="simulated ranks (4)")
     parser.add_argument("--tokens", type=positive, default=1024, help="tokens a window (1024)")
@@ -43,16 +45,18 @@ def run(options: argparse.Namespace) -> int:
     text = builtin_text()[1] if options.text is None else read_text(options.text)
     windows = token_windows(tokenizer, text, options.tokens, options.windows)
     codebook, _ = ensure_codebook(options, model, tokenizer)
-    done, steps = 0, (4 if codebook.prefix else 3) * len(windows)
     with progress_bar() as progress:
 
-        def step() -> None:
-            nonlocal done
-            done += 1
+        def step(done: int, steps: int) -> None:
             progress("evaluating", done, steps)
 
         found = measure(
-            model, codebook, as_windows(windows), world_size=options.world_size, progress=step
+            model,
+            codebook,
+            as_windows(windows),
+            world_size=options.world_size,
+            halo=options.halo,
+            progress=step,
         )
     sizes = geometry(adapt(model))
     dense = 2 * sizes["num_key_value_heads"] * sizes["head_dim"] * 32
@@ -71,8 +75,8 @@ def run(options: argparse.Namespace) -> int:
         "windows": len(windows),
         "tokens": options.tokens,
     }
-    if found.local_prefix is not None:  # remote tokens dropped but for those that all ranks compute
-        result[found.metric]["local_prefix"] = found.local_prefix
+    if found.local_overlap is not None:  # remote tokens dropped but for those computed everywhere
+        result[found.metric]["local_overlap"] = found.local_overlap
     if options.json:
         show_json(result)
         return 0

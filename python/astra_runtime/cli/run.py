@@ -132,7 +132,9 @@ def _joined(
         timeout=options.timeout,
         connect_timeout=options.connect_timeout,
     ) as mesh:
-        ranks = Ranks(model, codebook, mesh, weights=weights_of(options, world_size))
+        ranks = Ranks(
+            model, codebook, mesh, weights=weights_of(options, world_size), halo=options.halo
+        )
         found = ranks.run(job) if peers is None else ranks.lead(**job)
         if peers is not None:
             ranks.lead(do="stop")

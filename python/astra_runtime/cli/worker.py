@@ -70,7 +70,7 @@ def run(options: argparse.Namespace) -> int:
         connect_timeout=options.connect_timeout,
     )
     with mesh if link.is_free else PacedMesh(mesh, link) as timed:
-        ranks = Ranks(model, codebook, mesh, timed, weights)
+        ranks = Ranks(model, codebook, mesh, timed, weights, options.halo)
         say(f"rank {mesh.rank} of {mesh.world_size} follows rank 0")
         jobs = ranks.follow(idle=DAY)
         ranks.close()

@@ -67,9 +67,8 @@ class _Decoder(Adapter):
         return _padding(inputs)
 
     def local_inputs(self, inputs: Mapping[str, Tensor], plan: Plan, rank: int) -> dict[str, Any]:
-        shard, copies = plan.shard(rank), plan.copies
         whole = {"input_ids": inputs["input_ids"], "position_ids": self.positions(inputs)}
-        return {name: torch.cat([t[:, :copies], t[:, shard]], 1) for name, t in whole.items()}
+        return {name: plan.local(tensor, rank) for name, tensor in whole.items()}
 
     def final(self) -> nn.Module:
         return self.base
@@ -221,17 +220,12 @@ class Bert(Adapter):
         return _padding(inputs)
 
     def local_inputs(self, inputs: Mapping[str, Tensor], plan: Plan, rank: int) -> dict[str, Any]:
-        body = plan.shard(rank)
         ids = inputs["input_ids"]
         everywhere = torch.arange(ids.shape[1], device=ids.device)[None]
-
-        def cut(tensor: Tensor) -> Tensor:
-            return torch.cat([tensor[:, :1], tensor[:, body]], 1)
-
-        taken = {"input_ids": cut(ids), "position_ids": cut(everywhere)}
+        whole = {"input_ids": ids, "position_ids": everywhere}
         if "token_type_ids" in inputs:
-            taken["token_type_ids"] = cut(inputs["token_type_ids"])
-        return taken
+            whole["token_type_ids"] = inputs["token_type_ids"]
+        return {name: plan.local(tensor, rank) for name, tensor in whole.items()}
 
     def embed(self, inputs: Mapping[str, Tensor]) -> Tensor:
         ids, types = inputs["input_ids"], inputs.get("token_type_ids")
