@@ -23,6 +23,10 @@ def _figures(row: dict[str, Any]) -> list[str]:
     ]
 
 
+def _adapted(row: dict[str, Any]) -> str:
+    return f"adapted, {row['steps']} steps" if row["adapted"] else "calibrated"
+
+
 def _of(report: dict[str, Any], *groups: str) -> list[dict[str, Any]]:
     return [row for row in report["rows"] if row["group"] in groups]
 
@@ -37,18 +41,20 @@ def _seeds(report: dict[str, Any]) -> str:
     return (
         f"\n\n{seeds} seeds, mean ± their deviation, each on {size['test']} {part} images of its "
         f"own (standard error of a mean at most {error:.2f} points, of a difference less); "
-        f"adapted in {size['adaptation']} steps of {size['batch']} images."
+        f"adapted in {size['adaptation']} steps of {size['batch']} images, in {size['longest']} "
+        "where goals are."
     )
 
 
 def vision(report: dict[str, Any]) -> str:
     """Accuracy against bits, by task, adapted and with k-means alone; and the goals."""
     once = {
-        (row["task"], row["codes"], row["adapted"]): row for row in _of(report, "goals", "bits")
+        (row["task"], row["codes"], row["adapted"], row["steps"]): row
+        for row in _of(report, "goals", "bits")
     }
     order = ("task", "space", "bits_per_token_block", "adapted")
     rows = [
-        [row["task"], row["codes"], "adapted" if row["adapted"] else "k-means only", *_figures(row)]
+        [row["task"], row["codes"], _adapted(row), *_figures(row)]
         for row in sorted(once.values(), key=lambda row: [row[name] for name in order])
     ]
     head = ["label", "codes", "", *COLUMNS, *CONTROLS]

@@ -39,7 +39,11 @@ def arguments(given: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--groups", nargs="+", choices=list(groups()), default=list(groups()))
     parser.add_argument("--part", choices=["test", "validation"], default="test")
     parser.add_argument("--seeds", type=int, help=f"how many ({FULL.seeds})")
-    parser.add_argument("--steps", type=int, help=f"of adaptation ({FULL.adaptation})")
+    parser.add_argument(
+        "--steps",
+        type=int,
+        help=f"of adaptation ({FULL.adaptation}; {FULL.longest} of rows with goals)",
+    )
     parser.add_argument("--quick", action="store_true", help="tiny and meaningless: a test")
     parser.add_argument("--keep", type=Path, help="folder that keeps the pre-trained models")
     parser.add_argument("--add", action="store_true", help="keep the file's rows of other groups")
@@ -52,8 +56,9 @@ def main(given: list[str] | None = None) -> Path:
     quiet_transformers()
     torch.set_num_threads(1)
     size = QUICK if options.quick else FULL
-    steps = options.steps or size.adaptation
-    size = replace(size, seeds=options.seeds or size.seeds, adaptation=steps)
+    if options.steps:
+        size = replace(size, adaptation=options.steps, longest=options.steps)
+    size = replace(size, seeds=options.seeds or size.seeds)
     name = "accuracy_vision" + ("_quick" if options.quick else "")
     path = options.output / f"cpu-{cores()}core" / f"{name}.json"
     rows, before = earlier(path, options.groups) if options.add else ([], 0)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
+LONG = 1000  # steps of adaptation, of the rows with goals
 RANKS = (2, 8)  # N is drawn from these while training, where nothing else is said
 WORLD = 4  # ranks at the evaluation, where nothing else is said
 
@@ -15,6 +16,7 @@ class Size:
     Attributes:
         pretraining: steps on one device.
         adaptation, lr: steps as N ranks, of codes and controls alike, and their rate.
+        longest: steps at most, where a way has its own.
         batch: images a step, of both.
         images: adaptation images; calibration takes the first `calibration` of them.
         test: images of the evaluation, of each seed's own.
@@ -27,6 +29,7 @@ class Size:
     heads: int = 4
     pretraining: int = 1000
     adaptation: int = 250
+    longest: int = LONG
     lr: float = 4e-4
     batch: int = 16
     images: int = 8192
@@ -37,13 +40,14 @@ class Size:
 
 
 FULL = Size()
-QUICK = Size(32, 2, 2, 4, 2, 4e-4, 4, 64, 16, 32, 2, 16)
+QUICK = Size(32, 2, 2, 4, 2, 2, 4e-4, 4, 64, 16, 32, 2, 16)
 
 
 @dataclass(frozen=True)
 class Way:
     """A task, a codebook, and how model and codebook were adapted to each other; λ is `noise`, β
-    `commitment`. Not `adapted`: the model as it was, with the codebook that k-means found."""
+    `commitment`. Not `adapted`: the model as it was, with the codebook that calibration found.
+    `bits` in place of groups in space "transform"; `steps` where not the size's own."""
 
     task: str
     space: str
@@ -54,9 +58,13 @@ class Way:
     commitment: float = 1e-4
     ranks: tuple[int, int] = RANKS
     single: bool = False
+    bits: int = 0
+    steps: int = 0
 
     @property
     def name(self) -> str:
+        if self.bits:
+            return f"{self.space}:{self.bits}"
         return f"{self.space}:{self.groups}×{self.codewords}"
 
 
@@ -70,32 +78,32 @@ class Row:
 
 
 # 76.8 and 3072 times fewer bits than the block's input in fp32
-MAIN, LEAST = Way("largest", "hidden", 4, 1024), Way("largest", "kv", 1, 2)
+MAIN = Way("largest", "transform", codewords=32, bits=40, steps=LONG)
+LEAST = Way("largest", "kv", 1, 2, steps=LONG)
 SWEPT = Way("largest", "hidden", 4, 256)  # of which training settings are varied
 SPACES = {
-    "hidden": [(1, 2), (1, 4), (1, 8), (1, 1024), (4, 1024), (16, 128)],
-    "kv": [(1, 2), (1, 8), (1, 1024), (4, 1024), (16, 128)],
+    "hidden": [(1, 2), (1, 1024), (4, 1024), (16, 128)],
+    "kv": [(1, 2), (1, 1024), (4, 1024), (16, 128)],
 }
+BUDGETS = (10, 40, 112)  # of space "transform"
 
 
 def groups() -> dict[str, list[Row]]:
     """Rows by what they show; what matters most comes first."""
     sweep = (2, 3, WORLD, 6, 8)
-    fixed = replace(MAIN, ranks=(WORLD, WORLD))
+    fixed = replace(SWEPT, ranks=(WORLD, WORLD))
     bits = [Way("largest", space, *sizes) for space, tried in SPACES.items() for sizes in tried]
+    bits += [Way("largest", "transform", codewords=32, bits=budget) for budget in BUDGETS]
     return {
-        "goals": [
-            Row(replace(way, task=task)) for task in ("largest", "left") for way in (MAIN, LEAST)
-        ],
-        "class token": [
-            Row(replace(way, single=single)) for way in (MAIN, LEAST) for single in (False, True)
-        ],
-        "loss": [Row(way, lost=share) for way in (MAIN, LEAST) for share in (0.0, 0.05)],
+        "goals": [Row(MAIN), Row(LEAST)],
+        "class token": [Row(replace(SWEPT, single=single)) for single in (False, True)],
+        "loss": [Row(way, lost=share) for way in (MAIN, SWEPT) for share in (0.0, 0.05)],
         "bits": [Row(replace(way, adapted=adapted)) for way in bits for adapted in (True, False)],
         "noise": [Row(replace(SWEPT, noise=value)) for value in (0.0, 0.1, 0.3, 1.0)],
         "commitment": [
             Row(replace(SWEPT, commitment=value)) for value in (0.0, 1e-4, 2e-4, 5e-4, 0.25)
         ],
-        "ranks": [Row(way, world_size=n) for way in (MAIN, fixed) for n in sweep],
-        "codewords": [Row(replace(MAIN, codewords=count)) for count in (64, 256, 1024, 4096)],
+        "ranks": [Row(way, world_size=n) for way in (SWEPT, fixed) for n in sweep],
+        "codewords": [Row(replace(SWEPT, codewords=count)) for count in (64, 256, 1024, 4096)],
+        "easy": [Row(replace(SWEPT, task="left"))],
     }

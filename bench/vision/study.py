@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import statistics
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +34,7 @@ class Seed:
     tests: dict[str, Images]
     keep: Path | None = None
     models: dict[Way, tuple[Any, Codebook]] = field(default_factory=dict)
-    books: dict[tuple[str, str, int, int], Codebook] = field(default_factory=dict)
+    books: dict[tuple[str, str, int, int, int], Codebook] = field(default_factory=dict)
     found: dict[Any, float] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -46,9 +46,9 @@ class Seed:
         }
 
     def calibrated(self, way: Way) -> Codebook:
-        """k-means on the calibration images; ways that differ in training start alike."""
+        """Codes from the calibration images; ways that differ in training start alike."""
         codewords = min(way.codewords, self.size.codewords)
-        key = (way.task, way.space, way.groups, codewords)
+        key = (way.task, way.space, way.groups, way.bits, codewords)
         if way.space in UNCODED:
             return UNCODED[way.space]
         if key not in self.books:
@@ -56,12 +56,15 @@ class Seed:
                 self.originals[way.task],
                 self.data[way.task].pixels[: self.size.calibration],
                 space=way.space,
-                groups=way.groups,
+                **({"bits": way.bits} if way.bits else {"groups": way.groups}),
                 codewords=codewords,
                 seed=self.seed,
                 held_back=0,
             )
         return self.books[key]
+
+    def steps(self, way: Way) -> int:
+        return min(way.steps or self.size.adaptation, self.size.longest)
 
     def adapted(self, way: Way) -> tuple[Any, Codebook]:
         if not way.adapted:
@@ -69,7 +72,7 @@ class Seed:
         if way not in self.models:
             model = copy.deepcopy(self.originals[way.task])
             settings = Settings(
-                steps=self.size.adaptation,
+                steps=self.steps(way),
                 lr=self.size.lr,
                 batch=self.size.batch,
                 noise=way.noise,
@@ -105,19 +108,20 @@ class Seed:
             )
         return self.found[row]
 
-    def controls(self, task: str, world_size: int) -> dict[str, float]:
-        """Exact: the better of the original and the adapted model. int8: the same model's, by the
-        engine. Local only: adapted to hear of no other shard."""
-        tries = [Row(Way(task, "none", adapted=adapted), 1) for adapted in (True, False)]
-        best = max(tries, key=self.accuracy)
-        key = ("int8", task, world_size)
+    def controls(self, like: Way, world_size: int) -> dict[str, float]:
+        """With the same steps as `like`. Exact: the better of the original and the adapted model.
+        int8: the same model's, by the engine. Local only: adapted to hear of no other shard."""
+        task, steps = like.task, like.steps
+        exact = Way(task, "none", steps=steps)
+        best = max((Row(exact, 1), Row(replace(exact, adapted=False), 1)), key=self.accuracy)
+        key = ("int8", task, steps, world_size)
         if key not in self.found:
             dense, model = Codebook.none("int8"), self.adapted(best.way)[0]
             self.found[key] = vit.engine_accuracy(model, dense, self.tests[task], world_size)
         return {
             "exact": self.accuracy(best),
             "int8": self.found[key],
-            "local_only": self.accuracy(Row(Way(task, "drop"), world_size)),
+            "local_only": self.accuracy(Row(Way(task, "drop", steps=steps), world_size)),
         }
 
 
@@ -142,13 +146,14 @@ def measured(row: Row, seeds: list[Seed]) -> dict[str, Any]:
     """A row of the file: percent of the test images, mean and sample deviation over the seeds."""
     way, world_size = row.way, row.world_size
     ours = [seed.accuracy(row) for seed in seeds]
-    controls = [seed.controls(way.task, world_size) for seed in seeds]
+    controls = [seed.controls(way, world_size) for seed in seeds]
     mean = {name: statistics.mean(of[name] for of in controls) for name in controls[0]}
     below = [of["exact"] - accuracy for of, accuracy in zip(controls, ours, strict=True)]
     codebook, hidden = seeds[0].calibrated(way), seeds[0].size.hidden
     return {
         **asdict(way),
         "codes": way.name,
+        "steps": seeds[0].steps(way),
         "codewords": codebook.codewords,
         "class_token": "single" if way.single else "distributed",
         "world_size": world_size,

@@ -173,7 +173,7 @@ def test_eval_gives_both_controls(home: Path, here: Callable[..., tuple[str, str
         "--windows", "3", "--world-size", "3", "--json",
     )  # fmt: skip
     found = json.loads(out)
-    assert set(found["perplexity"]) == {"exact", "astra", "local_only"}
+    assert set(found["perplexity"]) == {"exact", "astra", "local_only", "local_overlap"}
     assert found["windows"] == 3
     assert 15 <= found["bits_per_token_block"] < 16
     assert found["compression"] == pytest.approx(2 * 48 * 32 / found["bits_per_token_block"])
