@@ -1,12 +1,13 @@
 """What codes cost in accuracy: perplexity of SmolLM2 beside its controls, domain by domain.
 
-    python -m bench.accuracy [--codes transform:100 kv:3 …] [--domains documentation source …]
+    python -m bench.accuracy [--codes transform:100 kv:3 …] [--domains documentation handbook …]
 
-Codebooks are fitted on the calibration part of the built-in documentation and, for space
-"transform", on text that the model itself wrote. They are evaluated on other topics of that
-documentation and on domains that they never saw (`bench.corpora`). N ranks are simulated in one
-pass (`astra_runtime.simulate`, which equals the engine). Adds to accuracy_lm.json after each row,
-so that an interrupted run keeps what it has; rows that are there already are not measured again.
+Transform codes are those of `bench.calibrate`, fitted on documentation, manual pages, quotations
+and source code; the other spaces' codebooks are fitted here on as many windows of the same text.
+They are evaluated on other topics of that documentation and on a domain that they never saw. N
+ranks with equal shards are simulated in one pass (`astra_runtime.simulate`, which equals the
+engine). Adds to accuracy_lm.json after each row, so that an interrupted run keeps what it has; rows
+that are there already are not measured again.
 """
 
 import argparse
@@ -14,21 +15,24 @@ import json
 import math
 import statistics
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from itertools import product
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from astra_runtime import Codebook
-from astra_runtime.cli.common import fit_builtin, quiet_transformers, say
-from astra_runtime.costs import flops_over_ideal
+from astra_runtime.cli.common import quiet_transformers, say
+from astra_runtime.costs import engine_plan, flops_over_ideal
 from astra_runtime.models import adapt
 from astra_runtime.parallel import map_cores
 from astra_runtime.plan import Plan
 from astra_runtime.simulate import Simulation
 from astra_runtime.store import load_model, load_tokenizer, token_windows
+from bench import calibrate
 from bench._markdown import load
 from bench._report import write
 from bench.corpora import corpus
@@ -38,34 +42,39 @@ RESULT = "accuracy_lm"
 CONTROLS = {"exact": Codebook.none(), "local_only": Codebook.drop()}
 
 
-def losses(model, book: Codebook, windows: Sequence[Tensor], world_size: int) -> list[float]:
+def losses(
+    model, book: Codebook, windows: Sequence[Tensor], place: Mapping[str, Any]
+) -> list[float]:
     """Nats a token after the first shard (of exact equal shards), by window."""
-    adapter = adapt(model)
-    tokens = TOKENS - book.prefix
-    plan = Plan.make(tokens, world_size, causal=True, copies=book.prefix)
+    adapter, world_size = adapt(model), place["world_size"]
+    plan = Plan.make(
+        TOKENS - book.prefix, world_size, causal=True, copies=book.prefix, halo=place["halo"]
+    )
 
     @torch.inference_mode()
-    def one(ids: Tensor) -> float:
-        logits = Simulation(model, book, plan, {"input_ids": ids[None]}).run().logits[0]
+    def one(numbered: tuple[int, Tensor]) -> float:
+        number, ids = numbered
+        lost = {}
+        if place["lost"]:
+            generator = torch.Generator().manual_seed(1000 * place["seed"] + number)
+            lost = {"lost": place["lost"], "generator": generator}
+        logits = Simulation(model, book, plan, {"input_ids": ids[None]}, **lost).run().logits[0]
         first = TOKENS // world_size
         return float(F.cross_entropy(logits[first:-1], ids[first + 1 :]))
 
     with adapter.installed():
-        return list(map_cores(one, windows))
+        return list(map_cores(one, list(enumerate(windows))))
 
 
 def codebook_of(name: str, seed: int, model, tokenizer) -> Codebook:
-    """ "SPACE:GROUPS", "transform:BITS", "none:DTYPE", or a folder."""
-    space, colon, choice = name.partition(":")
-    if not colon:
-        return Codebook.from_pretrained(name)
+    """ "SPACE:GROUPS", "transform:BITS" or "none:DTYPE"."""
+    space, _, choice = name.partition(":")
     if space == "none":
         return Codebook.none(choice)
     if space == "transform":
-        return fit_builtin(
-            model, tokenizer, space=space, bits=float(choice), held_back=0, seed=seed
-        )
-    return fit_builtin(model, tokenizer, space=space, groups=int(choice), held_back=0, seed=seed)
+        return Codebook.from_pretrained(calibrate.folder(float(choice), seed))
+    drawn = calibrate.windows(tokenizer, calibrate.TEXT, seed)
+    return Codebook.fit(model, drawn, space=space, groups=int(choice), held_back=0, seed=seed)
 
 
 class Report:
@@ -119,9 +128,10 @@ def row_of(model, book: Codebook, found: list[float], base: dict[str, list[float
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    codes = ["transform:10", "transform:30", "transform:100", "transform:300", "transform:600"]
+    codes = [f"transform:{bits}" for bits in (10, 30, 100, 300, 600, 1500)]
     parser.add_argument("--codes", nargs="+", default=codes, help="SPACE:GROUPS, transform:BITS")
-    parser.add_argument("--names", nargs="+", help="names for codebooks given as folders")
+    parser.add_argument("--halos", nargs="+", type=int, default=[32], help="tokens; controls: 0")
+    parser.add_argument("--lost", type=float, default=0.0, help="share of frames lost")
     parser.add_argument("--seed", type=int, default=0, help="of the fit")
     parser.add_argument("--windows", type=int, default=16, help="of 1024 tokens, a domain")
     domains = ["documentation", "handbook"]
@@ -137,35 +147,49 @@ def main() -> None:
         for domain in options.domains
     }
 
-    def measured(name: str, book: Codebook, domain: str, ranks: int, seed: int) -> list[float]:
-        place = {"codes": name, "domain": domain, "world_size": ranks, "seed": seed}
-        place["windows"] = len(windows[domain])
+    def measured(
+        name: str,
+        book: Codebook,
+        domain: str,
+        ranks: int,
+        seed: int = 0,
+        halo: int = 0,
+        lost: float = 0.0,
+    ) -> list[float]:
+        place = {
+            "codes": name,
+            "domain": domain,
+            "world_size": ranks,
+            "seed": seed,
+            "halo": halo,
+            "lost": lost,
+            "windows": len(windows[domain]),
+        }
         known = report.find(**place)
         if known is not None:
             return known["losses"]
         base = {}
         if name not in CONTROLS:
-            base = {n: measured(n, b, domain, ranks, 0) for n, b in CONTROLS.items()}
-        found = losses(model, book, windows[domain], ranks)
+            base = {n: measured(n, b, domain, ranks) for n, b in CONTROLS.items()}
+        found = losses(model, book, windows[domain], place)
         row = {**place, "perplexity": math.exp(statistics.fmean(found))}
         row["losses"] = [round(x, 5) for x in found]
         if base:
             row |= row_of(model, book, found, base)
             row["calibration_vectors"] = book.notes.get("calibration_vectors")
-            row["flops_over_ideal"] = flops_over_ideal(adapt(model), book, TOKENS, ranks)
+            row["text"] = book.notes.get("text")
+            plan = engine_plan(adapt(model), book, TOKENS, ranks, halo=halo)
+            row["flops_over_ideal"] = flops_over_ideal(adapt(model), book, TOKENS, ranks, plan)
         report.add(row)
         return found
 
-    for name, shown in zip(options.codes, options.names or options.codes, strict=True):
-        book = None
-        for domain in options.domains:
-            for ranks in options.ranks:
-                if book is None:
-                    book = CONTROLS.get(name) or codebook_of(name, options.seed, model, tokenizer)
-                measured(shown, book, domain, ranks, options.seed)
-                if book.prefix:
-                    alone = replace(Codebook.drop(), prefix=book.prefix)
-                    measured(f"local_prefix_{book.prefix}", alone, domain, ranks, 0)
+    for name in options.codes:
+        book = CONTROLS.get(name) or codebook_of(name, options.seed, model, tokenizer)
+        for domain, ranks, halo in product(options.domains, options.ranks, options.halos):
+            measured(name, book, domain, ranks, options.seed, halo, options.lost)
+            if book.prefix or halo:  # what the ranks compute themselves, without any codes
+                alone = replace(Codebook.drop(), prefix=book.prefix)
+                measured(f"local_prefix_{book.prefix}", alone, domain, ranks, halo=halo)
 
 
 if __name__ == "__main__":

@@ -9,12 +9,11 @@ from typing import Any
 import torch
 from torch import nn
 
-from .codebook import Codebook
+from .codebook import Codebook, geometry
 from .evaluate import Inputs
 from .fit_transform import Cost, Rows, allocate, embedding_of, fit_blocks, sensitivity
 from .models import Adapter, adapt
 from .recording import Progress, record
-from .transform import Transform
 
 SENSITIVITY_WINDOWS = 8  # a backward pass each; F needs no more
 DEFAULT_BITS = 100.0
@@ -22,11 +21,71 @@ MANY_BITS = 200.0  # beyond, groups are so many that each has few codewords
 TARGET_FROM, TARGET_LEAST, TARGET_MOST = 40.0, 5.0, 1280.0  # budgets tried for a target
 
 
+class TransformFit:
+    """Codebooks of any budgets from one look at the calibration windows.
+
+    Args:
+        windows: of `recording.as_windows`.
+
+    Attributes:
+        empty: all of a codebook but its transforms and what follows from them.
+    """
+
+    def __init__(
+        self, model: nn.Module, windows: list[Inputs], settings: Settings, progress: Progress
+    ) -> None:
+        adapter = adapt(model)
+        self.settings, self.progress = settings, progress
+        vectors = sum(batch * tokens for batch, tokens in map(adapter.count, windows))
+        notes = {
+            "calibration_vectors": vectors,
+            "iterations": settings.iterations,
+            "seed": settings.seed,
+        }
+        self.empty = Codebook(
+            "transform",
+            prefix=settings.prefix,
+            geometry=geometry(adapter),
+            model=adapter.digest(),
+            notes=notes,
+        )
+        few = windows[:: max(1, len(windows) // SENSITIVITY_WINDOWS)][:SENSITIVITY_WINDOWS]
+        prefix = settings.prefix
+        progress("weighing", 0, 1)
+        fisher = sensitivity(model, few, prefix=prefix, world_size=4, seed=settings.seed)
+        progress("weighing", 1, 1)
+        recorded = record(adapter, "kv", windows, progress, prefix)
+        copies, embedding = adapter.class_tokens + prefix, None
+        if adapter.token_ids:
+            found = [embedding_of(adapter, window)[:, copies:].flatten(0, 1) for window in windows]
+            embedding = torch.cat(found)
+        pairs = [recorded.pairs(block) for block in range(len(adapter.blocks))]
+        self.rows, self.cost = Rows(pairs, embedding), Cost.of(fisher.to(adapter.device))
+
+    def codebook(self, bits: float) -> Codebook:
+        """At most `bits` a token and block, on average over the blocks."""
+        settings, blocks, words = self.settings, len(self.rows.blocks), self.settings.words(bits)
+        with torch.no_grad():  # not inference mode: the tensors made here may be trained with
+            counts = allocate(self.rows, self.cost, bits, (words - 1).bit_length())
+            made = fit_blocks(
+                self.rows,
+                self.cost,
+                counts,
+                codewords=words,
+                rank=settings.rank,
+                iterations=settings.iterations,
+                seed=settings.seed,
+                progress=lambda block: self.progress("clustering", block + 1, blocks),
+            )
+        codes = [t.codes for t in made]
+        notes = {**self.empty.notes, "bits": bits, "rank": settings.rank, "codes": codes}
+        return replace(self.empty, groups=max(codes), codewords=words, transforms=made, notes=notes)
+
+
 def fit_transform(
     model: nn.Module,
     windows: list[Inputs],
     settings: Settings,
-    empty: Codebook,
     *,
     bits: float,
     target_gap: float | None,
@@ -36,19 +95,14 @@ def fit_transform(
     """The codebook of a budget, or of the smallest that keeps `target_gap` of the gap.
 
     Args:
-        empty: all of the codebook but its transforms and what follows from them.
         evaluate: measures a codebook on windows held back, for its notes; None: there are none.
     """
-    prepared = _prepare(model, windows, settings, progress)
+    prepared = TransformFit(model, windows, settings, progress)
 
     def at(budget: float) -> Codebook:
-        made = _transforms(prepared, budget, settings, progress)
-        codes = [t.codes for t in made]
-        told = {**empty.notes, "bits": budget, "rank": settings.rank, "codes": codes}
-        words = settings.words(budget)
-        book = replace(empty, groups=max(codes), codewords=words, transforms=made, notes=told)
+        book = prepared.codebook(budget)
         if evaluate is not None:
-            told["held_back"] = evaluate(book)
+            book.notes["held_back"] = evaluate(book)
         return book
 
     return at(bits) if target_gap is None else _smallest(at, target_gap)
@@ -127,41 +181,3 @@ class Settings:
 
     def words(self, bits: float) -> int:
         return self.codewords or default_codewords(bits)
-
-
-def _prepare(
-    model: nn.Module, windows: list[Inputs], settings: Settings, progress: Progress
-) -> tuple[Rows, Cost]:
-    """What every budget's fit needs: sensitivity on a few windows, and the record of all."""
-    adapter, prefix, seed = adapt(model), settings.prefix, settings.seed
-    few = windows[:: max(1, len(windows) // SENSITIVITY_WINDOWS)][:SENSITIVITY_WINDOWS]
-    progress("weighing", 0, 1)
-    fisher = sensitivity(model, few, prefix=prefix, world_size=4, seed=seed)
-    progress("weighing", 1, 1)
-    recorded = record(adapter, "kv", windows, progress, prefix)
-    copies, embedding = adapter.class_tokens + prefix, None
-    if adapter.token_ids:
-        found = [embedding_of(adapter, window)[:, copies:].flatten(0, 1) for window in windows]
-        embedding = torch.cat(found)
-    pairs = [recorded.pairs(block) for block in range(len(adapter.blocks))]
-    return Rows(pairs, embedding), Cost.of(fisher.to(adapter.device))
-
-
-def _transforms(
-    prepared: tuple[Rows, Cost], bits: float, settings: Settings, progress: Progress
-) -> tuple[Transform, ...]:
-    """The code of every block within a budget."""
-    rows, cost = prepared
-    blocks, words = len(rows.blocks), settings.words(bits)
-    with torch.no_grad():  # not inference mode: the tensors made here may be trained with
-        counts = allocate(rows, cost, bits, (words - 1).bit_length())
-        return fit_blocks(
-            rows,
-            cost,
-            counts,
-            codewords=words,
-            rank=settings.rank,
-            iterations=settings.iterations,
-            seed=settings.seed,
-            progress=lambda block: progress("clustering", block + 1, blocks),
-        )

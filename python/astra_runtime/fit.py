@@ -131,7 +131,6 @@ def fit(
             model,
             kept,
             Settings(prefix, given, rank, iterations, seed),
-            Codebook(space, **common),
             bits=bits,
             target_gap=target_gap,
             evaluate=evaluate if tried else None,

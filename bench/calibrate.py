@@ -1,0 +1,74 @@
+"""Codebooks of SmolLM2 for `bench.accuracy`, fitted on real text of several kinds.
+
+    python -m bench.calibrate [--bits 30 100 …] [--seeds 0 1 2] [--text documentation:24 …]
+
+No text is of a domain that `bench.accuracy` calls unseen (handbook, devref). Seeds differ in the
+windows drawn, in the labels that the sensitivity is estimated from, and in k-means. Writes one
+folder a seed and budget to build/codebooks; what is there already is not fitted again.
+"""
+
+import argparse
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from astra_runtime.budgets import Settings, TransformFit, default_rank
+from astra_runtime.cli.common import progress_bar, quiet_transformers, say
+from astra_runtime.models import adapt
+from astra_runtime.recording import as_windows
+from astra_runtime.store import load_model, load_tokenizer, token_windows
+from bench.corpora import corpus
+
+FOLDER = Path("build/codebooks")
+TEXT = ("documentation:24", "manpages:24", "fortunes:24", "source:16")
+UNSEEN = ("handbook", "devref")
+TOKENS = 1024
+CANDIDATES = 200  # windows of a domain, evenly spread over its text, that a seed draws from
+CHARACTERS = 3_000_000  # at most, of a domain
+
+
+def windows(tokenizer, text: Sequence[str], seed: int) -> list[Tensor]:
+    """Windows int64 [1024] of DOMAIN:COUNT each, in an order of the seed."""
+    generator, drawn = torch.Generator().manual_seed(seed), []
+    for item in text:
+        domain, _, count = item.partition(":")
+        if domain in UNSEEN:
+            raise ValueError(f"text: expected no domain that is to be unseen, got {domain}")
+        found = token_windows(tokenizer, corpus(domain)[0][:CHARACTERS], TOKENS, CANDIDATES)
+        order = torch.randperm(len(found), generator=generator)[: int(count)]
+        drawn += [found[i] for i in order.tolist()]
+    return [drawn[i] for i in torch.randperm(len(drawn), generator=generator).tolist()]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--bits", nargs="+", type=float, default=[10, 30, 100, 300, 600, 1500])
+    parser.add_argument("--seeds", nargs="+", type=int, default=[0])
+    parser.add_argument("--text", nargs="+", default=TEXT, metavar="DOMAIN:WINDOWS")
+    options = parser.parse_args()
+    quiet_transformers()
+    model, tokenizer = load_model("smollm2"), load_tokenizer("smollm2")
+    rank = default_rank(adapt(model))
+    for seed in options.seeds:
+        missing = [b for b in options.bits if not folder(b, seed).is_dir()]
+        if not missing:
+            continue
+        drawn = windows(tokenizer, options.text, seed)
+        with progress_bar() as progress:
+            settings = Settings(prefix=1, codewords=None, rank=rank, iterations=8, seed=seed)
+            fit = TransformFit(model, as_windows(drawn), settings, progress)
+            for bits in missing:
+                codebook = fit.codebook(bits)
+                codebook.notes["text"] = list(options.text)
+                codebook.save_pretrained(folder(bits, seed))
+                say(f"{folder(bits, seed)}: {codebook.bits:.1f} bits")
+
+
+def folder(bits: float, seed: int) -> Path:
+    return FOLDER / f"broad-{bits:g}-{seed}"
+
+
+if __name__ == "__main__":
+    main()
