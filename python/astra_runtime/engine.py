@@ -17,6 +17,7 @@ from .layer import Call
 from .models import adapt, listening
 from .plan import Plan, check_halo
 from .spaces import make_space
+from .trace import stage
 from .transport import Mesh, local_mesh
 
 ANSWERS = ("last", "all", "local")
@@ -111,7 +112,7 @@ class Engine:
             The model's own output class.
         """
         call, kwargs = self._prepare(inputs, logits, outputs)
-        with listening(call):
+        with listening(call), stage("compute"):
             output = self.model(**kwargs)
         self._count(call)
         has_answer = call.everywhere or call.answer == "local" or self.rank == call.plan.owner
@@ -217,7 +218,7 @@ class Engine:
         call.keeps = call.rank == call.plan.owner
         owner = _Owner(self, call, kwargs, inputs) if call.rank == call.plan.owner else None
         if owner is None:
-            with listening(call):
+            with listening(call), stage("compute"):
                 self.model(**kwargs)
         self._count(call)
         others = [n for n in range(call.plan.world_size) if n != call.rank]
@@ -306,7 +307,7 @@ class _Owner:
         self.seen = inputs["input_ids"].shape[1]
 
     def _run(self, kwargs: dict[str, Any]) -> Any:
-        with listening(self.call):
+        with listening(self.call), stage("compute"):
             return self.model(**kwargs | {"past_key_values": self.cache, "use_cache": True})
 
     def scores(self, ids: Tensor) -> Tensor:

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from .trace import stage
 from .transport import Mesh
 
 if TYPE_CHECKING:
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
 
 # Control numbers in the frames' block field, behind every real block.
 HEAD, TOKEN, JOB_SIZE, JOB, REPORT = 0xFF00, 0xFF01, 0xFF02, 0xFF03, 0xFF04
+CLOCK, TRACE_SIZE, TRACE = 0xFF05, 0xFF06, 0xFF07
 
 
 def send_tensor(mesh: Mesh, tensor: Tensor, *, block: int, plan: int, to: Iterable[int]) -> None:
@@ -29,7 +31,8 @@ def send_tensor(mesh: Mesh, tensor: Tensor, *, block: int, plan: int, to: Iterab
     flat = tensor.detach().to("cpu").contiguous().view(-1).view(torch.uint8)
     frame = mesh.buffer(flat.numel())
     torch.frombuffer(frame.payload, dtype=torch.uint8).copy_(flat)
-    mesh.send(frame, block=block, plan=plan, to=receivers)
+    with stage("send"):
+        mesh.send(frame, block=block, plan=plan, to=receivers)
 
 
 def receive_tensors(
@@ -42,7 +45,8 @@ def receive_tensors(
 ) -> dict[int, Tensor]:
     """The tensors of the given shapes that these ranks sent, with the dtype of `like`."""
     sizes = {n: like.dtype.itemsize * torch.Size(shape).numel() for n, shape in shapes.items()}
-    views = mesh.receive(sizes, block=block, plan=plan) if sizes else {}
+    with stage("wait"):
+        views = mesh.receive(sizes, block=block, plan=plan) if sizes else {}
     return {
         n: torch.frombuffer(view, dtype=torch.uint8)
         .to(like.device, copy=True)

@@ -19,10 +19,12 @@ from .codebook import Codebook
 from .engine import Engine
 from .errors import WireError
 from .evaluate import shard_loss
-from .gather import JOB, JOB_SIZE, REPORT
+from .gather import CLOCK, JOB, JOB_SIZE, REPORT, TRACE, TRACE_SIZE
+from .trace import Span, Trace, tracing
 from .transport import Mesh
 
-MAX_JOB = 16 << 20  # bytes of a job's JSON
+MAX_JOB, MAX_TRACE = 16 << 20, 64 << 20  # bytes of their JSON
+CLOCK_TRIPS = 8  # round trips, of which the shortest tells how far apart two ranks' clocks are
 
 
 class Ranks:
@@ -47,6 +49,8 @@ class Ranks:
         self.model, self.codebook = model, codebook
         self.mesh, self.timed = mesh, timed or mesh
         self.weights, self.halo = weights, halo
+        self.tracing = False  # on the leader: from now on, jobs leave a trace on every rank
+        self.trace = Trace()
         self._engines: dict[tuple[str, bool, int], Engine] = {}
 
     def engine(self, space: str, timed: bool, tokens: int) -> Engine:
@@ -65,6 +69,7 @@ class Ranks:
 
     def lead(self, **job: Any) -> Any:
         """On rank 0: has every rank run `job`, and returns rank 0's result."""
+        job |= {"trace": self.tracing}
         data = json.dumps(job).encode()
         others = range(1, self.mesh.world_size)
         self.mesh.send(struct.pack("<Q", len(data)), block=JOB_SIZE, plan=0, to=others)
@@ -94,6 +99,12 @@ class Ranks:
         kind = job["do"]
         if kind == "stop":
             return None
+        if kind == "timeline":
+            return self.timeline()
+        with tracing(self.trace if job.get("trace") else None):
+            return self._work(kind, job)
+
+    def _work(self, kind: str, job: dict[str, Any]) -> Any:
         ids = torch.tensor(job["input_ids"])
         if kind == "prefill":
             return self.prefill(ids, job["space"], job["repeats"])
@@ -101,7 +112,45 @@ class Ranks:
             return self.loss(ids, job["space"])
         if kind == "generate":
             return self.generate(ids, job["space"], job["max_new_tokens"])
-        raise WireError("job", "prefill, loss, generate or stop", kind, 0)
+        raise WireError("job", "prefill, loss, generate, timeline or stop", kind, 0)
+
+    def timeline(self) -> dict[int, list[Span]]:
+        """On rank 0: every rank's spans, in ns of rank 0's clock; on the others nothing."""
+        mesh = self.mesh
+        found = {0: self.trace.spans} if mesh.rank == 0 else {}
+        for peer in range(1, mesh.world_size):
+            if mesh.rank == 0:
+                found[peer] = self._spans_of(peer)
+            elif mesh.rank == peer:
+                self._tell_spans()
+            self.barrier()
+        return found
+
+    def _spans_of(self, peer: int) -> list[Span]:
+        """Its clock is read in the middle of the shortest of a few round trips."""
+        mesh, trips = self.mesh, []
+        for _ in range(CLOCK_TRIPS):
+            start = time.perf_counter_ns()
+            mesh.send(struct.pack("<q", start), block=CLOCK, plan=0, to=(peer,))
+            theirs = struct.unpack("<q", mesh.receive({peer: 8}, block=CLOCK, plan=0)[peer])[0]
+            stop = time.perf_counter_ns()
+            trips.append((stop - start, theirs - (start + stop) // 2))
+        behind = min(trips)[1]
+        size = struct.unpack("<Q", mesh.receive({peer: 8}, block=TRACE_SIZE, plan=0)[peer])[0]
+        if size > MAX_TRACE:
+            raise WireError("trace size", f"at most {MAX_TRACE}", size, peer)
+        spans = json.loads(bytes(mesh.receive({peer: size}, block=TRACE, plan=0)[peer]))
+        return [(name, block, start - behind, stop - behind) for name, block, start, stop in spans]
+
+    def _tell_spans(self) -> None:
+        mesh = self.mesh
+        for _ in range(CLOCK_TRIPS):
+            mesh.receive({0: 8}, block=CLOCK, plan=0)
+            now = struct.pack("<q", time.perf_counter_ns())
+            mesh.send(now, block=CLOCK, plan=0, to=(0,))
+        data = json.dumps(self.trace.spans).encode()
+        mesh.send(struct.pack("<Q", len(data)), block=TRACE_SIZE, plan=0, to=(0,))
+        mesh.send(data, block=TRACE, plan=0, to=(0,))
 
     def barrier(self) -> None:
         """Returns when every rank has come here."""

@@ -24,6 +24,7 @@ import astra_kernels as ak
 from .gather import gather
 from .plan import Plan
 from .spaces import Payload, Rope, Space
+from .trace import stage
 from .transport import Frame, Mesh
 
 
@@ -78,15 +79,18 @@ class Call:
         if not self.space.early and not self.decoding:
             self.say(block, (key[:, :, self.told], value[:, :, self.told]))
         mask, causal = self.local_mask, self.plan.causal and not self.decoding
-        out, lse = ak.attention(query, key, value, is_causal=causal, key_mask=mask, scale=scale)
+        with stage("attend", block):
+            out, lse = ak.attention(query, key, value, is_causal=causal, key_mask=mask, scale=scale)
         remote = self.kept.get(block) if self.decoding else self.hear(block)
         if remote is not None:
             rope, mask = self.remote_rope, self.remote_mask
             first = self.plan.copies if causal else 0  # a decoder's first tokens see no others
             query, near, lse = query[:, :, first:], out[:, :, first:], lse[:, :, first:]
-            far, far_lse = self.space.attend(block, query, remote, rope, mask, scale)
-            both, _ = ak.merge_state(near, lse, far, far_lse)
-            out = torch.cat([out[:, :, :first], both], 2) if first else both
+            with stage("attend", block):
+                far, far_lse = self.space.attend(block, query, remote, rope, mask, scale)
+            with stage("merge", block):
+                both, _ = ak.merge_state(near, lse, far, far_lse)
+                out = torch.cat([out[:, :, :first], both], 2) if first else both
         return out
 
     def say(self, block: int, what: Any) -> None:
@@ -95,8 +99,10 @@ class Call:
         size = self.space.payload_bytes(block, self.batch, self.plan.told(self.rank))
         if receivers and size:
             frame = self.frames.get(size) or self.frames.setdefault(size, self.mesh.buffer(size))
-            self.space.encode(block, what, self.local_rope, frame.payload)
-            self.mesh.send(frame, block=block, plan=self.tag, to=receivers)
+            with stage("encode", block):
+                self.space.encode(block, what, self.local_rope, frame.payload)
+            with stage("send", block):
+                self.mesh.send(frame, block=block, plan=self.tag, to=receivers)
 
     def hear(self, block: int) -> Any:
         """This block's codes of every rank whose shard is visible here; None if there is none."""
@@ -107,9 +113,11 @@ class Call:
         sizes = {n: self.space.payload_bytes(block, self.batch, told[n]) for n in sources}
         views = dict.fromkeys(sources, memoryview(b""))  # what nobody sends, nobody awaits
         if any(sizes.values()):
-            views = self.mesh.receive(sizes, block=block, plan=self.tag)
+            with stage("wait", block):
+                views = self.mesh.receive(sizes, block=block, plan=self.tag)
         payloads = [Payload(views[n], told[n], self.plan.heard(self.rank, n)) for n in sources]
-        remote = self.space.decode(block, payloads, self.batch, self.remote_rope)
+        with stage("unpack", block):
+            remote = self.space.decode(block, payloads, self.batch, self.remote_rope)
         if self.keeps:
             self.kept[block] = remote
         return remote

@@ -22,6 +22,7 @@ from .codebook import Codebook, joint, split_tables
 from .errors import WireError
 from .models import Adapter
 from .plan import Plan
+from .trace import stage
 from .transform import Known, flat, heads, unit
 
 Rope = tuple[Tensor, Tensor] | None  # cos and sin, [B, N, d]
@@ -131,8 +132,9 @@ class _Codes(Space):
         """Writes the nearest codewords of vectors [B, T, C, w] into `out`, packed; the codes."""
         codes = ak.encode(vectors, self.tables[block])
         row = len(out) // len(codes)
-        for b, codes_of_row in enumerate(codes.cpu()):
-            ak.pack(codes_of_row, self.bits, out=out[b * row : (b + 1) * row])
+        with stage("pack", block):
+            for b, codes_of_row in enumerate(codes.cpu()):
+                ak.pack(codes_of_row, self.bits, out=out[b * row : (b + 1) * row])
         return codes
 
     def read(self, block: int, payloads: Sequence[Payload], batch: int) -> Tensor:

@@ -167,6 +167,16 @@ def test_a_worker_follows_a_leader_on_given_addresses(home: Path) -> None:
         worker.communicate()
 
 
+def test_a_run_leaves_a_timeline(home: Path) -> None:
+    path = home / "timeline.json"
+    asked = ["--prompt", PROMPT, "--max-new-tokens", "2", "--trace", str(path)]
+    astra(home, "run", *model_options(home), *asked, "--world-size", "2")
+    events = json.loads(path.read_text())["traceEvents"]
+    names = {rank: {e["name"] for e in events if e["tid"] == rank} for rank in (0, 1)}
+    assert {"compute", "encode", "pack", "send", "attend"} <= names[0]
+    assert {"compute", "wait", "unpack", "attend", "merge"} <= names[1]
+
+
 def test_eval_gives_both_controls(home: Path, here: Callable[..., tuple[str, str]]) -> None:
     out, _ = here(
         "eval", *model_options(home), "--text", str(home / "text.txt"), "--tokens", "60",

@@ -8,7 +8,7 @@ import fcntl
 import json
 import math
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -113,6 +113,28 @@ def add_halo(parser: argparse.ArgumentParser) -> None:
         help="tokens before its shard that a rank computes, too: better answers for more work "
         "(default: 32 with codes, at most an eighth of a shard)",
     )
+
+
+def add_trace(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--trace",
+        metavar="FILE",
+        help="write a timeline of every rank's stages, for chrome://tracing or ui.perfetto.dev",
+    )
+
+
+def traced(options: argparse.Namespace, ranks: Any, work: Callable[[], Any]) -> Any:
+    """What `work` gives; with --trace, a timeline of what all ranks did in it is written."""
+    from ..trace import write_timeline
+
+    ranks.tracing = bool(options.trace)
+    found = work()
+    if options.trace:
+        ranks.tracing = False
+        spans = ranks.lead(do="timeline")
+        write_timeline(options.trace, spans, model=options.model, command=options.command)
+        say(f"timeline of {len(spans)} ranks: {options.trace}")
+    return found
 
 
 def weights_of(options: argparse.Namespace, world_size: int) -> list[float] | None:

@@ -13,12 +13,14 @@ from .common import (
     add_fit_options,
     add_mesh_options,
     add_model,
+    add_trace,
     cluster,
     ensure_codebook,
     load,
     positive,
     say,
     show_json,
+    traced,
     two_or_more,
     weights_of,
 )
@@ -43,6 +45,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--mbit", type=float, default=10.0, help="link rate (10); 0: not limited")
     parser.add_argument("--delay-ms", type=float, default=0.0, help="one-way delay of the link")
     parser.add_argument("--repeats", type=positive, default=3, help="timed runs, median reported")
+    add_trace(parser)
 
 
 def run(options: argparse.Namespace) -> int:
@@ -69,7 +72,7 @@ def run(options: argparse.Namespace) -> int:
     new_tokens = min(CONTINUED, model.config.max_position_embeddings - ids.shape[1] + 1)
     say(f"starting {world_size - 1} worker processes")
     with cluster(options, world_size, folder, model, codebook, link) as ranks:
-        result = _measure(options, model, ranks, ids)
+        result = traced(options, ranks, lambda: _measure(options, model, ranks, ids))
         found = ranks.lead(
             do="generate",
             input_ids=ids.tolist(),

@@ -12,6 +12,7 @@ from .common import (
     add_fit_options,
     add_mesh_options,
     add_model,
+    add_trace,
     cluster,
     ensure_codebook,
     load,
@@ -19,6 +20,7 @@ from .common import (
     positive,
     say,
     show_json,
+    traced,
     weights_of,
 )
 
@@ -50,6 +52,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--backend", choices=("tcp", "gloo"), default="tcp", help="under torchrun only"
     )
+    add_trace(parser)
 
 
 def run(options: argparse.Namespace) -> int:
@@ -64,6 +67,8 @@ def run(options: argparse.Namespace) -> int:
         place = from_environment()
     if place is not None and options.world_size is not None:
         raise AstraError("--world-size: torchrun has said how many ranks there are; leave it out")
+    if place is not None and options.trace:
+        raise AstraError("--trace: not under torchrun, where no rank leads the others")
     if options.rank is not None and options.peers is None:
         raise AstraError("--rank: expected together with --peers")
     if options.backend != "tcp" and place is None:
@@ -89,7 +94,7 @@ def run(options: argparse.Namespace) -> int:
     }
     if place is None and peers is None:
         with cluster(options, world_size, folder, model, codebook) as ranks:
-            found, rank = ranks.lead(**job), 0
+            found, rank = traced(options, ranks, lambda: ranks.lead(**job)), 0
     else:
         rank, found = _joined(options, place, peers, model, codebook, job)
     if rank == 0:
@@ -135,7 +140,10 @@ def _joined(
         ranks = Ranks(
             model, codebook, mesh, weights=weights_of(options, world_size), halo=options.halo
         )
-        found = ranks.run(job) if peers is None else ranks.lead(**job)
+        if peers is None:
+            found = ranks.run(job)
+        else:
+            found = traced(options, ranks, lambda: ranks.lead(**job))
         if peers is not None:
             ranks.lead(do="stop")
         ranks.close()
