@@ -18,6 +18,8 @@ COMMANDS = {
     "eval": "what the codes cost in accuracy, beside exact and local-only",
     "run": "continue a prompt on several processes or devices",
     "worker": "be one rank of a run that rank 0 leads",
+    "plan": "how quick a model will be on N devices, and what to choose",
+    "keys": "make the keys with which devices recognize each other",
     "doctor": "what this machine has, and whether it works",
 }
 
