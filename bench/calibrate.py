@@ -1,6 +1,6 @@
 """Codebooks of SmolLM2 for `bench.accuracy`, fitted on real text of several kinds.
 
-    python -m bench.calibrate [--bits 30 100 …] [--seeds 0 1 2] [--text documentation:24 …]
+    python -m bench.calibrate [--bits 30 100 …] [--seeds 0 1 2] [--text documentation:16 …]
 
 No text is of a domain that `bench.accuracy` calls unseen (handbook, devref). Seeds differ in the
 windows drawn, in the labels that the sensitivity is estimated from, and in k-means. Writes one
@@ -22,7 +22,7 @@ from astra_runtime.store import load_model, load_tokenizer, token_windows
 from bench.corpora import corpus
 
 FOLDER = Path("build/codebooks")
-TEXT = ("documentation:24", "manpages:24", "fortunes:24", "source:16")
+TEXT = ("documentation:16", "manpages:14", "fortunes:14", "source:12")
 UNSEEN = ("handbook", "devref")
 TOKENS = 1024
 CANDIDATES = 200  # windows of a domain, evenly spread over its text, that a seed draws from
