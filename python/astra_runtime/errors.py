@@ -31,7 +31,8 @@ class ConnectFailed(AstraError):
 
 
 class HandshakeRefused(AstraError):
-    """Two ranks do not belong together: version, world, rank, run, or a fact of `Mesh.agree`."""
+    """Two ranks do not belong together: certificate, version, world, rank, run, or a fact of
+    `Mesh.agree`."""
 
     def __init__(self, reason: str) -> None:
         super().__init__(reason)
@@ -39,6 +40,15 @@ class HandshakeRefused(AstraError):
 
     def __str__(self) -> str:
         return self.reason
+
+
+class PeersRefused(ConnectFailed, HandshakeRefused):
+    """Peers were missing at the deadline, and this rank had refused callers: `reason` says why."""
+
+    def __init__(self, reason: str, missing: tuple[int, ...] = ()) -> None:
+        AstraError.__init__(self, reason, missing)
+        self.reason = reason
+        self.missing = missing
 
 
 class PeerLost(AstraError):

@@ -4,6 +4,7 @@ A frame leaves in `send` straight from its buffer. What the kernel does not take
 its send buffer, a slow reader) is copied and follows in later calls: while this rank waits in
 `receive`, at its next `send`, in `flush` or `close`. Frames that come early stay in the kernel's
 receive buffer until their block is asked for, so TCP's own flow control slows a rank far ahead.
+Whether the bytes are encrypted on the way is the business of `stream.py`.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ import math
 import os
 import select
 import socket
+import ssl
 import struct
 import termios
 import threading
@@ -28,9 +30,11 @@ from astra_runtime.errors import (
     AstraError,
     DeadlineExceeded,
     PeerLost,
+    WireError,
 )
 from astra_runtime.transport import mesh as _mesh
 from astra_runtime.transport.mesh import Payload, Stats
+from astra_runtime.transport.stream import Stream
 from astra_runtime.wire import HEADER_SIZE, Frame, Header
 
 SEND_BUFFER: Final = 2 << 20  # asked of the kernel: usual frames (≤128 KiB) leave in one call
@@ -51,25 +55,15 @@ def prepare(sock: socket.socket) -> None:
     sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPINTVL, 10)
 
 
-def ended_properly(sock: socket.socket, rank: int) -> bool:
-    """Whether the bytes still unread on an ended connection end in the peer's BYE."""
-    (unread,) = struct.unpack("i", fcntl.ioctl(sock, termios.FIONREAD, bytes(4)))
-    if unread < HEADER_SIZE:
-        return False
-    try:
-        tail = sock.recv(unread, socket.MSG_PEEK)[-HEADER_SIZE:]
-    except OSError:
-        return False
-    return wire.is_bye(tail, rank)
-
-
 class _Peer:
     """One connection: its sequence numbers, its unsent bytes, the frame being read."""
 
-    def __init__(self, rank: int, sock: socket.socket) -> None:
+    def __init__(self, rank: int, stream: Stream) -> None:
         self.rank = rank
-        self.sock = sock
-        self.fd = sock.fileno()
+        self.stream = stream
+        self.sock = stream.sock
+        self.fd = stream.sock.fileno()
+        stream.received = 0  # what came before counts as handshake
         self.sent = 0  # frames, and so the next sequence number
         self.received = 0
         self.unsent: deque[memoryview] = deque()
@@ -82,17 +76,19 @@ class _Peer:
         self.stats = Stats()
 
     def transmit(self, data: memoryview) -> None:
-        """Sends now what the kernel takes and keeps a copy of the rest, in order."""
-        taken = 0
-        if not self.unsent:
-            try:
-                taken = self.sock.send(data)
-            except BlockingIOError:
-                taken = 0
-            self.stats.bytes_sent_total += taken
-        if taken < len(data):
-            self.unsent.append(memoryview(bytes(data[taken:])))
-            self.unsent_bytes += len(data) - taken
+        """Sends now what the kernel takes and keeps the rest, in order, in memory of its own."""
+        for part in self.stream.seal(data):
+            taken = 0
+            if not self.unsent:
+                try:
+                    taken = self.sock.send(part)
+                except BlockingIOError:
+                    taken = 0
+                self.stats.bytes_sent_total += taken
+            if taken < len(part):
+                rest = part[taken:]
+                self.unsent.append(rest if self.stream.encrypted else memoryview(bytes(rest)))
+                self.unsent_bytes += len(rest)
 
     def flush(self) -> bool:
         """Sends what it can of the unsent bytes; True when none are left."""
@@ -124,14 +120,17 @@ class _Peer:
         """Reads what has come of the expected frame; True when it is complete and correct."""
         before = self.filled
         try:
-            count = self.sock.recv_into(self.frame[before:] if before else self.frame)
+            count = self.stream.read_into(self.frame[before:] if before else self.frame)
         except BlockingIOError:
             return False
+        except ssl.SSLError as error:  # nothing that was not sealed by the peer gets any further
+            came = (error.reason or str(error)).lower().replace("_", " ")
+            raise WireError("TLS record", "one that it sealed", came, self.rank) from error
         except OSError as error:
             raise self.lost(error.strerror or str(error)) from error
         if count == 0:
             raise self.lost("it closed the connection")
-        self.stats.bytes_received_total += count
+        self.stats.bytes_received_total = self.stream.received
         self.filled = filled = before + count
         if filled < HEADER_SIZE:
             return False
@@ -155,7 +154,7 @@ class TcpMesh:
         self,
         rank: int,
         world_size: int,
-        sockets: Mapping[int, socket.socket],
+        connections: Mapping[int, Stream | socket.socket],
         *,
         timeout: float = 30.0,
         handshake: Stats | None = None,
@@ -163,7 +162,11 @@ class TcpMesh:
         self.rank = rank
         self.world_size = world_size
         self.timeout = timeout
-        self._peers = {peer: _Peer(peer, sock) for peer, sock in sockets.items()}
+        streams = {
+            peer: stream if isinstance(stream, Stream) else Stream(stream)
+            for peer, stream in connections.items()
+        }
+        self._peers = {peer: _Peer(peer, stream) for peer, stream in streams.items()}
         self._by_fd = {peer.fd: peer for peer in self._peers.values()}
         self._sending = threading.Lock()  # a link emulator sends from a thread of its own
         self._poll = select.poll()
@@ -177,6 +180,11 @@ class TcpMesh:
             peer.sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, unacknowledged)
             self._poll.register(peer.fd, _ENDED)
             peer.watched = _ENDED
+
+    @property
+    def encrypted(self) -> bool:
+        """Whether every connection of this rank is inside TLS."""
+        return all(peer.stream.encrypted for peer in self._peers.values())
 
     @property
     def stats(self) -> Stats:
@@ -264,7 +272,7 @@ class TcpMesh:
             if events & ~select.POLLOUT and peer.advance():
                 del waiting[peer.fd]
         elif events & _ENDED:
-            if not ended_properly(peer.sock, peer.rank):
+            if not peer.stream.ended_properly(peer.rank):
                 raise PeerLost(peer.rank, block, "it closed the connection")
             self._poll.unregister(peer.fd)  # what it sent before its BYE can still be read
             peer.watched = 0

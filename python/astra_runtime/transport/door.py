@@ -1,0 +1,125 @@
+"""One connection on its way to be trusted, and the words for why it was not."""
+
+from __future__ import annotations
+
+import errno
+import select
+import socket
+import ssl
+import time
+from typing import Final
+
+from astra_runtime import wire
+from astra_runtime.errors import ConnectFailed
+from astra_runtime.transport.stream import Stream, TlsStream
+from astra_runtime.transport.tcp import prepare
+from astra_runtime.wire import HELLO_SIZE
+
+HANDSHAKE_SECONDS: Final = 5.0  # for one connection, from accept or dial to the checked HELLO
+BACKLOG: Final = 4096  # a dial that finds the kernel's queue full is repeated after a second only
+TLS_FIRST_BYTES: Final = (0x14, 0x15, 0x16)  # change of cipher, alert, handshake
+ENDED: Final = select.EPOLLRDHUP | select.EPOLLHUP | select.EPOLLERR
+_FOREIGN: Final = (18, 19, 20, 21)  # OpenSSL's codes for "nobody I trust has signed this"
+_SPOKEN: Final = {
+    "PEER_DID_NOT_RETURN_A_CERTIFICATE": "showed no certificate",
+    "WRONG_VERSION_NUMBER": "speaks another version of TLS than 1.3",
+    "UNSUPPORTED_PROTOCOL": "speaks another version of TLS than 1.3",
+    "TLSV1_ALERT_PROTOCOL_VERSION": "speaks another version of TLS than 1.3",
+    "TLSV13_ALERT_CERTIFICATE_REQUIRED": "wants a certificate of this rank",
+    "TLSV1_ALERT_UNKNOWN_CA": "refused this rank's certificate: unknown authority",
+    "SSLV3_ALERT_BAD_CERTIFICATE": "refused this rank's certificate: not acceptable",
+    "SSLV3_ALERT_CERTIFICATE_EXPIRED": "refused this rank's certificate: it has expired",
+    "SSLV3_ALERT_CERTIFICATE_UNKNOWN": "refused this rank's certificate: not acceptable",
+    "SSLV3_ALERT_UNSUPPORTED_CERTIFICATE": "refused this rank's certificate: not for this purpose",
+    "TLSV1_ALERT_DECRYPT_ERROR": "refused this rank's certificate: it does not fit its key",
+}
+
+
+def explain(error: ssl.SSLError) -> str:
+    """What a peer did, as the end of a sentence that begins with it."""
+    if isinstance(error, ssl.SSLCertVerificationError):
+        if error.verify_code in _FOREIGN:
+            return f"has a certificate of another authority ({error.verify_message})"
+        return f"has a certificate that cannot be accepted: {error.verify_message}"
+    reason = error.reason or str(error)
+    return _SPOKEN.get(reason) or "failed in TLS: " + reason.lower().replace("_", " ")
+
+
+def printable(raw: bytes | bytearray) -> str:
+    """A stranger's words, which may hold anything, for a terminal or a log."""
+    text = raw.decode(errors="replace")
+    return "".join(c if c.isprintable() else "\N{REPLACEMENT CHARACTER}" for c in text)
+
+
+def parse_address(text: str) -> tuple[str, int]:
+    """`host:port` (IPv6 in brackets) as a pair; raises ValueError with what was expected."""
+    host, colon, port = text.rpartition(":")
+    if not colon or not host or not port.isdecimal() or int(port) > 0xFFFF:
+        raise ValueError(f'address: expected "host:port", got {text!r}')
+    return host.strip("[]"), int(port)
+
+
+def listen(host: str, port: int, rank: int) -> socket.socket:
+    """A listening socket at exactly this address (port 0: any free one)."""
+    try:
+        family, kind, protocol, _, address = socket.getaddrinfo(
+            host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
+        )[0]
+        listener = socket.socket(family, kind, protocol)
+    except OSError as error:
+        raise ConnectFailed(f"rank {rank} cannot resolve {host!r}: {error.strerror}") from error
+    try:
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        prepare(listener)
+        listener.bind(address)
+        listener.listen(BACKLOG)
+    except OSError as error:
+        listener.close()
+        if error.errno == errno.EADDRINUSE:
+            reason = f"rank {rank} cannot listen: port {port} of {host} is in use"
+        else:
+            reason = f"rank {rank} cannot listen at {host}:{port}: {error.strerror}"
+        raise ConnectFailed(reason) from error
+    return listener
+
+
+class Door:
+    """A connection before it counts: what it is, bytes read so far, and when its time is up."""
+
+    def __init__(self, sock: socket.socket, name: str) -> None:
+        self.sock = sock
+        self.fd = sock.fileno()
+        self.name = name
+        self.deadline = time.monotonic() + HANDSHAKE_SECONDS
+        self.stream = Stream(sock)
+        self.identified = False  # whether it is TLS or plaintext has been seen
+        self.shaken = False  # the TLS handshake is complete and its names were checked
+        self.data = bytearray()
+        self.wanted = HELLO_SIZE
+        self.refused = False
+
+    def peek(self) -> bytes:
+        """The first bytes, left where they are; b"" at the end. BlockingIOError: none yet."""
+        return self.sock.recv(len(wire.MAGIC), socket.MSG_PEEK)
+
+    def encrypt(self, context: ssl.SSLContext, *, accepting: bool) -> TlsStream:
+        self.stream = stream = TlsStream(self.sock, context, accepting=accepting)
+        return stream
+
+    def read(self) -> bool | None:
+        """Reads towards `wanted` bytes and never past them; None at the end of the stream."""
+        piece = memoryview(bytearray(self.wanted - len(self.data)))
+        try:
+            count = self.stream.read_into(piece)
+        except BlockingIOError:
+            return False
+        except ssl.SSLError:
+            raise
+        except OSError:
+            return None
+        self.data += piece[:count]
+        return len(self.data) == self.wanted if count else None
+
+    def write(self, data: bytes) -> int:
+        """Sends a few bytes, which fit the buffer of a young connection; the bytes on the wire."""
+        return sum(self.sock.send(part) for part in self.stream.seal(memoryview(data)))
