@@ -103,6 +103,14 @@ def add_mesh_options(parser: argparse.ArgumentParser) -> None:
         default=60.0,
         help="seconds any wait for a peer may take (default: %(default)g)",
     )
+    security = parser.add_mutually_exclusive_group()
+    security.add_argument(
+        "--keys",
+        metavar="DIR",
+        help="a folder of `astra keys init`, all ranks' or this rank's part (default: the one that "
+        "ASTRA_KEYS names; the processes of one command get keys of their own)",
+    )
+    security.add_argument("--insecure", action="store_true", help="plaintext; refused off loopback")
 
 
 def add_halo(parser: argparse.ArgumentParser) -> None:
@@ -153,6 +161,7 @@ def weights_of(options: argparse.Namespace, world_size: int) -> list[float] | No
 
 def peers_of(options: argparse.Namespace) -> list[str]:
     """The addresses that --peers names, by rank, this rank among them."""
+    from ..transport import check_keys
     from ..transport.handshake import parse_address
 
     peers: list[str] = options.peers.split(",")
@@ -160,6 +169,7 @@ def peers_of(options: argparse.Namespace) -> list[str]:
         parse_address(peer)
     if options.rank is None or not 0 <= options.rank < len(peers):
         raise AstraError(f"--rank: expected 0 to {len(peers) - 1} with --peers, got {options.rank}")
+    check_keys(options.rank, peers, options.keys, options.insecure)  # before the model is loaded
     return peers
 
 
@@ -311,6 +321,22 @@ def verdict(held_back: dict[str, Any] | None) -> str:
 
 
 @contextlib.contextmanager
+def local_keys(options: argparse.Namespace, world_size: int) -> Iterator[str | None]:
+    """The folder of keys for processes that this one starts, ephemeral ones unless --keys names
+    some; None: plaintext, on loopback, which only --insecure or a missing package leads to."""
+    from ..keys import EXTRA, can_make_keys, ephemeral_keys
+
+    if options.keys or options.insecure or world_size == 1:
+        yield options.keys
+    elif can_make_keys():
+        with ephemeral_keys(world_size) as folder:
+            yield str(folder)
+    else:
+        say(f'plaintext between these processes, on loopback: for TLS, pip install "{EXTRA}"')
+        yield None
+
+
+@contextlib.contextmanager
 def cluster(
     options: argparse.Namespace,
     world_size: int,
@@ -336,11 +362,26 @@ def cluster(
         arguments += ["--halo", str(options.halo)]
     if link is not None:
         arguments += ["--mbit", str(link.mbit_per_s or 0), "--delay-ms", str(link.delay_ms)]
-    with Workers(world_size, arguments, options.threads) as workers:
+    with (
+        local_keys(options, world_size) as keys,
+        Workers(
+            world_size,
+            [*arguments, *(["--keys", keys] if keys else ["--insecure"])],
+            options.threads,
+        ) as workers,
+    ):
         workers.wait_ready(READY_SECONDS)
         try:
             # every process is there: one that does not come now has died
-            mesh = connect(0, world_size, peers, timeout=options.timeout, connect_timeout=15.0)
+            mesh = connect(
+                0,
+                world_size,
+                peers,
+                timeout=options.timeout,
+                connect_timeout=15.0,
+                keys=keys,
+                insecure=not keys,
+            )
             with mesh if link is None or link.is_free else PacedMesh(mesh, link) as timed:
                 weights = weights_of(options, world_size)
                 ranks = Ranks(model, codebook, mesh, timed, weights, options.halo)

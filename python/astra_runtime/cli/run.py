@@ -30,8 +30,9 @@ def configure(parser: argparse.ArgumentParser) -> None:
         "examples:\n"
         '  astra run --world-size 2 --prompt "The capital of France is" --max-new-tokens 20\n'
         "  torchrun --nproc-per-node 2 -m astra_runtime run --prompt TEXT\n"
-        "  astra run --rank 0 --peers 10.0.0.1:7000,10.0.0.2:7000 --codebook DIR --prompt TEXT\n"
-        "      (the other devices run `astra worker`)"
+        "  astra run --rank 0 --peers 10.0.0.1:7000,10.0.0.2:7000 --keys rank-0/ --codebook DIR "
+        "--prompt TEXT\n"
+        "      (the other devices run `astra worker`; `astra keys init` makes the keys)"
     )
     add_model(parser)
     add_fit_options(parser)
@@ -136,6 +137,8 @@ def _joined(
         backend=options.backend,
         timeout=options.timeout,
         connect_timeout=options.connect_timeout,
+        keys=options.keys,
+        insecure=options.insecure,
     ) as mesh:
         ranks = Ranks(
             model, codebook, mesh, weights=weights_of(options, world_size), halo=options.halo

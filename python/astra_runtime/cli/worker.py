@@ -24,10 +24,12 @@ DAY = 86_400.0
 
 def configure(parser: argparse.ArgumentParser) -> None:
     parser.epilog = (
-        "example, on the second of two devices:\n"
-        "  astra worker --rank 1 --peers 10.0.0.1:7000,10.0.0.2:7000 --codebook DIR\n"
+        "example, with the keys of `astra keys init --ranks 2`, on the second of two devices:\n"
+        "  astra worker --rank 1 --peers 10.0.0.1:7000,10.0.0.2:7000 --keys rank-1/ "
+        "--codebook DIR\n"
         "and on the first, which leads:\n"
-        "  astra run --rank 0 --peers 10.0.0.1:7000,10.0.0.2:7000 --codebook DIR --prompt TEXT"
+        "  astra run --rank 0 --peers 10.0.0.1:7000,10.0.0.2:7000 --keys rank-0/ --codebook DIR "
+        "--prompt TEXT"
     )
     add_model(parser)
     add_fit_options(parser)
@@ -68,6 +70,8 @@ def run(options: argparse.Namespace) -> int:
         peers,
         timeout=options.timeout,
         connect_timeout=options.connect_timeout,
+        keys=options.keys,
+        insecure=options.insecure,
     )
     with mesh if link.is_free else PacedMesh(mesh, link) as timed:
         ranks = Ranks(model, codebook, mesh, timed, weights, options.halo)
