@@ -3,8 +3,8 @@
 Every rank's blocks are followed through time: project, code, send over its uplink, attend to its
 own tokens, wait for the others' codes, attend to them, go on. What a stage takes comes from
 `Rates`, a few figures of the device, measured on it (`measured`) or from its FLOP/s (`of_flops`).
-The link is one full-duplex access link a rank, as in `transport/pacing.py`: a frame to N − 1 peers crosses the
-uplink N − 1 times, frames to one rank queue on its downlink, headers count.
+The link is one full-duplex access link a rank, as in `transport/pacing.py`: a frame to N − 1 peers
+crosses the uplink N − 1 times, frames to one rank queue on its downlink, headers count.
 """
 
 from __future__ import annotations

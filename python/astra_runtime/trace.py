@@ -11,19 +11,20 @@ import contextlib
 import json
 import os
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextvars import ContextVar
 from types import TracebackType
 from typing import Any
 
 STAGES = ("compute", "encode", "pack", "send", "wait", "unpack", "attend", "merge")
-Span = tuple[str, int, int, int]  # stage, block or −1, start and stop in ns of `perf_counter_ns`
+Span = tuple[str, int, int, int]  # stage, block or −1, start and stop in ns
 
 
 class Trace:
-    """The stages of one rank, in the order in which they ended."""
+    """The stages of one rank, in the order in which they ended. `clock` gives nanoseconds."""
 
-    def __init__(self) -> None:
+    def __init__(self, clock: Callable[[], int] = time.perf_counter_ns) -> None:
+        self.clock = clock
         self.spans: list[Span] = []
 
     def seconds(self) -> dict[str, float]:
@@ -38,7 +39,7 @@ class _Stage:
         self.trace, self.name, self.block = trace, name, block
 
     def __enter__(self) -> None:
-        self.start = time.perf_counter_ns()
+        self.start = self.trace.clock()
 
     def __exit__(
         self,
@@ -46,7 +47,7 @@ class _Stage:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        stop = time.perf_counter_ns()
+        stop = self.trace.clock()
         self.trace.spans.append((self.name, self.block, self.start, stop))
 
 

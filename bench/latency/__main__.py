@@ -1,0 +1,173 @@
+"""Who is first? Time to first token of ASTRA and its rivals on the virtual clock.
+
+    python -m bench.latency [--models vit-base smollm2 …] [--ranks 2 4] [--tokens 1024]
+
+Every method really computes what each of its ranks computes, one rank at a time on one core, and is
+timed by CPU time; on each link only waiting is computed (`bench.link.virtual`). Writes
+latency_<model>_<tokens>.json, a case for each of ASTRA's settings, number of ranks and link, with
+the rivals beside it: `peers` are their medians, `floor_ms` the single device's over N. The clock
+starts with the input on every rank and stops when one has the last token's (the class token's)
+logits. Ranks have N times the memory bandwidth that one core has here; no link is shared.
+
+`scaled` rows are for devices so much faster than this core that the ratio to block parallelism,
+1 + communication/computation, can show: measured stage times divided by a factor.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import asdict
+from typing import Any
+
+import torch
+
+from astra_runtime.cli.common import quiet_transformers, say
+from astra_runtime.models import adapt
+from bench._report import Case, percentiles, write
+from bench.baselines import methods
+from bench.latency.record import Recording, astra, median_stages, rival
+from bench.latency.subjects import MODELS, Subject
+from bench.link.model import Link
+from bench.link.virtual import SocketCosts
+
+SETTINGS = {
+    "vit-base": ("hidden:1", "kv:1"),
+    "gpt2": ("hidden:1", "kv:1"),
+    "gpt2-medium": ("hidden:1", "kv:1"),
+    "llama": ("kv:1", "kv:4"),
+    "smollm2": ("kv:3", "transform:30", "transform:100"),
+    "tiny": ("hidden:1", "kv:4"),
+}
+MBIT, RTT_MS = (10.0, 20.0, 50.0, 100.0, 500.0), (0.2, 2.0, 20.0)
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(prog="bench.latency", description=__doc__.splitlines()[0])
+    parser.add_argument("--models", nargs="+", choices=list(MODELS), default=["vit-base"])
+    parser.add_argument("--ranks", nargs="+", type=int, default=[2, 4])
+    parser.add_argument("--tokens", nargs="+", type=int, default=[1024])
+    parser.add_argument("--settings", nargs="+", help="of ASTRA: SPACE:GROUPS, transform:BITS")
+    parser.add_argument(
+        "--methods", nargs="*", default=[n for n in methods() if n != "single"], help="rivals"
+    )
+    parser.add_argument("--mbit", nargs="+", type=float, default=MBIT)
+    parser.add_argument("--rtt-ms", nargs="+", type=float, default=RTT_MS)
+    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--speeds", nargs="+", type=float, default=[1.0], help="scaled rows beside")
+    parser.add_argument("--name", help="of the result, in place of latency_<model>_<tokens>")
+    options = parser.parse_args(arguments)
+    quiet_transformers()
+    torch.set_num_threads(1)
+    costs = SocketCosts.measured()
+    line = " ".join(
+        ["python -m bench.latency", *(sys.argv[1:] if arguments is None else arguments)]
+    )
+    for model, tokens in itertools.product(options.models, options.tokens):
+        subject = Subject.make(model, tokens)
+        found = measured(subject, options, costs)
+        name = options.name or f"latency_{model}_{tokens}"
+        write(
+            name,
+            found,
+            command=line,
+            packages=("torch", "numpy", "transformers"),
+            link={"emulator": "virtual clock", **asdict(Link(10.0)), "mbit_per_s": None},
+            extra={"socket_costs": costs._asdict(), "repeats": options.repeats},
+        )
+
+
+def measured(
+    subject: Subject, options: argparse.Namespace, costs: SocketCosts
+) -> list[dict[str, Any] | Case]:
+    """All cases of a model and length."""
+    started = time.perf_counter()
+
+    def told(name: str, ranks: int, recordings: list[Recording]) -> list[Recording]:
+        busiest = sorted(max(recording.computing) for recording in recordings)
+        say(
+            f"{time.perf_counter() - started:5.0f} s  {subject.name} {subject.tokens} N={ranks} "
+            f"{name}: busiest rank {busiest[len(busiest) // 2]:.3f} s"
+        )
+        return recordings
+
+    every = methods()
+    alone = told("single", 1, rival(subject, every["single"], 1, options.repeats))
+    cases: list[dict[str, Any] | Case] = []
+    for ranks in options.ranks:
+        ours = {}
+        for setting in options.settings or SETTINGS[subject.name]:
+            book = subject.codebook(setting)
+            recordings = told(setting, ranks, astra(subject, book, ranks, options.repeats))
+            ours[setting] = book, recordings
+        theirs = {
+            name: told(name, ranks, rival(subject, every[name], ranks, options.repeats))
+            for name in options.methods
+            if ranks <= heads_of(subject) or not name.startswith(("tp", "bp"))
+        }
+        for speed, mbit, rtt_ms in itertools.product(options.speeds, options.mbit, options.rtt_ms):
+            link = Link(mbit, rtt_ms=rtt_ms)
+
+            def times(recordings: list[Recording], link: Link = link, speed: float = speed) -> Any:
+                return percentiles([1e3 * r.finish(link, costs, speed) for r in recordings])
+
+            single = times(alone)
+            peers = {"single": single} | {name: times(them) for name, them in theirs.items()}
+            for setting, (book, recordings) in ours.items():
+                cases.append(
+                    Case(
+                        name=f"latency_{subject.name}_{subject.tokens}_{ranks}ranks_{mbit:g}mbit_"
+                        f"{rtt_ms:g}ms" + (f"_scaled{speed:g}" if speed != 1 else ""),
+                        shape={
+                            "model": subject.name,
+                            "tokens": subject.tokens,
+                            "world_size": ranks,
+                            "mbit_per_s": mbit,
+                            "rtt_ms": rtt_ms,
+                            "space": book.space,
+                            "groups": book.groups,
+                            "codewords": book.codewords,
+                        },
+                        dtype="float32",
+                        impl=f"astra {setting}",
+                        ms=times(recordings),
+                        floor_ms=single.p50 / ranks,
+                        peers={name: found.p50 for name, found in peers.items()},
+                        extra=extra_of(subject, recordings, theirs, peers, speed),
+                    )
+                )
+    return cases
+
+
+def heads_of(subject: Subject) -> int:
+    """Methods that cut heads can use as many ranks."""
+    return int(adapt(subject.model).num_heads)
+
+
+def extra_of(
+    subject: Subject,
+    recordings: list[Recording],
+    theirs: dict[str, list[Recording]],
+    peers: dict[str, Any],
+    speed: float,
+) -> dict[str, Any]:
+    """What the schema has no place for: spread and bytes of the rivals, our stages."""
+    blocks, tokens = len(adapt(subject.model).blocks), subject.tokens
+    every = {"astra": recordings} | theirs
+    return {
+        "speed": speed,
+        "peers_spread": {name: [found.p20, found.p80] for name, found in peers.items()},
+        "busy_ms": {name: 1e3 * max(them[0].computing) / speed for name, them in every.items()},
+        # of all ranks together, over the wire's fan-out
+        "sent_bits_per_token_block": {
+            name: 8 * them[0].payload / (tokens * blocks) for name, them in every.items()
+        },
+        "stages_ms": {k: v / speed for k, v in median_stages(recordings).items()},
+    }
+
+
+if __name__ == "__main__":
+    main()

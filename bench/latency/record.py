@@ -1,0 +1,188 @@
+"""Executes a method once on the virtual clock, and says how long it takes on any link.
+
+What a rank computes between two messages takes as long whatever the link: so each rank's stages are
+executed and timed once, with what it sent and waited for in between, and then played again on
+every link of interest. Only waiting is computed (see `bench.link.virtual`).
+"""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+from astra_runtime import Codebook, Engine
+from astra_runtime.trace import Trace, tracing
+from bench.baselines import Method
+from bench.latency.subjects import Subject
+from bench.link.comm import VirtualComm
+from bench.link.model import Link
+from bench.link.virtual import SocketCosts, VirtualMesh, World
+
+ANY = Link(100.0, rtt_ms=1.0)  # while executing; times on it are not looked at
+
+
+class Event(NamedTuple):
+    """`computed` seconds of work, then a message of `size` bytes to `to`, or a wait for `sources`.
+
+    Neither: the end.
+    """
+
+    computed: float
+    to: int = -1
+    size: int = 0
+    sources: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True)
+class Recording:
+    """One pass of all ranks: their events; which of them has the answer, and its stages.
+
+    Attributes:
+        payload: bytes that ranks sent, for each token of the input; headers not counted.
+        stages: seconds by stage, of the rank that is busy longest; empty for rivals.
+    """
+
+    ranks: list[list[Event]]
+    answers: tuple[int, ...]
+    payload: float
+    stages: dict[str, float] = field(default_factory=dict)
+
+    @property
+    def computing(self) -> list[float]:
+        return [sum(event.computed for event in events) for events in self.ranks]
+
+    def finish(self, link: Link, costs: SocketCosts, speed: float = 1.0) -> float:
+        """Seconds until the first rank has the answer, on devices `speed` times as fast."""
+        if len(self.ranks) == 1:
+            return self.computing[0] / speed
+        world = World(len(self.ranks), link, costs=costs, speed=speed, clock=lambda: 0.0)
+
+        def work(mesh: VirtualMesh) -> float:
+            for event in self.ranks[mesh.rank]:
+                mesh.spend(event.computed / speed)
+                with mesh.state.off_clock():
+                    if event.to >= 0:
+                        world.post(mesh.state, event.to, event.size, None)
+                    elif event.sources:
+                        world.await_from(mesh.state, event.sources, None)
+            return mesh.lap().finish
+
+        finishes = world.run(work).results
+        return min(finishes[n] for n in self.answers)
+
+
+class _Recorder(World):
+    """A world that writes down what its ranks do since the last start."""
+
+    def __init__(self, world_size: int, **options: Any) -> None:
+        super().__init__(world_size, ANY, **options)
+        self.events: list[list[Event]] = [[] for _ in range(world_size)]
+        self._before = [0.0] * world_size
+
+    def _restart(self) -> None:
+        super()._restart()
+        self.events = [[] for _ in range(self.world_size)]
+        self._before = [0.0] * self.world_size
+
+    def note(self, rank: Any, **what: Any) -> None:
+        computed = rank.computing - self._before[rank.index]
+        self._before[rank.index] = rank.computing
+        self.events[rank.index].append(Event(computed, **what))
+
+    def post(self, rank: Any, target: int, size: int, content: Any) -> None:
+        self.note(rank, to=target, size=size)
+        super().post(rank, target, size, content)
+
+    def await_from(self, rank: Any, sources: Sequence[int], *args: Any, **options: Any) -> Any:
+        if sources:
+            self.note(rank, sources=tuple(sources))
+        return super().await_from(rank, sources, *args, **options)
+
+
+Pass = Callable[[], bool]  # one pass of one rank: whether it has the answer
+
+
+def _execute(
+    world_size: int,
+    prepare: Callable[[VirtualMesh], tuple[Any, Pass, Callable[[], int]]],
+    repeats: int,
+    clock: Any,
+) -> list[Recording]:
+    """`repeats` passes after one to warm up, recorded.
+
+    Args:
+        prepare: makes, on each rank's thread, what is to be closed in the end, the pass, and a
+            count of the payload bytes sent so far.
+    """
+    world = _Recorder(world_size, clock=clock)
+
+    def work(mesh: VirtualMesh) -> list[tuple[list[Event], bool, int, dict[str, float]]]:
+        closing, once, sent = prepare(mesh)
+        found = []
+        try:
+            for _ in range(1 + repeats):
+                mesh.start()
+                before, trace = sent(), Trace(lambda: round(1e9 * mesh.now))
+                with tracing(trace):
+                    has = once()
+                with mesh.state.off_clock():
+                    world.note(mesh.state)
+                    # the end of the pass, before the next start empties the list
+                    events = list(world.events[mesh.rank])
+                found.append((events, has, sent() - before, trace.seconds()))
+        finally:
+            if closing is not None:
+                closing.close()
+        return found[1:]
+
+    results = world.run(work).results
+    recordings = []
+    for passes in zip(*results, strict=True):
+        events, has, sent, stages = map(list, zip(*passes, strict=True))
+        busiest = max(range(world_size), key=lambda n: sum(e.computed for e in events[n]))
+        answers = tuple(n for n in range(world_size) if has[n])
+        waits = stages[busiest] if any(stages[busiest].values()) else {}
+        waits.pop("wait", None)  # of the link while executing
+        recordings.append(Recording(events, answers, sum(sent), waits))
+    return recordings
+
+
+def astra(
+    subject: Subject, codebook: Codebook, world_size: int, repeats: int, clock: Any = "cpu"
+) -> list[Recording]:
+    """The engine with its own shards."""
+
+    def prepare(mesh: VirtualMesh) -> tuple[Engine, Pass, Callable[[], int]]:
+        engine = Engine(subject.model, codebook, mesh)
+        return (
+            engine,
+            lambda: engine(outputs="one", **subject.inputs) is not None,
+            lambda: mesh.stats.bytes_sent_payload,
+        )
+
+    return _execute(world_size, prepare, repeats, clock)
+
+
+def rival(
+    subject: Subject, method: Method, world_size: int, repeats: int, clock: Any = "cpu"
+) -> list[Recording]:
+    def prepare(mesh: VirtualMesh) -> tuple[None, Pass, Callable[[], int]]:
+        comm = VirtualComm(mesh)
+        return (
+            None,
+            lambda: method.run(subject.model, subject.inputs, comm) is not None,
+            lambda: comm.bytes_sent,
+        )
+
+    return _execute(world_size, prepare, repeats, clock)
+
+
+def median_stages(recordings: Sequence[Recording]) -> dict[str, float]:
+    """Milliseconds by stage."""
+    names = recordings[0].stages
+    return {
+        name: 1e3 * statistics.median(recording.stages[name] for recording in recordings)
+        for name in names
+    }
