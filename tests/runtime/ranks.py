@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import atexit
 import contextlib
+import functools
 import os
 import random
+import shutil
 import socket
+import tempfile
 import threading
 import time
 from collections.abc import Callable
@@ -13,7 +17,8 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
-from astra_runtime.transport import Link, Mesh, local_mesh, peers_of
+from astra_runtime.keys import can_make_keys, make_keys
+from astra_runtime.transport import Link, Mesh, connect, local_mesh, peers_of
 from astra_runtime.wire import Frame
 
 PLAN = 0x1234
@@ -41,7 +46,27 @@ def paced_mesh(world_size: int, *, timeout: float = 30.0) -> list[Mesh]:
     return local_mesh(world_size, timeout=timeout, link=Link(2000, 0.1))
 
 
+@functools.cache
+def key_folder(authority: str = "ours") -> Path:
+    """Keys of eight ranks, made once; each `authority` is another one."""
+    folder = Path(tempfile.mkdtemp(prefix=f"astra-test-{authority}-"))
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    make_keys(folder, 8)
+    return folder
+
+
+def tls_mesh(world_size: int, *, timeout: float = 30.0, link: Link | None = None) -> list[Mesh]:
+    peers, keys = free_ports(world_size), key_folder()
+
+    def join(rank: int) -> Mesh:
+        return connect(rank, world_size, peers, keys=keys, timeout=timeout, link=link)
+
+    return together([lambda rank=rank: join(rank) for rank in range(world_size)])
+
+
 MAKERS = {"tcp": local_mesh, "gloo": gloo_mesh, "paced": paced_mesh}
+if can_make_keys():
+    MAKERS["tls"] = tls_mesh
 
 
 def together(calls: list[Callable[[], Any]], *, errors_too: bool = False) -> list[Any]:

@@ -25,6 +25,7 @@ from .ranks import (
     as_ranks,
     environment,
     free_ports,
+    key_folder,
     together,
 )
 
@@ -277,6 +278,8 @@ def test_a_killed_process_is_lost_at_the_block_that_needs_it() -> None:
 
 
 TORCHRUN = """
+import os
+import sys
 import torch.distributed as dist
 from astra_runtime.transport import connect, peers_of
 from astra_runtime.transport.distributed import DistributedMesh
@@ -290,8 +293,11 @@ def work(mesh):
         assert all(bytes(views[rank]) == bytes([rank, block]) * 50 for rank in others)
 
 with connect() as mesh:
+    assert not mesh.encrypted
     work(mesh)
+os.environ["ASTRA_KEYS"] = sys.argv[1]
 with connect(timeout=20) as mesh:
+    assert mesh.encrypted
     work(mesh)
 dist.init_process_group("gloo")
 with connect(backend="gloo") as mesh:
@@ -305,10 +311,16 @@ with open(f"{__file__}.{mesh.rank}", "w") as done:
 
 
 def test_torchrun(tmp_path: Path) -> None:
+    pytest.importorskip("cryptography")
     script = tmp_path / "script.py"
     script.write_text(TORCHRUN)
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2"]
-    command += ["--master-port", free_ports(1)[0].rpartition(":")[2], str(script)]
+    command += [
+        "--master-port",
+        free_ports(1)[0].rpartition(":")[2],
+        str(script),
+        str(key_folder()),
+    ]
     result = subprocess.run(command, env=environment(), capture_output=True, text=True, timeout=90)
     assert result.returncode == 0, result.stderr[-3000:]
     written = sorted(path.read_text() for path in tmp_path.glob("script.py.*"))

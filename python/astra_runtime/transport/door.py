@@ -22,7 +22,6 @@ ENDED: Final = select.EPOLLRDHUP | select.EPOLLHUP | select.EPOLLERR
 _FOREIGN: Final = (18, 19, 20, 21)  # OpenSSL's codes for "nobody I trust has signed this"
 _SPOKEN: Final = {
     "PEER_DID_NOT_RETURN_A_CERTIFICATE": "showed no certificate",
-    "WRONG_VERSION_NUMBER": "speaks another version of TLS than 1.3",
     "UNSUPPORTED_PROTOCOL": "speaks another version of TLS than 1.3",
     "TLSV1_ALERT_PROTOCOL_VERSION": "speaks another version of TLS than 1.3",
     "TLSV13_ALERT_CERTIFICATE_REQUIRED": "wants a certificate of this rank",
@@ -43,6 +42,11 @@ def explain(error: ssl.SSLError) -> str:
         return f"has a certificate that cannot be accepted: {error.verify_message}"
     reason = error.reason or str(error)
     return _SPOKEN.get(reason) or "failed in TLS: " + reason.lower().replace("_", " ")
+
+
+def is_spoken(error: ssl.SSLError) -> bool:
+    """Whether the peer spoke TLS and only does not fit; garbage fails otherwise."""
+    return isinstance(error, ssl.SSLCertVerificationError) or error.reason in _SPOKEN
 
 
 def printable(raw: bytes | bytearray) -> str:

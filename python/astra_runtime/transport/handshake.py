@@ -33,6 +33,7 @@ from astra_runtime.transport.door import (
     TLS_FIRST_BYTES,
     Door,
     explain,
+    is_spoken,
     listen,
     parse_address,
     printable,
@@ -49,6 +50,7 @@ ACCEPTED_AT_ONCE: Final = 16  # before those at the door are heard again
 RETRY_SECONDS: Final = 0.05
 LOGGED: Final = 20  # refusals; a flood of strangers must not become a flood of lines
 KEPT: Final = 8  # refusals that an error tells
+_REFUSED: Final = "rank %d refused %s"
 
 log = logging.getLogger("astra_runtime.transport")
 
@@ -91,9 +93,10 @@ class Formation:
         self._doors: dict[int, Door] = {}  # accepted, not admitted; by descriptor, oldest first
         self._dialing: dict[int, _Dial] = {}
         self._ranks: dict[int, int] = {}  # of those who joined
-        self._refusals: list[str] = []  # of callers who spoke ASTRA
+        self._refusals: list[str] = []  # of callers who seemed to be ranks
         self._noise: list[str] = []
         self._noted = 0
+        self._quiet = False
         self._watch = select.epoll()
 
     def run(self, seconds: float) -> dict[int, Stream]:
@@ -177,7 +180,7 @@ class Formation:
         except BlockingIOError:
             return
         except ssl.SSLError as error:
-            self._note(f"{door.name}, which {explain(error)}", spoken=True)
+            self._note(f"{door.name}, which {explain(error)}", spoken=is_spoken(error))
             self._send_off(door)  # an alert has told it
         except OSError as error:
             self._drop(door, "" if door.refused else error.strerror or str(error))
@@ -222,7 +225,8 @@ class Formation:
             return
         if reason_size:
             why = printable(door.data[HELLO_SIZE:])
-            self._drop(door, f"rank {hello.rank} refused this rank: {why}", spoken=True)
+            self._note(f"{door.name}: rank {hello.rank} refused this rank: {why}", spoken=True)
+            self._drop(door)
             return
         named = named_rank(door.stream.certificate())
         honest = named == hello.rank or not door.stream.encrypted
@@ -250,7 +254,8 @@ class Formation:
         return True
 
     def _refuse(self, door: Door, reason: str, to: int = NOBODY) -> None:
-        self._note(f"{door.name}: {reason}", spoken=to != NOBODY or door.stream.encrypted)
+        proven = door.stream.encrypted
+        self._note(f"{door.name}: {reason}", spoken=proven or to != NOBODY, proven=proven)
         # Somebody without a certificate learns the reason, and nothing of this run.
         known = self.contexts is None or door.stream.encrypted
         hello = replace(self.own, to=to) if known else Hello(0, NOBODY, NOBODY)
@@ -267,19 +272,21 @@ class Formation:
         except OSError:
             self._drop(door)
 
-    def _note(self, event: str, *, spoken: bool = False) -> None:
+    def _note(self, event: str, *, spoken: bool = False, proven: bool = False) -> None:
+        """`spoken`: by somebody who seemed to be a rank; `proven`: who has keys of this run."""
         self._noted += 1
-        level = logging.WARNING if spoken or self._noted <= LOGGED else logging.DEBUG
-        log.log(level, "rank %d refused %s", self.own.rank, event)
-        if self._noted == LOGGED + 1:
-            log.warning("rank %d refuses more strangers without a line each", self.own.rank)
+        quiet = self._noted > LOGGED and not proven
+        log.log(logging.DEBUG if quiet else logging.WARNING, _REFUSED, self.own.rank, event)
+        if quiet and not self._quiet:
+            self._quiet = True
+            log.warning("rank %d refuses further strangers without a line each", self.own.rank)
         kept = self._refusals if spoken else self._noise
         if len(kept) < KEPT:
             kept.append(event)
 
-    def _drop(self, door: Door, why: str = "", *, spoken: bool = False) -> None:
+    def _drop(self, door: Door, why: str = "") -> None:
         if why:
-            self._note(f"{door.name}: {why}", spoken=spoken)
+            self._note(f"{door.name}: {why}")
         del self._doors[door.fd]
         door.sock.close()
 
