@@ -82,8 +82,8 @@ MAIN = Way("largest", "transform", codewords=32, bits=40, steps=LONG)
 LEAST = Way("largest", "kv", 1, 2, steps=LONG)
 SWEPT = Way("largest", "hidden", 4, 256)  # of which training settings are varied
 SPACES = {
-    "hidden": [(1, 2), (1, 1024), (4, 1024), (16, 128)],
-    "kv": [(1, 2), (1, 1024), (4, 1024), (16, 128)],
+    "hidden": [(1, 1024), (4, 1024)],
+    "kv": [(1, 1024), (4, 1024), (16, 128)],
 }
 BUDGETS = (10, 40, 112)  # of space "transform"
 
@@ -97,7 +97,7 @@ def groups() -> dict[str, list[Row]]:
     return {
         "goals": [Row(MAIN), Row(LEAST)],
         "class token": [Row(replace(SWEPT, single=single)) for single in (False, True)],
-        "loss": [Row(way, lost=share) for way in (MAIN, SWEPT) for share in (0.0, 0.05)],
+        "loss": [Row(SWEPT, lost=share) for share in (0.0, 0.05)],
         "bits": [Row(replace(way, adapted=adapted)) for way in bits for adapted in (True, False)],
         "noise": [Row(replace(SWEPT, noise=value)) for value in (0.0, 0.1, 0.3, 1.0)],
         "commitment": [

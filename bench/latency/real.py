@@ -1,0 +1,264 @@
+"""The same comparison with real processes: N ranks behind the user-space switch.
+
+    python -m bench.latency.real [--models vit-base smollm2] [--ranks 2] [--mbit 10] [--rtt-ms 2]
+
+Each rank is a process with one thread, on a core of its own, in a network namespace of its own;
+ASTRA's frames (TLS) and the rivals' (gloo, in plain) cross the same switch (`bench.link.switch`),
+which takes its part of the cores. All methods run in one set of processes, in turns. The clock
+starts at a moment that rank 0 names, with the input on every rank, and stops when a rank has the
+answer. The single device is rank 0 alone, the others asleep. Writes latency_real_<model>.json, with
+what the virtual clock says of the same methods beside it (`virtual_ms`).
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import json
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+
+import astra_runtime
+from astra_runtime import Engine
+from astra_runtime.cli.common import quiet_transformers, say
+from astra_runtime.keys import ephemeral_keys
+from bench._report import ROOT, Case, percentiles, write
+from bench.baselines import GlooComm, methods
+from bench.latency import record
+from bench.latency.__main__ import SETTINGS
+from bench.latency.subjects import MODELS, Subject
+from bench.link.model import Link
+from bench.link.rank import begin
+from bench.link.switch import Namespaces
+from bench.link.virtual import SocketCosts
+
+SLOW = 8.0  # seconds: what takes longer is measured once
+PATIENCE = 1800.0
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What one rank is told."""
+
+    rank: int
+    addresses: list[str]
+    model: str
+    tokens: int
+    settings: list[str]
+    rivals: list[str]
+    repeats: int
+    keys: str = ""
+
+
+def rank_main(told: Settings) -> dict[str, list[float | None]]:
+    """Seconds of each pass by method; None where this rank had no answer."""
+    import torch.distributed as dist
+
+    cores = sorted(os.sched_getaffinity(0))
+    os.sched_setaffinity(0, {cores[told.rank % len(cores)]})
+    torch.set_num_threads(1)
+    subject = Subject.make(told.model, told.tokens)
+    world = len(told.addresses)
+    host = told.addresses[0].rpartition(":")[0]
+    dist.init_process_group(
+        "gloo",
+        init_method=f"tcp://{host}:5900",
+        rank=told.rank,
+        world_size=world,
+        timeout=datetime.timedelta(seconds=PATIENCE),
+    )
+    found: dict[str, list[float | None]] = {}
+    every = methods()
+    addresses = told.addresses
+    with astra_runtime.connect(
+        told.rank, world, addresses, timeout=PATIENCE, keys=told.keys
+    ) as mesh:
+
+        def measure(name: str, once: Any) -> None:
+            times: list[float | None] = []
+            for repeat in range(1 + told.repeats):
+                moment = begin(mesh)
+                has = once() is not None
+                taken = time.monotonic() - moment
+                if repeat:
+                    times.append(taken if has else None)
+                mesh.flush()
+                dist.barrier()
+                slowest = torch.tensor(taken)
+                dist.all_reduce(slowest, dist.ReduceOp.MAX)
+                if float(slowest) > SLOW and len(times) == 0:
+                    times.append(taken if has else None)  # the first pass is all there is
+                    break
+            found[name] = times
+            if told.rank == 0:
+                say(f"  {told.model} {name}: {times}")
+
+        group = GlooComm(dist.distributed_c10d._get_default_group())
+        only_first, single = dist.new_group([0]), every["single"].run
+        alone = GlooComm(only_first) if told.rank == 0 else None
+        measure("single", lambda: alone and single(subject.model, subject.inputs, alone))
+        for setting in told.settings:
+            with Engine(subject.model, subject.codebook(setting), mesh) as engine:
+                measure(f"astra {setting}", lambda e=engine: e(outputs="one", **subject.inputs))
+        for name in told.rivals:
+            run = every[name].run
+            measure(name, lambda run=run: run(subject.model, subject.inputs, group))
+    dist.destroy_process_group()
+    return found
+
+
+def measured(told: Settings, link: Link, world: int) -> tuple[dict[str, list[float]], Any]:
+    """Seconds by method, of the first rank that had the answer; and the switch's report."""
+    with Namespaces(world, link) as net, ephemeral_keys(world) as keys:
+        addresses = [f"{address}:5000" for address in net.addresses]
+        path = os.pathsep.join([str(ROOT), str(ROOT / "python")])
+        environment = {
+            **os.environ,
+            "PYTHONPATH": path,
+            "OMP_NUM_THREADS": "1",
+            "GLOO_SOCKET_IFNAME": "link0",
+        }
+        processes = []
+        for rank in range(world):
+            own = Settings(
+                **{**asdict(told), "rank": rank, "addresses": addresses, "keys": str(keys)}
+            )
+            command = [
+                sys.executable,
+                "-m",
+                "bench.latency.real",
+                "--rank",
+                json.dumps(asdict(own)),
+            ]
+            processes.append(
+                net.launch(rank, command, cwd=ROOT, env=environment, stdout=subprocess.PIPE)
+            )
+        try:
+            outputs = [p.communicate(timeout=PATIENCE)[0] for p in processes]
+            failed = [rank for rank, p in enumerate(processes) if p.returncode]
+            if failed:
+                raise RuntimeError(f"ranks {failed} failed; what they said stands above")
+        finally:
+            for process in processes:
+                process.kill()
+                process.wait()
+        report = net.report()
+    of_ranks = [json.loads(output) for output in outputs]
+    found = {
+        name: [
+            min(t for t in times if t is not None)
+            for times in zip(*(of_rank[name] for of_rank in of_ranks), strict=True)
+        ]
+        for name in of_ranks[0]
+    }
+    return found, report
+
+
+def cases_of(options: argparse.Namespace, model: str) -> tuple[list[Case], Any]:
+    link = Link(options.mbit, rtt_ms=options.rtt_ms)
+    settings = options.settings or list(SETTINGS[model])
+    told = Settings(0, [], model, options.tokens, settings, options.methods, options.repeats)
+    found, report = measured(told, link, options.ranks)
+    ms = {name: percentiles([1e3 * t for t in times]) for name, times in found.items()}
+    virtual = on_virtual(options, model, settings, link)
+    single = ms["single"].p50
+    peers = {name: t.p50 for name, t in ms.items() if not name.startswith("astra ")}
+    subject = Subject.make(model, 64 if model == "tiny" else options.tokens)
+    cases = []
+    for setting in settings:
+        book = subject.codebook(setting)
+        own = ms[f"astra {setting}"]
+        cases.append(
+            Case(
+                name=f"latency_real_{model}_{options.tokens}_{options.ranks}ranks_"
+                f"{options.mbit:g}mbit_{options.rtt_ms:g}ms",
+                shape={
+                    "model": model,
+                    "tokens": options.tokens,
+                    "world_size": options.ranks,
+                    "mbit_per_s": options.mbit,
+                    "rtt_ms": options.rtt_ms,
+                    "space": book.space,
+                    "groups": book.groups,
+                    "codewords": book.codewords,
+                },
+                dtype="float32",
+                impl=f"astra {setting}",
+                ms=own,
+                floor_ms=single / options.ranks,
+                peers=peers,
+                extra={
+                    "peers_spread": {n: [t.p20, t.p80] for n, t in ms.items()},
+                    "virtual_ms": virtual,
+                    "agreement": virtual[f"astra {setting}"] / own.p50,
+                    "speedup": single / own.p50,
+                    "switch_cpu_share": report.cpu_share,
+                },
+            )
+        )
+    return cases, report
+
+
+def on_virtual(
+    options: argparse.Namespace, model: str, settings: Sequence[str], link: Link
+) -> dict[str, float]:
+    """Median milliseconds of the same methods on the virtual clock."""
+    torch.set_num_threads(1)
+    subject, costs, every = Subject.make(model, options.tokens), SocketCosts.measured(), methods()
+    found = {"single": record.rival(subject, every["single"], 1, options.repeats)}
+    for setting in settings:
+        book = subject.codebook(setting)
+        found[f"astra {setting}"] = record.astra(subject, book, options.ranks, options.repeats)
+    for name in options.methods:
+        found[name] = record.rival(subject, every[name], options.ranks, 1)
+    return {
+        name: percentiles([1e3 * r.finish(link, costs) for r in recordings]).p50
+        for name, recordings in found.items()
+    }
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(prog="bench.latency.real", description=__doc__.splitlines()[0])
+    parser.add_argument(
+        "--models", nargs="+", choices=list(MODELS), default=["vit-base", "smollm2"]
+    )
+    parser.add_argument("--ranks", type=int, default=2)
+    parser.add_argument("--tokens", type=int, default=1024)
+    parser.add_argument("--mbit", type=float, default=10.0)
+    parser.add_argument("--rtt-ms", type=float, default=2.0)
+    parser.add_argument("--settings", nargs="+", help="of ASTRA: SPACE:GROUPS, transform:BITS")
+    parser.add_argument("--methods", nargs="*", default=[n for n in methods() if n != "single"])
+    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--name", help="of the result, in place of latency_real_<model>")
+    parser.add_argument("--rank", help=argparse.SUPPRESS)
+    options = parser.parse_args(arguments)
+    quiet_transformers()
+    if options.rank:
+        print(json.dumps(rank_main(Settings(**json.loads(options.rank)))))
+        return
+    line = " ".join(
+        ["python -m bench.latency.real", *(sys.argv[1:] if arguments is None else arguments)]
+    )
+    for model in options.models:
+        cases, report = cases_of(options, model)
+        for case in cases:
+            say(f"{case.name} {case.impl}: {case.extra['speedup']:.2f}×, {case.ms}")
+        write(
+            options.name or f"latency_real_{model}",
+            cases,
+            command=line,
+            packages=("torch", "numpy", "transformers"),
+            link={"emulator": "user-space switch", **asdict(Link(options.mbit, options.rtt_ms))},
+            extra={"switch": asdict(report), "repeats": options.repeats},
+        )
+
+
+if __name__ == "__main__":
+    main()

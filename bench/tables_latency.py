@@ -1,0 +1,126 @@
+"""Tables of latency_*.json. Each takes a file's content and returns markdown."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+from bench._markdown import source, table
+
+RIVALS = {
+    "tp": "TP",
+    "sp": "SP",
+    "sp_int8": "SP int8",
+    "bp_ag_nb1": "BP+AG Nb=1",
+    "bp_ag_nb4": "BP+AG Nb=4",
+    "bp_sp_nb1": "BP+SP Nb=1",
+    "segment_means": "segment means",
+}
+RTT_MS = 2.0  # of the rows shown; the file has more
+
+
+def _speedup(case: dict[str, Any], ms: float | None) -> str:
+    return "" if ms is None else f"{case['peers']['single'] / ms:.2f}×"
+
+
+def _rows(report: dict[str, Any], cases: Iterable[dict[str, Any]]) -> tuple[list[str], list[Any]]:
+    """One row a number of ranks, link and speed; a column for each of our settings and rivals."""
+    chosen = list(cases)
+    settings = list(dict.fromkeys(case["impl"] for case in chosen))
+    rivals = [name for name in RIVALS if any(name in case["peers"] for case in chosen)]
+    rows: dict[Any, dict[str, dict[str, Any]]] = {}
+    for case in chosen:
+        shape = case["shape"]
+        key = (shape["world_size"], case.get("speed", 1), shape["mbit_per_s"], shape["rtt_ms"])
+        rows.setdefault(key, {})[case["impl"]] = case
+    lines = []
+    for (ranks, _speed, mbit, _), found in sorted(rows.items()):
+        any_case = next(iter(found.values()))
+        lines.append(
+            [
+                f"{ranks}",
+                f"{mbit:g}",
+                f"{any_case['peers']['single'] / 1e3:.3f}",
+                *(_speedup(found[name], found[name]["ms"]["p50"]) for name in settings),
+                *(_speedup(any_case, any_case["peers"].get(name)) for name in rivals),
+            ]
+        )
+    head = ["ranks", "Mbit/s", "one device (s)", *(f"**{name}**" for name in settings)]
+    return [*head, *(RIVALS[name] for name in rivals)], lines
+
+
+def latency(report: dict[str, Any]) -> str:
+    """Speedup over one device by ranks and rate; ideal is the number of ranks."""
+    shown = [
+        case
+        for case in report["cases"]
+        if case["shape"]["rtt_ms"] == RTT_MS and case.get("speed", 1) == 1
+    ]
+    return table(*_rows(report, shown)) + source(report)
+
+
+def scaled(report: dict[str, Any]) -> str:
+    """The same on devices so much faster: stage times divided by a factor."""
+    shown = [case for case in report["cases"] if case.get("speed", 1) != 1]
+    if not shown:
+        return "*not measured yet*"
+    rows = []
+    for case in shown:
+        ours, rival = case["ms"]["p50"], case["peers"]["bp_ag_nb1"]
+        rows.append(
+            [
+                f"{case['shape']['world_size']}",
+                f"{case['speed']:g}×",
+                f"{case['shape']['mbit_per_s']:g}",
+                f"{case['peers']['single'] / 1e3:.3f}",
+                case["impl"],
+                _speedup(case, ours),
+                f"{rival / ours:.2f}×",
+            ]
+        )
+    head = ["ranks", "device", "Mbit/s", "one device (s)", "setting", "over one device"]
+    return table([*head, "over BP+AG Nb=1"], rows) + source(report)
+
+
+def stages(report: dict[str, Any]) -> str:
+    """Where the busiest rank's time goes, without waiting; the link makes no difference."""
+    seen: dict[Any, dict[str, Any]] = {}
+    for case in report["cases"]:
+        if case.get("speed", 1) == 1:
+            seen.setdefault((case["shape"]["world_size"], case["impl"]), case)
+    names = ["compute", "attend", "encode", "pack", "send", "unpack", "merge"]
+    rows = []
+    for (ranks, impl), case in sorted(seen.items()):
+        stages = case["stages_ms"]
+        total = sum(stages.values())
+        rows.append(
+            [
+                f"{ranks}",
+                impl,
+                f"{total:.0f}",
+                *(f"{stages.get(name, 0.0) / total:.1%}" for name in names),
+            ]
+        )
+    return table(["ranks", "setting", "busy (ms)", *names], rows) + source(report)
+
+
+def real(report: dict[str, Any]) -> str:
+    """Real processes behind the switch, beside what the virtual clock says."""
+    first = report["cases"][0]
+    rows = []
+    for case in report["cases"]:
+        name, ours = case["impl"], case["ms"]["p50"]
+        rows.append([f"**{name}**", *_real(first, name, ours)])
+    for name in ("single", *RIVALS):
+        if name in first["peers"]:
+            rows.append([RIVALS.get(name, "one device"), *_real(first, name, first["peers"][name])])
+    head = ["", "first token (s)", "speedup", "virtual clock (s)", "virtual/real"]
+    return table(head, rows) + source(report)
+
+
+def _real(case: dict[str, Any], name: str, ms: float) -> list[str]:
+    virtual = case["virtual_ms"].get(name)
+    told = [f"{ms / 1e3:.3f}", _speedup(case, ms)]
+    if virtual is None:
+        return [*told, "", ""]
+    return [*told, f"{virtual / 1e3:.3f}", f"{virtual / ms:.2f}"]

@@ -1,0 +1,105 @@
+"""The latency bench with a tiny model: what is recorded, and what links make of it."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+
+from bench import tables_latency
+from bench.baselines import methods
+from bench.latency import __main__ as program
+from bench.latency import record
+from bench.latency.record import Event, Recording
+from bench.latency.subjects import Subject
+from bench.link.model import Link
+from bench.link.virtual import SocketCosts
+
+FREE = SocketCosts()
+
+
+def ticking():
+    """A clock of which every reading is a millisecond later: stages take what they take."""
+    now = 0.0
+
+    def read() -> float:
+        nonlocal now
+        now += 1e-3
+        return now
+
+    return read
+
+
+@pytest.fixture(scope="module")
+def subject():
+    return Subject.make("tiny", 64)
+
+
+def test_played_events_take_what_they_are_worth():
+    link = Link(8.0, rtt_ms=4.0)  # 1 MB/s
+    sender = [Event(0.010, to=1, size=1000), Event(0.005, to=1, size=2000), Event(0.1)]
+    hearer = [Event(0.001, sources=(0,)), Event(0.002, sources=(0,)), Event(0.003)]
+    played = Recording([sender, hearer], (1,), 3000.0)
+    first = 0.010 + link.seconds(1000)
+    second = max(0.015, first) + link.seconds(2000) + 0.002
+    assert played.finish(link, FREE) == pytest.approx(second + 0.003)
+    assert played.finish(link, FREE, speed=1e9) == pytest.approx(
+        link.seconds(1000) + link.seconds(2000) + 0.002, rel=1e-6
+    )
+    assert played.computing == [pytest.approx(0.115), pytest.approx(0.006)]
+    # of several ranks with the answer, the first counts
+    both = Recording([sender, hearer], (0, 1), 0.0)
+    assert both.finish(link, FREE) == pytest.approx(min(0.115, second + 0.003))
+
+
+@pytest.mark.parametrize("setting", ["hidden:1", "kv:4"])
+def test_the_engine_is_recorded(subject, setting):
+    book = subject.codebook(setting)
+    (found,) = record.astra(subject, book, 3, 1, clock=ticking())
+    assert found.answers == (2,)
+    blocks, tokens = 4, subject.tokens
+    messages = [sum(event.to >= 0 for event in events) for events in found.ranks]
+    assert messages == [2 * blocks, blocks, 0]  # to every later rank, in every block
+    assert found.payload < 2 * tokens * blocks * book.bits / 8 + 100
+    assert set(found.stages) >= {"compute", "encode", "attend", "merge"}
+    assert "wait" not in found.stages
+    assert all(seconds >= 0 for seconds in found.stages.values())
+    slow, fast = (found.finish(Link(mbit), FREE) for mbit in (0.05, 1000.0))
+    assert slow > 2 * fast
+    assert fast >= found.computing[2]
+
+
+@pytest.mark.parametrize("name", ["tp", "sp", "bp_ag_nb1", "segment_means"])
+def test_rivals_are_recorded(subject, name):
+    (found,) = record.rival(subject, methods()[name], 2, 1, clock=ticking())
+    assert found.answers
+    assert sum(e.size for events in found.ranks for e in events) == found.payload
+    assert not found.stages
+
+
+def test_a_run_writes_cases_that_tables_show(tmp_path, monkeypatch):
+    monkeypatch.setattr("bench._report.RESULTS", tmp_path)
+    asked = ["--models", "tiny", "--tokens", "64", "--ranks", "2", "--repeats", "1"]
+    asked += ["--mbit", "10", "100", "--rtt-ms", "2", "--methods", "sp", "--speeds", "1", "4"]
+    threads = torch.get_num_threads()
+    program.main(asked)
+    torch.set_num_threads(threads)
+    (path,) = tmp_path.rglob("latency_tiny_64.json")
+    report = json.loads(path.read_text())
+    assert len(report["cases"]) == 2 * 2 * 2  # settings, rates, speeds
+    for case in report["cases"]:
+        assert case["name"].startswith("latency_tiny_64_2ranks_")
+        assert case["impl"] in ("astra hidden:1", "astra kv:4")
+        assert set(case["peers"]) == {"single", "sp"}
+        assert case["floor_ms"] == pytest.approx(case["peers"]["single"] / 2, rel=1e-3)
+    scaled = [case for case in report["cases"] if case["speed"] == 4]
+    assert all("_scaled4" in case["name"] for case in scaled)
+    shown = tables_latency.latency(report)
+    for mbit in (10, 100):
+        assert f"| {mbit} |" in shown
+
+
+def test_a_square_of_patches_is_needed():
+    with pytest.raises(ValueError, match="expected a square of patches for vit-base, got 1000"):
+        Subject.make("vit-base", 1000)
