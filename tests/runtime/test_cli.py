@@ -479,3 +479,9 @@ def test_windows_are_spread_and_do_not_overlap(home: Path) -> None:
     assert torch.equal(windows[0], ids[:100])
     assert torch.equal(windows[-1], ids[-100:])
     assert len(token_windows(tokenizer, TEXT, 100, 50)) == 6
+
+
+def test_benchmarks_are_reached_by_name(home: Path) -> None:
+    assert "--ranks" in astra(home, "bench", "latency", "--help").stdout
+    done = astra(home, "bench", "nothing", code=2)
+    assert "invalid choice: 'nothing'" in done.stderr

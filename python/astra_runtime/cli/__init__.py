@@ -20,6 +20,7 @@ COMMANDS = {
     "worker": "be one rank of a run that rank 0 leads",
     "plan": "how quick a model will be on N devices, and what to choose",
     "keys": "make the keys with which devices recognize each other",
+    "bench": "the benchmarks of a checkout",
     "doctor": "what this machine has, and whether it works",
 }
 
