@@ -7,11 +7,12 @@ changes nothing and fails if the tables are not what the results say.
 """
 
 import re
+import statistics
 import sys
 from collections.abc import Callable
 from pathlib import Path
 
-from bench import tables_vision
+from bench import tables_latency, tables_vision
 from bench._markdown import load, source, spread, table
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -103,59 +104,41 @@ def ops(report: dict) -> str:
     return table(head, rows) + source(report)
 
 
-def accuracy(report: dict) -> str:
-    """Rows that name no domain are of the calibration text's own."""
-    rows = [
-        [
-            row["codes"],
-            row.get("domain", "documentation"),
-            f"{row['bits_per_token_block']:.0f}",
-            f"{row['world_size']}",
-            f"{row['exact']:.2f}",
-            f"{row['astra']:.2f}",
-            f"{row['local_only']:.2f}",
-            f"{row['gap_recovered']:.2f}",
-        ]
-        for row in report["rows"]
-    ]
-    head = ["codes", "text", "bits/token/block", "ranks", "exact", "ASTRA", "dropped", "gap kept"]
-    return table(head, rows) + source(report)
-
-
 def accuracy_lm(report: dict) -> str:
-    """Codes by domain and bits; the spread is the deviation between windows."""
-    shown, names = [], {"local_prefix_1": "remote tokens dropped, first token exact"}
+    """Codes by domain and bits, seeds in one row; ± is the deviation between windows."""
+    groups: dict[tuple, list[dict]] = {}
     for row in report["rows"]:
-        if row["codes"] in ("exact", "local_only"):
-            continue
-        kept = f"{row['gap_recovered']:.2f}"
-        spread = row.get("gap_spread")
-        bits, flops = row["bits_per_token_block"], row["flops_over_ideal"]
-        shown.append(
-            [
-                names.get(row["codes"], row["codes"]),
-                row["domain"],
-                str(row["world_size"]),
-                f"{bits or 0:.0f}",
-                f"{flops:.2f}",
-                f"{row['exact']:.2f}",
-                f"{row['perplexity']:.2f}",
-                f"{row['local_only']:.2f}",
-                kept if spread is None else f"{kept} ± {spread:.2f}",
-            ]
-        )
-    shown.sort(key=lambda line: (line[1], int(line[2]), float(line[3])))
-    head = [
-        "codes",
-        "text",
-        "ranks",
-        "bits/token/block",
-        "FLOPs/ideal",
-        "exact",
-        "ASTRA",
-        "dropped",
+        if row["codes"] not in ("exact", "local_only"):
+            key = (row["domain"], row["world_size"], row["codes"], row["halo"], row["lost"])
+            groups.setdefault(key, []).append(row)
+    shown = [
+        [
+            "remote tokens dropped" if codes.startswith("local_prefix") else codes,
+            domain,
+            str(ranks),
+            str(halo),
+            f"{lost:.0%}",
+            f"{found[0]['bits_per_token_block'] or 0:.0f}",
+            f"{found[0]['flops_over_ideal']:.2f}",
+            f"{found[0]['exact']:.2f}",
+            f"{statistics.fmean(row['perplexity'] for row in found):.2f}",
+            f"{found[0]['local_only']:.2f}",
+            f"{statistics.fmean(row['gap_recovered'] for row in found):.2f} ± "
+            f"{statistics.fmean(row['gap_spread'] for row in found):.2f}",
+            _between_seeds([row["gap_recovered"] for row in found]),
+        ]
+        for (domain, ranks, codes, halo, lost), found in groups.items()
     ]
-    return table([*head, "gap kept"], shown) + source(report)
+    shown.sort(key=lambda line: (line[1], int(line[2]), line[4], float(line[5]), int(line[3])))
+    head = ["codes", "text", "ranks", "halo", "lost", "bits/token/block", "FLOPs/ideal"]
+    head += ["exact", "ASTRA", "dropped", "gap kept", "seeds"]
+    return table(head, shown) + source(report)
+
+
+def _between_seeds(values: list[float]) -> str:
+    if len(values) == 1:
+        return "1"
+    return f"{len(values)} (± {statistics.stdev(values):.3f})"
 
 
 def accuracy_encoder(report: dict) -> str:
@@ -225,11 +208,16 @@ TABLES: dict[str, tuple[str, Callable[[dict], str]]] = {
     "pack": ("cpu-2core/pack", pack),
     "exchange": ("cpu-2core/exchange", exchange),
     "ops": ("cpu-2core/ops", ops),
-    "accuracy": ("cpu-2core/accuracy", accuracy),
     "accuracy_encoder": ("cpu-2core/accuracy_encoder", accuracy_encoder),
     "vision": tables_vision.TABLES["vision"],
     "accuracy_lm": ("cpu-2core/accuracy_lm", accuracy_lm),
-    "accuracy_differential": ("cpu-2core/accuracy_differential", accuracy),
+    "latency_vit": ("cpu-2core/latency_vit-base_1024", tables_latency.latency),
+    "latency_vit_stages": ("cpu-2core/latency_vit-base_1024", tables_latency.stages),
+    "latency_vit_real": ("cpu-2core/latency_real_vit-base", tables_latency.real),
+    "latency_smollm2": ("cpu-2core/latency_smollm2_1024", tables_latency.latency),
+    "latency_smollm2_stages": ("cpu-2core/latency_smollm2_1024", tables_latency.stages),
+    "latency_smollm2_real": ("cpu-2core/latency_real_smollm2", tables_latency.real),
+    "latency_scaled": ("cpu-2core/latency_scaled", tables_latency.scaled),
     "kernels_h100": ("h100/kernels", kernels),
     "kernels_h200": ("h200/kernels", kernels),
 }
