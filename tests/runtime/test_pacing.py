@@ -30,6 +30,13 @@ def test_time_on_the_link(link: Link, payload: int, seconds: float) -> None:
     assert link.seconds(payload) == pytest.approx(seconds)
 
 
+def test_tls_takes_time_on_the_link_too() -> None:
+    link = Link(10)
+    assert link.seconds(320, encrypted=True) == pytest.approx((336 + 22 + 52) * 8e-7)
+    frame = 16 + 20_000 + 2 * 22  # two records
+    assert link.seconds(20_000, encrypted=True) == pytest.approx((frame + 14 * 52) * 8e-7)
+
+
 @pytest.mark.parametrize("arguments", [(0,), (-1,), (10, -1), (float("nan"),)])
 def test_an_impossible_link_is_refused(arguments: tuple[float, ...]) -> None:
     with pytest.raises(ValueError, match=r"mbit_per_s|delay_ms"):

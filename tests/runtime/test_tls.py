@@ -78,6 +78,7 @@ def test_a_world_of_four() -> None:
 
 def test_one_thread_sends_while_another_reads() -> None:
     meshes = tls_mesh(2, link=Link(5000, 0.1))  # a link sends from a thread of its own
+    assert all(mesh.encrypted for mesh in meshes)
     as_ranks(meshes, lambda mesh: all_to_all(mesh, 6, 4 << 20))
 
 

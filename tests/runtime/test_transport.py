@@ -116,7 +116,7 @@ def test_stats_count_payload_and_framing(make: Callable[..., list[Mesh]]) -> Non
         assert (spent.messages_sent, spent.messages_received) == (11, 11)
         assert (spent.bytes_sent_payload, spent.bytes_received_payload) == (3200, 3200)
         assert (spent.bytes_sent_control, spent.bytes_received_control) == (5, 5)
-        tls = 22 if getattr(mesh, "encrypted", False) else 0  # a record's header and seal
+        tls = 22 if mesh.encrypted else 0  # a record's header and seal
         total = 3205 + 11 * (16 + tls)
         assert spent.bytes_sent_total == total
         # TLS reads what has come, and that may be the BYE of a peer that is done

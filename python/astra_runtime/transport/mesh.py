@@ -46,6 +46,10 @@ class Mesh(Protocol):
     timeout: float  # seconds; the deadline of every wait
 
     @property
+    def encrypted(self) -> bool:
+        """Whether all that this rank sends and hears is inside TLS."""
+
+    @property
     def stats(self) -> Stats:
         """A snapshot of what has crossed this rank's connections so far; subtract two of them."""
 

@@ -31,6 +31,8 @@ from astra_runtime.wire import HEADER_SIZE, Frame
 
 SEGMENT: Final = 1448  # payload bytes of a full TCP segment on Ethernet, timestamps on
 SEGMENT_OVERHEAD: Final = 52  # IPv4 header 20, TCP header 20, timestamps option 12
+TLS_RECORD: Final = 16 << 10  # bytes of a frame in one record
+TLS_OVERHEAD: Final = 22  # a record's header 5, its type 1, its authentication 16
 MAX_QUEUED: Final = 64 << 20  # payload bytes held back before `send` waits
 _PR_SET_TIMERSLACK: Final = 29
 
@@ -52,11 +54,13 @@ class Link:
     def is_free(self) -> bool:
         return self.mbit_per_s is None and self.delay_ms == 0
 
-    def seconds(self, payload: int) -> float:
+    def seconds(self, payload: int, *, encrypted: bool = False) -> float:
         """How long a frame of `payload` bytes occupies the link, all headers included."""
         if self.mbit_per_s is None:
             return 0.0
         frame = HEADER_SIZE + payload
+        if encrypted:
+            frame += TLS_OVERHEAD * -(-frame // TLS_RECORD)
         return (frame + SEGMENT_OVERHEAD * -(-frame // SEGMENT)) * 8e-6 / self.mbit_per_s
 
 
@@ -98,6 +102,10 @@ class PacedMesh:
         self._mesh.timeout = seconds
 
     @property
+    def encrypted(self) -> bool:
+        return self._mesh.encrypted
+
+    @property
     def stats(self) -> Stats:
         return self._mesh.stats
 
@@ -116,6 +124,7 @@ class PacedMesh:
         self._raise_failure()
         content = payload.payload if isinstance(payload, Frame) else memoryview(payload).cast("B")
         size = content.nbytes
+        crossing = self.link.seconds(size, encrypted=self.encrypted)
         with self._changed:
             if self._held_bytes > MAX_QUEUED:
                 self._wait_for_room(block)
@@ -124,7 +133,7 @@ class PacedMesh:
             frame = pool.pop() if pool else self._mesh.buffer(size)
             frame.payload[:] = content
             for position, rank in enumerate(to, 1):
-                self._busy_until = max(self._busy_until, start) + self.link.seconds(size)
+                self._busy_until = max(self._busy_until, start) + crossing
                 due = self._busy_until + self.link.delay_ms * 1e-3
                 self._held.append(_Held(due, frame, block, plan, rank, position == len(to)))
                 self._held_bytes += size

@@ -183,8 +183,7 @@ class TcpMesh:
 
     @property
     def encrypted(self) -> bool:
-        """Whether every connection of this rank is inside TLS."""
-        return all(peer.stream.encrypted for peer in self._peers.values())
+        return bool(self._peers) and all(p.stream.encrypted for p in self._peers.values())
 
     @property
     def stats(self) -> Stats:
