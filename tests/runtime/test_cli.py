@@ -19,7 +19,7 @@ import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from astra_runtime import Codebook
+from astra_runtime import Codebook, transport
 from astra_runtime.cli import COMMANDS, main
 from astra_runtime.store import DOMAINS, builtin_text, token_windows
 
@@ -125,6 +125,34 @@ def test_run_sends_codes(home: Path) -> None:
     )  # fmt: skip
     found = json.loads(done.stdout)
     assert 15 <= found["bits_per_token_block"] < 16  # rows are padded to whole bytes
+
+
+@pytest.mark.parametrize("asked", [[], ["--insecure"]], ids=["default", "insecure"])
+def test_processes_of_one_command_speak_tls_unless_told_otherwise(
+    asked: list[str],
+    home: Path,
+    here: Callable[..., tuple[str, str]],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    pytest.importorskip("cryptography")
+    meshes: list[Any] = []
+    folders: list[Path] = []
+
+    def connect(*arguments: Any, **options: Any) -> Any:
+        folders.extend(Path(folder) for folder in [options["keys"]] if folder)
+        assert all(folder.stat().st_mode & 0o777 == 0o700 for folder in folders)
+        meshes.append(real(*arguments, **options))
+        return meshes[-1]
+
+    real = transport.connect
+    monkeypatch.setattr(transport, "connect", connect)
+    here(
+        "run", *model_options(home), "--prompt", PROMPT, "--world-size", "2", "--max-new-tokens",
+        "1", *asked,
+    )  # fmt: skip
+    assert [mesh.encrypted for mesh in meshes] == [not asked]
+    assert len(folders) == (0 if asked else 1)
+    assert not any(folder.exists() for folder in folders)
 
 
 def test_torchrun_starts_the_ranks(home: Path) -> None:
