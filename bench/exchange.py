@@ -2,6 +2,10 @@
 
     python -m bench.exchange     # writes bench/results/<device>/exchange.json; about two minutes
     python -m bench.exchange --exchanges 500 --worlds 2 --sizes 320 --no-write
+    python -m bench.exchange --tls --worlds 2 --sizes 320 131072    # writes exchange_tls.json
+
+With --tls ours is mutual TLS 1.3, and stands beside itself in plaintext (`astra tcp`) as well as
+the others; `connect_ms` is what joining costs the rank that dials all others, either way.
 
 Every rank is a process. All three run in the same processes, in rounds that take turns, so that
 whatever else the machine does meets them alike. An exchange is timed on every rank from the first
@@ -34,6 +38,7 @@ from bench._report import Case, Times, write
 
 ROUNDS = 20
 PEERS = ("gloo", "zeromq")
+CONNECTS = 21  # times that a mesh is made to be timed; the first, which loads modules, not counted
 WARM_UP = 10  # exchanges at the start of a round that are not counted
 
 
@@ -60,16 +65,25 @@ class Astra:
     """Ours: frames over the TCP mesh."""
 
     name = "astra tcp"
+    ports = "astra"
+    keys: str | None = None
 
     def __init__(self, rank: int, ports: dict[str, list[int]], size: int) -> None:
-        from astra_runtime.transport import connect, peers_of
+        from astra_runtime.transport import peers_of
 
-        addresses = [f"127.0.0.1:{port}" for port in ports["astra"]]
-        self.mesh = connect(rank, len(addresses), addresses)
+        self.mesh = self.join(rank, ports)
         self.others = peers_of(self.mesh)
         self.frame = self.mesh.buffer(size)
         self.payload = np.frombuffer(self.frame.payload, np.uint8)
         self.sizes = dict.fromkeys(self.others, size)
+
+    @classmethod
+    def join(cls, rank: int, ports: dict[str, list[int]]) -> Any:
+        from astra_runtime.transport import connect
+
+        addresses = [f"127.0.0.1:{port}" for port in ports[cls.ports]]
+        keys = cls.keys
+        return connect(rank, len(addresses), addresses, keys=keys, insecure=keys is None)
 
     def exchange(self, block: int) -> Any:
         self.mesh.send(self.frame, block=block, plan=1, to=self.others)
@@ -77,6 +91,13 @@ class Astra:
 
     def close(self) -> None:
         self.mesh.close()
+
+
+class AstraTls(Astra):
+    """The same frames inside mutual TLS 1.3."""
+
+    name = "astra_tls"
+    ports = "astra_tls"
 
 
 class Gloo:
@@ -204,15 +225,41 @@ def receive_exactly(link: socket.socket, data: bytearray) -> None:
         filled += link.recv_into(view[filled:])
 
 
+def connecting(kind: type[Astra], rank: int, ports: dict[str, list[int]]) -> list[int]:
+    """Nanoseconds in which the last rank joins, which dials all others while they listen."""
+    samples = []
+    for _ in range(CONNECTS):
+        time.sleep(0.02 * rank)
+        start = time.perf_counter_ns()
+        mesh = kind.join(rank, ports)
+        samples.append(time.perf_counter_ns() - start)
+        others = [other for other in range(mesh.world_size) if other != rank]
+        mesh.send(b"", block=0, plan=1, to=others)
+        mesh.receive(dict.fromkeys(others, 0), block=0, plan=1)
+        mesh.close()
+    return samples[1:] if rank == mesh.world_size - 1 else []
+
+
 def run_rank(
-    rank: int, ports: dict[str, list[int]], size: int, exchanges: int, results: Queue[Any]
+    rank: int,
+    ports: dict[str, list[int]],
+    size: int,
+    exchanges: int,
+    keys: str | None,
+    results: Queue[Any],
 ) -> None:
     import torch
 
     torch.set_num_threads(1)
     world_size = len(ports["astra"])
     samples: dict[str, list[int]] = {"floor": floor(rank, ports["floor"][0], size, 1000)}
-    systems = [kind(rank, ports, size) for kind in (Astra, Gloo, ZeroMQ)]
+    kinds: list[Any] = [Astra, Gloo, ZeroMQ]
+    if keys is not None:
+        AstraTls.keys = keys
+        kinds.insert(1, AstraTls)
+        for kind in (Astra, AstraTls):
+            samples[f"connect {kind.name}"] = connecting(kind, rank, ports)
+    systems = [kind(rank, ports, size) for kind in kinds]
     for system in systems:
         check(system, rank, world_size, size)
         samples[system.name] = []
@@ -235,9 +282,11 @@ def free_ports(count: int) -> list[int]:
     return ports
 
 
-def run_case(world_size: int, size: int, exchanges: int) -> Exchange:
-    numbers = free_ports(world_size + 2 + world_size * world_size)
+def run_case(world_size: int, size: int, exchanges: int, keys: str | None) -> Exchange:
+    """One case; `keys`: a folder of keys, for the case with TLS."""
+    numbers = free_ports(2 * world_size + 2 + world_size * world_size)
     ports = {
+        "astra_tls": [numbers.pop() for _ in range(world_size)],
         "astra": numbers[:world_size],
         "gloo": numbers[world_size : world_size + 1],
         "floor": numbers[world_size + 1 : world_size + 2],
@@ -246,7 +295,9 @@ def run_case(world_size: int, size: int, exchanges: int) -> Exchange:
     context = multiprocessing.get_context("spawn")
     results: Queue[Any] = context.Queue()
     processes = [
-        context.Process(target=run_rank, args=(rank, ports, size, exchanges, results), daemon=True)
+        context.Process(
+            target=run_rank, args=(rank, ports, size, exchanges, keys, results), daemon=True
+        )
         for rank in range(world_size)
     ]
     for process in processes:
@@ -259,15 +310,23 @@ def run_case(world_size: int, size: int, exchanges: int) -> Exchange:
     def ms(name: str) -> Tailed:
         return Tailed(*(float(np.percentile(pooled[name], p)) for p in (20, 50, 80, 99)))
 
+    connect_ms = {
+        name.removeprefix("connect "): ms(name).p50
+        for name in pooled
+        if name.startswith("connect ")
+    }
+    ours = Astra.name if keys is None else AstraTls.name
+    peers = PEERS if keys is None else (Astra.name, *PEERS)
     return Exchange(
-        name=f"exchange_{size}B_{world_size}ranks",
+        name=f"exchange_{size}B_{world_size}ranks" + ("" if keys is None else "_tls"),
         shape={"world_size": world_size, "N": size},
         dtype="uint8",
-        impl="astra tcp",
-        ms=ms("astra tcp"),
+        impl=ours,
+        ms=ms(ours),
         floor_ms=ms("floor").p50 / 2,
-        peers={name: ms(name).p50 for name in PEERS},
-        peers_p99={name: ms(name).p99 for name in PEERS},
+        peers={name: ms(name).p50 for name in peers},
+        peers_p99={name: ms(name).p99 for name in peers},
+        extra={} if keys is None else {"connect_ms": connect_ms},
     )
 
 
@@ -276,10 +335,11 @@ def summary(case: Exchange) -> str:
     ours = case.ms
     assert isinstance(ours, Tailed)
     parts = [f"{case.name:24} p50 {ours.p50:.3f} p99 {ours.p99:.3f} ms"]
-    for name in PEERS:
-        p50, p99 = case.peers[name], case.peers_p99[name]
+    for name, p50 in case.peers.items():
+        p99 = case.peers_p99[name]
         times = f"{p50 / ours.p50:.1f}x {p99 / ours.p99:.1f}x"
         parts.append(f"{name} {p50:.3f} {p99:.3f} ({times})")
+    parts += [f"connect {name} {p50:.1f}" for name, p50 in case.extra.get("connect_ms", {}).items()]
     return " | ".join([*parts, f"floor {case.floor_ms:.3f}"])
 
 
@@ -288,17 +348,25 @@ def main() -> None:
     parser.add_argument("--exchanges", type=int, default=2000, help="of each system and case")
     parser.add_argument("--worlds", type=int, nargs="+", default=[2, 4])
     parser.add_argument("--sizes", type=int, nargs="+", default=[320, 4096, 32768, 131072])
+    parser.add_argument("--tls", action="store_true", help="ours with mutual TLS 1.3")
     parser.add_argument("--no-write", action="store_true", help="print only")
     arguments = parser.parse_args()
     cases = []
-    for world_size in arguments.worlds:
-        for size in arguments.sizes:
-            cases.append(run_case(world_size, size, arguments.exchanges))
-            print(summary(cases[-1]), file=sys.stderr, flush=True)
+    with contextlib.ExitStack() as stack:
+        keys = None
+        if arguments.tls:
+            from astra_runtime.keys import ephemeral_keys
+
+            keys = str(stack.enter_context(ephemeral_keys(max(arguments.worlds))))
+        for world_size in arguments.worlds:
+            for size in arguments.sizes:
+                cases.append(run_case(world_size, size, arguments.exchanges, keys))
+                print(summary(cases[-1]), file=sys.stderr, flush=True)
     if not arguments.no_write:
         command = " ".join(["python -m bench.exchange", *sys.argv[1:]])
         packages = ("torch", "pyzmq", "numpy")
-        write("exchange", cases, command=command, packages=packages, link={"kind": "loopback"})
+        name = "exchange_tls" if arguments.tls else "exchange"
+        write(name, cases, command=command, packages=packages, link={"kind": "loopback"})
 
 
 if __name__ == "__main__":
