@@ -124,3 +124,22 @@ def _real(case: dict[str, Any], name: str, ms: float) -> list[str]:
     if virtual is None:
         return [*told, "", ""]
     return [*told, f"{virtual / 1e3:.3f}", f"{virtual / ms:.2f}"]
+
+
+def scaling(report: dict[str, Any]) -> str:
+    """On paper: the number of devices that is best, full mesh and two-level."""
+    groups: dict[Any, list[dict[str, Any]]] = {}
+    for row in report["rows"]:
+        if row["model"] not in ("vit-base", "llama-3-8b"):
+            continue  # the rest is in the file
+        key = (row["model"], row["flops"], row["mbit_per_s"], row["tokens"])
+        groups.setdefault(key, []).append(row)
+    lines = []
+    for (model, flops, mbit, tokens), found in groups.items():
+        line = [model, f"{flops / 1e9:g}", f"{mbit:g}", f"{tokens:,}"]
+        for name in ("full", "two_level"):
+            best = max(found, key=lambda row: row[f"{name}_speedup"])
+            line.append(f"{best['world_size']}: {best[f'{name}_speedup']:.1f}×")
+        lines.append([*line, f"{found[-1]['full_speedup']:.1f}×"])
+    head = ["model", "GFLOP/s a device", "Mbit/s", "tokens", "best, full mesh", "best, two levels"]
+    return table([*head, "1,024 devices, full mesh"], lines) + source(report)

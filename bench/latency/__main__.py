@@ -36,6 +36,7 @@ from bench.link.virtual import SocketCosts
 
 SETTINGS = {
     "vit-base": ("hidden:1", "kv:1"),
+    "vit-base-int8": ("hidden:1", "kv:1"),
     "gpt2": ("hidden:1", "kv:1"),
     "gpt2-medium": ("hidden:1", "kv:1"),
     "llama": ("kv:1", "kv:4"),

@@ -6,6 +6,7 @@ codebooks of spaces whose work does not depend on what was fitted.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,6 +31,19 @@ def _vit_base(tokens: int) -> Any:
         raise ValueError(f"tokens: expected a square of patches for vit-base, got {tokens}")
     config = transformers.ViTConfig(image_size=16 * side)
     return transformers.ViTForImageClassification(config)
+
+
+def _int8(make: Callable[[int], Any]) -> Callable[[int], Any]:
+    """8-bit weights, activations quantized at each layer's input: torch's dynamic quantization."""
+
+    def made(tokens: int) -> Any:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # torchao is to take its place, and needs a compiler
+            return torch.ao.quantization.quantize_dynamic(
+                make(tokens).eval(), {torch.nn.Linear}, dtype=torch.qint8
+            )
+
+    return made
 
 
 def _gpt2(width: int, layers: int, heads: int) -> Callable[[int], Any]:
@@ -58,6 +72,7 @@ def _llama(tokens: int) -> Any:
 
 MODELS: dict[str, Callable[[int], Any]] = {
     "vit-base": _vit_base,
+    "vit-base-int8": _int8(_vit_base),
     "gpt2": _gpt2(768, 12, 12),
     "gpt2-medium": _gpt2(1024, 24, 16),
     "llama": _llama,

@@ -296,3 +296,52 @@ def bits_of(adapter: Adapter, codebook: Codebook, block: int) -> float:
         return 0.0
     each = {"float32": 32.0, "float16": 16.0, "int8": 8.0 + 16.0 / adapter.head_dim}[codebook.dtype]
     return 2 * adapter.num_key_value_heads * adapter.head_dim * each
+
+
+def on_paper(
+    adapter: Adapter,
+    codebook: Codebook,
+    rates: Rates,
+    link: Link,
+    tokens: int,
+    world: int,
+    *,
+    two_level: bool = False,
+) -> float:
+    """Seconds to the answer of equal ranks in step, in closed form: for more ranks than one has.
+
+    Every block of every rank takes its own work, and the exchange as far as attention to the own
+    tokens does not hide it. In a full mesh a rank sends N − 1 frames of its own tokens' codes. With
+    `two_level`, ranks stand in rows and columns of about √N: codes go along the row first, then
+    each rank sends its row's to its column. That is as many bytes of codes in 2·(√N − 1) frames,
+    each with its headers, and one more latency; no order of exchange lowers what a rank has to
+    receive, all codes of all others, N − 1 frames' worth on its downlink.
+    """
+    if world < 1 or tokens < world:
+        raise ValueError(f"world: expected 1 to {tokens} ranks, one a token, got {world}")
+    own = tokens / world
+    count = own + adapter.class_tokens
+    heard = tokens - own
+    if adapter.causal:  # later ranks hear more; balanced shares give each the mean
+        heard /= 2
+    near = rates.near * (count * count / 2 if adapter.causal else count * count)
+    work = rates.block + rates.token * count + near
+    if world == 1:
+        return rates.once + len(adapter.blocks) * work
+    work += rates.code * own + rates.receive * heard + rates.far * count * heard
+    total = rates.once
+    for block in range(len(adapter.blocks)):
+        size = bits_of(adapter, codebook, block) * own / 8
+        exchange = 0.0
+        if size:
+            delay = link.delay_ms / 1e3
+            if two_level:
+                row = round(world**0.5)
+                column = -(-world // row)
+                first = (row - 1) * link.seconds(int(-(-size // 1))) + delay
+                gathered = int(-(-(size * row) // 1))
+                exchange = first + (column - 1) * link.seconds(gathered) + delay
+            else:
+                exchange = (world - 1) * link.seconds(int(-(-size // 1))) + delay
+        total += work + max(0.0, exchange - near)
+    return total

@@ -103,3 +103,28 @@ def test_a_run_writes_cases_that_tables_show(tmp_path, monkeypatch):
 def test_a_square_of_patches_is_needed():
     with pytest.raises(ValueError, match="expected a square of patches for vit-base, got 1000"):
         Subject.make("vit-base", 1000)
+
+
+def test_quantized_weights_run_as_ranks():
+    """Activations are quantized by their range, which a shard has of its own: close, not equal."""
+    from astra_runtime import Codebook, Engine
+    from astra_runtime.evaluate import run_ranks
+    from bench.latency.subjects import _int8
+    from tests.runtime.models import inputs_for, tiny
+
+    plain, inputs = tiny("vit"), inputs_for("vit")
+    model, other = (_int8(lambda _, seed=seed: tiny("vit", seed=seed))(0) for seed in (0, 1))
+
+    def work(mesh):
+        with Engine(model, Codebook.none(), mesh) as engine:
+            return engine(**inputs).logits, engine.adapter.digest()
+
+    with torch.inference_mode():
+        exact, single = plain(**inputs).logits, model(**inputs).logits
+    answers = run_ranks(2, work, timeout=30)
+    for logits, _ in answers:
+        error = float((logits - single).abs().max() / single.abs().max())
+        assert error < 0.1
+        assert not torch.equal(logits, exact)
+    with Engine(other, Codebook.none()) as engine:
+        assert engine.adapter.digest() != answers[0][1]

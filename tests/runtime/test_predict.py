@@ -17,7 +17,15 @@ from astra_runtime.costs import engine_plan, flops_over_ideal, single_flops
 from astra_runtime.models import adapt
 from astra_runtime.models.shapes import SHAPES, shaped
 from astra_runtime.plan import Plan
-from astra_runtime.predict import Rates, bits_of, first_token, measured, of_flops, single
+from astra_runtime.predict import (
+    Rates,
+    bits_of,
+    first_token,
+    measured,
+    of_flops,
+    on_paper,
+    single,
+)
 from astra_runtime.transport import Link
 
 from .models import tiny, windows_for
@@ -169,6 +177,37 @@ def test_flops_that_cannot_be_are_refused() -> None:
         of_flops(adapter, Codebook.none(), 0)
     with pytest.raises(ValueError, match="name: expected one of vit-base"):
         shaped("alexnet")
+
+
+@pytest.mark.parametrize("world", [2, 8])
+def test_the_closed_form_is_near_the_followed_ranks(world: int) -> None:
+    adapter = adapter_of(shaped("vit-base"))
+    book, link = kv(adapter), Link(10.0, 1.0)
+    rates = of_flops(adapter, book, 50e9)
+    plan = engine_plan(adapter, book, 1024, world)
+    followed = first_token(adapter, book, plan, [rates] * world, link).seconds
+    assert on_paper(adapter, book, rates, link, 1024, world) == pytest.approx(followed, rel=0.03)
+    alone = on_paper(adapter, book, rates, link, 1024, 1)
+    assert alone == pytest.approx(single(adapter, rates, 1024))
+
+
+def test_rows_and_columns_pay_when_frames_are_all_headers() -> None:
+    adapter = adapter_of(shaped("vit-base"))
+    book, link = kv(adapter), Link(10.0, 1.0)
+    rates = of_flops(adapter, book, 50e9)
+
+    def seconds(world: int, two_level: bool) -> float:
+        return on_paper(adapter, book, rates, link, 1024, world, two_level=two_level)
+
+    assert seconds(4, False) <= seconds(4, True)
+    far = Link(10.0, 100.0)
+    direct, in_two = (
+        on_paper(adapter, book, rates, far, 1024, 4, two_level=two) for two in (False, True)
+    )
+    assert in_two > direct + 1  # one more latency in each of 12 blocks, for nothing
+    assert seconds(512, True) < 0.5 * seconds(512, False)
+    with pytest.raises(ValueError, match="world: expected 1 to 1024 ranks"):
+        seconds(1025, False)
 
 
 # The command.

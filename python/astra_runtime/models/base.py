@@ -138,11 +138,12 @@ class Adapter(ABC):
         told = hashlib.sha256()
         for name in sorted(config.keys() - _NOT_THE_MODEL):
             told.update(f"{name}={config[name]!r};".encode())
-        for name, tensor in sorted(self.model.state_dict().items()):
-            flat = tensor.detach().reshape(-1)
-            sample = flat[:: max(1, flat.numel() // 256)].to("cpu", torch.float32).contiguous()
-            told.update(f"{name}{tuple(tensor.shape)}{tensor.dtype}".encode())
-            told.update(sample.numpy().tobytes())
+        for name, value in sorted(self.model.state_dict().items()):
+            for tensor in _tensors(value):
+                flat = tensor.reshape(-1)
+                sample = flat[:: max(1, flat.numel() // 256)].to("cpu", torch.float32).contiguous()
+                told.update(f"{name}{tuple(tensor.shape)}{tensor.dtype}".encode())
+                told.update(sample.numpy().tobytes())
         return told.hexdigest()[:16]
 
     # What a family says of itself.
@@ -231,6 +232,15 @@ class Adapter(ABC):
             yield
         finally:
             self.uninstall()
+
+
+def _tensors(value: Any) -> list[Tensor]:
+    """The tensors of an entry of a state dict; quantized layers pack their weights in tuples."""
+    if isinstance(value, tuple):
+        return [tensor for item in value for tensor in _tensors(item)]
+    if not isinstance(value, Tensor):
+        return []
+    return [value.int_repr() if value.is_quantized else value.detach()]
 
 
 def _block_hook(index: int) -> Any:
