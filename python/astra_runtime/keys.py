@@ -148,7 +148,7 @@ def _x509() -> Any:
         from cryptography import x509
     except ModuleNotFoundError as error:
         raise KeysError(
-            f'making keys needs the package cryptography: pip install "{EXTRA}"'
+            f'making or showing keys needs the package cryptography: pip install "{EXTRA}"'
         ) from error
     return x509
 

@@ -12,7 +12,7 @@ from typing import Any
 
 from .common import show_json
 
-PACKAGES = ("torch", "numpy", "triton", "transformers", "gguf", "safetensors")
+PACKAGES = ("torch", "numpy", "triton", "transformers", "gguf", "safetensors", "cryptography")
 
 
 def configure(parser: argparse.ArgumentParser) -> None:

@@ -97,7 +97,7 @@ class Door:
         self.deadline = time.monotonic() + HANDSHAKE_SECONDS
         self.stream = Stream(sock)
         self.identified = False  # whether it is TLS or plaintext has been seen
-        self.shaken = False  # the TLS handshake is complete and its names were checked
+        self.greeted = False  # inside TLS, by a dialer that has checked the names
         self.data = bytearray()
         self.wanted = HELLO_SIZE
         self.refused = False

@@ -143,7 +143,7 @@ class Formation:
     def _join(self, rank: int, stream: Stream) -> None:
         self.joined[rank] = stream
         self.stats.bytes_received_total += stream.received
-        self.stats.bytes_sent_total += stream.shaken
+        self.stats.bytes_sent_total += stream.handshake_sent
         if isinstance(stream, TlsStream):
             stream.trust()
         fd = stream.sock.fileno()
@@ -346,7 +346,7 @@ class Formation:
                 return
             if not door.stream.handshake():
                 return
-            if door.stream.encrypted and not door.shaken:
+            if door.stream.encrypted and not door.greeted:
                 self._greet(dial, door)
             complete = door.read()
         except BlockingIOError:
@@ -393,7 +393,7 @@ class Formation:
 
     def _greet(self, dial: _Dial, door: Door) -> None:
         """Checks whom the certificate names; says HELLO, or what is wrong."""
-        door.shaken = True
+        door.greeted = True
         certificate = door.stream.certificate()
         named, reason = named_rank(certificate), ""
         if named != dial.rank:

@@ -37,7 +37,7 @@ class Stream:
     def __init__(self, sock: socket.socket) -> None:
         self.sock = sock
         self.received = 0  # bytes read from the socket
-        self.shaken = 0  # bytes sent by TLS itself
+        self.handshake_sent = 0  # bytes sent by TLS itself
 
     def seal(self, data: memoryview) -> Iterable[memoryview]:
         """What has to be sent for `data`, in order; here `data` itself, not a copy."""
@@ -121,7 +121,7 @@ class TlsStream(Stream):
     def _speak(self) -> None:
         if self._outgoing.pending:
             data = self._outgoing.read()
-            self.shaken += len(data)
+            self.handshake_sent += len(data)
             # a few kilobytes at most, the first on their connection: the kernel takes them whole
             if self.sock.send(data) != len(data):
                 raise ConnectionResetError("it does not read")
