@@ -2,8 +2,8 @@
 
     python -m bench.scaling [--flops 50e9] [--mbit 10]
 
-Closed forms (`astra_runtime.predict.on_paper`), nothing is executed: one code a token, full mesh and
-rows and columns. Writes scaling.json. `bench.latency --ranks 2 4 8 16 32` executes what can be.
+Closed forms (`astra_runtime.predict.on_paper`), nothing is executed: one code a token, full mesh
+and rows and columns. Writes scaling.json. `bench.latency --ranks 2 4 8 16 32` executes what can be.
 """
 
 from __future__ import annotations

@@ -111,9 +111,12 @@ def real(report: dict[str, Any]) -> str:
     for case in report["cases"]:
         name, ours = case["impl"], case["ms"]["p50"]
         rows.append([f"**{name}**", *_real(first, name, ours)])
-    for name in ("single", *RIVALS):
-        if name in first["peers"]:
-            rows.append([RIVALS.get(name, "one device"), *_real(first, name, first["peers"][name])])
+    peers = first["peers"]
+    rows += [
+        [RIVALS.get(name, "one device"), *_real(first, name, peers[name])]
+        for name in ("single", *RIVALS)
+        if name in peers
+    ]
     head = ["", "first token (s)", "speedup", "virtual clock (s)", "virtual/real"]
     return table(head, rows) + source(report)
 
