@@ -117,16 +117,17 @@ def real(report: dict[str, Any]) -> str:
         for name in ("single", *RIVALS)
         if name in peers
     ]
-    head = ["", "first token (s)", "speedup", "virtual clock (s)", "virtual/real"]
+    head = ["", "first token (s)", "speedup", "virtual clock (s)", "over real"]
+    head += ["`astra plan` (s)", "over real"]
     return table(head, rows) + source(report)
 
 
 def _real(case: dict[str, Any], name: str, ms: float) -> list[str]:
-    virtual = case["virtual_ms"].get(name)
     told = [f"{ms / 1e3:.3f}", _speedup(case, ms)]
-    if virtual is None:
-        return [*told, "", ""]
-    return [*told, f"{virtual / 1e3:.3f}", f"{virtual / ms:.2f}"]
+    for kind in ("virtual_ms", "planned_ms"):
+        other = case[kind].get(name)
+        told += ["", ""] if other is None else [f"{other / 1e3:.3f}", f"{other / ms:.2f}"]
+    return told
 
 
 def scaling(report: dict[str, Any]) -> str:

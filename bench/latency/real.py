@@ -26,9 +26,12 @@ from typing import Any
 import torch
 
 import astra_runtime
-from astra_runtime import Engine
+from astra_runtime import Engine, predict
 from astra_runtime.cli.common import quiet_transformers, say
+from astra_runtime.costs import engine_plan
 from astra_runtime.keys import ephemeral_keys
+from astra_runtime.models import adapt
+from astra_runtime.transport import Link as PacedLink
 from bench._report import ROOT, Case, percentiles, write
 from bench.baselines import GlooComm, methods
 from bench.latency import record
@@ -168,6 +171,7 @@ def cases_of(options: argparse.Namespace, model: str) -> tuple[list[Case], Any]:
     found, report = measured(told, link, options.ranks)
     ms = {name: percentiles([1e3 * t for t in times]) for name, times in found.items()}
     virtual = on_virtual(options, model, settings, link)
+    planned = on_plan(options, model, settings)
     single = ms["single"].p50
     peers = {name: t.p50 for name, t in ms.items() if not name.startswith("astra ")}
     subject = Subject.make(model, 64 if model == "tiny" else options.tokens)
@@ -198,6 +202,8 @@ def cases_of(options: argparse.Namespace, model: str) -> tuple[list[Case], Any]:
                     "peers_spread": {n: [t.p20, t.p80] for n, t in ms.items()},
                     "virtual_ms": virtual,
                     "agreement": virtual[f"astra {setting}"] / own.p50,
+                    "planned_ms": planned,
+                    "planned_over_real": planned[f"astra {setting}"] / own.p50,
                     "speedup": single / own.p50,
                     "switch_cpu_share": report.cpu_share,
                 },
@@ -222,6 +228,22 @@ def on_virtual(
         name: percentiles([1e3 * r.finish(link, costs) for r in recordings]).p50
         for name, recordings in found.items()
     }
+
+
+def on_plan(options: argparse.Namespace, model: str, settings: Sequence[str]) -> dict[str, float]:
+    """Milliseconds that `astra plan` predicts, from measuring this machine."""
+    torch.set_num_threads(1)
+    subject = Subject.make(model, options.tokens)
+    adapter, found = adapt(subject.model), {}
+    link = PacedLink(options.mbit, options.rtt_ms / 2)
+    for setting in settings:
+        book = subject.codebook(setting)
+        rates = predict.measured(subject.model, book, options.tokens)
+        plan = engine_plan(adapter, book, options.tokens, options.ranks)
+        told = predict.first_token(adapter, book, plan, [rates] * options.ranks, link)
+        found[f"astra {setting}"] = 1e3 * told.seconds
+        found["single"] = 1e3 * predict.single(adapter, rates, options.tokens)
+    return found
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
