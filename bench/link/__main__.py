@@ -24,7 +24,7 @@ import sys
 import threading
 import time
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from functools import partial
 from typing import Any
 
@@ -113,23 +113,40 @@ def switch_case(mbit: float, rtt_ms: float, count: int) -> Case:
     )
 
 
-def on_virtual(link: Link, space: str, tokens: int, repeats: int) -> list[float]:
+@dataclass(frozen=True)
+class Taken:
+    """By repeat: seconds until the last rank had finished, and computing of all ranks together."""
+
+    seconds: list[float]
+    computing: list[float]
+
+    @classmethod
+    def of(cls, ranks: Sequence[Sequence[tuple[float, float]]]) -> Taken:
+        """From each rank's pairs of finish and computing."""
+        repeats = list(zip(*ranks, strict=True))
+        return cls(
+            [max(seconds for seconds, _ in repeat) for repeat in repeats],
+            [sum(computing for _, computing in repeat) for repeat in repeats],
+        )
+
+
+def on_virtual(link: Link, space: str, tokens: int, repeats: int) -> Taken:
     todo = task(space, tokens)
 
-    def work(mesh: VirtualMesh) -> list[float]:
-        finishes = []
+    def work(mesh: VirtualMesh) -> list[tuple[float, float]]:
+        taken = []
         with Engine(todo.model, todo.codebook, mesh) as engine:
             for _ in range(WARM_UP + repeats):
                 mesh.start()
                 engine(input_ids=todo.input_ids)
-                finishes.append(mesh.lap().finish)
-        return finishes[WARM_UP:]
+                taken.append(mesh.lap()[:2])
+        return taken[WARM_UP:]
 
     run = World(2, link, costs=SocketCosts.measured()).run(work)
-    return [max(finishes) for finishes in zip(*run.results, strict=True)]
+    return Taken.of(run.results)
 
 
-def on_switch(link: Link, space: str, tokens: int, repeats: int) -> tuple[list[float], Report]:
+def on_switch(link: Link, space: str, tokens: int, repeats: int) -> tuple[Taken, Report]:
     with Namespaces(2, link) as net:
         addresses = [f"{address}:5000" for address in net.addresses]
         settings = [Settings(rank, addresses, space, tokens, repeats) for rank in range(2)]
@@ -137,7 +154,7 @@ def on_switch(link: Link, space: str, tokens: int, repeats: int) -> tuple[list[f
         return _finish(processes), net.report()
 
 
-def on_paced(link: Link, space: str, tokens: int, repeats: int) -> list[float]:
+def on_paced(link: Link, space: str, tokens: int, repeats: int) -> Taken:
     addresses = [f"127.0.0.1:{port}" for port in free_ports(2)]
     paced = (link.mbit_per_s, link.rtt_ms / 2)
     settings = [Settings(rank, addresses, space, tokens, repeats, paced) for rank in range(2)]
@@ -150,8 +167,7 @@ def _options() -> dict[str, Any]:
     return {"cwd": ROOT, "env": environment, "stdout": subprocess.PIPE}
 
 
-def _finish(processes: Sequence[subprocess.Popen[bytes]]) -> list[float]:
-    """Seconds until the last rank had finished, by repeat."""
+def _finish(processes: Sequence[subprocess.Popen[bytes]]) -> Taken:
     try:
         told = [process.communicate(timeout=PATIENCE)[0] for process in processes]
         failed = [rank for rank, process in enumerate(processes) if process.returncode]
@@ -161,21 +177,25 @@ def _finish(processes: Sequence[subprocess.Popen[bytes]]) -> list[float]:
         for process in processes:
             process.kill()
             process.wait()
-    return [max(times) for times in zip(*map(json.loads, told), strict=True)]
+            if process.stdout is not None:
+                process.stdout.close()
+    return Taken.of([json.loads(own) for own in told])
 
 
 def comparison(link: Link, space: str, tokens: int, repeats: int) -> Case:
     """The same exchange on each link; `agreement` is the others' median over the virtual one's.
 
     That of the fastest repeats tells the links apart from other work on the machine, which makes
-    processes late but no virtual clock.
+    processes late but no virtual clock. `computing_ms` is CPU time, all ranks together.
     """
     ms: dict[str, Times] = {}
     fastest: dict[str, float] = {}
+    computing: dict[str, float] = {}
 
-    def keep(name: str, seconds: Sequence[float]) -> None:
-        ms[name] = percentiles([1e3 * t for t in seconds])
-        fastest[name] = 1e3 * min(seconds)
+    def keep(name: str, taken: Taken) -> None:
+        ms[name] = percentiles([1e3 * t for t in taken.seconds])
+        fastest[name] = 1e3 * min(taken.seconds)
+        computing[name] = 1e3 * statistics.median(taken.computing)
 
     keep("virtual", on_virtual(link, space, tokens, repeats))
     keep("paced", on_paced(link, space, tokens, repeats))
@@ -184,8 +204,8 @@ def comparison(link: Link, space: str, tokens: int, repeats: int) -> Case:
     if missing:
         extra["switch"] = {"unavailable": missing}
     else:
-        seconds, report = on_switch(link, space, tokens, repeats)
-        keep("switch", seconds)
+        taken, report = on_switch(link, space, tokens, repeats)
+        keep("switch", taken)
         extra["switch"] = {"cpu_share": report.cpu_share, "late_mean_ms": 1e3 * report.late_mean}
     own = ms.pop("virtual")
     return Case(
@@ -205,6 +225,7 @@ def comparison(link: Link, space: str, tokens: int, repeats: int) -> Case:
         extra={
             "agreement": {name: times.p50 / own.p50 for name, times in ms.items()},
             "agreement_of_fastest": {name: fastest[name] / fastest["virtual"] for name in ms},
+            "computing_ms": computing,
             "peers_ms": {name: asdict(times) for name, times in ms.items()},
             **extra,
         },
@@ -218,7 +239,7 @@ def summary(case: Case) -> str:
     for name, ms in case.peers.items():
         median, least = case.extra["agreement"][name], case.extra["agreement_of_fastest"][name]
         told.append(f"{name} {ms:.3f} ({median:.3f}x, fastest {least:.3f}x)")
-    told += [f"{key} {case.extra[key]}" for key in ("bulk", "switch") if key in case.extra]
+    told += [f"{key} {case.extra[key]}" for key in ("bulk", "computing_ms") if key in case.extra]
     return " | ".join(told)
 
 

@@ -1,7 +1,8 @@
 """One rank of a comparison of links, as a process: `python -m bench.link.rank SETTINGS`.
 
 All ranks begin a repeat at one moment of the machine's clock, which rank 0 names, and the links are
-idle then. A rank prints the seconds from that moment until it has finished, one list as JSON.
+idle then. A rank prints, as JSON, a list of pairs: the seconds from that moment until it has
+finished, and the CPU seconds of its thread in them.
 """
 
 from __future__ import annotations
@@ -111,7 +112,7 @@ def begin(mesh: Mesh) -> float:
     return moment
 
 
-def run(settings: Settings) -> list[float]:
+def run(settings: Settings) -> list[tuple[float, float]]:
     cores = sorted(os.sched_getaffinity(0))
     os.sched_setaffinity(0, {cores[settings.rank % len(cores)]})
     torch.set_num_threads(1)
@@ -119,18 +120,18 @@ def run(settings: Settings) -> list[float]:
     joined = join(settings.rank, settings.addresses)
     if settings.paced is not None:
         joined = PacedMesh(joined, PacedLink(*settings.paced))
-    seconds = []
+    taken = []
     with (
         joined as mesh,
         Engine(todo.model, todo.codebook, mesh) as engine,
     ):
         for repeat in range(WARM_UP + settings.repeats):
-            moment = begin(mesh)
+            moment, before = begin(mesh), time.thread_time()
             engine(input_ids=todo.input_ids)
             if repeat >= WARM_UP:
-                seconds.append(time.monotonic() - moment)
+                taken.append((time.monotonic() - moment, time.thread_time() - before))
             mesh.flush()
-    return seconds
+    return taken
 
 
 def command(settings: Settings) -> list[str]:

@@ -22,11 +22,11 @@ ranks that it names), so what they compute does not depend on times either.
 
 **Compute time** is the thread's CPU time (`clock="cpu"`, CLOCK_THREAD_CPUTIME_ID): what other
 programs take of the core is not charged, and with one torch thread operators run in their caller;
-`Run.elsewhere` tells what ran in other threads and so was not timed. It costs 0.3 µs a reading.
-Waits for disks do not count; caches and clock rate that other programs take away do, with either
-clock. `clock="wall"` is `perf_counter` while the rank holds the core: the same on an idle machine.
-The mesh's own work here (queues, threads) is never charged. What real sockets would cost the rank
-instead is `SocketCosts`.
+`Run.elsewhere` tells what ran in other threads and so was not timed. It is read twice a message,
+about a microsecond each time. Waits for disks do not count; caches and clock rate that other
+programs take away do, with either clock. `clock="wall"` is `perf_counter` while the rank holds the
+core: the same on an idle machine. The mesh's own work here (queues, threads) is never charged. What
+real sockets would cost the rank instead is `SocketCosts`.
 
 **What flatters.** Ranks share the model's memory, so weights that the rank before has just read may
 still be in the last-level cache; on devices of their own each reads them from memory. `cold_bytes`
@@ -342,6 +342,11 @@ class VirtualMesh:
         finally:
             self.state.read()
             self.state.stages.pop()
+
+    @property
+    def encrypted(self) -> bool:
+        """Whether the link counts TLS records; nothing is encrypted here, nor is that timed."""
+        return self.world.link.tls
 
     @property
     def stats(self) -> Stats:

@@ -350,6 +350,7 @@ def test_a_start_begins_with_idle_links() -> None:
 
 def test_the_mesh_keeps_its_contract() -> None:
     def work(mesh: VirtualMesh):
+        assert not mesh.encrypted
         all_to_all(mesh, 5, 700)
         frame = mesh.buffer(4)
         frame.payload[:] = b"abcd"
@@ -459,7 +460,7 @@ def test_an_unmodified_engine_runs_on_it(world_size: int) -> None:
             logits = engine(**inputs).logits[:, -1]
             return logits, mesh.lap()
 
-    run = World(world_size, Link(10, rtt_ms=2)).run(work)
+    run = World(world_size, Link(10, rtt_ms=2), cold_bytes=1 << 20).run(work)
     for logits, lap in run.results:
         torch.testing.assert_close(logits, single, atol=1e-4, rtol=1e-4)
         assert lap.finish == pytest.approx(lap.computing + lap.waiting)
