@@ -18,7 +18,8 @@ from ..launch import WorkerFailed, Workers, free_ports
 DEFAULT_MODEL = "smollm2"
 DENSE = "none"  # instead of a codebook's folder
 READY_SECONDS = 120.0
-SAMPLED, SAMPLED_TOKENS = 48, 512  # windows that a model writes, and the length of each
+SAMPLED, SAMPLED_TOKENS = 24, 512  # windows that a model writes, and the length of each
+WINDOWS, OTHERS = 26, 10  # of the text given; of the built-in text's second domain
 
 
 def say(text: str) -> None:
@@ -193,13 +194,6 @@ def load(name: str, *, decoder: bool = False) -> tuple[Any, Any]:
     return model, load_tokenizer(name)
 
 
-def default_groups(model: Any) -> int:
-    """One code for every KV head: the coarsest codes that keep heads apart."""
-    from ..models import adapt
-
-    return adapt(model).num_key_value_heads
-
-
 def ensure_codebook(options: argparse.Namespace, model: Any, tokenizer: Any) -> tuple[Any, Path]:
     """The codebook asked for, or the cached default, fitted now if there is none."""
     from astra_kernels._cache import cache_folder
@@ -212,24 +206,28 @@ def ensure_codebook(options: argparse.Namespace, model: Any, tokenizer: Any) -> 
     if options.codebook:
         folder = Path(options.codebook)
         return Codebook.from_pretrained(folder), folder
-    groups = default_groups(model)
-    name = f"{Path(options.model).name}-{adapt(model).digest()}-kv{groups}"
+    name = f"{Path(options.model).name}-{adapt(model).digest()}-transform"
     folder = cache_folder() / "codebooks" / name
     folder.parent.mkdir(parents=True, exist_ok=True)
     with open(folder.parent / f"{name}.lock", "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)  # of several ranks on one machine, one fits
         if not (folder / "astra_config.json").is_file():
             say(f"no codebook for {options.model} yet: fitting one, once, into {folder}")
-            fit_builtin(model, tokenizer, groups=groups).save_pretrained(folder)
+            # quick: a text of two kinds, and nothing that the model writes; `astra fit` does more
+            made = fit_builtin(model, tokenizer, space="transform", windows=14, sampled=0)
+            made.save_pretrained(folder)
     return Codebook.from_pretrained(folder), folder
 
 
 def fit_builtin(model: Any, tokenizer: Any, **options: Any) -> Any:
-    """A codebook fitted on the calibration part of the built-in text."""
+    """A codebook fitted on the calibration part of the built-in text.
+
+    That is documentation; in space "transform", which gains by it, also source code.
+    """
     from ..store import builtin_text
 
-    text, _ = builtin_text()
-    return fit_text(model, tokenizer, text, **options)
+    others = builtin_text("source")[0] if options.get("space") == "transform" else None
+    return fit_text(model, tokenizer, builtin_text()[0], others=others, **options)
 
 
 def fit_text(
@@ -238,13 +236,15 @@ def fit_text(
     text: str,
     *,
     tokens: int = 1024,
-    windows: int = 26,
+    windows: int = WINDOWS,
     sampled: int | None = None,
+    others: str | None = None,
     **options: Any,
 ) -> Any:
     """A codebook fitted on windows of a text, with progress and a plain word on its worth.
 
-    `sampled` windows more are written by the model itself; None: as many as serve its space well.
+    A few windows more are of the text `others`. `sampled` ones are written by the model itself;
+    None: as many as serve its space well.
     """
     from ..evaluate import is_language_model
     from ..fit import fit
@@ -260,7 +260,8 @@ def fit_text(
         raise AstraError("--sampled: expected a language model, which writes text, or 0 windows")
     with progress_bar() as progress:
         size = min(length, SAMPLED_TOKENS)
-        options["extra"] = sampled_windows(
+        more = token_windows(tokenizer, others, length, OTHERS) if others else []
+        options["extra"] = more + sampled_windows(
             model,
             sampled,
             size,

@@ -5,13 +5,16 @@ from __future__ import annotations
 import argparse
 import os
 import time
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from ..errors import AstraError
 from .common import (
     SAMPLED,
+    WINDOWS,
     add_model,
+    fit_builtin,
     fit_text,
     load,
     positive,
@@ -54,7 +57,9 @@ def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--shared", action="store_true", help="kv: one set of codes for all heads")
     parser.add_argument("--text", metavar="FILE", help="calibration text (default: built-in)")
     parser.add_argument("--tokens", type=positive, default=1024, help="tokens a window (1024)")
-    parser.add_argument("--windows", type=positive, default=26, help="windows, two held back (26)")
+    parser.add_argument(
+        "--windows", type=positive, default=WINDOWS, help=f"windows, two held back ({WINDOWS})"
+    )
     parser.add_argument(
         "--sampled",
         type=int,
@@ -94,7 +99,7 @@ def groups_within(bits: int, space: str, shared: bool, model: Any, codewords: in
 
 
 def run(options: argparse.Namespace) -> int:
-    from ..store import builtin_text, read_text
+    from ..store import read_text
 
     folder = Path(options.output)
     folder.mkdir(parents=True, exist_ok=True)  # before minutes are spent
@@ -118,12 +123,13 @@ def run(options: argparse.Namespace) -> int:
             groups = groups_within(options.bits or 30, space, options.shared, model, codewords)
             say(f"{groups} codes a token and block, of {codewords} codewords each")
         size |= {"groups": groups, "shared": True if options.shared else None}
-    text = builtin_text()[0] if options.text is None else read_text(options.text)
     start = time.perf_counter()
-    codebook = fit_text(
-        model,
-        tokenizer,
-        text,
+    fitting = (
+        partial(fit_builtin, model, tokenizer)
+        if options.text is None
+        else partial(fit_text, model, tokenizer, read_text(options.text))
+    )
+    codebook = fitting(
         tokens=options.tokens,
         windows=options.windows,
         space=space,
