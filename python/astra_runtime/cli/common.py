@@ -162,7 +162,6 @@ def weights_of(options: argparse.Namespace, world_size: int) -> list[float] | No
 
 def peers_of(options: argparse.Namespace) -> list[str]:
     """The addresses that --peers names, by rank, this rank among them."""
-    from ..transport import check_keys
     from ..transport.handshake import parse_address
 
     peers: list[str] = options.peers.split(",")
@@ -170,8 +169,14 @@ def peers_of(options: argparse.Namespace) -> list[str]:
         parse_address(peer)
     if options.rank is None or not 0 <= options.rank < len(peers):
         raise AstraError(f"--rank: expected 0 to {len(peers) - 1} with --peers, got {options.rank}")
-    check_keys(options.rank, peers, options.keys, options.insecure)  # before the model is loaded
     return peers
+
+
+def check_keys(options: argparse.Namespace, peers: list[str]) -> None:
+    """Refuses plaintext between devices, and keys that cannot be used, before a model is loaded."""
+    from ..transport import check_keys
+
+    check_keys(options.rank, peers, options.keys, options.insecure)
 
 
 def quiet_transformers() -> None:

@@ -13,6 +13,7 @@ from .common import (
     add_mesh_options,
     add_model,
     add_trace,
+    check_keys,
     cluster,
     ensure_codebook,
     load,
@@ -77,6 +78,8 @@ def run(options: argparse.Namespace) -> int:
     peers = None if options.peers is None else peers_of(options)
     if peers is not None and options.rank != 0:
         raise AstraError("--rank: expected 0 with --peers; the other devices run `astra worker`")
+    if peers is not None:
+        check_keys(options, peers)
     world_size = place[1] if place else len(peers) if peers else options.world_size or 1
     weights_of(options, world_size)
     torch.set_num_threads(options.threads)

@@ -11,6 +11,7 @@ from .common import (
     add_fit_options,
     add_mesh_options,
     add_model,
+    check_keys,
     ensure_codebook,
     load,
     peers_of,
@@ -49,6 +50,7 @@ def run(options: argparse.Namespace) -> int:
     weights = weights_of(options, len(peers))
     if options.rank == 0:
         raise AstraError("--rank: expected 1 or more; rank 0 leads, with `astra run --rank 0`")
+    check_keys(options, peers)
     import torch
 
     from ..jobs import Ranks
