@@ -12,7 +12,7 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
-from bench import tables_latency, tables_vision
+from bench import tables_gpt2, tables_latency, tables_vision
 from bench._markdown import load, source, spread, table
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -209,7 +209,8 @@ TABLES: dict[str, tuple[str, Callable[[dict], str]]] = {
     "exchange": ("cpu-2core/exchange", exchange),
     "ops": ("cpu-2core/ops", ops),
     "accuracy_encoder": ("cpu-2core/accuracy_encoder", accuracy_encoder),
-    "vision": tables_vision.TABLES["vision"],
+    **tables_vision.TABLES,
+    "gpt2_bits": ("cpu-2core/accuracy_gpt2", tables_gpt2.gpt2_bits),
     "accuracy_lm": ("cpu-2core/accuracy_lm", accuracy_lm),
     "latency_vit": ("cpu-2core/latency_vit-base_1024", tables_latency.latency),
     "latency_vit_stages": ("cpu-2core/latency_vit-base_1024", tables_latency.stages),
