@@ -368,14 +368,10 @@ def cluster(
         arguments += ["--halo", str(options.halo)]
     if link is not None:
         arguments += ["--mbit", str(link.mbit_per_s or 0), "--delay-ms", str(link.delay_ms)]
-    with (
-        local_keys(options, world_size) as keys,
-        Workers(
-            world_size,
-            [*arguments, *(["--keys", keys] if keys else ["--insecure"])],
-            options.threads,
-        ) as workers,
-    ):
+    lent = contextlib.ExitStack()
+    keys = lent.enter_context(local_keys(options, world_size))
+    arguments += ["--keys", keys] if keys else ["--insecure"]
+    with lent, Workers(world_size, arguments, options.threads) as workers:
         workers.wait_ready(READY_SECONDS)
         try:
             # every process is there: one that does not come now has died
@@ -388,6 +384,7 @@ def cluster(
                 keys=keys,
                 insecure=not keys,
             )
+            lent.close()  # all have read their keys; whoever is killed now leaves none
             with mesh if link is None or link.is_free else PacedMesh(mesh, link) as timed:
                 weights = weights_of(options, world_size)
                 ranks = Ranks(model, codebook, mesh, timed, weights, options.halo)
