@@ -65,13 +65,23 @@ format: $(STAMP)
 	find csrc -name '*.cpp' -o -name '*.hpp' | xargs $(BIN)/clang-format -i
 
 bench: $(STAMP)
-	@echo "== benchmarks, about half an hour; nothing else should run on the machine =="
+	@echo "== benchmarks, about an hour and a half; nothing else should run on the machine =="
 	$(BIN)/python -m bench.pack
 	$(BIN)/python -m bench.ops
 	$(BIN)/python -m bench.exchange
 	$(BIN)/python -m bench.demo
-	$(BIN)/python -m bench.accuracy
+	$(BIN)/python -m bench.calibrate --bits 30 100
+	$(BIN)/python -m bench.accuracy --codes transform:30 transform:100
+	$(BIN)/python -m bench.link
+	$(BIN)/python -m bench.latency --models vit-base --ranks 2 4 8
+	$(BIN)/python -m bench.latency --models smollm2 --ranks 2 4
+	@echo "== real processes behind a switch: needs root =="
+	-$(BIN)/python -m bench.latency.real
+	$(BIN)/python -m bench.scaling
+	$(BIN)/python -m bench.latency.plots
 	$(BIN)/python -m bench.tables
+	@echo "== ratios beside the committed ones =="
+	$(BIN)/python -m bench.guard
 
 clean:
 	rm -rf build $(VENV)
