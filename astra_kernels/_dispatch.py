@@ -27,6 +27,7 @@ from astra_kernels.count_codes import reference as count_codes_reference
 from astra_kernels.decode import cpu as decode_cpu
 from astra_kernels.decode import reference as decode_reference
 from astra_kernels.encode import cpu as encode_cpu
+from astra_kernels.encode import native as encode_native
 from astra_kernels.encode import reference as encode_reference
 from astra_kernels.encode_packed import cpu as encode_packed_cpu
 from astra_kernels.encode_packed import reference as encode_packed_reference
@@ -68,7 +69,7 @@ _CPU: dict[str, Kernel] = {
 }
 
 # Op -> kernel of the C++ core.
-_NATIVE: dict[str, Kernel] = {}
+_NATIVE: dict[str, Kernel] = {"encode": encode_native.encode}
 
 # Op -> module holding a launcher of the op's name; imported on first use, as Triton is optional.
 _TRITON: dict[str, str] = {

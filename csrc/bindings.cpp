@@ -12,6 +12,7 @@
 #include <string>
 
 #include "astra/bitpack.hpp"
+#include "astra/encode.hpp"
 
 namespace py = pybind11;
 
@@ -161,6 +162,15 @@ void unpack(py::handle data_source, py::handle bits_given, py::handle count_give
   });
 }
 
+void encode(std::uintptr_t vectors, std::uintptr_t codebook, std::size_t rows, std::size_t groups,
+            std::size_t codewords, std::size_t vector_width, std::uintptr_t codes,
+            unsigned threads) {
+  const py::gil_scoped_release release;
+  astra::encode(reinterpret_cast<const float*>(vectors), reinterpret_cast<const float*>(codebook),
+                {rows, groups, vector_width, codewords}, reinterpret_cast<std::int32_t*>(codes),
+                threads);
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_C, module) {
@@ -169,6 +179,9 @@ PYBIND11_MODULE(_C, module) {
   module.def("packed_size", &packed_size, py::arg("count"), py::arg("bits"));
   module.def("pack", &pack, py::arg("codes"), py::arg("bits"), py::arg("out"));
   module.def("unpack", &unpack, py::arg("data"), py::arg("bits"), py::arg("count"), py::arg("out"));
+  module.def("encode", &encode, py::arg("vectors"), py::arg("codebook"), py::arg("rows"),
+             py::arg("groups"), py::arg("codewords"), py::arg("width"), py::arg("codes"),
+             py::arg("threads"));
   module.def("isa", &astra::isa);
   module.def("available_isas", [] {
     py::list names;

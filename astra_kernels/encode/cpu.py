@@ -1,7 +1,10 @@
-"""Nearest codeword on a CPU: one matmul for a tile of rows, then argmin while it is in cache.
+"""Nearest codeword on a CPU: narrow groups in C++, wide ones by torch's matmul.
 
-torch's argmin reads 1.4 ns an element, several times what the matmul of a narrow group costs; its
-amin is vectorized. So minima of blocks are taken first, and argmin sees one block a row.
+Up to NATIVE_WIDTH channels the C++ loop, which never writes a score, is quicker, up to 14 times;
+beyond, BLAS makes better use of the caches (`bench/ops.py`). There it is one matmul for a tile of
+rows, then argmin while it is in cache. torch's argmin reads 1.4 ns an element, several times what
+the matmul of a narrow group costs; its amin is vectorized. So minima of blocks are taken first, and
+argmin sees one block a row.
 """
 
 from __future__ import annotations
@@ -9,8 +12,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from astra_kernels.encode import native
+
 # Scores of one tile: 2^19 fp32 are 2 MiB. Smaller tiles fit L2 but pay more calls; fewer rows than
 # MIN_ROWS waste the matmul (bench/ops.py, case `encode_tile`).
+NATIVE_WIDTH = 96
 TILE = 1 << 19
 MIN_ROWS = 64
 BLOCK = 64
@@ -20,6 +26,8 @@ def encode(vectors: Tensor, codebook: Tensor, half_norms: Tensor | None = None) 
     """argmin_k ||x - c_k||^2 = argmin_k ||c_k||^2 / 2 - x.c_k"""
     groups, codewords, width = codebook.shape
     double = torch.float64 in (vectors.dtype, codebook.dtype)
+    if width <= NATIVE_WIDTH and not double:
+        return native.encode(vectors, codebook)
     dtype = torch.float64 if double else torch.float32
     codebook = codebook.to(dtype)
     rows = vectors.reshape(-1, groups, width).to(dtype)

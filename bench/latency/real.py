@@ -13,6 +13,7 @@ what the virtual clock says of the same methods beside it (`virtual_ms`).
 from __future__ import annotations
 
 import argparse
+import contextlib
 import datetime
 import json
 import os
@@ -79,40 +80,40 @@ def rank_main(told: Settings) -> dict[str, list[float | None]]:
     )
     found: dict[str, list[float | None]] = {}
     every = methods()
-    addresses = told.addresses
-    with astra_runtime.connect(
-        told.rank, world, addresses, timeout=PATIENCE, keys=told.keys
-    ) as mesh:
-
-        def measure(name: str, once: Any) -> None:
-            times: list[float | None] = []
-            for repeat in range(1 + told.repeats):
+    with contextlib.ExitStack() as stack:
+        mesh = stack.enter_context(
+            astra_runtime.connect(
+                told.rank, world, told.addresses, timeout=PATIENCE, keys=told.keys
+            )
+        )
+        group = GlooComm(dist.distributed_c10d._get_default_group())
+        only_first, single = dist.new_group([0]), every["single"].run
+        alone = GlooComm(only_first) if told.rank == 0 else None
+        passes: dict[str, Any] = {
+            "single": lambda: alone and single(subject.model, subject.inputs, alone)
+        }
+        for setting in told.settings:
+            engine = stack.enter_context(Engine(subject.model, subject.codebook(setting), mesh))
+            passes[f"astra {setting}"] = lambda e=engine: e(outputs="one", **subject.inputs)
+        for name in told.rivals:
+            run = every[name].run
+            passes[name] = lambda run=run: run(subject.model, subject.inputs, group)
+        for repeat in range(1 + told.repeats):  # all methods in turns: the machine's pace drifts
+            for name, once in list(passes.items()):
                 moment = begin(mesh)
                 has = once() is not None
                 taken = time.monotonic() - moment
-                if repeat:
-                    times.append(taken if has else None)
                 mesh.flush()
                 dist.barrier()
                 slowest = torch.tensor(taken)
                 dist.all_reduce(slowest, dist.ReduceOp.MAX)
-                if float(slowest) > SLOW and len(times) == 0:
-                    times.append(taken if has else None)  # the first pass is all there is
-                    break
-            found[name] = times
-            if told.rank == 0:
-                say(f"  {told.model} {name}: {times}")
-
-        group = GlooComm(dist.distributed_c10d._get_default_group())
-        only_first, single = dist.new_group([0]), every["single"].run
-        alone = GlooComm(only_first) if told.rank == 0 else None
-        measure("single", lambda: alone and single(subject.model, subject.inputs, alone))
-        for setting in told.settings:
-            with Engine(subject.model, subject.codebook(setting), mesh) as engine:
-                measure(f"astra {setting}", lambda e=engine: e(outputs="one", **subject.inputs))
-        for name in told.rivals:
-            run = every[name].run
-            measure(name, lambda run=run: run(subject.model, subject.inputs, group))
+                slow = float(slowest) > SLOW
+                if repeat or slow:
+                    found.setdefault(name, []).append(taken if has else None)
+                if slow:
+                    del passes[name]  # one pass is all there is
+        if told.rank == 0:
+            say(f"  {told.model}: " + ", ".join(f"{name} {times}" for name, times in found.items()))
     dist.destroy_process_group()
     return found
 

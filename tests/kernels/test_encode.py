@@ -33,6 +33,34 @@ def test_ties_go_to_the_lowest_index(k, groups, width, seed):
     assert torch.equal(ak.encode(vectors, codebook), want)
 
 
+@settings(max_examples=30, deadline=None)
+@given(st.integers(1, 300), st.integers(1, 4), st.integers(1, 140), st.integers(0, 2**20))
+def test_the_native_loop_equals_the_reference(k, groups, width, seed):
+    """Exact sums again; the dispatch takes it up to some width only, it is right at any."""
+    torch.manual_seed(seed)
+    vectors = torch.randint(-2, 3, (29, groups, width)).float()
+    codebook = torch.randint(-2, 3, (groups, k, width)).float()
+    want = ak.encode(vectors, codebook, impl="reference")
+    assert torch.equal(ak.encode(vectors, codebook, impl="native"), want)
+
+
+@pytest.mark.parametrize("threads", [1, 3])
+def test_native_threads_and_strides(threads):
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        vectors, codebook = torch.randn(3, 8, 700).transpose(0, 2), torch.randn(8, 256, 3)
+        codes = ak.encode(vectors, codebook, impl="native")
+    finally:
+        torch.set_num_threads(before)
+    assert torch.equal(codes, ak.encode(vectors, codebook, impl="reference"))
+
+
+def test_native_takes_no_float64():
+    with pytest.raises(RuntimeError, match="impl='native' cannot run: the C\\+\\+ kernel takes"):
+        ak.encode(torch.randn(2, 1, 4).double(), torch.randn(1, 8, 4), impl="native")
+
+
 def test_many_tiles(monkeypatch):
     from astra_kernels.encode import cpu
 

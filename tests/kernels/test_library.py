@@ -231,8 +231,9 @@ def test_impl_that_is_not_there(monkeypatch, name):
     op = getattr(ak, name)
     with pytest.raises(ValueError, match=r"impl must be one of auto, .*, got 'cuda'"):
         op(*args, **options, impl="cuda")
-    with pytest.raises(RuntimeError, match="there is no C\\+\\+ kernel for " + name):
-        op(*args, **options, impl="native")
+    if name != "encode":  # which has one
+        with pytest.raises(RuntimeError, match="there is no C\\+\\+ kernel for " + name):
+            op(*args, **options, impl="native")
     with pytest.raises(RuntimeError, match="impl='triton' cannot run"):
         op(*args, **options, impl="triton")
 
