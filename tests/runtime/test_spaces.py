@@ -10,7 +10,7 @@ import torch
 import astra_kernels as ak
 from astra_runtime import Codebook, WireError
 from astra_runtime.models import adapt
-from astra_runtime.spaces import Dense, make_space
+from astra_runtime.spaces import Dense, Payload, make_space
 
 from .models import tiny, windows_for
 
@@ -30,7 +30,7 @@ def test_dense_tensors_cross(dtype: str, error: float) -> None:
         tokens = shard[0].shape[2]
         buffer = bytearray(b"\xa5" * space.payload_bytes(0, 2, tokens))
         space.encode(0, shard, None, memoryview(buffer))
-        payloads.append((memoryview(buffer), tokens))
+        payloads.append(Payload(memoryview(buffer), tokens, tokens))
     kept = space.decode(0, payloads, 2, None)
     for got, want in zip((kept.key, kept.value), zip(*shards, strict=True), strict=True):
         whole = torch.cat(want, 2)
@@ -44,7 +44,7 @@ def test_int8_survives_zeros_and_extremes() -> None:
     key, value = torch.zeros(1, 3, 2, 16), torch.full((1, 3, 2, 16), 3e4)
     buffer = bytearray(space.payload_bytes(0, 1, 2))
     space.encode(0, (key, value), None, memoryview(buffer))
-    kept = space.decode(0, [(memoryview(buffer), 2)], 1, None)
+    kept = space.decode(0, [Payload(memoryview(buffer), 2, 2)], 1, None)
     assert torch.equal(kept.key, key)
     torch.testing.assert_close(kept.value, value, rtol=0.01, atol=0)
 
@@ -64,8 +64,8 @@ def test_codes_cross_with_rows_of_whole_bytes(options: dict[str, Any]) -> None:
     assert size == 2 * -(-5 * groups * 5 // 8)
     buffer = memoryview(bytearray(b"\xa5" * size))
     space.write(1, vectors, buffer)
-    assert torch.equal(space.read(0, [(buffer, 5)], 2), codes)
-    twice = space.read(0, [(buffer, 5), (buffer, 5)], 2)
+    assert torch.equal(space.read(0, [Payload(buffer, 5, 5)], 2), codes)
+    twice = space.read(0, [Payload(buffer, 5, 5), Payload(buffer, 5, 5)], 2)
     assert torch.equal(twice, torch.cat([codes, codes], 1))
 
 
@@ -75,4 +75,4 @@ def test_codes_that_no_codeword_has_are_refused() -> None:
     space: Any = make_space(book, adapt(model))
     forged = ak.pack(torch.tensor([0, 20, 21], dtype=torch.int32), 5).numpy().tobytes()
     with pytest.raises(WireError, match="wrong code: expected below 21, got 21"):
-        space.read(0, [(memoryview(bytearray(forged)), 1)], 1)
+        space.read(0, [Payload(memoryview(bytearray(forged)), 1, 1)], 1)
