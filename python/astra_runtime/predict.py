@@ -68,8 +68,8 @@ def of_flops(adapter: Adapter, codebook: Codebook, flops: float) -> Rates:
 def measured(model: nn.Module, codebook: Codebook, tokens: int) -> Rates:
     """Of this device and its current number of threads, for inputs of about `tokens` tokens.
 
-    Runs the model on `tokens` and on an eighth of them, and each stage of the exchange by itself;
-    takes about four forward passes.
+    Runs the model on `tokens` and (with token ids) on an eighth of them, and each stage of the
+    exchange by itself; takes about four forward passes.
     """
     adapter = adapt(model)
     blocks, heads = len(adapter.blocks), adapter.num_key_value_heads
@@ -86,11 +86,14 @@ def measured(model: nn.Module, codebook: Codebook, tokens: int) -> Rates:
             lambda: ak.attention(query, key, key, is_causal=adapter.causal, scale=scale)
         )
 
-    few = max(2, tokens // 8)
+    # an image has the patches that its model wants, so what depends on them is one figure
+    few = max(2, tokens // 8) if adapter.token_ids else tokens
     of_attention = {count: near(count) for count in (few, tokens)}
     passes = {count: _forward(model, adapter, count) for count in (few, tokens)}
     pure = {count: passes[count] / blocks - of_attention[count] for count in passes}
-    token = max(0.0, (pure[tokens] - pure[few]) / (tokens - few))
+    token = max(0.0, pure[tokens] / tokens)
+    if few < tokens:
+        token = max(0.0, (pure[tokens] - pure[few]) / (tokens - few))
     pairs = tokens * (tokens + 1) / 2 if adapter.causal else tokens * tokens
     rates = Rates(
         block=max(0.0, pure[tokens] - token * tokens),
@@ -115,7 +118,7 @@ def _exchange_rates(
         adapter.blocks,
     )
     total = own + remote
-    inputs = _inputs(adapter, total)
+    inputs = _inputs(adapter, total) if adapter.token_ids else {}
     copies = adapter.class_tokens
     plan = Plan((0, remote, total), adapter.causal, copies)
     positions = adapter.positions(inputs)
