@@ -17,7 +17,6 @@ import contextlib
 import datetime
 import json
 import os
-import subprocess
 import sys
 import time
 from collections.abc import Sequence
@@ -33,13 +32,13 @@ from astra_runtime.costs import engine_plan
 from astra_runtime.keys import ephemeral_keys
 from astra_runtime.models import adapt
 from astra_runtime.transport import Link as PacedLink
-from bench._report import ROOT, Case, percentiles, write
+from bench._report import Case, percentiles, write
 from bench.baselines import GlooComm, methods
 from bench.latency import record
 from bench.latency.__main__ import SETTINGS
 from bench.latency.subjects import MODELS, Subject
 from bench.link.model import Link
-from bench.link.rank import begin
+from bench.link.rank import begin, outputs_of, popen_options
 from bench.link.switch import Namespaces
 from bench.link.virtual import SocketCosts
 
@@ -122,13 +121,8 @@ def measured(told: Settings, link: Link, world: int) -> tuple[dict[str, list[flo
     """Seconds by method, of the first rank that had the answer; and the switch's report."""
     with Namespaces(world, link) as net, ephemeral_keys(world) as keys:
         addresses = [f"{address}:5000" for address in net.addresses]
-        path = os.pathsep.join([str(ROOT), str(ROOT / "python")])
-        environment = {
-            **os.environ,
-            "PYTHONPATH": path,
-            "OMP_NUM_THREADS": "1",
-            "GLOO_SOCKET_IFNAME": "link0",
-        }
+        options = popen_options()
+        options["env"] |= {"GLOO_SOCKET_IFNAME": "link0"}
         processes = []
         for rank in range(world):
             own = Settings(
@@ -141,18 +135,8 @@ def measured(told: Settings, link: Link, world: int) -> tuple[dict[str, list[flo
                 "--rank",
                 json.dumps(asdict(own)),
             ]
-            processes.append(
-                net.launch(rank, command, cwd=ROOT, env=environment, stdout=subprocess.PIPE)
-            )
-        try:
-            outputs = [p.communicate(timeout=PATIENCE)[0] for p in processes]
-            failed = [rank for rank, p in enumerate(processes) if p.returncode]
-            if failed:
-                raise RuntimeError(f"ranks {failed} failed; what they said stands above")
-        finally:
-            for process in processes:
-                process.kill()
-                process.wait()
+            processes.append(net.launch(rank, command, **options))
+        outputs = outputs_of(processes, PATIENCE)
         report = net.report()
     of_ranks = [json.loads(output) for output in outputs]
     found = {

@@ -13,24 +13,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import transformers
 from torch import Tensor
 
 from astra_runtime import Codebook
 from astra_runtime.codebook import geometry
 from astra_runtime.models import adapt
+from astra_runtime.models.shapes import SHAPES, gpt2, llama
 from astra_runtime.store import load_model
 
 CODEBOOKS = Path("build/codebooks")  # of `bench.calibrate`
 CODEWORDS = 1024
-
-
-def _vit_base(tokens: int) -> Any:
-    side = round(tokens**0.5)
-    if side * side != tokens:
-        raise ValueError(f"tokens: expected a square of patches for vit-base, got {tokens}")
-    config = transformers.ViTConfig(image_size=16 * side)
-    return transformers.ViTForImageClassification(config)
 
 
 def _int8(make: Callable[[int], Any]) -> Callable[[int], Any]:
@@ -46,38 +38,13 @@ def _int8(make: Callable[[int], Any]) -> Callable[[int], Any]:
     return made
 
 
-def _gpt2(width: int, layers: int, heads: int) -> Callable[[int], Any]:
-    def make(tokens: int) -> Any:
-        config = transformers.GPT2Config(
-            n_embd=width, n_layer=layers, n_head=heads, n_positions=max(1024, tokens)
-        )
-        return transformers.GPT2LMHeadModel(config)
-
-    return make
-
-
-def _llama(tokens: int) -> Any:
-    """Llama-shaped, of GPT-2 medium's size: rotary positions, four queries to a key, gated MLP."""
-    config = transformers.LlamaConfig(
-        hidden_size=1024,
-        intermediate_size=2816,
-        num_hidden_layers=16,
-        num_attention_heads=16,
-        num_key_value_heads=4,
-        vocab_size=32000,
-        max_position_embeddings=max(2048, tokens),
-    )
-    return transformers.LlamaForCausalLM(config)
-
-
 MODELS: dict[str, Callable[[int], Any]] = {
-    "vit-base": _vit_base,
-    "vit-base-int8": _int8(_vit_base),
-    "gpt2": _gpt2(768, 12, 12),
-    "gpt2-medium": _gpt2(1024, 24, 16),
-    "llama": _llama,
+    **{name: SHAPES[name] for name in ("vit-base", "gpt2", "gpt2-medium")},
+    "vit-base-int8": _int8(SHAPES["vit-base"]),
+    # of GPT-2 medium's size: rotary positions, four queries to a key, gated MLP
+    "llama": llama(1024, 2816, 16, 16, 4, 32000),
     "smollm2": lambda tokens: load_model("smollm2"),
-    "tiny": _gpt2(48, 4, 4),  # for tests
+    "tiny": gpt2(48, 4, 4),  # for tests
 }
 
 

@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import socket
 import statistics
 import subprocess
@@ -29,10 +28,10 @@ from functools import partial
 from typing import Any
 
 from astra_runtime import Engine
-from bench._report import ROOT, Case, Times, percentiles, write
+from bench._report import Case, Times, percentiles, write
 from bench.exchange import free_ports
 from bench.link.model import Link
-from bench.link.rank import WARM_UP, Settings, command, task
+from bench.link.rank import WARM_UP, Settings, command, outputs_of, popen_options, task
 from bench.link.switch import Namespaces, Report, unavailable
 from bench.link.virtual import SocketCosts, VirtualMesh, World
 
@@ -150,7 +149,7 @@ def on_switch(link: Link, space: str, tokens: int, repeats: int) -> tuple[Taken,
     with Namespaces(2, link) as net:
         addresses = [f"{address}:5000" for address in net.addresses]
         settings = [Settings(rank, addresses, space, tokens, repeats) for rank in range(2)]
-        processes = [net.launch(own.rank, command(own), **_options()) for own in settings]
+        processes = [net.launch(own.rank, command(own), **popen_options()) for own in settings]
         return _finish(processes), net.report()
 
 
@@ -158,28 +157,11 @@ def on_paced(link: Link, space: str, tokens: int, repeats: int) -> Taken:
     addresses = [f"127.0.0.1:{port}" for port in free_ports(2)]
     paced = (link.mbit_per_s, link.rtt_ms / 2)
     settings = [Settings(rank, addresses, space, tokens, repeats, paced) for rank in range(2)]
-    return _finish([subprocess.Popen(command(own), **_options()) for own in settings])
-
-
-def _options() -> dict[str, Any]:
-    path = os.pathsep.join([str(ROOT), str(ROOT / "python")])
-    environment = {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"}
-    return {"cwd": ROOT, "env": environment, "stdout": subprocess.PIPE}
+    return _finish([subprocess.Popen(command(own), **popen_options()) for own in settings])
 
 
 def _finish(processes: Sequence[subprocess.Popen[bytes]]) -> Taken:
-    try:
-        told = [process.communicate(timeout=PATIENCE)[0] for process in processes]
-        failed = [rank for rank, process in enumerate(processes) if process.returncode]
-        if failed:
-            raise RuntimeError(f"ranks {failed} failed; what they said stands above")
-    finally:
-        for process in processes:
-            process.kill()
-            process.wait()
-            if process.stdout is not None:
-                process.stdout.close()
-    return Taken.of([json.loads(own) for own in told])
+    return Taken.of([json.loads(own) for own in outputs_of(processes, PATIENCE)])
 
 
 def comparison(link: Link, space: str, tokens: int, repeats: int) -> Case:

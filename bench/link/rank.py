@@ -11,8 +11,10 @@ import json
 import os
 import socket
 import struct
+import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Final
 
@@ -23,6 +25,7 @@ from astra_runtime.transport import Link as PacedLink
 from astra_runtime.transport import Mesh, peers_of
 from astra_runtime.transport.pacing import PacedMesh
 from astra_runtime.transport.tcp import TcpMesh, prepare
+from bench._report import ROOT
 
 _READY: Final = 0xFF20  # control numbers that the engine does not use
 _GO: Final = 0xFF21
@@ -132,6 +135,29 @@ def run(settings: Settings) -> list[tuple[float, float]]:
                 taken.append((time.monotonic() - moment, time.thread_time() - before))
             mesh.flush()
     return taken
+
+
+def outputs_of(processes: Sequence[subprocess.Popen[bytes]], patience: float) -> list[bytes]:
+    """What every rank printed; whatever happens, no process is left."""
+    try:
+        told = [process.communicate(timeout=patience)[0] for process in processes]
+        failed = [rank for rank, process in enumerate(processes) if process.returncode]
+        if failed:
+            raise RuntimeError(f"ranks {failed} failed; what they said stands above")
+        return told
+    finally:
+        for process in processes:
+            process.kill()
+            process.wait()
+            if process.stdout is not None:
+                process.stdout.close()
+
+
+def popen_options() -> dict[str, Any]:
+    """Of a rank's process: this checkout's packages, one thread, its answer on a pipe."""
+    path = os.pathsep.join([str(ROOT), str(ROOT / "python")])
+    environment = {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"}
+    return {"cwd": ROOT, "env": environment, "stdout": subprocess.PIPE}
 
 
 def command(settings: Settings) -> list[str]:

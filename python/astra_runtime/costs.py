@@ -15,8 +15,8 @@ from .models import Adapter
 from .plan import Plan, balanced_weights
 
 HALO = 32  # tokens
-# How much longer than a projection's a FLOP of attention takes: on the CPU of bench/results, 62
-# against 40 GFLOP/s. Shares of the tokens are balanced by time; FLOPs are reported as they are.
+# How much longer than a projection's a FLOP of attention takes, in a probe on one CPU. Shares of
+# the tokens are balanced by time; FLOPs are reported as they are.
 ATTENTION_PACE = 1.3
 
 

@@ -114,8 +114,13 @@ class Plan:
         return max(0, min(self.bounds[source + 1], start) - self.bounds[source])
 
     def told(self, rank: int) -> int:
-        """How many tokens of `rank`, from its first on, are sent: those that any rank hears of."""
-        return max((self.heard(n, rank) for n in range(self.world_size)), default=0)
+        """How many tokens of `rank`, from its first on, are sent: those that any rank hears of.
+
+        No rank hears of more than a decoder's last one; all of an encoder's hear alike.
+        """
+        if self.causal:
+            return self.heard(self.world_size - 1, rank)
+        return self.size(rank) if self.world_size > 1 else 0
 
     def sources(self, rank: int) -> tuple[int, ...]:
         """The ranks whose tokens the tokens of `rank` see, in the order of the sequence."""
