@@ -1,6 +1,6 @@
 """Nearest codeword on a CPU: narrow groups in C++, wide ones by torch's matmul.
 
-Up to NATIVE_WIDTH channels the C++ loop, which never writes a score, is quicker, up to 14 times;
+Up to NATIVE_WIDTH channels the C++ loop, which never writes a score, is 5 to 7 times quicker;
 beyond, BLAS makes better use of the caches (`bench/ops.py`). There it is one matmul for a tile of
 rows, then argmin while it is in cache. torch's argmin reads 1.4 ns an element, several times what
 the matmul of a narrow group costs; its amin is vectorized. So minima of blocks are taken first, and
