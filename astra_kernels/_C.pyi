@@ -22,6 +22,21 @@ def encode(
     """Addresses of contiguous fp32 [rows, groups, width], fp32 [groups, codewords, width] and int32
     [rows, groups], for which the caller vouches."""
 
+# What csrc/include/astra/frame.hpp says of bytes that a peer sent, its verdicts as integers.
+def check_header(data: Buffer, expected: tuple[int, int, int, int, int]) -> int: ...
+def is_bye(data: Buffer, source: int) -> bool: ...
+def judge_prefix(data: Buffer) -> int: ...
+def read_hello(data: Buffer) -> tuple[int, int, int, int, int, int, bytes]:
+    """Verdict, version, world size, rank, rank addressed, length of the reason, run."""
+
+def read_facts(data: Buffer) -> tuple[int, int, list[str]]:
+    """Verdict, position of what is wrong, names and values in turns."""
+
+def read_codes(
+    data: Memory, bits: int, codewords: int, count: int, out: Memory
+) -> tuple[int, int]:
+    """Verdict, the code that is too large."""
+
 def isa() -> str: ...
 def available_isas() -> list[str]: ...
 def set_isa(name: str) -> None: ...

@@ -6,6 +6,7 @@
 #include <pybind11/pybind11.h>
 
 #include <algorithm>
+#include <array>
 #include <climits>
 #include <cstdint>
 #include <cstring>
@@ -13,6 +14,7 @@
 
 #include "astra/bitpack.hpp"
 #include "astra/encode.hpp"
+#include "astra/frame.hpp"
 
 namespace py = pybind11;
 
@@ -171,6 +173,95 @@ void encode(std::uintptr_t vectors, std::uintptr_t codebook, std::size_t rows, s
                 threads);
 }
 
+// Bytes that somebody sent, in any contiguous buffer. Called for every frame: nothing but the
+// address and the size is asked for.
+class Bytes {
+ public:
+  explicit Bytes(py::handle source) {
+    if (PyObject_GetBuffer(source.ptr(), &view_, PyBUF_SIMPLE) != 0) throw py::error_already_set();
+  }
+  Bytes(const Bytes&) = delete;
+  Bytes& operator=(const Bytes&) = delete;
+  ~Bytes() { PyBuffer_Release(&view_); }
+
+  const std::uint8_t* data() const { return static_cast<const std::uint8_t*>(view_.buf); }
+  std::size_t size() const { return static_cast<std::size_t>(view_.len); }
+
+ private:
+  Py_buffer view_{};
+};
+
+std::int64_t field(py::handle value) {
+  const long long number = PyLong_AsLongLong(value.ptr());
+  if (number == -1 && PyErr_Occurred() != nullptr) throw py::error_already_set();
+  return number;
+}
+
+int check_header(py::handle data, const py::tuple& expected) {
+  if (expected.size() != 5) throw py::type_error("expected must be a header of five fields");
+  const auto at = [&](std::size_t i) {
+    return field(PyTuple_GET_ITEM(expected.ptr(), static_cast<py::ssize_t>(i)));
+  };
+  const astra::wire::Expected header{at(0), at(1), at(2), at(3), at(4)};
+  const Bytes bytes(data);
+  return static_cast<int>(astra::wire::check_header(bytes.data(), bytes.size(), header));
+}
+
+bool is_bye(py::handle data, py::handle source) {
+  const Bytes bytes(data);
+  return astra::wire::is_bye(bytes.data(), bytes.size(), field(source));
+}
+
+int judge_prefix(py::handle data) {
+  const Bytes bytes(data);
+  return static_cast<int>(astra::wire::judge_prefix(bytes.data(), bytes.size()));
+}
+
+py::tuple read_hello(py::handle data) {
+  const Bytes bytes(data);
+  astra::wire::Hello hello;
+  const auto verdict = astra::wire::read_hello(bytes.data(), bytes.size(), hello);
+  const auto* run = reinterpret_cast<const char*>(hello.run.data());
+  return py::make_tuple(static_cast<int>(verdict), hello.version, hello.world_size, hello.rank,
+                        hello.to, hello.reason_size, py::bytes(run, hello.run.size()));
+}
+
+py::tuple read_facts(py::handle data) {
+  const Bytes bytes(data);
+  std::array<astra::wire::Text, astra::wire::kMaxTexts> texts;
+  const auto facts = astra::wire::read_facts(bytes.data(), bytes.size(), texts);
+  py::list strings;
+  if (facts.error == astra::wire::FactsError::kNone) {
+    for (std::size_t i = 0; i < facts.count; ++i) {
+      const auto* start = reinterpret_cast<const char*>(bytes.data() + texts[i].offset);
+      strings.append(py::str(start, texts[i].size));
+    }
+  }
+  return py::make_tuple(static_cast<int>(facts.error), facts.position, strings);
+}
+
+py::tuple read_codes(py::handle data_source, py::handle bits, py::handle codewords,
+                     py::handle count_given, py::handle out_target) {
+  const std::size_t count = whole("count", count_given);
+  const Memory data(data_source, "data", Element::kUint8, false);
+  const Memory out(out_target, "out", Element::kInt32, true);
+  if (out.count() < count) {
+    throw py::value_error("out must hold at least " + std::to_string(count) + " codes, got " +
+                          std::to_string(out.count()));
+  }
+  const auto bound = static_cast<std::int32_t>(
+      std::clamp<py::ssize_t>(integer("codewords", codewords), 0, INT_MAX));
+  const int wide = width(bits);
+  astra::wire::Codes found;
+  run(count, [&] {
+    found = astra::wire::read_codes(data.as<std::uint8_t>(), data.count(), wide, bound,
+                                    out.as<std::int32_t>(), count);
+  });
+  const bool beyond = found.error == astra::wire::CodesError::kCode;
+  return py::make_tuple(static_cast<int>(found.error),
+                        beyond ? out.as<std::int32_t>()[found.index] : 0);
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_C, module) {
@@ -182,6 +273,13 @@ PYBIND11_MODULE(_C, module) {
   module.def("encode", &encode, py::arg("vectors"), py::arg("codebook"), py::arg("rows"),
              py::arg("groups"), py::arg("codewords"), py::arg("width"), py::arg("codes"),
              py::arg("threads"));
+  module.def("check_header", &check_header, py::arg("data"), py::arg("expected"));
+  module.def("is_bye", &is_bye, py::arg("data"), py::arg("source"));
+  module.def("judge_prefix", &judge_prefix, py::arg("data"));
+  module.def("read_hello", &read_hello, py::arg("data"));
+  module.def("read_facts", &read_facts, py::arg("data"));
+  module.def("read_codes", &read_codes, py::arg("data"), py::arg("bits"), py::arg("codewords"),
+             py::arg("count"), py::arg("out"));
   module.def("isa", &astra::isa);
   module.def("available_isas", [] {
     py::list names;

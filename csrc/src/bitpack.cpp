@@ -100,6 +100,11 @@ void unpack(const std::uint8_t* data, std::size_t data_size, int bits, std::int3
                                 " bytes for " + codes_of(count, bits) + ", got " +
                                 std::to_string(data_size));
   }
+  detail::unpack(data, bits, codes, count);
+}
+
+void detail::unpack(const std::uint8_t* data, int bits, std::int32_t* codes,
+                    std::size_t count) noexcept {
   const Kernels& kernels = *current().load(std::memory_order_relaxed);
   kernels.unpack[static_cast<std::size_t>(bits)](data, count, codes);
 }

@@ -30,6 +30,9 @@ constexpr std::size_t stream_bytes(std::size_t count, int bits) {
   return count / 8 * width + (count % 8 * width + 7) / 8;
 }
 
+// `astra::unpack` without its checks: bits within 1..16, the bytes are there.
+void unpack(const std::uint8_t* data, int bits, std::int32_t* codes, std::size_t count) noexcept;
+
 // Each of these is defined in a translation unit of its own, compiled with that instruction set's
 // flags. Nothing inline may be shared between them: the linker keeps one copy of an inline function
 // and it might be the one an older machine cannot run. Tails therefore call the portable table.

@@ -3,6 +3,9 @@
 A connection opens with one HELLO each way (30 bytes; the reply may carry a reason to refuse) and
 then carries frames: a 16-byte header and the payload. The reader always knows which frame has to
 come, so a header is checked for equality and its length never decides how much is allocated.
+
+What others sent is judged in C++ (`csrc/include/astra/frame.hpp`), where it can be fuzzed without
+Python; here its verdicts become errors with words.
 """
 
 from __future__ import annotations
@@ -10,9 +13,13 @@ from __future__ import annotations
 import struct
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Final, NamedTuple
+from typing import TYPE_CHECKING, Final, NamedTuple
 
+from astra_kernels import _C
 from astra_runtime.errors import HandshakeRefused, WireError
+
+if TYPE_CHECKING:
+    from astra_kernels._C import Memory
 
 PROTOCOL_VERSION: Final = 1
 MAGIC: Final = b"ASTR"
@@ -32,6 +39,19 @@ FACTS: Final = 0xFFFE  # block number of the frame that `Mesh.agree` exchanges
 BYE: Final = 0xFFFF  # block number of the last frame of a rank that finished properly
 FACTS_SIZE: Final = 2048
 LAST_CONTROL: Final = 0xFFEF  # from errors.CONTROL_BLOCKS to here, numbers are the engine's to use
+
+# What the decoder says, in the order of frame.hpp; 0: nothing is wrong.
+_FIELDS: Final = ("", "size", "source", "sequence", "plan", "block", "length")
+_FOREIGN, _OTHER_VERSION, _WRONG_SIZE, _LONG_REASON = 1, 2, 3, 4
+_FACTS: Final = (
+    "",
+    f"at most {FACTS_SIZE} bytes",
+    "texts that end within the frame",
+    "length-prefixed UTF-8",
+    "names in ascending order",
+    "zeros behind the last text",
+)
+_WRONG_CODE: Final = 3
 
 
 class Header(NamedTuple):
@@ -81,16 +101,16 @@ def parse_header(data: bytes | bytearray | memoryview) -> Header:
 
 def check_header(data: bytes | bytearray | memoryview, expected: Header) -> None:
     """Raises WireError, naming the field, unless `data` starts with exactly `expected`."""
-    got = parse_header(data)
-    if got == expected:
-        return
-    # The plan is named before what follows from it: another plan has other lengths and blocks.
-    for name in ("source", "sequence", "plan", "block", "length"):
-        if getattr(got, name) != getattr(expected, name):
-            rank, want, came = expected.source, getattr(expected, name), getattr(got, name)
-            if name == "plan":
-                want, came = f"0x{want:08x}", f"0x{came:08x}"
-            raise WireError(name, want, came, rank)
+    verdict = _C.check_header(data, expected)
+    if verdict:
+        raise _differs(_FIELDS[verdict], parse_header(data), expected)
+
+
+def _differs(name: str, got: Header, expected: Header) -> WireError:
+    want, came = getattr(expected, name), getattr(got, name)
+    if name == "plan":
+        want, came = f"0x{want:08x}", f"0x{came:08x}"
+    return WireError(name, want, came, expected.source)
 
 
 def bye(sequence: int, source: int) -> memoryview:
@@ -100,10 +120,7 @@ def bye(sequence: int, source: int) -> memoryview:
 
 def is_bye(data: bytes | bytearray | memoryview, source: int) -> bool:
     """Whether `data` starts with the BYE of rank `source` (whatever its sequence number)."""
-    if len(data) < HEADER_SIZE:
-        return False
-    header = parse_header(data)
-    return header == (0, header.sequence, 0, BYE, source)
+    return _C.is_bye(data, source)
 
 
 @dataclass(frozen=True)
@@ -125,26 +142,25 @@ class Hello:
 
 def judge_prefix(data: bytes | bytearray | memoryview) -> str | None:
     """Why the bytes read so far cannot become a HELLO of ours, or None while they still can."""
-    seen = bytes(data[: len(MAGIC)])
-    if seen != MAGIC[: len(seen)]:
+    verdict = _C.judge_prefix(data)
+    if verdict == _FOREIGN:
+        seen = bytes(data[: len(MAGIC)])
         return f"this port speaks ASTRA, the first bytes {seen!r} are something else"
-    if len(data) >= _PREFIX.size:
+    if verdict == _OTHER_VERSION:
         version: int = _PREFIX.unpack_from(data)[1]
-        if version != PROTOCOL_VERSION:
-            return f"protocol version {version} came, this rank speaks {PROTOCOL_VERSION}"
+        return f"protocol version {version} came, this rank speaks {PROTOCOL_VERSION}"
     return None
 
 
 def decode_hello(data: bytes | bytearray | memoryview) -> tuple[Hello, int]:
     """Parses the 30 bytes of a HELLO; also returns the length of the reason that follows."""
-    reason = judge_prefix(data)
-    if reason is not None:
-        raise HandshakeRefused(reason)
-    if len(data) != HELLO_SIZE:
+    verdict, version, world_size, rank, to, reason_size, run = _C.read_hello(data)
+    if verdict == _WRONG_SIZE:
         raise WireError("hello size", HELLO_SIZE, len(data))
-    _, version, world_size, rank, to, reason_size, run = _HELLO.unpack(data)
-    if reason_size > MAX_REASON:
+    if verdict == _LONG_REASON:
         raise WireError("reason length", f"at most {MAX_REASON}", reason_size)
+    if verdict:
+        raise HandshakeRefused(judge_prefix(data) or "no HELLO")
     return Hello(world_size, rank, to, run, version), reason_size
 
 
@@ -181,17 +197,28 @@ def encode_facts(facts: Mapping[str, str]) -> bytes:
 
 def decode_facts(data: bytes | bytearray | memoryview, rank: int) -> dict[str, str]:
     """Inverse of `encode_facts`; `rank` is the sender, for the error."""
-    raw = bytes(data)
-    try:
-        (count,) = struct.unpack_from("<H", raw)
-        texts: list[str] = []
-        position = 2
-        for _ in range(2 * count):
-            (size,) = struct.unpack_from("<H", raw, position)
-            position += 2 + size
-            if position > len(raw):
-                raise WireError("facts", f"at most {len(raw)} bytes", position, rank)
-            texts.append(raw[position - size : position].decode())
-    except (struct.error, UnicodeDecodeError) as error:
-        raise WireError("facts", "length-prefixed UTF-8", str(error), rank) from error
+    verdict, position, texts = _C.read_facts(data)
+    if verdict:
+        raise WireError("facts", _FACTS[verdict], f"something else at byte {position}", rank)
     return dict(zip(texts[::2], texts[1::2], strict=True))
+
+
+def read_codes(
+    data: bytes | bytearray | memoryview, bits: int, codewords: int, out: Memory, count: int
+) -> None:
+    """Unpacks `count` codes that a rank has packed, and nothing else, into `out`.
+
+    Args:
+        data: exactly the bytes that the codes take, `ak.packed_size(count, bits)`.
+        codewords: above every code.
+        out: contiguous int32, a buffer or (address, elements). Unspecified after an error.
+
+    Raises:
+        WireError: another size, a code that no codebook has, a bit set behind the last code.
+    """
+    verdict, code = _C.read_codes(data, bits, codewords, count, out)
+    if verdict == _WRONG_CODE:
+        raise WireError("code", f"below {codewords}", code)
+    if verdict:
+        size = f"{_C.packed_size(count, bits)} bytes with zeros behind the last code"
+        raise WireError("payload", size, f"{len(data)} bytes with something else")
