@@ -54,7 +54,7 @@ from astra_runtime import wire
 from astra_runtime.errors import CONTROL_BLOCKS, AstraError, DeadlineExceeded, PeerLost
 from astra_runtime.transport import Stats, peers_of
 from astra_runtime.transport import mesh as _mesh
-from astra_runtime.transport.mesh import Payload
+from astra_runtime.transport.mesh import Mesh, Payload
 from astra_runtime.wire import HEADER_SIZE, Frame, Header
 from bench.link.clock import Lap, Rank, SocketCosts, Span, State
 from bench.link.model import Link
@@ -297,12 +297,17 @@ class VirtualMesh:
     `timeout` is in virtual seconds, and there is none by default: to wait here costs nothing.
     """
 
+    partial, lossy = False, False
+    gaps: Final[Mapping[int, Sequence[tuple[int, int]]]] = {}
+    lost: Final[Mapping[int, AstraError]] = {}
+
     def __init__(self, world: World, rank: Rank) -> None:
         self.rank = rank.index
         self.world_size = world.world_size
         self.timeout = math.inf
         self.world = world
         self.state = rank
+        self.again: Callable[[float | None], Mesh] | None = None
         self._sent = [0] * world.world_size
         self._received = [0] * world.world_size
         self._stats = {n: Stats() for n in peers_of(self)}
@@ -362,7 +367,10 @@ class VirtualMesh:
     def buffer(self, size: int) -> Frame:
         return Frame(size)
 
-    def send(self, payload: Payload, *, block: int, plan: int, to: Sequence[int]) -> None:
+    def send(
+        self, payload: Payload, *, block: int, plan: int, to: Sequence[int], partial: bool = False
+    ) -> None:
+        _mesh.refuse_partial(partial)
         self._check_open()
         frame = payload if isinstance(payload, Frame) else Frame.of(payload)
         with self.state.off_clock():
@@ -378,12 +386,22 @@ class VirtualMesh:
                     stats.bytes_sent_control += frame.size
                 self.world.post(self.state, rank, len(data), data)
 
-    def receive(self, sizes: Mapping[int, int], *, block: int, plan: int) -> dict[int, memoryview]:
+    def receive(
+        self,
+        sizes: Mapping[int, int],
+        *,
+        block: int,
+        plan: int,
+        timeout: float | None = None,
+        partial: bool = False,
+    ) -> dict[int, memoryview]:
+        _mesh.refuse_partial(partial)
         self._check_open()
+        seconds = self.timeout if timeout is None else timeout
         for rank in sizes:
             self._stats_of(rank)
         with self.state.off_clock():
-            messages = self.world.await_from(self.state, tuple(sizes), block, self.timeout)
+            messages = self.world.await_from(self.state, tuple(sizes), block, seconds)
             views = {}
             for (rank, size), message in zip(sizes.items(), messages, strict=True):
                 data = message.content
@@ -410,6 +428,13 @@ class VirtualMesh:
         """What was sent still arrives; a peer that waits for more loses this rank."""
         self._leave("it had finished")
 
+    def abort(self, error: BaseException) -> None:
+        self._leave(f"it failed: {type(error).__name__}: {error}")
+
+    def reconnect(self, connect_timeout: float | None = None) -> Mesh:
+        self.close()
+        return _mesh.anew(self, connect_timeout)
+
     def _leave(self, reason: str) -> None:
         if not self._closed:
             self._closed = True
@@ -434,4 +459,4 @@ class VirtualMesh:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        self._leave("it had finished" if kind is None else "it failed")
+        _mesh.leave(self, kind, error)

@@ -74,7 +74,25 @@ def connect(
         mesh = _connect_tcp(rank, world_size, peers, host, timeout, connect_timeout, secret)
     else:
         raise ValueError(f'backend: expected "tcp", "gloo" or "nccl", got {backend!r}')
-    return mesh if link is None or link.is_free else PacedMesh(mesh, link)
+    if link is not None and not link.is_free:
+        mesh = PacedMesh(mesh, link)
+
+    def again(seconds: float | None) -> Mesh:
+        return connect(
+            rank,
+            world_size,
+            peers,
+            backend=backend,
+            host=host,
+            timeout=timeout,
+            connect_timeout=connect_timeout if seconds is None else seconds,
+            link=link,
+            keys=keys,
+            insecure=insecure,
+        )
+
+    mesh.again = again
+    return mesh
 
 
 def check_keys(

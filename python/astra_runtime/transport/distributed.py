@@ -14,7 +14,7 @@ from __future__ import annotations
 import math
 import time
 from collections import deque
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from datetime import timedelta
 from types import TracebackType
 from typing import Any, Final, NamedTuple, Self
@@ -33,7 +33,7 @@ from astra_runtime.errors import (
     PeerLost,
 )
 from astra_runtime.transport import mesh as _mesh
-from astra_runtime.transport.mesh import Payload, Stats
+from astra_runtime.transport.mesh import Mesh, Payload, Stats
 from astra_runtime.wire import HEADER_SIZE, Frame, Header
 
 ROOM: Final = 1 << 20  # bytes of the smallest buffer posted to gloo
@@ -54,6 +54,10 @@ class DistributedMesh:
     owned: `close` also destroys the default process group.
     """
 
+    partial, lossy = False, False
+    gaps: Final[Mapping[int, Sequence[tuple[int, int]]]] = {}
+    lost: Final[Mapping[int, AstraError]] = {}
+
     def __init__(
         self,
         group: ProcessGroup,
@@ -71,6 +75,7 @@ class DistributedMesh:
         self._batched = batched
         self._owned = owned
         self._closed = False
+        self.again: Callable[[float | None], Mesh] | None = None
         self._staged: list[tuple[Tensor, int]] = []
         self._sending: deque[_Transfer] = deque()
         self._free: dict[int, list[Tensor]] = {}
@@ -97,7 +102,10 @@ class DistributedMesh:
     def buffer(self, size: int) -> Frame:
         return Frame(size)
 
-    def send(self, payload: Payload, *, block: int, plan: int, to: Sequence[int]) -> None:
+    def send(
+        self, payload: Payload, *, block: int, plan: int, to: Sequence[int], partial: bool = False
+    ) -> None:
+        _mesh.refuse_partial(partial)
         frame = payload if isinstance(payload, Frame) else Frame.of(payload)
         self._reap()
         self._launch([])
@@ -118,17 +126,27 @@ class DistributedMesh:
         if not self._batched:
             self._launch([])
 
-    def receive(self, sizes: Mapping[int, int], *, block: int, plan: int) -> dict[int, memoryview]:
+    def receive(
+        self,
+        sizes: Mapping[int, int],
+        *,
+        block: int,
+        plan: int,
+        timeout: float | None = None,
+        partial: bool = False,
+    ) -> dict[int, memoryview]:
+        _mesh.refuse_partial(partial)
         slot = block & 1 if block < CONTROL_BLOCKS else 2
         wanted: list[tuple[Tensor, int]] = []
         for rank, size in sizes.items():
             self._stats_of(rank)
             wanted.append((self._slot(rank, slot, HEADER_SIZE + size), rank))
         transfers = self._launch(wanted)
-        deadline = time.monotonic() + self.timeout
+        seconds = self.timeout if timeout is None else timeout
+        deadline = time.monotonic() + seconds
         views = {}
         for transfer in transfers:
-            self._wait(transfer, block, deadline)
+            self._wait(transfer, block, deadline, seconds)
             views[transfer.rank] = self._accept(transfer, sizes[transfer.rank], block, plan)
         self._reap()
         return views
@@ -173,18 +191,22 @@ class DistributedMesh:
         self._sending.extend(transfers[: len(sends)])
         return transfers[len(sends) :]
 
-    def _wait(self, transfer: _Transfer, block: int | None, deadline: float) -> None:
+    def _wait(
+        self, transfer: _Transfer, block: int | None, deadline: float, seconds: float
+    ) -> None:
         left = max(deadline - time.monotonic(), 1e-3)
         try:
             transfer.work.wait(timedelta(milliseconds=math.ceil(left * 1000)))
         except RuntimeError as error:
-            raise self._failure(transfer.rank, block, error) from error
+            raise self._failure(transfer.rank, block, error, seconds) from error
 
-    def _failure(self, rank: int, block: int | None, error: RuntimeError) -> AstraError:
+    def _failure(
+        self, rank: int, block: int | None, error: RuntimeError, seconds: float
+    ) -> AstraError:
         """torch.distributed has one exception for everything; its words tell what happened."""
         text = str(error)
         if "imed out" in text or "timeout" in text:
-            return DeadlineExceeded(rank, block, self.timeout)
+            return DeadlineExceeded(rank, block, seconds)
         return PeerLost(rank, block, _first_line(error))
 
     def _reap(self) -> None:
@@ -215,12 +237,20 @@ class DistributedMesh:
         self._launch([])
         deadline = time.monotonic() + self.timeout
         while self._sending:
-            self._wait(self._sending[0], None, deadline)
+            self._wait(self._sending[0], None, deadline, self.timeout)
             transfer = self._sending.popleft()
             self._free[transfer.tensor.numel()].append(transfer.tensor)
 
     def close(self) -> None:
         self._close(deliver=True)
+
+    def abort(self, error: BaseException) -> None:
+        """torch.distributed has no way to say why: peers see a loss, or wait for their deadline."""
+        self._close(deliver=False)
+
+    def reconnect(self, connect_timeout: float | None = None) -> Mesh:
+        self._close(deliver=False)
+        return _mesh.anew(self, connect_timeout)
 
     def _close(self, *, deliver: bool) -> None:
         if self._closed:

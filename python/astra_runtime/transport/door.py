@@ -49,12 +49,6 @@ def is_spoken(error: ssl.SSLError) -> bool:
     return isinstance(error, ssl.SSLCertVerificationError) or error.reason in _SPOKEN
 
 
-def printable(raw: bytes | bytearray) -> str:
-    """A stranger's words, which may hold anything, for a terminal or a log."""
-    text = raw.decode(errors="replace")
-    return "".join(c if c.isprintable() else "\N{REPLACEMENT CHARACTER}" for c in text)
-
-
 def parse_address(text: str) -> tuple[str, int]:
     """`host:port` (IPv6 in brackets) as a pair; raises ValueError with what was expected."""
     host, colon, port = text.rpartition(":")

@@ -22,7 +22,6 @@ from astra_runtime import wire
 from astra_runtime.errors import (
     ConnectFailed,
     HandshakeRefused,
-    PeerLost,
     PeersRefused,
     WireError,
 )
@@ -36,8 +35,8 @@ from astra_runtime.transport.door import (
     is_spoken,
     listen,
     parse_address,
-    printable,
 )
+from astra_runtime.transport.last_words import ending, printable
 from astra_runtime.transport.mesh import Stats
 from astra_runtime.transport.stream import Stream, TlsStream
 from astra_runtime.transport.tcp import prepare
@@ -130,8 +129,9 @@ class Formation:
                 self._pursue(self._dialing[fd])
             elif fd in self._ranks:
                 rank = self._ranks[fd]
-                if not self.joined[rank].ended_properly(rank):
-                    raise PeerLost(rank, None, "it closed the connection")
+                cause = ending(self.joined[rank], rank, None, "it closed the connection")
+                if cause is not None:
+                    raise cause
                 self._watch.unregister(fd)  # what it sent before its BYE can still be read
             else:
                 callers = callers or fd == self.listener.fileno()

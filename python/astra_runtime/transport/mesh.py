@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from types import TracebackType
 from typing import Protocol, Self
 
 from astra_runtime import wire
-from astra_runtime.errors import HandshakeRefused
+from astra_runtime.errors import AstraError, DeadlineExceeded, HandshakeRefused
 from astra_runtime.wire import Frame
 
 Payload = Frame | bytes | bytearray | memoryview
@@ -38,12 +38,37 @@ class Stats:
 class Mesh(Protocol):
     """All ranks of one run. Collective use: each rank sends what its peers receive.
 
-    After any AstraError the mesh is of no further use but to be closed. One thread uses a mesh.
+    After any AstraError the mesh is of no further use but to be closed, or connected again. One
+    thread uses a mesh.
+
+    With `partial`, what a peer fails to do raises nothing: it is left out, and the caller sees by
+    the ranks it got that it has. A frame that misses its deadline is owed: it is read, checked and
+    dropped before the next frame of that rank is looked at.
+
+    Attributes:
+        timeout: seconds; the deadline of every wait that names none.
+        partial: whether this transport can leave peers out.
+        lossy: whether frames may be lost on their way although nobody failed.
+        gaps: after a partial `receive`, of each rank whose frame came in part: the missing byte
+            ranges [start, stop) of its payload, whose bytes mean nothing. Nothing has gaps where
+            frames come whole or not at all.
+        lost: why nothing more comes of a rank, for those that partial calls have found gone.
+        again: makes the same mesh anew, with a limit in seconds (None: as before); left by
+            `connect`, for `reconnect`.
     """
 
     rank: int
     world_size: int
-    timeout: float  # seconds; the deadline of every wait
+    timeout: float
+    partial: bool
+    lossy: bool
+    again: Callable[[float | None], Mesh] | None
+
+    @property
+    def gaps(self) -> Mapping[int, Sequence[tuple[int, int]]]: ...
+
+    @property
+    def lost(self) -> Mapping[int, AstraError]: ...
 
     @property
     def encrypted(self) -> bool:
@@ -63,19 +88,33 @@ class Mesh(Protocol):
     def buffer(self, size: int) -> Frame:
         """A reusable frame of `size` payload bytes: write into `.payload`, then `send` it."""
 
-    def send(self, payload: Payload, *, block: int, plan: int, to: Sequence[int]) -> None:
+    def send(
+        self, payload: Payload, *, block: int, plan: int, to: Sequence[int], partial: bool = False
+    ) -> None:
         """Hands one frame to each rank in `to`, in that order, without waiting for the network.
 
         `block`: the Transformer block, or 0xFF00..0xFFEF for a control message; `plan`: 32-bit tag
         of what this call computes. The buffer may be written again when `send` has returned.
+        `partial`: passes over ranks that cannot be reached any more.
         """
 
-    def receive(self, sizes: Mapping[int, int], *, block: int, plan: int) -> dict[int, memoryview]:
+    def receive(
+        self,
+        sizes: Mapping[int, int],
+        *,
+        block: int,
+        plan: int,
+        timeout: float | None = None,
+        partial: bool = False,
+    ) -> dict[int, memoryview]:
         """Waits for the frame of every rank in `sizes` (rank → expected payload bytes).
 
-        The views are valid until the next `receive` for a block of the same parity: a block's
-        codes survive the next block's receive, not the one after. Control
+        The views may be written, and are valid until the next `receive` for a block of the same
+        parity: a block's codes survive the next block's receive, not the one after. Control
         messages have a slot of their own. Watches every peer, waited for or not.
+
+        `timeout`: seconds that this wait may take, instead of the mesh's. `partial`: ranks whose
+        frame did not come in that time, or never will, are not in the answer.
         """
 
     def flush(self) -> None:
@@ -83,6 +122,20 @@ class Mesh(Protocol):
 
     def close(self) -> None:
         """Says BYE, delivers what is unsent, frees everything. Never raises; may be repeated."""
+
+    def abort(self, error: BaseException) -> None:
+        """Tells every peer why this rank fails, so that they fail with the same cause, and closes.
+
+        An error of this rank alone is a PeerLost(this rank) there. Never raises, takes no longer
+        than 0.2 s, and does nothing on a closed mesh. A `with` block left by an exception does it.
+        """
+
+    def reconnect(self, connect_timeout: float | None = None) -> Mesh:
+        """Closes this mesh and makes the same one anew, with the arguments of its `connect`.
+
+        Collective; a rank may be another process by now. Works in whatever state this mesh is.
+        Raises AstraError where the mesh was not made by `connect`, else what `connect` raises.
+        """
 
     def __enter__(self) -> Self: ...
 
@@ -110,6 +163,39 @@ def agree(mesh: Mesh, facts: Mapping[str, str]) -> None:
         if difference is not None:
             mesh.close()  # with BYE: peers still comparing must find the difference, not a loss
             raise HandshakeRefused(difference)
+
+
+def require(
+    mesh: Mesh, views: Mapping[int, memoryview], ranks: Iterable[int], block: int, seconds: float
+) -> None:
+    """After a partial `receive` of `seconds`: raises unless all of `ranks` have come."""
+    missing = tuple(sorted(rank for rank in ranks if rank not in views))
+    for rank in missing:
+        if rank in mesh.lost:
+            raise mesh.lost[rank]
+    if missing:
+        raise DeadlineExceeded(missing[0], block, seconds, missing)
+
+
+def leave(mesh: Mesh, kind: type[BaseException] | None, error: BaseException | None) -> None:
+    """The end of a mesh's `with` block."""
+    if kind is None:
+        mesh.close()
+    else:
+        mesh.abort(error if error is not None else kind())
+
+
+def refuse_partial(partial: bool) -> None:
+    """For transports whose `partial` is False."""
+    if partial:
+        raise ValueError("partial: expected False with this transport, which leaves nobody out")
+
+
+def anew(mesh: Mesh, connect_timeout: float | None) -> Mesh:
+    """`Mesh.reconnect`, of a mesh that is closed."""
+    if mesh.again is None:
+        raise AstraError("reconnect: expected a mesh made by `connect`, which knows its arguments")
+    return mesh.again(connect_timeout)
 
 
 def _difference(

@@ -19,7 +19,7 @@ import os
 import threading
 import time
 from collections import deque
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from types import TracebackType
 from typing import Final, NamedTuple, Self
@@ -72,6 +72,7 @@ class _Held(NamedTuple):
     block: int
     plan: int
     rank: int
+    partial: bool
     last: bool
 
 
@@ -83,6 +84,8 @@ class PacedMesh:
         self.link = link
         self.rank = mesh.rank
         self.world_size = mesh.world_size
+        self.partial, self.lossy = mesh.partial, mesh.lossy
+        self.again: Callable[[float | None], Mesh] | None = None
         self._busy_until = 0.0  # when the uplink has sent its last queued bit
         self._held: deque[_Held] = deque()
         self._held_bytes = 0
@@ -113,13 +116,23 @@ class PacedMesh:
     def peer_stats(self) -> dict[int, Stats]:
         return self._mesh.peer_stats
 
+    @property
+    def gaps(self) -> Mapping[int, Sequence[tuple[int, int]]]:
+        return self._mesh.gaps
+
+    @property
+    def lost(self) -> Mapping[int, AstraError]:
+        return self._mesh.lost
+
     def agree(self, facts: Mapping[str, str]) -> None:
         _mesh.agree(self, facts)
 
     def buffer(self, size: int) -> Frame:
         return self._mesh.buffer(size)
 
-    def send(self, payload: Payload, *, block: int, plan: int, to: Sequence[int]) -> None:
+    def send(
+        self, payload: Payload, *, block: int, plan: int, to: Sequence[int], partial: bool = False
+    ) -> None:
         start = time.monotonic()
         self._raise_failure()
         content = payload.payload if isinstance(payload, Frame) else memoryview(payload).cast("B")
@@ -135,7 +148,9 @@ class PacedMesh:
             for position, rank in enumerate(to, 1):
                 self._busy_until = max(self._busy_until, start) + crossing
                 due = self._busy_until + self.link.delay_ms * 1e-3
-                self._held.append(_Held(due, frame, block, plan, rank, position == len(to)))
+                self._held.append(
+                    _Held(due, frame, block, plan, rank, partial, position == len(to))
+                )
                 self._held_bytes += size
             self._changed.notify_all()
 
@@ -164,8 +179,10 @@ class PacedMesh:
             if pause > 0:
                 time.sleep(pause)
             try:
-                self._mesh.send(held.frame, block=held.block, plan=held.plan, to=(held.rank,))
-                self._mesh.flush()
+                _, frame, block, plan, rank, partial, _ = held
+                self._mesh.send(frame, block=block, plan=plan, to=(rank,), partial=partial)
+                if not held.partial:  # else a peer that does not read would hold up the others
+                    self._mesh.flush()
             except AstraError as error:
                 self._fail(error)
                 return
@@ -184,9 +201,17 @@ class PacedMesh:
             self._held.clear()
             self._changed.notify_all()
 
-    def receive(self, sizes: Mapping[int, int], *, block: int, plan: int) -> dict[int, memoryview]:
+    def receive(
+        self,
+        sizes: Mapping[int, int],
+        *,
+        block: int,
+        plan: int,
+        timeout: float | None = None,
+        partial: bool = False,
+    ) -> dict[int, memoryview]:
         self._raise_failure()
-        return self._mesh.receive(sizes, block=block, plan=plan)
+        return self._mesh.receive(sizes, block=block, plan=plan, timeout=timeout, partial=partial)
 
     def flush(self) -> None:
         """Waits until everything sent has crossed the link."""
@@ -200,7 +225,15 @@ class PacedMesh:
         self._stop(deliver=True)
         self._mesh.close()
 
-    def _stop(self, *, deliver: bool) -> None:
+    def abort(self, error: BaseException) -> None:
+        self._stop(deliver=False, seconds=0.05)
+        self._mesh.abort(error)
+
+    def reconnect(self, connect_timeout: float | None = None) -> Mesh:
+        self.close()
+        return _mesh.anew(self, connect_timeout)
+
+    def _stop(self, *, deliver: bool, seconds: float | None = None) -> None:
         if deliver and not self._closing:
             try:
                 self.flush()
@@ -211,7 +244,7 @@ class PacedMesh:
             if not deliver:
                 self._held.clear()
             self._changed.notify_all()
-        self._thread.join(self.timeout)
+        self._thread.join(self.timeout if seconds is None else seconds)
 
     def __enter__(self) -> Self:
         return self
@@ -222,8 +255,7 @@ class PacedMesh:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        self._stop(deliver=kind is None)
-        self._mesh.__exit__(kind, error, trace)
+        _mesh.leave(self, kind, error)
 
 
 def _sharpen_timer() -> None:

@@ -16,9 +16,6 @@ import threading
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, Final
 
-from astra_runtime import wire
-from astra_runtime.wire import HEADER_SIZE
-
 UNTRUSTED_BYTES: Final = 16 << 10  # read at most before a TLS handshake is complete
 _PART: Final = 4096  # read at once during the handshake
 _CHUNK: Final = 256 << 10  # read at once afterwards: a usual frame with its records' headers
@@ -57,16 +54,13 @@ class Stream:
         """The peer's certificate, verified; None in plaintext."""
         return None
 
-    def ended_properly(self, rank: int) -> bool:
-        """Whether the bytes still unread on an ended connection end in the BYE of `rank`."""
+    def tail(self, size: int) -> bytes:
+        """The last bytes, at most `size`, of what is still unread; they stay unread."""
         (unread,) = struct.unpack("i", fcntl.ioctl(self.sock, termios.FIONREAD, bytes(4)))
-        if unread < HEADER_SIZE:
-            return False
         try:
-            tail = self.sock.recv(unread, socket.MSG_PEEK)[-HEADER_SIZE:]
+            return self.sock.recv(unread, socket.MSG_PEEK)[-size:] if unread else b""
         except OSError:
-            return False
-        return wire.is_bye(tail, rank)
+            return b""
 
     def close(self) -> None:
         self.sock.close()
@@ -86,7 +80,8 @@ class TlsStream(Stream):
         self._tls = context.wrap_bio(self._incoming, self._outgoing, server_side=accepting)
         self._lock = threading.Lock()  # OpenSSL allows one call at a time on a connection
         self._chunk = memoryview(bytearray(_PART))
-        self._early = bytearray()  # decrypted ahead of time, by `ended_properly`
+        self._early = bytearray()  # decrypted ahead of time, by `tail`
+        self._reading = threading.Lock()  # a link emulator's thread may ask for the tail
         self._complete = False
 
     def handshake(self) -> bool:
@@ -142,12 +137,13 @@ class TlsStream(Stream):
             yield sealed
 
     def read_into(self, view: memoryview) -> int:
-        if not self._early:
-            return self._decrypt_into(view)
-        count = min(len(view), len(self._early))
-        view[:count] = self._early[:count]
-        del self._early[:count]
-        return count
+        with self._reading:
+            if not self._early:
+                return self._decrypt_into(view)
+            count = min(len(view), len(self._early))
+            view[:count] = self._early[:count]
+            del self._early[:count]
+            return count
 
     def _decrypt_into(self, view: memoryview) -> int:
         filled = 0
@@ -186,12 +182,13 @@ class TlsStream(Stream):
             self._incoming.write(room[:count])
         return count
 
-    def ended_properly(self, rank: int) -> bool:
-        """Decrypts all that is left: no more than the kernel's buffer held when the end came."""
+    def tail(self, size: int) -> bytes:
+        """Decrypts all that is left: no more than the kernel's buffer held."""
         piece = memoryview(bytearray(_CHUNK))
-        try:
-            while count := self._decrypt_into(piece):
-                self._early += piece[:count]
-        except OSError:  # reset, or not ended after all
-            return False
-        return wire.is_bye(self._early[-HEADER_SIZE:], rank)
+        with self._reading:
+            try:
+                while count := self._decrypt_into(piece):
+                    self._early += piece[:count]
+            except OSError:  # reset, or not ended yet
+                pass
+            return bytes(self._early[-size:])
