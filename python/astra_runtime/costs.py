@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from .codebook import Codebook
 from .models import Adapter
 from .plan import Plan, balanced_weights
+from .subspace import search_macs
 
 HALO = 32  # tokens
 # How much longer than a projection's a FLOP of attention takes, in a probe on one CPU. Shares of
@@ -37,7 +38,8 @@ class CodeCosts:
 
 def _search(codebook: Codebook, width: int) -> float:
     """FLOPs of finding the codewords of a token: G searches of K codewords of width/G channels."""
-    return 2.0 * codebook.codewords * width
+    groups = codebook.groups
+    return 2.0 * groups * search_macs(codebook.codewords, width // groups, codebook.dimensions)
 
 
 def _projection(adapter: Adapter) -> float:

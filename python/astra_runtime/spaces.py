@@ -22,6 +22,7 @@ from .codebook import Codebook, joint, split_tables
 from .errors import WireError
 from .models import Adapter
 from .plan import Plan
+from .subspace import Search
 from .trace import stage
 from .transform import Known, flat, heads, unit
 
@@ -118,19 +119,21 @@ class _Codes(Space):
     """Packing and unpacking, alike in all coded spaces: rows of a batch are byte-aligned."""
 
     tables: Sequence[Tensor]  # [C, K, w] a block
+    searches: Sequence[Search]
 
     def __init__(self, codebook: Codebook, adapter: Adapter) -> None:
         self.groups, self.bits = codebook.groups, codebook.code_bits
         self.codewords, self.device = codebook.codewords, adapter.device
         if codebook.tables is not None:
             self.tables = list(codebook.tables.to(adapter.device, torch.float32))
+            self.searches = [Search(table, codebook.dimensions) for table in self.tables]
 
     def payload_bytes(self, block: int, batch: int, tokens: int) -> int:
         return batch * ak.packed_size(tokens * len(self.tables[block]), self.bits)
 
     def write(self, block: int, vectors: Tensor, out: memoryview) -> Tensor:
         """Writes the nearest codewords of vectors [B, T, C, w] into `out`, packed; the codes."""
-        codes = ak.encode(vectors, self.tables[block])
+        codes = self.searches[block](vectors)
         row = len(out) // len(codes)
         with stage("pack", block):
             for b, codes_of_row in enumerate(codes.cpu()):
@@ -308,6 +311,7 @@ class TransformCodes(_Codes, _DenseAttention):
         self.adapter = adapter
         self.transforms = [t.to(adapter.device) for t in codebook.transforms]
         self.tables = [t.tables for t in self.transforms]
+        self.searches = [Search(table) for table in self.tables]
 
     def begin(self, inputs: Mapping[str, Tensor], plan: Plan, rank: int) -> TransformCodes:
         this = copy.copy(self)  # the tensors stay shared
