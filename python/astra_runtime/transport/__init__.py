@@ -10,12 +10,22 @@ from typing import Literal
 
 from astra_runtime.keys import ENVIRONMENT, Keys, KeysError
 from astra_runtime.transport import handshake, rendezvous
-from astra_runtime.transport.mesh import Mesh, Stats, peers_of
+from astra_runtime.transport.mesh import Mesh, Stats, peers_of, require
 from astra_runtime.transport.pacing import Link, PacedMesh
 from astra_runtime.transport.tcp import TcpMesh, prepare
 from astra_runtime.wire import NO_RUN, NOBODY, Frame, Hello
 
-__all__ = ["Frame", "Link", "Mesh", "Stats", "check_keys", "connect", "local_mesh", "peers_of"]
+__all__ = [
+    "Frame",
+    "Link",
+    "Mesh",
+    "Stats",
+    "check_keys",
+    "connect",
+    "local_mesh",
+    "peers_of",
+    "require",
+]
 
 
 def connect(
@@ -23,7 +33,7 @@ def connect(
     world_size: int | None = None,
     peers: Sequence[str] | None = None,
     *,
-    backend: Literal["tcp", "gloo", "nccl"] = "tcp",
+    backend: Literal["tcp", "datagram", "gloo", "nccl"] = "tcp",
     host: str | None = None,
     timeout: float = 30.0,
     connect_timeout: float = 60.0,
@@ -36,7 +46,9 @@ def connect(
     rank, world_size: this process and how many there are; default: torchrun's RANK, WORLD_SIZE.
     peers: "host:port" of every rank, by rank. This rank listens at exactly its own. Default: any
         free port, made known through torchrun's store at MASTER_ADDR:MASTER_PORT.
-    backend: "tcp", or torch.distributed's "gloo" or "nccl" (`peers[0]` is then its rendezvous).
+    backend: "tcp"; "datagram" for links that lose packets: codes by UDP, in parts of which any may
+        be missing (`DatagramMesh`), the rest over TCP; or torch.distributed's "gloo" or "nccl"
+        (`peers[0]` is then its rendezvous).
     host: the address to listen at instead of the one in `peers` (or of torchrun's interface).
     timeout: seconds every later wait may take. link: emulate a slow access link (`Link`).
     keys: a folder of `astra keys init`, all ranks' or this rank's part; default: the one that
@@ -61,6 +73,9 @@ def connect(
     for name, wait in (("timeout", timeout), ("connect_timeout", connect_timeout)):
         if not 0 < wait <= 1e6:
             raise ValueError(f"{name}: expected seconds above 0, at most 1e6, got {wait}")
+    paced = link is not None and not link.is_free
+    if paced and backend == "datagram":
+        raise ValueError('link: expected none with backend "datagram", which it cannot emulate')
     mesh: Mesh
     if backend in ("gloo", "nccl"):
         if keys is not None:
@@ -70,11 +85,15 @@ def connect(
         from astra_runtime.transport.distributed import connect_distributed
 
         mesh = connect_distributed(rank, world_size, peers, backend, timeout, connect_timeout)
-    elif backend == "tcp":
+    elif backend in ("tcp", "datagram"):
         mesh = _connect_tcp(rank, world_size, peers, host, timeout, connect_timeout, secret)
+        if backend == "datagram":
+            from astra_runtime.transport.datagram import connect_datagrams
+
+            mesh = connect_datagrams(mesh)
     else:
-        raise ValueError(f'backend: expected "tcp", "gloo" or "nccl", got {backend!r}')
-    if link is not None and not link.is_free:
+        raise ValueError(f'backend: expected "tcp", "datagram", "gloo" or "nccl", got {backend!r}')
+    if link is not None and paced:
         mesh = PacedMesh(mesh, link)
 
     def again(seconds: float | None) -> Mesh:

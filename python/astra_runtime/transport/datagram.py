@@ -1,0 +1,417 @@
+"""Codes as datagrams, for links that lose packets: a lost part delays nobody.
+
+TCP delivers in order, so one lost packet holds up all that was sent behind it, for a round trip at
+best and 200 ms or more at worst. Codes of a block are of use now or not at all. `DatagramMesh`
+sends the frames of blocks as UDP datagrams and leaves everything else (control messages, gathered
+answers, how peers are lost) to the TCP mesh that it wraps, over which the datagrams' secrets are
+agreed. What is missing when a wait ends is told by `gaps`, and the caller goes on without it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import os
+import select
+import socket
+import struct
+import time
+from collections import deque
+from collections.abc import Callable, Mapping, Sequence
+from types import TracebackType
+from typing import Final, Self
+
+from astra_runtime.errors import (
+    CONTROL_BLOCKS,
+    AstraError,
+    ConnectFailed,
+    DeadlineExceeded,
+    HandshakeRefused,
+    WireError,
+)
+from astra_runtime.keys import EXTRA, KeysError, can_make_keys
+from astra_runtime.transport import last_words
+from astra_runtime.transport import mesh as _mesh
+from astra_runtime.transport.mesh import Mesh, Payload, Stats
+from astra_runtime.transport.parts import (
+    DATAGRAM_SIZE,
+    SECRET_SIZE,
+    Buffer,
+    DatagramStats,
+    EncryptedSeal,
+    Gap,
+    Inbox,
+    Outbox,
+    PlainSeal,
+    Seal,
+)
+from astra_runtime.transport.tcp import _ENDED as ENDED
+from astra_runtime.transport.tcp import YIELD_NANOSECONDS, TcpMesh
+from astra_runtime.transport.tcp import _Peer as Connection
+from astra_runtime.wire import Frame
+
+DATAGRAMS: Final = 0xFFFC  # control number of the frame that agrees port and secret
+SOCKET_BUFFER: Final = 4 << 20  # asked of the kernel, which may give less
+MAX_UNSENT: Final = 1 << 20  # bytes kept for a peer while the kernel takes none
+GREETINGS: Final = 8  # datagrams that try the way before it is relied on
+GREETING_SECONDS: Final = 0.01  # between two of them
+_TURN: Final = 1024  # datagrams of one peer read before another's
+_OFFER: Final = struct.Struct(f"<H{SECRET_SIZE}s")  # the port to send to, the secret of what comes
+
+
+class _Peer:
+    """One connected UDP socket: what comes from and goes to one peer, and nobody else."""
+
+    def __init__(self, rank: int, sock: socket.socket) -> None:
+        self.rank = rank
+        self.sock = sock
+        self.fd = sock.fileno()
+        self.inbox = Inbox(rank, PlainSeal(bytes(SECRET_SIZE)))
+        self.outbox = Outbox(rank, PlainSeal(bytes(SECRET_SIZE)))
+        self.unsent: deque[bytes] = deque()
+        self.unsent_bytes = 0
+        self.stats = Stats()
+        self._room = memoryview(bytearray(DATAGRAM_SIZE + 1))  # one byte more betrays the longer
+
+    def transmit(self, datagram: Sequence[Buffer]) -> None:
+        """Sends now or keeps for later; what has no room is lost, as it might be on its way."""
+        if not self.unsent and self._send(datagram):
+            return
+        whole = b"".join(datagram)
+        if self.unsent_bytes + len(whole) > MAX_UNSENT:
+            self.inbox.stats.dropped += 1
+            return
+        self.unsent.append(whole)
+        self.unsent_bytes += len(whole)
+
+    def flush(self) -> bool:
+        """Sends what it can of the unsent datagrams; True when none are left."""
+        while self.unsent:
+            if not self._send([self.unsent[0]]):
+                return False
+            self.unsent_bytes -= len(self.unsent.popleft())
+        return True
+
+    def _send(self, datagram: Sequence[Buffer]) -> bool:
+        """False: the kernel has no room at the moment."""
+        try:
+            self.stats.bytes_sent_total += self.sock.sendmsg(datagram)
+            self.inbox.stats.sent += 1
+        except BlockingIOError:
+            return False
+        except OSError:  # unreachable, refused: TCP knows whether the peer is alive
+            self.inbox.stats.dropped += 1
+        return True
+
+    def collect(self) -> bool:
+        """Takes what has come; False where there may be more."""
+        for _ in range(_TURN):
+            try:
+                count = self.sock.recv_into(self._room)
+            except BlockingIOError:
+                return True
+            except OSError:  # an answer to something sent before: nobody listens there
+                continue
+            self.stats.bytes_received_total += count
+            self.inbox.take(self._room[:count])
+        return False
+
+
+def connect_datagrams(control: TcpMesh, *, connect_timeout: float = 10.0) -> DatagramMesh:
+    """Wraps a mesh that was just made, on every rank: its block frames become datagrams. Closes it
+    on failure.
+
+    Each rank tells each peer, over its connection, a port and a fresh secret to send with; then
+    datagrams try the way. With TLS the secrets are keys of AES-256-GCM. Without, so on loopback
+    only, they are tokens, see `PlainSeal`.
+
+    Raises:
+        KeysError: encryption without the package `cryptography`.
+        HandshakeRefused: a peer that does not send datagrams.
+        ConnectFailed: no datagram of a peer came within `connect_timeout` seconds.
+    """
+    mesh = DatagramMesh(control)
+    try:
+        mesh._agree_on_secrets()
+        mesh._try_the_way(connect_timeout)
+    except BaseException as error:
+        mesh.abort(error)
+        raise
+    return mesh
+
+
+class DatagramMesh:
+    """`Mesh` over UDP for the frames of blocks and over a TCP mesh for the rest.
+
+    Attributes:
+        gaps: after a `receive`: of every rank whose frame came in part, the missing bytes
+            [start, stop) of its payload, which are zeros in its view.
+    """
+
+    partial, lossy = True, True
+
+    def __init__(self, control: TcpMesh) -> None:
+        if control.encrypted and not can_make_keys():
+            raise KeysError(
+                f'datagrams beside TLS need the package cryptography: pip install "{EXTRA}"'
+            )
+        self.rank = control.rank
+        self.world_size = control.world_size
+        self.timeout = control.timeout
+        self.gaps: dict[int, list[Gap]] = {}
+        self.again: Callable[[float | None], Mesh] | None = None
+        self._control = control
+        self._lost: dict[int, AstraError] = {}
+        self._peers = {
+            rank: _Peer(rank, _bound_beside(connection.sock))
+            for rank, connection in control._peers.items()
+        }
+        self._by_fd = {peer.fd: peer for peer in self._peers.values()}
+        self._may_yield = control._may_yield
+
+    def _agree_on_secrets(self) -> None:
+        """Ports and secrets, over the connections."""
+        seal: type[Seal] = EncryptedSeal if self.encrypted else PlainSeal
+        for rank, peer in self._peers.items():
+            secret = os.urandom(SECRET_SIZE)
+            peer.inbox.seal = seal(secret)  # type: ignore[call-arg]
+            offer = _OFFER.pack(peer.sock.getsockname()[1], secret)
+            self._control.send(offer, block=DATAGRAMS, plan=0, to=[rank])
+        sizes = dict.fromkeys(self._peers, _OFFER.size)
+        try:
+            offers = self._control.receive(sizes, block=DATAGRAMS, plan=0)
+        except WireError as error:
+            if error.field != "block":
+                raise
+            raise HandshakeRefused(
+                f"rank {error.rank} sends no datagrams, rank {self.rank} does"
+            ) from error
+        for rank, peer in self._peers.items():
+            port, secret = _OFFER.unpack(offers[rank])
+            peer.outbox = Outbox(self.rank, seal(secret))  # type: ignore[call-arg]
+            host, _, *rest = self._control._peers[rank].sock.getpeername()
+            peer.sock.connect((host, port, *rest))
+
+    def _try_the_way(self, connect_timeout: float) -> None:
+        """Finds out at once, not by degraded answers, where nothing passes."""
+        deadline = time.monotonic() + max(connect_timeout, GREETINGS * GREETING_SECONDS)
+        silent, turn = list(self._peers.values()), 0
+        while silent or turn < GREETINGS:
+            if time.monotonic() > deadline:
+                ranks = tuple(sorted(peer.rank for peer in silent))
+                who = ", ".join(map(str, ranks))
+                raise ConnectFailed(
+                    f"no datagram of rank {who} came within {connect_timeout:g} s although TCP "
+                    "connects: does a firewall keep UDP from passing?",
+                    ranks,
+                )
+            for peer in self._peers.values():
+                peer.transmit(peer.outbox.greeting())
+            turn += 1
+            time.sleep(GREETING_SECONDS)
+            for peer in self._peers.values():
+                peer.collect()
+            silent = [peer for peer in silent if not peer.inbox.greeted]
+
+    @property
+    def lost(self) -> Mapping[int, AstraError]:
+        return {**self._control.lost, **self._lost}
+
+    @property
+    def encrypted(self) -> bool:
+        return self._control.encrypted
+
+    @property
+    def stats(self) -> Stats:
+        return sum((peer.stats for peer in self._peers.values()), self._control.stats)
+
+    @property
+    def peer_stats(self) -> dict[int, Stats]:
+        below = self._control.peer_stats
+        return {rank: peer.stats + below[rank] for rank, peer in self._peers.items()}
+
+    @property
+    def datagrams(self) -> DatagramStats:
+        """A snapshot of what became of the datagrams so far."""
+        return sum((peer.inbox.stats for peer in self._peers.values()), DatagramStats())
+
+    def agree(self, facts: Mapping[str, str]) -> None:
+        _mesh.agree(self, facts)
+
+    def buffer(self, size: int) -> Frame:
+        return Frame(size)
+
+    def send(
+        self, payload: Payload, *, block: int, plan: int, to: Sequence[int], partial: bool = False
+    ) -> None:
+        if block >= CONTROL_BLOCKS:
+            self._control.send(payload, block=block, plan=plan, to=to, partial=partial)
+            return
+        self._control._block = block  # for its last words
+        content = payload.payload if isinstance(payload, Frame) else memoryview(payload).cast("B")
+        for rank in to:
+            peer = self._peer(rank, partial)
+            peer.flush()
+            for datagram in peer.outbox.frame(content, block, plan):
+                peer.transmit(datagram)
+            peer.stats.messages_sent += 1
+            peer.stats.bytes_sent_payload += len(content)
+
+    def receive(
+        self,
+        sizes: Mapping[int, int],
+        *,
+        block: int,
+        plan: int,
+        timeout: float | None = None,
+        partial: bool = False,
+    ) -> dict[int, memoryview]:
+        """As `Mesh.receive`. A partial wait ends before its deadline where all that is missing was
+        sent before something that has come; otherwise a lost part is a DeadlineExceeded."""
+        self.gaps = {}
+        if block >= CONTROL_BLOCKS:
+            return self._control.receive(
+                sizes, block=block, plan=plan, timeout=timeout, partial=partial
+            )
+        self._control._block = block
+        wanted = {rank: self._peer(rank, partial) for rank in sizes}
+        for rank, peer in wanted.items():
+            peer.inbox.expect(sizes[rank], block, plan)
+        seconds = self.timeout if timeout is None else timeout
+        left = self._wait(list(wanted.values()), block, seconds, partial)
+        if left and not partial:
+            ranks = tuple(sorted(peer.rank for peer in left))
+            raise DeadlineExceeded(ranks[0], block, seconds, ranks)
+        views = {}
+        for rank, peer in wanted.items():
+            found = peer.inbox.finish()
+            if found is None:
+                continue
+            views[rank], gaps = found
+            if gaps:
+                self.gaps[rank] = gaps
+            peer.stats.messages_received += 1
+            missing = sum(stop - start for start, stop in gaps)
+            peer.stats.bytes_received_payload += sizes[rank] - missing
+        return views
+
+    def _wait(self, waiting: list[_Peer], block: int, seconds: float, partial: bool) -> list[_Peer]:
+        """Takes datagrams until nothing is worth waiting for; returns who is still missing."""
+        deadline = time.monotonic() + seconds
+        waiting = self._still_missing(waiting, partial)
+        if self._may_yield:
+            until = time.perf_counter_ns() + YIELD_NANOSECONDS
+            while waiting and time.perf_counter_ns() < until:
+                os.sched_yield()
+                waiting = self._still_missing(waiting, partial)
+        while waiting:
+            left = deadline - time.monotonic()
+            if left <= 0:
+                break
+            self._sleep(left, block, partial)
+            waiting = self._still_missing(waiting, partial)
+        return waiting
+
+    def _still_missing(self, waiting: list[_Peer], partial: bool) -> list[_Peer]:
+        """Who is to be waited for after all has been taken that has come."""
+        left = []
+        for peer in waiting:
+            taken = peer.collect()
+            given_up = partial and (self._gone(peer.rank) or (taken and peer.inbox.hopeless))
+            if not (peer.inbox.whole or given_up):
+                left.append(peer)
+        return left
+
+    def _sleep(self, seconds: float, block: int, partial: bool) -> None:
+        """Waits for datagrams, and sees to the connections: a peer may be lost, bytes unsent."""
+        control, poll = self._control, self._control._poll
+        for connection in control._peers.values():
+            control._watch(connection, False)
+        for peer in self._peers.values():
+            more = select.POLLOUT if not peer.flush() else 0
+            poll.register(peer.fd, select.POLLIN | more)
+        try:
+            found = poll.poll(math.ceil(seconds * 1000))
+        finally:
+            for peer in self._peers.values():
+                poll.unregister(peer.fd)
+        for fd, events in found:
+            if fd in self._by_fd:
+                self._by_fd[fd].collect()
+            else:
+                self._see_to(control._by_fd[fd], events, block, partial)
+
+    def _see_to(self, connection: Connection, events: int, block: int, partial: bool) -> None:
+        """Finds out why a connection ended, by its last words; also flushes it."""
+        if partial and events & ENDED:
+            why = last_words.ending(
+                connection.stream, connection.rank, block, "it closed the connection"
+            )
+            if why is not None:
+                self._lost[connection.rank] = why
+        self._control._serve(connection, events, {}, block, partial)
+
+    def _gone(self, rank: int) -> AstraError | None:
+        return self._lost.get(rank) or self._control.lost.get(rank)
+
+    def _peer(self, rank: int, partial: bool) -> _Peer:
+        if self._control._closed:
+            raise AstraError("the mesh is closed")
+        peer = self._peers.get(rank)
+        if peer is None:
+            raise ValueError(f"rank: expected one of {sorted(self._peers)}, got {rank}")
+        why = self._gone(rank)
+        if why is not None and not partial:
+            raise why
+        return peer
+
+    def flush(self) -> None:
+        deadline = time.monotonic() + self.timeout
+        for peer in self._peers.values():
+            while not peer.flush() and time.monotonic() < deadline:
+                select.select([], [peer.fd], [], 0.01)
+        self._control.flush()
+
+    def close(self) -> None:
+        if not self._control._closed:
+            with contextlib.suppress(AstraError, OSError):
+                self.flush()
+        self._close_sockets()
+        self._control.close()
+
+    def abort(self, error: BaseException) -> None:
+        self._close_sockets()
+        self._control.abort(error)
+
+    def reconnect(self, connect_timeout: float | None = None) -> Mesh:
+        self.close()
+        return _mesh.anew(self, connect_timeout)
+
+    def _close_sockets(self) -> None:
+        for peer in self._peers.values():
+            peer.sock.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        if error is None:
+            self.close()
+        else:
+            self.abort(error)
+
+
+def _bound_beside(connection: socket.socket) -> socket.socket:
+    """A UDP socket at the address that a connection has here, at a port of its own."""
+    sock = socket.socket(connection.family, socket.SOCK_DGRAM)
+    sock.setblocking(False)
+    for option in (socket.SO_RCVBUF, socket.SO_SNDBUF):
+        sock.setsockopt(socket.SOL_SOCKET, option, SOCKET_BUFFER)
+    host, _, *rest = connection.getsockname()
+    sock.bind((host, 0, *rest))
+    return sock
