@@ -5,15 +5,24 @@ TORCH ?= torch==2.13.0
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.set-up
+# make fuzz needs a clang with libFuzzer; executions of all its targets together.
+FUZZ_CXX ?= $(shell command -v clang++ || command -v clang++-19 || command -v clang++-16 || command -v clang++-14)
+FUZZ_RUNS ?= 100000000
+SOAK_EXCHANGES ?= 1000000
+FAULTS ?= bench/results/cpu-$(shell nproc)core/faults.json
 SOURCES := $(shell find csrc -type f) CMakeLists.txt setup.py pyproject.toml
 
-.PHONY: help setup demo test test-core test-slow test-aot lint format bench clean
+.PHONY: help setup demo test test-core test-slow test-aot test-faults test-sanitized soak fuzz lint format bench clean
 
 help:
 	@echo "make demo    one device, dense exchange and ASTRA side by side (real model, processes, sockets)"
 	@echo "make test    all fast tests: C++ under sanitizers, Python (about 10 minutes on 2 cores)"
 	@echo "make test-slow  the tests with pretrained models"
 	@echo "make test-aot   every Triton configuration, compiled ahead of time for three chips"
+	@echo "make test-faults  ranks killed, stopped, cut off and lied to; some minutes"
+	@echo "make soak    a million exchanges: memory, threads, descriptors, outputs"
+	@echo "make fuzz    the wire's decoder under libFuzzer, ASan and UBSan; needs clang"
+	@echo "make test-sanitized  Python tests on a sanitized build of the extension; FULL=1 for all"
 	@echo "make lint    ruff, mypy, clang-format"
 	@echo "make bench   the benchmarks; results in bench/results, tables of README"
 
@@ -36,9 +45,9 @@ demo: $(STAMP)
 
 test: $(STAMP) test-core
 	@echo "== Python tests, about 5 minutes on 2 cores =="
-	$(BIN)/python -m pytest -m "not slow and not gpu" --ignore tests/triton_kernels
+	$(BIN)/python -m pytest -m "not slow and not gpu and not faults" --ignore tests/triton_kernels
 	@echo "== Triton kernels, interpreted, and compiled ahead of time for three chips: about 3 minutes =="
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not slow and not gpu" -n 2 tests/triton_kernels
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not slow and not gpu and not faults" -n 2 tests/triton_kernels
 
 test-core: $(STAMP)
 	@echo "== C++ tests under ASan and UBSan, about 1 minute =="
@@ -52,6 +61,24 @@ test-slow: $(STAMP)
 test-aot: $(STAMP)
 	@echo "== every kernel configuration, compiled for sm_80, sm_90 and sm_100 =="
 	$(BIN)/python -m tests.triton_kernels.aot
+
+test-faults: $(STAMP)
+	@echo "== faults of every kind; figures go to $(FAULTS) =="
+	OMP_NUM_THREADS=1 ASTRA_FAULTS_REPORT=$(abspath $(FAULTS)) $(BIN)/python -m pytest -m faults --timeout 1200 tests/faults
+
+soak: $(STAMP)
+	@echo "== $(SOAK_EXCHANGES) exchanges =="
+	OMP_NUM_THREADS=1 $(BIN)/python -m tests.faults.soak --exchanges $(SOAK_EXCHANGES) --report $(FAULTS)
+
+fuzz: $(STAMP)
+	@echo "== the decoder under libFuzzer: $(FUZZ_RUNS) executions, a quarter of an hour for 1e8 =="
+	@mkdir -p build/fuzz
+	@echo 'extern "C" int LLVMFuzzerTestOneInput(const char*, unsigned long) { return 0; }' > build/fuzz/probe.cpp
+	@"$(FUZZ_CXX)" -fsanitize=fuzzer,address,undefined build/fuzz/probe.cpp -o build/fuzz/probe 2> build/fuzz/probe.log || \
+	  { cat build/fuzz/probe.log; echo "make fuzz needs clang++ and its runtime libraries (Debian: clang-14 and libclang-rt-14-dev); say make fuzz FUZZ_CXX=…"; exit 1; }
+	$(BIN)/cmake -S . -B build/fuzz -G Ninja -DCMAKE_MAKE_PROGRAM=$(abspath $(BIN))/ninja -DCMAKE_CXX_COMPILER=$(FUZZ_CXX) -DCMAKE_BUILD_TYPE=RelWithDebInfo -DASTRA_BUILD_PYTHON=OFF -DASTRA_BUILD_TESTS=OFF -DASTRA_FUZZ=ON -DASTRA_WERROR=ON
+	$(BIN)/cmake --build build/fuzz --parallel 2
+	$(BIN)/python -m tests.faults.fuzz --targets build/fuzz/csrc/fuzz --runs $(FUZZ_RUNS) --report $(FAULTS)
 
 lint: $(STAMP)
 	$(BIN)/ruff check .
