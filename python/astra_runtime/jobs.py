@@ -20,10 +20,12 @@ from .engine import Engine
 from .errors import WireError
 from .evaluate import shard_loss
 from .gather import CLOCK, JOB, JOB_SIZE, REPORT, TRACE, TRACE_SIZE
+from .probe import probe
 from .trace import Span, Trace, tracing
 from .transport import Mesh
 
 MAX_JOB, MAX_TRACE = 16 << 20, 64 << 20  # bytes of their JSON
+PROBED = ("float32", "float16", "int8")  # dense exchanges, beside the codes
 CLOCK_TRIPS = 8  # round trips, of which the shortest tells how far apart two ranks' clocks are
 
 
@@ -105,6 +107,12 @@ class Ranks:
             return self._work(kind, job)
 
     def _work(self, kind: str, job: dict[str, Any]) -> Any:
+        if kind == "probe":
+            dense = {f"dense {dtype}": Codebook.none(dtype) for dtype in PROBED}
+            if job["codebook"] != self.codebook.digest:
+                raise WireError("codebook", self.codebook.digest, job["codebook"], 0)
+            books = dense | {"codes": self.codebook}
+            return probe(self.mesh, self.timed, self.model, books, job["tokens"])
         ids = torch.tensor(job["input_ids"])
         if kind == "prefill":
             return self.prefill(ids, job["space"], job["repeats"])
@@ -112,7 +120,7 @@ class Ranks:
             return self.loss(ids, job["space"])
         if kind == "generate":
             return self.generate(ids, job["space"], job["max_new_tokens"])
-        raise WireError("job", "prefill, loss, generate, timeline or stop", kind, 0)
+        raise WireError("job", "prefill, loss, generate, probe, timeline or stop", kind, 0)
 
     def timeline(self) -> dict[int, list[Span]]:
         """On rank 0: every rank's spans, in ns of rank 0's clock; on the others nothing."""

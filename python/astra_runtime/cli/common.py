@@ -92,6 +92,10 @@ def add_mesh_options(parser: argparse.ArgumentParser) -> None:
         "--weights", metavar="W,W,…", help="shares of the tokens, one a rank (default: balanced)"
     )
     add_halo(parser)
+    add_connection(parser)
+
+
+def add_connection(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--connect-timeout",
         type=seconds,

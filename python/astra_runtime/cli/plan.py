@@ -8,9 +8,10 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import AstraError
-from .common import load, positive, say, show_json
+from .common import add_connection, check_keys, load, peers_of, positive, say, show_json
 
 WORLDS = (2, 3, 4, 8)
+DENSE_DTYPES = ("float32", "float16", "int8")
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
@@ -18,6 +19,8 @@ def configure(parser: argparse.ArgumentParser) -> None:
         "examples:\n"
         "  astra plan --model smollm2 --tokens 1024 --mbit 10 --rtt-ms 2 --codebook DIR\n"
         "      (measures this machine; every device is taken to be like it)\n"
+        "  astra plan --peers 10.0.0.1:7000,10.0.0.2:7000 --keys rank-0/ --codebook DIR\n"
+        "      (measures these devices and their links; the others run `astra worker`)\n"
         "  astra plan --model llama-3-8b --tokens 4096 --mbit 20 --flops 50e12 --world-size 2 4 8"
     )
     parser.add_argument(
@@ -28,10 +31,15 @@ def configure(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--json", action="store_true", help="one JSON object on stdout")
     parser.add_argument("--tokens", type=positive, default=1024, help="of the input (1024)")
-    parser.add_argument("--mbit", type=float, default=10.0, help="rate of each device's link (10)")
-    parser.add_argument("--rtt-ms", type=float, default=1.0, help="round trip of two devices (1)")
+    parser.add_argument("--mbit", type=float, help="rate of each device's link (10, or measured)")
+    parser.add_argument("--rtt-ms", type=float, help="round trip of two devices (1, or measured)")
     parser.add_argument(
-        "--world-size", type=positive, nargs="+", default=WORLDS, help="devices (2 3 4 8)"
+        "--world-size", type=positive, nargs="+", help="devices (2 3 4 8; with --peers: all counts)"
+    )
+    parser.add_argument(
+        "--peers",
+        help="host:port of every rank, by rank, this one being 0: they and their links are "
+        "measured; the other devices run `astra worker` with the same codebook",
     )
     parser.add_argument(
         "--codebook", nargs="*", default=[], metavar="DIR", help="codebooks fitted for this model"
@@ -46,60 +54,60 @@ def configure(parser: argparse.ArgumentParser) -> None:
         help="how quick each device is beside the first, 1,0.5 for one at half its speed; "
         "with one --world-size",
     )
+    add_connection(parser)
 
 
 def run(options: argparse.Namespace) -> int:
     import torch
 
-    from ..codebook import Codebook
     from ..models import adapt
     from ..models.shapes import SHAPES, shaped
-    from ..predict import measured, of_flops, single
-    from ..transport import Link
+    from ..predict import single
 
     if options.model in SHAPES and options.flops is None:
         raise AstraError(f"--flops: expected with the shape {options.model}, which has no weights")
+    peers = None if options.peers is None else _peers(options)
+    if peers is None and options.world_size is None:
+        options.world_size = list(WORLDS)
     speeds = _speeds(options)
     torch.set_num_threads(options.threads)
     model = shaped(options.model) if options.model in SHAPES else load(options.model)[0]
     adapter = adapt(model)
-    books: dict[str, Codebook] = {
-        Path(at).name: Codebook.from_pretrained(at) for at in options.codebook
-    }
-    books |= nominal(adapter) if not books else {}
-    for book in books.values():
-        if book.model:
-            book.check_model(adapter)
-    books |= {f"dense {dtype}": Codebook.none(dtype) for dtype in ("float32", "float16", "int8")}
-    link = Link(options.mbit or None, options.rtt_ms / 2)
+    books = _books(options, adapter)
+    if peers is None:
+        mbit = 10.0 if options.mbit is None else options.mbit
+        rtt_ms = 1.0 if options.rtt_ms is None else options.rtt_ms
+        rates = _rates_here(options, model, books)
+        most = max(options.world_size)
+        of_ranks = {
+            name: [found.slower(1 / speed) for speed in speeds or [1.0] * most]
+            for name, found in rates.items()
+        }
+    else:
+        (name,) = [name for name, book in books.items() if book.coded]
+        mbit, rtt_ms, of_ranks = _measured(options, peers, model, name, books[name])
+        options.world_size = options.world_size or range(2, len(peers) + 1)
     rows = []
-    alone = math.inf
-    for name, book in books.items():
-        if options.flops is not None:
-            rates = of_flops(adapter, book, options.flops)
-        elif book.tables is None and not book.transforms and book.coded:
-            continue  # nothing to measure: only --flops can tell of codes that are not fitted
-        else:
-            say(f"measuring {name} on this machine, {options.threads} thread(s)")
-            rates = measured(model, book, options.tokens)
-        alone = min(alone, single(adapter, rates, options.tokens))
-        worlds = [n for n in options.world_size if 1 < n <= options.tokens]
+    alone = min(single(adapter, found[0], options.tokens) for found in of_ranks.values())
+    for name, found in of_ranks.items():
+        worlds = [n for n in options.world_size if 1 < n <= min(options.tokens, len(found))]
         rows += [
-            {"codes": name, **row(adapter, book, rates, link, n, options, speeds)} for n in worlds
+            {"codes": name, **row(adapter, books[name], found[:n], (mbit, rtt_ms), options.tokens)}
+            for n in worlds
         ]
-    for found in rows:
-        found["speedup"] = alone / found["seconds"]
-    best = min(rows, key=lambda found: found["seconds"], default=None)
+    for each in rows:
+        each["speedup"] = alone / each["seconds"]
+    best = min(rows, key=lambda each: each["seconds"], default=None)
     if best is not None and best["speedup"] <= 1:
         best = None
     result = {
         "model": options.model,
         "tokens": options.tokens,
-        "mbit_per_s": options.mbit or None,
-        "rtt_ms": options.rtt_ms,
+        "mbit_per_s": mbit or None,
+        "rtt_ms": rtt_ms,
         "flops": options.flops,
         "single_seconds": alone,
-        "rows": sorted(rows, key=lambda found: found["seconds"]),
+        "rows": sorted(rows, key=lambda each: each["seconds"]),
         "recommended": best,
     }
     if options.json:
@@ -107,6 +115,83 @@ def run(options: argparse.Namespace) -> int:
     else:
         show(result)
     return 0
+
+
+def _peers(options: argparse.Namespace) -> list[str]:
+    options.rank = 0
+    peers = peers_of(options)
+    for name in ("flops", "speeds"):
+        if getattr(options, name) is not None:
+            raise AstraError(f"--{name}: expected without --peers, which are measured")
+    if len(options.codebook) != 1:
+        raise AstraError(
+            f"--codebook: expected one with --peers, the workers' own, got {len(options.codebook)}"
+        )
+    if any(n > len(peers) for n in options.world_size or ()):
+        raise AstraError(f"--world-size: expected at most the {len(peers)} of --peers")
+    check_keys(options, peers)
+    return peers
+
+
+def _books(options: argparse.Namespace, adapter: Any) -> dict[str, Any]:
+    """What to predict: fitted codebooks, or codes as wide as fitted ones, and dense exchange."""
+    from ..codebook import Codebook
+
+    books = {Path(at).name: Codebook.from_pretrained(at) for at in options.codebook}
+    for book in books.values():
+        book.check_model(adapter)
+    books |= nominal(adapter) if not books else {}
+    return books | {f"dense {dtype}": Codebook.none(dtype) for dtype in DENSE_DTYPES}
+
+
+def _rates_here(options: argparse.Namespace, model: Any, books: dict[str, Any]) -> dict[str, Any]:
+    """This machine's rates, or those of --flops."""
+    from ..models import adapt
+    from ..predict import measured, of_flops
+
+    found = {}
+    for name, book in books.items():
+        if options.flops is not None:
+            found[name] = of_flops(adapt(model), book, options.flops)
+        elif book.coded and book.tables is None and not book.transforms:
+            continue  # nothing to measure: only --flops can tell of codes that are not fitted
+        else:
+            say(f"measuring {name} on this machine, {options.threads} thread(s)")
+            found[name] = measured(model, book, options.tokens)
+    return found
+
+
+def _measured(
+    options: argparse.Namespace, peers: list[str], model: Any, name: str, book: Any
+) -> tuple[float, float, dict[str, Any]]:
+    """Joins the workers: Mbit/s and round trip of the slowest link, every rank's rates by codes."""
+    from ..jobs import Ranks
+    from ..transport import connect
+
+    with connect(
+        0,
+        len(peers),
+        peers,
+        timeout=options.timeout,
+        connect_timeout=options.connect_timeout,
+        keys=options.keys,
+        insecure=options.insecure,
+    ) as mesh:
+        say(f"measuring {len(peers)} devices and the links between them")
+        ranks = Ranks(model, book, mesh)
+        found = ranks.lead(do="probe", tokens=options.tokens, codebook=book.digest)
+        ranks.lead(do="stop")
+        ranks.close()
+    for peer in range(1, len(peers)):
+        say(
+            f"rank {peer}: round trip {found.rtt_ms[peer]:.2f} ms, "
+            f"{found.up_mbit[peer]:.1f} Mbit/s to it, {found.down_mbit[peer]:.1f} back"
+        )
+    link = found.link()
+    rates = {name if told == "codes" else told: of for told, of in found.rates.items()}
+    mbit = link.mbit_per_s if options.mbit is None else options.mbit
+    rtt_ms = 2 * link.delay_ms if options.rtt_ms is None else options.rtt_ms
+    return mbit, rtt_ms, rates
 
 
 def nominal(adapter: Any) -> dict[str, Any]:
@@ -124,24 +209,21 @@ def nominal(adapter: Any) -> dict[str, Any]:
 
 
 def row(
-    adapter: Any,
-    book: Any,
-    rates: Any,
-    link: Any,
-    world: int,
-    options: argparse.Namespace,
-    speeds: list[float] | None,
+    adapter: Any, book: Any, rates: list[Any], rate_and_trip: tuple[float, float], tokens: int
 ) -> dict[str, Any]:
-    """What to expect of a codebook on `world` devices."""
+    """What to expect of a codebook on devices of these rates."""
     from ..costs import engine_plan
-    from ..predict import first_token
+    from ..predict import first_token, single
+    from ..transport import Link
 
-    of_ranks = [rates.slower(1 / speed) for speed in speeds or [1.0] * world]
-    plan = engine_plan(adapter, book, options.tokens, world)
-    if speeds is not None:  # shares in proportion to speed, on top of the balance of equal ones
-        sizes = [plan.size(n) * speeds[n] for n in range(world)]
-        plan = engine_plan(adapter, book, options.tokens, world, weights=sizes)
-    found = first_token(adapter, book, plan, of_ranks, link)
+    mbit, rtt_ms = rate_and_trip
+    world = len(rates)
+    plan = engine_plan(adapter, book, tokens, world)
+    seconds = [single(adapter, of_rank, tokens) for of_rank in rates]
+    if max(seconds) > min(seconds):  # shares by pace, on top of the balance of equal ones
+        sizes = [plan.size(n) / seconds[n] for n in range(world)]
+        plan = engine_plan(adapter, book, tokens, world, weights=sizes)
+    found = first_token(adapter, book, plan, rates, Link(mbit or None, rtt_ms / 2))
     held_back = book.notes.get("held_back") or {}
     return {
         "world_size": world,
@@ -174,7 +256,7 @@ def _speeds(options: argparse.Namespace) -> list[float] | None:
         raise AstraError(f"--speeds: {wanted}") from error
     if not all(0 < speed < math.inf for speed in speeds):
         raise AstraError(f"--speeds: {wanted}")
-    if list(options.world_size) != [len(speeds)]:
+    if options.world_size != [len(speeds)]:
         raise AstraError(
             f"--speeds: expected together with --world-size {len(speeds)}, "
             f"got {' '.join(map(str, options.world_size))}"
