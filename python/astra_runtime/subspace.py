@@ -30,7 +30,7 @@ def search_macs(codewords: int, width: int, dimensions: int) -> int:
 def default_dimensions(codewords: int, width: int) -> int:
     """`DIMENSIONS` where they save a quarter of the search at least, else 0: all."""
     saves = search_macs(codewords, width, DIMENSIONS) <= 0.75 * codewords * width
-    return DIMENSIONS if saves and DIMENSIONS < width else 0
+    return DIMENSIONS if saves and width > DIMENSIONS else 0
 
 
 @dataclass(frozen=True)
