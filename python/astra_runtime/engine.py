@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
 from types import TracebackType
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -14,6 +15,7 @@ from .codebook import Codebook
 from .costs import engine_plan
 from .gather import TOKEN, receive_tensors, send_tensor
 from .layer import Call
+from .missing import Missing
 from .models import adapt, listening
 from .plan import Plan, check_halo
 from .spaces import make_space
@@ -37,10 +39,27 @@ class Engine:
             finish together.
         halo: tokens before its shard that a decoder's rank computes, too, so that they are as good
             as exact where they matter most; None: `default_halo`, 0 without codes.
+        deadline_ms: how long a block's exchange may wait for its frames; None: the mesh's timeout.
+            For the answer a rank waits as long as the mesh does, at least two such deadlines; with
+            "degrade", a deadline a block longer.
+        on_missing: "raise": a rank that misses a deadline, or is lost, is an error on every rank.
+            "degrade": it is left out of that block's softmax, and of an encoder's mean of class
+            tokens; the answer says so. The rank that owns the answer is never left out, nor is any
+            with logits="all". A late rank is back at the next block it reaches in time, a lost one
+            after `rejoin`.
+
+    Attributes:
+        degraded: whether the last answer lacks anything, here or on a rank that shaped it.
+        missing: of the last answer, the blocks in which tokens of a rank were left out, by rank;
+            the number of blocks stands for the answer itself. Both are on the output as well. A
+            rank that got no answer (outputs="one") knows of what it left out itself.
+
+    An error that this rank meets in a call is told to the others, which raise the same one, and
+    ends the mesh; `rejoin` makes a new one. Arguments that are refused end nothing.
 
     Raises:
         ValueError: a model of another family, or a codebook made for another model.
-        HandshakeRefused: a rank has another model, codebook or weights.
+        HandshakeRefused: a rank has another model, codebook, weights, or other ways with deadlines.
 
     Close it, or use it in a `with` block, to take the hooks off the model.
     """
@@ -53,6 +72,8 @@ class Engine:
         *,
         weights: Sequence[float] | None = None,
         halo: int | None = None,
+        deadline_ms: float | None = None,
+        on_missing: Literal["raise", "degrade"] = "raise",
     ) -> None:
         self.model = model
         self.adapter = adapt(model)
@@ -63,18 +84,57 @@ class Engine:
             Plan.make(len(self.weights), self.mesh.world_size, causal=True, weights=self.weights)
         check_halo(halo or 0, self.adapter.causal)
         self.halo = halo
+        _check_missing(on_missing, deadline_ms, self.mesh)
+        self.deadline_ms, self.on_missing = deadline_ms, on_missing
+        self.degraded = False
+        self.missing: dict[int, list[int]] = {}
         if model.training:
             raise ValueError("model: expected evaluation mode, got training: call model.eval()")
         self.space = make_space(self.codebook, self.adapter)
         self.bits_per_token_block = 0.0
-        facts = {
-            "model": self.adapter.digest(),
-            "codebook": self.codebook.digest,
-            "plan": f"weights {self.weights or 'balanced'}, halo {_named(self.halo)}",
-        }
-        self.mesh.agree(facts)
+        self._agree()
         self.adapter.install()
         self._open = True
+
+    def _agree(self) -> None:
+        self.mesh.agree(
+            {
+                "model": self.adapter.digest(),
+                "codebook": self.codebook.digest,
+                "plan": f"weights {self.weights or 'balanced'}, halo {_named(self.halo)}",
+                "deadline_ms": _named(self.deadline_ms),
+                "on_missing": self.on_missing,
+            }
+        )
+
+    def rejoin(self, mesh: Mesh | None = None, *, connect_timeout: float | None = None) -> None:
+        """Closes what is left of the mesh and connects the ranks again; collective.
+
+        Works after any error of a call, and where a rank is another process by now. The model with
+        its hooks and the codebook stay as they are.
+
+        Args:
+            mesh: the ranks, connected again by the caller; None: as `connect` did it before.
+            connect_timeout: seconds to wait for the other ranks; None: as before.
+
+        Raises what `connect` raises, and HandshakeRefused as the engine did at first. `rejoin` may
+        then be called again.
+        """
+        if not self._open:
+            raise RuntimeError("the engine is closed")
+        if mesh is None:
+            mesh = self.mesh.reconnect(connect_timeout)
+        elif mesh is not self.mesh:
+            self.mesh.close()
+        place = (mesh.rank, mesh.world_size)
+        if place != (self.mesh.rank, self.mesh.world_size):
+            raise ValueError(
+                f"mesh: expected rank {self.mesh.rank} of {self.mesh.world_size}, "
+                f"got rank {place[0]} of {place[1]}"
+            )
+        _check_missing(self.on_missing, self.deadline_ms, mesh)
+        self.mesh = mesh
+        self._agree()
 
     @property
     def rank(self) -> int:
@@ -112,11 +172,26 @@ class Engine:
             The model's own output class.
         """
         call, kwargs = self._prepare(inputs, logits, outputs)
-        with listening(call), stage("compute"):
+        with self._failing_together(), listening(call), stage("compute"):
             output = self.model(**kwargs)
         self._count(call)
+        self._flag(call)
+        output.degraded, output.missing = self.degraded, self.missing
         has_answer = call.everywhere or call.answer == "local" or self.rank == call.plan.owner
         return output if has_answer else None
+
+    @contextlib.contextmanager
+    def _failing_together(self) -> Iterator[None]:
+        """Whatever ends a call on this rank ends it on every rank, with one cause."""
+        try:
+            yield
+        except BaseException as error:
+            self.mesh.abort(error)
+            raise
+
+    def _flag(self, call: Call) -> None:
+        self.missing = call.missing.by_rank() if call.missing else {}
+        self.degraded = bool(self.missing)
 
     def _prepare(
         self, inputs: dict[str, Tensor], logits: str, outputs: str, *options: object
@@ -142,6 +217,7 @@ class Engine:
             answer=logits,
             everywhere=outputs == "every",
         )
+        self._set_limits(call)
         far = bool(plan.sources(rank))
         if visible is not None:
             call.local_mask = plan.local(visible, rank)
@@ -160,16 +236,30 @@ class Engine:
             kwargs["use_cache"] = False
         return call, kwargs
 
+    def _set_limits(self, call: Call) -> None:
+        """How long to wait, and whether a rank may be left out."""
+        self.degraded, self.missing = False, {}
+        longest = self.mesh.timeout
+        if self.deadline_ms is not None:
+            longest = call.deadline = self.deadline_ms / 1000
+        # whoever waits for an answer must not give up before the rank that makes it has done so
+        call.patience = max(self.mesh.timeout, 2 * longest)
+        if self.on_missing == "degrade":
+            call.patience += len(self.adapter.blocks) * longest  # it may have waited in each block
+            call.missing = Missing(self.mesh.world_size, len(self.adapter.blocks))
+
     def _count(self, call: Call) -> None:
         """Payload bits made for remote use, over the tokens they stand for and the blocks."""
         makers = [n for n in range(call.plan.world_size) if call.plan.receivers(n)]
         tokens = sum(call.plan.told(n) for n in makers) * call.batch
         blocks = len(self.adapter.blocks)
-        size = sum(
+        sizes = [
             self.space.payload_bytes(block, call.batch, call.plan.told(n))
             for block in range(blocks)
             for n in makers
-        )
+        ]
+        told = call.missing.width if call.missing else 0
+        size = sum(size + told for size in sizes if size)
         self.bits_per_token_block = 8 * size / (tokens * blocks) if tokens else 0.0
 
     @torch.inference_mode()
@@ -216,25 +306,40 @@ class Engine:
         ends = self._ends(eos_token_id, input_ids.device)
         call, kwargs = self._prepare(inputs, "last", "one", max_new_tokens, ends.tolist())
         call.keeps = call.rank == call.plan.owner
+        with self._failing_together():
+            ids = self._continue(call, kwargs, inputs, max_new_tokens, ends, choose, on_token)
+        self._flag(call)
+        return ids
+
+    def _continue(
+        self,
+        call: Call,
+        kwargs: dict[str, Any],
+        inputs: dict[str, Tensor],
+        max_new_tokens: int,
+        ends: Tensor,
+        choose: Callable[[Tensor, Tensor], Tensor] | None,
+        on_token: Callable[[Tensor], None] | None,
+    ) -> Tensor:
+        """Prefill, and then token after token, from the owner to all others."""
         owner = _Owner(self, call, kwargs, inputs) if call.rank == call.plan.owner else None
         if owner is None:
             with listening(call), stage("compute"):
                 self.model(**kwargs)
         self._count(call)
         others = [n for n in range(call.plan.world_size) if n != call.rank]
-        done = torch.zeros(call.batch, dtype=torch.bool, device=input_ids.device)
-        ids = input_ids.long()
+        ids = inputs["input_ids"].long()
+        done = torch.zeros(call.batch, dtype=torch.bool, device=ids.device)
         for _ in range(max_new_tokens):
             if owner is not None:
                 scores = owner.scores(ids)
                 token = scores.argmax(-1) if choose is None else choose(ids, scores)
                 token = token.to(ids.dtype).reshape(call.batch)
                 token = torch.where(done, ends[0], token) if len(ends) else token
-                send_tensor(self.mesh, token, block=TOKEN, plan=call.tag, to=others)
+                send_tensor(call, token, block=TOKEN, to=others)
             else:
                 shapes = {call.plan.owner: (call.batch,)}
-                heard = receive_tensors(self.mesh, shapes, ids, block=TOKEN, plan=call.tag)
-                token = heard[call.plan.owner]
+                token = receive_tensors(call, shapes, ids, block=TOKEN)[call.plan.owner]
             ids = torch.cat([ids, token[:, None]], 1)
             if on_token is not None:
                 on_token(token)
@@ -281,8 +386,25 @@ def _contents(inputs: dict[str, Tensor]) -> list[bytes]:
     return told
 
 
-def _named(halo: int | None) -> str:
-    return "default" if halo is None else str(halo)
+def _named(value: float | None) -> str:
+    return "default" if value is None else str(value)
+
+
+def _check_missing(on_missing: str, deadline_ms: float | None, mesh: Mesh) -> None:
+    if on_missing not in ("raise", "degrade"):
+        raise ValueError(f"on_missing: expected 'raise' or 'degrade', got {on_missing!r}")
+    if deadline_ms is not None and not 0 < deadline_ms <= 1e9:
+        raise ValueError(f"deadline_ms: expected above 0, at most 1e9, got {deadline_ms}")
+    if on_missing == "degrade" and deadline_ms is None:
+        raise ValueError("deadline_ms: expected a number with on_missing='degrade', got None")
+    if on_missing == "degrade" and not mesh.partial:
+        raise ValueError(
+            "on_missing: expected 'raise' with this transport, which leaves nobody out"
+        )
+    if on_missing == "raise" and mesh.lossy:
+        raise ValueError(
+            "on_missing: expected 'degrade' with this transport, which loses frames, got 'raise'"
+        )
 
 
 def _padding(visible: Tensor | None) -> int:

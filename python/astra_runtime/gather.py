@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from .trace import stage
-from .transport import Mesh
+from .transport import require
 
 if TYPE_CHECKING:
     from .layer import Call
@@ -23,30 +23,36 @@ HEAD, TOKEN, JOB_SIZE, JOB, REPORT = 0xFF00, 0xFF01, 0xFF02, 0xFF03, 0xFF04
 CLOCK, TRACE_SIZE, TRACE = 0xFF05, 0xFF06, 0xFF07
 
 
-def send_tensor(mesh: Mesh, tensor: Tensor, *, block: int, plan: int, to: Iterable[int]) -> None:
-    """Sends a tensor's bytes to `to`; whoever receives it knows shape and dtype."""
+def send_tensor(call: Call, tensor: Tensor, *, block: int, to: Iterable[int]) -> None:
+    """Sends a tensor's bytes to `to`; whoever receives it knows shape and dtype.
+
+    Behind them comes what this rank knows to be missing, where ranks may be left out.
+    """
+    mesh, missing = call.mesh, call.missing
     receivers = tuple(to)
     if not receivers:
         return
     flat = tensor.detach().to("cpu").contiguous().view(-1).view(torch.uint8)
-    frame = mesh.buffer(flat.numel())
-    torch.frombuffer(frame.payload, dtype=torch.uint8).copy_(flat)
+    size = flat.numel()
+    frame = mesh.buffer(size + (missing.whole if missing else 0))
+    torch.frombuffer(frame.payload, dtype=torch.uint8)[:size].copy_(flat)
+    if missing:
+        missing.tell_all(frame.payload[size:])
     with stage("send"):
-        mesh.send(frame, block=block, plan=plan, to=receivers)
+        partial = missing is not None
+        mesh.send(frame, block=block, plan=call.tag, to=receivers, partial=partial)
 
 
 def receive_tensors(
-    mesh: Mesh,
-    shapes: Mapping[int, tuple[int, ...]],
-    like: Tensor,
-    *,
-    block: int,
-    plan: int,
+    call: Call, shapes: Mapping[int, tuple[int, ...]], like: Tensor, *, block: int
 ) -> dict[int, Tensor]:
-    """The tensors of the given shapes that these ranks sent, with the dtype of `like`."""
+    """The tensors of the given shapes that these ranks sent, with the dtype of `like`.
+
+    Where ranks may be left out, those that are not needed get no longer than a block's exchange.
+    """
     sizes = {n: like.dtype.itemsize * torch.Size(shape).numel() for n, shape in shapes.items()}
     with stage("wait"):
-        views = mesh.receive(sizes, block=block, plan=plan) if sizes else {}
+        views = _receive(call, sizes, block) if sizes else {}
     return {
         n: torch.frombuffer(view, dtype=torch.uint8)
         .to(like.device, copy=True)
@@ -56,12 +62,30 @@ def receive_tensors(
     }
 
 
+def _receive(call: Call, sizes: dict[int, int], block: int) -> dict[int, memoryview]:
+    mesh, missing, tag = call.mesh, call.missing, call.tag
+    patience = mesh.timeout if call.patience is None else call.patience
+    if missing is None:
+        return mesh.receive(sizes, timeout=patience, block=block, plan=tag)
+    totals = {n: size + missing.whole for n, size in sizes.items()}
+    needed = {n: totals[n] for n in call.needed & totals.keys()}
+    frames = mesh.receive(needed, timeout=patience, partial=True, block=block, plan=tag)
+    require(mesh, frames, needed, block, patience)
+    rest = {n: total for n, total in totals.items() if n not in needed}
+    frames |= mesh.receive(rest, timeout=call.deadline, partial=True, block=block, plan=tag)
+    missing.leave_out(missing.answer, sizes.keys() - frames.keys())
+    for n, view in frames.items():
+        missing.hear_all(view[sizes[n] :], n)
+    return {n: view[: sizes[n]] for n, view in frames.items()}
+
+
 def gather(call: Call, hidden: Tensor) -> Tensor:
     """The hidden states that `call.answer` asks for, from this rank's [B, copies + T, D].
 
     "last": the last token of a decoder, [B, 1, D], or the mean of all ranks' class tokens
-    (Distributed Class Tokens: with dense exchange the copies are equal). "all": the class token and
-    all tokens. "local": what this rank has. A rank that is not to have the answer gets its own.
+    (Distributed Class Tokens: with dense exchange the copies are equal), of those that came where
+    ranks may be left out. "all": the class token and all tokens. "local": what this rank has. A
+    rank that is not to have the answer gets its own.
     """
     plan, rank = call.plan, call.rank
     if call.answer == "local" or call.mesh.world_size == 1:
@@ -76,7 +100,7 @@ def gather(call: Call, hidden: Tensor) -> Tensor:
 
     takers = set(range(plan.world_size)) if call.everywhere else {plan.owner}
     if rank in senders:
-        send_tensor(call.mesh, piece, block=HEAD, plan=call.tag, to=sorted(takers - {rank}))
+        send_tensor(call, piece, block=HEAD, to=sorted(takers - {rank}))
     if rank not in takers:
         return piece
     whole = call.answer == "all"
@@ -84,7 +108,7 @@ def gather(call: Call, hidden: Tensor) -> Tensor:
         n: (len(hidden), plan.copies + plan.size(n) if whole else 1, hidden.shape[-1])
         for n in senders - {rank}
     }
-    pieces = receive_tensors(call.mesh, shapes, hidden, block=HEAD, plan=call.tag)
+    pieces = receive_tensors(call, shapes, hidden, block=HEAD)
     if rank in senders:
         pieces[rank] = piece
     ordered = [pieces[n] for n in sorted(pieces)]

@@ -22,10 +22,13 @@ from torch import Tensor
 import astra_kernels as ak
 
 from .gather import gather
+from .missing import Missing, receive_codes
 from .plan import Plan
-from .spaces import Payload, Rope, Space
+from .spaces import Payload, Rope, Space, seen
 from .trace import stage
 from .transport import Frame, Mesh
+
+NOTHING = (None, None)  # nothing is known of remote tokens
 
 
 @dataclass
@@ -40,6 +43,9 @@ class Call:
         everywhere: every rank gets the answer, not the owner alone.
         keeps: decoding follows here, from `kept`: what this rank knows of the remote tokens.
         frames: buffers that blocks' codes are packed into, by size.
+        deadline: seconds that a block's exchange may take; None: as long as the mesh waits.
+        patience: seconds to wait for the answer; None: as long as the mesh waits.
+        missing: who was left out, where that is allowed; None: everybody is needed.
     """
 
     rank: int
@@ -56,8 +62,11 @@ class Call:
     everywhere: bool = True
     keeps: bool = False
     decoding: bool = False
-    kept: dict[int, Any] = field(default_factory=dict)
+    kept: dict[int, tuple[Any, Tensor | None]] = field(default_factory=dict)
     frames: dict[int, Frame] = field(default_factory=dict)
+    deadline: float | None = None
+    patience: float | None = None
+    missing: Missing | None = None
 
     @property
     def told(self) -> slice:
@@ -81,9 +90,9 @@ class Call:
         mask, causal = self.local_mask, self.plan.causal and not self.decoding
         with stage("attend", block):
             out, lse = ak.attention(query, key, value, is_causal=causal, key_mask=mask, scale=scale)
-        remote = self.kept.get(block) if self.decoding else self.hear(block)
+        remote, mask = self.kept.get(block, NOTHING) if self.decoding else self.hear(block)
         if remote is not None:
-            rope, mask = self.remote_rope, self.remote_mask
+            rope, mask = self.remote_rope, None if mask is None else mask.to(query.device)
             first = self.plan.copies if causal else 0  # a decoder's first tokens see no others
             query, near, lse = query[:, :, first:], out[:, :, first:], lse[:, :, first:]
             with stage("attend", block):
@@ -98,29 +107,49 @@ class Call:
         receivers = self.plan.receivers(self.rank)
         size = self.space.payload_bytes(block, self.batch, self.plan.told(self.rank))
         if receivers and size:
-            frame = self.frames.get(size) or self.frames.setdefault(size, self.mesh.buffer(size))
+            total = size + (self.missing.width if self.missing else 0)
+            frame = self.frames.get(total) or self.frames.setdefault(total, self.mesh.buffer(total))
             with stage("encode", block):
-                self.space.encode(block, what, self.local_rope, frame.payload)
+                self.space.encode(block, what, self.local_rope, frame.payload[:size])
+            if self.missing:
+                self.missing.tell(frame.payload[size:])
+            partial = self.missing is not None
             with stage("send", block):
-                self.mesh.send(frame, block=block, plan=self.tag, to=receivers)
+                self.mesh.send(frame, block=block, plan=self.tag, to=receivers, partial=partial)
 
-    def hear(self, block: int) -> Any:
-        """This block's codes of every rank whose shard is visible here; None if there is none."""
+    def hear(self, block: int) -> tuple[Any, Tensor | None]:
+        """This block's codes of every rank whose shard is visible here, and which of their tokens
+        attention may see: bool [B, N], None for all. Without any codes: `NOTHING`."""
         sources = self.plan.sources(self.rank)
         if not sources:
-            return None
+            return NOTHING
         told = {n: self.plan.told(n) for n in sources}
         sizes = {n: self.space.payload_bytes(block, self.batch, told[n]) for n in sources}
         views = dict.fromkeys(sources, memoryview(b""))  # what nobody sends, nobody awaits
+        came: dict[int, Tensor] = {}
         if any(sizes.values()):
             with stage("wait", block):
-                views = self.mesh.receive(sizes, block=block, plan=self.tag)
-        payloads = [Payload(views[n], told[n], self.plan.heard(self.rank, n)) for n in sources]
+                views, came = receive_codes(self, block, sizes)
+        payloads = [
+            Payload(views[n], told[n], self.plan.heard(self.rank, n), came.get(n)) for n in sources
+        ]
         with stage("unpack", block):
             remote = self.space.decode(block, payloads, self.batch, self.remote_rope)
+        mask = seen(payloads, self.batch, self.remote_mask)
+        heard = remote, mask
+        if came and mask is not None and not bool(mask.any()):
+            heard = NOTHING  # nobody's codes came
         if self.keeps:
-            self.kept[block] = remote
-        return remote
+            self.kept[block] = heard
+        return heard
+
+    @property
+    def needed(self) -> set[int]:
+        """The ranks without which there is no answer, this one aside: they are never left out."""
+        if self.answer == "local":
+            return set()
+        whole = self.answer == "all"
+        return set(range(self.plan.world_size) if whole else [self.plan.owner]) - {self.rank}
 
     def finish(self, hidden: Tensor) -> Tensor:
         """What the head needs of the final hidden states, from whichever ranks hold it."""

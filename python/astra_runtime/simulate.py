@@ -9,17 +9,18 @@ where K holds a shard's own tokens and K̂ everyone else's. With the tables of a
 what the engine's ranks compute together, to rounding; it costs twice the attention scores of the
 plain model, and no communication.
 
-Codes may be lost on their way (`lost`): then a receiver leaves the shard out of that block's
-softmax. In the spaces "differential" and "transform" it also goes on without the codewords of that
-block, so that its estimate of the shard stays off in later blocks, while the sender and the other
-receivers know nothing of it. That is computed as it is, with an estimate for each receiver.
+Codes may be lost on their way (`lost`, `missed`): then a receiver leaves the shard out of that
+block's softmax. In the spaces "differential" and "transform" it also goes on without the codewords
+of that block, so that its estimate of the shard stays off in later blocks, while the sender and the
+other receivers know nothing of it. That is computed as it is, with an estimate for each receiver.
+The engine does the same; `after_loss` has other ways, for comparison.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -119,6 +120,10 @@ class Simulation:
         single_class_token: rank 0 alone has the class token, for comparison.
         lost: the share of frames that do not arrive: of each block, from each rank to each other,
             drawn independently, one draw for the whole batch.
+        missed: (receiver, sender, block) of further frames that do not arrive.
+        after_loss: "stale": the shard is back in the next block's softmax, as far as it is known;
+            "out": it stays out of every later block's; "predicted": it stays in, also in the block
+            whose codewords did not come, as it was predicted (space "transform").
         generator: on the CPU, what losses are drawn from; needed where `lost` is not 0.
 
     Attributes:
@@ -135,13 +140,22 @@ class Simulation:
         *,
         single_class_token: bool = False,
         lost: float = 0.0,
+        missed: Collection[tuple[int, int, int]] = (),
+        after_loss: Literal["stale", "out", "predicted"] = "stale",
         generator: torch.Generator | None = None,
     ) -> None:
         if not 0 <= lost <= 1:
             raise ValueError(f"lost: expected a share between 0 and 1, got {lost}")
         if lost and generator is None:
             raise ValueError("generator: expected one, from which the losses are drawn, got None")
+        if after_loss not in ("stale", "out", "predicted"):
+            raise ValueError(f"after_loss: expected stale, out or predicted, got {after_loss!r}")
+        if after_loss == "predicted" and codebook.space != "transform":
+            raise ValueError('after_loss: expected "predicted" with space "transform" only')
         self.lost, self.generator = lost, generator
+        self.missed, self.after_loss = frozenset(missed), after_loss
+        self.losing = bool(lost or missed)
+        self.present: Tensor | None = None  # [N receiving, N sending]: who has lost nothing so far
         self.adapter: Adapter = adapt(model)
         tokens = self.adapter.count(inputs)[1] - (plan.copies if plan.causal else 0)
         if tokens != plan.tokens:
@@ -192,7 +206,7 @@ class Simulation:
     def run(self) -> Any:
         """The model's own output; with a class token, of one sequence as the model knows it."""
         self.commitment = torch.zeros_like(self.commitment)
-        self.known = self.behind = None
+        self.known = self.behind = self.present = None
         with self.adapter.installed(), listening(self):
             return self.adapter.model(**self.kwargs)
 
@@ -210,9 +224,10 @@ class Simulation:
         if self.codebook.space == "drop":
             return _attention(query, key, value, self.mask[..., :length], scale)
         mask, arrived = self.mask, self._arrivals(block)
-        if arrived is not None:
+        here = self._attended(arrived)
+        if here is not None:
             rank = self.layout.rank
-            heard = arrived[rank][:, rank[self.layout.sent]]
+            heard = here[rank][:, rank[self.layout.sent]]
             mask = torch.cat([mask[..., :length], mask[..., length:] & heard], -1)
         of_receivers = self._stand_ins(block, key, value, arrived)
         found = []
@@ -227,10 +242,25 @@ class Simulation:
         """Whose codes of this block arrive where: bool [N receiving, N sending]; None: all do."""
         silent = self.codebook.space == "differential" and not block  # sends nothing to lose
         silent |= bool(self.transforms) and not self.transforms[block].codes
-        if not self.lost or silent:
+        if not self.losing or silent:
             return None
-        drawn = torch.rand((self.plan.world_size,) * 2, generator=self.generator)
-        return (drawn >= self.lost).to(self.layout.rank.device)
+        arrived = torch.ones((self.plan.world_size,) * 2, dtype=torch.bool)
+        if self.lost:
+            arrived = torch.rand(arrived.shape, generator=self.generator) >= self.lost
+        for receiver, sender, of_block in self.missed:
+            if of_block == block:
+                arrived[receiver, sender] = False
+        return arrived.to(self.layout.rank.device)
+
+    def _attended(self, arrived: Tensor | None) -> Tensor | None:
+        """Whose shards are in this block's softmax, of those that may be seen; None: all."""
+        if self.after_loss == "predicted":
+            return None
+        if self.after_loss == "out":
+            if arrived is not None:
+                self.present = arrived if self.present is None else self.present & arrived
+            return self.present
+        return arrived
 
     def finish(self, hidden: Tensor) -> Tensor:
         sent = self.layout.sent
@@ -287,7 +317,7 @@ class Simulation:
                 sent = self.block_input[:, self.layout.sent]
                 first, embedding = y.detach(), unit(sent.detach())
             loop = Known(self.transforms, first, embedding)
-            self.loops = [loop.fork() for _ in range(self.plan.world_size if self.lost else 1)]
+            self.loops = [loop.fork() for _ in range(self.plan.world_size if self.losing else 1)]
             self.loop = loop
             if first is not None:
                 return [y]
@@ -298,7 +328,7 @@ class Simulation:
             estimate, output = self._quantize(block, z)
             words, step = estimate.detach(), transform.restored(output.detach())
         self.loop.learn(block, predicted, words)  # free of noise: the coder's loop is exact
-        if not self.lost:
+        if not self.losing:
             return [y + (predicted + step - y).detach()]  # straight-through, for all of y
         return [self._heard(block, loop, y, words, n, arrived) for n, loop in enumerate(self.loops)]
 

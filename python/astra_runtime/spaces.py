@@ -36,11 +36,50 @@ class Payload:
     Attributes:
         tokens: how many they stand for.
         heard: how many of them, from the first on, are of use here.
+        came: which tokens' bytes are there, bool [B, tokens]; the others' are zeros. None: all.
     """
 
     view: memoryview
     tokens: int
     heard: int
+    came: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class Strip:
+    """Where a payload has something of each token of sequence `row`: `bits` of the first token from
+    byte `start` on, then as many of the next."""
+
+    start: int
+    bits: int
+    row: int
+
+
+def arrived(
+    strips: Sequence[Strip], batch: int, tokens: int, gaps: Sequence[tuple[int, int]]
+) -> Tensor:
+    """Which tokens of a payload are whole, bool [batch, tokens]: all of whose bits lie outside of
+    the missing byte ranges [start, stop)."""
+    whole = torch.ones(batch, tokens, dtype=torch.bool)
+    for strip in strips:
+        for start, stop in gaps:
+            first = 8 * (start - strip.start) // strip.bits
+            last = -(8 * (strip.start - stop) // strip.bits)  # the first one behind it
+            whole[strip.row, max(first, 0) : max(last, 0)] = False
+    return whole
+
+
+def seen(payloads: Sequence[Payload], batch: int, visible: Tensor | None) -> Tensor | None:
+    """Which tokens heard of attention may see, bool [batch, N]: those that came and that are
+    `visible`, no padding. None: all."""
+    if all(payload.came is None for payload in payloads):
+        return visible
+    parts = [
+        torch.ones(batch, p.heard, dtype=torch.bool) if p.came is None else p.came[:, : p.heard]
+        for p in payloads
+    ]
+    came = torch.cat(parts, 1)
+    return came if visible is None else came.to(visible.device) & visible
 
 
 class Space(ABC):
@@ -59,6 +98,10 @@ class Space(ABC):
     @abstractmethod
     def payload_bytes(self, block: int, batch: int, tokens: int) -> int:
         """Bytes of a shard of `tokens` tokens; nothing is sent or awaited where there are none."""
+
+    @abstractmethod
+    def strips(self, block: int, batch: int, tokens: int) -> list[Strip]:
+        """Where each token's bits lie in the payload of `tokens` tokens."""
 
     @abstractmethod
     def encode(self, block: int, what: Any, rope: Rope, out: memoryview) -> None:
@@ -131,6 +174,11 @@ class _Codes(Space):
     def payload_bytes(self, block: int, batch: int, tokens: int) -> int:
         return batch * ak.packed_size(tokens * len(self.tables[block]), self.bits)
 
+    def strips(self, block: int, batch: int, tokens: int) -> list[Strip]:
+        groups = len(self.tables[block])
+        row = ak.packed_size(tokens * groups, self.bits)
+        return [Strip(b * row, groups * self.bits, b) for b in range(batch)]
+
     def write(self, block: int, vectors: Tensor, out: memoryview) -> Tensor:
         """Writes the nearest codewords of vectors [B, T, C, w] into `out`, packed; the codes."""
         codes = self.searches[block](vectors)
@@ -139,6 +187,12 @@ class _Codes(Space):
             for b, codes_of_row in enumerate(codes.cpu()):
                 ak.pack(codes_of_row, self.bits, out=out[b * row : (b + 1) * row])
         return codes
+
+    def words(self, block: int, payloads: Sequence[Payload], batch: int) -> Tensor:
+        """The codewords of payloads, [B, N, C, w]; zeros where a token's codes did not come."""
+        found = ak.decode(self.read(block, payloads, batch), self.tables[block])
+        came = seen(payloads, batch, None)
+        return found if came is None else found * came[:, :, None, None].to(found.device)
 
     def read(self, block: int, payloads: Sequence[Payload], batch: int) -> Tensor:
         """Unpacks and joins payloads: codes [B, N, C]."""
@@ -263,6 +317,7 @@ class DifferentialCodes(HiddenCodes):
     The estimate starts as the token's embedding, which every rank computes from the token ids, so
     block 0 sends nothing; each later block adds its codewords. The sender adds them too, to the
     estimates of its own tokens: what one block's codes miss, the next block's codes make good.
+    Where a block's codes did not come, a receiver goes on without them: its estimate stays off.
 
     Attributes:
         own: fp32 [B, T, D], what the others know of this rank's tokens; of one pass, see `begin`.
@@ -290,13 +345,15 @@ class DifferentialCodes(HiddenCodes):
         self, block: int, payloads: Sequence[Payload], batch: int, rope: Rope
     ) -> DenseTokens:
         if block:
-            codes = self.read(block, payloads, batch)
-            self.remote = self.remote + ak.decode(codes, self.tables[block]).flatten(2)
+            self.remote = self.remote + self.words(block, payloads, batch).flatten(2)
         return self.seen(block, self.remote, rope)
 
 
 class TransformCodes(_Codes, _DenseAttention):
     """Predictive transform codes of keys and values, see `transform.py`.
+
+    Where a block's codes did not come, a receiver goes on from the prediction alone, which keeps
+    far more than leaving the shard out of all later blocks (`bench.degraded`).
 
     Attributes:
         own: what the others know of this rank's tokens; of one pass, see `begin`.
@@ -342,7 +399,7 @@ class TransformCodes(_Codes, _DenseAttention):
             return self._seen(known.estimate, rope)
         tokens, words = sum(payload.heard for payload in payloads), None
         if transform.codes:
-            words = ak.decode(self.read(block, payloads, batch), transform.tables)
+            words = self.words(block, payloads, batch)
         shape = transform.offset.expand(batch, tokens, -1)
         return self._seen(known.learn(block, known.predict(block, shape), words), rope)
 
@@ -371,6 +428,15 @@ class Dense(_DenseAttention):
         vectors = 2 * batch * self.heads * tokens
         step = 2 if self.dtype == torch.int8 else 0  # an fp16 step a vector
         return vectors * (self.head_dim * self.dtype.itemsize + step)
+
+    def strips(self, block: int, batch: int, tokens: int) -> list[Strip]:
+        """Keys, then values, each [B, Hkv, T, d]; behind them int8's steps, [2, B, Hkv, T]."""
+        found, start = [], 0
+        for size in (self.head_dim * self.dtype.itemsize, 2 if self.dtype == torch.int8 else 0):
+            for number in range(2 * batch * self.heads if size else 0):
+                found.append(Strip(start, 8 * size, number // self.heads % batch))
+                start += size * tokens
+        return found
 
     def encode(self, block: int, what: Any, rope: Rope, out: memoryview) -> None:
         pair = torch.stack(what)  # [2, B, Hkv, T, d]
@@ -408,6 +474,9 @@ class Nothing(Space):
 
     def payload_bytes(self, block: int, batch: int, tokens: int) -> int:
         return 0
+
+    def strips(self, block: int, batch: int, tokens: int) -> list[Strip]:
+        return []
 
     def encode(self, block: int, what: Any, rope: Rope, out: memoryview) -> None:
         raise AssertionError("nothing is sent")

@@ -1,0 +1,110 @@
+"""Degraded answers: whose tokens an answer lacks, and how ranks tell each other.
+
+With `on_missing="degrade"` a rank leaves a peer out of a block's softmax rather than wait for it
+any longer. What it computes and sends from then on is shaped by that, so it says so: every frame of
+codes ends in the ranks that its sender has left out since its last frame, every answer in all that
+its sender knows of. A rank is a bit; see docs/wire.md.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import TYPE_CHECKING
+
+from torch import Tensor
+
+from .errors import WireError
+from .spaces import arrived
+from .transport import require
+
+if TYPE_CHECKING:
+    from .layer import Call
+
+
+class Missing:
+    """What one call lacks, as far as this rank knows.
+
+    Args:
+        world_size: N.
+        blocks: L. Block L stands for the answer itself: a class token that did not come.
+    """
+
+    def __init__(self, world_size: int, blocks: int) -> None:
+        self.world_size = world_size
+        self.width = -(-world_size // 8)  # bytes of one block's ranks, behind a frame of codes
+        self.whole = self.width * (blocks + 1)  # bytes of all blocks' ranks, behind an answer
+        self._ranks = [0] * (blocks + 1)  # by block, a bit a rank
+        self._untold = 0
+
+    @property
+    def answer(self) -> int:
+        """The number that stands for the answer among the blocks."""
+        return len(self._ranks) - 1
+
+    def leave_out(self, block: int, ranks: Iterable[int]) -> None:
+        """This rank goes on without (all of) the tokens of `ranks`."""
+        bits = sum(1 << rank for rank in set(ranks))
+        self._ranks[block] |= bits
+        self._untold |= bits
+
+    def tell(self, out: memoryview) -> None:
+        """Writes whom this rank has left out since it last told, `width` bytes."""
+        out[:] = self._untold.to_bytes(self.width, "little")
+        self._untold = 0
+
+    def hear(self, block: int, data: memoryview, source: int) -> None:
+        """What `source` told behind its codes of `block`, which the block before has shaped."""
+        self._ranks[max(block - 1, 0)] |= self._bits(data, source)
+
+    def tell_all(self, out: memoryview) -> None:
+        """Writes all that this rank knows of, `whole` bytes."""
+        out[:] = b"".join(bits.to_bytes(self.width, "little") for bits in self._ranks)
+
+    def hear_all(self, data: memoryview, source: int) -> None:
+        for block in range(len(self._ranks)):
+            start = block * self.width
+            self._ranks[block] |= self._bits(data[start : start + self.width], source)
+
+    def _bits(self, data: memoryview, source: int) -> int:
+        bits = int.from_bytes(data, "little")
+        if bits >> self.world_size:
+            raise WireError(
+                "missing rank", f"below {self.world_size}", bits.bit_length() - 1, source
+            )
+        return bits
+
+    def by_rank(self) -> dict[int, list[int]]:
+        """The blocks in which each rank's tokens are missing; ranks that never are have none."""
+        found: dict[int, list[int]] = {}
+        for block, bits in enumerate(self._ranks):
+            for rank in range(self.world_size):
+                if bits >> rank & 1:
+                    found.setdefault(rank, []).append(block)
+        return dict(sorted(found.items()))
+
+
+def receive_codes(
+    call: Call, block: int, sizes: dict[int, int]
+) -> tuple[dict[int, memoryview], dict[int, Tensor]]:
+    """The payloads of a block, by rank, and of those that did not come, or not whole, which tokens
+    are there, bool [B, T]. What did not come is zeros."""
+    mesh, missing, tag = call.mesh, call.missing, call.tag
+    if missing is None:
+        return mesh.receive(sizes, block=block, plan=tag, timeout=call.deadline), {}
+    totals = {n: size + missing.width for n, size in sizes.items()}
+    frames = mesh.receive(totals, block=block, plan=tag, timeout=call.deadline, partial=True)
+    require(mesh, frames, call.needed & sizes.keys(), block, call.deadline or mesh.timeout)
+    views, came = {}, {}
+    for n, size in sizes.items():
+        tokens = call.plan.told(n)
+        gaps = mesh.gaps.get(n, ()) if n in frames else [(0, totals[n])]
+        view = frames[n] if n in frames else memoryview(bytearray(totals[n]))
+        for start, stop in gaps:
+            view[start:stop] = bytes(stop - start)
+        if gaps:
+            strips = call.space.strips(block, call.batch, tokens)
+            came[n] = arrived(strips, call.batch, tokens, gaps)
+        missing.hear(block, view[size:], n)
+        views[n] = view[:size]
+    missing.leave_out(block, came)
+    return views, came
