@@ -61,8 +61,9 @@ def arrived(
     """Which tokens of a payload are whole, bool [batch, tokens]: all of whose bits lie outside of
     the missing byte ranges [start, stop)."""
     whole = torch.ones(batch, tokens, dtype=torch.bool)
+    holes = [(start, stop) for start, stop in gaps if start < stop]
     for strip in strips:
-        for start, stop in gaps:
+        for start, stop in holes:
             first = 8 * (start - strip.start) // strip.bits
             last = -(8 * (strip.start - stop) // strip.bits)  # the first one behind it
             whole[strip.row, max(first, 0) : max(last, 0)] = False
