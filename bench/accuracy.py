@@ -43,9 +43,12 @@ CONTROLS = {"exact": Codebook.none(), "local_only": Codebook.drop()}
 
 
 def losses(
-    model, book: Codebook, windows: Sequence[Tensor], place: Mapping[str, Any]
+    model, book: Codebook, windows: Sequence[Tensor], place: Mapping[str, Any], quantizers=None
 ) -> list[float]:
-    """Nats a token after the first shard (of exact equal shards), by window."""
+    """Nats a token after the first shard (of exact equal shards), by window.
+
+    `quantizers`: as for `Simulation`, in place of the codebook's own.
+    """
     adapter, world_size = adapt(model), place["world_size"]
     plan = Plan.make(
         TOKENS - book.prefix, world_size, causal=True, copies=book.prefix, halo=place["halo"]
@@ -58,7 +61,8 @@ def losses(
         if place["lost"]:
             generator = torch.Generator().manual_seed(1000 * place["seed"] + number)
             lost = {"lost": place["lost"], "generator": generator}
-        logits = Simulation(model, book, plan, {"input_ids": ids[None]}, **lost).run().logits[0]
+        inputs = {"input_ids": ids[None]}
+        logits = Simulation(model, book, plan, inputs, quantizers, **lost).run().logits[0]
         first = TOKENS // world_size
         return float(F.cross_entropy(logits[first:-1], ids[first + 1 :]))
 

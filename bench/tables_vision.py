@@ -14,7 +14,7 @@ COLUMNS = ["bits/token/block", "fewer bits", "FLOPs over ideal", "accuracy (%)",
 def _figures(row: dict[str, Any]) -> list[str]:
     """COLUMNS, then CONTROLS."""
     return [
-        f"{row['bits_per_token_block']:.0f}",
+        f"{row['bits_per_token_block']:g}",
         f"{row['compression']:.1f}×",
         f"{row['flops_over_ideal']:.2f}",
         f"{row['accuracy_mean']:.2f} ± {row['accuracy_std']:.2f}",
@@ -64,12 +64,22 @@ def vision(report: dict[str, Any]) -> str:
 def _goals(report: dict[str, Any]) -> str:
     lines = [
         f"- {goal['task']}: at {goal['row_compression']:.1f}× ({goal['codes']}) "
-        f"{goal['below_exact']:.2f} points below exact, {goal['permitted']} permitted"
-        f" at {goal['compression']}×: {'reached' if goal['reached'] else '**not reached**'}"
+        f"with N={goal['world_size']} {goal['below_exact']:.2f} points below exact, "
+        f"{goal['permitted']} permitted at {goal['compression']}×: {'reached' if goal['reached'] else '**not reached**'}"
         + ("" if goal["counts"] else " (does not count: remote tokens matter too little)")
         for goal in report["goals"]
     ]
     return "\n\n" + "\n".join(lines)
+
+
+def vision_wide(report: dict[str, Any]) -> str:
+    """The goals' rows of the wider model, by number of ranks."""
+    rows = [
+        [f"{row['world_size']}", row["codes"], _adapted(row), *_figures(row)]
+        for row in _of(report, "goals")
+    ]
+    head = ["ranks", "codes", "", *COLUMNS, *CONTROLS]
+    return table(head, rows) + _goals(report) + _seeds(report) + source(report)
 
 
 def vision_training(report: dict[str, Any]) -> str:
@@ -106,6 +116,7 @@ def vision_ranks(report: dict[str, Any]) -> str:
 
 TABLES = {
     "vision": ("cpu-2core/accuracy_vision", vision),
+    "vision_wide": ("cpu-2core/accuracy_vision_wide", vision_wide),
     "vision_training": ("cpu-2core/accuracy_vision", vision_training),
     "vision_ranks": ("cpu-2core/accuracy_vision", vision_ranks),
 }

@@ -23,7 +23,7 @@ ROWS, COLUMNS = SIDE // PATCH, DIGITS * SIDE // PATCH
 TOKENS = ROWS * COLUMNS  # beside the class token; four equal shards are a row of patches each
 
 
-def make(hidden: int, layers: int, heads: int, seed: int) -> Any:
+def make(hidden: int, layers: int, heads: int, seed: int, mlp: int = 1) -> Any:
     """An untrained ViTForImageClassification, whose inputs are as large as what blocks add.
 
     Hugging Face's initial values are for wide models and long training: with them, this one needs
@@ -34,7 +34,7 @@ def make(hidden: int, layers: int, heads: int, seed: int) -> Any:
         hidden_size=hidden,
         num_hidden_layers=layers,
         num_attention_heads=heads,
-        intermediate_size=hidden,
+        intermediate_size=mlp * hidden,
         image_size=(SIDE, DIGITS * SIDE),
         patch_size=PATCH,
         num_channels=1,

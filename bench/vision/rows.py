@@ -22,6 +22,7 @@ class Size:
         test: images of the evaluation, of each seed's own.
         seeds: of initial values, data and codebooks.
         codewords: at most as many a group.
+        mlp: the inner width of an MLP over `hidden`.
     """
 
     hidden: int = 96
@@ -37,10 +38,13 @@ class Size:
     test: int = 2048
     seeds: int = 3
     codewords: int = 4096
+    mlp: int = 1
 
 
 FULL = Size()
-QUICK = Size(32, 2, 2, 4, 2, 2, 4e-4, 4, 64, 16, 32, 2, 16)
+# Of the shape that real ViTs have, where codes are small beside the blocks' own work.
+WIDE = Size(hidden=192, mlp=4, lr=3e-4, longest=500)
+QUICK = Size(32, 2, 2, 4, 2, 2, 4e-4, 4, 64, 16, 32, 2, 4)
 
 
 @dataclass(frozen=True)
@@ -58,13 +62,13 @@ class Way:
     commitment: float = 1e-4
     ranks: tuple[int, int] = RANKS
     single: bool = False
-    bits: int = 0
+    bits: float = 0
     steps: int = 0
 
     @property
     def name(self) -> str:
         if self.bits:
-            return f"{self.space}:{self.bits}"
+            return f"{self.space}:{self.bits:g}"
         return f"{self.space}:{self.groups}×{self.codewords}"
 
 
@@ -77,15 +81,22 @@ class Row:
     lost: float = 0.0
 
 
-# 76.8 and 3072 times fewer bits than the block's input in fp32
+# 76.8 and 2457.6 times fewer bits than the block's input in fp32. The fewest bits are those of one
+# code of five bits in one block: a code of one bit in each is worse than none.
 MAIN = Way("largest", "transform", codewords=32, bits=40, steps=LONG)
-LEAST = Way("largest", "kv", 1, 2, steps=LONG)
+LEAST = replace(MAIN, bits=1.25)
 SWEPT = Way("largest", "hidden", 4, 256)  # of which training settings are varied
 SPACES = {
     "hidden": [(1, 1024), (4, 1024)],
     "kv": [(1, 1024), (4, 1024), (16, 128)],
 }
 BUDGETS = (10, 40, 112)  # of space "transform"
+
+
+def wide() -> dict[str, list[Row]]:
+    """Rows of a model of size `WIDE`, at the same compression, by four ranks and by two."""
+    main = replace(MAIN, bits=MAIN.bits * WIDE.hidden / FULL.hidden)
+    return {"goals": [Row(main), Row(main, world_size=2)]}
 
 
 def groups() -> dict[str, list[Row]]:

@@ -34,7 +34,7 @@ class Seed:
     tests: dict[str, Images]
     keep: Path | None = None
     models: dict[Way, tuple[Any, Codebook]] = field(default_factory=dict)
-    books: dict[tuple[str, str, int, int, int], Codebook] = field(default_factory=dict)
+    books: dict[tuple[str, str, int, float, int], Codebook] = field(default_factory=dict)
     found: dict[Any, float] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -127,7 +127,7 @@ class Seed:
 
 def pretrained(size: Size, seed: int, keep: Path | None) -> dict[str, Any]:
     """The models of both tasks after training on one device."""
-    model = vit.make(size.hidden, size.layers, size.heads, seed)
+    model = vit.make(size.hidden, size.layers, size.heads, seed, size.mlp)
     path = None if keep is None else keep / f"vit-{size.hidden}-{size.pretraining}-{seed}.pt"
     if path is not None and path.is_file():
         made = {task: copy.deepcopy(model) for task in TASKS}
@@ -187,6 +187,7 @@ def goal(row: dict[str, Any], compression: float, permitted: float) -> dict[str,
     return {
         "task": row["task"],
         "codes": row["codes"],
+        "world_size": row["world_size"],
         "compression": compression,
         "row_compression": row["compression"],
         "permitted": permitted,

@@ -71,6 +71,15 @@ def test_tables_show_every_row(report):
         assert f"{row['accuracy_mean']:.2f} ± {row['accuracy_std']:.2f}" in shown
 
 
+def test_the_wider_model_has_a_file_of_its_own(tmp_path):
+    path = program.main(["--quick", "--wide", "--seeds", "1", "--output", str(tmp_path)])
+    assert path.name == "accuracy_vision_wide_quick.json"
+    report = json.loads(path.read_text())
+    assert [row["world_size"] for row in report["rows"]] == [4, 2]
+    assert [goal["permitted"] for goal in report["goals"]] == [0.9, 0.9]
+    assert "with N=2" in tables_vision.vision_wide(report)
+
+
 def test_every_group_has_rows():
     assert all(groups().values())
 
