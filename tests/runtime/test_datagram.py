@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 import socket
 import struct
 import threading
@@ -19,6 +20,7 @@ from astra_runtime.transport.parts import (
     DATAGRAM_SIZE,
     EARLY_BYTES,
     HEADER_SIZE,
+    PARITY,
     PART_SIZE,
     SEAL_SIZE,
     EncryptedSeal,
@@ -28,6 +30,7 @@ from astra_runtime.transport.parts import (
     Seal,
     Window,
     cut,
+    parities,
 )
 
 from .ranks import MAKERS, PLAN, all_to_all, as_ranks, free_ports, key_folder, together
@@ -36,16 +39,18 @@ Fate = Callable[[bytes], Sequence[bytes]]  # what becomes of a datagram
 SECRET = bytes(range(32))
 
 
-def datagram_mesh(world_size: int, *, timeout: float = 30.0) -> list[DatagramMesh]:
-    return _over(local_mesh(world_size, timeout=timeout))
+def datagram_mesh(world_size: int, *, timeout: float = 30.0, parity: int = 0) -> list[DatagramMesh]:
+    return _over(local_mesh(world_size, timeout=timeout), parity)
 
 
-def tls_datagram_mesh(world_size: int, *, timeout: float = 30.0) -> list[DatagramMesh]:
-    return _over(MAKERS["tls"](world_size, timeout=timeout))
+def tls_datagram_mesh(
+    world_size: int, *, timeout: float = 30.0, parity: int = 0
+) -> list[DatagramMesh]:
+    return _over(MAKERS["tls"](world_size, timeout=timeout), parity)
 
 
-def _over(meshes: list[Mesh]) -> list[DatagramMesh]:
-    return together([lambda mesh=mesh: connect_datagrams(mesh) for mesh in meshes])
+def _over(meshes: list[Mesh], parity: int) -> list[DatagramMesh]:
+    return together([lambda mesh=mesh: connect_datagrams(mesh, parity=parity) for mesh in meshes])
 
 
 @pytest.fixture(params=["plain", "tls"])
@@ -107,17 +112,18 @@ def pair() -> Iterator[list[DatagramMesh]]:
 # --- without losses: what TCP brings
 
 
+@pytest.mark.parametrize("parity", [0, PARITY])
 @pytest.mark.parametrize("world_size", [1, 2, 3])
 @pytest.mark.parametrize("size", [0, 1, 320, PART_SIZE, PART_SIZE + 1, 70_001])
 def test_all_that_is_sent_comes(
-    make: Callable[..., list[DatagramMesh]], world_size: int, size: int
+    make: Callable[..., list[DatagramMesh]], world_size: int, size: int, parity: int
 ) -> None:
     def work(mesh: DatagramMesh) -> None:
         all_to_all(mesh, 6, size)
         assert mesh.gaps == {}
         assert mesh.datagrams.missing == mesh.datagrams.refused == mesh.datagrams.dropped == 0
 
-    as_ranks(make(world_size), work)
+    as_ranks(make(world_size, parity=parity), work)
 
 
 def test_control_messages_go_over_tcp(make: Callable[..., list[DatagramMesh]]) -> None:
@@ -261,6 +267,15 @@ def test_deadline_of_a_silent_rank(pair: list[DatagramMesh]) -> None:
     assert 0.19 < time.monotonic() - start < 0.5
 
 
+def test_the_wait_for_an_overtaken_part_is_short(pair: list[DatagramMesh]) -> None:
+    lane(pair[0], 1, dropping(7))  # of nine: one part more follows
+    pair[0].send(content(0, 0, 10_000), block=0, plan=PLAN, to=[1])
+    start = time.monotonic()
+    pair[1].receive({0: 10_000}, block=0, plan=PLAN, timeout=5, partial=True)
+    assert time.monotonic() - start < 0.5
+    assert len(pair[1].gaps[0]) == 1
+
+
 def test_late_parts_are_of_no_use_and_do_no_harm(pair: list[DatagramMesh]) -> None:
     kept: list[bytes] = []
 
@@ -281,6 +296,64 @@ def test_late_parts_are_of_no_use_and_do_no_harm(pair: list[DatagramMesh]) -> No
     assert bytes(found[0]) == content(0, 1, 100)
     assert bytes(view) == before
     assert pair[1].datagrams.late == 2
+
+
+# --- parity
+
+
+@pytest.mark.parametrize("parity", [1, 2, 8, 255])
+@pytest.mark.parametrize("size", [1, PART_SIZE + 1, 9 * PART_SIZE - 5, 20 * PART_SIZE])
+def test_parity_makes_good_one_loss_in_each_group(parity: int, size: int) -> None:
+    count, step = cut(size)
+    groups = parities(count, parity)
+    chance = random.Random(size * parity)
+    payload = content(0, 0, size)
+    for _ in range(40):
+        inbox = Inbox(0, PlainSeal(SECRET), parity)
+        inbox.expect(size, 0, PLAN)
+        parts = Outbox(0, PlainSeal(SECRET), parity).frame(memoryview(payload), 0, PLAN)
+        assert len(parts) == count + groups
+        lost = {index for index in range(len(parts)) if chance.random() < 0.15}
+        came = [b"".join(part) for index, part in enumerate(parts) if index not in lost]
+        chance.shuffle(came)
+        for datagram in came:
+            inbox.take(memoryview(datagram))
+        group_of = [n % groups for n in range(count)] + list(range(groups))
+        losses = [sum(group_of[n] == group for n in lost) for group in range(groups)]
+        missing = {n for n in lost if n < count and losses[group_of[n]] > 1}
+        assert inbox.whole == (not missing)
+        found = inbox.finish()
+        if len(missing) == count:
+            assert found is None
+            continue
+        assert found is not None
+        want = bytearray(payload)
+        for n in missing:
+            want[n * step : (n + 1) * step] = bytes(len(want[n * step : (n + 1) * step]))
+        assert found[0] == want
+        assert sum(stop - start for start, stop in found[1]) == sum(
+            len(payload[n * step : (n + 1) * step]) for n in missing
+        )
+        assert inbox.stats.mended >= sum(n < count for n in lost) - len(missing)
+
+
+def test_a_loss_that_parity_makes_good_delays_nothing(
+    make: Callable[..., list[DatagramMesh]],
+) -> None:
+    size = 5000
+
+    def work(mesh: DatagramMesh) -> None:
+        per_frame = cut(size)[0] + 1
+        for block in range(per_frame):
+            lane(mesh, 1 - mesh.rank, dropping(block))
+            start = time.monotonic()
+            found = told(mesh, block, size, timeout=5, partial=True)
+            assert time.monotonic() - start < 2
+            assert found == {1 - mesh.rank: content(1 - mesh.rank, block, size)}
+            assert not mesh.gaps
+        assert mesh.datagrams.mended == per_frame - 1
+
+    as_ranks(make(2, parity=PARITY), work)
 
 
 # --- disorder
@@ -576,8 +649,6 @@ def test_many_lossy_exchanges_end() -> None:
     blocks, size = 150, 5000
 
     def work(mesh: DatagramMesh) -> tuple[int, int]:
-        import random
-
         chance = random.Random(mesh.rank)
 
         def fate(datagram: bytes) -> list[bytes]:

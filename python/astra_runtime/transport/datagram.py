@@ -35,6 +35,8 @@ from astra_runtime.transport import mesh as _mesh
 from astra_runtime.transport.mesh import Mesh, Payload, Stats
 from astra_runtime.transport.parts import (
     DATAGRAM_SIZE,
+    PARITY,
+    REORDERING_SECONDS,
     SECRET_SIZE,
     Buffer,
     DatagramStats,
@@ -56,7 +58,7 @@ MAX_UNSENT: Final = 1 << 20  # bytes kept for a peer while the kernel takes none
 GREETINGS: Final = 8  # datagrams that try the way before it is relied on
 GREETING_SECONDS: Final = 0.01  # between two of them
 _TURN: Final = 1024  # datagrams of one peer read before another's
-_OFFER: Final = struct.Struct(f"<H{SECRET_SIZE}s")  # the port to send to, the secret of what comes
+_OFFER: Final = struct.Struct(f"<HB{SECRET_SIZE}s")  # see `_agree_on_secrets`
 
 
 class _Peer:
@@ -117,22 +119,27 @@ class _Peer:
         return False
 
 
-def connect_datagrams(control: TcpMesh, *, connect_timeout: float = 10.0) -> DatagramMesh:
+def connect_datagrams(
+    control: TcpMesh, *, parity: int = PARITY, connect_timeout: float = 10.0
+) -> DatagramMesh:
     """Wraps a mesh that was just made, on every rank: its block frames become datagrams. Closes it
     on failure.
 
     Each rank tells each peer, over its connection, a port and a fresh secret to send with; then
     datagrams try the way. With TLS the secrets are keys of AES-256-GCM. Without, so on loopback
-    only, they are tokens, see `PlainSeal`.
+    only, they are tokens, see `PlainSeal`. To as many as `parity` parts of a frame (1 to 255; 0:
+    never) this rank adds one that makes good the loss of any one of them.
 
     Raises:
         KeysError: encryption without the package `cryptography`.
         HandshakeRefused: a peer that does not send datagrams.
         ConnectFailed: no datagram of a peer came within `connect_timeout` seconds.
     """
+    if not 0 <= parity <= 255:
+        raise ValueError(f"parity: expected 0..255, got {parity}")
     mesh = DatagramMesh(control)
     try:
-        mesh._agree_on_secrets()
+        mesh._agree_on_secrets(parity)
         mesh._try_the_way(connect_timeout)
     except BaseException as error:
         mesh.abort(error)
@@ -169,13 +176,14 @@ class DatagramMesh:
         self._by_fd = {peer.fd: peer for peer in self._peers.values()}
         self._may_yield = control._may_yield
 
-    def _agree_on_secrets(self) -> None:
-        """Ports and secrets, over the connections."""
+    def _agree_on_secrets(self, parity: int) -> None:
+        """Each tells each, over their connection: the port to send to, what parity it will send
+        with, and the secret that it will open datagrams with."""
         seal: type[Seal] = EncryptedSeal if self.encrypted else PlainSeal
         for rank, peer in self._peers.items():
             secret = os.urandom(SECRET_SIZE)
             peer.inbox.seal = seal(secret)  # type: ignore[call-arg]
-            offer = _OFFER.pack(peer.sock.getsockname()[1], secret)
+            offer = _OFFER.pack(peer.sock.getsockname()[1], parity, secret)
             self._control.send(offer, block=DATAGRAMS, plan=0, to=[rank])
         sizes = dict.fromkeys(self._peers, _OFFER.size)
         try:
@@ -187,8 +195,8 @@ class DatagramMesh:
                 f"rank {error.rank} sends no datagrams, rank {self.rank} does"
             ) from error
         for rank, peer in self._peers.items():
-            port, secret = _OFFER.unpack(offers[rank])
-            peer.outbox = Outbox(self.rank, seal(secret))  # type: ignore[call-arg]
+            port, peer.inbox.parity, secret = _OFFER.unpack(offers[rank])
+            peer.outbox = Outbox(self.rank, seal(secret), parity)  # type: ignore[call-arg]
             host, _, *rest = self._control._peers[rank].sock.getpeername()
             peer.sock.connect((host, port, *rest))
 
@@ -308,6 +316,8 @@ class DatagramMesh:
             left = deadline - time.monotonic()
             if left <= 0:
                 break
+            if partial and any(peer.inbox.overtaken for peer in waiting):
+                left = min(left, REORDERING_SECONDS)
             self._sleep(left, block, partial)
             waiting = self._still_missing(waiting, partial)
         return waiting

@@ -10,7 +10,8 @@ from __future__ import annotations
 
 import hmac
 import struct
-from collections.abc import Sequence
+import time
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, fields
 from typing import Final, NamedTuple, Protocol
 
@@ -23,6 +24,8 @@ DATAGRAM_SIZE: Final = 1232  # what an IPv6 packet of the least MTU, 1280, leave
 PART_SIZE: Final = DATAGRAM_SIZE - HEADER_SIZE - SEAL_SIZE
 SECRET_SIZE: Final = 32
 REORDERING: Final = 3  # later parts of the same frame after which one is lost, as TCP counts
+REORDERING_SECONDS: Final = 0.003  # and the longest wait for one that a later part has overtaken
+PARITY: Final = 8  # parts that share a parity part, unless told otherwise
 EARLY_BYTES: Final = 4 << 20  # kept of a peer that is ahead
 _WINDOW: Final = 1024  # packet numbers behind the highest that may still come
 
@@ -35,7 +38,8 @@ class PartHeader(NamedTuple):
 
     number: of the packet, 0, 1, 2 … for each direction; never repeated under a key.
     frame: counts the sender's block frames to this receiver from 1; 0 greets.
-    size, offset: bytes of the whole payload, and where this part begins in it.
+    size, offset: bytes of the whole payload, and where this part begins in it; the j-th parity part
+        begins where part count + j would.
     """
 
     number: int
@@ -53,7 +57,8 @@ class DatagramStats:
 
     refused: not sealed by the peer, or cut short. repeated: heard before. late: of a frame that was
     given up or is whole. dropped: authentic, but without room here, or not taken by the kernel.
-    missing: parts that had not come when their frame was needed.
+    mended: parts that were computed from their parity before they came, if they did. missing:
+    parts that neither came in time nor could be computed.
     """
 
     sent: int = 0
@@ -62,6 +67,7 @@ class DatagramStats:
     repeated: int = 0
     late: int = 0
     dropped: int = 0
+    mended: int = 0
     missing: int = 0
 
     def __add__(self, other: DatagramStats) -> DatagramStats:
@@ -75,10 +81,27 @@ def cut(size: int) -> tuple[int, int]:
     return count, -(-size // count)
 
 
+def parities(count: int, parity: int) -> int:
+    """How many parity parts follow `count` parts where each has to do for `parity`; 0: none.
+
+    With m of them, the j-th is the sum (exclusive or) of the parts j, j + m, j + 2m …, so that a
+    run of losses meets different ones.
+    """
+    return -(-count // parity) if parity else 0
+
+
+def _sum(parts: Iterable[Buffer]) -> int:
+    """The exclusive or of parts, the shorter ones followed by zeros."""
+    total = 0
+    for part in parts:
+        total ^= int.from_bytes(part, "little")
+    return total
+
+
 class Seal(Protocol):
     """Makes one direction's datagrams, or opens them."""
 
-    def seal(self, header: bytes, part: memoryview) -> Sequence[Buffer]:
+    def seal(self, header: bytes, part: Buffer) -> Sequence[Buffer]:
         """The datagram, in pieces for one `sendmsg`."""
 
     def open(self, datagram: memoryview) -> Buffer | None:
@@ -94,7 +117,7 @@ class EncryptedSeal:
 
         self._cipher, self._invalid = AESGCM(secret), InvalidTag
 
-    def seal(self, header: bytes, part: memoryview) -> Sequence[Buffer]:
+    def seal(self, header: bytes, part: Buffer) -> Sequence[Buffer]:
         return header, self._cipher.encrypt(header[:8] + bytes(4), part, header)
 
     def open(self, datagram: memoryview) -> Buffer | None:
@@ -115,7 +138,7 @@ class PlainSeal:
     def __init__(self, secret: bytes) -> None:
         self._token = secret[:SEAL_SIZE]
 
-    def seal(self, header: bytes, part: memoryview) -> Sequence[Buffer]:
+    def seal(self, header: bytes, part: Buffer) -> Sequence[Buffer]:
         return header, part, self._token
 
     def open(self, datagram: memoryview) -> Buffer | None:
@@ -125,11 +148,12 @@ class PlainSeal:
 
 
 class Outbox:
-    """The sender's side of one direction."""
+    """The sender's side of one direction. `parity`: see `parities`."""
 
-    def __init__(self, rank: int, seal: Seal) -> None:
+    def __init__(self, rank: int, seal: Seal, parity: int = 0) -> None:
         self.rank = rank  # of this sender
         self._seal = seal
+        self._parity = parity
         self._frames = 0
         self._numbers = 0
 
@@ -142,13 +166,17 @@ class Outbox:
         self._frames += 1
         size = len(payload)
         count, step = cut(size)
+        parts: list[Buffer] = [payload[n * step : (n + 1) * step] for n in range(count)]
+        if size:
+            groups = parities(count, self._parity)
+            parts += [_sum(parts[j:count:groups]).to_bytes(step, "little") for j in range(groups)]
         return [
-            self._sealed(self._frames, plan, block, size, start, payload[start : start + step])
-            for start in (index * step for index in range(count))
+            self._sealed(self._frames, plan, block, size, n * step, part)
+            for n, part in enumerate(parts)
         ]
 
     def _sealed(
-        self, frame: int, plan: int, block: int, size: int, offset: int, part: memoryview
+        self, frame: int, plan: int, block: int, size: int, offset: int, part: Buffer
     ) -> Sequence[Buffer]:
         header = _HEADER.pack(self._numbers, frame, plan, block, self.rank, size, offset)
         self._numbers += 1
@@ -181,8 +209,9 @@ class Window:
 class _Expected:
     """The frame being joined.
 
-    first: the packet number of its first part, once one has come. finished: given away, whatever
-        was missing, and not to be changed any more.
+    groups: as many as there are parity parts. missing: parts that have not come; sums: parity parts
+    that have. first: the packet number of the frame's first part, once one has come. moved: when
+    the last one came. finished: given away, whatever was missing, and not to be changed any more.
     """
 
     plan: int
@@ -190,9 +219,40 @@ class _Expected:
     view: memoryview
     step: int
     count: int
+    groups: int
     missing: set[int]
+    sums: dict[int, int] = field(default_factory=dict)
     first: int | None = None
+    moved: float = 0.0
     finished: bool = False
+
+    def span(self, index: int) -> slice:
+        """Where part `index` lies in the payload."""
+        return slice(index * self.step, min((index + 1) * self.step, len(self.view)))
+
+    def mend(self, group: int) -> bool:
+        """Computes the one part that its group lacks, where its parity part has come."""
+        members = range(group, self.count, self.groups)
+        lacking = [index for index in members if index in self.missing]
+        if len(lacking) != 1 or group not in self.sums:
+            return False
+        here = (self.view[self.span(index)] for index in members if index != lacking[0])
+        part = (self.sums[group] ^ _sum(here)).to_bytes(self.step, "little")
+        span = self.span(lacking[0])
+        self.view[span] = part[: span.stop - span.start]
+        self.missing.remove(lacking[0])
+        return True
+
+    @property
+    def last_hope(self) -> int:
+        """The last part, in the order of sending, that could still tell what is missing."""
+        sums = [index % self.groups for index in self.missing] if self.groups else []
+        return max(
+            [*self.missing, *(self.count + group for group in sums if group not in self.sums)]
+        )
+
+
+_NOTHING: Final = memoryview(b"")
 
 
 @dataclass(slots=True)
@@ -201,6 +261,7 @@ class Inbox:
 
     rank: int  # of the sender
     seal: Seal
+    parity: int = 0  # that of its Outbox
     stats: DatagramStats = field(default_factory=DatagramStats)
     greeted: bool = False
     _window: Window = field(default_factory=Window)
@@ -208,7 +269,7 @@ class Inbox:
     _newest: int = 0
     _slots: list[memoryview] = field(default_factory=lambda: [memoryview(bytearray())] * 2)
     _expected: _Expected = field(
-        default_factory=lambda: _Expected(0, 0, memoryview(b""), 0, 0, set(), finished=True)
+        default_factory=lambda: _Expected(0, 0, _NOTHING, 0, 0, 0, set(), finished=True)
     )
     _early: dict[int, list[tuple[PartHeader, bytes]]] = field(default_factory=dict)
     _early_bytes: int = 0
@@ -222,9 +283,10 @@ class Inbox:
         if len(self._slots[slot]) < size:
             self._slots[slot] = memoryview(bytearray(size))
         count, step = cut(size)
+        groups = parities(count, self.parity) if size else 0
         view = self._slots[slot][:size]
         self._frame += 1
-        self._expected = _Expected(plan, block, view, step, count, set(range(count)))
+        self._expected = _Expected(plan, block, view, step, count, groups, set(range(count)))
         for header, part in self._early.pop(self._frame, ()):
             self._early_bytes -= HEADER_SIZE + len(part)
             self._place(header, part)
@@ -266,35 +328,59 @@ class Inbox:
 
     def _place(self, header: PartHeader, part: Buffer) -> None:
         expected = self._expected
+        index = self._index(header, len(part))
+        expected.first, expected.moved = header.number - index, time.monotonic()
+        if index >= expected.count:
+            group = index - expected.count
+            expected.sums[group] = int.from_bytes(part, "little")
+        elif index in expected.missing:
+            expected.view[expected.span(index)] = part
+            expected.missing.remove(index)
+            group = index % expected.groups if expected.groups else 0
+        else:
+            return  # its parity part was quicker
+        if expected.groups and expected.mend(group):
+            self.stats.mended += 1
+
+    def _index(self, header: PartHeader, length: int) -> int:
+        """Which part of the expected frame this is, if it is one."""
+        expected, size = self._expected, len(self._expected.view)
         if header.plan != expected.plan:
             raise WireError("plan", f"0x{expected.plan:08x}", f"0x{header.plan:08x}", self.rank)
         if header.block != expected.block:
             raise WireError("block", expected.block, header.block, self.rank)
-        size, start = len(expected.view), header.offset
         if header.size != size:
             raise WireError("length", size, header.size, self.rank)
-        index = start // expected.step if size else 0
-        stop = min(start + expected.step, size)
-        if start != index * expected.step or index >= expected.count or len(part) != stop - start:
-            raise WireError("part", f"one of {expected.count}", (start, len(part)), self.rank)
-        expected.first = header.number - index
-        if index not in expected.missing:
-            self.stats.repeated += 1
-            return
-        expected.view[start:stop] = part
-        expected.missing.remove(index)
+        index, rest = divmod(header.offset, expected.step) if size else (header.offset, 0)
+        span, right = expected.span(index), expected.step
+        if index < expected.count:
+            right = span.stop - span.start
+        if rest or index >= expected.count + expected.groups or length != right:
+            known = f"one of {expected.count} and {expected.groups} of parity"
+            raise WireError("part", known, (header.offset, length), self.rank)
+        return index
 
     @property
     def whole(self) -> bool:
         return not self._expected.missing
 
     @property
+    def overtaken(self) -> bool:
+        """Whether something is missing, and all that could tell it was sent before what came."""
+        expected = self._expected
+        if not expected.missing or self._newest > self._frame:
+            return bool(expected.missing)
+        first = expected.first
+        return first is not None and self._window.highest > first + expected.last_hope
+
+    @property
     def hopeless(self) -> bool:
-        """Whether something is missing, and all of it was sent before what has come since."""
-        missing, first = self._expected.missing, self._expected.first
-        if not missing or self._newest > self._frame:
-            return bool(missing)
-        return first is not None and self._window.highest - first - max(missing) >= REORDERING
+        """Whether that is so for sure: a later frame came, or later parts, and it did not."""
+        expected = self._expected
+        if not self.overtaken or self._newest > self._frame or expected.first is None:
+            return self.overtaken
+        behind = self._window.highest - expected.first - expected.last_hope
+        return behind >= REORDERING or time.monotonic() - expected.moved >= REORDERING_SECONDS
 
     def finish(self) -> tuple[memoryview, list[Gap]] | None:
         """The expected frame's payload as far as it came, zeros in its gaps; None: nothing came."""
@@ -305,8 +391,8 @@ class Inbox:
             return None
         gaps: list[Gap] = []
         for index in sorted(expected.missing):
-            start = index * expected.step
-            stop = min(start + expected.step, len(expected.view))
+            span = expected.span(index)
+            start, stop = span.start, span.stop
             expected.view[start:stop] = bytes(stop - start)
             if gaps and gaps[-1][1] == start:
                 start = gaps.pop()[0]
