@@ -135,6 +135,23 @@ def accuracy_lm(report: dict) -> str:
     return table(head, shown) + source(report)
 
 
+def codes(report: dict) -> str:
+    """Quantizers of the same vectors: the share of the gap kept, by text."""
+    rows = [
+        [
+            row["codes"],
+            f"{row['bits_per_token_block']:.0f}",
+            *(
+                f"{row[domain]['gap_recovered']:.2f} ± {row[domain]['gap_spread']:.2f}"
+                for domain in ("documentation", "handbook")
+            ),
+        ]
+        for row in sorted(report["rows"], key=lambda row: row["bits_per_token_block"])
+    ]
+    head = ["codes", "bits/token/block", "documentation", "handbook (unseen)"]
+    return table(head, rows) + source(report)
+
+
 def _between_seeds(values: list[float]) -> str:
     if len(values) == 1:
         return "1"
@@ -211,6 +228,7 @@ TABLES: dict[str, tuple[str, Callable[[dict], str]]] = {
     "accuracy_encoder": ("cpu-2core/accuracy_encoder", accuracy_encoder),
     **tables_vision.TABLES,
     "gpt2_bits": ("cpu-2core/accuracy_gpt2", tables_gpt2.gpt2_bits),
+    "codes": ("cpu-2core/codes", codes),
     "accuracy_lm": ("cpu-2core/accuracy_lm", accuracy_lm),
     "latency_vit": ("cpu-2core/latency_vit-base_1024", tables_latency.latency),
     "latency_vit_stages": ("cpu-2core/latency_vit-base_1024", tables_latency.stages),
