@@ -1,0 +1,140 @@
+"""What a forked process does: a rank of a tiny encoder, and a fault at a known place.
+
+An encoder, since every rank then waits for every other in every block.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import os
+import random
+import signal
+import socket
+import time
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+
+from astra_runtime import AstraError, Codebook, Engine
+from astra_runtime.transport import connect
+from astra_runtime.transport.tcp import TcpMesh
+from astra_runtime.wire import Frame
+from tests.runtime.models import inputs_for, tiny, windows_for
+
+from .forks import Told
+
+BLOCKS = 12
+TOKENS = 48
+
+
+@functools.cache
+def subject() -> tuple[Any, Codebook, dict[str, torch.Tensor]]:
+    """Model, codebook and input, the same in every process: made before the server forks."""
+    torch.set_num_threads(1)
+    model = tiny("bert", num_hidden_layers=BLOCKS)
+    options: dict[str, Any] = {"codewords": 32, "iterations": 2, "held_back": 0}
+    book = Codebook.fit(model, windows_for("bert"), space="kv", groups=6, **options)
+    inputs = inputs_for("bert", TOKENS)
+    with torch.inference_mode():
+        model(**inputs)
+    return model, book, inputs
+
+
+def prepare() -> None:
+    subject()
+
+
+class Moments:
+    """When this rank last began to send or to wait, and for which block."""
+
+    def __init__(self, mesh: TcpMesh) -> None:
+        self.began, self.block = time.monotonic(), -1
+        for name in ("send", "receive"):
+            setattr(mesh, name, self._watched(getattr(mesh, name)))
+
+    def _watched(self, call: Callable[..., Any]) -> Callable[..., Any]:
+        def watched(*arguments: Any, block: int, **options: Any) -> Any:
+            self.began, self.block = time.monotonic(), block
+            return call(*arguments, block=block, **options)
+
+        return watched
+
+
+def arm(mesh: TcpMesh, told: Told, fault: dict[str, Any]) -> None:
+    """Has `fault` happen around the sending of one block's frame."""
+    send = mesh.send
+
+    def faulty(payload: Any, *, block: int, plan: int, to: Sequence[int], **options: Any) -> None:
+        if block != fault["block"]:
+            send(payload, block=block, plan=plan, to=to, **options)
+            return
+        if fault["moment"] == "after":
+            send(payload, block=block, plan=plan, to=to, **options)
+        elif fault["moment"] == "mid":
+            _send_part(mesh, payload, block, plan, to, random.Random(fault["seed"]))
+        _strike(told, fault)
+        if fault["moment"] == "before":
+            send(payload, block=block, plan=plan, to=to, **options)
+
+    mesh.send = faulty  # type: ignore[method-assign]
+
+
+def _send_part(
+    mesh: TcpMesh, frame: Frame, block: int, plan: int, to: Sequence[int], draw: random.Random
+) -> None:
+    """To each receiver the beginning of its frame: what a rank that ends within a call has sent."""
+    for number in to:
+        peer = mesh._peers[number]
+        data = b"".join(peer.stream.seal(frame.stamp(peer.sent, plan, block, mesh.rank)))
+        peer.sock.send(data[: draw.randrange(1, len(data))])
+
+
+def _strike(told: Told, fault: dict[str, Any]) -> None:
+    if "relay" in fault:
+        host, port = fault["relay"].split(":")
+        with socket.create_connection((host, int(port))) as control:
+            control.sendall(b"x")
+            control.recv(1)
+    told(struck=time.monotonic())
+    name = fault.get("signal")
+    if name is not None:
+        os.kill(os.getpid(), getattr(signal, name))
+
+
+def rank(
+    told: Told,
+    number: int,
+    peers: list[str],
+    *,
+    keys: str | None = None,
+    timeout: float = 20.0,
+    fault: dict[str, Any] | None = None,
+    calls: int = 1,
+    **engine_options: Any,
+) -> None:
+    """Joins, answers `calls` times, and tells how it ended.
+
+    Told: `joined`; `struck`, when the fault happened; `digest` of the last answer, or `error` with
+    its fields, `raised`, and `began` and `waited`: start and block of the last send or wait.
+    """
+    model, book, inputs = subject()
+    moments = None
+    try:
+        with connect(number, len(peers), peers, keys=keys, timeout=timeout) as mesh:
+            assert isinstance(mesh, TcpMesh)
+            with Engine(model, book, mesh, **engine_options) as engine:
+                moments = Moments(mesh)
+                told(joined=True)
+                if fault is not None:
+                    arm(mesh, told, fault)
+                for _ in range(calls):
+                    answer = engine(**inputs).last_hidden_state
+                told(digest=hashlib.sha256(answer.numpy().tobytes()).hexdigest())
+    except AstraError as error:
+        raised = time.monotonic()
+        told(error=type(error).__name__, text=str(error), raised=raised)
+        told(**{name: getattr(error, name, None) for name in ("rank", "block", "seconds")})
+        if moments is not None:
+            told(began=moments.began, waited=moments.block)
