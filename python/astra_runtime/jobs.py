@@ -10,7 +10,7 @@ import itertools
 import json
 import struct
 import time
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -22,7 +22,7 @@ from .evaluate import shard_loss
 from .gather import CLOCK, JOB, JOB_SIZE, REPORT, TRACE, TRACE_SIZE
 from .probe import probe
 from .trace import Span, Trace, tracing
-from .transport import Mesh
+from .transport import Mesh, require
 
 MAX_JOB, MAX_TRACE = 16 << 20, 64 << 20  # bytes of their JSON
 PROBED = ("float32", "float16", "int8")  # dense exchanges, beside the codes
@@ -37,6 +37,8 @@ class Ranks:
         timed: the mesh that timed runs cross, with its emulated link; the same one without.
         weights: shares of the tokens; None: balanced for the codebook, and the same for all.
         halo: of the engine with codes; None: its default. The others have none.
+        on_missing, deadline_ms: as the engine's. Where ranks may be left out, a job goes on without
+            those that are late or lost, unless it needs them.
     """
 
     def __init__(
@@ -47,8 +49,12 @@ class Ranks:
         timed: Mesh | None = None,
         weights: list[float] | None = None,
         halo: int | None = None,
+        on_missing: Literal["raise", "degrade"] = "raise",
+        deadline_ms: float | None = None,
     ) -> None:
         self.model, self.codebook = model, codebook
+        self.on_missing, self.deadline_ms = on_missing, deadline_ms
+        self.partial = on_missing == "degrade"
         self.mesh, self.timed = mesh, timed or mesh
         self.weights, self.halo = weights, halo
         self.tracing = False  # on the leader: from now on, jobs leave a trace on every rank
@@ -65,7 +71,15 @@ class Ranks:
                 of_codes = self.engine("codes", timed, tokens)
                 weights = [float(size) for size in _sizes(of_codes, tokens)]
             halo = self.halo if space == "codes" else None
-            self._engines[key] = Engine(self.model, books[space], mesh, weights=weights, halo=halo)
+            self._engines[key] = Engine(
+                self.model,
+                books[space],
+                mesh,
+                weights=weights,
+                halo=halo,
+                deadline_ms=self.deadline_ms,
+                on_missing=self.on_missing,
+            )
             mesh.flush()  # nothing held by the link may be overtaken on the other mesh
         return self._engines[key]
 
@@ -74,8 +88,9 @@ class Ranks:
         job |= {"trace": self.tracing}
         data = json.dumps(job).encode()
         others = range(1, self.mesh.world_size)
-        self.mesh.send(struct.pack("<Q", len(data)), block=JOB_SIZE, plan=0, to=others)
-        self.mesh.send(data, block=JOB, plan=0, to=others)
+        size = struct.pack("<Q", len(data))
+        self.mesh.send(size, block=JOB_SIZE, plan=0, to=others, partial=self.partial)
+        self.mesh.send(data, block=JOB, plan=0, to=others, partial=self.partial)
         return self.run(job)
 
     def follow(self, idle: float) -> int:
@@ -83,18 +98,22 @@ class Ranks:
 
         `idle`: seconds to wait for a job; a leader that is gone is noticed at once.
         """
-        patience = self.mesh.timeout
         for jobs in itertools.count():
-            self.mesh.timeout = idle
-            size = struct.unpack("<Q", self.mesh.receive({0: 8}, block=JOB_SIZE, plan=0)[0])[0]
-            self.mesh.timeout = patience
+            size = struct.unpack("<Q", self._told(8, JOB_SIZE, idle))[0]
             if size > MAX_JOB:
                 raise WireError("job size", f"at most {MAX_JOB}", size, 0)
-            job = json.loads(bytes(self.mesh.receive({0: size}, block=JOB, plan=0)[0]))
+            job = json.loads(bytes(self._told(size, JOB, self.mesh.timeout)))
             if job["do"] == "stop":
                 return jobs
             self.run(job)
         raise AssertionError("endless")
+
+    def _told(self, size: int, block: int, seconds: float) -> memoryview:
+        """What rank 0 says."""
+        place: dict[str, Any] = {"block": block, "plan": 0, "timeout": seconds}
+        views = self.mesh.receive({0: size}, **place, partial=self.partial)
+        require(self.mesh, views, [0], block, seconds)
+        return views[0]
 
     def run(self, job: dict[str, Any]) -> Any:
         """One job, on every rank at once."""
@@ -161,17 +180,25 @@ class Ranks:
         mesh.send(data, block=TRACE, plan=0, to=(0,))
 
     def barrier(self) -> None:
-        """Returns when every rank has come here."""
-        self.report(0.0)
+        """Returns when every rank has come here, or could have by a block's deadline."""
+        late = self.deadline_ms / 1000 if self.partial and self.deadline_ms else None
+        self._exchange(0.0, late)
 
     def report(self, value: float) -> list[float]:
         """Every rank's `value`, on every rank."""
-        mesh = self.mesh
+        values = self._exchange(value, None)
+        require(self.mesh, values, range(self.mesh.world_size), REPORT, self.mesh.timeout)
+        return [values[n] for n in range(self.mesh.world_size)]
+
+    def _exchange(self, value: float, timeout: float | None) -> dict[int, float]:
+        """The values of all ranks, or of those that told theirs where some may be left out."""
+        mesh, partial = self.mesh, self.partial
         others = [n for n in range(mesh.world_size) if n != mesh.rank]
-        mesh.send(struct.pack("<d", value), block=REPORT, plan=0, to=others)
-        views = mesh.receive(dict.fromkeys(others, 8), block=REPORT, plan=0)
-        values = {n: struct.unpack("<d", view)[0] for n, view in views.items()} | {mesh.rank: value}
-        return [values[n] for n in range(mesh.world_size)]
+        told = struct.pack("<d", value)
+        mesh.send(told, block=REPORT, plan=0, to=others, partial=partial)
+        sizes = dict.fromkeys(others, 8)
+        views = mesh.receive(sizes, block=REPORT, plan=0, timeout=timeout, partial=partial)
+        return {n: struct.unpack("<d", view)[0] for n, view in views.items()} | {mesh.rank: value}
 
     def prefill(self, ids: Tensor, space: str, repeats: int) -> dict[str, Any]:
         """Seconds to the last token's logits, on rank 0, and what crossed the sockets in one run.
@@ -204,7 +231,8 @@ class Ranks:
         return sum(self.report(total)), int(sum(self.report(float(count))))
 
     def generate(self, ids: Tensor, space: str, max_new_tokens: int) -> dict[str, Any]:
-        """The continued ids, and the seconds at which each new token reached this rank."""
+        """The continued ids, the seconds at which each new token reached this rank, and what the
+        prefill had to do without."""
         engine = self.engine(space, True, ids.shape[1])
         times: list[float] = []
         self.barrier()
@@ -220,6 +248,8 @@ class Ranks:
             "ids": out[:, ids.shape[1] :].tolist(),
             "times": times,
             "bits_per_token_block": engine.bits_per_token_block,
+            "degraded": engine.degraded,
+            "missing": engine.missing,
         }
 
     def close(self) -> None:

@@ -45,6 +45,14 @@ def die_with(parent: int) -> None:
         os._exit(1)
 
 
+def _ending(code: int | None) -> str:
+    if code is None:
+        return "still runs"
+    if code >= 0:
+        return f"ended with status {code}"
+    return f"was ended by {signal.Signals(-code).name}"
+
+
 class Workers:
     """Ranks 1 to N−1 as `astra worker` processes; leaving the `with` block ends them."""
 
@@ -91,12 +99,14 @@ class Workers:
         self.errors[rank].seek(0)
         lines = self.errors[rank].read().splitlines()
         said = [line.removeprefix(FAILURE) for line in lines if line.startswith(FAILURE)]
-        how = "still runs" if code is None else f"ended with status {code}"
-        return f"rank {rank} {how}" + (f": {said[-1]}" if said else "")
+        return f"rank {rank} {_ending(code)}" + (f": {said[-1]}" if said else "")
 
-    def first_failed(self) -> str | None:
-        """The last words of a worker that ended by itself with an error."""
+    def first_failed(self, named: int | None = None) -> str | None:
+        """The last words of the worker that ended by itself with an error: of rank `named`, whom
+        the others blame, or else of the first."""
         time.sleep(0.2)  # a peer's loss is noticed before its exit status is
+        if named in self.processes:
+            return self.last_words(named) if self.processes[named].poll() else None
         for rank, process in self.processes.items():
             if process.poll() not in (None, 0):
                 return self.last_words(rank)

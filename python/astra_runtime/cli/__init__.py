@@ -48,10 +48,13 @@ def _parser(chosen: str | None) -> argparse.ArgumentParser:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs the command; the exit status is 0, 1 after an error, 2 for bad usage, 130 for Ctrl-C."""
+    """Runs the command; the exit status is 0, 1 after an error, 2 for bad usage, 130 for Ctrl-C and
+    128 + n for any other signal n."""
     given = list(sys.argv[1:] if arguments is None else arguments)
     options = _parser(given[0] if given else None).parse_args(given)
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that `finally` runs
+    for ending in (signal.SIGTERM, signal.SIGHUP):
+        if signal.getsignal(ending) is not signal.SIG_IGN:  # as nohup leaves it
+            signal.signal(ending, lambda number, _: sys.exit(128 + number))  # `finally` runs
     os.environ.setdefault("HF_HUB_OFFLINE", "1")  # nothing here ever downloads
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     from ..errors import AstraError
@@ -62,7 +65,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except (KeyboardInterrupt, SystemExit) as ended:
         if isinstance(ended, KeyboardInterrupt):
             print("astra: interrupted", file=sys.stderr)
-        _leave(130 if isinstance(ended, KeyboardInterrupt) else 143)
+            _leave(130)
+        _leave(ended.code if isinstance(ended.code, int) else 1)
     except BrokenPipeError:
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115 - the reader of our output has left
         return 1

@@ -128,6 +128,34 @@ def add_halo(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def add_missing(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--on-missing",
+        choices=("raise", "degrade"),
+        default="raise",
+        help="what to do about a device that is late or lost: end with an error, or answer without "
+        "it and say so; the same on all devices (default: raise)",
+    )
+    parser.add_argument(
+        "--deadline-ms",
+        type=float,
+        metavar="X",
+        help="how long a block may wait for the codes of the others; the same on all devices",
+    )
+
+
+def missing_of(options: argparse.Namespace) -> dict[str, Any]:
+    """What --on-missing and --deadline-ms say, for `Ranks`; a command may have neither."""
+    found: dict[str, Any] = {"on_missing": "raise", "deadline_ms": None}
+    found |= {name: getattr(options, name, value) for name, value in found.items()}
+    deadline = found["deadline_ms"]
+    if found["on_missing"] == "degrade" and deadline is None:
+        raise AstraError("--on-missing degrade: expected --deadline-ms beside it")
+    if deadline is not None and not 0 < deadline <= 1e9:
+        raise AstraError(f"--deadline-ms: expected above 0, at most 1e9, got {deadline:g}")
+    return found
+
+
 def add_trace(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--trace",
@@ -370,6 +398,10 @@ def cluster(
         arguments += ["--weights", options.weights]
     if options.halo is not None:
         arguments += ["--halo", str(options.halo)]
+    missing = missing_of(options)
+    if missing["deadline_ms"] is not None:
+        arguments += ["--deadline-ms", str(missing["deadline_ms"])]
+    arguments += ["--on-missing", missing["on_missing"]]
     if link is not None:
         arguments += ["--mbit", str(link.mbit_per_s or 0), "--delay-ms", str(link.delay_ms)]
     lent = contextlib.ExitStack()
@@ -391,12 +423,12 @@ def cluster(
             lent.close()  # all have read their keys; whoever is killed now leaves none
             with mesh if link is None or link.is_free else PacedMesh(mesh, link) as timed:
                 weights = weights_of(options, world_size)
-                ranks = Ranks(model, codebook, mesh, timed, weights, options.halo)
+                ranks = Ranks(model, codebook, mesh, timed, weights, options.halo, **missing)
                 yield ranks
                 ranks.lead(do="stop")
                 ranks.close()
         except AstraError as error:
-            cause = workers.first_failed()
+            cause = workers.first_failed(getattr(error, "rank", None))
             if cause is None:
                 raise
             raise WorkerFailed(f"{error} ({cause})") from error

@@ -11,12 +11,14 @@ from .common import (
     DENSE,
     add_fit_options,
     add_mesh_options,
+    add_missing,
     add_model,
     add_trace,
     check_keys,
     cluster,
     ensure_codebook,
     load,
+    missing_of,
     peers_of,
     positive,
     say,
@@ -38,6 +40,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
     add_model(parser)
     add_fit_options(parser)
     add_mesh_options(parser)
+    add_missing(parser)
     where = parser.add_mutually_exclusive_group(required=True)
     where.add_argument("--prompt", help="the text to continue")
     where.add_argument("--text", metavar="FILE", help="a file with the text to continue")
@@ -82,6 +85,7 @@ def run(options: argparse.Namespace) -> int:
         check_keys(options, peers)
     world_size = place[1] if place else len(peers) if peers else options.world_size or 1
     weights_of(options, world_size)
+    missing_of(options)
     torch.set_num_threads(options.threads)
     model, tokenizer = load(options.model, decoder=True)
     ids = tokenizer(prompt, return_tensors="pt", verbose=False).input_ids
@@ -143,9 +147,8 @@ def _joined(
         keys=options.keys,
         insecure=options.insecure,
     ) as mesh:
-        ranks = Ranks(
-            model, codebook, mesh, weights=weights_of(options, world_size), halo=options.halo
-        )
+        weights = weights_of(options, world_size)
+        ranks = Ranks(model, codebook, mesh, None, weights, options.halo, **missing_of(options))
         if peers is None:
             found = ranks.run(job)
         else:
@@ -169,15 +172,28 @@ def report(options: argparse.Namespace, tokenizer: Any, found: Any, world_size: 
                 "seconds_to_first_token": times[0],
                 "seconds_per_token": each,
                 "bits_per_token_block": found["bits_per_token_block"],
-                "degraded": False,
-                "missing": [],
+                "degraded": found["degraded"],
+                "missing": {str(rank): blocks for rank, blocks in found["missing"].items()},
             }
         )
         return
     print(text)
+    if found["degraded"]:
+        say(f"WARNING: a degraded answer, without {without(found['missing'])}")
     pace = "" if each is None else f", then {each:.3f} s a token"
     say(
         f"{world_size} rank{'s' if world_size > 1 else ''}, "
         f"{found['bits_per_token_block']:.0f} bits a token and block: first token after "
         f"{times[0]:.2f} s{pace} ({os.path.basename(options.model)})"
     )
+
+
+def without(missing: dict[int, list[int]]) -> str:
+    """Whose tokens were left out where, in words."""
+    parts = []
+    for rank, blocks in missing.items():
+        cuts = [i for i in range(len(blocks)) if i == 0 or blocks[i] != blocks[i - 1] + 1]
+        runs = [blocks[a:b] for a, b in zip(cuts, [*cuts[1:], len(blocks)], strict=True)]
+        told = ", ".join(str(r[0]) if len(r) == 1 else f"{r[0]} to {r[-1]}" for r in runs)
+        parts.append(f"rank {rank} in block{'s' if len(blocks) > 1 else ''} {told}")
+    return "; ".join(parts)

@@ -4,16 +4,20 @@ from __future__ import annotations
 
 import argparse
 import signal
+import time
+from typing import Any
 
 from ..errors import AstraError
 from ..launch import READY, die_with
 from .common import (
     add_fit_options,
     add_mesh_options,
+    add_missing,
     add_model,
     check_keys,
     ensure_codebook,
     load,
+    missing_of,
     peers_of,
     say,
     show_json,
@@ -21,6 +25,7 @@ from .common import (
 )
 
 DAY = 86_400.0
+PAUSE = 0.2  # seconds before a rank that lost the others listens again
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
@@ -35,6 +40,12 @@ def configure(parser: argparse.ArgumentParser) -> None:
     add_model(parser)
     add_fit_options(parser)
     add_mesh_options(parser)
+    add_missing(parser)
+    parser.add_argument(
+        "--rejoin",
+        action="store_true",
+        help="after a run, and after the loss of another device, wait for the next run",
+    )
     parser.add_argument("--rank", type=int, required=True, help="this process's place, from 0")
     parser.add_argument("--peers", required=True, help="host:port of every rank, by rank")
     parser.add_argument("--mbit", type=float, default=0.0, help=argparse.SUPPRESS)
@@ -48,14 +59,11 @@ def run(options: argparse.Namespace) -> int:
         signal.signal(signal.SIGTERM, signal.SIG_DFL)  # the leader says why, not this process
     peers = peers_of(options)
     weights = weights_of(options, len(peers))
+    missing_of(options)
     if options.rank == 0:
         raise AstraError("--rank: expected 1 or more; rank 0 leads, with `astra run --rank 0`")
     check_keys(options, peers)
     import torch
-
-    from ..jobs import Ranks
-    from ..transport import Link, connect
-    from ..transport.pacing import PacedMesh
 
     torch.set_num_threads(options.threads)
     model, tokenizer = load(options.model, decoder=True)
@@ -65,6 +73,36 @@ def run(options: argparse.Namespace) -> int:
         print(READY, flush=True)
     else:
         say(f"rank {options.rank} of {len(peers)} waits for the others at {peers[options.rank]}")
+    arguments: dict[str, Any] = missing_of(options) | {"weights": weights, "halo": options.halo}
+    jobs = 0
+    while True:
+        try:
+            jobs += _follow(options, peers, model, codebook, arguments)
+        except AstraError as error:
+            if not options.rejoin:
+                raise
+            say(f"rank {options.rank}: {error}")
+        if not options.rejoin:
+            break
+        time.sleep(PAUSE)
+        say(f"rank {options.rank} of {len(peers)} waits for the others again")
+    if options.json:
+        show_json({"rank": options.rank, "world_size": len(peers), "jobs": jobs})
+    return 0
+
+
+def _follow(
+    options: argparse.Namespace,
+    peers: list[str],
+    model: Any,
+    codebook: Any,
+    arguments: dict[str, Any],
+) -> int:
+    """Joins the others and does what rank 0 says until it says stop: how many jobs that were."""
+    from ..jobs import Ranks
+    from ..transport import Link, connect
+    from ..transport.pacing import PacedMesh
+
     link = Link(options.mbit or None, options.delay_ms)
     mesh = connect(
         options.rank,
@@ -76,10 +114,9 @@ def run(options: argparse.Namespace) -> int:
         insecure=options.insecure,
     )
     with mesh if link.is_free else PacedMesh(mesh, link) as timed:
-        ranks = Ranks(model, codebook, mesh, timed, weights, options.halo)
+        ranks = Ranks(model, codebook, mesh, timed, **arguments)
         say(f"rank {mesh.rank} of {mesh.world_size} follows rank 0")
-        jobs = ranks.follow(idle=DAY)
-        ranks.close()
-    if options.json:
-        show_json({"rank": options.rank, "world_size": len(peers), "jobs": jobs})
-    return 0
+        try:
+            return ranks.follow(idle=DAY)
+        finally:
+            ranks.close()

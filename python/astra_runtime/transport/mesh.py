@@ -166,7 +166,7 @@ def agree(mesh: Mesh, facts: Mapping[str, str]) -> None:
 
 
 def require(
-    mesh: Mesh, views: Mapping[int, memoryview], ranks: Iterable[int], block: int, seconds: float
+    mesh: Mesh, views: Mapping[int, object], ranks: Iterable[int], block: int, seconds: float
 ) -> None:
     """After a partial `receive` of `seconds`: raises unless all of `ranks` have come."""
     missing = tuple(sorted(rank for rank in ranks if rank not in views))
