@@ -93,7 +93,10 @@ def receive_codes(
         return mesh.receive(sizes, block=block, plan=tag, timeout=call.deadline), {}
     totals = {n: size + missing.width for n, size in sizes.items()}
     frames = mesh.receive(totals, block=block, plan=tag, timeout=call.deadline, partial=True)
-    require(mesh, frames, call.needed & sizes.keys(), block, call.deadline or mesh.timeout)
+    needed = call.needed & sizes.keys()
+    if mesh.lossy:  # that a frame was lost says nothing of its sender, who will have an answer
+        needed &= mesh.lost.keys()
+    require(mesh, frames, needed, block, call.deadline or mesh.timeout)
     views, came = {}, {}
     for n, size in sizes.items():
         tokens = call.plan.told(n)

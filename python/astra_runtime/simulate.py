@@ -155,7 +155,7 @@ class Simulation:
         self.lost, self.generator = lost, generator
         self.missed, self.after_loss = frozenset(missed), after_loss
         self.losing = bool(lost or missed)
-        self.present: Tensor | None = None  # [N receiving, N sending]: who has lost nothing so far
+        self.present: Tensor | None = None  # [N receiving, S]: of what nothing was lost so far
         self.adapter: Adapter = adapt(model)
         tokens = self.adapter.count(inputs)[1] - (plan.copies if plan.causal else 0)
         if tokens != plan.tokens:
@@ -223,11 +223,10 @@ class Simulation:
         length = key.shape[2]
         if self.codebook.space == "drop":
             return _attention(query, key, value, self.mask[..., :length], scale)
-        mask, arrived = self.mask, self._arrivals(block)
+        mask, arrived = self.mask, self._came(block)
         here = self._attended(arrived)
         if here is not None:
-            rank = self.layout.rank
-            heard = here[rank][:, rank[self.layout.sent]]
+            heard = here[self.layout.rank]
             mask = torch.cat([mask[..., :length], mask[..., length:] & heard], -1)
         of_receivers = self._stand_ins(block, key, value, arrived)
         found = []
@@ -237,6 +236,11 @@ class Simulation:
             values = torch.cat([value, far_value.to(value.dtype)], 2)
             found.append(_attention(query[:, :, rows], keys, values, mask[:, :, rows], scale))
         return found[0] if len(found) == 1 else torch.cat(found, 2)  # rank after rank
+
+    def _came(self, block: int) -> Tensor | None:
+        """Which tokens' codes of this block arrive where: bool [N receiving, S]; None: all do."""
+        arrived = self._arrivals(block)
+        return None if arrived is None else arrived[:, self.layout.rank[self.layout.sent]]
 
     def _arrivals(self, block: int) -> Tensor | None:
         """Whose codes of this block arrive where: bool [N receiving, N sending]; None: all do."""
@@ -343,8 +347,7 @@ class Simulation:
     ) -> Tensor:
         """What one receiver knows of y after a block whose frames may be lost."""
         if words is not None and arrived is not None:
-            here = arrived[receiver][self.layout.rank[self.layout.sent]]
-            words = words * here[:, None, None]
+            words = words * arrived[receiver][:, None, None]
         found = loop.learn(block, loop.predict(block, y), words)
         return y + (found - y).detach()
 
@@ -368,8 +371,7 @@ class Simulation:
     def _fall_behind(self, step: Tensor, arrived: Tensor | None) -> Tensor | None:
         """What each receiver's estimate lacks, [N, B, S, D], after codewords [B, S, D]."""
         if arrived is not None:
-            missed = ~arrived[:, self.layout.rank[self.layout.sent]]  # [N, S]
-            lacks = missed[:, None, :, None] * step.detach()
+            lacks = ~arrived[:, None, :, None] * step.detach()
             self.behind = lacks if self.behind is None else self.behind + lacks
         return self.behind
 
