@@ -8,6 +8,11 @@ STAMP := $(VENV)/.set-up
 # make fuzz needs a clang with libFuzzer; executions of all its targets together.
 FUZZ_CXX ?= $(shell command -v clang++ || command -v clang++-19 || command -v clang++-16 || command -v clang++-14)
 FUZZ_RUNS ?= 100000000
+# Tests on the sanitized extension: those that come near it, or with FULL=1 all of both packages.
+SANITIZED := tests/kernels/test_pack.py tests/kernels/test_encode.py tests/runtime/test_wire.py \
+  tests/runtime/test_wire_decoder.py tests/runtime/test_spaces.py tests/runtime/test_transport.py \
+  tests/runtime/test_tcp.py tests/faults/test_frames.py
+SANITIZED_TESTS := $(if $(FULL),tests/kernels tests/runtime tests/faults,$(SANITIZED))
 SOAK_EXCHANGES ?= 1000000
 FAULTS ?= bench/results/cpu-$(shell nproc)core/faults.json
 SOURCES := $(shell find csrc -type f) CMakeLists.txt setup.py pyproject.toml
@@ -79,6 +84,19 @@ fuzz: $(STAMP)
 	$(BIN)/cmake -S . -B build/fuzz -G Ninja -DCMAKE_MAKE_PROGRAM=$(abspath $(BIN))/ninja -DCMAKE_CXX_COMPILER=$(FUZZ_CXX) -DCMAKE_BUILD_TYPE=RelWithDebInfo -DASTRA_BUILD_PYTHON=OFF -DASTRA_BUILD_TESTS=OFF -DASTRA_FUZZ=ON -DASTRA_WERROR=ON
 	$(BIN)/cmake --build build/fuzz --parallel 2
 	$(BIN)/python -m tests.faults.fuzz --targets build/fuzz/csrc/fuzz --runs $(FUZZ_RUNS) --report $(FAULTS)
+
+# A copy of the tree, so that processes started by a test load the sanitized extension as well.
+test-sanitized: $(STAMP)
+	@echo "== Python tests on an extension built with ASan and UBSan: about 3 minutes, with FULL=1 an hour =="
+	$(BIN)/cmake -S . -B build/sanitized-python -G Ninja -DCMAKE_MAKE_PROGRAM=$(abspath $(BIN))/ninja -DCMAKE_BUILD_TYPE=RelWithDebInfo -DASTRA_BUILD_TESTS=OFF -DASTRA_SANITIZE=ON -DASTRA_WERROR=ON -DPython_EXECUTABLE=$(abspath $(BIN))/python -Dpybind11_DIR=$$($(BIN)/python -m pybind11 --cmakedir)
+	$(BIN)/cmake --build build/sanitized-python --parallel 2
+	rm -rf build/sanitized-tree && mkdir -p build/sanitized-tree
+	tar --exclude=./build --exclude=./.git --exclude=./.venv --exclude='*.so' -cf - . | tar -xf - -C build/sanitized-tree
+	cp build/sanitized-python/_C*.so build/sanitized-tree/astra_kernels/
+	cd build/sanitized-tree && OMP_NUM_THREADS=1 PYTHONPATH=$(abspath build/sanitized-tree/python):$(abspath build/sanitized-tree) \
+	  ASAN_OPTIONS=detect_leaks=0:abort_on_error=1 UBSAN_OPTIONS=print_stacktrace=1 \
+	  LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libstdc++.so)" \
+	  $(abspath $(BIN))/python -m pytest -m "not slow and not gpu and not faults" --timeout 600 $(SANITIZED_TESTS)
 
 lint: $(STAMP)
 	$(BIN)/ruff check .
