@@ -47,17 +47,21 @@ def prepare() -> None:
 
 
 class Moments:
-    """When this rank last began to send or to wait, and for which block."""
+    """When this rank last began to send or to wait, for which block, and when that ended."""
 
     def __init__(self, mesh: TcpMesh) -> None:
-        self.began, self.block = time.monotonic(), -1
+        self.began = self.ended = time.monotonic()
+        self.block = -1
         for name in ("send", "receive"):
             setattr(mesh, name, self._watched(getattr(mesh, name)))
 
     def _watched(self, call: Callable[..., Any]) -> Callable[..., Any]:
         def watched(*arguments: Any, block: int, **options: Any) -> Any:
             self.began, self.block = time.monotonic(), block
-            return call(*arguments, block=block, **options)
+            try:
+                return call(*arguments, block=block, **options)
+            finally:
+                self.ended = time.monotonic()
 
         return watched
 
@@ -117,7 +121,8 @@ def rank(
     """Joins, answers `calls` times, and tells how it ended.
 
     Told: `joined`; `struck`, when the fault happened; `digest` of the last answer, or `error` with
-    its fields, `raised`, and `began` and `waited`: start and block of the last send or wait.
+    its fields and `raised`; `began`, `ended` and `waited`, start, end and block of the last send or
+    wait.
     """
     model, book, inputs = subject()
     moments = None
@@ -137,4 +142,4 @@ def rank(
         told(error=type(error).__name__, text=str(error), raised=raised)
         told(**{name: getattr(error, name, None) for name in ("rank", "block", "seconds")})
         if moments is not None:
-            told(began=moments.began, waited=moments.block)
+            told(began=moments.began, ended=moments.ended, waited=moments.block)
