@@ -259,12 +259,15 @@ class LossyDatagrams(Simulation):
 
     def _whole(self, block: int, receiver: int, sender: int) -> Tensor:
         """Which of a rank's tokens another one hears of whole, bool [tokens]."""
-        tokens = self.plan.told(sender)
-        size = self.space.payload_bytes(block, 1, tokens)
-        count, step = cut(size + self.trailer)
-        missing = self.missing(block, receiver, sender, count)
-        gaps = [(n * step, (n + 1) * step) for n in missing]
-        return arrived(self.space.strips(block, 1, tokens), 1, tokens, gaps)[0]
+        whole = torch.ones(self.plan.size(sender), dtype=torch.bool)
+        told = self.plan.told(sender)
+        if told:
+            size = self.space.payload_bytes(block, 1, told)
+            count, step = cut(size + self.trailer)
+            missing = self.missing(block, receiver, sender, count)
+            gaps = [(n * step, (n + 1) * step) for n in missing]
+            whole[:told] = arrived(self.space.strips(block, 1, told), 1, told, gaps)[0]
+        return whole
 
     def missing(self, block: int, receiver: int, sender: int, count: int) -> list[int]:
         """Which of a frame's parts are lost, and not made good by parity."""

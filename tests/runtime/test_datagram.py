@@ -11,10 +11,13 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import pytest
+import torch
 
-from astra_runtime import errors
+from astra_runtime import Codebook, Engine, errors
 from astra_runtime.keys import can_make_keys
-from astra_runtime.transport import Mesh, local_mesh
+from astra_runtime.models import adapt
+from astra_runtime.plan import Plan
+from astra_runtime.transport import Mesh, local_mesh, parts
 from astra_runtime.transport.datagram import DatagramMesh, connect_datagrams
 from astra_runtime.transport.parts import (
     DATAGRAM_SIZE,
@@ -26,14 +29,18 @@ from astra_runtime.transport.parts import (
     EncryptedSeal,
     Inbox,
     Outbox,
+    PartHeader,
     PlainSeal,
     Seal,
     Window,
     cut,
     parities,
 )
+from bench.lossy import LossyDatagrams
 
+from .models import inputs_for, tiny
 from .ranks import MAKERS, PLAN, all_to_all, as_ranks, free_ports, key_folder, together
+from .test_degrade import book_for
 
 Fate = Callable[[bytes], Sequence[bytes]]  # what becomes of a datagram
 SECRET = bytes(range(32))
@@ -273,6 +280,15 @@ def test_the_wait_for_an_overtaken_part_is_short(pair: list[DatagramMesh]) -> No
     start = time.monotonic()
     pair[1].receive({0: 10_000}, block=0, plan=PLAN, timeout=5, partial=True)
     assert time.monotonic() - start < 0.5
+    assert len(pair[1].gaps[0]) == 1
+
+
+def test_the_wait_for_the_end_of_a_frame_is_a_quarter(pair: list[DatagramMesh]) -> None:
+    lane(pair[0], 1, dropping(8))  # the last one
+    pair[0].send(content(0, 0, 10_000), block=0, plan=PLAN, to=[1])
+    start = time.monotonic()
+    pair[1].receive({0: 10_000}, block=0, plan=PLAN, timeout=2, partial=True)
+    assert 0.45 < time.monotonic() - start < 1
     assert len(pair[1].gaps[0]) == 1
 
 
@@ -674,6 +690,106 @@ def test_many_lossy_exchanges_end() -> None:
     for lost, whole in found:
         assert 0.06 < lost / (2 * blocks * size) < 0.16
         assert whole > blocks
+
+
+# --- the engine
+
+
+def fate_of(sender: int, receiver: int, block: int, index: int) -> bool:
+    """Whether this part is lost: one in four, the same in every call."""
+    return random.Random(f"{sender} {receiver} {block} {index}").random() < 0.25
+
+
+def losing(sender: int, receiver: int) -> Fate:
+    def fate(datagram: bytes) -> list[bytes]:
+        header = PartHeader._make(struct.unpack_from("<QIIHHII", datagram))
+        step = cut(header.size)[1]
+        lost = header.frame and fate_of(sender, receiver, header.block, header.offset // step)
+        return [] if lost else [datagram]
+
+    return fate
+
+
+class Lost(LossyDatagrams):
+    def missing(self, block: int, receiver: int, sender: int, count: int) -> list[int]:
+        return [n for n in range(count) if fate_of(sender, receiver, block, n)]
+
+
+@pytest.fixture
+def small_parts(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Parts so small that a tiny model's frames have several."""
+    monkeypatch.setattr(parts, "PART_SIZE", 12)
+
+
+def answers(
+    meshes: list[DatagramMesh], model: Any, book: Codebook, inputs: Any, **options: Any
+) -> list[Any]:
+    def work(mesh: Mesh) -> Any:
+        given = {"on_missing": "degrade", "deadline_ms": 1000.0} | options
+        with Engine(model, book, mesh, weights=(1, 1, 1), halo=0, **given) as engine:
+            output = engine(**inputs)
+            return output.logits, output.degraded, output.missing
+
+    return as_ranks(meshes, work)
+
+
+@pytest.mark.parametrize("kind", ["llama", "vit"])
+@pytest.mark.parametrize("name", ["kv", "hidden-4", "transform", "differential"])
+@pytest.mark.usefixtures("small_parts")
+def test_an_engine_equals_the_simulation_of_what_came(kind: str, name: str) -> None:
+    if kind == "vit" and name in ("transform", "differential"):
+        pytest.skip("codes of what token ids cannot predict")
+    model, inputs = tiny(kind), inputs_for(kind, 23)
+    book = book_for(kind, name, model)
+    meshes = datagram_mesh(3)
+    for mesh in meshes:
+        for to in mesh._peers:
+            lane(mesh, to, losing(mesh.rank, to))
+    adapter = adapt(model)
+    copies = max(book.prefix, adapter.class_tokens)
+    tokens = adapter.count(inputs)[1] - book.prefix
+    plan = Plan.make(tokens, 3, causal=adapter.causal, copies=copies, weights=(1, 1, 1))
+    generator = torch.Generator()
+    simulated = Lost(model, book, plan, inputs, 0, lost=0.5, generator=generator)
+    with torch.no_grad():
+        wanted = simulated.run().logits
+    for logits, degraded, missing in answers(meshes, model, book, inputs):
+        assert degraded
+        assert set(missing) >= {0}
+        want = wanted if kind == "vit" else wanted[:, -1:]
+        torch.testing.assert_close(logits, want, rtol=2e-4, atol=2e-4)
+
+
+def test_without_losses_no_bit_differs_from_tcp(make: Callable[..., list[DatagramMesh]]) -> None:
+    model, inputs = tiny("llama"), inputs_for("llama", 23)
+    book = book_for("llama", "kv", model)
+    tcp = answers(local_mesh(3), model, book, inputs)  # type: ignore[arg-type]
+    for parity in (0, PARITY):
+        found = answers(make(3, parity=parity), model, book, inputs, deadline_ms=5000.0)
+        for (logits, degraded, missing), (wanted, _, _) in zip(found, tcp, strict=True):
+            assert torch.equal(logits, wanted)
+            assert (degraded, missing) == (False, {})
+
+
+def test_an_engine_that_wants_all_refuses_datagrams() -> None:
+    model = tiny("llama")
+
+    def work(mesh: Mesh) -> None:
+        with pytest.raises(ValueError, match="loses frames"):
+            Engine(model, None, mesh)
+
+    as_ranks(datagram_mesh(2), work)
+
+
+def test_an_encoder_answers_without_codes_of_the_rank_that_owns_the_answer() -> None:
+    """They were lost, it was not: its class token comes over TCP."""
+    model, inputs = tiny("vit"), inputs_for("vit")
+    meshes = datagram_mesh(3)
+    lane(meshes[0], 1, lambda datagram: [])
+    found = answers(meshes, model, book_for("vit", "kv", model), inputs)
+    for _, degraded, missing in found:
+        assert degraded
+        assert 0 in missing[0]
 
 
 # --- pieces

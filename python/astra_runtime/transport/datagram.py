@@ -36,7 +36,6 @@ from astra_runtime.transport.mesh import Mesh, Payload, Stats
 from astra_runtime.transport.parts import (
     DATAGRAM_SIZE,
     PARITY,
-    REORDERING_SECONDS,
     SECRET_SIZE,
     Buffer,
     DatagramStats,
@@ -57,6 +56,7 @@ SOCKET_BUFFER: Final = 4 << 20  # asked of the kernel, which may give less
 MAX_UNSENT: Final = 1 << 20  # bytes kept for a peer while the kernel takes none
 GREETINGS: Final = 8  # datagrams that try the way before it is relied on
 GREETING_SECONDS: Final = 0.01  # between two of them
+PAUSE: Final = 0.25  # of a wait: so long after its last part a frame that has begun is given up
 _TURN: Final = 1024  # datagrams of one peer read before another's
 _OFFER: Final = struct.Struct(f"<HB{SECRET_SIZE}s")  # see `_agree_on_secrets`
 
@@ -274,8 +274,8 @@ class DatagramMesh:
         timeout: float | None = None,
         partial: bool = False,
     ) -> dict[int, memoryview]:
-        """As `Mesh.receive`. A partial wait ends before its deadline where all that is missing was
-        sent before something that has come; otherwise a lost part is a DeadlineExceeded."""
+        """As `Mesh.receive`. A partial wait ends before its deadline where what is missing must be
+        lost (`Inbox.hope`); any other wait for a lost part ends in DeadlineExceeded."""
         self.gaps = {}
         if block >= CONTROL_BLOCKS:
             return self._control.receive(
@@ -306,28 +306,29 @@ class DatagramMesh:
     def _wait(self, waiting: list[_Peer], block: int, seconds: float, partial: bool) -> list[_Peer]:
         """Takes datagrams until nothing is worth waiting for; returns who is still missing."""
         deadline = time.monotonic() + seconds
-        waiting = self._still_missing(waiting, partial)
+        pause = seconds * PAUSE if partial else math.inf
+        waiting = self._still_missing(waiting, partial, pause)
         if self._may_yield:
             until = time.perf_counter_ns() + YIELD_NANOSECONDS
             while waiting and time.perf_counter_ns() < until:
                 os.sched_yield()
-                waiting = self._still_missing(waiting, partial)
+                waiting = self._still_missing(waiting, partial, pause)
         while waiting:
             left = deadline - time.monotonic()
             if left <= 0:
                 break
-            if partial and any(peer.inbox.overtaken for peer in waiting):
-                left = min(left, REORDERING_SECONDS)
+            if partial:
+                left = min([left, *(peer.inbox.hope(pause) for peer in waiting)])
             self._sleep(left, block, partial)
-            waiting = self._still_missing(waiting, partial)
+            waiting = self._still_missing(waiting, partial, pause)
         return waiting
 
-    def _still_missing(self, waiting: list[_Peer], partial: bool) -> list[_Peer]:
+    def _still_missing(self, waiting: list[_Peer], partial: bool, pause: float) -> list[_Peer]:
         """Who is to be waited for after all has been taken that has come."""
         left = []
         for peer in waiting:
             taken = peer.collect()
-            given_up = partial and (self._gone(peer.rank) or (taken and peer.inbox.hopeless))
+            given_up = partial and (self._gone(peer.rank) or (taken and not peer.inbox.hope(pause)))
             if not (peer.inbox.whole or given_up):
                 left.append(peer)
         return left

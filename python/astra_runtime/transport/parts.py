@@ -9,6 +9,7 @@ that has to come, as on a connection: memory is sized by what is expected, not b
 from __future__ import annotations
 
 import hmac
+import math
 import struct
 import time
 from collections.abc import Iterable, Sequence
@@ -364,23 +365,23 @@ class Inbox:
     def whole(self) -> bool:
         return not self._expected.missing
 
-    @property
-    def overtaken(self) -> bool:
-        """Whether something is missing, and all that could tell it was sent before what came."""
+    def hope(self, pause: float) -> float:
+        """Seconds for which what is missing is still worth waiting for; inf: nothing tells.
+
+        Parts leave in order, a frame's all at once. So what is missing is lost when a later frame
+        has begun, when later parts have come and it has not, and when the frame has begun and
+        nothing more of it has come for `pause` seconds.
+        """
         expected = self._expected
         if not expected.missing or self._newest > self._frame:
-            return bool(expected.missing)
-        first = expected.first
-        return first is not None and self._window.highest > first + expected.last_hope
-
-    @property
-    def hopeless(self) -> bool:
-        """Whether that is so for sure: a later frame came, or later parts, and it did not."""
-        expected = self._expected
-        if not self.overtaken or self._newest > self._frame or expected.first is None:
-            return self.overtaken
+            return 0.0
+        if expected.first is None:
+            return math.inf
         behind = self._window.highest - expected.first - expected.last_hope
-        return behind >= REORDERING or time.monotonic() - expected.moved >= REORDERING_SECONDS
+        if behind >= REORDERING:
+            return 0.0
+        longest = min(pause, REORDERING_SECONDS) if behind > 0 else pause
+        return max(0.0, expected.moved + longest - time.monotonic())
 
     def finish(self) -> tuple[memoryview, list[Gap]] | None:
         """The expected frame's payload as far as it came, zeros in its gaps; None: nothing came."""
