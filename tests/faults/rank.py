@@ -67,13 +67,15 @@ class Moments:
 
 
 def arm(mesh: TcpMesh, told: Told, fault: dict[str, Any]) -> None:
-    """Has `fault` happen around the sending of one block's frame."""
+    """Has `fault` happen once, around the sending of one block's frame."""
     send = mesh.send
+    pending = [fault]
 
     def faulty(payload: Any, *, block: int, plan: int, to: Sequence[int], **options: Any) -> None:
-        if block != fault["block"]:
+        if block != fault["block"] or not pending:
             send(payload, block=block, plan=plan, to=to, **options)
             return
+        pending.clear()
         if fault["moment"] == "after":
             send(payload, block=block, plan=plan, to=to, **options)
         elif fault["moment"] == "mid":
@@ -102,9 +104,21 @@ def _strike(told: Told, fault: dict[str, Any]) -> None:
             control.sendall(b"x")
             control.recv(1)
     told(struck=time.monotonic())
+    time.sleep(fault.get("sleep", 0.0))
     name = fault.get("signal")
     if name is not None:
         os.kill(os.getpid(), getattr(signal, name))
+
+
+def _answer(engine: Engine, inputs: dict[str, torch.Tensor]) -> dict[str, Any]:
+    start = time.monotonic()
+    answer = engine(**inputs).last_hidden_state
+    return {
+        "ms": 1e3 * (time.monotonic() - start),
+        "digest": hashlib.sha256(answer.numpy().tobytes()).hexdigest(),
+        "degraded": engine.degraded,
+        "missing": engine.missing,
+    }
 
 
 def rank(
@@ -120,8 +134,8 @@ def rank(
 ) -> None:
     """Joins, answers `calls` times, and tells how it ended.
 
-    Told: `joined`; `struck`, when the fault happened; `digest` of the last answer, or `error` with
-    its fields and `raised`; `began`, `ended` and `waited`, start, end and block of the last send or
+    Told: `joined`; `struck`, when the fault happened; the `answers`, or `error` with its fields and
+    `raised`; `began`, `ended` and `waited`, start, end and block of the last send or
     wait.
     """
     model, book, inputs = subject()
@@ -134,9 +148,7 @@ def rank(
                 told(joined=True)
                 if fault is not None:
                     arm(mesh, told, fault)
-                for _ in range(calls):
-                    answer = engine(**inputs).last_hidden_state
-                told(digest=hashlib.sha256(answer.numpy().tobytes()).hexdigest())
+                told(answers=[_answer(engine, inputs) for _ in range(calls)])
     except AstraError as error:
         raised = time.monotonic()
         told(error=type(error).__name__, text=str(error), raised=raised)

@@ -1,0 +1,43 @@
+"""The table of faults.json. Takes the file's content and returns markdown."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from bench._markdown import table
+
+# What is tried, and what a case has to end in to count as survived; by name of the row.
+WORDS = {
+    "kill": (
+        "kill −9 in every block, before, within, after a frame; 2–4 ranks",
+        "`PeerLost` names the rank killed",
+    ),
+    "stop": ("SIGSTOP", "`DeadlineExceeded` at the deadline ±10 %"),
+    "blackhole": ("a link that swallows everything", "the same"),
+    "half_open": ("a peer that vanishes without FIN", "the same"),
+    "slow": ("a link of one byte a second", "the same"),
+    "frame_structured": ("frames cut, longer, repeated, replayed, misplaced", "typed error"),
+    "frame_mutated": ("mutated frames through a live socket", "typed error, memory flat"),
+    "fuzz": ("libFuzzer on the decoder, ASan and UBSan", "no crash, no forgery accepted"),
+    "refusals": ("who does not belong", "the reason on both sides"),
+    "connections": ("1,000 silent and 1,000 garbage callers, six times", "a peer joins within 1 s"),
+    "degraded": ("a rank too late for its deadline", "answered, flagged, whole again"),
+    "soak": ("exchanges inside TLS", "bits, memory, threads, descriptors unchanged"),
+}
+
+
+def _ms(value: float | None) -> str:
+    return "–" if value is None else f"{value:,.3g}" if value < 1000 else f"{value:,.0f}"
+
+
+def faults(report: dict[str, Any]) -> str:
+    rows = []
+    for row in report["faults"]:
+        tried, ends = WORDS[row["name"]]
+        counts = [f"{row['tried']:,}", f"{row['survived']:,}"]
+        rows.append([tried, ends, *counts, _ms(row["p50_ms"]), _ms(row["p99_ms"])])
+    head = ["fault", "has to end in", "tried", "so ended", "p50 (ms)", "p99 (ms)"]
+    return f"{table(head, rows)}\n\n`{report['command']}` on {report['device']}"
+
+
+TABLES = {"faults": ("cpu-2core/faults", faults)}

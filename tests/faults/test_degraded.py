@@ -1,0 +1,96 @@
+"""A rank that comes too late is left out, the answer says so, and the next one is whole again."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import pytest
+
+from tests.runtime.ranks import free_ports, key_folder
+
+from .forks import Forks
+from .rank import BLOCKS
+from .report import Row
+
+COMMAND = "python -m pytest -m faults tests/faults/test_degraded.py"
+WORLD = 3
+CALLS = 3
+DEADLINE = 0.3  # seconds, of a block
+SLEEP = 0.8
+SLACK_MS = 1000.0  # for a call beside its deadlines
+
+
+class Case(NamedTuple):
+    victim: int
+    block: int
+    encrypted: bool
+
+
+def cases(seed: int, count: int) -> list[Case]:
+    """Never rank 0: it owns an encoder's answer, and cannot be left out."""
+    draw = random.Random(seed)
+    return [
+        Case(draw.randrange(1, WORLD), draw.randrange(BLOCKS), draw.random() < 0.5)
+        for _ in range(count)
+    ]
+
+
+def run(forks: Forks, case: Case, *, sleep: float) -> list[dict[str, Any]]:
+    options: dict[str, Any] = {"peers": free_ports(WORLD), "calls": CALLS}
+    options |= {"on_missing": "degrade", "deadline_ms": 1e3 * DEADLINE}
+    options["keys"] = str(key_folder()) if case.encrypted else None
+    tasks = [("tests.faults.rank:rank", {**options, "number": n}) for n in range(WORLD)]
+    if sleep:
+        fault = {"block": case.block, "moment": "before", "sleep": sleep}
+        tasks[case.victim][1]["fault"] = fault
+    return [outcome.told for outcome in forks.run(tasks, seconds=60.0)]
+
+
+def fault_of(case: Case, told: dict[str, Any], whole: str) -> tuple[str | None, float]:
+    """What is wrong with the answers of a rank that went on, and the time its first one took.
+
+    `whole`: the digest of an answer that lacks nothing, as the last one has to be again.
+    """
+    if "answers" not in told:
+        return f"{case}: no answer but {told}", 0.0
+    first, *_, last = told["answers"]
+    fault = None
+    if case.block not in first["missing"].get(str(case.victim), []):
+        fault = f"who was left out is not told: {first}"
+    elif last["degraded"]:
+        fault = f"the victim is not back: {last}"
+    for answer in told["answers"]:
+        deadlines = sum(map(len, answer["missing"].values()))
+        if answer["degraded"] != bool(answer["missing"]):
+            fault = f"the flag contradicts what is missing: {answer}"
+        elif answer["degraded"] == (answer["digest"] == whole):
+            fault = f"the flag contradicts the answer: {answer}"
+        elif answer["ms"] > 1e3 * DEADLINE * deadlines + SLACK_MS:
+            fault = f"took too long for {deadlines} deadlines: {answer}"
+    return fault and f"{case}: {fault}", first["ms"]
+
+
+def try_degraded(forks: Forks, count: int, seed: int) -> Row:
+    row = Row("degraded", COMMAND, seed, extra={"deadline_ms": 1e3 * DEADLINE})
+    undisturbed = run(forks, Case(1, 0, False), sleep=0.0)
+    (whole,) = {answer["digest"] for told in undisturbed for answer in told["answers"]}
+    for case in cases(seed, count):
+        told = run(forks, case, sleep=SLEEP)
+        for number in range(WORLD):
+            if number != case.victim:
+                row.count(*fault_of(case, told[number], whole))
+    return row
+
+
+def test_a_degraded_answer(forks: Forks) -> None:
+    try_degraded(forks, 2, 1).check()
+
+
+@pytest.mark.faults
+@pytest.mark.timeout(600)
+def test_degraded(forks: Forks, record: Callable[[Row], None]) -> None:
+    row = try_degraded(forks, 30, 0)
+    record(row)
+    row.check()
