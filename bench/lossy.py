@@ -12,7 +12,7 @@ perplexity: SmolLM2 on four ranks, simulated in one pass (`astra_runtime.simulat
 lost with the given probability, independently; a token of which any bit is missing is left out of
 that block's softmax, as the engine does.
 
-Writes lossy.json; what was measured before stays unless it is measured again.
+Writes lossy.json and lossy_perplexity.json.
 """
 
 from __future__ import annotations
@@ -47,8 +47,7 @@ from astra_runtime.transport.datagram import connect_datagrams
 from astra_runtime.transport.parts import PARITY, cut, parities
 from astra_runtime.transport.tcp import TcpMesh
 from bench import accuracy, calibrate
-from bench._markdown import load
-from bench._report import Case, cores, percentiles, write
+from bench._report import Case, percentiles, write
 from bench.corpora import corpus
 from bench.link.model import Link
 from bench.link.rank import popen_options
@@ -352,17 +351,14 @@ def main() -> None:
     if options.rank:
         rank_main(Settings(**json.loads(options.rank)))
         return
-    kept = load(f"cpu-{cores()}core/{RESULT}") or {"cases": [], "rows": []}
-    cases: list[Any] = latency(options) if "latency" in options.what else kept["cases"]
-    rows = perplexity(options) if "perplexity" in options.what else kept["rows"]
-    write(
-        RESULT,
-        cases,
-        command=" ".join(["python -m bench.lossy", *sys.argv[1:]]),
-        packages=("torch", "numpy", "transformers", "cryptography"),
-        link={"mbit_per_s": options.mbit, "rtt_ms": options.rtt_ms},
-        extra={"rows": rows},
-    )
+    command = " ".join(["python -m bench.lossy", *sys.argv[1:]])
+    if "latency" in options.what:
+        link = {"mbit_per_s": options.mbit, "rtt_ms": options.rtt_ms, "loss": options.losses}
+        write(RESULT, latency(options), command=command, packages=("cryptography",), link=link)
+    if "perplexity" in options.what:
+        packages = ("torch", "numpy", "transformers")
+        rows = {"rows": perplexity(options)}
+        write(f"{RESULT}_perplexity", [], command=command, packages=packages, extra=rows)
 
 
 if __name__ == "__main__":

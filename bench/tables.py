@@ -12,7 +12,7 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
-from bench import tables_faults, tables_gpt2, tables_latency, tables_vision
+from bench import tables_faults, tables_gpt2, tables_latency, tables_lossy, tables_vision
 from bench._markdown import load, source, spread, table
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -228,6 +228,7 @@ TABLES: dict[str, tuple[str, Callable[[dict], str]]] = {
     "accuracy_encoder": ("cpu-2core/accuracy_encoder", accuracy_encoder),
     **tables_vision.TABLES,
     **tables_faults.TABLES,
+    **tables_lossy.TABLES,
     "gpt2_bits": ("cpu-2core/accuracy_gpt2", tables_gpt2.gpt2_bits),
     "codes": ("cpu-2core/codes", codes),
     "accuracy_lm": ("cpu-2core/accuracy_lm", accuracy_lm),
