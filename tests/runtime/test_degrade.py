@@ -12,6 +12,8 @@ import torch
 from torch import Tensor
 
 from astra_runtime import Codebook, Engine, errors
+from astra_runtime.cli.run import without
+from astra_runtime.jobs import Ranks
 from astra_runtime.missing import Missing
 from astra_runtime.models import adapt
 from astra_runtime.plan import Plan
@@ -188,12 +190,12 @@ def test_nothing_late_changes_no_bit(maker: str) -> None:
         model, book, 3, {}, work, weights=(1, 1, 1), maker=maker, on_missing="raise"
     )
     found = degraded_ranks(model, book, 3, {}, work, weights=(1, 1, 1), maker=maker)
-    for (logits, flagged, missing, bits), (wanted, _, _, without) in zip(found, plain, strict=True):
+    for (logits, flagged, missing, bits), (wanted, _, _, fewer) in zip(found, plain, strict=True):
         assert torch.equal(logits, wanted)
         assert not flagged
         assert missing == {}
         # 16 of 23 tokens are told of, by two ranks: a byte each, in each block
-        assert bits == pytest.approx(without + 8 * 2 / 16, rel=0.05)
+        assert bits == pytest.approx(fewer + 8 * 2 / 16, rel=0.05)
 
 
 def test_who_influenced_the_answer_is_told() -> None:
@@ -593,3 +595,37 @@ def test_what_is_missing_crosses_the_wire() -> None:
     assert ours.by_rank() == {2: [1], 4: [3], 9: [1]}
     with pytest.raises(errors.WireError, match="missing rank: expected below 11, got 15"):
         ours.hear(1, memoryview(bytearray([0, 0x80])), 0)
+
+
+# --- jobs and the command
+
+
+def test_a_job_tells_what_is_missing() -> None:
+    model, inputs = tiny("llama"), inputs_for("llama", 23)
+    clock = Clock()
+
+    def work(mesh: Mesh) -> Any:
+        slow: Any = SlowMesh(mesh, {(1, 1): (2,)}, clock)
+        ranks = Ranks(
+            model, Codebook.none(), slow, None, [1, 1, 1], None, "degrade", deadline_ms=DEADLINE
+        )
+        if mesh.rank:
+            return ranks.follow(20)
+        ids = inputs["input_ids"].tolist()
+        job = {"do": "generate", "input_ids": ids, "space": "codes", "max_new_tokens": 3}
+        found = [ranks.lead(**job), ranks.lead(**job)]
+        ranks.lead(do="stop")
+        return found
+
+    (first, second), *jobs = as_ranks(local_mesh(3), work)
+    assert (first["degraded"], first["missing"]) == (True, {1: [1]})
+    assert (second["degraded"], second["missing"]) == (False, {})
+    assert jobs == [2, 2]
+
+
+def test_people_are_told_what_is_missing() -> None:
+    assert without({2: [3]}) == "rank 2 in block 3"
+    assert (
+        without({0: [0, 1, 2, 5], 3: [7, 8]})
+        == "rank 0 in blocks 0 to 2, 5; rank 3 in blocks 7 to 8"
+    )

@@ -1,0 +1,155 @@
+"""After a failure the ranks connect again and go on, with what they have loaded."""
+
+from __future__ import annotations
+
+import json
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from astra_runtime import Engine
+from astra_runtime.errors import AstraError, HandshakeRefused, PeerLost
+from astra_runtime.transport import Mesh, connect, local_mesh
+
+from .models import inputs_for, tiny
+from .ranks import as_ranks, free_ports, key_folder, together
+from .test_cli import PROMPT, astra, home, model_options  # noqa: F401 - home is a fixture
+from .test_engine import fitted
+from .test_failures import cut
+
+
+@pytest.mark.parametrize("encrypted", [False, True])
+def test_the_same_answer_after_a_rank_was_replaced(encrypted: bool) -> None:
+    """Rank 1 dies in its second call, and another one takes its place."""
+    model, inputs = tiny("bert"), inputs_for("bert", 23)
+    book = fitted("bert", model, space="kv", groups=6)
+    peers = free_ports(3)
+    keys = key_folder() if encrypted else None
+
+    def joined(rank: int) -> Mesh:
+        return connect(rank, 3, peers, keys=keys, timeout=10, connect_timeout=20)
+
+    def survivor(rank: int) -> Any:
+        engine = Engine(model, book, joined(rank))
+        hooks, first = engine.adapter, engine(**inputs).last_hidden_state
+        with pytest.raises(PeerLost, match="rank 1"):
+            engine(**inputs)
+        with pytest.raises(AstraError, match="closed"):
+            engine(**inputs)
+        engine.rejoin()
+        assert engine.adapter is hooks
+        again = engine(**inputs).last_hidden_state
+        engine.close()
+        engine.mesh.close()
+        return first, again
+
+    def short_lived() -> Any:
+        mesh = joined(1)
+        engine = Engine(model, book, mesh)
+        first = engine(**inputs).last_hidden_state
+        cut(mesh)
+        mesh.close()
+        with joined(1) as fresh, Engine(model, book, fresh) as engine:
+            return first, engine(**inputs).last_hidden_state
+
+    for first, again in together([lambda: survivor(0), short_lived, lambda: survivor(2)]):
+        assert torch.equal(first, again)
+
+
+def test_a_rank_that_was_left_out_comes_back() -> None:
+    model, inputs = tiny("llama"), inputs_for("llama", 23)
+    peers = free_ports(3)
+    options: dict[str, Any] = {"on_missing": "degrade", "deadline_ms": 5000.0}
+
+    def survivor(rank: int) -> Any:
+        engine = Engine(model, None, connect(rank, 3, peers, connect_timeout=20), **options)
+        outputs = [engine(**inputs) for _ in range(2)]
+        engine.rejoin()
+        outputs.append(engine(**inputs))
+        engine.mesh.close()
+        engine.close()
+        return [(output.missing, output.logits) for output in outputs]
+
+    def short_lived() -> Any:
+        mesh = connect(0, 3, peers, connect_timeout=20)
+        Engine(model, None, mesh, **options)(**inputs)
+        cut(mesh)
+        mesh.close()
+        with connect(0, 3, peers, connect_timeout=20) as fresh:
+            Engine(model, None, fresh, **options)(**inputs)
+
+    _, *found = together([short_lived, lambda: survivor(1), lambda: survivor(2)])
+    for (before, first), (without, second), (after, third) in found:
+        assert (before, without, after) == ({}, {0: [0, 1, 2]}, {})
+        assert not torch.equal(first, second)
+        assert torch.equal(first, third)
+
+
+def test_facts_are_compared_again() -> None:
+    model, inputs = tiny("llama"), inputs_for("llama", 12)
+    fresh = local_mesh(2)
+
+    def work(mesh: Mesh) -> None:
+        with Engine(model, None, mesh) as engine:
+            engine(**inputs)
+            engine.deadline_ms = 100.0 * (1 + mesh.rank)
+            with pytest.raises(HandshakeRefused, match="deadline_ms"):
+                engine.rejoin(fresh[mesh.rank])
+
+    as_ranks(local_mesh(2), work)
+
+
+def test_what_cannot_be_rejoined_says_why() -> None:
+    model = tiny("llama")
+    with local_mesh(1)[0] as mesh:
+        engine = Engine(model, None, mesh)
+        with pytest.raises(AstraError, match="reconnect: expected a mesh made by `connect`"):
+            engine.rejoin()
+        pair = local_mesh(2)
+        with pytest.raises(ValueError, match="mesh: expected rank 0 of 1, got rank 0 of 2"):
+            engine.rejoin(pair[0])
+        engine.close()
+        with pytest.raises(RuntimeError, match="closed"):
+            engine.rejoin()
+        for other in pair:
+            other.close()
+
+
+@pytest.mark.timeout(300)
+def test_a_worker_serves_run_after_run(home: Path) -> None:  # noqa: F811
+    """Two runs join one worker; it is killed, and the next run joins its successor."""
+    peers = ",".join(free_ports(2))
+    place = [*model_options(home), "--peers", peers]
+
+    def worker() -> subprocess.Popen[bytes]:
+        command = ["worker", "--rank", "1", "--rejoin", *place]
+        return subprocess.Popen([sys.executable, "-m", "astra_runtime", *command])
+
+    def answer() -> str:
+        asked = ["--prompt", PROMPT, "--max-new-tokens", "5", "--json"]
+        done = astra(home, "run", "--rank", "0", *place, *asked)
+        return str(json.loads(done.stdout)["text"])
+
+    first = worker()
+    try:
+        texts = [answer(), answer()]
+        assert first.poll() is None
+        first.kill()
+        first.wait(20)
+        second = worker()
+        try:
+            texts.append(answer())
+            second.send_signal(signal.SIGTERM)
+            assert second.wait(30) == 143
+        finally:
+            second.kill()
+            second.wait(20)
+    finally:
+        first.kill()
+    assert len(set(texts)) == 1
+    assert len(texts[0].split()) == 5
