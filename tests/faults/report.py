@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from array import array
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -42,7 +43,7 @@ class Row:
     seed: int | None = None
     tried: int = 0
     survived: int = 0
-    ms: list[float] = field(default_factory=list)
+    ms: array[float] = field(default_factory=lambda: array("d"))  # small, where memory is watched
     failures: list[str] = field(default_factory=list)  # what else happened, the first few
     extra: dict[str, Any] = field(default_factory=dict)
 

@@ -84,6 +84,7 @@ def soak(told: Told, number: int, peers: list[str], keys: str | None, rounds: in
         gc.collect()
         told(same=same, held=_threads_and_descriptors() == before, slope=_slope(readings))
         told(seconds=readings[-1][0] - readings[0][0], grown=readings[-1][1] - readings[0][1])
+        told(curve=[size - readings[0][1] for _, size in readings[:: READINGS // 20]])
         told(p50_ms=float(np.percentile(ms, 50)), p99_ms=float(np.percentile(ms, 99)))
 
 
@@ -109,6 +110,7 @@ def run(forks: Forks, exchanges: int, seconds: float) -> Row:
         "mib_per_hour": worst["slope"],
         "grown_bytes": worst["grown"],
         "seconds": worst["seconds"],
+        "growth_curves": [one["curve"] for one in told],  # bytes, at equal intervals
     }
     return row
 
