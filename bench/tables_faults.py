@@ -22,12 +22,26 @@ WORDS = {
     "refusals": ("who does not belong", "the reason on both sides"),
     "connections": ("1,000 silent and 1,000 garbage callers, six times", "a peer joins within 1 s"),
     "degraded": ("a rank too late for its deadline", "answered, flagged, whole again"),
-    "soak": ("exchanges inside TLS", "bits, memory, threads, descriptors unchanged"),
+    "soak": ("exchanges inside TLS", "every answer bit-identical"),
 }
 
 
 def _ms(value: float | None) -> str:
     return "–" if value is None else f"{value:,.3g}" if value < 1000 else f"{value:,.0f}"
+
+
+def _notes(row: dict[str, Any]) -> list[str]:
+    """What a row has to tell beside its figures, misses first."""
+    notes = [f"Missed: {failure}." for failure in row.get("failures", ())]
+    if "exit_p50_ms" in row:
+        kernel = f"{_ms(row['exit_p50_ms'])} / {_ms(row['exit_p99_ms'])}"
+        notes.append(f"Of a kill's times the kernel takes {kernel} ms to end the process.")
+    if "mib_per_hour" in row:
+        notes.append(
+            f"Memory over {row['seconds'] / 60:.0f} minutes of exchanges: "
+            f"{row['mib_per_hour']:+.2f} MiB an hour."
+        )
+    return notes
 
 
 def faults(report: dict[str, Any]) -> str:
@@ -36,8 +50,10 @@ def faults(report: dict[str, Any]) -> str:
         tried, ends = WORDS[row["name"]]
         counts = [f"{row['tried']:,}", f"{row['survived']:,}"]
         rows.append([tried, ends, *counts, _ms(row["p50_ms"]), _ms(row["p99_ms"])])
+    notes = [note for row in report["faults"] for note in _notes(row)]
     head = ["fault", "has to end in", "tried", "so ended", "p50 (ms)", "p99 (ms)"]
-    return f"{table(head, rows)}\n\n`{report['command']}` on {report['device']}"
+    text = f"{table(head, rows)}\n\n`{report['command']}` on {report['device']}."
+    return " ".join([text, *notes])
 
 
 TABLES = {"faults": ("cpu-2core/faults", faults)}
