@@ -95,6 +95,23 @@ def test_help_has_an_example(command: str, capsys: pytest.CaptureFixture[str]) -
     assert f"astra {command} " in capsys.readouterr().out.split("example")[1]
 
 
+def test_codes_as_datagrams(home: Path, here: Callable[..., tuple[str, str]]) -> None:
+    asked = [*model_options(home), "--prompt", PROMPT, "--max-new-tokens", "3", "--json"]
+    alone = json.loads(here("run", *asked)[0])
+    asked += ["--world-size", "2", "--space", "none", "--transport", "datagram"]
+    asked += ["--on-missing", "degrade", "--deadline-ms", "20000"]
+    found = json.loads(astra(home, "run", *asked).stdout)
+    assert (found["text"], found["degraded"], found["missing"]) == (alone["text"], False, {})
+
+
+def test_datagrams_want_answers_that_may_be_degraded(
+    home: Path, here: Callable[..., tuple[str, str]]
+) -> None:
+    asked = [*model_options(home), "--prompt", PROMPT, "--transport", "datagram"]
+    told = here("run", *asked, "--world-size", "2", code=1)[1]
+    assert "--transport datagram: expected --on-missing degrade" in told
+
+
 def test_run_prints_one_json_object(home: Path, here: Callable[..., tuple[str, str]]) -> None:
     asked = ["--prompt", PROMPT, "--max-new-tokens", "5", "--json"]
     alone = json.loads(here("run", *model_options(home), *asked)[0])

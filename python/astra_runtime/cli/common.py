@@ -142,6 +142,13 @@ def add_missing(parser: argparse.ArgumentParser) -> None:
         metavar="X",
         help="how long a block may wait for the codes of the others; the same on all devices",
     )
+    parser.add_argument(
+        "--transport",
+        choices=("tcp", "datagram"),
+        default="tcp",
+        help="how codes cross: datagram, for links that lose packets, goes on without what is lost "
+        "(with --on-missing degrade); the same on all devices (default: tcp)",
+    )
 
 
 def missing_of(options: argparse.Namespace) -> dict[str, Any]:
@@ -153,6 +160,8 @@ def missing_of(options: argparse.Namespace) -> dict[str, Any]:
         raise AstraError("--on-missing degrade: expected --deadline-ms beside it")
     if deadline is not None and not 0 < deadline <= 1e9:
         raise AstraError(f"--deadline-ms: expected above 0, at most 1e9, got {deadline:g}")
+    if getattr(options, "transport", "tcp") == "datagram" and found["on_missing"] == "raise":
+        raise AstraError("--transport datagram: expected --on-missing degrade beside it")
     return found
 
 
@@ -401,7 +410,8 @@ def cluster(
     missing = missing_of(options)
     if missing["deadline_ms"] is not None:
         arguments += ["--deadline-ms", str(missing["deadline_ms"])]
-    arguments += ["--on-missing", missing["on_missing"]]
+    transport: Any = getattr(options, "transport", "tcp")
+    arguments += ["--on-missing", missing["on_missing"], "--transport", transport]
     if link is not None:
         arguments += ["--mbit", str(link.mbit_per_s or 0), "--delay-ms", str(link.delay_ms)]
     lent = contextlib.ExitStack()
@@ -415,6 +425,7 @@ def cluster(
                 0,
                 world_size,
                 peers,
+                backend=transport,
                 timeout=options.timeout,
                 connect_timeout=15.0,
                 keys=keys,

@@ -76,6 +76,8 @@ def run(options: argparse.Namespace) -> int:
         raise AstraError("--trace: not under torchrun, where no rank leads the others")
     if options.rank is not None and options.peers is None:
         raise AstraError("--rank: expected together with --peers")
+    if options.backend != "tcp" and options.transport != "tcp":
+        raise AstraError(f"--backend {options.backend}: expected without --transport datagram")
     if options.backend != "tcp" and place is None:
         raise AstraError(f"--backend {options.backend}: expected under torchrun only")
     peers = None if options.peers is None else peers_of(options)
@@ -141,7 +143,7 @@ def _joined(
         rank,
         world_size,
         peers,
-        backend=options.backend,
+        backend=options.backend if options.transport == "tcp" else options.transport,
         timeout=options.timeout,
         connect_timeout=options.connect_timeout,
         keys=options.keys,

@@ -108,6 +108,7 @@ def _follow(
         options.rank,
         len(peers),
         peers,
+        backend=options.transport,
         timeout=options.timeout,
         connect_timeout=options.connect_timeout,
         keys=options.keys,

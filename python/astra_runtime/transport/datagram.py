@@ -137,6 +137,12 @@ def connect_datagrams(
     """
     if not 0 <= parity <= 255:
         raise ValueError(f"parity: expected 0..255, got {parity}")
+    if control.encrypted and not can_make_keys():
+        why = KeysError(
+            f'datagrams beside TLS need the package cryptography: pip install "{EXTRA}"'
+        )
+        control.abort(why)
+        raise why
     mesh = DatagramMesh(control)
     try:
         mesh._agree_on_secrets(parity)
@@ -158,10 +164,6 @@ class DatagramMesh:
     partial, lossy = True, True
 
     def __init__(self, control: TcpMesh) -> None:
-        if control.encrypted and not can_make_keys():
-            raise KeysError(
-                f'datagrams beside TLS need the package cryptography: pip install "{EXTRA}"'
-            )
         self.rank = control.rank
         self.world_size = control.world_size
         self.timeout = control.timeout
