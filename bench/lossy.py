@@ -56,7 +56,7 @@ from bench.link.switch import Namespaces
 RESULT: Final = "lossy"
 LOSSES: Final = (0.0, 0.01, 0.02, 0.05, 0.1, 0.2)
 METHODS: Final = ("tcp", "tcp_deadline", "datagram_plain", "datagram")
-PATIENCE: Final = 120.0  # seconds: TCP's for one block, and for joining
+PATIENCE: Final = 600.0  # seconds: TCP's for one block (it backs off for up to 120), and to join
 
 
 # --- latency: one rank
