@@ -13,7 +13,7 @@ SANITIZED := tests/kernels/test_pack.py tests/kernels/test_encode.py tests/runti
   tests/runtime/test_wire_decoder.py tests/runtime/test_spaces.py tests/runtime/test_transport.py \
   tests/runtime/test_tcp.py tests/faults/test_frames.py
 SANITIZED_TESTS := $(if $(FULL),tests/kernels tests/runtime tests/faults,$(SANITIZED))
-SOAK_EXCHANGES ?= 1000000
+SOAK_EXCHANGES ?= 3000000
 FAULTS ?= bench/results/cpu-$(shell nproc)core/faults.json
 SOURCES := $(shell find csrc -type f) CMakeLists.txt setup.py pyproject.toml
 
@@ -25,7 +25,7 @@ help:
 	@echo "make test-slow  the tests with pretrained models"
 	@echo "make test-aot   every Triton configuration, compiled ahead of time for three chips"
 	@echo "make test-faults  ranks killed, stopped, cut off and lied to; some minutes"
-	@echo "make soak    a million exchanges: memory, threads, descriptors, outputs"
+	@echo "make soak    millions of exchanges: memory, threads, descriptors, outputs"
 	@echo "make fuzz    the wire's decoder under libFuzzer, ASan and UBSan; needs clang"
 	@echo "make test-sanitized  Python tests on a sanitized build of the extension; FULL=1 for all"
 	@echo "make lint    ruff, mypy, clang-format"
