@@ -71,22 +71,14 @@ def losses(
 
 
 def codebook_of(name: str, seed: int, model, tokenizer) -> Codebook:
-    """ "SPACE:GROUPS[:DIMENSIONS]", "transform:BITS" or "none:DTYPE"."""
-    space, choice, *rest = name.split(":")
+    """ "SPACE:GROUPS", "transform:BITS" or "none:DTYPE"."""
+    space, _, choice = name.partition(":")
     if space == "none":
         return Codebook.none(choice)
     if space == "transform":
         return Codebook.from_pretrained(calibrate.folder(float(choice), seed))
     drawn = calibrate.windows(tokenizer, calibrate.TEXT, seed)
-    return Codebook.fit(
-        model,
-        drawn,
-        space=space,
-        groups=int(choice),
-        dimensions=int(rest[0]) if rest else None,
-        held_back=0,
-        seed=seed,
-    )
+    return Codebook.fit(model, drawn, space=space, groups=int(choice), held_back=0, seed=seed)
 
 
 class Report:

@@ -20,7 +20,6 @@ from astra_runtime.codebook import geometry
 from astra_runtime.models import adapt
 from astra_runtime.models.shapes import SHAPES, gpt2, llama
 from astra_runtime.store import load_model
-from astra_runtime.subspace import default_dimensions
 
 CODEBOOKS = Path("build/codebooks")  # of `bench.calibrate`
 CODEWORDS = 1024
@@ -71,8 +70,8 @@ class Subject:
         return cls(name, tokens, model, {"pixel_values": torch.randn(1, 3, side, side)})
 
     def codebook(self, setting: str) -> Codebook:
-        """ "kv:1", "hidden:1:256" …: random tables of that many groups and codewords (1,024), in as
-        few dimensions as fitted ones; "transform:BITS": fitted."""
+        """ "kv:1", "hidden:1:256" …: random tables of that many groups and codewords (1,024);
+        "transform:BITS": fitted."""
         space, count, *rest = setting.split(":")
         if space == "transform":
             return Codebook.from_pretrained(CODEBOOKS / f"broad-{count}-0")
@@ -82,22 +81,15 @@ class Subject:
         heads = sizes["num_key_value_heads"]
         shared = space == "kv" and groups % heads != 0
         width = 2 * heads * sizes["head_dim"] if space == "kv" else sizes["hidden_size"]
-        width //= groups
         generator = torch.Generator().manual_seed(1)
-        dimensions = default_dimensions(codewords, width)
-        shape = (sizes["num_blocks"], groups, codewords, dimensions or width)
-        tables = torch.randn(shape, generator=generator)
-        if dimensions:
-            axes = torch.randn(*shape[:2], dimensions, width, generator=generator)
-            tables = tables @ axes / dimensions**0.5
+        shape = (sizes["num_blocks"], groups, codewords, width // groups)
         return Codebook(
             space,
             groups,
             codewords,
             shared,
-            dimensions=dimensions,
             geometry=sizes,
             model=adapter.digest(),
-            tables=tables,
+            tables=torch.randn(shape, generator=generator),
             scales=torch.ones(sizes["num_blocks"], heads, 2) if space == "kv" else None,
         )

@@ -49,8 +49,6 @@ class Codebook:
         prefix: leading tokens of a decoder's input that every rank computes itself, so that they
             are exact everywhere at no bits. The first token is unlike all others: attention that
             has nothing to look at rests on it, and its code would have to be perfect.
-        dimensions: spaces "kv" and "hidden": of the affine subspace that each group's codewords lie
-            in, which makes the search quick (`subspace.py`); 0: anywhere.
         geometry: num_blocks, num_heads, num_key_value_heads, head_dim and hidden_size of the model.
         model: digest of the model's weights (`Adapter.digest`).
         tables: fp32 [num_blocks, C, K, w]. w = 2·d·Hkv/C in space "kv", else D/C. In space
@@ -67,7 +65,6 @@ class Codebook:
     shared: bool = False
     dtype: str = "float32"
     prefix: int = 0
-    dimensions: int = 0
     geometry: dict[str, int] = field(default_factory=dict)
     model: str = ""
     tables: Tensor | None = None
@@ -78,8 +75,6 @@ class Codebook:
     def __post_init__(self) -> None:
         if self.space not in SPACES:
             raise ValueError(f"space: expected one of {', '.join(SPACES)}, got {self.space!r}")
-        if self.dimensions and self.space not in ("kv", "hidden"):
-            raise ValueError(f"dimensions: expected 0 in space {self.space!r}")
         if self.dtype not in DENSE_DTYPES:
             raise ValueError(f"dtype: expected one of {', '.join(DENSE_DTYPES)}, got {self.dtype}")
 
@@ -130,8 +125,7 @@ class Codebook:
 
     def _config(self) -> dict[str, Any]:
         fields = asdict(replace(self, tables=None, scales=None, transforms=(), notes={}))
-        left_out = [*_TENSORS, "notes"] + ([] if self.dimensions else ["dimensions"])
-        return {k: v for k, v in fields.items() if k not in left_out}
+        return {k: v for k, v in fields.items() if k not in (*_TENSORS, "notes")}
 
     def _tensors(self) -> dict[str, Tensor]:
         """What the safetensors file holds, by name."""

@@ -39,7 +39,7 @@ class CodeCosts:
 def _search(codebook: Codebook, width: int) -> float:
     """FLOPs of finding the codewords of a token: G searches of K codewords of width/G channels."""
     groups = codebook.groups
-    return 2.0 * groups * search_macs(codebook.codewords, width // groups, codebook.dimensions)
+    return 2.0 * groups * search_macs(codebook.codewords, width // groups)
 
 
 def _projection(adapter: Adapter) -> float:

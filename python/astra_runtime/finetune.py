@@ -276,9 +276,7 @@ class _Training:
         made = replace(self.start, model=self.adapter.digest(), notes={})
         tables = [getattr(layer, "tables", None) for layer in self.quantizers]
         if not self.start.transforms:
-            # codewords that follow their members leave the subspace that they were fitted in
-            stacked = torch.stack(tables).cpu()  # type: ignore[arg-type]
-            return replace(made, tables=stacked, dimensions=0)
+            return replace(made, tables=torch.stack(tables).cpu())  # type: ignore[arg-type]
         pairs = zip(self.start.transforms, tables, strict=True)
         trained = (t if table is None else replace(t, tables=table.cpu()) for t, table in pairs)
         return replace(made, transforms=tuple(trained))

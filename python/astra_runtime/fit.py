@@ -17,7 +17,6 @@ from .kmeans import kmeans
 from .models import Adapter, adapt
 from .parallel import map_cores
 from .recording import Progress, Recorded, as_windows, record
-from .subspace import Subspace, default_dimensions
 
 
 def fit(
@@ -32,7 +31,6 @@ def fit(
     extra: Sequence[Tensor] = (),
     prefix: int | None = None,
     rank: int | None = None,
-    dimensions: int | None = None,
     shared: bool | None = None,
     iterations: int = 8,
     seed: int = 0,
@@ -63,8 +61,6 @@ def fit(
         prefix: leading tokens of a decoder's input that every rank computes itself; None: 1 in
             space "transform", else 0.
         rank: space "transform", of its predictor; None: an eighth of the hidden size, at most 64.
-        dimensions: spaces "kv" and "hidden": of the subspace that a group's codewords lie in, see
-            `subspace.py`; 0: all; None: 64, where that saves a quarter of the search at least.
         shared: one set of codes for all heads; None: where `groups` is no multiple of the KV heads.
         iterations: Lloyd iterations.
         seed: makes the result deterministic, whatever the number of threads.
@@ -102,7 +98,6 @@ def fit(
     shared = shared and space == "kv"
     if not transform:
         check_groups(space, groups, shared, geometry(adapter))
-    dimensions = _dimensions(dimensions, space, codewords, _width(space, groups, adapter))
     kept, tried = _hold_back(windows, held_back)
     kept += as_windows(extra) if len(extra) else []
     shortest = min((adapter.count(window)[1] for window in tried), default=0)
@@ -145,10 +140,7 @@ def fit(
 
     def cluster(block: int) -> tuple[Tensor, Tensor]:
         found, scales = recorded.vectors(block, groups, shared)
-        few = Subspace.principal(found, dimensions) if dimensions else None
-        found = few.coordinates(found) if few else found
-        table = kmeans(found, codewords, iterations=iterations, seed=seed + block)
-        return few.points(table) if few else table, scales
+        return kmeans(found, codewords, iterations=iterations, seed=seed + block), scales
 
     blocks, tables, scales = len(adapter.blocks), [], []
     if space == "differential":
@@ -165,7 +157,6 @@ def fit(
         groups,
         codewords,
         shared,
-        dimensions=dimensions,
         tables=torch.stack(tables).cpu(),
         scales=torch.stack(scales).cpu() if space == "kv" else None,
         **common,
@@ -184,25 +175,6 @@ def _prefix(prefix: int | None, transform: bool, adapter: Adapter) -> int:
             f"got {prefix}"
         )
     return prefix
-
-
-def _width(space: str, groups: int, adapter: Adapter) -> int:
-    """Channels of a group's codewords."""
-    if space != "kv":
-        return adapter.hidden_size // groups
-    return 2 * adapter.num_key_value_heads * adapter.head_dim // groups
-
-
-def _dimensions(given: int | None, space: str, codewords: int, width: int) -> int:
-    if space not in ("kv", "hidden"):
-        if given:
-            raise ValueError(f"dimensions: expected none in space {space!r}, got {given}")
-        return 0
-    if given is None:
-        return default_dimensions(codewords, width)
-    if not 0 <= given < width:
-        raise ValueError(f"dimensions: expected 0 to {width - 1}, got {given}")
-    return given
 
 
 def _closed_loop(

@@ -26,6 +26,7 @@ from torch import Tensor, nn
 import astra_kernels as ak
 
 from .kmeans import draw
+from .subspace import Search
 
 
 @dataclass(frozen=True)
@@ -70,6 +71,7 @@ class NAVQ(nn.Module):
     sums: Tensor
     moments: Tensor
     weight: Tensor
+    search: Search | None = None  # the engine's, of tables that do not move
 
     def __init__(
         self,
@@ -130,7 +132,7 @@ class NAVQ(nn.Module):
     @torch.no_grad()
     def _nearest(self, x: Tensor) -> tuple[Tensor, Tensor]:
         with torch.autocast(x.device.type, enabled=False):
-            codes = ak.encode(x, self.tables)
+            codes = self.search(x) if self.search else ak.encode(x, self.tables)
             return codes, ak.decode(codes, self.tables)
 
     @property

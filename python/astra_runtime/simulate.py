@@ -31,6 +31,7 @@ from .models import Adapter, adapt, listening
 from .navq import NAVQ
 from .plan import Plan
 from .spaces import int8, rotate, unrotate
+from .subspace import Search
 from .transform import Known, flat, heads, unit
 
 
@@ -49,8 +50,12 @@ def quantizers(codebook: Codebook, device: torch.device | str, **options: Any) -
 
 
 def frozen(codebook: Codebook, device: torch.device | str) -> nn.ModuleList:
-    """Quantizers that neither learn nor add noise."""
-    return quantizers(codebook, device).eval()
+    """Quantizers that neither learn nor add noise, and search as the engine does."""
+    made = quantizers(codebook, device).eval()
+    for quantizer in made:
+        if isinstance(quantizer, NAVQ):
+            quantizer.search = Search(quantizer.tables)
+    return made
 
 
 @dataclass(frozen=True)

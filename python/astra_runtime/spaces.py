@@ -170,7 +170,7 @@ class _Codes(Space):
         self.codewords, self.device = codebook.codewords, adapter.device
         if codebook.tables is not None:
             self.tables = list(codebook.tables.to(adapter.device, torch.float32))
-            self.searches = [Search(table, codebook.dimensions) for table in self.tables]
+            self.searches = [Search(table) for table in self.tables]
 
     def payload_bytes(self, block: int, batch: int, tokens: int) -> int:
         return batch * ak.packed_size(tokens * len(self.tables[block]), self.bits)

@@ -1,84 +1,58 @@
-"""Codewords in few dimensions: how the nearest of many is found for less than it looks.
+"""Searching wide codewords in few dimensions: nearly the nearest of many, for a fraction.
 
-A thousand codewords of 768 channels, fitted to some ten thousand vectors, spread along few axes;
-the rest is noise of the fit. So they are sought in the r principal axes of the vectors, and a
-vector x is coded by its coordinates there. With codewords c = m + U·z, U orthonormal,
+A thousand codewords of 768 channels differ mostly along few axes, the principal ones of the
+codewords themselves. With m their mean and U the r axes along which they differ most,
 
-    ‖x − c‖² = ‖(1 − UUᵀ)(x − m)‖² + ‖Uᵀ(x − m) − z‖²,
+    argmin_k ‖x − c_k‖² ≈ argmin_k ‖Uᵀ(x − m) − Uᵀ(c_k − m)‖²,
 
-whose first term is the same for every codeword: the search of K codewords of w channels, K·w
-multiplications, becomes w·r + K·r and finds the same one. Receivers look codewords up, as ever.
+and a search of K codewords of w channels, K·w multiplications, becomes w·r + K·r. Codewords stay as
+wide as they are, so whoever looks one up gets all of it; only the choice among near ones is less
+than exact. (Codewords that lie in the subspace themselves are no substitute: what they lack is the
+same in every stand-in, and adds up.)
 """
 
 from __future__ import annotations
-
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 import astra_kernels as ak
 
-DIMENSIONS = 64  # what a fit takes where nobody says how many
+DIMENSIONS = 64
 
 
-def search_macs(codewords: int, width: int, dimensions: int) -> int:
-    """Multiplications to find a vector's nearest of K codewords of `width` channels."""
+def search_dimensions(codewords: int, width: int) -> int:
+    """r: `DIMENSIONS` where they halve the search at least, else 0: all channels."""
+    few = DIMENSIONS * (codewords + width)
+    return DIMENSIONS if 2 * few <= codewords * width and width > DIMENSIONS else 0
+
+
+def search_macs(codewords: int, width: int) -> int:
+    """Multiplications to find a vector's codeword among K of `width` channels."""
+    dimensions = search_dimensions(codewords, width)
     return dimensions * (codewords + width) if dimensions else codewords * width
 
 
-def default_dimensions(codewords: int, width: int) -> int:
-    """`DIMENSIONS` where they save a quarter of the search at least, else 0: all."""
-    saves = search_macs(codewords, width, DIMENSIONS) <= 0.75 * codewords * width
-    return DIMENSIONS if saves and width > DIMENSIONS else 0
-
-
-@dataclass(frozen=True)
-class Subspace:
-    """Affine subspaces, one a group: points mean + axes·z.
-
-    Attributes:
-        mean: fp32 [C, 1, w].
-        axes: fp32 [C, w, r], orthonormal columns.
-    """
-
-    mean: Tensor
-    axes: Tensor
-
-    @classmethod
-    def principal(cls, vectors: Tensor, dimensions: int) -> Subspace:
-        """The mean and principal axes of vectors [n, C, w]."""
-        groups = vectors.transpose(0, 1)
-        mean = groups.mean(1, keepdim=True)
-        centered = groups - mean
-        _, axes = torch.linalg.eigh(centered.transpose(1, 2) @ centered)  # ascending
-        return cls(mean, axes[..., -dimensions:].contiguous())
-
-    def coordinates(self, vectors: Tensor) -> Tensor:
-        """Uᵀ(x − m), [n, C, r], of vectors [n, C, w]."""
-        groups = torch.baddbmm(-(self.mean @ self.axes), vectors.transpose(0, 1), self.axes)
-        return groups.transpose(0, 1).contiguous()
-
-    def points(self, coordinates: Tensor) -> Tensor:
-        """m + U·z, [C, K, w], of coordinates [C, K, r]."""
-        return self.mean + coordinates @ self.axes.transpose(1, 2)
-
-
 class Search:
-    """Nearest codewords of tables [C, K, w] that lie in subspaces of `dimensions`; 0: anywhere."""
+    """Codes of vectors, by tables fp32 [C, K, w]; `dimensions`: r, 0 for all, None by default."""
 
-    def __init__(self, tables: Tensor, dimensions: int = 0) -> None:
-        self.tables = tables
-        self.subspace = None
+    def __init__(self, tables: Tensor, dimensions: int | None = None) -> None:
+        _, codewords, width = tables.shape
+        self.tables, self.axes = tables, None
+        if dimensions is None:
+            dimensions = search_dimensions(codewords, width)
         if dimensions:
-            self.subspace = Subspace.principal(tables.transpose(0, 1), dimensions)
-            self.tables = self.subspace.coordinates(tables.transpose(0, 1)).transpose(0, 1)
-            self.tables = self.tables.contiguous()
+            mean = tables.mean(1, keepdim=True)  # [C, 1, w]
+            centered = tables - mean
+            _, axes = torch.linalg.eigh(centered.transpose(1, 2) @ centered)  # ascending
+            self.axes = axes[..., -dimensions:].contiguous()  # [C, w, r]
+            self.shift = -(mean @ self.axes)
+            self.tables = (centered @ self.axes).contiguous()
 
     def __call__(self, vectors: Tensor) -> Tensor:
-        """Codes int32 [..., C] of vectors [..., C, w]."""
-        if self.subspace is None:
+        """int32 [..., C] of vectors [..., C, w]."""
+        if self.axes is None:
             return ak.encode(vectors, self.tables)
-        flat = vectors.reshape(-1, *vectors.shape[-2:])
-        codes = ak.encode(self.subspace.coordinates(flat), self.tables)
-        return codes.view(vectors.shape[:-1])
+        flat = vectors.reshape(-1, *vectors.shape[-2:]).transpose(0, 1)
+        coordinates = torch.baddbmm(self.shift, flat, self.axes).transpose(0, 1)
+        return ak.encode(coordinates.contiguous(), self.tables).view(vectors.shape[:-1])
