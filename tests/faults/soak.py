@@ -5,8 +5,7 @@
 An exchange is one block's: each rank sends its codes and receives the other's. A round is an answer
 of an engine, which has to be the first one bit for bit, and exchanges without a model, whose bytes
 are compared as well. Memory is read at regular intervals, and a straight line is laid through the
-second half of what was read: buffers of TLS come into use page by page, until about a million
-exchanges have passed.
+second half of what was read: the allocator settles during the first.
 """
 
 from __future__ import annotations
