@@ -32,9 +32,7 @@ def read_hello(data: Buffer) -> tuple[int, int, int, int, int, int, bytes]:
 def read_facts(data: Buffer) -> tuple[int, int, list[str]]:
     """Verdict, position of what is wrong, names and values in turns."""
 
-def read_codes(
-    data: Memory, bits: int, codewords: int, count: int, out: Memory
-) -> tuple[int, int]:
+def read_codes(data: Memory, bits: int, codewords: int, count: int, out: Memory) -> tuple[int, int]:
     """Verdict, the code that is too large."""
 
 def isa() -> str: ...
