@@ -161,11 +161,14 @@ class _Peer:
         if filled < HEADER_SIZE:
             return False
         if before < HEADER_SIZE:
-            if wire.is_bye(self.frame, self.rank):
-                raise self.lost("it had finished and said BYE")
-            if last_words.is_abort(self.frame, self.rank):
+            try:
+                wire.check_header(self.frame, self.due[0])
+            except WireError:
+                if wire.is_bye(self.frame, self.rank):
+                    raise self.lost("it had finished and said BYE") from None
+                if not last_words.is_abort(self.frame, self.rank):
+                    raise
                 return self._hear_out()
-            wire.check_header(self.frame, self.due[0])
         if filled < len(self.frame):
             return False
         if self.aborts:
@@ -238,8 +241,8 @@ class TcpMesh:
         self.again: Callable[[float | None], Mesh] | None = None
         # Ranks that share cores had better sleep: a yielded core can be gone for a time slice.
         self._may_yield = world_size <= len(os.sched_getaffinity(0))
-        # Twice the deadline, so that a wait of ours ends first and can say whom it waited for.
-        unacknowledged = min(math.ceil(2000 * timeout), 2**31 - 1)  # milliseconds
+        # Far behind the deadline, so that a wait of ours ends first and can say whom it waited for.
+        unacknowledged = min(math.ceil(1000 * max(2 * timeout, timeout + 5)), 2**31 - 1)  # ms
         for peer in self._peers.values():
             peer.sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, unacknowledged)
             self._poll.register(peer.fd, _ENDED)
