@@ -45,7 +45,7 @@ $(STAMP): $(SOURCES)
 	@touch $@
 
 demo: $(STAMP)
-	@echo "== demo: the first run fits a codebook (about 3 minutes), later runs take less than 1.5 minutes =="
+	@echo "== demo: the first run fits a codebook (about 3.5 minutes), later runs take less than 1.5 minutes =="
 	@$(BIN)/astra demo
 
 test: $(STAMP) test-core
