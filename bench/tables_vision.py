@@ -64,7 +64,7 @@ def vision(report: dict[str, Any]) -> str:
 def _goals(report: dict[str, Any]) -> str:
     lines = [
         f"- {goal['task']}: at {goal['row_compression']:.1f}× ({goal['codes']}) "
-        f"with N={goal.get('world_size', 4)} {goal['below_exact']:.2f} points below exact, "
+        f"with N={goal['world_size']} {goal['below_exact']:.2f} points below exact, "
         f"{goal['permitted']} permitted at {goal['compression']}×: "
         f"{'reached' if goal['reached'] else '**not reached**'}"
         + ("" if goal["counts"] else " (does not count: remote tokens matter too little)")

@@ -6,14 +6,17 @@ one vector a sequence.
 
 from __future__ import annotations
 
+import json
+import struct
 from collections.abc import Iterable, Mapping
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
+from .errors import WireError
 from .trace import stage
-from .transport import require
+from .transport import Mesh, require
 
 if TYPE_CHECKING:
     from .layer import Call
@@ -77,6 +80,21 @@ def _receive(call: Call, sizes: dict[int, int], block: int) -> dict[int, memoryv
     for n, view in frames.items():
         missing.hear_all(view[sizes[n] :], n)
     return {n: view[: sizes[n]] for n, view in frames.items()}
+
+
+def send_json(mesh: Mesh, value: Any, *, blocks: tuple[int, int], to: Iterable[int]) -> None:
+    """Sends its size in the first of two control messages, and its JSON in the second."""
+    data, receivers = json.dumps(value).encode(), tuple(to)
+    mesh.send(struct.pack("<Q", len(data)), block=blocks[0], plan=0, to=receivers)
+    mesh.send(data, block=blocks[1], plan=0, to=receivers)
+
+
+def receive_json(mesh: Mesh, peer: int, *, blocks: tuple[int, int], limit: int, what: str) -> Any:
+    """What `peer` sent so; more than `limit` bytes of `what` are a WireError."""
+    size = struct.unpack("<Q", mesh.receive({peer: 8}, block=blocks[0], plan=0)[peer])[0]
+    if size > limit:
+        raise WireError(f"{what} size", f"at most {limit}", size, peer)
+    return json.loads(bytes(mesh.receive({peer: size}, block=blocks[1], plan=0)[peer]))
 
 
 def gather(call: Call, hidden: Tensor) -> Tensor:

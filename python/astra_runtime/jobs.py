@@ -19,7 +19,16 @@ from .codebook import Codebook
 from .engine import Engine
 from .errors import WireError
 from .evaluate import shard_loss
-from .gather import CLOCK, JOB, JOB_SIZE, REPORT, TRACE, TRACE_SIZE
+from .gather import (
+    CLOCK,
+    JOB,
+    JOB_SIZE,
+    REPORT,
+    TRACE,
+    TRACE_SIZE,
+    receive_json,
+    send_json,
+)
 from .probe import probe
 from .trace import Span, Trace, tracing
 from .transport import Mesh, require
@@ -163,10 +172,8 @@ class Ranks:
             stop = time.perf_counter_ns()
             trips.append((stop - start, theirs - (start + stop) // 2))
         behind = min(trips)[1]
-        size = struct.unpack("<Q", mesh.receive({peer: 8}, block=TRACE_SIZE, plan=0)[peer])[0]
-        if size > MAX_TRACE:
-            raise WireError("trace size", f"at most {MAX_TRACE}", size, peer)
-        spans = json.loads(bytes(mesh.receive({peer: size}, block=TRACE, plan=0)[peer]))
+        blocks = (TRACE_SIZE, TRACE)
+        spans = receive_json(mesh, peer, blocks=blocks, limit=MAX_TRACE, what="trace")
         return [(name, block, start - behind, stop - behind) for name, block, start, stop in spans]
 
     def _tell_spans(self) -> None:
@@ -175,9 +182,7 @@ class Ranks:
             mesh.receive({0: 8}, block=CLOCK, plan=0)
             now = struct.pack("<q", time.perf_counter_ns())
             mesh.send(now, block=CLOCK, plan=0, to=(0,))
-        data = json.dumps(self.trace.spans).encode()
-        mesh.send(struct.pack("<Q", len(data)), block=TRACE_SIZE, plan=0, to=(0,))
-        mesh.send(data, block=TRACE, plan=0, to=(0,))
+        send_json(mesh, self.trace.spans, blocks=(TRACE_SIZE, TRACE), to=(0,))
 
     def barrier(self) -> None:
         """Returns when every rank has come here, or could have by a block's deadline."""

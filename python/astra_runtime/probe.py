@@ -5,7 +5,6 @@ Both are measured between rank 0 and each other rank in turn, with every rank in
 
 from __future__ import annotations
 
-import json
 import struct
 import time
 from dataclasses import dataclass
@@ -15,6 +14,7 @@ from torch import nn
 
 from .codebook import Codebook
 from .errors import WireError
+from .gather import receive_json, send_json
 from .predict import Rates, measured
 from .transport import Link, Mesh
 
@@ -63,9 +63,7 @@ def probe(
         _in_step(mesh)
     own = {name: vars(measured(model, book, tokens)) for name, book in books.items()}
     if mesh.rank:
-        data = json.dumps(own).encode()
-        mesh.send(struct.pack("<Q", len(data)), block=RATES_SIZE, plan=0, to=(0,))
-        mesh.send(data, block=RATES, plan=0, to=(0,))
+        send_json(mesh, own, blocks=(RATES_SIZE, RATES), to=(0,))
         return None
     of_ranks = [own] + [_rates_of(mesh, peer) for peer in range(1, mesh.world_size)]
     trips, up, down = (list(column) for column in zip(*links, strict=True))
@@ -74,11 +72,8 @@ def probe(
 
 
 def _rates_of(mesh: Mesh, peer: int) -> dict[str, Any]:
-    size = struct.unpack("<Q", mesh.receive({peer: 8}, block=RATES_SIZE, plan=0)[peer])[0]
-    if size > MAX_RATES:
-        raise WireError("rates size", f"at most {MAX_RATES}", size, peer)
-    found = json.loads(bytes(mesh.receive({peer: size}, block=RATES, plan=0)[peer]))
-    return dict(found)
+    blocks = (RATES_SIZE, RATES)
+    return dict(receive_json(mesh, peer, blocks=blocks, limit=MAX_RATES, what="rates"))
 
 
 def _measure_link(mesh: Mesh, peer: int) -> tuple[float, float, float]:
