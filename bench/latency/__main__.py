@@ -19,7 +19,7 @@ import argparse
 import itertools
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from typing import Any
 
@@ -87,28 +87,34 @@ def measured(
     """All cases of a model and length."""
     started = time.perf_counter()
 
-    def told(name: str, ranks: int, recordings: list[Recording]) -> list[Recording]:
+    def told(name: str, ranks: int, recordings: list[Recording]) -> None:
         busiest = sorted(max(recording.computing) for recording in recordings)
         say(
             f"{time.perf_counter() - started:5.0f} s  {subject.name} {subject.tokens} N={ranks} "
             f"{name}: busiest rank {busiest[len(busiest) // 2]:.3f} s"
         )
-        return recordings
 
     every = methods()
-    alone = told("single", 1, rival(subject, every["single"], 1, options.repeats))
     cases: list[dict[str, Any] | Case] = []
     for ranks in options.ranks:
-        ours = {}
-        for setting in options.settings or SETTINGS[subject.name]:
-            book = subject.codebook(setting)
-            recordings = told(setting, ranks, astra(subject, book, ranks, options.repeats))
-            ours[setting] = book, recordings
-        theirs = {
-            name: told(name, ranks, rival(subject, every[name], ranks, options.repeats))
-            for name in options.methods
-            if ranks <= heads_of(subject) or not name.startswith(("tp", "bp"))
+        passes: dict[str, Callable[[], list[Recording]]] = {
+            "single": lambda: rival(subject, every["single"], 1, 1)
         }
+        books = {}
+        for setting in options.settings or SETTINGS[subject.name]:
+            books[setting] = book = subject.codebook(setting)
+            passes[setting] = lambda book=book, ranks=ranks: astra(subject, book, ranks, 1)
+        for name in options.methods:
+            if ranks <= heads_of(subject) or not name.startswith(("tp", "bp")):
+                passes[name] = lambda name=name, ranks=ranks: rival(subject, every[name], ranks, 1)
+        recorded: dict[str, list[Recording]] = {name: [] for name in passes}
+        for _ in range(options.repeats):  # all methods in turns: the machine's pace drifts
+            for name, record in passes.items():
+                recorded[name] += record()
+        for name, recordings in recorded.items():
+            told(name, ranks, recordings)
+        alone, ours = recorded.pop("single"), {s: (books[s], recorded.pop(s)) for s in books}
+        theirs = recorded
         for speed, mbit, rtt_ms in itertools.product(options.speeds, options.mbit, options.rtt_ms):
             link = Link(mbit, rtt_ms=rtt_ms)
 

@@ -13,12 +13,13 @@ import signal
 import socket
 import time
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
 from astra_runtime import AstraError, Codebook, Engine
-from astra_runtime.transport import connect
+from astra_runtime.transport import connect, parts
+from astra_runtime.transport.datagram import DatagramMesh
 from astra_runtime.transport.tcp import TcpMesh
 from astra_runtime.wire import Frame
 from tests.runtime.models import inputs_for, tiny, windows_for
@@ -46,12 +47,20 @@ def prepare() -> None:
     subject()
 
 
-class Moments:
-    """When this rank last began to send or to wait, for which block, and when that ended."""
+SocketMesh = TcpMesh | DatagramMesh
 
-    def __init__(self, mesh: TcpMesh) -> None:
+
+class Moments:
+    """When this rank last began to send or to wait, for which block, and when that ended.
+
+    noticed: start and end of the first call after which somebody was known to be lost.
+    """
+
+    def __init__(self, mesh: SocketMesh) -> None:
         self.began = self.ended = time.monotonic()
         self.block = -1
+        self.noticed: tuple[float, float] | None = None
+        self._mesh = mesh
         for name in ("send", "receive"):
             setattr(mesh, name, self._watched(getattr(mesh, name)))
 
@@ -62,11 +71,13 @@ class Moments:
                 return call(*arguments, block=block, **options)
             finally:
                 self.ended = time.monotonic()
+                if self.noticed is None and self._mesh.lost:
+                    self.noticed = self.began, self.ended
 
         return watched
 
 
-def arm(mesh: TcpMesh, told: Told, fault: dict[str, Any]) -> None:
+def arm(mesh: SocketMesh, told: Told, fault: dict[str, Any]) -> None:
     """Has `fault` happen once, around the sending of one block's frame."""
     send = mesh.send
     pending = [fault]
@@ -88,10 +99,17 @@ def arm(mesh: TcpMesh, told: Told, fault: dict[str, Any]) -> None:
 
 
 def _send_part(
-    mesh: TcpMesh, frame: Frame, block: int, plan: int, to: Sequence[int], draw: random.Random
+    mesh: SocketMesh, frame: Frame, block: int, plan: int, to: Sequence[int], draw: random.Random
 ) -> None:
     """To each receiver the beginning of its frame: what a rank that ends within a call has sent."""
     for number in to:
+        if isinstance(mesh, DatagramMesh):
+            way = mesh._peers[number]
+            datagrams = way.outbox.frame(frame.payload, block, plan)
+            assert len(datagrams) > 1, "a frame of one datagram has no middle"
+            for datagram in datagrams[: draw.randrange(1, len(datagrams))]:
+                way.transmit(datagram)
+            continue
         peer = mesh._peers[number]
         data = b"".join(peer.stream.seal(frame.stamp(peer.sent, plan, block, mesh.rank)))
         peer.sock.send(data[: draw.randrange(1, len(data))])
@@ -127,6 +145,8 @@ def rank(
     peers: list[str],
     *,
     keys: str | None = None,
+    backend: Literal["tcp", "datagram"] = "tcp",
+    part_size: int = parts.PART_SIZE,
     timeout: float = 20.0,
     fault: dict[str, Any] | None = None,
     calls: int = 1,
@@ -136,22 +156,32 @@ def rank(
 
     Told: `joined`; `struck`, when the fault happened; the `answers`, or `error` with its fields and
     `raised`; `began`, `ended` and `waited`, start, end and block of the last send or
-    wait.
+    wait; `noticed`, see `Moments`, and the errors of the `lost` by rank.
+
+    part_size: bytes in a datagram, so that a tiny model's frames have several.
     """
     model, book, inputs = subject()
     moments = None
+    vars(parts)["PART_SIZE"] = part_size
+    options: dict[str, Any] = {"keys": keys, "backend": backend, "timeout": timeout}
     try:
-        with connect(number, len(peers), peers, keys=keys, timeout=timeout) as mesh:
-            assert isinstance(mesh, TcpMesh)
+        with connect(number, len(peers), peers, **options) as mesh:
+            assert isinstance(mesh, SocketMesh)
             with Engine(model, book, mesh, **engine_options) as engine:
                 moments = Moments(mesh)
                 told(joined=True)
                 if fault is not None:
                     arm(mesh, told, fault)
                 told(answers=[_answer(engine, inputs) for _ in range(calls)])
+                told(noticed=moments.noticed, lost=_named(mesh))
     except AstraError as error:
         raised = time.monotonic()
         told(error=type(error).__name__, text=str(error), raised=raised)
         told(**{name: getattr(error, name, None) for name in ("rank", "block", "seconds")})
         if moments is not None:
             told(began=moments.began, ended=moments.ended, waited=moments.block)
+            told(noticed=moments.noticed)
+
+
+def _named(mesh: SocketMesh) -> dict[int, str]:
+    return {number: type(error).__name__ for number, error in mesh.lost.items()}

@@ -23,6 +23,14 @@ MOMENTS = ("before", "mid", "after")
 IN_TIME = 1.0  # seconds from the signal, for any survivor on however busy a machine
 P99_MS = 50.0
 COMMAND = "python -m pytest -m faults tests/faults/test_kill.py"
+OWNER = 0  # of an encoder's answer: it cannot be left out
+# Parts so small that a frame of codes has five to ten; a deadline that only a hang would reach.
+DATAGRAMS: dict[str, Any] = {
+    "backend": "datagram",
+    "part_size": 12,
+    "on_missing": "degrade",
+    "deadline_ms": 5000.0,
+}
 
 
 class Case(NamedTuple):
@@ -32,6 +40,9 @@ class Case(NamedTuple):
     moment: str
     encrypted: bool
     seed: int
+
+
+Judge = Callable[[Case, Outcome, float], tuple[str | None, float]]
 
 
 def cases(seed: int) -> Iterator[Case]:
@@ -45,9 +56,22 @@ def cases(seed: int) -> Iterator[Case]:
                     yield Case(world_size, victim, block, moment, tls, number)
 
 
-def run(forks: Forks, case: Case, signal: str, timeout: float, seconds: float) -> list[Outcome]:
+def some_victims(seed: int) -> Iterator[Case]:
+    """Of the same, one rank by chance for every block, moment and world."""
+    draw = random.Random(seed)
+    for world_size in (2, 3, 4):
+        for block in range(BLOCKS):
+            for moment in MOMENTS:
+                victim, tls = draw.randrange(world_size), draw.random() < 0.5
+                yield Case(world_size, victim, block, moment, tls, draw.randrange(1 << 30))
+
+
+def run(
+    forks: Forks, case: Case, signal: str, timeout: float, seconds: float, **more: Any
+) -> list[Outcome]:
+    """One case, its victim struck by `signal`; `more`: of `rank.rank`."""
     peers = free_ports(case.world_size)
-    options: dict[str, Any] = {"peers": peers, "timeout": timeout}
+    options: dict[str, Any] = {"peers": peers, "timeout": timeout, **more}
     if case.encrypted:
         options["keys"] = str(key_folder())
     tasks = [("tests.faults.rank:rank", {**options, "number": n}) for n in range(case.world_size)]
@@ -71,8 +95,29 @@ def fault_of(case: Case, outcome: Outcome, struck: float) -> tuple[str | None, f
     return f"{case}: {told['text']} after {1e3 * late:.1f} ms", 1e3 * late
 
 
-def try_kill(forks: Forks, case: Case, row: Row) -> None:
-    outcomes = run(forks, case, "SIGKILL", timeout=20.0, seconds=20.0)
+def left_out(case: Case, outcome: Outcome, struck: float) -> tuple[str | None, float]:
+    """The same over datagrams: who has killed the answer's owner gets an error, and who has killed
+    anybody else an answer that says whom it lacks, in which blocks."""
+    told = outcome.told
+    if case.victim == OWNER or "answers" not in told:
+        return fault_of(case, outcome, struck)
+    if told["noticed"] is None:
+        return f"{case}: the loss was not noticed: {told}", 1e3 * IN_TIME
+    began, noticed = told["noticed"]
+    late = noticed - max(struck, began)
+    (answer,) = told["answers"]
+    missing = set(answer["missing"].get(str(case.victim), []))
+    sure = set(range(case.block + (case.moment != "before"), BLOCKS + 1))
+    right = set(answer["missing"]) == set(told["lost"]) == {str(case.victim)}
+    right &= sure <= missing <= sure | {case.block} and answer["degraded"]
+    right &= told["lost"][str(case.victim)] == "PeerLost" if right else False
+    if right and late <= IN_TIME:
+        return None, 1e3 * late
+    return f"{case}: after {1e3 * late:.1f} ms {told}", 1e3 * late
+
+
+def try_kill(forks: Forks, case: Case, row: Row, judge: Judge = fault_of, **more: Any) -> None:
+    outcomes = run(forks, case, "SIGKILL", timeout=20.0, seconds=20.0, **more)
     victim = outcomes[case.victim]
     struck = victim.told.get("struck")
     if struck is None or victim.gone is None or victim.status != -9:
@@ -82,9 +127,21 @@ def try_kill(forks: Forks, case: Case, row: Row) -> None:
     for number, outcome in enumerate(outcomes):
         if number == case.victim:
             continue
-        row.count(*fault_of(case, outcome, struck))
-        late = outcome.told.get("raised", 0.0) - max(victim.gone, outcome.told.get("began", 0.0))
+        row.count(*judge(case, outcome, struck))
+        began, noticed = outcome.told.get("noticed") or (
+            outcome.told.get("began", 0.0),
+            outcome.told.get("raised", 0.0),
+        )
+        late = noticed - max(victim.gone, began)
         row.extra.setdefault("noticed_ms", []).append(max(0.0, 1e3 * late))
+
+
+def sum_up(row: Row) -> None:
+    """Percentiles in place of the times of single cases."""
+    parts = {name: row.extra.pop(f"{name}_ms") for name in ("exit", "noticed")}
+    row.extra["runs"] = len(parts["exit"])
+    for name, values in parts.items():
+        row.extra |= {f"{name}_p{n}_ms": percentile(values, n / 100) for n in (50, 99)}
 
 
 def test_some_kills(forks: Forks) -> None:
@@ -94,16 +151,32 @@ def test_some_kills(forks: Forks) -> None:
     row.check()
 
 
+def test_some_kills_over_datagrams(forks: Forks) -> None:
+    row = Row("kill_datagram", COMMAND, seed=1)
+    for case in random.Random(1).sample(list(some_victims(1)), 6):
+        try_kill(forks, case, row, left_out, **DATAGRAMS)
+    row.check()
+
+
 @pytest.mark.faults
 @pytest.mark.timeout(1200)
 def test_kill(forks: Forks, record: Callable[[Row], None]) -> None:
     row = Row("kill", COMMAND, seed=0)
     for case in cases(0):
         try_kill(forks, case, row)
-    parts = {name: row.extra.pop(f"{name}_ms") for name in ("exit", "noticed")}
-    row.extra["runs"] = len(parts["exit"])
-    for name, values in parts.items():
-        row.extra |= {f"{name}_p{n}_ms": percentile(values, n / 100) for n in (50, 99)}
+    sum_up(row)
+    record(row)
+    row.check()
+    assert row.extra["noticed_p99_ms"] <= P99_MS
+
+
+@pytest.mark.faults
+@pytest.mark.timeout(600)
+def test_kill_over_datagrams(forks: Forks, record: Callable[[Row], None]) -> None:
+    row = Row("kill_datagram", COMMAND, seed=0)
+    for case in some_victims(0):
+        try_kill(forks, case, row, left_out, **DATAGRAMS)
+    sum_up(row)
     record(row)
     row.check()
     assert row.extra["noticed_p99_ms"] <= P99_MS
