@@ -12,12 +12,28 @@ WORDS = {
         "kill −9 in every block, before, within, after a frame; 2–4 ranks",
         "`PeerLost` names the rank killed",
     ),
+    "kill_datagram": (
+        "the same with codes as datagrams, of which others may be left out",
+        "`PeerLost`, or an answer that says whom it lacks",
+    ),
     "stop": ("SIGSTOP", "`DeadlineExceeded` at the deadline ±10 %"),
     "blackhole": ("a link that swallows everything", "the same"),
     "half_open": ("a peer that vanishes without FIN", "the same"),
+    "packets_vanish": ("every packet lost, between namespaces", "the same"),
+    "unacknowledged": (
+        "the same under a wait of a minute",
+        "`PeerLost` by TCP_USER_TIMEOUT, here 6 s",
+    ),
     "slow": ("a link of one byte a second", "the same"),
     "frame_structured": ("frames cut, longer, repeated, replayed, misplaced", "typed error"),
     "frame_mutated": ("mutated frames through a live socket", "typed error, memory flat"),
+    "datagram_structured": (
+        "datagrams cut, longer, replayed, sealed by others, lies of the peer",
+        "dropped or typed error",
+    ),
+    "datagram_mutated": ("mutated datagrams through a live socket", "the same, memory flat"),
+    "abort_structured": ("last words cut, missing, out of range, no UTF-8", "typed error"),
+    "abort_mutated": ("mutated last words through a live socket", "the same, memory flat"),
     "fuzz": ("libFuzzer on the decoder, ASan and UBSan", "no crash, no forgery accepted"),
     "refusals": ("who does not belong", "the reason on both sides"),
     "connections": ("1,000 silent and 1,000 garbage callers, six times", "a peer joins within 1 s"),
@@ -33,7 +49,7 @@ def _ms(value: float | None) -> str:
 def _notes(row: dict[str, Any]) -> list[str]:
     """What a row has to tell beside its figures, misses first."""
     notes = [f"Missed: {failure}." for failure in row.get("failures", ())]
-    if "exit_p50_ms" in row:
+    if "exit_p50_ms" in row and row["name"] == "kill":
         kernel = f"{_ms(row['exit_p50_ms'])} / {_ms(row['exit_p99_ms'])}"
         notes.append(f"Of a kill's times the kernel takes {kernel} ms to end the process.")
     if "mib_per_hour" in row:

@@ -162,7 +162,7 @@ def rank(
     """
     model, book, inputs = subject()
     moments = None
-    vars(parts)["PART_SIZE"] = part_size
+    parts.PART_SIZE = part_size  # in this process alone
     options: dict[str, Any] = {"keys": keys, "backend": backend, "timeout": timeout}
     try:
         with connect(number, len(peers), peers, **options) as mesh:

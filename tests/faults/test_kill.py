@@ -108,10 +108,9 @@ def left_out(case: Case, outcome: Outcome, struck: float) -> tuple[str | None, f
     (answer,) = told["answers"]
     missing = set(answer["missing"].get(str(case.victim), []))
     sure = set(range(case.block + (case.moment != "before"), BLOCKS + 1))
-    right = set(answer["missing"]) == set(told["lost"]) == {str(case.victim)}
-    right &= sure <= missing <= sure | {case.block} and answer["degraded"]
-    right &= told["lost"][str(case.victim)] == "PeerLost" if right else False
-    if right and late <= IN_TIME:
+    named = told["lost"] == {str(case.victim): "PeerLost"}
+    alone = set(answer["missing"]) == {str(case.victim)}
+    if named and alone and sure <= missing <= sure | {case.block} and late <= IN_TIME:
         return None, 1e3 * late
     return f"{case}: after {1e3 * late:.1f} ms {told}", 1e3 * late
 

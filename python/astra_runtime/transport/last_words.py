@@ -7,6 +7,7 @@ that had it: the others have lost that rank.
 
 from __future__ import annotations
 
+import math
 from typing import Final
 
 from astra_runtime import wire
@@ -50,13 +51,14 @@ def error_of(payload: bytes | bytearray | memoryview, source: int, block: int | 
     fields = wire.decode_facts(payload, source)
     text = {name: printable(value.encode()) for name, value in fields.items()}
     try:
-        kind, rank = text["error"], int(text["rank"])
-        block = int(text["block"]) if "block" in text else block
+        kind = text["error"]
+        rank = _number(text["rank"], -1 if kind == "WireError" else 0)
+        block = _number(text["block"]) if "block" in text else block
         if kind == "PeerLost":
             return PeerLost(rank, block, text["detail"])
         if kind == "DeadlineExceeded":
-            ranks = tuple(int(n) for n in text["ranks"].split())
-            return DeadlineExceeded(rank, block, float(text["seconds"]), ranks)
+            ranks = tuple(_number(n) for n in text["ranks"].split())
+            return DeadlineExceeded(rank, block, _seconds(text["seconds"]), ranks)
         if kind == "WireError":
             return WireError(
                 text["field"], text["expected"], text["got"], None if rank < 0 else rank
@@ -82,6 +84,21 @@ def printable(raw: bytes | bytearray) -> str:
     """A stranger's words, which may hold anything, for a terminal or a log."""
     text = raw.decode(errors="replace")
     return "".join(c if c.isprintable() else "\N{REPLACEMENT CHARACTER}" for c in text)
+
+
+def _number(text: str, least: int = 0) -> int:
+    """A rank or a block, which both have 16 bits: what is told on must not grow beyond a frame."""
+    number = int(text)
+    if not least <= number <= 0xFFFF:
+        raise ValueError(f"expected {least}..65535, got {number}")
+    return number
+
+
+def _seconds(text: str) -> float:
+    seconds = float(text)
+    if not 0 <= seconds < math.inf:
+        raise ValueError(f"seconds: expected a finite number, got {text}")
+    return seconds
 
 
 def _fields(error: BaseException, source: int, block: int | None) -> dict[str, str]:

@@ -27,7 +27,8 @@ SECRET_SIZE: Final = 32
 REORDERING: Final = 3  # later parts of the same frame after which one is lost, as TCP counts
 REORDERING_SECONDS: Final = 0.003  # and the longest wait for one that a later part has overtaken
 PARITY: Final = 8  # parts that share a parity part, unless told otherwise
-EARLY_BYTES: Final = 4 << 20  # kept of a peer that is ahead
+EARLY_BYTES: Final = 4 << 20  # memory for the parts of a peer that is ahead
+_EARLY_PART: Final = 800  # of it for each part, besides its bytes: its header as a tuple, a list
 _WINDOW: Final = 1024  # packet numbers behind the highest that may still come
 
 Gap = tuple[int, int]  # missing bytes [start, stop) of a frame's payload
@@ -289,7 +290,7 @@ class Inbox:
         self._frame += 1
         self._expected = _Expected(plan, block, view, step, count, groups, set(range(count)))
         for header, part in self._early.pop(self._frame, ()):
-            self._early_bytes -= HEADER_SIZE + len(part)
+            self._early_bytes -= _EARLY_PART + len(part)
             self._place(header, part)
 
     def take(self, datagram: memoryview) -> None:
@@ -321,10 +322,10 @@ class Inbox:
             self.stats.late += 1
 
     def _keep(self, header: PartHeader, part: Buffer) -> None:
-        if self._early_bytes + HEADER_SIZE + len(part) > EARLY_BYTES:
+        if self._early_bytes + _EARLY_PART + len(part) > EARLY_BYTES:
             self.stats.dropped += 1
             return
-        self._early_bytes += HEADER_SIZE + len(part)
+        self._early_bytes += _EARLY_PART + len(part)
         self._early.setdefault(header.frame, []).append((header, bytes(part)))
 
     def _place(self, header: PartHeader, part: Buffer) -> None:
