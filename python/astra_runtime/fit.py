@@ -76,49 +76,21 @@ def fit(
     windows = as_windows(calibration)
     if model.training:
         raise ValueError("model: expected evaluation mode, got training: call model.eval()")
-    if space not in FITTED:
-        raise ValueError(
-            f"space: expected {', '.join(map(repr, FITTED))}, which are fitted, got {space!r}"
-        )
-    check_space(space, adapter)
-    transform = space == "transform"
+    transform = _check_space(space, adapter, bits, target_gap)
     prefix = _prefix(prefix, transform, adapter)
     given = codewords
     rank = default_rank(adapter) if rank is None else rank
     if transform:
         bits = check_budget(bits, target_gap, codewords, rank, adapter)
         codewords = codewords or default_codewords(bits)
-    elif bits is not None or target_gap is not None:
-        raise ValueError(
-            f"bits, target_gap: expected with space 'transform' only, got space {space!r}"
-        )
-    codewords = codewords or 1024
-    if shared is None:
-        shared = groups % adapter.num_key_value_heads != 0
-    shared = shared and space == "kv"
-    if not transform:
+    else:
+        codewords = codewords or 1024
+        shared = groups % adapter.num_key_value_heads != 0 if shared is None else shared
+        shared = shared and space == "kv"
         check_groups(space, groups, shared, geometry(adapter))
     kept, tried = _hold_back(windows, held_back)
     kept += as_windows(extra) if len(extra) else []
-    shortest = min((adapter.count(window)[1] for window in tried), default=0)
-    if tried and not 2 <= world_size < shortest:
-        raise ValueError(
-            f"world_size: expected at least 2 and less than the {shortest} tokens of a window held "
-            f"back for the evaluation, got {world_size}"
-        )
-    vectors = sum(batch * tokens for batch, tokens in map(adapter.count, kept))
-    if not 2 <= codewords <= min(vectors, 65536):
-        raise ValueError(
-            f"codewords: expected 2 to 65536 and at most the {vectors} calibration vectors, "
-            f"got {codewords}; give more calibration windows"
-        )
-    notes: dict[str, Any] = {"calibration_vectors": vectors, "iterations": iterations, "seed": seed}
-    common: dict[str, Any] = {
-        "prefix": prefix,
-        "geometry": geometry(adapter),
-        "model": adapter.digest(),
-        "notes": notes,
-    }
+    vectors = _check_counts(adapter, kept, tried, world_size, codewords)
 
     def evaluate(codebook: Codebook) -> dict[str, Any]:
         return _evaluate(model, codebook, tried, world_size, progress)
@@ -137,33 +109,85 @@ def fit(
             progress=progress,
         )
     recorded = record(adapter, space, kept, progress, prefix)
+    of_blocks = _clustered(recorded, groups, bool(shared), codewords, iterations, seed)
+    tables, scales = _by_block(of_blocks, len(adapter.blocks), progress)
+    codebook = Codebook(
+        space,
+        groups,
+        codewords,
+        bool(shared),
+        tables=tables,
+        scales=scales if space == "kv" else None,
+        prefix=prefix,
+        geometry=geometry(adapter),
+        model=adapter.digest(),
+        notes={"calibration_vectors": vectors, "iterations": iterations, "seed": seed},
+    )
+    if tried:
+        codebook.notes["held_back"] = evaluate(codebook)
+    return codebook
+
+
+def _check_space(
+    space: str, adapter: Adapter, bits: float | None, target_gap: float | None
+) -> bool:
+    """Whether it is "transform", which alone has a budget."""
+    if space not in FITTED:
+        raise ValueError(
+            f"space: expected {', '.join(map(repr, FITTED))}, which are fitted, got {space!r}"
+        )
+    check_space(space, adapter)
+    if space != "transform" and (bits is not None or target_gap is not None):
+        raise ValueError(
+            f"bits, target_gap: expected with space 'transform' only, got space {space!r}"
+        )
+    return space == "transform"
+
+
+def _check_counts(
+    adapter: Adapter, kept: list[Inputs], tried: list[Inputs], world_size: int, codewords: int
+) -> int:
+    """The vectors to calibrate on: enough of them, and windows long enough to be evaluated."""
+    shortest = min((adapter.count(window)[1] for window in tried), default=0)
+    if tried and not 2 <= world_size < shortest:
+        raise ValueError(
+            f"world_size: expected at least 2 and less than the {shortest} tokens of a window held "
+            f"back for the evaluation, got {world_size}"
+        )
+    vectors = sum(batch * tokens for batch, tokens in map(adapter.count, kept))
+    if not 2 <= codewords <= min(vectors, 65536):
+        raise ValueError(
+            f"codewords: expected 2 to 65536 and at most the {vectors} calibration vectors, "
+            f"got {codewords}; give more calibration windows"
+        )
+    return vectors
+
+
+def _clustered(
+    recorded: Recorded, groups: int, shared: bool, codewords: int, iterations: int, seed: int
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """Tables and scales of each block in turn."""
+    if recorded.space == "differential":
+        return _closed_loop(recorded, groups, codewords, iterations, seed)
 
     def cluster(block: int) -> tuple[Tensor, Tensor]:
         found, scales = recorded.vectors(block, groups, shared)
         return kmeans(found, codewords, iterations=iterations, seed=seed + block), scales
 
-    blocks, tables, scales = len(adapter.blocks), [], []
-    if space == "differential":
-        found = _closed_loop(recorded, groups, codewords, iterations, seed)
-    else:
-        found = map_cores(cluster, range(blocks))
+    return map_cores(cluster, range(len(recorded.adapter.blocks)))
+
+
+def _by_block(
+    found: Iterator[tuple[Tensor, Tensor]], blocks: int, progress: Progress
+) -> tuple[Tensor, Tensor]:
+    """Stacked, and told of as they come."""
+    tables, scales = [], []
     progress("clustering", 0, blocks)
     for block, (table, scale) in enumerate(found):
         tables.append(table)
         scales.append(scale)
         progress("clustering", block + 1, blocks)
-    codebook = Codebook(
-        space,
-        groups,
-        codewords,
-        shared,
-        tables=torch.stack(tables).cpu(),
-        scales=torch.stack(scales).cpu() if space == "kv" else None,
-        **common,
-    )
-    if tried:
-        notes["held_back"] = evaluate(codebook)
-    return codebook
+    return torch.stack(tables).cpu(), torch.stack(scales).cpu()
 
 
 def _prefix(prefix: int | None, transform: bool, adapter: Adapter) -> int:
