@@ -9,7 +9,7 @@
 // names the receiver, from 1; anything else is dropped.
 //
 // A byte on CONTROL_FD is answered with one line of JSON about what crossed so far; its end is
-// ours.
+// ours. With an 'x' every packet is lost from then on, those on their way included.
 
 #include <poll.h>
 #include <sched.h>
@@ -165,6 +165,7 @@ class Switch {
   bool answer() {
     uint8_t asked;
     if (read(control_, &asked, 1) != 1) return false;
+    if (asked == 'x') cut();
     rusage used;
     getrusage(RUSAGE_SELF, &used);
     const double cpu = static_cast<double>(used.ru_utime.tv_sec + used.ru_stime.tv_sec) +
@@ -181,6 +182,17 @@ class Switch {
                    now()) > 0;
   }
 
+  void cut() {
+    loss_ = 1.0;
+    for (Queue* queue : {&crossing_, &leaving_}) {
+      for (; !queue->empty(); queue->pop()) {
+        ++counts_.lost;
+        free_.push_back(queue->top().data);
+      }
+    }
+    std::fill(pending_.begin(), pending_.end(), size_t{0});
+  }
+
   uint8_t* buffer() {
     if (free_.empty()) return new uint8_t[kLargest];
     uint8_t* data = free_.back();
@@ -188,7 +200,9 @@ class Switch {
     return data;
   }
 
-  const double seconds_per_byte_, delay_, jitter_, loss_, ethernet_;
+  const double seconds_per_byte_, delay_, jitter_;
+  double loss_;
+  const double ethernet_;
   const int control_;
   const std::vector<int> tuns_;
   std::mt19937_64 draws_;

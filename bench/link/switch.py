@@ -194,9 +194,9 @@ class Namespaces:
             )
         self._started = self._ask()["clock"]
 
-    def _ask(self) -> dict[str, Any]:
+    def _ask(self, what: bytes = b"?") -> dict[str, Any]:
         assert self._control is not None, "the switch runs inside of the with block"
-        self._control.sendall(b"?")
+        self._control.sendall(what)
         line = b""
         while not line.endswith(b"\n"):
             part = self._control.recv(4096)
@@ -211,6 +211,10 @@ class Namespaces:
         told = self._ask()
         wall = told.pop("clock") - self._started
         return Report(**told, wall=wall)
+
+    def cut(self) -> None:
+        """From now on every packet is lost, in all directions, and nobody is told."""
+        self._ask(b"x")
 
     def launch(self, rank: int, command: Sequence[str], **options: Any) -> subprocess.Popen[Any]:
         """Starts a process in a rank's namespace; `options` are those of `subprocess.Popen`."""

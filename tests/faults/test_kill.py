@@ -99,10 +99,10 @@ def left_out(case: Case, outcome: Outcome, struck: float) -> tuple[str | None, f
     """The same over datagrams: who has killed the answer's owner gets an error, and who has killed
     anybody else an answer that says whom it lacks, in which blocks."""
     told = outcome.told
-    if case.victim == OWNER or "answers" not in told:
+    if case.victim == OWNER:
         return fault_of(case, outcome, struck)
-    if told["noticed"] is None:
-        return f"{case}: the loss was not noticed: {told}", 1e3 * IN_TIME
+    if "answers" not in told or told["noticed"] is None:
+        return f"{case}: no answer, or the loss was not noticed: {outcome}", 1e3 * IN_TIME
     began, noticed = told["noticed"]
     late = noticed - max(struck, began)
     (answer,) = told["answers"]
