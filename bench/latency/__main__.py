@@ -17,14 +17,17 @@ from __future__ import annotations
 
 import argparse
 import itertools
+import statistics
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
+from functools import partial
 from typing import Any
 
 import torch
 
+from astra_runtime import Codebook
 from astra_runtime.cli.common import quiet_transformers, say
 from astra_runtime.models import adapt
 from bench._report import Case, percentiles, write
@@ -81,40 +84,40 @@ def main(arguments: Sequence[str] | None = None) -> None:
         )
 
 
+def recorded(
+    subject: Subject, options: argparse.Namespace, ranks: int, books: Mapping[str, Codebook]
+) -> dict[str, list[Recording]]:
+    """Recordings of every method by as many ranks: "single", ASTRA's settings, the rivals."""
+    every, started = methods(), time.perf_counter()
+    passes: dict[str, Callable[[], list[Recording]]] = {
+        "single": lambda: rival(subject, every["single"], 1, 1)
+    }
+    for setting, book in books.items():
+        passes[setting] = partial(astra, subject, book, ranks, 1)
+    for name in options.methods:
+        if ranks <= heads_of(subject) or not name.startswith(("tp", "bp")):
+            passes[name] = partial(rival, subject, every[name], ranks, 1)
+    found: dict[str, list[Recording]] = {name: [] for name in passes}
+    for _ in range(options.repeats):  # all methods in turns: the machine's pace drifts
+        for name, record in passes.items():
+            found[name] += record()
+    for name, recordings in found.items():
+        busiest = statistics.median_low(max(recording.computing) for recording in recordings)
+        say(f"  {subject.name} {subject.tokens} N={ranks} {name}: busiest rank {busiest:.3f} s")
+    say(f"  in {time.perf_counter() - started:.0f} s")
+    return found
+
+
 def measured(
     subject: Subject, options: argparse.Namespace, costs: SocketCosts
 ) -> list[dict[str, Any] | Case]:
     """All cases of a model and length."""
-    started = time.perf_counter()
-
-    def told(name: str, ranks: int, recordings: list[Recording]) -> None:
-        busiest = sorted(max(recording.computing) for recording in recordings)
-        say(
-            f"{time.perf_counter() - started:5.0f} s  {subject.name} {subject.tokens} N={ranks} "
-            f"{name}: busiest rank {busiest[len(busiest) // 2]:.3f} s"
-        )
-
-    every = methods()
     cases: list[dict[str, Any] | Case] = []
+    settings = options.settings or SETTINGS[subject.name]
+    books = {setting: subject.codebook(setting) for setting in settings}
     for ranks in options.ranks:
-        passes: dict[str, Callable[[], list[Recording]]] = {
-            "single": lambda: rival(subject, every["single"], 1, 1)
-        }
-        books = {}
-        for setting in options.settings or SETTINGS[subject.name]:
-            books[setting] = book = subject.codebook(setting)
-            passes[setting] = lambda book=book, ranks=ranks: astra(subject, book, ranks, 1)
-        for name in options.methods:
-            if ranks <= heads_of(subject) or not name.startswith(("tp", "bp")):
-                passes[name] = lambda name=name, ranks=ranks: rival(subject, every[name], ranks, 1)
-        recorded: dict[str, list[Recording]] = {name: [] for name in passes}
-        for _ in range(options.repeats):  # all methods in turns: the machine's pace drifts
-            for name, record in passes.items():
-                recorded[name] += record()
-        for name, recordings in recorded.items():
-            told(name, ranks, recordings)
-        alone, ours = recorded.pop("single"), {s: (books[s], recorded.pop(s)) for s in books}
-        theirs = recorded
+        theirs = recorded(subject, options, ranks, books)
+        alone, ours = theirs.pop("single"), {s: (book, theirs.pop(s)) for s, book in books.items()}
         for speed, mbit, rtt_ms in itertools.product(options.speeds, options.mbit, options.rtt_ms):
             link = Link(mbit, rtt_ms=rtt_ms)
 
