@@ -44,18 +44,15 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from types import TracebackType
-from typing import Any, Final, Generic, Literal, Self, TypeVar
+from typing import Any, Final, Generic, Literal, TypeVar
 
 import numpy as np
 import torch
 
-from astra_runtime import wire
-from astra_runtime.errors import CONTROL_BLOCKS, AstraError, DeadlineExceeded, PeerLost
-from astra_runtime.transport import Stats, peers_of
-from astra_runtime.transport import mesh as _mesh
-from astra_runtime.transport.mesh import Mesh, Payload
-from astra_runtime.wire import HEADER_SIZE, Frame, Header
+from astra_runtime.errors import AstraError, DeadlineExceeded, PeerLost
+from astra_runtime.transport.mesh import Payload, refuse_partial
+from astra_runtime.transport.peers import Channel, PeerMesh
+from astra_runtime.wire import HEADER_SIZE, Frame
 from bench.link.clock import Lap, Rank, SocketCosts, Span, State
 from bench.link.model import Link
 from bench.link.network import Message, Network
@@ -291,27 +288,17 @@ class World:
         self._pass_on(rank)
 
 
-class VirtualMesh:
+class VirtualMesh(PeerMesh[Channel]):
     """A rank's `Mesh` on the virtual network, with the frames, checks and counts of `TcpMesh`.
 
     `timeout` is in virtual seconds, and there is none by default: to wait here costs nothing.
     """
 
-    partial, lossy = False, False
-    gaps: Final[Mapping[int, Sequence[tuple[int, int]]]] = {}
-    lost: Final[Mapping[int, AstraError]] = {}
-
     def __init__(self, world: World, rank: Rank) -> None:
-        self.rank = rank.index
-        self.world_size = world.world_size
-        self.timeout = math.inf
+        own, size = rank.index, world.world_size
+        super().__init__(own, size, math.inf, (Channel(own, n) for n in range(size) if n != own))
         self.world = world
         self.state = rank
-        self.again: Callable[[float | None], Mesh] | None = None
-        self._sent = [0] * world.world_size
-        self._received = [0] * world.world_size
-        self._stats = {n: Stats() for n in peers_of(self)}
-        self._closed = False
 
     @property
     def now(self) -> float:
@@ -353,37 +340,17 @@ class VirtualMesh:
         """Whether the link counts TLS records; nothing is encrypted here, nor is that timed."""
         return self.world.link.tls
 
-    @property
-    def stats(self) -> Stats:
-        return sum(self._stats.values(), Stats())
-
-    @property
-    def peer_stats(self) -> dict[int, Stats]:
-        return {rank: stats + Stats() for rank, stats in self._stats.items()}
-
-    def agree(self, facts: Mapping[str, str]) -> None:
-        _mesh.agree(self, facts)
-
-    def buffer(self, size: int) -> Frame:
-        return Frame(size)
-
     def send(
         self, payload: Payload, *, block: int, plan: int, to: Sequence[int], partial: bool = False
     ) -> None:
-        _mesh.refuse_partial(partial)
+        refuse_partial(partial)
         self._check_open()
         frame = payload if isinstance(payload, Frame) else Frame.of(payload)
         with self.state.off_clock():
             for rank in to:
-                stats = self._stats_of(rank)
-                data = bytes(frame.stamp(self._sent[rank], plan, block, self.rank))
-                self._sent[rank] += 1
-                stats.messages_sent += 1
-                stats.bytes_sent_total += len(data)
-                if block < CONTROL_BLOCKS:
-                    stats.bytes_sent_payload += frame.size
-                else:
-                    stats.bytes_sent_control += frame.size
+                channel = self._peer(rank)
+                data = bytes(channel.stamp(frame, block, plan))
+                channel.stats.bytes_sent_total += len(data)
                 self.world.post(self.state, rank, len(data), data)
 
     def receive(
@@ -395,27 +362,18 @@ class VirtualMesh:
         timeout: float | None = None,
         partial: bool = False,
     ) -> dict[int, memoryview]:
-        _mesh.refuse_partial(partial)
+        refuse_partial(partial)
         self._check_open()
         seconds = self.timeout if timeout is None else timeout
-        for rank in sizes:
-            self._stats_of(rank)
+        channels = [self._peer(rank) for rank in sizes]
         with self.state.off_clock():
             messages = self.world.await_from(self.state, tuple(sizes), block, seconds)
             views = {}
-            for (rank, size), message in zip(sizes.items(), messages, strict=True):
+            for channel, message in zip(channels, messages, strict=True):
                 data = message.content
-                wire.check_header(data, Header(size, self._received[rank], plan, block, rank))
-                self._received[rank] += 1
-                stats = self._stats[rank]
-                stats.messages_received += 1
-                stats.bytes_received_total += len(data)
-                if block < CONTROL_BLOCKS:
-                    stats.bytes_received_payload += size
-                else:
-                    stats.bytes_received_control += size
+                channel.accept(data, sizes[channel.rank], block, plan)
                 # a copy that may be written, as a socket's buffer may
-                views[rank] = memoryview(bytearray(data))[HEADER_SIZE:]
+                views[channel.rank] = memoryview(bytearray(data))[HEADER_SIZE:]
             return views
 
     def flush(self) -> None:
@@ -431,32 +389,8 @@ class VirtualMesh:
     def abort(self, error: BaseException) -> None:
         self._leave(f"it failed: {type(error).__name__}: {error}")
 
-    def reconnect(self, connect_timeout: float | None = None) -> Mesh:
-        self.close()
-        return _mesh.anew(self, connect_timeout)
-
     def _leave(self, reason: str) -> None:
         if not self._closed:
             self._closed = True
             self.state.read()
             self.state.gone, self.state.reason = self.state.clock, reason
-
-    def _check_open(self) -> None:
-        if self._closed:
-            raise AstraError("the mesh is closed")
-
-    def _stats_of(self, rank: int) -> Stats:
-        if rank not in self._stats:
-            raise ValueError(f"rank: expected one of {sorted(self._stats)}, got {rank}")
-        return self._stats[rank]
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        _mesh.leave(self, kind, error)

@@ -17,9 +17,8 @@ import socket
 import struct
 import time
 from collections import deque
-from collections.abc import Callable, Mapping, Sequence
-from types import TracebackType
-from typing import Final, Self
+from collections.abc import Mapping, Sequence
+from typing import Final
 
 from astra_runtime.errors import (
     CONTROL_BLOCKS,
@@ -31,8 +30,7 @@ from astra_runtime.errors import (
 )
 from astra_runtime.keys import EXTRA, KeysError, can_make_keys
 from astra_runtime.transport import last_words
-from astra_runtime.transport import mesh as _mesh
-from astra_runtime.transport.mesh import Mesh, Payload, Stats
+from astra_runtime.transport.mesh import Payload, Stats
 from astra_runtime.transport.parts import (
     DATAGRAM_SIZE,
     PARITY,
@@ -46,9 +44,8 @@ from astra_runtime.transport.parts import (
     PlainSeal,
     Seal,
 )
-from astra_runtime.transport.tcp import _ENDED as ENDED
+from astra_runtime.transport.peers import Peer, PeerMesh
 from astra_runtime.transport.tcp import YIELD_NANOSECONDS, TcpMesh
-from astra_runtime.transport.tcp import _Peer as Connection
 from astra_runtime.wire import Frame
 
 DATAGRAMS: Final = 0xFFFC  # control number of the frame that agrees port and secret
@@ -61,18 +58,17 @@ _TURN: Final = 1024  # datagrams of one peer read before another's
 _OFFER: Final = struct.Struct(f"<HB{SECRET_SIZE}s")  # see `_agree_on_secrets`
 
 
-class _Peer:
+class _Peer(Peer):
     """One connected UDP socket: what comes from and goes to one peer, and nobody else."""
 
     def __init__(self, rank: int, sock: socket.socket) -> None:
-        self.rank = rank
+        super().__init__(rank)
         self.sock = sock
         self.fd = sock.fileno()
         self.inbox = Inbox(rank, PlainSeal(bytes(SECRET_SIZE)))
         self.outbox = Outbox(rank, PlainSeal(bytes(SECRET_SIZE)))
         self.unsent: deque[bytes] = deque()
         self.unsent_bytes = 0
-        self.stats = Stats()
         self._room = memoryview(bytearray(DATAGRAM_SIZE + 1))  # one byte more betrays the longer
 
     def transmit(self, datagram: Sequence[Buffer]) -> None:
@@ -153,7 +149,7 @@ def connect_datagrams(
     return mesh
 
 
-class DatagramMesh:
+class DatagramMesh(PeerMesh[_Peer]):
     """`Mesh` over UDP for the frames of blocks and over a TCP mesh for the rest.
 
     Attributes:
@@ -164,19 +160,12 @@ class DatagramMesh:
     partial, lossy = True, True
 
     def __init__(self, control: TcpMesh) -> None:
-        self.rank = control.rank
-        self.world_size = control.world_size
-        self.timeout = control.timeout
-        self.gaps: dict[int, list[Gap]] = {}
-        self.again: Callable[[float | None], Mesh] | None = None
+        peers = [_Peer(n, _bound_beside(to.sock)) for n, to in control.connections.items()]
+        super().__init__(control.rank, control.world_size, control.timeout, peers)
         self._control = control
+        self._gaps: dict[int, list[Gap]] = {}
         self._lost: dict[int, AstraError] = {}
-        self._peers = {
-            rank: _Peer(rank, _bound_beside(connection.sock))
-            for rank, connection in control._peers.items()
-        }
-        self._by_fd = {peer.fd: peer for peer in self._peers.values()}
-        self._may_yield = control._may_yield
+        self._by_fd = {peer.fd: peer for peer in peers}
 
     def _agree_on_secrets(self, parity: int) -> None:
         """Each tells each, over their connection: the port to send to, what parity it will send
@@ -199,7 +188,7 @@ class DatagramMesh:
         for rank, peer in self._peers.items():
             port, peer.inbox.parity, secret = _OFFER.unpack(offers[rank])
             peer.outbox = Outbox(self.rank, seal(secret), parity)  # type: ignore[call-arg]
-            host, _, *rest = self._control._peers[rank].sock.getpeername()
+            host, _, *rest = self._control.connections[rank].sock.getpeername()
             peer.sock.connect((host, port, *rest))
 
     def _try_the_way(self, connect_timeout: float) -> None:
@@ -224,6 +213,10 @@ class DatagramMesh:
             silent = [peer for peer in silent if not peer.inbox.greeted]
 
     @property
+    def gaps(self) -> Mapping[int, Sequence[Gap]]:
+        return self._gaps
+
+    @property
     def lost(self) -> Mapping[int, AstraError]:
         return {**self._control.lost, **self._lost}
 
@@ -233,23 +226,17 @@ class DatagramMesh:
 
     @property
     def stats(self) -> Stats:
-        return sum((peer.stats for peer in self._peers.values()), self._control.stats)
+        return super().stats + self._control.stats
 
     @property
     def peer_stats(self) -> dict[int, Stats]:
         below = self._control.peer_stats
-        return {rank: peer.stats + below[rank] for rank, peer in self._peers.items()}
+        return {rank: stats + below[rank] for rank, stats in super().peer_stats.items()}
 
     @property
     def datagrams(self) -> DatagramStats:
         """A snapshot of what became of the datagrams so far."""
         return sum((peer.inbox.stats for peer in self._peers.values()), DatagramStats())
-
-    def agree(self, facts: Mapping[str, str]) -> None:
-        _mesh.agree(self, facts)
-
-    def buffer(self, size: int) -> Frame:
-        return Frame(size)
 
     def send(
         self, payload: Payload, *, block: int, plan: int, to: Sequence[int], partial: bool = False
@@ -257,15 +244,14 @@ class DatagramMesh:
         if block >= CONTROL_BLOCKS:
             self._control.send(payload, block=block, plan=plan, to=to, partial=partial)
             return
-        self._control._block = block  # for its last words
+        self._control.block = block  # for its last words
         content = payload.payload if isinstance(payload, Frame) else memoryview(payload).cast("B")
         for rank in to:
-            peer = self._peer(rank, partial)
+            peer = self._living(rank, partial)
             peer.flush()
             for datagram in peer.outbox.frame(content, block, plan):
                 peer.transmit(datagram)
-            peer.stats.messages_sent += 1
-            peer.stats.bytes_sent_payload += len(content)
+            peer.stats.count_sent(len(content), block)
 
     def receive(
         self,
@@ -278,13 +264,13 @@ class DatagramMesh:
     ) -> dict[int, memoryview]:
         """As `Mesh.receive`. A partial wait ends before its deadline where what is missing must be
         lost (`Inbox.hope`); any other wait for a lost part ends in DeadlineExceeded."""
-        self.gaps = {}
+        self._gaps = {}
         if block >= CONTROL_BLOCKS:
             return self._control.receive(
                 sizes, block=block, plan=plan, timeout=timeout, partial=partial
             )
-        self._control._block = block
-        wanted = {rank: self._peer(rank, partial) for rank in sizes}
+        self._control.block = block
+        wanted = {rank: self._living(rank, partial) for rank in sizes}
         for rank, peer in wanted.items():
             peer.inbox.expect(sizes[rank], block, plan)
         seconds = self.timeout if timeout is None else timeout
@@ -299,10 +285,9 @@ class DatagramMesh:
                 continue
             views[rank], gaps = found
             if gaps:
-                self.gaps[rank] = gaps
-            peer.stats.messages_received += 1
+                self._gaps[rank] = gaps
             missing = sum(stop - start for start, stop in gaps)
-            peer.stats.bytes_received_payload += sizes[rank] - missing
+            peer.stats.count_received(sizes[rank] - missing, block)
         return views
 
     def _wait(self, waiting: list[_Peer], block: int, seconds: float, partial: bool) -> list[_Peer]:
@@ -310,7 +295,7 @@ class DatagramMesh:
         deadline = time.monotonic() + seconds
         pause = seconds * PAUSE if partial else math.inf
         waiting = self._still_missing(waiting, partial, pause)
-        if self._may_yield:
+        if self._control.may_yield:
             until = time.perf_counter_ns() + YIELD_NANOSECONDS
             while waiting and time.perf_counter_ns() < until:
                 os.sched_yield()
@@ -337,42 +322,25 @@ class DatagramMesh:
 
     def _sleep(self, seconds: float, block: int, partial: bool) -> None:
         """Waits for datagrams, and sees to the connections: a peer may be lost, bytes unsent."""
-        control, poll = self._control, self._control._poll
-        for connection in control._peers.values():
-            control._watch(connection, False)
-        for peer in self._peers.values():
-            more = select.POLLOUT if not peer.flush() else 0
-            poll.register(peer.fd, select.POLLIN | more)
-        try:
-            found = poll.poll(math.ceil(seconds * 1000))
-        finally:
-            for peer in self._peers.values():
-                poll.unregister(peer.fd)
-        for fd, events in found:
-            if fd in self._by_fd:
-                self._by_fd[fd].collect()
-            else:
-                self._see_to(control._by_fd[fd], events, block, partial)
-
-    def _see_to(self, connection: Connection, events: int, block: int, partial: bool) -> None:
-        """Finds out why a connection ended, by its last words; also flushes it."""
-        if partial and events & ENDED:
+        events = {
+            peer.fd: select.POLLIN if peer.flush() else select.POLLIN | select.POLLOUT
+            for peer in self._peers.values()
+        }
+        ready, ended = self._control.attend(events, seconds, block, partial)
+        for fd in ready:
+            self._by_fd[fd].collect()
+        for connection in ended:
             why = last_words.ending(
                 connection.stream, connection.rank, block, "it closed the connection"
             )
             if why is not None:
                 self._lost[connection.rank] = why
-        self._control._serve(connection, events, {}, block, partial)
 
     def _gone(self, rank: int) -> AstraError | None:
         return self._lost.get(rank) or self._control.lost.get(rank)
 
-    def _peer(self, rank: int, partial: bool) -> _Peer:
-        if self._control._closed:
-            raise AstraError("the mesh is closed")
-        peer = self._peers.get(rank)
-        if peer is None:
-            raise ValueError(f"rank: expected one of {sorted(self._peers)}, got {rank}")
+    def _living(self, rank: int, partial: bool) -> _Peer:
+        peer = self._peer(rank)
         why = self._gone(rank)
         if why is not None and not partial:
             raise why
@@ -386,7 +354,7 @@ class DatagramMesh:
         self._control.flush()
 
     def close(self) -> None:
-        if not self._control._closed:
+        if not self._closed:
             with contextlib.suppress(AstraError, OSError):
                 self.flush()
         self._close_sockets()
@@ -396,27 +364,10 @@ class DatagramMesh:
         self._close_sockets()
         self._control.abort(error)
 
-    def reconnect(self, connect_timeout: float | None = None) -> Mesh:
-        self.close()
-        return _mesh.anew(self, connect_timeout)
-
     def _close_sockets(self) -> None:
+        self._closed = True
         for peer in self._peers.values():
             peer.sock.close()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        if error is None:
-            self.close()
-        else:
-            self.abort(error)
 
 
 def _bound_beside(connection: socket.socket) -> socket.socket:

@@ -14,27 +14,19 @@ from __future__ import annotations
 import math
 import time
 from collections import deque
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from datetime import timedelta
-from types import TracebackType
-from typing import Any, Final, NamedTuple, Self
+from typing import Any, Final, NamedTuple
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.distributed import P2POp, ProcessGroup
 
-from astra_runtime import wire
-from astra_runtime.errors import (
-    CONTROL_BLOCKS,
-    AstraError,
-    ConnectFailed,
-    DeadlineExceeded,
-    PeerLost,
-)
-from astra_runtime.transport import mesh as _mesh
-from astra_runtime.transport.mesh import Mesh, Payload, Stats
-from astra_runtime.wire import HEADER_SIZE, Frame, Header
+from astra_runtime.errors import AstraError, ConnectFailed, DeadlineExceeded, PeerLost
+from astra_runtime.transport.mesh import Mesh, Payload, refuse_partial
+from astra_runtime.transport.peers import Channel, PeerMesh, slot
+from astra_runtime.wire import HEADER_SIZE, Frame
 
 ROOM: Final = 1 << 20  # bytes of the smallest buffer posted to gloo
 
@@ -47,16 +39,12 @@ class _Transfer(NamedTuple):
     rank: int
 
 
-class DistributedMesh:
+class DistributedMesh(PeerMesh[Channel]):
     """`Mesh` over a process group of which every rank is a member.
 
     device: where the frames' tensors live; "cuda" for NCCL. batched: launch sends with receives.
     owned: `close` also destroys the default process group.
     """
-
-    partial, lossy = False, False
-    gaps: Final[Mapping[int, Sequence[tuple[int, int]]]] = {}
-    lost: Final[Mapping[int, AstraError]] = {}
 
     def __init__(
         self,
@@ -67,62 +55,33 @@ class DistributedMesh:
         batched: bool = False,
         owned: bool = False,
     ) -> None:
-        self.rank = group.rank()
-        self.world_size = group.size()
-        self.timeout = timeout
+        own, size = group.rank(), group.size()
+        channels = (Channel(own, rank) for rank in range(size) if rank != own)
+        super().__init__(own, size, timeout, channels)
         self._group = group
         self._device = torch.device(device)
         self._batched = batched
         self._owned = owned
-        self._closed = False
-        self.again: Callable[[float | None], Mesh] | None = None
         self._staged: list[tuple[Tensor, int]] = []
         self._sending: deque[_Transfer] = deque()
         self._free: dict[int, list[Tensor]] = {}
         self._slots: dict[tuple[int, int], Tensor] = {}
-        self._sent = [0] * self.world_size
-        self._received = [0] * self.world_size
-        self._stats = {rank: Stats() for rank in _mesh.peers_of(self)}
-
-    @property
-    def encrypted(self) -> bool:
-        return False
-
-    @property
-    def stats(self) -> Stats:
-        return sum(self._stats.values(), Stats())
-
-    @property
-    def peer_stats(self) -> dict[int, Stats]:
-        return {rank: stats + Stats() for rank, stats in self._stats.items()}
-
-    def agree(self, facts: Mapping[str, str]) -> None:
-        _mesh.agree(self, facts)
-
-    def buffer(self, size: int) -> Frame:
-        return Frame(size)
 
     def send(
         self, payload: Payload, *, block: int, plan: int, to: Sequence[int], partial: bool = False
     ) -> None:
-        _mesh.refuse_partial(partial)
+        refuse_partial(partial)
         frame = payload if isinstance(payload, Frame) else Frame.of(payload)
         self._reap()
         self._launch([])
         for rank in to:
-            stats = self._stats_of(rank)
+            channel = self._peer(rank)
             pool = self._free.setdefault(len(frame.data), [])
             tensor = pool.pop() if pool else self._empty(len(frame.data))
-            data = frame.stamp(self._sent[rank], plan, block, self.rank)
+            data = channel.stamp(frame, block, plan)
             tensor.copy_(torch.frombuffer(data, dtype=torch.uint8))
-            self._sent[rank] += 1
             self._staged.append((tensor, rank))
-            stats.messages_sent += 1
-            stats.bytes_sent_total += len(data)
-            if block < CONTROL_BLOCKS:
-                stats.bytes_sent_payload += frame.size
-            else:
-                stats.bytes_sent_control += frame.size
+            channel.stats.bytes_sent_total += len(data)
         if not self._batched:
             self._launch([])
 
@@ -135,12 +94,11 @@ class DistributedMesh:
         timeout: float | None = None,
         partial: bool = False,
     ) -> dict[int, memoryview]:
-        _mesh.refuse_partial(partial)
-        slot = block & 1 if block < CONTROL_BLOCKS else 2
+        refuse_partial(partial)
         wanted: list[tuple[Tensor, int]] = []
         for rank, size in sizes.items():
-            self._stats_of(rank)
-            wanted.append((self._slot(rank, slot, HEADER_SIZE + size), rank))
+            self._peer(rank)
+            wanted.append((self._slot(rank, slot(block), HEADER_SIZE + size), rank))
         transfers = self._launch(wanted)
         seconds = self.timeout if timeout is None else timeout
         deadline = time.monotonic() + seconds
@@ -153,18 +111,9 @@ class DistributedMesh:
 
     def _accept(self, transfer: _Transfer, size: int, block: int, plan: int) -> memoryview:
         """Checks the header of a frame that has come and returns its payload."""
-        rank = transfer.rank
         received = transfer.tensor[: HEADER_SIZE + size].cpu().numpy()
         data: memoryview = received.data
-        wire.check_header(data, Header(size, self._received[rank], plan, block, rank))
-        self._received[rank] += 1
-        stats = self._stats[rank]
-        stats.messages_received += 1
-        stats.bytes_received_total += len(data)
-        if block < CONTROL_BLOCKS:
-            stats.bytes_received_payload += size
-        else:
-            stats.bytes_received_control += size
+        self._peers[transfer.rank].accept(data, size, block, plan)
         return data[HEADER_SIZE:]
 
     def _launch(self, receives: Sequence[tuple[Tensor, int]]) -> list[_Transfer]:
@@ -215,23 +164,16 @@ class DistributedMesh:
             tensor = self._sending.popleft().tensor
             self._free[tensor.numel()].append(tensor)
 
-    def _slot(self, rank: int, slot: int, total: int) -> Tensor:
-        tensor = self._slots.get((rank, slot))
+    def _slot(self, rank: int, index: int, total: int) -> Tensor:
+        tensor = self._slots.get((rank, index))
         if tensor is None or tensor.numel() < total:
-            tensor = self._slots[rank, slot] = self._empty(max(total, ROOM))
+            tensor = self._slots[rank, index] = self._empty(max(total, ROOM))
         return tensor[:total] if self._batched else tensor
 
     def _empty(self, total: int) -> Tensor:
         # kept for later calls, which may come from outside of the caller's inference mode
         with torch.inference_mode(False):
             return torch.zeros(total, dtype=torch.uint8, device=self._device)
-
-    def _stats_of(self, rank: int) -> Stats:
-        if self._closed:
-            raise AstraError("the mesh is closed")
-        if rank not in self._stats:
-            raise ValueError(f"rank: expected one of {sorted(self._stats)}, got {rank}")
-        return self._stats[rank]
 
     def flush(self) -> None:
         self._launch([])
@@ -250,7 +192,7 @@ class DistributedMesh:
 
     def reconnect(self, connect_timeout: float | None = None) -> Mesh:
         self._close(deliver=False)
-        return _mesh.anew(self, connect_timeout)
+        return super().reconnect(connect_timeout)
 
     def _close(self, *, deliver: bool) -> None:
         if self._closed:
@@ -263,17 +205,6 @@ class DistributedMesh:
                 self._sending.clear()  # the peer is gone or does not read: nothing more to do
         if self._owned:
             dist.destroy_process_group()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        self._close(deliver=kind is None)
 
 
 def _first_line(error: BaseException) -> str:

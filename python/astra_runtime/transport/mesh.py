@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from types import TracebackType
-from typing import Protocol, Self
+from typing import Self
 
 from astra_runtime import wire
-from astra_runtime.errors import AstraError, DeadlineExceeded, HandshakeRefused
+from astra_runtime.errors import CONTROL_BLOCKS, AstraError, DeadlineExceeded, HandshakeRefused
 from astra_runtime.wire import Frame
 
 Payload = Frame | bytes | bytearray | memoryview
@@ -28,6 +29,21 @@ class Stats:
     bytes_received_control: int = 0
     bytes_received_total: int = 0
 
+    def count_sent(self, size: int, block: int) -> None:
+        """A frame of `size` payload bytes."""
+        self.messages_sent += 1
+        if block < CONTROL_BLOCKS:
+            self.bytes_sent_payload += size
+        else:
+            self.bytes_sent_control += size
+
+    def count_received(self, size: int, block: int) -> None:
+        self.messages_received += 1
+        if block < CONTROL_BLOCKS:
+            self.bytes_received_payload += size
+        else:
+            self.bytes_received_control += size
+
     def __add__(self, other: Stats) -> Stats:
         return Stats(*(getattr(self, f.name) + getattr(other, f.name) for f in fields(self)))
 
@@ -35,7 +51,7 @@ class Stats:
         return Stats(*(getattr(self, f.name) - getattr(other, f.name) for f in fields(self)))
 
 
-class Mesh(Protocol):
+class Mesh(ABC):
     """All ranks of one run. Collective use: each rank sends what its peers receive.
 
     After any AstraError the mesh is of no further use but to be closed, or connected again. One
@@ -60,34 +76,50 @@ class Mesh(Protocol):
     rank: int
     world_size: int
     timeout: float
-    partial: bool
-    lossy: bool
-    again: Callable[[float | None], Mesh] | None
+    partial: bool = False
+    lossy: bool = False
+    again: Callable[[float | None], Mesh] | None = None
 
     @property
-    def gaps(self) -> Mapping[int, Sequence[tuple[int, int]]]: ...
+    def gaps(self) -> Mapping[int, Sequence[tuple[int, int]]]:
+        return {}
 
     @property
-    def lost(self) -> Mapping[int, AstraError]: ...
+    def lost(self) -> Mapping[int, AstraError]:
+        return {}
 
     @property
     def encrypted(self) -> bool:
         """Whether all that this rank sends and hears is inside TLS."""
+        return False
 
     @property
+    @abstractmethod
     def stats(self) -> Stats:
         """A snapshot of what has crossed this rank's connections so far; subtract two of them."""
 
     @property
+    @abstractmethod
     def peer_stats(self) -> dict[int, Stats]:
         """The same, for each peer."""
 
     def agree(self, facts: Mapping[str, str]) -> None:
         """Collective: a fact that differs between ranks raises HandshakeRefused on both sides."""
+        peers = peers_of(self)
+        self.send(wire.encode_facts(facts), block=wire.FACTS, plan=0, to=peers)
+        sizes = dict.fromkeys(peers, wire.FACTS_SIZE)
+        views = self.receive(sizes, block=wire.FACTS, plan=0)
+        for rank in sorted(views):
+            difference = _difference(self.rank, facts, rank, wire.decode_facts(views[rank], rank))
+            if difference is not None:
+                self.close()  # with BYE: peers still comparing must find the difference, not a loss
+                raise HandshakeRefused(difference)
 
     def buffer(self, size: int) -> Frame:
         """A reusable frame of `size` payload bytes: write into `.payload`, then `send` it."""
+        return Frame(size)
 
+    @abstractmethod
     def send(
         self, payload: Payload, *, block: int, plan: int, to: Sequence[int], partial: bool = False
     ) -> None:
@@ -98,6 +130,7 @@ class Mesh(Protocol):
         `partial`: passes over ranks that cannot be reached any more.
         """
 
+    @abstractmethod
     def receive(
         self,
         sizes: Mapping[int, int],
@@ -117,12 +150,15 @@ class Mesh(Protocol):
         frame did not come in that time, or never will, are not in the answer.
         """
 
+    @abstractmethod
     def flush(self) -> None:
         """Waits until everything sent was handed to the network."""
 
+    @abstractmethod
     def close(self) -> None:
         """Says BYE, delivers what is unsent, frees everything. Never raises; may be repeated."""
 
+    @abstractmethod
     def abort(self, error: BaseException) -> None:
         """Tells every peer why this rank fails, so that they fail with the same cause, and closes.
 
@@ -136,33 +172,31 @@ class Mesh(Protocol):
         Collective; a rank may be another process by now. Works in whatever state this mesh is.
         Raises AstraError where the mesh was not made by `connect`, else what `connect` raises.
         """
+        self.close()
+        if self.again is None:
+            raise AstraError(
+                "reconnect: expected a mesh made by `connect`, which knows its arguments"
+            )
+        return self.again(connect_timeout)
 
-    def __enter__(self) -> Self: ...
+    def __enter__(self) -> Self:
+        return self
 
     def __exit__(
         self,
         kind: type[BaseException] | None,
         error: BaseException | None,
         trace: TracebackType | None,
-    ) -> None: ...
+    ) -> None:
+        if kind is None:
+            self.close()
+        else:
+            self.abort(error if error is not None else kind())
 
 
 def peers_of(mesh: Mesh) -> list[int]:
     """Every rank but this one, the next rank first, so that no receiver is everyone's first."""
     return [(mesh.rank + step) % mesh.world_size for step in range(1, mesh.world_size)]
-
-
-def agree(mesh: Mesh, facts: Mapping[str, str]) -> None:
-    """`Mesh.agree` over any transport: every rank tells every peer, each compares with its own."""
-    peers = peers_of(mesh)
-    mesh.send(wire.encode_facts(facts), block=wire.FACTS, plan=0, to=peers)
-    sizes = dict.fromkeys(peers, wire.FACTS_SIZE)
-    views = mesh.receive(sizes, block=wire.FACTS, plan=0)
-    for rank in sorted(views):
-        difference = _difference(mesh.rank, facts, rank, wire.decode_facts(views[rank], rank))
-        if difference is not None:
-            mesh.close()  # with BYE: peers still comparing must find the difference, not a loss
-            raise HandshakeRefused(difference)
 
 
 def require(
@@ -177,25 +211,10 @@ def require(
         raise DeadlineExceeded(missing[0], block, seconds, missing)
 
 
-def leave(mesh: Mesh, kind: type[BaseException] | None, error: BaseException | None) -> None:
-    """The end of a mesh's `with` block."""
-    if kind is None:
-        mesh.close()
-    else:
-        mesh.abort(error if error is not None else kind())
-
-
 def refuse_partial(partial: bool) -> None:
     """For transports whose `partial` is False."""
     if partial:
         raise ValueError("partial: expected False with this transport, which leaves nobody out")
-
-
-def anew(mesh: Mesh, connect_timeout: float | None) -> Mesh:
-    """`Mesh.reconnect`, of a mesh that is closed."""
-    if mesh.again is None:
-        raise AstraError("reconnect: expected a mesh made by `connect`, which knows its arguments")
-    return mesh.again(connect_timeout)
 
 
 def _difference(

@@ -19,13 +19,11 @@ import os
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from types import TracebackType
-from typing import Final, NamedTuple, Self
+from typing import Final, NamedTuple
 
 from astra_runtime.errors import AstraError, DeadlineExceeded
-from astra_runtime.transport import mesh as _mesh
 from astra_runtime.transport.mesh import Mesh, Payload, Stats
 from astra_runtime.wire import HEADER_SIZE, Frame
 
@@ -76,7 +74,7 @@ class _Held(NamedTuple):
     last: bool
 
 
-class PacedMesh:
+class PacedMesh(Mesh):
     """A mesh whose sends cross `link` first. The payload is copied, so `send` returns at once."""
 
     def __init__(self, mesh: Mesh, link: Link) -> None:
@@ -85,7 +83,6 @@ class PacedMesh:
         self.rank = mesh.rank
         self.world_size = mesh.world_size
         self.partial, self.lossy = mesh.partial, mesh.lossy
-        self.again: Callable[[float | None], Mesh] | None = None
         self._busy_until = 0.0  # when the uplink has sent its last queued bit
         self._held: deque[_Held] = deque()
         self._held_bytes = 0
@@ -123,9 +120,6 @@ class PacedMesh:
     @property
     def lost(self) -> Mapping[int, AstraError]:
         return self._mesh.lost
-
-    def agree(self, facts: Mapping[str, str]) -> None:
-        _mesh.agree(self, facts)
 
     def buffer(self, size: int) -> Frame:
         return self._mesh.buffer(size)
@@ -229,10 +223,6 @@ class PacedMesh:
         self._stop(deliver=False, seconds=0.05)
         self._mesh.abort(error)
 
-    def reconnect(self, connect_timeout: float | None = None) -> Mesh:
-        self.close()
-        return _mesh.anew(self, connect_timeout)
-
     def _stop(self, *, deliver: bool, seconds: float | None = None) -> None:
         if deliver and not self._closing:
             try:
@@ -245,17 +235,6 @@ class PacedMesh:
                 self._held.clear()
             self._changed.notify_all()
         self._thread.join(self.timeout if seconds is None else seconds)
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        _mesh.leave(self, kind, error)
 
 
 def _sharpen_timer() -> None:

@@ -2,9 +2,8 @@
 
 A frame leaves in `send` straight from its buffer. What the kernel does not take at once (more than
 its send buffer, a slow reader) is copied and follows in later calls: while this rank waits in
-`receive`, at its next `send`, in `flush` or `close`. Frames that come early stay in the kernel's
-receive buffer until their block is asked for, so TCP's own flow control slows a rank far ahead.
-Whether the bytes are encrypted on the way is the business of `stream.py`.
+`receive`, at its next `send`, in `flush` or `close`. Whose turn it is is decided here; what is
+written and read is the business of `connection.py`, whether it is encrypted that of `stream.py`.
 """
 
 from __future__ import annotations
@@ -15,29 +14,21 @@ import math
 import os
 import select
 import socket
-import ssl
 import struct
 import termios
 import threading
 import time
-from collections import deque
-from collections.abc import Callable, Mapping, Sequence
-from types import TracebackType
-from typing import Final, Self
+from collections.abc import Mapping, Sequence
+from typing import Final
 
 from astra_runtime import wire
-from astra_runtime.errors import (
-    CONTROL_BLOCKS,
-    AstraError,
-    DeadlineExceeded,
-    PeerLost,
-    WireError,
-)
+from astra_runtime.errors import AstraError, DeadlineExceeded
 from astra_runtime.transport import last_words
-from astra_runtime.transport import mesh as _mesh
-from astra_runtime.transport.mesh import Mesh, Payload, Stats
+from astra_runtime.transport.connection import Connection
+from astra_runtime.transport.mesh import Payload, Stats
+from astra_runtime.transport.peers import PeerMesh
 from astra_runtime.transport.stream import Stream
-from astra_runtime.wire import HEADER_SIZE, Frame, Header
+from astra_runtime.wire import HEADER_SIZE, Frame
 
 SEND_BUFFER: Final = 2 << 20  # asked of the kernel: usual frames (≤128 KiB) leave in one call
 MAX_UNSENT: Final = 64 << 20  # bytes kept for a peer that does not read before `send` waits
@@ -59,160 +50,17 @@ def prepare(sock: socket.socket) -> None:
     sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPINTVL, 10)
 
 
-class _Peer:
-    """One connection: its sequence numbers, its unsent bytes, the frame being read."""
+class TcpMesh(PeerMesh[Connection]):
+    """`Mesh` over connected sockets, one for each peer. Made by `connect` or `local_mesh`.
 
-    def __init__(self, rank: int, stream: Stream) -> None:
-        self.rank = rank
-        self.stream = stream
-        self.sock = stream.sock
-        self.fd = stream.sock.fileno()
-        stream.received = 0  # what came before counts as handshake
-        self.sent = 0  # frames, and so the next sequence number
-        self.named = 0  # frames that have to come or have come
-        self.due: deque[Header] = deque()  # still to come; all but the last one are owed
-        self.error: AstraError | None = None  # why it ended, as far as reading has found
-        self.deaf = False  # it cannot be reached any more; what it sent can still be read
-        self.unsent: deque[memoryview] = deque()
-        self.unsent_bytes = 0
-        self.watched = 0  # poll events registered
-        self.slots = [memoryview(bytearray(HEADER_SIZE))] * 3  # even, odd, control
-        self.frame = self.slots[0]
-        self.filled = 0
-        self.aborts = False  # what is being read is its ABORT
-        self.stats = Stats()
+    Attributes:
+        block: that of the last call, for this rank's last words.
+        may_yield: whether each rank may have a core of its own here, so that a wait may yield its
+            core for a moment. Ranks that share cores had better sleep: a yielded core can be gone
+            for a time slice.
+    """
 
-    def transmit(self, data: memoryview) -> None:
-        """Sends now what the kernel takes and keeps the rest, in order, in memory of its own."""
-        for part in self.stream.seal(data):
-            taken = 0
-            if not self.unsent:
-                try:
-                    taken = self.sock.send(part)
-                except BlockingIOError:
-                    taken = 0
-                self.stats.bytes_sent_total += taken
-            if taken < len(part):
-                rest = part[taken:]
-                self.unsent.append(rest if self.stream.encrypted else memoryview(bytes(rest)))
-                self.unsent_bytes += len(rest)
-
-    def flush(self) -> bool:
-        """Sends what it can of the unsent bytes; True when none are left."""
-        while self.unsent:
-            rest = self.unsent[0]
-            try:
-                taken = self.sock.send(rest)
-            except BlockingIOError:
-                return False
-            self.stats.bytes_sent_total += taken
-            self.unsent_bytes -= taken
-            if taken < len(rest):
-                self.unsent[0] = rest[taken:]
-                return False
-            self.unsent.popleft()
-        return True
-
-    def expect(self, size: int, block: int, plan: int) -> None:
-        """Names the next frame; the reader has room for it and for nothing more."""
-        self.due.append(Header(size, self.named, plan, block, self.rank))
-        self.named += 1
-        if len(self.due) == 1:
-            self._begin()
-
-    def _begin(self) -> None:
-        size, _, _, block, _ = self.due[0]
-        slot = block & 1 if block < CONTROL_BLOCKS else 2
-        total = HEADER_SIZE + size
-        if len(self.slots[slot]) < total:
-            self.slots[slot] = memoryview(bytearray(total))
-        self.frame = self.slots[slot][:total]
-        self.filled = 0
-
-    def advance(self) -> bool:
-        """Reads what has come; True when all frames named so far are complete and correct.
-
-        An owed frame is read like any other, into the memory of the one that replaces it.
-        """
-        while self.due:
-            if not self._read():
-                return False
-            self.due.popleft()
-            if self.due:
-                self._begin()
-        return True
-
-    def _read(self) -> bool:
-        """Reads what has come of the first frame due; True when it is complete and correct."""
-        before = self.filled
-        try:
-            count = self.stream.read_into(self.frame[before:] if before else self.frame)
-        except BlockingIOError:
-            return False
-        except ssl.SSLError as error:  # nothing that was not sealed by the peer gets any further
-            came = (error.reason or str(error)).lower().replace("_", " ")
-            raise WireError("TLS record", "one that it sealed", came, self.rank) from error
-        except OSError as error:
-            raise self.lost(error.strerror or str(error)) from error
-        if count == 0:
-            raise self.lost("it closed the connection")
-        self.stats.bytes_received_total = self.stream.received
-        self.filled = filled = before + count
-        if filled < HEADER_SIZE:
-            return False
-        if before < HEADER_SIZE:
-            try:
-                wire.check_header(self.frame, self.due[0])
-            except WireError:
-                if wire.is_bye(self.frame, self.rank):
-                    raise self.lost("it had finished and said BYE") from None
-                if not last_words.is_abort(self.frame, self.rank):
-                    raise
-                return self._hear_out()
-        if filled < len(self.frame):
-            return False
-        if self.aborts:
-            raise self._cause()
-        return True
-
-    def _hear_out(self) -> bool:
-        """Goes on reading an ABORT, which has begun in place of the frame due."""
-        whole = memoryview(bytearray(last_words.ABORT_SIZE))
-        self.filled = min(self.filled, len(whole))
-        whole[: self.filled] = self.frame[: self.filled]
-        self.frame, self.aborts = whole, True
-        if self.filled < len(whole):
-            return self._read()
-        raise self._cause()
-
-    def _cause(self) -> AstraError:
-        words, block = self.frame[HEADER_SIZE:], self.due[-1].block
-        self.error = last_words.error_of(words, self.rank, block)
-        return self.error
-
-    def lost(self, detail: str) -> PeerLost:
-        self.error = PeerLost(self.rank, self.due[-1].block, detail)
-        return self.error
-
-    def broken(self, block: int | None, error: OSError) -> AstraError:
-        """Why nothing can be sent any more: what it said at the end, if that came."""
-        found = last_words.ending(self.stream, self.rank, block, error.strerror or str(error))
-        return found or PeerLost(self.rank, block, "it had finished and said BYE")
-
-    def deafen(self) -> None:
-        """Sends nothing any more, so that the peer sees an end and no frame without its rest."""
-        self.deaf = True
-        self.unsent.clear()
-        self.unsent_bytes = 0
-        with contextlib.suppress(OSError):
-            self.sock.shutdown(socket.SHUT_WR)
-
-
-class TcpMesh:
-    """`Mesh` over connected sockets, one for each peer. Made by `connect` or `local_mesh`."""
-
-    partial, lossy = True, False
-    gaps: Final[Mapping[int, Sequence[tuple[int, int]]]] = {}  # frames come whole
+    partial = True
 
     def __init__(
         self,
@@ -223,24 +71,19 @@ class TcpMesh:
         timeout: float = 30.0,
         handshake: Stats | None = None,
     ) -> None:
-        self.rank = rank
-        self.world_size = world_size
-        self.timeout = timeout
         streams = {
             peer: stream if isinstance(stream, Stream) else Stream(stream)
             for peer, stream in connections.items()
         }
-        self._peers = {peer: _Peer(peer, stream) for peer, stream in streams.items()}
+        peers = (Connection(rank, peer, stream) for peer, stream in streams.items())
+        super().__init__(rank, world_size, timeout, peers)
         self._by_fd = {peer.fd: peer for peer in self._peers.values()}
         self._sending = threading.Lock()  # a link emulator sends from a thread of its own
         self._poll = select.poll()
         self._handshake = handshake or Stats()
         self._lost: dict[int, AstraError] = {}
-        self._block: int | None = None  # of the last call
-        self._closed = False
-        self.again: Callable[[float | None], Mesh] | None = None
-        # Ranks that share cores had better sleep: a yielded core can be gone for a time slice.
-        self._may_yield = world_size <= len(os.sched_getaffinity(0))
+        self.block: int | None = None
+        self.may_yield = world_size <= len(os.sched_getaffinity(0))
         # Far behind the deadline, so that a wait of ours ends first and can say whom it waited for.
         unacknowledged = min(math.ceil(1000 * max(2 * timeout, timeout + 5)), 2**31 - 1)  # ms
         for peer in self._peers.values():
@@ -249,32 +92,26 @@ class TcpMesh:
             peer.watched = _ENDED
 
     @property
+    def connections(self) -> Mapping[int, Connection]:
+        return self._peers
+
+    @property
     def encrypted(self) -> bool:
         return bool(self._peers) and all(p.stream.encrypted for p in self._peers.values())
 
     @property
     def stats(self) -> Stats:
-        return sum((peer.stats for peer in self._peers.values()), self._handshake)
-
-    @property
-    def peer_stats(self) -> dict[int, Stats]:
-        return {rank: peer.stats + Stats() for rank, peer in self._peers.items()}
+        return super().stats + self._handshake
 
     @property
     def lost(self) -> Mapping[int, AstraError]:
         return self._lost
 
-    def agree(self, facts: Mapping[str, str]) -> None:
-        _mesh.agree(self, facts)
-
-    def buffer(self, size: int) -> Frame:
-        return Frame(size)
-
     def send(
         self, payload: Payload, *, block: int, plan: int, to: Sequence[int], partial: bool = False
     ) -> None:
         frame = payload if isinstance(payload, Frame) else Frame.of(payload)
-        self._block = block
+        self.block = block
         for rank in to:
             peer = self._peer(rank)
             if partial and peer.unsent_bytes > MAX_UNSENT:
@@ -284,14 +121,7 @@ class TcpMesh:
             if peer.unsent_bytes > MAX_UNSENT:
                 self._flush([peer], block, self.timeout)
             with self._sending:
-                data = frame.stamp(peer.sent, plan, block, self.rank)
-                peer.sent += 1
-                stats = peer.stats
-                stats.messages_sent += 1
-                if block < CONTROL_BLOCKS:
-                    stats.bytes_sent_payload += frame.size
-                else:
-                    stats.bytes_sent_control += frame.size
+                data = peer.stamp(frame, block, plan)
                 try:
                     peer.transmit(data)
                 except OSError as error:
@@ -308,9 +138,9 @@ class TcpMesh:
         timeout: float | None = None,
         partial: bool = False,
     ) -> dict[int, memoryview]:
-        self._block = block
-        waiting: dict[int, _Peer] = {}
-        awaited: list[_Peer] = []
+        self.block = block
+        waiting: dict[int, Connection] = {}
+        awaited: list[Connection] = []
         for rank, size in sizes.items():
             peer = self._peer(rank)
             if rank in self._lost:
@@ -327,16 +157,11 @@ class TcpMesh:
         for peer in awaited:
             if peer.due or peer.error is not None:
                 continue
-            size = len(peer.frame) - HEADER_SIZE
-            peer.stats.messages_received += 1
-            if block < CONTROL_BLOCKS:
-                peer.stats.bytes_received_payload += size
-            else:
-                peer.stats.bytes_received_control += size
-            views[peer.rank] = peer.frame[HEADER_SIZE:]
+            views[peer.rank] = payload = peer.frame[HEADER_SIZE:]
+            peer.stats.count_received(len(payload), block)
         return views
 
-    def _advance(self, peer: _Peer, partial: bool) -> bool:
+    def _advance(self, peer: Connection, partial: bool) -> bool:
         """Whether there is nothing left to wait for: all has come, or nothing more will."""
         try:
             done = peer.advance()
@@ -349,21 +174,23 @@ class TcpMesh:
             self._give_up(peer, peer.error)
             return True
 
-    def _give_up(self, peer: _Peer, error: AstraError) -> None:
+    def _give_up(self, peer: Connection, error: AstraError) -> None:
         peer.error = self._lost[peer.rank] = error
         peer.due.clear()
         peer.deafen()
         self._ignore(peer)
 
-    def _ignore(self, peer: _Peer) -> None:
+    def _ignore(self, peer: Connection) -> None:
         if peer.watched:
             self._poll.unregister(peer.fd)
             peer.watched = 0
 
-    def _wait(self, waiting: dict[int, _Peer], block: int, seconds: float, partial: bool) -> None:
+    def _wait(
+        self, waiting: dict[int, Connection], block: int, seconds: float, partial: bool
+    ) -> None:
         """Serves every socket until all frames in `waiting` are whole or the deadline passes."""
         deadline = time.monotonic() + seconds
-        if self._may_yield:
+        if self.may_yield:
             self._yield_for(waiting, partial)
         for peer in self._peers.values():
             self._watch(peer, peer.fd in waiting)
@@ -376,7 +203,7 @@ class TcpMesh:
                 self._serve(self._by_fd[fd], events, waiting, block, partial)
 
     def _too_late(
-        self, waiting: dict[int, _Peer], block: int, seconds: float, partial: bool
+        self, waiting: dict[int, Connection], block: int, seconds: float, partial: bool
     ) -> None:
         ranks = tuple(sorted(peer.rank for peer in waiting.values()))
         late = DeadlineExceeded(ranks[0], block, seconds, ranks)
@@ -386,7 +213,7 @@ class TcpMesh:
             if len(peer.due) > MAX_OWED:
                 self._give_up(peer, late)
 
-    def _yield_for(self, waiting: dict[int, _Peer], partial: bool) -> None:
+    def _yield_for(self, waiting: dict[int, Connection], partial: bool) -> None:
         """Most frames of an exchange come within microseconds: to give the core to whoever sends
         them is quicker than to sleep and be woken. Looking without yielding starves the senders."""
         until = time.perf_counter_ns() + YIELD_NANOSECONDS
@@ -396,13 +223,41 @@ class TcpMesh:
                 if self._advance(peer, partial):
                     del waiting[peer.fd]
 
+    def attend(
+        self, others: Mapping[int, int], seconds: float, block: int, partial: bool
+    ) -> tuple[list[int], list[Connection]]:
+        """Waits for events at `others` (descriptor → poll events) or at connections of which
+        nothing is awaited, and serves those.
+
+        Returns which of `others` had events, and which connections ended; unless `partial`, one
+        that ended without BYE raises.
+        """
+        for peer in self._peers.values():
+            self._watch(peer, False)
+        for fd, events in others.items():
+            self._poll.register(fd, events)
+        try:
+            found = self._poll.poll(math.ceil(seconds * 1000))
+        finally:
+            for fd in others:
+                self._poll.unregister(fd)
+        ready, ended = [], []
+        for fd, events in found:
+            if fd in others:
+                ready.append(fd)
+                continue
+            self._serve(self._by_fd[fd], events, {}, block, partial)
+            if events & _ENDED:
+                ended.append(self._by_fd[fd])
+        return ready, ended
+
     def _serve(
         self,
-        peer: _Peer,
+        peer: Connection,
         events: int,
-        waiting: dict[int, _Peer],
+        waiting: dict[int, Connection],
         block: int,
-        partial: bool = False,
+        partial: bool,
     ) -> None:
         if events & select.POLLOUT:
             self._flush_now([peer], block, partial)
@@ -420,7 +275,7 @@ class TcpMesh:
             self._ignore(peer)
         self._watch(peer, peer.fd in waiting)
 
-    def _watch(self, peer: _Peer, readable: bool) -> None:
+    def _watch(self, peer: Connection, readable: bool) -> None:
         """Keeps frames that came early from waking this rank: only awaited data counts."""
         if not peer.watched:
             return
@@ -433,20 +288,12 @@ class TcpMesh:
             self._poll.modify(peer.fd, events)
             peer.watched = events
 
-    def _peer(self, rank: int) -> _Peer:
-        if self._closed:
-            raise AstraError("the mesh is closed")
-        peer = self._peers.get(rank)
-        if peer is None:
-            raise ValueError(f"rank: expected one of {sorted(self._peers)}, got {rank}")
-        return peer
-
     def flush(self) -> None:
         self._flush(list(self._peers.values()), None, self.timeout)
 
     def _flush_now(
-        self, peers: Sequence[_Peer], block: int | None, partial: bool = False
-    ) -> list[_Peer]:
+        self, peers: Sequence[Connection], block: int | None, partial: bool = False
+    ) -> list[Connection]:
         """Sends what the kernel takes; returns the peers with bytes left."""
         left = []
         with self._sending:
@@ -460,7 +307,7 @@ class TcpMesh:
                     peer.deafen()
         return left
 
-    def _flush(self, peers: Sequence[_Peer], block: int | None, seconds: float) -> None:
+    def _flush(self, peers: Sequence[Connection], block: int | None, seconds: float) -> None:
         deadline = time.monotonic() + seconds
         while left := self._flush_now(peers, block):
             rest = deadline - time.monotonic()
@@ -490,7 +337,7 @@ class TcpMesh:
         deadline = time.monotonic() + ABORT_SECONDS
         reached = [peer for peer in self._peers.values() if not peer.deaf]
         for peer in reached:  # all hear it before any is waited for
-            words = last_words.frame(error, sequence=peer.sent, source=self.rank, block=self._block)
+            words = last_words.frame(error, sequence=peer.sent, source=self.rank, block=self.block)
             with self._sending, contextlib.suppress(OSError):
                 peer.transmit(words)
                 if not peer.unsent:
@@ -500,7 +347,7 @@ class TcpMesh:
         for peer in self._peers.values():
             peer.sock.close()
 
-    def _end(self, peer: _Peer, last: memoryview | None, deadline: float) -> None:
+    def _end(self, peer: Connection, last: memoryview | None, deadline: float) -> None:
         """Ends one connection so that nothing sent is lost: a close with unread input resets it,
         and a reset discards what the peer's kernel has not acknowledged yet."""
         try:
@@ -523,18 +370,3 @@ class TcpMesh:
                 return
             time.sleep(pause)
             pause = min(2 * pause, 0.02)
-
-    def reconnect(self, connect_timeout: float | None = None) -> Mesh:
-        self.close()
-        return _mesh.anew(self, connect_timeout)
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        _mesh.leave(self, kind, error)

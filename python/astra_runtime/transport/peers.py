@@ -1,0 +1,89 @@
+"""What every mesh with peers of its own shares: who they are, and the numbers of their frames."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Generic, TypeVar
+
+from astra_runtime import wire
+from astra_runtime.errors import CONTROL_BLOCKS, AstraError
+from astra_runtime.transport.mesh import Mesh, Stats
+from astra_runtime.wire import Frame, Header
+
+
+class Peer:
+    """Another rank, and what has crossed between it and this one."""
+
+    def __init__(self, rank: int) -> None:
+        self.rank = rank
+        self.stats = Stats()
+
+
+class Channel(Peer):
+    """A peer whose frames come whole and in order: numbers them, each way from 0.
+
+    own: this rank.
+    """
+
+    def __init__(self, own: int, rank: int) -> None:
+        super().__init__(rank)
+        self.own = own
+        self.sent = 0  # frames, and so the next sequence number
+        self.named = 0  # frames that have to come or have come
+
+    def stamp(self, frame: Frame, block: int, plan: int) -> memoryview:
+        """The whole frame, ready to be the next one sent; counts it, as yet not in the total."""
+        data = frame.stamp(self.sent, plan, block, self.own)
+        self.sent += 1
+        self.stats.count_sent(frame.size, block)
+        return data
+
+    def next_header(self, size: int, block: int, plan: int) -> Header:
+        """The header of the next frame that has to come."""
+        header = Header(size, self.named, plan, block, self.rank)
+        self.named += 1
+        return header
+
+    def accept(self, data: memoryview | bytes, size: int, block: int, plan: int) -> None:
+        """Counts a frame that has come. Raises WireError where it is not the one that had to."""
+        wire.check_header(data, self.next_header(size, block, plan))
+        self.stats.count_received(size, block)
+        self.stats.bytes_received_total += len(data)
+
+
+P = TypeVar("P", bound=Peer)
+
+
+class PeerMesh(Mesh, Generic[P]):
+    """A mesh that keeps an object for each of its peers."""
+
+    def __init__(self, rank: int, world_size: int, timeout: float, peers: Iterable[P]) -> None:
+        self.rank = rank
+        self.world_size = world_size
+        self.timeout = timeout
+        self._peers = {peer.rank: peer for peer in peers}
+        self._closed = False
+
+    @property
+    def stats(self) -> Stats:
+        return sum((peer.stats for peer in self._peers.values()), Stats())
+
+    @property
+    def peer_stats(self) -> dict[int, Stats]:
+        return {rank: peer.stats + Stats() for rank, peer in self._peers.items()}
+
+    def _check_open(self) -> None:
+        if self._closed:
+            raise AstraError("the mesh is closed")
+
+    def _peer(self, rank: int) -> P:
+        self._check_open()
+        peer = self._peers.get(rank)
+        if peer is None:
+            raise ValueError(f"rank: expected one of {sorted(self._peers)}, got {rank}")
+        return peer
+
+
+def slot(block: int) -> int:
+    """Which of three buffers a peer's frame is read into: even block, odd block or control."""
+    return block & 1 if block < CONTROL_BLOCKS else 2
