@@ -24,6 +24,7 @@ from torch import Tensor
 from torch.distributed import P2POp, ProcessGroup
 
 from astra_runtime.errors import AstraError, ConnectFailed, DeadlineExceeded, PeerLost
+from astra_runtime.transport import process_group
 from astra_runtime.transport.mesh import Mesh, Payload, refuse_partial
 from astra_runtime.transport.peers import Channel, PeerMesh, slot
 from astra_runtime.wire import HEADER_SIZE, Frame
@@ -59,6 +60,7 @@ class DistributedMesh(PeerMesh[Channel]):
         channels = (Channel(own, rank) for rank in range(size) if rank != own)
         super().__init__(own, size, timeout, channels)
         self._group = group
+        self.store: Any = None  # where the ranks of an owned group have met
         self._device = torch.device(device)
         self._batched = batched
         self._owned = owned
@@ -119,6 +121,8 @@ class DistributedMesh(PeerMesh[Channel]):
     def _launch(self, receives: Sequence[tuple[Tensor, int]]) -> list[_Transfer]:
         """Starts the staged sends and `receives`; returns the transfers of the latter."""
         sends, self._staged = self._staged, []
+        if not (sends or receives):
+            return []
         group = self._group
         try:
             if self._batched and (sends or receives):
@@ -132,7 +136,7 @@ class DistributedMesh(PeerMesh[Channel]):
                 works += [group.recv([tensor], rank, 0) for tensor, rank in receives]
         except RuntimeError as error:
             rank = (*sends, *receives)[0][1]
-            raise PeerLost(rank, None, _first_line(error)) from error
+            raise PeerLost(rank, None, process_group.first_line(error)) from error
         transfers = [
             _Transfer(work, tensor, rank)
             for work, (tensor, rank) in zip(works, (*sends, *receives), strict=True)
@@ -156,7 +160,7 @@ class DistributedMesh(PeerMesh[Channel]):
         text = str(error)
         if "imed out" in text or "timeout" in text:
             return DeadlineExceeded(rank, block, seconds)
-        return PeerLost(rank, block, _first_line(error))
+        return PeerLost(rank, block, process_group.first_line(error))
 
     def _reap(self) -> None:
         """Takes back the buffers of sends that have completed."""
@@ -191,8 +195,20 @@ class DistributedMesh(PeerMesh[Channel]):
         self._close(deliver=False)
 
     def reconnect(self, connect_timeout: float | None = None) -> Mesh:
+        """As `Mesh.reconnect`; the process group is destroyed and made again.
+
+        Raises AstraError where it is not `connect`'s own: a group that has lost a rank is of no use
+        any more, and only who made it may destroy it.
+        """
+        if not self._owned:
+            raise AstraError(
+                "reconnect: expected a process group that `connect` has made, this one was there "
+                "before: destroy it and make it again on every rank, then give the engine a new "
+                "mesh, engine.rejoin(connect(backend=...))"
+            )
         self._close(deliver=False)
-        return super().reconnect(connect_timeout)
+        with process_group.keep(self.store):
+            return super().reconnect(connect_timeout)
 
     def _close(self, *, deliver: bool) -> None:
         if self._closed:
@@ -204,11 +220,10 @@ class DistributedMesh(PeerMesh[Channel]):
             except AstraError:
                 self._sending.clear()  # the peer is gone or does not read: nothing more to do
         if self._owned:
+            self._sending.clear()
+            self._group.abort()  # whoever waits for this rank need not wait for the deadline
+            del self._group  # its connections end with the last reference
             dist.destroy_process_group()
-
-
-def _first_line(error: BaseException) -> str:
-    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
 
 
 def connect_distributed(
@@ -223,23 +238,14 @@ def connect_distributed(
 
     peers: their first address is the rendezvous; None: torchrun's variables.
     """
-    owned = not dist.is_initialized()
+    owned, store = not dist.is_initialized(), None
     if owned:
-        method = "env://" if peers is None else f"tcp://{peers[0]}"
-        try:
-            dist.init_process_group(
-                backend,
-                init_method=method,
-                rank=rank,
-                world_size=world_size,
-                timeout=timedelta(seconds=connect_timeout),
-            )
-        except (RuntimeError, OSError, ValueError) as error:
-            reason = f"rank {rank} could not join the {backend} group: {_first_line(error)}"
-            raise ConnectFailed(reason) from error
+        store = process_group.join(backend, rank, world_size, peers, connect_timeout)
     group = dist.group.WORLD
     if group is None or (group.rank(), group.size()) != (rank, world_size):
         raise ConnectFailed(f"the existing process group is not rank {rank} of {world_size}")
     nccl = backend == "nccl"
     device = f"cuda:{torch.cuda.current_device()}" if nccl else "cpu"
-    return DistributedMesh(group, timeout=timeout, device=device, batched=nccl, owned=owned)
+    mesh = DistributedMesh(group, timeout=timeout, device=device, batched=nccl, owned=owned)
+    mesh.store = store
+    return mesh

@@ -1,0 +1,123 @@
+"""torch.distributed's default process group, joined by the ranks, and joined again after a failure.
+
+The ranks meet in a key-value store: rank 0's own, or that of torchrun's agent. There rank 0 opens a
+*session* under a name that was never used before, each rank takes its place in it, and the group is
+made when all are there, so that nobody reads what a former group has left. A rank that comes back
+sooner than rank 0, which may not have noticed the failure yet, finds its place taken and tries
+again.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import secrets
+import time
+from collections.abc import Iterator, Sequence
+from datetime import timedelta
+from typing import Any, Final
+
+import torch.distributed as dist
+from torch.distributed.distributed_c10d import PrefixStore
+
+from astra_runtime.errors import ConnectFailed
+from astra_runtime.transport.door import parse_address
+
+PAUSE: Final = 0.05  # seconds between two looks for a new session
+_kept: list[Any] = []  # rank 0's store, while it connects again
+
+
+def join(
+    backend: str, rank: int, world_size: int, peers: Sequence[str] | None, seconds: float
+) -> Any:
+    """Makes the default group of all ranks; returns the store, which may be `keep`t.
+
+    peers: rank 0 serves the store at their first address; None: torchrun's variables say where.
+
+    Raises ConnectFailed, with the ranks that were `missing` after `seconds`.
+    """
+    deadline = time.monotonic() + seconds
+    try:
+        store, session = _enter(rank, peers, deadline)
+        missing = _wait_for_all(session, world_size, deadline)
+        if not missing:
+            limit = timedelta(seconds=max(deadline - time.monotonic(), 1.0))
+            dist.init_process_group(
+                backend, store=session, rank=rank, world_size=world_size, timeout=limit
+            )
+            return store
+    except (RuntimeError, OSError, ValueError) as error:
+        reason = f"rank {rank} could not join the {backend} group: {first_line(error)}"
+        raise ConnectFailed(reason) from error
+    who = ", ".join(map(str, missing))
+    raise ConnectFailed(f"rank {who} did not join the {backend} group in {seconds:g} s", missing)
+
+
+@contextlib.contextmanager
+def keep(store: Any) -> Iterator[None]:
+    """Has the next `join` of rank 0 use this store again: its port is free only when the last
+    reference is gone, and the traceback of an error may hold one."""
+    _kept[:] = [store]
+    try:
+        yield
+    finally:
+        _kept.clear()
+
+
+def _enter(rank: int, peers: Sequence[str] | None, deadline: float) -> tuple[Any, Any]:
+    """The store, and the part of it that is the new session's."""
+    host, port, served = _place(peers)
+    while True:
+        left = max(deadline - time.monotonic(), 1e-3)
+        store = _kept.pop() if _kept and rank == 0 else None
+        try:
+            if store is None:
+                store = dist.TCPStore(  # type: ignore[attr-defined]  # torch's stubs lack it
+                    host,
+                    port,
+                    is_master=served and rank == 0,
+                    timeout=timedelta(seconds=left),
+                    wait_for_workers=False,
+                )
+            base = PrefixStore(_prefix(), store)
+            if rank == 0:
+                base.set("session", secrets.token_hex(16))
+            session = PrefixStore(base.get("session").decode(), base)
+            if session.add(str(rank), 1) == 1:
+                return store, session
+            why = "its place is taken, and rank 0 opens no new session"
+        except RuntimeError as error:  # also of a store that ends with its rank 0
+            if rank == 0:
+                raise
+            why = first_line(error)
+        if time.monotonic() + PAUSE > deadline:
+            raise RuntimeError(why)
+        time.sleep(PAUSE)
+
+
+def _wait_for_all(session: Any, world_size: int, deadline: float) -> tuple[int, ...]:
+    """The ranks that have not come by the deadline."""
+    left = timedelta(seconds=max(deadline - time.monotonic(), 1e-3))
+    with contextlib.suppress(dist.DistStoreError):
+        session.wait([str(n) for n in range(world_size)], left)
+    return tuple(n for n in range(world_size) if not session.check([str(n)]))
+
+
+def _place(peers: Sequence[str] | None) -> tuple[str, int, bool]:
+    """Where the store is, and whether rank 0 serves it."""
+    if peers is not None:
+        return (*parse_address(peers[0]), True)
+    try:
+        host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    except KeyError as error:
+        raise ValueError(f"expected peers, or torchrun's variable {error.args[0]}") from error
+    return host, port, os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
+
+
+def _prefix() -> str:
+    """Workers that torchrun starts again do not look for those before."""
+    return f"astra/group/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}"
+
+
+def first_line(error: BaseException) -> str:
+    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
