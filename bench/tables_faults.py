@@ -24,7 +24,7 @@ WORDS = {
         "the same under a wait of a minute",
         "`PeerLost` by TCP_USER_TIMEOUT, here 6 s",
     ),
-    "slow": ("a link of one byte a second", "the same"),
+    "slow": ("a link of one byte a second", "`DeadlineExceeded` at the deadline ±10 %"),
     "frame_structured": ("frames cut, longer, repeated, replayed, misplaced", "typed error"),
     "frame_mutated": ("mutated frames through a live socket", "typed error, memory flat"),
     "datagram_structured": (
