@@ -238,6 +238,7 @@ TABLES: dict[str, tuple[str, Callable[[dict], str]]] = {
     "latency_smollm2": ("cpu-2core/latency_smollm2_1024", tables_latency.latency),
     "latency_smollm2_stages": ("cpu-2core/latency_smollm2_1024", tables_latency.stages),
     "latency_smollm2_real": ("cpu-2core/latency_real_smollm2", tables_latency.real),
+    "latency_others": ("cpu-2core/latency_vit-base_256", tables_latency.others),
     "latency_scaled": ("cpu-2core/latency_scaled", tables_latency.scaled),
     "scaling": ("cpu-2core/scaling", tables_latency.scaling),
     "kernels_h100": ("h100/kernels", kernels),

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Any
 
-from bench._markdown import source, table
+from bench._markdown import load, source, table
 
 RIVALS = {
     "tp": "TP",
@@ -57,6 +57,43 @@ def latency(report: dict[str, Any]) -> str:
         if case["shape"]["rtt_ms"] == RTT_MS and case.get("speed", 1) == 1
     ]
     return table(*_rows(report, shown)) + source(report)
+
+
+# Model and tokens of the files in the table of other shapes, as far as they are there.
+OTHERS = ("vit-base_256", "vit-base_4096", "vit-base-int8_1024", "gpt2_1024")
+OTHERS += ("gpt2-medium_1024", "llama_1024", "vit-base_1024_many")
+
+
+def others(_: dict[str, Any]) -> str:
+    """At 10 Mbit/s: of each shape and number of ranks the setting that is quickest."""
+    head = ["model", "tokens", "ranks", "one device (s)", "setting", "**ASTRA**"]
+    rivals = ("sp_int8", "bp_ag_nb1", "bp_sp_nb1", "segment_means")
+    rows, commands = [], []
+    for name in OTHERS:
+        report = load(f"cpu-2core/latency_{name}")
+        if report is None:
+            continue
+        commands.append(f"`{report['command'].strip()}`")
+        of_ranks: dict[int, list[dict[str, Any]]] = {}
+        for case in report["cases"]:
+            shape = case["shape"]
+            if (shape["mbit_per_s"], shape["rtt_ms"], case.get("speed", 1)) == (10, RTT_MS, 1):
+                of_ranks.setdefault(shape["world_size"], []).append(case)
+        for ranks, cases in sorted(of_ranks.items()):
+            best = min(cases, key=lambda case: case["ms"]["p50"])
+            peers, shape = best["peers"], best["shape"]
+            rows.append(
+                [
+                    shape["model"],
+                    f"{shape['tokens']}",
+                    f"{ranks}",
+                    f"{peers['single'] / 1e3:.3f}",
+                    best["impl"].removeprefix("astra "),
+                    f"{_speedup(best, best['ms']['p50'])}",
+                    *(_speedup(best, peers.get(rival)) for rival in rivals),
+                ]
+            )
+    return table([*head, *(RIVALS[rival] for rival in rivals)], rows) + "\n\n" + ", ".join(commands)
 
 
 def scaled(report: dict[str, Any]) -> str:
