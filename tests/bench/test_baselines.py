@@ -365,7 +365,8 @@ def settled(read: Callable[[], int]) -> int:
 @pytest.mark.timeout(300)  # three processes that import torch, on a machine that may be busy
 def test_over_gloo_the_sockets_carry_what_is_counted(tmp_path: Path) -> None:
     world_size = 3
-    context = multiprocessing.get_context("spawn")
+    context = multiprocessing.get_context("forkserver")  # imports torch once for all
+    context.set_forkserver_preload([__name__])
     results = context.Queue()
     processes = [
         context.Process(target=gloo_rank, args=(n, world_size, str(tmp_path), results), daemon=True)

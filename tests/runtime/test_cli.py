@@ -100,7 +100,7 @@ def test_codes_as_datagrams(home: Path, here: Callable[..., tuple[str, str]]) ->
     alone = json.loads(here("run", *asked)[0])
     asked += ["--world-size", "2", "--space", "none", "--transport", "datagram"]
     asked += ["--on-missing", "degrade", "--deadline-ms", "20000"]
-    found = json.loads(astra(home, "run", *asked).stdout)
+    found = json.loads(here("run", *asked)[0])
     assert (found["text"], found["degraded"], found["missing"]) == (alone["text"], False, {})
 
 
@@ -135,12 +135,12 @@ def test_run_prints_one_json_object(home: Path, here: Callable[..., tuple[str, s
     assert found["bits_per_token_block"] == 2 * 3 * 16 * 32
 
 
-def test_run_sends_codes(home: Path) -> None:
-    done = astra(
-        home, "run", *model_options(home), "--prompt", PROMPT, "--world-size", "3", "--json",
-        "--max-new-tokens", "2", "--weights", "1,1,1",
+def test_run_sends_codes(home: Path, here: Callable[..., tuple[str, str]]) -> None:
+    out, _ = here(
+        "run", *model_options(home), "--prompt", PROMPT, "--world-size", "2", "--json",
+        "--max-new-tokens", "2", "--weights", "1,1",
     )  # fmt: skip
-    found = json.loads(done.stdout)
+    found = json.loads(out)
     assert 15 <= found["bits_per_token_block"] < 16  # rows are padded to whole bytes
 
 
@@ -189,7 +189,9 @@ def test_torchrun_starts_the_ranks(home: Path) -> None:
     assert texts[0] == texts[1]
 
 
-def test_a_worker_follows_a_leader_on_given_addresses(home: Path) -> None:
+def test_a_worker_follows_a_leader_on_given_addresses(
+    home: Path, here: Callable[..., tuple[str, str]]
+) -> None:
     with socket.socket() as one, socket.socket() as two:
         one.bind(("127.0.0.1", 0))
         two.bind(("127.0.0.1", 0))
@@ -201,21 +203,21 @@ def test_a_worker_follows_a_leader_on_given_addresses(home: Path) -> None:
         stderr=subprocess.PIPE,
     )
     try:
-        done = astra(
-            home, "run", *model_options(home), "--rank", "0", "--peers", peers, "--prompt", PROMPT,
+        out, _ = here(
+            "run", *model_options(home), "--rank", "0", "--peers", peers, "--prompt", PROMPT,
             "--json",
         )  # fmt: skip
-        assert json.loads(done.stdout)["world_size"] == 2
+        assert json.loads(out)["world_size"] == 2
         assert worker.wait(20) == 0
     finally:
         worker.kill()
         worker.communicate()
 
 
-def test_a_run_leaves_a_timeline(home: Path) -> None:
+def test_a_run_leaves_a_timeline(home: Path, here: Callable[..., tuple[str, str]]) -> None:
     path = home / "timeline.json"
     asked = ["--prompt", PROMPT, "--max-new-tokens", "2", "--trace", str(path)]
-    astra(home, "run", *model_options(home), *asked, "--world-size", "2")
+    here("run", *model_options(home), *asked, "--world-size", "2")
     events = json.loads(path.read_text())["traceEvents"]
     names = {rank: {e["name"] for e in events if e["tid"] == rank} for rank in (0, 1)}
     assert {"compute", "encode", "pack", "send", "attend"} <= names[0]
@@ -272,16 +274,16 @@ def test_bits_alone_make_transform_codes_that_run(
     assert "local_overlap" in json.loads(out)["perplexity"]
     found_bits = json.loads(out)["bits_per_token_block"]
     assert found_bits == pytest.approx(found["bits_per_token_block"], rel=0.02)
-    done = astra(
-        home, "run", *model, "--codebook", book, "--prompt", PROMPT, "--world-size", "2",
+    out, _ = here(
+        "run", *model, "--codebook", book, "--prompt", PROMPT, "--world-size", "2",
         "--max-new-tokens", "3", "--json",
     )  # fmt: skip
-    assert len(json.loads(done.stdout)["text"].split()) == 3
-    done = astra(
-        home, "demo", *model, *text, "--codebook", book, "--tokens", "60", "--world-size", "2",
+    assert len(json.loads(out)["text"].split()) == 3
+    out, _ = here(
+        "demo", *model, *text, "--codebook", book, "--tokens", "60", "--world-size", "2",
         "--mbit", "100", "--repeats", "1", "--json",
     )  # fmt: skip
-    demo = json.loads(done.stdout)
+    demo = json.loads(out)
     single, dense, coded = (run["perplexity"] for run in demo["runs"])
     assert dense == pytest.approx(single, rel=1e-4)  # of the same tokens
     assert coded == pytest.approx(single, rel=0.5)
@@ -330,11 +332,11 @@ def test_differential_codes_are_fitted_evaluated_and_run(
     found = json.loads(out)
     assert found["bits_per_token_block"] == pytest.approx(bits)
     assert found["compression"] == pytest.approx(48 * 32 / bits)
-    done = astra(
-        home, "run", *model, "--codebook", book, "--prompt", PROMPT, "--world-size", "2",
+    out, _ = here(
+        "run", *model, "--codebook", book, "--prompt", PROMPT, "--world-size", "2",
         "--max-new-tokens", "3", "--json",
     )  # fmt: skip
-    found = json.loads(done.stdout)
+    found = json.loads(out)
     assert len(found["text"].split()) == 3
     assert found["bits_per_token_block"] == pytest.approx(bits)
 
@@ -434,7 +436,7 @@ def test_a_port_in_use_is_named(home: Path, here: Callable[..., tuple[str, str]]
 def test_no_worker_outlives_its_leader(home: Path, blow: signal.Signals) -> None:
     leader = subprocess.Popen(
         [sys.executable, "-m", "astra_runtime", "run", *model_options(home), "--prompt", PROMPT]
-        + ["--world-size", "3", "--max-new-tokens", "200", "--timeout", "30"],
+        + ["--world-size", "2", "--max-new-tokens", "200", "--timeout", "30"],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
@@ -453,9 +455,9 @@ def test_no_worker_outlives_its_leader(home: Path, blow: signal.Signals) -> None
         return found
 
     deadline = time.monotonic() + 60
-    while len(workers()) < 2 and time.monotonic() < deadline:
+    while not workers() and time.monotonic() < deadline:
         time.sleep(0.05)
-    assert len(workers()) == 2
+    assert len(workers()) == 1
     time.sleep(1.0)
     leader.send_signal(blow)
     _, words = leader.communicate(timeout=30)
@@ -464,36 +466,6 @@ def test_no_worker_outlives_its_leader(home: Path, blow: signal.Signals) -> None
     while workers() and time.monotonic() < deadline:
         time.sleep(0.05)
     assert not workers()
-    assert "Traceback" not in words
-
-
-def test_a_dead_worker_is_named(home: Path) -> None:
-    """A worker that dies in the middle: the leader ends with an error that names it."""
-    leader = subprocess.Popen(
-        [sys.executable, "-m", "astra_runtime", "run", *model_options(home), "--prompt", PROMPT]
-        + ["--world-size", "2", "--max-new-tokens", "220", "--timeout", "30"],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
-    deadline = time.monotonic() + 60
-    killed = False
-    while not killed and time.monotonic() < deadline and leader.poll() is None:
-        for entry in Path("/proc").iterdir():
-            if not entry.name.isdigit():
-                continue
-            try:
-                command = (entry / "cmdline").read_bytes().split(b"\0")
-            except OSError:
-                continue
-            if b"worker" in command and str(leader.pid).encode() in command:
-                time.sleep(3.0)
-                os.kill(int(entry.name), signal.SIGKILL)
-                killed = True
-    _, words = leader.communicate(timeout=60)
-    assert killed
-    assert leader.returncode == 1
-    assert "rank 1" in words
     assert "Traceback" not in words
 
 
