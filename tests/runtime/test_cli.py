@@ -456,7 +456,7 @@ def test_no_worker_outlives_its_leader(home: Path, blow: signal.Signals) -> None
 
     deadline = time.monotonic() + 60
     while not workers() and time.monotonic() < deadline:
-        time.sleep(0.05)
+        time.sleep(0.1)
     assert len(workers()) == 1
     time.sleep(1.0)
     leader.send_signal(blow)
@@ -464,7 +464,7 @@ def test_no_worker_outlives_its_leader(home: Path, blow: signal.Signals) -> None
     ends = {signal.SIGINT: 130, signal.SIGTERM: 143, signal.SIGKILL: -9}
     assert leader.returncode == ends[blow]
     while workers() and time.monotonic() < deadline:
-        time.sleep(0.05)
+        time.sleep(0.1)
     assert not workers()
     assert "Traceback" not in words
 

@@ -11,6 +11,7 @@ import pty
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -20,7 +21,7 @@ import pytest
 
 from astra_runtime.launch import Workers
 
-from .test_cli import PROMPT, home, model_options  # noqa: F401 - home is a fixture
+from .test_cli import PROMPT, here, home, model_options  # noqa: F401 - two are fixtures
 
 
 def workers_of(leader: int) -> dict[int, int]:
@@ -39,14 +40,9 @@ def workers_of(leader: int) -> dict[int, int]:
 def wait_for(condition: Callable[[], Any], seconds: float = 90) -> Any:
     deadline = time.monotonic() + seconds
     while not (found := condition()) and time.monotonic() < deadline:
-        time.sleep(0.02)
+        time.sleep(0.1)  # to look through /proc is work that the processes had better do
     assert found
     return found
-
-
-def started(home: Path, *more: str, **options: Any) -> subprocess.Popen[str]:  # noqa: F811
-    command = ["run", *model_options(home), "--prompt", PROMPT, *more]
-    return subprocess.Popen([sys.executable, "-m", "astra_runtime", *command], text=True, **options)
 
 
 def test_a_closed_terminal_ends_leader_and_workers(home: Path) -> None:  # noqa: F811
@@ -56,10 +52,14 @@ def test_a_closed_terminal_ends_leader_and_workers(home: Path) -> None:  # noqa:
         os.setsid()
         os.close(os.open(os.ttyname(theirs), os.O_RDWR))  # becomes the controlling terminal
 
-    leader = started(
-        home, "--world-size", "3", stdin=theirs, stdout=theirs, stderr=theirs,
+    command = ["run", *model_options(home), "--prompt", PROMPT, "--world-size", "3"]
+    leader = subprocess.Popen(
+        [sys.executable, "-m", "astra_runtime", *command],
+        stdin=theirs,
+        stdout=theirs,
+        stderr=theirs,
         preexec_fn=lead_the_terminal,
-    )  # fmt: skip
+    )
     os.close(theirs)
     workers = wait_for(lambda: len(found := workers_of(leader.pid)) == 2 and found)
     os.close(ours)  # the terminal is gone: SIGHUP to its foreground
@@ -79,32 +79,43 @@ def connected(pid: int, peers: int) -> bool:
     return sum(row[3] == "01" and row[9] in inodes for row in rows) == peers
 
 
-def test_the_worker_that_died_first_is_named(home: Path) -> None:  # noqa: F811
+def struck(
+    home: Path,  # noqa: F811
+    here: Callable[..., tuple[str, str]],  # noqa: F811
+    blow: signal.Signals,
+    world_size: int,
+    *more: str,
+) -> str:
+    """The last words of a leader, this process, whose last worker meets `blow` in the middle."""
+
+    def strike() -> None:
+        workers = wait_for(
+            lambda: len(found := workers_of(os.getpid())) == world_size - 1 and found
+        )
+        last = workers[world_size - 1]
+        wait_for(lambda: connected(last, world_size - 1))
+        os.kill(last, blow)
+
+    striking = threading.Thread(target=strike)
+    striking.start()
+    _, words = here(
+        "run", *model_options(home), "--prompt", PROMPT, "--world-size", str(world_size),
+        "--max-new-tokens", "200", *more, code=1,
+    )  # fmt: skip
+    striking.join()
+    assert not workers_of(os.getpid())
+    return words.strip().splitlines()[-1]
+
+
+def test_the_worker_that_died_first_is_named(home: Path, here: Any) -> None:  # noqa: F811
     """Rank 2 is killed in the middle; rank 1, which then fails as well, is not to blame."""
-    more = ["--world-size", "3", "--max-new-tokens", "200"]
-    leader = started(home, *more, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
-    workers = wait_for(lambda: len(found := workers_of(leader.pid)) == 2 and found)
-    wait_for(lambda: connected(workers[2], 2))
-    os.kill(workers[2], signal.SIGKILL)
-    _, words = leader.communicate(timeout=60)
-    assert leader.returncode == 1, words
-    assert "Traceback" not in words
-    last = words.strip().splitlines()[-1]
+    last = struck(home, here, signal.SIGKILL, 3)
     assert last.startswith("astra: error: rank 2 was lost")
     assert "rank 2 was ended by SIGKILL" in last
-    wait_for(lambda: not workers_of(leader.pid), 20)
 
 
-def test_a_worker_that_stops_is_named_and_ended(home: Path) -> None:  # noqa: F811
-    more = ["--world-size", "2", "--max-new-tokens", "200", "--timeout", "2"]
-    leader = started(home, *more, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
-    workers = wait_for(lambda: workers_of(leader.pid))
-    wait_for(lambda: connected(workers[1], 1))
-    os.kill(workers[1], signal.SIGSTOP)
-    _, words = leader.communicate(timeout=60)
-    assert leader.returncode == 1, words
-    assert "rank 1 sent nothing within" in words.strip().splitlines()[-1]
-    wait_for(lambda: not workers_of(leader.pid), 20)
+def test_a_worker_that_stops_is_named_and_ended(home: Path, here: Any) -> None:  # noqa: F811
+    assert "rank 1 sent nothing within" in struck(home, here, signal.SIGSTOP, 2, "--timeout", "2")
 
 
 class Ended:
