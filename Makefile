@@ -49,8 +49,8 @@ demo: $(STAMP)
 	@$(BIN)/astra demo
 
 test: $(STAMP) test-core
-	@echo "== Python tests, about 5 minutes on 2 cores =="
-	$(BIN)/python -m pytest -m "not slow and not gpu and not faults" --ignore tests/triton_kernels
+	@echo "== Python tests, two at a time: about 5 minutes on 2 cores =="
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not slow and not gpu and not faults" -n 2 --dist worksteal --ignore tests/triton_kernels
 	@echo "== Triton kernels, interpreted, and compiled ahead of time for three chips: about 3 minutes =="
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not slow and not gpu and not faults" -n 2 tests/triton_kernels
 
