@@ -32,7 +32,8 @@ def workers_of(leader: int) -> dict[int, int]:
             command = (entry / "cmdline").read_bytes().split(b"\0")
         except (OSError, NotADirectoryError):
             continue
-        if b"worker" in command and command[command.index(b"--parent") + 1] == b"%d" % leader:
+        parent = command[command.index(b"--parent") + 1] if b"--parent" in command else None
+        if parent == b"%d" % leader:
             found[int(command[command.index(b"--rank") + 1])] = int(entry.name)
     return found
 
