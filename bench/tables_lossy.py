@@ -1,4 +1,4 @@
-"""Tables of lossy.json and lossy_perplexity.json: from a file's content to markdown."""
+"""Tables of lossy.json, lossy_perplexity.json and degraded.json: from a file's content to markdown."""
 
 from __future__ import annotations
 
@@ -58,7 +58,31 @@ def perplexity(report: dict[str, Any]) -> str:
     return table([*head, "exact", "dropped"], rows) + source(report)
 
 
+def degraded(report: dict[str, Any]) -> str:
+    """By share of frames that miss their deadline, for each way to go on afterwards."""
+    told = {
+        "stale": "masked in that block (**the engine**)",
+        "out": "left out until the call ends",
+        "predicted": "the estimate used unmasked",
+    }
+    shares: dict[float, dict[tuple[str, str], dict[str, Any]]] = {}
+    for row in report["rows"]:
+        if "gap_recovered" in row:
+            shares.setdefault(row["missing"], {})[row["codes"], row["afterwards"]] = row
+    ways = list(dict.fromkeys(way for found in shares.values() for way in found))
+    rows = []
+    for share, found in sorted(shares.items()):
+        line = [f"{share:.0%}"]
+        for codes, afterwards in ways:
+            row = found.get((codes, "stale" if share == 0 else afterwards))
+            line.append("" if row is None else f"{row['gap_recovered']:.2f}")
+        rows.append(line)
+    head = ["frames missing", *(f"{codes}, {told[afterwards]}" for codes, afterwards in ways)]
+    return table(head, rows) + source(report)
+
+
 TABLES: dict[str, tuple[str, Callable[[dict[str, Any]], str]]] = {
+    "degraded": ("cpu-2core/degraded", degraded),
     "lossy_exchange": ("cpu-2core/lossy", exchange),
     "lossy_perplexity": ("cpu-2core/lossy_perplexity", perplexity),
 }
