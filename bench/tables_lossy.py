@@ -1,4 +1,4 @@
-"""Tables of lossy.json, lossy_perplexity.json and degraded.json: from a file's content to markdown."""
+"""Tables of lossy.json, lossy_perplexity.json and degraded.json, as markdown."""
 
 from __future__ import annotations
 
