@@ -12,8 +12,9 @@ WORDS = {
         "kill −9 in every block, before, within, after a frame; 2–4 ranks",
         "`PeerLost` names the rank killed",
     ),
+    "kill_large": ("the same of a rank with 2 GiB of memory", "the same"),
     "kill_datagram": (
-        "the same with codes as datagrams, of which others may be left out",
+        "kill −9 with codes as datagrams, of which others may be left out",
         "`PeerLost`, or an answer that says whom it lacks",
     ),
     "stop": ("SIGSTOP", "`DeadlineExceeded` at the deadline ±10 %"),
@@ -51,7 +52,7 @@ def _notes(row: dict[str, Any]) -> list[str]:
     notes = [f"Missed: {failure}." for failure in row.get("failures", ())]
     if "exit_p50_ms" in row and row["name"] == "kill":
         kernel = f"{_ms(row['exit_p50_ms'])} / {_ms(row['exit_p99_ms'])}"
-        notes.append(f"Of a kill's times the kernel takes {kernel} ms to end the process.")
+        notes.append(f"Of a kill's times the kernel takes {kernel} ms to close the process's sockets.")
     if "mib_per_hour" in row:
         notes.append(
             f"Memory over {row['seconds'] / 60:.0f} minutes of exchanges: "
