@@ -239,6 +239,7 @@ TABLES: dict[str, tuple[str, Callable[[dict], str]]] = {
     "latency_smollm2_stages": ("cpu-2core/latency_smollm2_1024", tables_latency.stages),
     "latency_smollm2_real": ("cpu-2core/latency_real_smollm2", tables_latency.real),
     "latency_others": ("cpu-2core/latency_vit-base_256", tables_latency.others),
+    "link": ("cpu-2core/link", tables_latency.links),
     "latency_scaled": ("cpu-2core/latency_scaled", tables_latency.scaled),
     "scaling": ("cpu-2core/scaling", tables_latency.scaling),
     "kernels_h100": ("h100/kernels", kernels),

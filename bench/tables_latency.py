@@ -167,6 +167,25 @@ def _real(case: dict[str, Any], name: str, ms: float) -> list[str]:
     return told
 
 
+def links(report: dict[str, Any]) -> str:
+    """One small exchange on every link, and how late the switch is with single packets."""
+    rows, late = [], []
+    for case in report["cases"]:
+        shape, ours = case["shape"], case["ms"]["p50"]
+        if case["impl"] == "switch":
+            times = " / ".join(f"{ms:.2f}" for ms in case["late_ms"].values())
+            late.append(f"{times} ms at {shape['mbit_per_s']:g} Mbit/s")
+            continue
+        peers = (case["peers"][name] for name in ("paced", "switch"))
+        codes = "dense" if shape["space"] == "none" else shape["space"]
+        row = [f"{shape['model']}, {shape['tokens']} tokens", codes, f"{ours:.1f}"]
+        rows.append([*row, *(f"{ms:.1f} ({ms / ours:.2f})" for ms in peers)])
+    head = ["10 Mbit/s, two ranks", "exchange", "virtual clock (ms)", "emulated link", "switch"]
+    sizes = " / ".join(next(case["late_ms"] for case in report["cases"] if "late_ms" in case))
+    note = f"The switch is late with packets of {sizes} by {', '.join(late)}."
+    return f"{table(head, rows)}{source(report)}. {note}"
+
+
 def scaling(report: dict[str, Any]) -> str:
     """On paper: the number of devices that is best, full mesh and two-level."""
     groups: dict[Any, list[dict[str, Any]]] = {}
