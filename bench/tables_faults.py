@@ -52,7 +52,9 @@ def _notes(row: dict[str, Any]) -> list[str]:
     notes = [f"Missed: {failure}." for failure in row.get("failures", ())]
     if "exit_p50_ms" in row and row["name"] == "kill":
         kernel = f"{_ms(row['exit_p50_ms'])} / {_ms(row['exit_p99_ms'])}"
-        notes.append(f"Of a kill's times the kernel takes {kernel} ms to close the process's sockets.")
+        notes.append(
+            f"Of a kill's times the kernel takes {kernel} ms to close the process's sockets."
+        )
     if "mib_per_hour" in row:
         notes.append(
             f"Memory over {row['seconds'] / 60:.0f} minutes of exchanges: "

@@ -10,11 +10,14 @@
 #include <climits>
 #include <cstdint>
 #include <cstring>
+#include <memory>
 #include <string>
+#include <system_error>
 
 #include "astra/bitpack.hpp"
 #include "astra/encode.hpp"
 #include "astra/frame.hpp"
+#include "astra/keeper.hpp"
 
 namespace py = pybind11;
 
@@ -262,6 +265,16 @@ py::tuple read_codes(py::handle data_source, py::handle bits, py::handle codewor
                         beyond ? out.as<std::int32_t>()[found.index] : 0);
 }
 
+std::unique_ptr<astra::Keeper> keeper() {
+  try {
+    return std::make_unique<astra::Keeper>();
+  } catch (const std::system_error& error) {
+    const py::tuple facts = py::make_tuple(error.code().value(), error.what());
+    PyErr_SetObject(PyExc_OSError, facts.ptr());
+    throw py::error_already_set();
+  }
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_C, module) {
@@ -280,6 +293,9 @@ PYBIND11_MODULE(_C, module) {
   module.def("read_facts", &read_facts, py::arg("data"));
   module.def("read_codes", &read_codes, py::arg("data"), py::arg("bits"), py::arg("codewords"),
              py::arg("count"), py::arg("out"));
+  py::class_<astra::Keeper>(module, "Keeper")
+      .def(py::init(&keeper))
+      .def_property_readonly("pid", &astra::Keeper::pid);
   module.def("isa", &astra::isa);
   module.def("available_isas", [] {
     py::list names;

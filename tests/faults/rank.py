@@ -150,6 +150,7 @@ def rank(
     timeout: float = 20.0,
     fault: dict[str, Any] | None = None,
     calls: int = 1,
+    ballast: int = 0,
     **engine_options: Any,
 ) -> None:
     """Joins, answers `calls` times, and tells how it ended.
@@ -159,8 +160,10 @@ def rank(
     wait; `noticed`, see `Moments`, and the errors of the `lost` by rank.
 
     part_size: bytes in a datagram, so that a tiny model's frames have several.
+    ballast: bytes of memory that this process holds, as one with a large model does.
     """
     model, book, inputs = subject()
+    held = torch.ones(ballast, dtype=torch.uint8)
     moments = None
     parts.PART_SIZE = part_size  # in this process alone
     options: dict[str, Any] = {"keys": keys, "backend": backend, "timeout": timeout}
@@ -181,6 +184,7 @@ def rank(
         if moments is not None:
             told(began=moments.began, ended=moments.ended, waited=moments.block)
             told(noticed=moments.noticed)
+    del held
 
 
 def _named(mesh: SocketMesh) -> dict[int, str]:

@@ -15,6 +15,7 @@ from bench import _report
 # The least number of cases that a row has to tell of.
 LEAST = {
     "kill": 324,
+    "kill_large": 36,
     "kill_datagram": 216,
     "stop": 30,
     "blackhole": 10,

@@ -30,6 +30,8 @@ def workers_of(leader: int) -> dict[int, int]:
     for entry in Path("/proc").iterdir():
         try:
             command = (entry / "cmdline").read_bytes().split(b"\0")
+            if (entry / "comm").read_text() == "astra-keeper\n":  # not a rank, but in its memory
+                continue
         except (OSError, NotADirectoryError):
             continue
         parent = command[command.index(b"--parent") + 1] if b"--parent" in command else None

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import ipaddress
 import os
 import socket
 from collections.abc import Iterable, Sequence
 from typing import Literal
 
+from astra_kernels import _C
 from astra_runtime.keys import ENVIRONMENT, Keys, KeysError
 from astra_runtime.transport import handshake, rendezvous
 from astra_runtime.transport.mesh import Mesh, Stats, peers_of, require
@@ -111,6 +113,9 @@ def connect(
         )
 
     mesh.again = again
+    if world_size > 1:
+        with contextlib.suppress(OSError):  # peers then learn of a sudden death as late as ever
+            mesh.keeper = _C.Keeper()
     return mesh
 
 

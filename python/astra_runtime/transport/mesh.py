@@ -8,6 +8,7 @@ from dataclasses import dataclass, fields
 from types import TracebackType
 from typing import Self
 
+from astra_kernels import _C
 from astra_runtime import wire
 from astra_runtime.errors import CONTROL_BLOCKS, AstraError, DeadlineExceeded, HandshakeRefused
 from astra_runtime.wire import Frame
@@ -71,6 +72,8 @@ class Mesh(ABC):
         lost: why nothing more comes of a rank, for those that partial calls have found gone.
         again: makes the same mesh anew, with a limit in seconds (None: as before); left by
             `connect`, for `reconnect`.
+        keeper: while it lives, this process's sockets close the moment that the process dies,
+            however much memory it holds; left by `connect`, where the system can do it.
     """
 
     rank: int
@@ -79,6 +82,7 @@ class Mesh(ABC):
     partial: bool = False
     lossy: bool = False
     again: Callable[[float | None], Mesh] | None = None
+    keeper: _C.Keeper | None = None
 
     @property
     def gaps(self) -> Mapping[int, Sequence[tuple[int, int]]]:

@@ -1,0 +1,94 @@
+#include "astra/keeper.hpp"
+
+#include <cerrno>
+#include <system_error>
+
+#ifdef __linux__
+#include <poll.h>
+#include <sched.h>
+#include <signal.h>
+#include <sys/mman.h>
+#include <sys/prctl.h>
+#include <sys/syscall.h>
+#include <sys/wait.h>
+#include <unistd.h>
+#endif
+
+namespace astra {
+
+#if defined(__linux__) && defined(SYS_pidfd_open) && defined(SYS_close_range)
+
+namespace {
+
+constexpr std::size_t kStack = 65536;
+
+// All that a keeper does. It runs with the thread-local memory of the thread that made it, which
+// may be gone by now, so it must use nothing of it: system calls that cannot fail, and so write no
+// errno, and no return.
+__attribute__((no_sanitize("address", "undefined"))) int keep(void* given) {
+  const long owner = *static_cast<const int*>(given);
+  if (owner > 0) syscall(SYS_close_range, 0L, owner - 1, 0L);
+  syscall(SYS_close_range, owner + 1, ~0U, 0L);
+  syscall(SYS_prctl, PR_SET_NAME, "astra-keeper", 0L, 0L, 0L);
+  pollfd end{static_cast<int>(owner), POLLIN, 0};
+  while (syscall(SYS_ppoll, &end, 1L, nullptr, nullptr, 0L) < 1) {
+  }
+  for (;;) syscall(SYS_exit, 0L);
+}
+
+[[noreturn]] void fail(int error, const char* what) {
+  throw std::system_error(error, std::generic_category(), what);
+}
+
+}  // namespace
+
+Keeper::Keeper() : owner_(getpid()) {
+  const auto death = static_cast<int>(syscall(SYS_pidfd_open, owner_, 0));
+  if (death < 0) fail(errno, "keeper: pidfd_open");
+  // Whether the call is known at all: no descriptor is that high.
+  if (syscall(SYS_close_range, ~0U, ~0U, 0L) != 0) {
+    const int error = errno;
+    close(death);
+    fail(error, "keeper: close_range");
+  }
+  stack_ =
+      mmap(nullptr, kStack, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_STACK, -1, 0);
+  if (stack_ == MAP_FAILED) {
+    close(death);
+    fail(ENOMEM, "keeper: mmap");
+  }
+  auto* bottom = static_cast<int*>(stack_);
+  *bottom = death;
+  // A signal handler of the process must never run in its keeper, which inherits this mask.
+  sigset_t all, before;
+  sigfillset(&all);
+  pthread_sigmask(SIG_BLOCK, &all, &before);
+  // No signal at its end: to the process it is no child that `wait` would find.
+  pid_ = clone(keep, static_cast<char*>(stack_) + kStack, CLONE_VM, bottom);
+  const int error = errno;
+  pthread_sigmask(SIG_SETMASK, &before, nullptr);
+  close(death);
+  if (pid_ < 0) {
+    munmap(stack_, kStack);
+    fail(error, "keeper: clone");
+  }
+}
+
+Keeper::~Keeper() {
+  if (getpid() != owner_) return;
+  kill(pid_, SIGKILL);
+  while (waitpid(pid_, nullptr, __WCLONE) < 0 && errno == EINTR) {
+  }
+  munmap(stack_, kStack);
+}
+
+#else
+
+Keeper::Keeper() {
+  throw std::system_error(ENOSYS, std::generic_category(), "keeper: needs Linux 5.9");
+}
+Keeper::~Keeper() = default;
+
+#endif
+
+}  // namespace astra
