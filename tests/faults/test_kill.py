@@ -97,7 +97,7 @@ def fault_of(case: Case, outcome: Outcome, struck: float) -> tuple[str | None, f
     if "error" not in told:
         return f"{case}: a survivor ended with {outcome}", 1e3 * IN_TIME
     late = told["raised"] - max(struck, told["began"])
-    # Whoever is still a block behind the victim may be the first to know, and its cause is everyone's.
+    # One that is still a block behind the victim may be the first to know; its cause is everyone's.
     blocks = {case.block - 1, case.block, case.block + 1, told["waited"]}
     right = told["error"] == "PeerLost" and told["rank"] == case.victim and told["block"] in blocks
     if right and late <= IN_TIME:
