@@ -15,7 +15,8 @@ import torch
 from torch import Tensor
 
 from astra_runtime.budgets import Settings, TransformFit, default_rank
-from astra_runtime.cli.common import progress_bar, quiet_transformers, say
+from astra_runtime.cli.common import quiet_transformers, say
+from astra_runtime.cli.fitting import progress_bar
 from astra_runtime.models import adapt
 from astra_runtime.recording import as_windows
 from astra_runtime.store import load_model, load_tokenizer, token_windows

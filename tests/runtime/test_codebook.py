@@ -13,7 +13,7 @@ import torch
 
 import astra_kernels as ak
 from astra_runtime import Codebook, Engine
-from astra_runtime.cli.common import verdict
+from astra_runtime.cli.fitting import verdict
 from astra_runtime.codebook import joint, split_tables
 from astra_runtime.kmeans import kmeans
 from astra_runtime.models import adapt

@@ -18,7 +18,7 @@ import pytest
 
 from astra_runtime import errors
 from astra_runtime.cli import main
-from astra_runtime.cli.common import local_keys
+from astra_runtime.cli.cluster import local_keys
 from astra_runtime.keys import (
     Keys,
     KeysError,

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from astra_runtime import Codebook, Engine
-from astra_runtime.cli.common import fit_builtin, quiet_transformers
+from astra_runtime.cli.common import quiet_transformers
+from astra_runtime.cli.fitting import fit_builtin
 from astra_runtime.evaluate import measure, run_ranks
 from astra_runtime.recording import as_windows
 from astra_runtime.store import builtin_text, load_model, load_tokenizer, token_windows

@@ -9,18 +9,15 @@ import statistics
 import time
 from typing import Any
 
-from .common import (
+from .cluster import cluster, traced
+from .common import load, say, show_json
+from .fitting import ensure_codebook
+from .options import (
     add_fit_options,
     add_mesh_options,
     add_model,
     add_trace,
-    cluster,
-    ensure_codebook,
-    load,
     positive,
-    say,
-    show_json,
-    traced,
     two_or_more,
     weights_of,
 )

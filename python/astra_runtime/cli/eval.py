@@ -6,18 +6,9 @@ import argparse
 import math
 from typing import Any
 
-from .common import (
-    add_fit_options,
-    add_halo,
-    add_model,
-    ensure_codebook,
-    load,
-    positive,
-    progress_bar,
-    say,
-    show_json,
-    two_or_more,
-)
+from .common import load, say, show_json
+from .fitting import ensure_codebook, progress_bar
+from .options import add_fit_options, add_halo, add_model, positive, two_or_more
 
 
 def configure(parser: argparse.ArgumentParser) -> None:

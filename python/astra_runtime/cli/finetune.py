@@ -10,7 +10,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..errors import AstraError
-from .common import add_model, load, positive, say, show_json, two_or_more, verdict
+from .common import load, say, show_json
+from .fitting import verdict
+from .options import add_model, positive, two_or_more
 
 if TYPE_CHECKING:
     from ..evaluate import Measured

@@ -10,19 +10,9 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import AstraError
-from .common import (
-    SAMPLED,
-    WINDOWS,
-    add_model,
-    fit_builtin,
-    fit_text,
-    load,
-    positive,
-    say,
-    show_json,
-    two_or_more,
-    verdict,
-)
+from .common import load, say, show_json
+from .fitting import SAMPLED, WINDOWS, fit_builtin, fit_text, verdict
+from .options import add_model, positive, two_or_more
 
 
 def configure(parser: argparse.ArgumentParser) -> None:

@@ -5,7 +5,8 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
-from .common import positive, say, show_json
+from .common import say, show_json
+from .options import positive
 
 _INIT = (
     "examples:\n"

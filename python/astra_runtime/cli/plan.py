@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import AstraError
-from .common import add_connection, check_keys, load, peers_of, positive, say, show_json
+from .common import load, say, show_json
+from .options import add_connection, check_keys, peers_of, positive
 
 WORLDS = (2, 3, 4, 8)
 DENSE_DTYPES = ("float32", "float16", "int8")

@@ -7,7 +7,10 @@ import os
 from typing import Any
 
 from ..errors import AstraError
-from .common import (
+from .cluster import cluster, traced
+from .common import load, say, show_json
+from .fitting import ensure_codebook
+from .options import (
     DENSE,
     add_fit_options,
     add_mesh_options,
@@ -15,15 +18,9 @@ from .common import (
     add_model,
     add_trace,
     check_keys,
-    cluster,
-    ensure_codebook,
-    load,
     missing_of,
     peers_of,
     positive,
-    say,
-    show_json,
-    traced,
     weights_of,
 )
 

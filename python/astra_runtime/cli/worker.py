@@ -9,18 +9,16 @@ from typing import Any
 
 from ..errors import AstraError
 from ..launch import READY, die_with
-from .common import (
+from .common import load, say, show_json
+from .fitting import ensure_codebook
+from .options import (
     add_fit_options,
     add_mesh_options,
     add_missing,
     add_model,
     check_keys,
-    ensure_codebook,
-    load,
     missing_of,
     peers_of,
-    say,
-    show_json,
     weights_of,
 )
 

@@ -1,0 +1,145 @@
+"""The codebook that a command asks for, found or fitted, with progress and a verdict."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import fcntl
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from ..errors import AstraError
+from .common import say
+from .options import DENSE
+
+SAMPLED, SAMPLED_TOKENS = 24, 512  # windows that a model writes, and the length of each
+WINDOWS, OTHERS = 26, 10  # of the text given; of the built-in text's second domain
+
+
+def ensure_codebook(options: argparse.Namespace, model: Any, tokenizer: Any) -> tuple[Any, Path]:
+    """The codebook asked for, or the cached default, fitted now if there is none."""
+    from astra_kernels._cache import cache_folder
+
+    from ..codebook import Codebook
+    from ..models import adapt
+
+    if options.codebook == DENSE:
+        return Codebook.none(), Path(DENSE)
+    if options.codebook:
+        folder = Path(options.codebook)
+        return Codebook.from_pretrained(folder), folder
+    name = f"{Path(options.model).name}-{adapt(model).digest()}-transform"
+    folder = cache_folder() / "codebooks" / name
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with open(folder.parent / f"{name}.lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # of several ranks on one machine, one fits
+        if not (folder / "astra_config.json").is_file():
+            say(f"no codebook for {options.model} yet: fitting one, once, into {folder}")
+            # quick: a text of two kinds, and nothing that the model writes; `astra fit` does more
+            made = fit_builtin(model, tokenizer, space="transform", windows=14, sampled=0)
+            made.save_pretrained(folder)
+    return Codebook.from_pretrained(folder), folder
+
+
+def fit_builtin(model: Any, tokenizer: Any, **options: Any) -> Any:
+    """A codebook fitted on the calibration part of the built-in text.
+
+    That is documentation; in space "transform", which gains by it, also source code.
+    """
+    from ..store import builtin_text
+
+    others = builtin_text("source")[0] if options.get("space") == "transform" else None
+    return fit_text(model, tokenizer, builtin_text()[0], others=others, **options)
+
+
+def fit_text(
+    model: Any,
+    tokenizer: Any,
+    text: str,
+    *,
+    tokens: int = 1024,
+    windows: int = WINDOWS,
+    sampled: int | None = None,
+    others: str | None = None,
+    **options: Any,
+) -> Any:
+    """A codebook fitted on windows of a text, with progress and a plain word on its worth.
+
+    A few windows more are of the text `others`. `sampled` ones are written by the model itself;
+    None: as many as serve its space well.
+    """
+    from ..evaluate import is_language_model
+    from ..fit import fit
+    from ..sample import BATCH, document_token, sampled_windows
+    from ..store import token_windows
+
+    length = min(tokens, getattr(model.config, "max_position_embeddings", tokens))
+    calibration = token_windows(tokenizer, text, length, windows)
+    writes = is_language_model(model)
+    if sampled is None:
+        sampled = SAMPLED if writes and options.get("space") == "transform" else 0
+    if sampled and not writes:
+        raise AstraError("--sampled: expected a language model, which writes text, or 0 windows")
+    with progress_bar() as progress:
+        size = min(length, SAMPLED_TOKENS)
+        more = token_windows(tokenizer, others, length, OTHERS) if others else []
+        options["extra"] = more + sampled_windows(
+            model,
+            sampled,
+            size,
+            start=document_token(tokenizer),
+            seed=options.get("seed", 0),
+            progress=lambda done: progress("sampling", done, -(-sampled // BATCH) * size),
+        )
+        codebook = fit(model, calibration, progress=progress, **options)
+    say(verdict(codebook.notes.get("held_back")))
+    return codebook
+
+
+@contextlib.contextmanager
+def progress_bar() -> Iterator[Any]:
+    """A `fit.Progress` for people: a bar on stderr if it is a terminal, else a line a stage."""
+    from tqdm import tqdm
+
+    bar: Any = None
+    stage = ""
+
+    def show(what: str, done: int, steps: int) -> None:
+        nonlocal bar, stage
+        if what != stage:
+            if bar is not None:
+                bar.close()
+            stage = what
+            bar = tqdm(total=steps, desc=what, file=sys.stderr, disable=not sys.stderr.isatty())
+            if not sys.stderr.isatty():
+                print(f"{what} ({steps} steps)", file=sys.stderr, flush=True)
+        bar.update(done - bar.n)
+
+    try:
+        yield show
+    finally:
+        if bar is not None:
+            bar.close()
+
+
+def verdict(held_back: dict[str, Any] | None) -> str:
+    """What a codebook is worth on the windows held back from its fit, in a sentence."""
+    if held_back is None:
+        return "not evaluated: too few windows to hold one back"
+    exact, astra, dropped = (held_back[key] for key in ("exact", "astra", "local_only"))
+    figures = (
+        f"{held_back['metric']} on {held_back['windows']} windows held back, "
+        f"{held_back['world_size']} ranks: exact {exact:.4g}, "
+        f"ASTRA {astra:.4g}, remote tokens dropped {dropped:.4g}"
+    )
+    if astra >= dropped:
+        return (
+            f"WARNING: these codes are worse than dropping the remote tokens ({figures}). "
+            "Calibrate on more text, or use more groups."
+        )
+    if dropped <= exact:
+        return f"{figures}: remote tokens are worth nothing on these windows, so neither are codes"
+    kept = held_back["gap_recovered"]
+    return f"{figures}; {100 * kept:.0f} % of what remote tokens are worth is kept"

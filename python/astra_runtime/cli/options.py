@@ -1,0 +1,179 @@
+"""Options that several commands share: adding, reading and judging them."""
+
+from __future__ import annotations
+
+import argparse
+import math
+from typing import Any
+
+from ..errors import AstraError
+
+DEFAULT_MODEL = "smollm2"
+DENSE = "none"  # instead of a codebook's folder
+
+
+def positive(text: str) -> int:
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"expected at least 1, got {value}")
+    return value
+
+
+def not_negative(text: str) -> int:
+    value = int(text)
+    if value < 0:
+        raise argparse.ArgumentTypeError(f"expected at least 0, got {text}")
+    return value
+
+
+def two_or_more(text: str) -> int:
+    value = int(text)
+    if value < 2:
+        raise argparse.ArgumentTypeError(f"expected at least 2, got {value}")
+    return value
+
+
+def seconds(text: str) -> float:
+    value = float(text)
+    if not 0 < value <= 1e6:
+        raise argparse.ArgumentTypeError(f"expected seconds above 0, at most 1e6, got {text}")
+    return value
+
+
+def add_model(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--model",
+        default=DEFAULT_MODEL,
+        help="smollm2, minilm, a folder, or a Hugging Face model in the local cache "
+        "(default: %(default)s)",
+    )
+    parser.add_argument("--json", action="store_true", help="one JSON object on stdout")
+
+
+def add_fit_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--codebook",
+        metavar="DIR",
+        help="a folder written by `astra fit` (default: the cached one for this model, which is "
+        "fitted first if there is none; none: dense tensors)",
+    )
+
+
+def add_mesh_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--threads", type=positive, default=1, help="CPU threads a rank (1)")
+    parser.add_argument(
+        "--weights", metavar="W,W,…", help="shares of the tokens, one a rank (default: balanced)"
+    )
+    add_halo(parser)
+    add_connection(parser)
+
+
+def add_connection(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--connect-timeout",
+        type=seconds,
+        default=600.0,
+        help="seconds to wait for the other devices to start (default: %(default)g)",
+    )
+    parser.add_argument(
+        "--timeout",
+        type=seconds,
+        default=60.0,
+        help="seconds any wait for a peer may take (default: %(default)g)",
+    )
+    security = parser.add_mutually_exclusive_group()
+    security.add_argument(
+        "--keys",
+        metavar="DIR",
+        help="a folder of `astra keys init`, all ranks' or this rank's part (default: the one that "
+        "ASTRA_KEYS names; the processes of one command get keys of their own)",
+    )
+    security.add_argument("--insecure", action="store_true", help="plaintext; refused off loopback")
+
+
+def add_halo(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--halo",
+        type=not_negative,
+        metavar="H",
+        help="tokens before its shard that a rank computes, too: better answers for more work "
+        "(default: 32 with codes, at most an eighth of a shard)",
+    )
+
+
+def add_missing(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--on-missing",
+        choices=("raise", "degrade"),
+        default="raise",
+        help="what to do about a device that is late or lost: end with an error, or answer without "
+        "it and say so; the same on all devices (default: raise)",
+    )
+    parser.add_argument(
+        "--deadline-ms",
+        type=float,
+        metavar="X",
+        help="how long a block may wait for the codes of the others; the same on all devices",
+    )
+    parser.add_argument(
+        "--transport",
+        choices=("tcp", "datagram"),
+        default="tcp",
+        help="how codes cross: datagram, for links that lose packets, goes on without what is lost "
+        "(with --on-missing degrade); the same on all devices (default: tcp)",
+    )
+
+
+def missing_of(options: argparse.Namespace) -> dict[str, Any]:
+    """What --on-missing and --deadline-ms say, for `Ranks`; a command may have neither."""
+    found: dict[str, Any] = {"on_missing": "raise", "deadline_ms": None}
+    found |= {name: getattr(options, name, value) for name, value in found.items()}
+    deadline = found["deadline_ms"]
+    if found["on_missing"] == "degrade" and deadline is None:
+        raise AstraError("--on-missing degrade: expected --deadline-ms beside it")
+    if deadline is not None and not 0 < deadline <= 1e9:
+        raise AstraError(f"--deadline-ms: expected above 0, at most 1e9, got {deadline:g}")
+    if getattr(options, "transport", "tcp") == "datagram" and found["on_missing"] == "raise":
+        raise AstraError("--transport datagram: expected --on-missing degrade beside it")
+    return found
+
+
+def add_trace(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--trace",
+        metavar="FILE",
+        help="write a timeline of every rank's stages, for chrome://tracing or ui.perfetto.dev",
+    )
+
+
+def weights_of(options: argparse.Namespace, world_size: int) -> list[float] | None:
+    """The shares that --weights names, one a rank."""
+    if options.weights is None:
+        return None
+    wanted = f"expected {world_size} positive numbers, one for each rank, got {options.weights}"
+    try:
+        weights = [float(w) for w in options.weights.split(",")]
+    except ValueError as error:
+        raise AstraError(f"--weights: {wanted}") from error
+    if len(weights) != world_size or not all(0 < w < math.inf for w in weights):
+        raise AstraError(f"--weights: {wanted}")
+    return weights
+
+
+def peers_of(options: argparse.Namespace) -> list[str]:
+    """The addresses that --peers names, by rank, this rank among them."""
+    from ..transport.handshake import parse_address
+
+    peers: list[str] = options.peers.split(",")
+    for peer in peers:
+        parse_address(peer)
+    if options.rank is None or not 0 <= options.rank < len(peers):
+        raise AstraError(f"--rank: expected 0 to {len(peers) - 1} with --peers, got {options.rank}")
+    return peers
+
+
+def check_keys(options: argparse.Namespace, peers: list[str]) -> None:
+    """Refuses plaintext between devices, and keys that cannot be used, before a model is loaded."""
+    from ..transport import check_keys
+
+    check_keys(options.rank, peers, options.keys, options.insecure)
