@@ -24,7 +24,7 @@ help:
 	@echo "make test    all fast tests: C++ under sanitizers, Python (about 10 minutes on 2 cores)"
 	@echo "make test-slow  the tests with pretrained models"
 	@echo "make test-aot   every Triton configuration, compiled ahead of time for three chips"
-	@echo "make test-faults  ranks killed, stopped, cut off and lied to; some minutes"
+	@echo "make test-faults  ranks killed, stopped, cut off and lied to; about seven minutes"
 	@echo "make soak    millions of exchanges: memory, threads, descriptors, outputs"
 	@echo "make fuzz    the wire's decoder under libFuzzer, ASan and UBSan; needs clang"
 	@echo "make test-sanitized  Python tests on a sanitized build of the extension; FULL=1 for all"
