@@ -2,7 +2,8 @@
 
     python -m bench.latency.plots [--results DIR]
 
-One SVG beside every result file: latency_<model>_<tokens>.svg. Needs matplotlib:
+One SVG beside every result file: latency_<model>_<tokens>.svg, with the cases of
+latency_<model>_<tokens>_many.json, of more ranks, where that is there. Needs matplotlib:
 pip install 'astra-inference[plots]'.
 """
 
@@ -19,6 +20,7 @@ from bench.tables_latency import RIVALS, RTT_MS
 
 Case = Mapping[str, Any]
 STAGES = ("compute", "attend", "encode", "pack", "send", "unpack", "merge")
+MANY = "_many"
 COLOURS = ("#4c78a8", "#72b7b2", "#e45756", "#f2cf5b", "#b279a2", "#ff9da6", "#9d755d")
 
 
@@ -76,6 +78,7 @@ def draw(report: Mapping[str, Any], path: Path) -> Path:
     of_rate.set_xscale("log")
     of_rate.set_xlabel("Mbit/s")
     of_ranks.plot(ranks, ranks, ":", color="black", lw=1)
+    of_ranks.set_xscale("log", base=2)
     of_ranks.set_xlabel("ranks")
     bars = {(c["shape"]["world_size"], c["impl"]): c["stages_ms"] for c in cases}
     labels = [f"N={n}\n{impl.removeprefix('astra ')}" for n, impl in sorted(bars)]
@@ -107,7 +110,12 @@ def main(given: Sequence[str] | None = None) -> int:
     parser.add_argument("--results", type=Path, default=RESULTS)
     options = parser.parse_args(given)
     for path in sorted(options.results.glob("*/latency_*.json")):
+        if path.stem.endswith(MANY):
+            continue
         report = json.loads(path.read_text())
+        more = path.with_stem(path.stem + MANY)
+        if more.is_file():
+            report["cases"] += json.loads(more.read_text())["cases"]
         if report["cases"] and "stages_ms" in report["cases"][0]:
             print(draw(report, path.with_suffix(".svg")))
     return 0
