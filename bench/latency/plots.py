@@ -70,6 +70,7 @@ def draw(report: Mapping[str, Any], path: Path) -> Path:
             axis.plot(*zip(*points, strict=True), style, ms=4, lw=2 if ours else 1, label=name)
         axis.axhline(1, color="black", lw=0.8)
         axis.set_yscale("log", base=2)
+        axis.yaxis.set_major_formatter(lambda times, _: f"{times:g}×")
         axis.set_title(title, fontsize=10)
         axis.set_ylabel("speedup over one device")
         axis.grid(True, alpha=0.25)
@@ -77,9 +78,12 @@ def draw(report: Mapping[str, Any], path: Path) -> Path:
     of_rate.axhline(most, color="black", ls=":", lw=1)
     of_rate.set_xscale("log")
     of_rate.set_xlabel("Mbit/s")
+    of_rate.set_xticks(rates, [f"{rate:g}" for rate in rates], minor=False)
+    of_rate.minorticks_off()
     of_ranks.plot(ranks, ranks, ":", color="black", lw=1)
     of_ranks.set_xscale("log", base=2)
     of_ranks.set_xlabel("ranks")
+    of_ranks.set_xticks(ranks, [f"{number}" for number in ranks])
     bars = {(c["shape"]["world_size"], c["impl"]): c["stages_ms"] for c in cases}
     labels = [f"N={n}\n{impl.removeprefix('astra ')}" for n, impl in sorted(bars)]
     bottom = [0.0] * len(bars)
