@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import math
+from collections.abc import Callable
 from typing import Any
 
 from ..errors import AstraError
@@ -12,25 +13,20 @@ DEFAULT_MODEL = "smollm2"
 DENSE = "none"  # instead of a codebook's folder
 
 
-def positive(text: str) -> int:
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"expected at least 1, got {value}")
-    return value
+def at_least(least: int) -> Callable[[str], int]:
+    """The `type` of an option that takes a whole number from `least` on."""
+
+    def whole(text: str) -> int:
+        value = int(text)
+        if value < least:
+            raise argparse.ArgumentTypeError(f"expected at least {least}, got {value}")
+        return value
+
+    whole.__name__ = "whole number"  # argparse says it of what is none
+    return whole
 
 
-def not_negative(text: str) -> int:
-    value = int(text)
-    if value < 0:
-        raise argparse.ArgumentTypeError(f"expected at least 0, got {text}")
-    return value
-
-
-def two_or_more(text: str) -> int:
-    value = int(text)
-    if value < 2:
-        raise argparse.ArgumentTypeError(f"expected at least 2, got {value}")
-    return value
+not_negative, positive, two_or_more = at_least(0), at_least(1), at_least(2)
 
 
 def seconds(text: str) -> float:
