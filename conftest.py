@@ -1,6 +1,7 @@
 """Where the Triton kernels are tested; pytest reads this before it imports any test."""
 
 import os
+import signal
 
 import pytest
 
@@ -15,6 +16,10 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_configure(config: pytest.Config) -> None:
+    # a shell starts what is to run in the background, or without a terminal, deaf to these two,
+    # and every process of a test would be so as well
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)
     if config.getoption("--device") == "cpu":
         os.environ["TRITON_INTERPRET"] = "1"  # read when Triton is first imported
 

@@ -26,6 +26,8 @@ from .plan import Plan
 from .spaces import Payload, make_space
 from .transport import Link
 
+LEAST_CALLS, LEAST_SECONDS = 2, 0.02  # of a stage that is timed: a tiny one is timed often
+
 
 @dataclass(frozen=True)
 class Rates:
@@ -177,15 +179,16 @@ def _forward(model: nn.Module, adapter: Adapter, tokens: int) -> float:
     return _seconds(lambda: model(**inputs))
 
 
-def _seconds(call: Callable[[], object], repeats: int = 2) -> float:
-    """The quickest of a few calls after a first one."""
+def _seconds(call: Callable[[], object]) -> float:
+    """The quickest of a few calls after a first one; of more where they are short."""
     call()
-    found = []
-    for _ in range(repeats):
+    quickest, spent, calls = float("inf"), 0.0, 0
+    while calls < LEAST_CALLS or spent < LEAST_SECONDS:
         start = time.perf_counter()
         call()
-        found.append(time.perf_counter() - start)
-    return min(found)
+        seconds = time.perf_counter() - start
+        quickest, spent, calls = min(quickest, seconds), spent + seconds, calls + 1
+    return quickest
 
 
 @dataclass(frozen=True)

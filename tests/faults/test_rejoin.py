@@ -90,6 +90,7 @@ def test_a_killed_rank_is_replaced(forks: Forks, victim: int, sleep: float) -> N
 TORCHRUN = """
 import sys
 from tests.faults.rank import _answer, subject
+from tests.faults.test_rejoin import ANSWERED
 from astra_runtime import Engine
 from astra_runtime.errors import AstraError
 from astra_runtime.transport import connect
@@ -102,7 +103,11 @@ with Engine(model, book, connect(backend="gloo", timeout=20)) as engine:
         if turn == 2:
             break
         if engine.rank == 1:
+            # rank 0 has its answer, which gloo may not have sent until now
+            engine.mesh.receive({0: 1}, block=ANSWERED, plan=turn)
             engine.mesh.send = lambda *_, **__: 1 / 0
+        else:
+            engine.mesh.send(b"!", block=ANSWERED, plan=turn, to=[1])
         try:
             engine(**inputs)
         except (AstraError, ZeroDivisionError) as error:

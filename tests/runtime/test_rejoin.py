@@ -6,6 +6,7 @@ import json
 import signal
 import subprocess
 import sys
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +31,7 @@ def test_the_same_answer_after_a_rank_was_replaced(encrypted: bool) -> None:
     book = fitted("bert", model, space="kv", groups=6)
     peers = free_ports(3)
     keys = key_folder() if encrypted else None
+    answered = threading.Barrier(3, timeout=45)  # what is cut off before is lost on its way
 
     def joined(rank: int) -> Mesh:
         return connect(rank, 3, peers, keys=keys, timeout=10, connect_timeout=45)
@@ -37,6 +39,7 @@ def test_the_same_answer_after_a_rank_was_replaced(encrypted: bool) -> None:
     def survivor(rank: int) -> Any:
         engine = Engine(model, book, joined(rank))
         hooks, first = engine.adapter, engine(**inputs).last_hidden_state
+        answered.wait()
         with pytest.raises(PeerLost, match="rank 1"):
             engine(**inputs)
         with pytest.raises(AstraError, match="closed"):
@@ -52,6 +55,7 @@ def test_the_same_answer_after_a_rank_was_replaced(encrypted: bool) -> None:
         mesh = joined(1)
         engine = Engine(model, book, mesh)
         first = engine(**inputs).last_hidden_state
+        answered.wait()
         cut(mesh)
         mesh.close()
         with joined(1) as fresh, Engine(model, book, fresh) as engine:
@@ -68,10 +72,13 @@ def test_a_rank_that_was_left_out_comes_back() -> None:
     model, inputs = tiny("llama"), inputs_for("llama", 23)
     peers = free_ports(3)
     options: dict[str, Any] = {"on_missing": "degrade", "deadline_ms": 5000.0}
+    answered = threading.Barrier(3, timeout=45)
 
     def survivor(rank: int) -> Any:
         engine = Engine(model, None, connect(rank, 3, peers, connect_timeout=45), **options)
-        outputs = [engine(**inputs) for _ in range(2)]
+        outputs = [engine(**inputs)]
+        answered.wait()
+        outputs.append(engine(**inputs))
         engine.rejoin()
         outputs.append(engine(**inputs))
         engine.mesh.close()
@@ -81,6 +88,7 @@ def test_a_rank_that_was_left_out_comes_back() -> None:
     def short_lived() -> Any:
         mesh = connect(0, 3, peers, connect_timeout=45)
         Engine(model, None, mesh, **options)(**inputs)
+        answered.wait()
         cut(mesh)
         mesh.close()
         with connect(0, 3, peers, connect_timeout=45) as fresh:
