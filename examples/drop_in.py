@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import astra_kernels as ak
+from astra_runtime.models import with_cache
 
 Coded = tuple[Tensor, Tensor, Tensor]  # codes [B, N, Hkv], key and value tables [Hkv, 1, K, d]
 
@@ -87,14 +88,15 @@ def tiny(kind: str) -> nn.Module:
 @torch.no_grad()
 def hugging_face(kind: str, device: str, tokens: int = 48, cut: int = 32) -> tuple[float, float]:
     """The same for the logits of a "gpt2" or "llama"; a Llama's keys are coded as rotated."""
-    from transformers import AttentionInterface
+    from transformers import AttentionInterface, DynamicCache
 
     torch.manual_seed(0)
     model, ids = tiny(kind).to(device), torch.randint(0, 99, (1, tokens)).to(device)
     rest = {"position_ids": torch.arange(cut, tokens, device=device)[None], "use_cache": False}
     want = model(ids).logits[:, cut:]
     without = model(ids[:, cut:], **rest).logits
-    cache = model(ids[:, :cut], use_cache=True).past_key_values
+    cache = DynamicCache()
+    model(ids[:, :cut], **with_cache(model, cache))
     prefix = [to_codes(layer.keys, layer.values) for layer in cache.layers]
 
     AttentionInterface.register("coded_prefix", coded_prefix)

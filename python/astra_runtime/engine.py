@@ -16,7 +16,7 @@ from .costs import engine_plan
 from .gather import TOKEN, receive_tensors, send_tensor
 from .layer import Call
 from .missing import Missing
-from .models import adapt, listening
+from .models import adapt, listening, with_cache
 from .plan import Plan, check_halo
 from .spaces import make_space
 from .trace import stage
@@ -430,7 +430,7 @@ class _Owner:
 
     def _run(self, kwargs: dict[str, Any]) -> Any:
         with listening(self.call), stage("compute"):
-            return self.model(**kwargs | {"past_key_values": self.cache, "use_cache": True})
+            return self.model(**kwargs | with_cache(self.model, self.cache))
 
     def scores(self, ids: Tensor) -> Tensor:
         """fp32 logits [B, V] after `ids` [B, t], which is at most one token more than before."""

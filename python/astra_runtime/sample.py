@@ -12,6 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .models import with_cache
+
 BATCH = 24  # sequences at once: the weights are read once for all of them
 
 
@@ -44,7 +46,7 @@ def sampled_windows(
         ids = torch.full((count, 1), start, device=device)
         cache, column = DynamicCache(), ids
         for done in range(tokens):
-            output = model(input_ids=column, past_key_values=cache, use_cache=True)
+            output = model(input_ids=column, **with_cache(model, cache))
             chances = output.logits[:, -1].float().softmax(-1).cpu()
             column = torch.multinomial(chances, 1, generator=generator).to(device)
             ids = torch.cat([ids, column], 1)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 
+from astra_runtime.models import with_cache
 from astra_runtime.sample import BATCH, document_token, sampled_windows
 
 from .models import tiny
@@ -39,6 +40,17 @@ def test_later_tokens_follow_from_earlier_ones() -> None:
     (window,) = sampled_windows(model, 1, 12, start=7)
     ids = model.generate(torch.tensor([[7]]), max_new_tokens=12, do_sample=False, pad_token_id=0)
     assert torch.equal(window, ids[0, 1:])
+
+
+def test_the_cache_is_passed_by_the_name_that_the_model_takes() -> None:
+    class Before(torch.nn.Module):
+        def forward(self, input_ids: object, past_key_values: object = None) -> None: ...
+
+    class After(torch.nn.Module):
+        def forward(self, input_ids: object, cache: object = None) -> None: ...
+
+    assert with_cache(Before(), "it") == {"past_key_values": "it", "use_cache": True}
+    assert with_cache(After(), "it") == {"cache": "it", "use_cache": True}
 
 
 class Words:

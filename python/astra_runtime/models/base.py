@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import inspect
 import threading
 import weakref
 from abc import ABC, abstractmethod
@@ -286,6 +287,15 @@ def adapt(model: nn.Module) -> Adapter:
                 )
             _adapters[model] = FAMILIES[kind](model)
         return _adapters[model]
+
+
+def with_cache(model: Any, cache: Any) -> dict[str, Any]:
+    """The arguments that make a decoder's forward fill and use `cache`, a `DynamicCache`.
+
+    transformers calls it `cache` since 5.24, `past_key_values` before.
+    """
+    taken = inspect.signature(model.forward).parameters
+    return {"cache" if "cache" in taken else "past_key_values": cache, "use_cache": True}
 
 
 def _block_of(module: nn.Module) -> int | None:
