@@ -23,7 +23,7 @@ SOURCES := $(shell find csrc -type f) CMakeLists.txt setup.py pyproject.toml $(C
 
 help:
 	@echo "make demo    one device, dense exchange and ASTRA side by side (real model, processes, sockets)"
-	@echo "make test    all fast tests: C++ under sanitizers, Python (about 10 minutes on 2 cores)"
+	@echo "make test    all fast tests: C++ under sanitizers, Python (about 7 minutes on 2 cores)"
 	@echo "make test-slow  the tests with pretrained models"
 	@echo "make test-aot   every Triton configuration, compiled ahead of time for three chips"
 	@echo "make test-faults  ranks killed, stopped, cut off and lied to; about seven minutes"
