@@ -1,12 +1,13 @@
 """Accuracy per bit after NAVQ adaptation: a GPT-2 trained here, over spaces, bits and settings.
 
-    python -m bench.gpt2 [--quick] [--resume]
+    python -m bench.gpt2 [--wide] [--quick] [--resume]
 
 Trains a small GPT-2 from scratch (`gpt2_model.py`), adapts it and a codebook to each other with
 `astra_runtime.finetune`, and measures the perplexity of N ranks, with equal shards, over the tokens
 after the first shard, on text of a domain that was trained on and of one that nothing ever saw. It
 takes about 25 minutes on one core that does nothing else. --resume does the rest of a run that was
-cut short, with the same numbers.
+cut short, with the same numbers. --wide takes a model of twice the width, beside which coding
+costs less, ranks with a halo, and fewer rows (no settings, no other N), in accuracy_gpt2_wide.json.
 
 Time allows one pre-training only, kept in the cache folder, and short adaptations. Seeds differ in
 codebook, adaptation data, noise and losses; the evaluation windows are the same. The controls had
@@ -53,6 +54,18 @@ FULL = Size(
     ),
     base=Codes("differential", 4, 1024),
 )
+WIDE = Size(
+    Shape(width=256, head=64),
+    bits=(
+        Codes("transform", bits=80),
+        Codes("kv", 16, 32),
+        Codes("kv", 8, 256),
+    ),
+    plain=(),
+    base=Codes("kv", 16, 32),
+    halo=8,
+    steps=60,
+)
 QUICK = Size(
     Shape(
         width=32,
@@ -89,7 +102,11 @@ def tasks(size: Size) -> list[Task]:
         for book in (Codebook.none(), Codebook.drop())
         for adapted in (True, False)
     ]
+    if size.halo:
+        found += [Task("halo", Codebook.drop(), adapted=adapted) for adapted in (True, False)]
     found += [Task("bits", codes, adapted=adapted) for codes in wanted for adapted in (False, True)]
+    if size is WIDE:
+        return found
     found += [Task("lost", codes, options={**revised, "lost": 0.05}) for codes in wanted]
     found += [Task("ranks", base, options={**revised, "ranks": n}) for n in size.ranks]
     found += [Task("noise", base, changes={"noise": noise}, **short) for noise in size.noise]
@@ -108,12 +125,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--quick", action="store_true", help="seconds: that everything runs")
     parser.add_argument("--resume", action="store_true", help="go on where the result file ends")
-    parser.add_argument("--output", default="accuracy_gpt2", help="name of the result")
+    parser.add_argument("--wide", action="store_true", help="another model, fewer rows")
+    parser.add_argument("--output", help="name of the result")
     parser.add_argument("--results", type=Path, help="another folder than bench/results")
     options = parser.parse_args(arguments)
     quiet_transformers()
-    size, start = QUICK if options.quick else FULL, time.monotonic()
-    file = (options.results or RESULTS) / f"cpu-{cores()}core" / f"{options.output}.json"
+    size, start = QUICK if options.quick else WIDE if options.wide else FULL, time.monotonic()
+    output = options.output or ("accuracy_gpt2_wide" if options.wide else "accuracy_gpt2")
+    file = (options.results or RESULTS) / f"cpu-{cores()}core" / f"{output}.json"
     before: dict[str, Any] = {"rows": [], "done": 0, "seconds": 0.0}
     if options.resume:
         before = json.loads(file.read_text())
@@ -127,7 +146,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         for row in group:
             say(f"{seconds:5.0f} s  {line(row)}")
         write(
-            options.output,
+            output,
             [],
             command=" ".join(["python -m bench.gpt2", *(arguments or sys.argv[1:])]),
             packages=("torch", "numpy", "transformers", "tokenizers"),

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from astra_runtime import Codebook
 from astra_runtime.cli.common import say
-from astra_runtime.costs import flops_over_ideal
+from astra_runtime.costs import engine_plan, flops_over_ideal
 from astra_runtime.finetune import Settings, finetune
 from astra_runtime.models import adapt
 from astra_runtime.plan import Plan
@@ -28,14 +28,22 @@ Pair = tuple[Any, Codebook]  # a model and the codebook that belongs to it
 
 @dataclass(frozen=True)
 class Codes:
-    """A codebook to be made."""
+    """A codebook to be made: of groups and codewords, or of `bits` a token and block."""
 
     space: str
-    groups: int
-    codewords: int
+    groups: int = 1
+    codewords: int = 0
+    bits: float = 0.0
 
     def __str__(self) -> str:
-        return f"{self.space}:{self.groups}x{self.codewords}"
+        return f"{self.space}:{self.bits or f'{self.groups}x{self.codewords}'}"
+
+    @property
+    def choice(self) -> dict[str, Any]:
+        """What `Codebook.fit` is asked for."""
+        if self.bits:
+            return {"space": self.space, "bits": self.bits}
+        return {"space": self.space, "groups": self.groups, "codewords": self.codewords}
 
 
 @dataclass(frozen=True)
@@ -46,6 +54,8 @@ class Size:
         bits: codes that are adapted; the `first` of them come first, and are also run with losses.
         plain: codes that are measured without adaptation only.
         base: what settings are varied on.
+        halo: tokens before its shard that a rank computes, too, under codes; what that alone keeps
+            is a control of its own, "halo", beside `exact` and `dropped`.
         steps, sweep_steps: of an adaptation, and of one in a sweep over settings.
         lr: learning rate of adaptations; the `dropped` control has another, with which it gets
             better: it has more to learn, and a weak control would flatter the codes.
@@ -67,6 +77,7 @@ class Size:
     noise: tuple[float, ...] = (0.0, 0.1, 0.3, 1.0)
     commitment: tuple[float, ...] = (0.0, 1e-4, 2e-4, 5e-4, 0.25)
     codewords: tuple[int, ...] = (64, 256, 1024, 4096)
+    halo: int = 0
     ranks: tuple[int, ...] = (2, 3, 4, 6, 8)
 
 
@@ -124,9 +135,7 @@ class Bench:
             self.fits[codes, seed] = Codebook.fit(
                 self.model,
                 self.texts.draw(self.size.calibration, generator),
-                space=codes.space,
-                groups=codes.groups,
-                codewords=codes.codewords,
+                **codes.choice,
                 iterations=4,
                 seed=seed,
                 held_back=0,
@@ -158,13 +167,20 @@ class Bench:
     # Evaluation.
 
     @torch.inference_mode()
-    def loss(self, pair: Pair, text: tuple[str, str], ranks: int, lost: float, seed: int) -> float:
+    def loss(
+        self, pair: Pair, text: tuple[str, str], ranks: int, lost: float, seed: int, halo: int = 0
+    ) -> float:
         """Nats a token, of the tokens after the first shard."""
         model, book = pair
         exact = book.space == "none" and book.dtype == "float32"  # whatever the ranks
-        key = (id(model), id(book), *text, *(() if exact else (ranks, lost, seed if lost else 0)))
+        key = (
+            id(model),
+            id(book),
+            *text,
+            *(() if exact else (ranks, lost, halo, seed if lost else 0)),
+        )
         windows = self.windows[text]
-        plan = Plan.make(windows.shape[1], ranks, causal=True)
+        plan = self.plan(book, ranks, halo)
         if key not in self.losses:
             generator = torch.Generator().manual_seed(3000 + seed)
             found = []
@@ -177,7 +193,12 @@ class Bench:
                     output = run.run()
                 found.append(language_loss(output.logits, few))
             self.losses[key] = torch.cat(found)
-        return float(self.losses[key][:, plan.bounds[1] :].mean())
+        return float(self.losses[key][:, windows.shape[1] // ranks :].mean())
+
+    def plan(self, book: Codebook, ranks: int, halo: int) -> Plan:
+        """Equal shards of what is behind the first tokens that every rank computes itself."""
+        tokens = self.size.shape.tokens - book.prefix
+        return Plan.make(tokens, ranks, causal=True, copies=book.prefix, halo=halo)
 
     def controls(
         self, text: tuple[str, str], ranks: int, seed: int, steps: int
@@ -201,10 +222,11 @@ class Bench:
     ) -> Iterator[dict[str, Any]]:
         """A row for each text; `pairs` are those of the seeds, `facts` go into the rows."""
         book = pairs[0][1]
+        halo = self.size.halo if book.coded or group == "halo" else 0
         for text in self.windows:
             if text[1] in kinds:
-                losses = [self.loss(p, text, ranks, lost, i) for i, p in enumerate(pairs)]
-                yield self.row(group, book, text, losses, ranks, lost, steps) | facts
+                losses = [self.loss(p, text, ranks, lost, i, halo) for i, p in enumerate(pairs)]
+                yield self.row(group, book, text, losses, ranks, lost, steps, halo) | facts
 
     def row(
         self,
@@ -215,6 +237,7 @@ class Bench:
         ranks: int,
         lost: float,
         steps: int,
+        halo: int,
     ) -> dict[str, Any]:
         shape, adapter = self.size.shape, adapt(self.model)
         against = [self.controls(text, ranks, seed, steps) for seed in range(len(losses))]
@@ -228,9 +251,16 @@ class Bench:
             "kind": text[1],
             "world_size": ranks,
             "lost": lost,
+            "halo": halo,
             "adaptation_steps": steps,
             **bits(book, shape),
-            "flops_over_ideal": flops_over_ideal(adapter, book, shape.tokens, ranks),
+            "flops_over_ideal": flops_over_ideal(
+                adapter,
+                book,
+                shape.tokens,
+                ranks,
+                engine_plan(adapter, book, shape.tokens, ranks, halo=halo),
+            ),
             **summary(losses, against),
             "windows": self.size.windows,
         }
@@ -283,6 +313,7 @@ def described(bench: Bench) -> dict[str, Any]:
         "layers": shape.layers,
         "vocabulary": shape.vocabulary,
         "tokens": shape.tokens,
+        "halo": size.halo,
         "pretraining_steps": shape.steps,
         "pretraining_tokens": shape.steps * shape.batch * shape.tokens,
         "seen": shape.seen,

@@ -230,6 +230,7 @@ TABLES: dict[str, tuple[str, Callable[[dict], str]]] = {
     **tables_faults.TABLES,
     **tables_lossy.TABLES,
     "gpt2_bits": ("cpu-2core/accuracy_gpt2", tables_gpt2.gpt2_bits),
+    "gpt2_wide": ("cpu-2core/accuracy_gpt2_wide", tables_gpt2.gpt2_wide),
     "codes": ("cpu-2core/codes", codes),
     "accuracy_lm": ("cpu-2core/accuracy_lm", accuracy_lm),
     "latency_vit": ("cpu-2core/latency_vit-base_1024", tables_latency.latency),

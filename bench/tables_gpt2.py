@@ -7,6 +7,8 @@ from bench._markdown import source, table
 from bench.gpt2_model import KINDS
 
 Row = dict
+# Permitted over exact perplexity, at so many times fewer bits than fp32 and so much of ideal FLOPs.
+PERMITTED, FEWER, FLOPS = 0.138, 100, 1.25
 HERE, NEW = True, False  # text of a kind seen in training, and of an unseen one
 
 
@@ -35,7 +37,9 @@ def _kept(rows: list[Row]) -> str:
 def _codes(row: Row) -> str:
     named = {"none": "dense fp32", "drop": "dropped", "none:int8": "dense int8"}
     if row["space"] in named:
-        return named[row["space"]]
+        return named[row["space"]] + (" but for the halo" if row["group"] == "halo" else "")
+    if row["space"] == "transform":
+        return f"transform:{row['bits_per_token_block']:.0f}"
     return f"{row['space']}, {row['groups']} of {row['codewords']}"
 
 
@@ -43,16 +47,22 @@ def gpt2_bits(report: dict) -> str:
     """Perplexity against bits: a line for codes, before and after adaptation."""
     seen: dict[tuple, Row] = {}
     for row in report["rows"]:
-        if row["group"] in ("control", "bits"):
-            key = (row["space"], row.get("groups"), row.get("codewords"), row["adapted"])
+        if row["group"] in ("control", "halo", "bits"):
+            key = (
+                row["group"],
+                row["space"],
+                row.get("groups"),
+                row.get("codewords"),
+                row["adapted"],
+            )
             seen.setdefault(key, row)
     order = sorted(seen.items(), key=lambda item: -(item[1]["bits_per_token_block"]))
     rows = []
-    for (space, groups, codewords, adapted), first in order:
+    for (group, space, groups, codewords, adapted), first in order:
         cells = [
             _find(
                 report,
-                group=first["group"],
+                group=group,
                 space=space,
                 groups=groups,
                 codewords=codewords,
@@ -79,6 +89,39 @@ def gpt2_bits(report: dict) -> str:
     head += ["revised, seen", "revised, unseen", "prose, seen", "prose, unseen"]
     head += ["gap kept, revised"]
     return _table(head, rows, report)
+
+
+def gpt2_wide(report: dict) -> str:
+    """The same, and what the goal says of it."""
+    return gpt2_bits(report) + "\n\n" + "\n".join(_goals(report))
+
+
+def _goals(report: dict) -> list[str]:
+    """Of each kind of text the codes with the lowest perplexity among those that count."""
+    lines = []
+    for kind in KINDS:
+        for seen, known in (("seen", HERE), ("unseen", NEW)):
+            rows = _find(report, group="bits", seen_in_training=known, kind=kind)
+            count = [
+                row
+                for row in rows
+                if row["compression"] >= FEWER and row["flops_over_ideal"] <= FLOPS
+            ]
+            if not count:
+                continue
+            best = min(count, key=lambda row: row["ratio_to_exact"])
+            ratio, dropped = best["ratio_to_exact"], best["dropped_over_exact"]
+            ends = "reached" if ratio <= 1 + PERMITTED else "**not reached**"
+            if dropped < 1 + 3 * PERMITTED:
+                ends += ", and dropping costs too little for the row to count"
+            flops = f"{best['flops_over_ideal']:.2f} of the ideal FLOPs"
+            facts = [
+                f"{_codes(best)}{', adapted' if best['adapted'] else ''}: {ratio - 1:+.1%}",
+                f"at {best['compression']:.0f}× and {flops}",
+                f"(dropped {dropped - 1:+.1%}), {PERMITTED:.1%} permitted: {ends}",
+            ]
+            lines.append(f"- {kind}, {seen}: {' '.join(facts)}")
+    return lines
 
 
 def gpt2_settings(report: dict) -> str:
