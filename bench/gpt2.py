@@ -55,7 +55,7 @@ FULL = Size(
     base=Codes("differential", 4, 1024),
 )
 WIDE = Size(
-    Shape(width=256, head=64),
+    Shape(width=256, head=64, steps=1500),
     bits=(
         Codes("transform", bits=80),
         Codes("kv", 16, 32),
