@@ -7,7 +7,7 @@ Trains a small GPT-2 from scratch (`gpt2_model.py`), adapts it and a codebook to
 after the first shard, on text of a domain that was trained on and of one that nothing ever saw. It
 takes about 25 minutes on one core that does nothing else. --resume does the rest of a run that was
 cut short, with the same numbers. --wide takes a model of twice the width, beside which coding
-costs less, ranks with a halo, and fewer rows (no settings, no other N), in accuracy_gpt2_wide.json.
+costs less, and fewer rows (no settings), in accuracy_gpt2_wide.json.
 
 Time allows one pre-training only, kept in the cache folder, and short adaptations. Seeds differ in
 codebook, adaptation data, noise and losses; the evaluation windows are the same. The controls had
@@ -58,12 +58,11 @@ WIDE = Size(
     Shape(width=256, head=64, steps=1500),
     bits=(
         Codes("transform", bits=80),
-        Codes("kv", 16, 32),
+        Codes("transform", bits=64),
         Codes("kv", 8, 256),
     ),
     plain=(),
-    base=Codes("kv", 16, 32),
-    halo=8,
+    base=Codes("kv", 8, 256),
     steps=60,
 )
 QUICK = Size(
@@ -102,11 +101,9 @@ def tasks(size: Size) -> list[Task]:
         for book in (Codebook.none(), Codebook.drop())
         for adapted in (True, False)
     ]
-    if size.halo:
-        found += [Task("halo", Codebook.drop(), adapted=adapted) for adapted in (True, False)]
     found += [Task("bits", codes, adapted=adapted) for codes in wanted for adapted in (False, True)]
     if size is WIDE:
-        return found
+        return found + [Task("ranks", codes, options={"ranks": 2}) for codes in wanted[:1]]
     found += [Task("lost", codes, options={**revised, "lost": 0.05}) for codes in wanted]
     found += [Task("ranks", base, options={**revised, "ranks": n}) for n in size.ranks]
     found += [Task("noise", base, changes={"noise": noise}, **short) for noise in size.noise]

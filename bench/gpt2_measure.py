@@ -54,8 +54,6 @@ class Size:
         bits: codes that are adapted; the `first` of them come first, and are also run with losses.
         plain: codes that are measured without adaptation only.
         base: what settings are varied on.
-        halo: tokens before its shard that a rank computes, too, under codes; what that alone keeps
-            is a control of its own, "halo", beside `exact` and `dropped`.
         steps, sweep_steps: of an adaptation, and of one in a sweep over settings.
         lr: learning rate of adaptations; the `dropped` control has another, with which it gets
             better: it has more to learn, and a weak control would flatter the codes.
@@ -77,7 +75,6 @@ class Size:
     noise: tuple[float, ...] = (0.0, 0.1, 0.3, 1.0)
     commitment: tuple[float, ...] = (0.0, 1e-4, 2e-4, 5e-4, 0.25)
     codewords: tuple[int, ...] = (64, 256, 1024, 4096)
-    halo: int = 0
     ranks: tuple[int, ...] = (2, 3, 4, 6, 8)
 
 
@@ -167,9 +164,7 @@ class Bench:
     # Evaluation.
 
     @torch.inference_mode()
-    def loss(
-        self, pair: Pair, text: tuple[str, str], ranks: int, lost: float, seed: int, halo: int = 0
-    ) -> float:
+    def loss(self, pair: Pair, text: tuple[str, str], ranks: int, lost: float, seed: int) -> float:
         """Nats a token, of the tokens after the first shard."""
         model, book = pair
         exact = book.space == "none" and book.dtype == "float32"  # whatever the ranks
@@ -177,10 +172,10 @@ class Bench:
             id(model),
             id(book),
             *text,
-            *(() if exact else (ranks, lost, halo, seed if lost else 0)),
+            *(() if exact else (ranks, lost, seed if lost else 0)),
         )
         windows = self.windows[text]
-        plan = self.plan(book, ranks, halo)
+        plan = self.plan(book, ranks)
         if key not in self.losses:
             generator = torch.Generator().manual_seed(3000 + seed)
             found = []
@@ -195,10 +190,10 @@ class Bench:
             self.losses[key] = torch.cat(found)
         return float(self.losses[key][:, windows.shape[1] // ranks :].mean())
 
-    def plan(self, book: Codebook, ranks: int, halo: int) -> Plan:
+    def plan(self, book: Codebook, ranks: int) -> Plan:
         """Equal shards of what is behind the first tokens that every rank computes itself."""
         tokens = self.size.shape.tokens - book.prefix
-        return Plan.make(tokens, ranks, causal=True, copies=book.prefix, halo=halo)
+        return Plan.make(tokens, ranks, causal=True, copies=book.prefix)
 
     def controls(
         self, text: tuple[str, str], ranks: int, seed: int, steps: int
@@ -222,11 +217,10 @@ class Bench:
     ) -> Iterator[dict[str, Any]]:
         """A row for each text; `pairs` are those of the seeds, `facts` go into the rows."""
         book = pairs[0][1]
-        halo = self.size.halo if book.coded or group == "halo" else 0
         for text in self.windows:
             if text[1] in kinds:
-                losses = [self.loss(p, text, ranks, lost, i, halo) for i, p in enumerate(pairs)]
-                yield self.row(group, book, text, losses, ranks, lost, steps, halo) | facts
+                losses = [self.loss(p, text, ranks, lost, i) for i, p in enumerate(pairs)]
+                yield self.row(group, book, text, losses, ranks, lost, steps) | facts
 
     def row(
         self,
@@ -237,7 +231,6 @@ class Bench:
         ranks: int,
         lost: float,
         steps: int,
-        halo: int,
     ) -> dict[str, Any]:
         shape, adapter = self.size.shape, adapt(self.model)
         against = [self.controls(text, ranks, seed, steps) for seed in range(len(losses))]
@@ -251,7 +244,6 @@ class Bench:
             "kind": text[1],
             "world_size": ranks,
             "lost": lost,
-            "halo": halo,
             "adaptation_steps": steps,
             **bits(book, shape),
             "flops_over_ideal": flops_over_ideal(
@@ -259,7 +251,7 @@ class Bench:
                 book,
                 shape.tokens,
                 ranks,
-                engine_plan(adapter, book, shape.tokens, ranks, halo=halo),
+                engine_plan(adapter, book, shape.tokens, ranks, halo=0),
             ),
             **summary(losses, against),
             "windows": self.size.windows,
@@ -313,7 +305,6 @@ def described(bench: Bench) -> dict[str, Any]:
         "layers": shape.layers,
         "vocabulary": shape.vocabulary,
         "tokens": shape.tokens,
-        "halo": size.halo,
         "pretraining_steps": shape.steps,
         "pretraining_tokens": shape.steps * shape.batch * shape.tokens,
         "seen": shape.seen,

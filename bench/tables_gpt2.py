@@ -3,6 +3,8 @@
 Cells say perplexity over exact, the mean and standard deviation over seeds.
 """
 
+from itertools import product
+
 from bench._markdown import source, table
 from bench.gpt2_model import KINDS
 
@@ -37,7 +39,7 @@ def _kept(rows: list[Row]) -> str:
 def _codes(row: Row) -> str:
     named = {"none": "dense fp32", "drop": "dropped", "none:int8": "dense int8"}
     if row["space"] in named:
-        return named[row["space"]] + (" but for the halo" if row["group"] == "halo" else "")
+        return named[row["space"]]
     if row["space"] == "transform":
         return f"transform:{row['bits_per_token_block']:.0f}"
     return f"{row['space']}, {row['groups']} of {row['codewords']}"
@@ -47,7 +49,7 @@ def gpt2_bits(report: dict) -> str:
     """Perplexity against bits: a line for codes, before and after adaptation."""
     seen: dict[tuple, Row] = {}
     for row in report["rows"]:
-        if row["group"] in ("control", "halo", "bits"):
+        if row["group"] in ("control", "bits"):
             key = (
                 row["group"],
                 row["space"],
@@ -99,9 +101,9 @@ def gpt2_wide(report: dict) -> str:
 def _goals(report: dict) -> list[str]:
     """Of each kind of text the codes with the lowest perplexity among those that count."""
     lines = []
-    for kind in KINDS:
+    for group, kind in product(("bits", "ranks"), KINDS):
         for seen, known in (("seen", HERE), ("unseen", NEW)):
-            rows = _find(report, group="bits", seen_in_training=known, kind=kind)
+            rows = _find(report, group=group, seen_in_training=known, kind=kind)
             count = [
                 row
                 for row in rows
@@ -120,7 +122,8 @@ def _goals(report: dict) -> list[str]:
                 f"at {best['compression']:.0f}× and {flops}",
                 f"(dropped {dropped - 1:+.1%}), {PERMITTED:.1%} permitted: {ends}",
             ]
-            lines.append(f"- {kind}, {seen}: {' '.join(facts)}")
+            ranks = best["world_size"]
+            lines.append(f"- {ranks} ranks, {kind}, {seen}: {' '.join(facts)}")
     return lines
 
 
