@@ -62,7 +62,9 @@ def look_up_step(
             codes[:, None], place[:, None] + stage * GROUPS + group, seen, codewords, BITS
         )
         row = (stage * GROUPS + group) * codewords + code
-        start = table + row.to(tl.int64) * WIDTH + run % WIDTH
+        # Not run % WIDTH: Triton 3.6 forgets what divides a remainder of the loop's variable, and
+        # would read two bytes at a time.
+        start = table + row.to(tl.int64) * WIDTH + (run - group * WIDTH)
         if VECTOR == DEPTH:
             vectors = tl.load(start + channel[None, :], mask=seen, other=0.0)
         else:

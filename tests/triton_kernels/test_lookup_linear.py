@@ -131,8 +131,9 @@ def test_packed_codes(device, bits, stages):
     want = lookup_linear(rows, codebook, weight, bias, **options)
     sizes = {"code_bits": bits, "num_tokens": tokens}
     got = lookup_linear(packed, codebook, weight, bias, **options, **sizes)
-    for a, b in zip(got, want, strict=True):
-        assert torch.equal(a, b)
+    # Compiled, the two may be laid out differently for the matrix unit, and add in another order.
+    torch.testing.assert_close(got[0], want[0], rtol=1e-5, atol=1e-5)
+    assert torch.equal(got[1], want[1])
 
 
 @pytest.mark.parametrize("norm", NORMS)
@@ -208,7 +209,8 @@ def test_through_the_public_function(device):
     packed = ak.pack(codes.cpu(), 5)[None].to(device)
     options = {"code_bits": 5, "num_tokens": len(codes), "impl": "triton"}
     y = ak.lookup_linear(packed, codebook, weight, bias, **options)
-    assert torch.equal(y[0], ak.lookup_linear(codes, codebook, weight, bias, impl="triton"))
+    want = ak.lookup_linear(codes, codebook, weight, bias, impl="triton")
+    torch.testing.assert_close(y[0], want, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("itemsize", [2, 4])
