@@ -1,4 +1,4 @@
-"""Measures the kernels beside their peers and their floors.
+"""Measures the kernels beside their baselines and their rooflines.
 
     python -m bench.kernels                          # everything, on a GPU: a few minutes
     python -m bench.kernels --only 'decode|codeword' # cases whose name the pattern finds
@@ -29,6 +29,7 @@ from bench._report import RESULTS, cores, cpu_name, write
 from bench.kernels import cases as table
 from bench.kernels import crossovers
 from bench.kernels.run import REFUSALS, Clock, DeviceLost, failures, run
+from bench.kernels.spec import Spec
 from bench.kernels.timing import NOMINAL, SAMPLES, Gpu, measured_ceilings
 
 PACKAGES = ("torch", "triton", "vector-quantize-pytorch", "flashinfer-python")
@@ -58,14 +59,16 @@ def arguments(given: Sequence[str] | None = None) -> argparse.Namespace:
     return args
 
 
-def chosen(args: argparse.Namespace) -> list[table.Spec]:
-    found = []
+def chosen(args: argparse.Namespace) -> list[Spec]:
+    specs = []
     for spec in table.specs():
-        ways = {impl: name for impl, name in spec.ways.items() if re.search(args.only, name)}
-        if ways:
-            spec = dataclasses.replace(spec, ways=ways)
-            found.append(table.small(spec) if args.small else spec)
-    return found
+        variants = {
+            impl: name for impl, name in spec.variants.items() if re.search(args.only, name)
+        }
+        if variants:
+            spec = dataclasses.replace(spec, variants=variants)
+            specs.append(table.small(spec) if args.small else spec)
+    return specs
 
 
 class Report:
@@ -115,14 +118,14 @@ def device_folder(name: str) -> str:
 
 
 def installed(packages: Sequence[str]) -> list[str]:
-    found = []
+    present = []
     for package in packages:
         try:
             importlib.metadata.version(package)
         except importlib.metadata.PackageNotFoundError:
             continue
-        found.append(package)
-    return found
+        present.append(package)
+    return present
 
 
 def command(args: argparse.Namespace) -> str:
@@ -142,35 +145,35 @@ def compile_only(args: argparse.Namespace) -> int:
     for spec in chosen(args)[part::parts]:
         try:
             calls = spec.build(spec.shape, spec.dtype, torch.device(args.device))
-            for impl in spec.ways:
+            for impl in spec.variants:
                 calls.ours[impl]()
         except REFUSALS as reason:  # the run proper will say it in its place
-            print(f"{next(iter(spec.ways.values()))}: {reason}"[:300], file=sys.stderr)
+            print(f"{next(iter(spec.variants.values()))}: {reason}"[:300], file=sys.stderr)
             wrong += 1
     return int(wrong > 0)
 
 
-def tune(spec: table.Spec, device: torch.device) -> dict[str, Any]:
+def tune(spec: Spec, device: torch.device) -> dict[str, Any]:
     import astra_kernels as ak
 
     calls = spec.build(spec.shape, spec.dtype, device)
     tiles: dict[str, Any] = {}
-    for impl in spec.ways:
+    for impl in spec.variants:
         tiles.update(ak.warmup(calls.ours[impl]))
     return tiles
 
 
 def show(case: dict[str, Any]) -> None:
     over = "  ".join(f"{name} {ratio:.2f}x" for name, ratio in case["over"].items())
-    floor, ours = case["floor_ms"], case["ms"]["p50"]
+    roofline, ours = case["floor_ms"], case["ms"]["p50"]
     rest = "".join(
         f" {kind} {case[f'{kind}_ms']:.4g}"
         for kind in ("cold", "graph", "eager")
         if f"{kind}_ms" in case
     )
     print(
-        f"{case['name']:58s} {ours:9.4g} ms ({floor / ours:4.0%} of floor){rest} | over: {over}"
-        f" | error {case['error']:.1e}",
+        f"{case['name']:58s} {ours:9.4g} ms ({roofline / ours:4.0%} of the roofline){rest}"
+        f" | over: {over} | error {case['error']:.1e}",
         flush=True,
     )
 
@@ -191,9 +194,9 @@ def measure(args: argparse.Namespace, report: Report) -> bool:
     for spec in chosen(args):
         done = report.done()
         spec = dataclasses.replace(
-            spec, ways={impl: name for impl, name in spec.ways.items() if name not in done}
+            spec, variants={impl: name for impl, name in spec.variants.items() if name not in done}
         )
-        if not spec.ways:
+        if not spec.variants:
             continue
         if args.seconds and time.monotonic() - started > args.seconds:
             return False
@@ -243,12 +246,12 @@ def main(given: Sequence[str] | None = None) -> int:
         if args.resume:
             report.resume()
         complete = measure(args, report)
-    found = crossovers.summary(report.cases)
+    measured = crossovers.summary(report.cases)
     if args.device == "cuda":
         major, minor = torch.cuda.get_device_capability()
-        found["code"] = crossovers.as_code(10 * major + minor, found)
-        print(f"MEASURED in astra_kernels/_triton/strategies.py:\n    {found['code']}")
-    report.extra["crossovers"] = found
+        measured["code"] = crossovers.as_code(10 * major + minor, measured)
+        print(f"MEASURED in astra_kernels/_triton/strategies.py:\n    {measured['code']}")
+    report.extra["crossovers"] = measured
     print(report.write(complete))
     if report.failed:
         print(f"{len(report.failed)} of {len(report.done())} cases failed their check")

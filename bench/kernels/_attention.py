@@ -18,7 +18,7 @@ from torch.nn.functional import scaled_dot_product_attention as sdpa
 
 import astra_kernels as ak
 from astra_kernels._triton import strategies
-from bench.kernels.cases import BITS, Calls, Shape
+from bench.kernels.spec import BITS, Calls, Shape
 from bench.kernels.timing import Call
 
 CHECKED_ROWS = 8  # of the queries, against float64
@@ -96,7 +96,7 @@ class Coded:
         return key.contiguous(), value.contiguous()
 
     def dense_head(self, head: int) -> tuple[Tensor, Tensor]:
-        """Keys and values [N, d] of a KV head in float64, from the tables, by another way."""
+        """Keys and values [N, d] of a KV head in float64, from the tables, without `expanded`."""
         groups = self.shape["S"]
         columns = self.codes[0, :, head * groups : (head + 1) * groups].long()
         key, value = (
@@ -134,21 +134,21 @@ def oracle(
     keys_values: Callable[[int], tuple[Tensor, Tensor]],
     kv_heads: int,
     rows: list[int],
-    hidden: Callable[[int, int], slice] | None = None,
+    masked: Callable[[int, int], slice] | None = None,
 ) -> tuple[Tensor, Tensor]:
     """out [H, len(rows), d] and lse [H, len(rows)] in float64.
 
-    hidden: which keys row m of the queries does not see, of all there are.
+    masked: which keys row m of the queries does not see, of all there are.
     """
-    fold, dim = query.shape[1] // kv_heads, query.shape[3]
+    per_kv_head, dim = query.shape[1] // kv_heads, query.shape[3]
     outs, lses = [], []
     for head in range(kv_heads):
         key, value = keys_values(head)
-        picked = query[0, head * fold : (head + 1) * fold, rows].double()
+        picked = query[0, head * per_kv_head : (head + 1) * per_kv_head, rows].double()
         scores = picked @ key.T * dim**-0.5
-        if hidden is not None:
+        if masked is not None:
             for place, row in enumerate(rows):
-                scores[:, place, hidden(row, key.shape[0])] = -math.inf
+                scores[:, place, masked(row, key.shape[0])] = -math.inf
         lse = scores.logsumexp(dim=-1, keepdim=True)
         outs.append((scores - lse).exp() @ value)
         lses.append(lse.squeeze(-1))
@@ -188,18 +188,18 @@ def backend(name: SDPBackend, call: Call) -> Call:
     return run
 
 
-def dense_peers(query: Tensor, key: Callable[[], tuple[Tensor, Tensor]]) -> dict[str, Call]:
+def dense_baselines(query: Tensor, key: Callable[[], tuple[Tensor, Tensor]]) -> dict[str, Call]:
     """torch's attention to dense keys, and what else is installed."""
 
     def plain() -> Tensor:
         return sdpa(query, *key(), enable_gqa=True)
 
-    peers: dict[str, Call] = {"sdpa": plain}
+    baselines: dict[str, Call] = {"sdpa": plain}
     if query.device.type == "cuda":
-        peers["sdpa_cudnn"] = backend(SDPBackend.CUDNN_ATTENTION, plain)
+        baselines["sdpa_cudnn"] = backend(SDPBackend.CUDNN_ATTENTION, plain)
         if query.shape[2] == 1 and importlib.util.find_spec("flashinfer"):
-            peers["flashinfer"] = flashinfer(query, key)
-    return peers
+            baselines["flashinfer"] = flashinfer(query, key)
+    return baselines
 
 
 def flashinfer(query: Tensor, key: Callable[[], tuple[Tensor, Tensor]]) -> Call:
@@ -247,10 +247,10 @@ def coded(shape: Shape, dtype: torch.dtype, device: torch.device, rotary: bool =
     def error() -> Callable[[Any], float]:
         return error_of(oracle(query, case.dense_head, shape["Hkv"], rows), rows)
 
-    peers = {**dense_peers(query, lambda: case.dense), "index_select_sdpa": select}
+    baselines = {**dense_baselines(query, lambda: case.dense), "index_select_sdpa": select}
     if device.type == "cuda" and shape["M"] > 1:
-        peers["expand_sdpa"] = lambda: sdpa(query, *expanded_by_us(case), enable_gqa=True)
-    return Calls(ours, peers, lambda result: error()(result), whole=whole)
+        baselines["expand_sdpa"] = lambda: sdpa(query, *expanded_by_us(case), enable_gqa=True)
+    return Calls(ours, baselines, lambda result: error()(result), whole=whole)
 
 
 def expanded_by_us(case: Coded) -> tuple[Tensor, Tensor]:
@@ -300,18 +300,18 @@ def mixed(shape: Shape, dtype: torch.dtype, device: torch.device) -> Calls:
         return tuple(torch.cat((near[i, 0, head].double(), far[i])) for i in range(2))  # type: ignore[return-value]
 
     rows = checked_rows(shape["M"])
-    hidden = (lambda row, keys: slice(row + 1, shape["L"])) if causal else None
+    masked = (lambda row, keys: slice(row + 1, shape["L"])) if causal else None
 
     @functools.cache
     def error() -> Callable[[Any], float]:
-        return error_of(oracle(query, keys_values, shape["Hkv"], rows, hidden), rows)
+        return error_of(oracle(query, keys_values, shape["Hkv"], rows, masked), rows)
 
-    peers = {
+    baselines = {
         "two_launches": two_launches,
         "sdpa": lambda: sdpa(query, key, value, attn_mask=visible, enable_gqa=True),
         "index_select_sdpa": select,
     }
-    return Calls({"fused": fused}, peers, lambda result: error()(result), whole=whole)
+    return Calls({"fused": fused}, baselines, lambda result: error()(result), whole=whole)
 
 
 def merge(shape: Shape, dtype: torch.dtype, device: torch.device) -> Calls:

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.nn.functional import linear as dense_linear
 
 import astra_kernels as ak
-from bench.kernels.cases import BITS, Calls, Shape
+from bench.kernels.spec import BITS, Calls, Shape
 from bench.kernels.timing import Call
 
 CHECKED_ROWS = 512
@@ -53,9 +53,9 @@ def encode(shape: Shape, dtype: torch.dtype, device: torch.device) -> Calls:
             vectors.unsqueeze(0), codebook, bits, half_norms=norms
         ),
     }
-    peers: dict[str, Call] = {"matmul": matmul, "matmul_argmin": matmul_argmin}
+    baselines: dict[str, Call] = {"matmul": matmul, "matmul_argmin": matmul_argmin}
     if importlib.util.find_spec("vector_quantize_pytorch"):
-        peers["vector-quantize-pytorch"] = vector_quantize(vectors, codebook)
+        baselines["vector-quantize-pytorch"] = vector_quantize(vectors, codebook)
 
     # How much farther the chosen codewords are than the nearest, of the nearest ones' distance.
     rows = torch.randperm(tokens, device=device)[:CHECKED_ROWS]
@@ -75,7 +75,7 @@ def encode(shape: Shape, dtype: torch.dtype, device: torch.device) -> Calls:
 
     # What rounding of an fp32 score may hide; the products themselves are exact in fp32.
     slack = 4 * torch.finfo(torch.float32).eps * math.sqrt(width)
-    return Calls(ours, peers, error, slack=slack, unlike=frozenset({"matmul"}))
+    return Calls(ours, baselines, error, slack=slack, not_comparable=frozenset({"matmul"}))
 
 
 def vector_quantize(vectors: Tensor, codebook: Tensor) -> Call:

@@ -1,7 +1,7 @@
-"""What is measured: every case's name, shape, floor, and how its calls are made.
+"""What is measured: every case's name, shape, roofline, and how its calls are made.
 
-A spec makes tensors once and measures several ways of ours on them, each a case of its own in the
-file: its name begins with what it measures, and its `impl` says which way.
+A spec makes tensors once and measures several variants of ours on them, each a case of its own in
+the file: its name begins with what it measures, and its `impl` names the variant.
 
     codeword_            attention to codewords, their counts at hand
     codeword_counted_    the same, counting included
@@ -12,109 +12,71 @@ file: its name begins with what it measures, and its `impl` says which way.
     plain_               without positions, from few to many tokens a codeword: where counting pays
     encode_ mixed_ merge_state_ pack_ unpack_ count_codes_ decode_codes_ lookup_linear_
 
-Floors are those of the arithmetic and bytes alone, from the ceilings of the device. That of
+Rooflines are those of the arithmetic and bytes alone, from the ceilings of the device. That of
 decoding is the time to read dense keys and values, which is what codes are there to avoid.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field, replace
+from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 import torch
 
-from bench.kernels.timing import Call, Ceilings
-
-Shape = Mapping[str, Any]
-
-# What a case's shape says in the result file; d of encoding is the width of a group, D / groups.
-SHAPE_KEYS = ("B", "M", "N", "H", "Hkv", "d", "K", "S", "T", "groups")
+from bench.kernels import _attention, _codes
+from bench.kernels.spec import BITS, Shape, Spec
+from bench.kernels.timing import Ceilings
 
 FULL = {"H": 32, "Hkv": 8, "d": 128}  # Llama-3-8B's attention
 SMALL = {"H": 12, "Hkv": 12, "d": 64}  # ViT-Base's, GPT-2's
-K, BITS = 1024, 10
+K = 2**BITS
 
 
-@dataclass(frozen=True)
-class Calls:
-    """`error` is the relative error of a call's result, against float64 or an exact reference.
-
-    `error` of ours may be twice that of the best peer, and `slack`. `whole` picks the tensor that
-    must also be near the best peer's everywhere (`error` may look at some rows only). `unlike`:
-    peers whose result is another thing, so that they are timed only. `yardstick`: a comparable
-    result, where no peer gives one.
-    """
-
-    ours: Mapping[str, Call]
-    peers: Mapping[str, Call]
-    error: Callable[[Any], float]
-    slack: float = 0.0
-    whole: Callable[[Any], torch.Tensor] | None = None
-    unlike: frozenset[str] = frozenset()
-    yardstick: Call | None = None
+# Rooflines, in seconds.
 
 
-@dataclass(frozen=True)
-class Spec:
-    """ways: {impl: name of the case}; `build` gives a call of ours for every impl."""
-
-    family: str
-    shape: Shape
-    dtype: torch.dtype
-    ways: Mapping[str, str]
-    floor: Callable[[Shape, Ceilings], float]  # seconds
-    build: Callable[[Shape, torch.dtype, torch.device], Calls]
-    notes: Mapping[str, Any] = field(default_factory=dict)
-
-    def floor_ms(self, ceilings: Ceilings) -> float:
-        return self.floor(self.shape, ceilings) * 1e3
-
-
-# Floors, in seconds.
-
-
-def attention_floor(shape: Shape, top: Ceilings, keys: int) -> float:
+def attention_roofline(shape: Shape, ceilings: Ceilings, keys: int) -> float:
     """Two products and the exponentials of M queries and some keys, on units of their own."""
     scores = shape.get("B", 1) * shape["M"] * shape["H"] * keys
-    return max(4 * scores * shape["d"] / top.dense, scores / top.exp)
+    return max(4 * scores * shape["d"] / ceilings.dense, scores / ceilings.exp)
 
 
-def codeword_floor(shape: Shape, top: Ceilings) -> float:
-    return attention_floor(shape, top, shape["K"])
+def codeword_roofline(shape: Shape, ceilings: Ceilings) -> float:
+    return attention_roofline(shape, ceilings, shape["K"])
 
 
-def fused_floor(shape: Shape, top: Ceilings) -> float:
-    return attention_floor(shape, top, shape["N"])
+def fused_roofline(shape: Shape, ceilings: Ceilings) -> float:
+    return attention_roofline(shape, ceilings, shape["N"])
 
 
-def plain_floor(shape: Shape, top: Ceilings) -> float:
-    return attention_floor(shape, top, min(shape["N"], shape["K"]))
+def plain_roofline(shape: Shape, ceilings: Ceilings) -> float:
+    return attention_roofline(shape, ceilings, min(shape["N"], shape["K"]))
 
 
-def mixed_floor(shape: Shape, top: Ceilings) -> float:
+def mixed_roofline(shape: Shape, ceilings: Ceilings) -> float:
     near = shape["L"] / 2 if shape["causal"] else shape["L"]
-    return attention_floor(shape, top, near + shape["N"])
+    return attention_roofline(shape, ceilings, near + shape["N"])
 
 
-def decode_floor(shape: Shape, top: Ceilings) -> float:
+def decode_roofline(shape: Shape, ceilings: Ceilings) -> float:
     """Reading dense 16-bit keys and values."""
-    return 4 * shape["N"] * shape["Hkv"] * shape["d"] / top.copy
+    return 4 * shape["N"] * shape["Hkv"] * shape["d"] / ceilings.copy
 
 
-def encode_floor(shape: Shape, top: Ceilings) -> float:
-    rate = top.fp32 if shape["itemsize"] == 4 else top.dense
+def encode_roofline(shape: Shape, ceilings: Ceilings) -> float:
+    rate = ceilings.fp32 if shape["itemsize"] == 4 else ceilings.dense
     return 2 * shape["T"] * shape["K"] * shape["D"] / rate
 
 
-def bytes_floor(shape: Shape, top: Ceilings) -> float:
-    return shape["bytes"] / top.copy
+def bytes_roofline(shape: Shape, ceilings: Ceilings) -> float:
+    return shape["bytes"] / ceilings.copy
 
 
-def linear_floor(shape: Shape, top: Ceilings) -> float:
+def linear_roofline(shape: Shape, ceilings: Ceilings) -> float:
     tokens, channels, outputs = shape["T"], shape["D"], shape["out"]
     moved = 2 * (tokens * outputs + channels * outputs) + 4 * tokens * shape["groups"]
-    return max(2 * tokens * channels * outputs / top.dense, moved / top.copy)
+    return max(2 * tokens * channels * outputs / ceilings.dense, moved / ceilings.copy)
 
 
 # The cases.
@@ -131,32 +93,28 @@ def specs() -> Iterator[Spec]:
 
 
 def codeword_specs() -> Iterator[Spec]:
-    from bench.kernels import _attention
-
     for heads in (FULL, SMALL):
         for tokens in (1024, 4096, 32768, 131072):
             shape = {"B": 1, "M": 1024, "N": tokens, **heads, "K": K, "S": 1}
-            ways = {
+            variants = {
                 "counts": named("codeword", shape),
                 "counted": named("codeword_counted", shape),
             }
             build = _attention.coded
-            yield Spec("codeword", shape, torch.bfloat16, ways, codeword_floor, build)
+            yield Spec("codeword", shape, torch.bfloat16, variants, codeword_roofline, build)
 
 
 def fused_specs() -> Iterator[Spec]:
-    from bench.kernels import _attention
-
     def one(kind: str, shape: Shape, packed: bool = False) -> Spec:
         tail = "_packed" if packed else ""
         impls = {"fused": "fused_packed", "expanded": "expanded_packed"} if packed else {}
-        ways = {
-            impls.get(way, way): named(f"{way}_lookup_{kind}{tail}", shape)
-            for way in ("fused", "expanded")
+        variants = {
+            impls.get(variant, variant): named(f"{variant}_lookup_{kind}{tail}", shape)
+            for variant in ("fused", "expanded")
         }
         build = _attention.coded_rotary if kind == "rotary" else _attention.coded
         family = f"fused_lookup_{kind}{tail}"
-        return Spec(family, shape, torch.bfloat16, ways, fused_floor, build)
+        return Spec(family, shape, torch.bfloat16, variants, fused_roofline, build)
 
     for kind, groups in (("rotary", 1), ("subvectors", 4)):
         for heads in (FULL, SMALL):
@@ -171,81 +129,75 @@ def fused_specs() -> Iterator[Spec]:
 
 
 def decode_specs() -> Iterator[Spec]:
-    from bench.kernels import _attention
-
     for kind in ("rotary", "plain"):
         for tokens in (4096, 32768, 131072, 1048576):
             shape = {"B": 1, "M": 1, "N": tokens, **FULL, "K": K, "S": 1}
             impls = ("fused", "fused_packed")
             if kind == "plain":
                 impls = ("counts", "counted", "counted_packed", *impls)
-            ways = {impl: named(f"decode_{kind}_{impl}", shape) for impl in impls}
+            variants = {impl: named(f"decode_{kind}_{impl}", shape) for impl in impls}
             build = _attention.coded_rotary if kind == "rotary" else _attention.coded
             notes = {"floor_of": "reading dense keys and values"}
-            yield Spec(f"decode_{kind}", shape, torch.bfloat16, ways, decode_floor, build, notes)
+            yield Spec(
+                f"decode_{kind}", shape, torch.bfloat16, variants, decode_roofline, build, notes
+            )
 
 
 def plain_specs() -> Iterator[Spec]:
-    from bench.kernels import _attention
-
     for rows in (1024, 1):
         for tokens in (512, 1024, 2048, 4096, 8192):
             shape = {"B": 1, "M": rows, "N": tokens, **FULL, "K": K, "S": 1}
-            ways = {impl: named(f"plain_{impl}", shape) for impl in ("fused", "counted")}
-            yield Spec("plain", shape, torch.bfloat16, ways, plain_floor, _attention.coded)
+            variants = {impl: named(f"plain_{impl}", shape) for impl in ("fused", "counted")}
+            yield Spec("plain", shape, torch.bfloat16, variants, plain_roofline, _attention.coded)
 
 
 def encode_specs() -> Iterator[Spec]:
-    from bench.kernels import _codes
-
     for dtype in (torch.bfloat16, torch.float32):
         for channels in (768, 4096):
             for groups in (1, 32):
                 shape = grouped(4096, channels, groups)
                 shape["itemsize"] = dtype.itemsize
                 kind = str(dtype).removeprefix("torch.")
-                ways = {
+                variants = {
                     "encode": f"encode_{kind}_D{channels}_G{groups}",
                     "encode_packed": f"encode_packed_{kind}_D{channels}_G{groups}",
                 }
-                yield Spec("encode", shape, dtype, ways, encode_floor, _codes.encode)
+                yield Spec("encode", shape, dtype, variants, encode_roofline, _codes.encode)
 
 
 def other_specs() -> Iterator[Spec]:
-    from bench.kernels import _attention, _codes
-
     for causal in (False, True):
         shape = {"B": 1, "M": 1024, "L": 1024, "N": 3072, **FULL, "K": K, "S": 1, "causal": causal}
         name = "mixed_causal" if causal else "mixed"
-        ways = {"fused": named(name, shape)}
-        yield Spec(name, shape, torch.bfloat16, ways, mixed_floor, _attention.mixed)
+        variants = {"fused": named(name, shape)}
+        yield Spec(name, shape, torch.bfloat16, variants, mixed_roofline, _attention.mixed)
     for channels, outputs in ((768, 1536),):
         for tokens in (768, 8192):
             for groups in (1, 32):
                 shape = {**grouped(tokens, channels, groups), "out": outputs}
-                ways = {"auto": f"lookup_linear_T{tokens}_G{groups}"}
+                variants = {"auto": f"lookup_linear_T{tokens}_G{groups}"}
                 build = _codes.linear
-                yield Spec("lookup_linear", shape, torch.bfloat16, ways, linear_floor, build)
+                yield Spec("lookup_linear", shape, torch.bfloat16, variants, linear_roofline, build)
     shape = {"B": 1, "M": 1024, **FULL}
     numbers = 1024 * FULL["H"]
     shape["bytes"] = numbers * (3 * FULL["d"] * 2 + 3 * 4)
-    ways = {"auto": "merge_state_M1024_H32_d128"}
-    yield Spec("merge_state", shape, torch.bfloat16, ways, bytes_floor, _attention.merge)
+    variants = {"auto": "merge_state_M1024_H32_d128"}
+    yield Spec("merge_state", shape, torch.bfloat16, variants, bytes_roofline, _attention.merge)
     for count in (8192, 2**20):
         shape = {"N": count, "K": K, "bytes": count * 4 + count * BITS // 8}
         for op, build in (("pack", _codes.pack), ("unpack", _codes.unpack)):
-            ways = {"auto": f"{op}_{BITS}bit_{count}"}
-            yield Spec(op, shape, torch.int32, ways, bytes_floor, build)
+            variants = {"auto": f"{op}_{BITS}bit_{count}"}
+            yield Spec(op, shape, torch.int32, variants, bytes_roofline, build)
     for tokens in (4096, 131072):
         shape = {"B": 1, "N": tokens, "Hkv": 8, "K": K}
         shape["bytes"] = tokens * 8 * 4 + 8 * K * 4
-        ways = {"auto": f"count_codes_N{tokens}"}
-        yield Spec("count_codes", shape, torch.int32, ways, bytes_floor, _codes.count)
+        variants = {"auto": f"count_codes_N{tokens}"}
+        yield Spec("count_codes", shape, torch.int32, variants, bytes_roofline, _codes.count)
     for groups in (1, 32):
         shape = grouped(8192, 768, groups)
         shape["bytes"] = 8192 * (768 * 2 + groups * 4)
-        ways = {"auto": f"decode_codes_D768_G{groups}"}
-        yield Spec("decode_codes", shape, torch.bfloat16, ways, bytes_floor, _codes.decode)
+        variants = {"auto": f"decode_codes_D768_G{groups}"}
+        yield Spec("decode_codes", shape, torch.bfloat16, variants, bytes_roofline, _codes.decode)
 
 
 def grouped(tokens: int, channels: int, groups: int) -> dict[str, Any]:

@@ -45,7 +45,7 @@ def series(
             family = kind if axis == "M" else ""
             shape = tuple(sorted(case["shape"].items()))
             times[(family, shape)][case["impl"]] = case["ms"]["p50"]
-    found: dict[tuple[Any, ...], list[Point]] = defaultdict(list)
+    ratios: dict[tuple[Any, ...], list[Point]] = defaultdict(list)
     for (family, shape), pair in times.items():
         if len(pair) == 2:
             sizes = dict(shape)
@@ -55,8 +55,8 @@ def series(
                 x = sizes["M"] * sizes["H"] / sizes["Hkv"]
             else:
                 x = sizes["N"] / sizes["K"]
-            found[(family, *rest)].append((x, ratio))
-    return found
+            ratios[(family, *rest)].append((x, ratio))
+    return ratios
 
 
 def summary(cases: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
@@ -95,9 +95,9 @@ def as_code(capability: int, values: Mapping[str, Any]) -> str:
     return f"{capability}: Crossover({fields}, expanded_from={'...' if rows is None else rows}),"
 
 
-def _median(found: Mapping[Any, Sequence[Point]]) -> float | None:
+def _median(ratios: Mapping[Any, Sequence[Point]]) -> float | None:
     crossings = []
-    for points in found.values():
+    for points in ratios.values():
         if len(points) < 2:
             continue
         at = crossing(points)

@@ -44,29 +44,29 @@ Lines = dict[str, list[tuple[int, float]]]
 
 
 def panels(cases: Sequence[Case], prefixes: tuple[str, ...]) -> dict[str, list[Case]]:
-    """Cases that differ in the number of tokens and the way alone."""
-    found: dict[str, list[Case]] = defaultdict(list)
+    """Cases that differ in the number of tokens and the variant alone."""
+    groups: dict[str, list[Case]] = defaultdict(list)
     for case in cases:
         if case["name"].startswith(prefixes):
             shape = case["shape"]
-            found[f"M={shape['M']}, H={shape['H']}, Hkv={shape['Hkv']}, d={shape['d']}"].append(
+            groups[f"M={shape['M']}, H={shape['H']}, Hkv={shape['Hkv']}, d={shape['d']}"].append(
                 case
             )
-    return {title: group for title, group in found.items() if _sizes(group) > 1}
+    return {title: group for title, group in groups.items() if _sizes(group) > 1}
 
 
 def lines(cases: Sequence[Case]) -> tuple[Lines, Lines, Lines]:
-    """Ours by way, the peers, the floor: points (tokens, milliseconds)."""
-    ours, peers, floor = defaultdict(dict), defaultdict(dict), defaultdict(dict)
+    """Ours by variant, the baselines, the roofline: points (tokens, milliseconds)."""
+    ours, baselines, roofline = defaultdict(dict), defaultdict(dict), defaultdict(dict)
     for case in cases:
         tokens = case["shape"]["N"]
         ours[case["impl"]][tokens] = case["ms"]["p50"]
-        floor[case.get("floor_of", "floor")][tokens] = case["floor_ms"]
+        roofline[case.get("floor_of", "roofline")][tokens] = case["floor_ms"]
         for name, milliseconds in case["peers"].items():
-            peers[name][tokens] = milliseconds
+            baselines[name][tokens] = milliseconds
     return tuple(
         {name: sorted(points.items()) for name, points in group.items()}
-        for group in (ours, peers, floor)
+        for group in (ours, baselines, roofline)
     )
 
 
@@ -93,14 +93,14 @@ def draw(report: Mapping[str, Any], folder: Path) -> list[Path]:
         for axis in axes.flat[len(groups) :]:
             axis.set_visible(False)
         for axis, (panel, cases) in zip(axes.flat, groups.items(), strict=False):
-            ours, peers, floor = lines(cases)
+            ours, baselines, roofline = lines(cases)
             for (name, points), colour in zip(ours.items(), OURS, strict=False):
                 axis.plot(*zip(*points, strict=True), "o-", color=colour, label=f"ours, {name}")
-            for name, points in peers.items():
+            for name, points in baselines.items():
                 axis.plot(
                     *zip(*points, strict=True), "s--", color=COLOURS.get(name), ms=4, label=name
                 )
-            for name, points in floor.items():
+            for name, points in roofline.items():
                 axis.plot(*zip(*points, strict=True), ":", color="black", label=name)
             axis.set_xscale("log", base=2)
             axis.set_yscale("log")

@@ -11,11 +11,11 @@ from typing import Any
 import torch
 
 from bench._report import Case, Times
-from bench.kernels.cases import SHAPE_KEYS, Calls, Shape, Spec
+from bench.kernels.spec import SHAPE_KEYS, Calls, Shape, Spec
 from bench.kernels.timing import Call, Ceilings, Gpu, Measured, on_cpu
 
-# Error of ours over that of the best peer; over the whole result, between ours and that peer.
-MOST_OF_PEER, MOST_APART = 2.0, 4.0
+# Error of ours over the best baseline's; over the whole result, between ours and that baseline.
+MOST_OF_BASELINE, MOST_APART = 2.0, 4.0
 
 # What a call may raise on a device that is too small, or in a library that lacks the case.
 REFUSALS: tuple[type[Exception], ...] = (
@@ -54,7 +54,7 @@ class Clock:
 
 
 def run(spec: Spec, clock: Clock) -> Outcome:
-    """DeviceLost carries no outcome: every way of the spec counts as failed."""
+    """DeviceLost carries no outcome: every variant of the spec counts as failed."""
     outcome = Outcome()
     torch.manual_seed(0)
     try:
@@ -63,11 +63,11 @@ def run(spec: Spec, clock: Clock) -> Outcome:
         if not good:
             return outcome
         timed = {f"ours {impl}": calls.ours[impl] for impl in good}
-        timed |= {name: call for name, call in calls.peers.items() if name in errors}
+        timed |= {name: call for name, call in calls.baselines.items() if name in errors}
         times = clock.measure(timed)
     except REFUSALS as reason:
         _still_there(clock.device)
-        failed = [_failure(spec, impl, _first_line(reason)) for impl in spec.ways]
+        failed = [_failure(spec, impl, _first_line(reason)) for impl in spec.variants]
         return Outcome(failed=failed, notes=outcome.notes)
     for impl in good:
         outcome.cases.append(_case(spec, impl, times, errors, clock))
@@ -77,13 +77,13 @@ def run(spec: Spec, clock: Clock) -> Outcome:
 def check(
     spec: Spec, calls: Calls, device: torch.device, outcome: Outcome
 ) -> tuple[list[str], dict[str, float | None]]:
-    """Ways of ours that are right, and the error of everything that ran."""
+    """Variants of ours that are right, and the error of everything that ran."""
     errors: dict[str, float | None] = {}
     best, best_result = math.inf, None
-    for name, call in calls.peers.items():
+    for name, call in calls.baselines.items():
         try:
             result = call()
-            error = None if name in calls.unlike else calls.error(result)
+            error = None if name in calls.not_comparable else calls.error(result)
         except REFUSALS as reason:
             _still_there(device)
             outcome.notes.append(f"{spec.family} {name}: {_first_line(reason)}")
@@ -92,14 +92,14 @@ def check(
         if error is not None and error < best:
             best, best_result = error, result
         del result
-    if best_result is None and calls.yardstick is not None:
-        best_result = calls.yardstick()
+    if best_result is None and calls.reference is not None:
+        best_result = calls.reference()
         best = calls.error(best_result)
-    bound = MOST_OF_PEER * best + calls.slack
+    bound = MOST_OF_BASELINE * best + calls.slack
     if not math.isfinite(bound):
         bound = 4 * torch.finfo(spec.dtype).eps if spec.dtype.is_floating_point else 0.0
     good = []
-    for impl in spec.ways:
+    for impl in spec.variants:
         why = None
         try:
             _poison(best_result)
@@ -111,7 +111,7 @@ def check(
             elif calls.whole is not None and best_result is not None:
                 apart = _apart(calls.whole(result), calls.whole(best_result))
                 if not apart <= MOST_APART * best + calls.slack:
-                    why = f"{apart:.2e} from the best peer somewhere"
+                    why = f"{apart:.2e} from the best baseline somewhere"
             del result
         except REFUSALS as reason:
             _still_there(device)
@@ -132,11 +132,11 @@ def _case(
 ) -> Case:
     ours = times[f"ours {impl}"]
     others = {name: t for name, t in times.items() if not name.startswith("ours ")}
-    floor = spec.floor_ms(clock.ceilings)
+    roofline = spec.roofline_ms(clock.ceilings)
     extra: dict[str, Any] = {
         "error": errors[f"ours {impl}"],
         "peer_errors": {name: errors[name] for name in others if errors[name] is not None},
-        "share_of_floor": floor / ours.warm.p50,
+        "share_of_floor": roofline / ours.warm.p50,
         "over": {name: t.warm.p50 / ours.warm.p50 for name, t in others.items()},
         **spec.notes,
     }
@@ -147,15 +147,15 @@ def _case(
         time: Times | None = getattr(ours, kind)
         if time is not None:
             extra[f"{kind}_ms"] = time.p50
-            peers = {name: getattr(t, kind) for name, t in others.items()}
-            extra[f"peers_{kind}"] = {name: t.p50 for name, t in peers.items() if t is not None}
-    peers_p50 = {name: t.warm.p50 for name, t in others.items()}
+            baselines = {name: getattr(t, kind) for name, t in others.items()}
+            extra[f"peers_{kind}"] = {name: t.p50 for name, t in baselines.items() if t is not None}
+    baselines_p50 = {name: t.warm.p50 for name, t in others.items()}
     dtype = str(spec.dtype).removeprefix("torch.")
-    return Case(spec.ways[impl], shape, dtype, impl, ours.warm, floor, peers_p50, extra)
+    return Case(spec.variants[impl], shape, dtype, impl, ours.warm, roofline, baselines_p50, extra)
 
 
 def _failure(spec: Spec, impl: str, why: str) -> dict[str, Any]:
-    return {"name": spec.ways[impl], "shape": agreed(spec.shape)[0], "impl": impl, "why": why}
+    return {"name": spec.variants[impl], "shape": agreed(spec.shape)[0], "impl": impl, "why": why}
 
 
 def agreed(shape: Shape) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -166,11 +166,11 @@ def agreed(shape: Shape) -> tuple[dict[str, Any], dict[str, Any]]:
 
 
 def failures(spec: Spec, why: str) -> list[dict[str, Any]]:
-    return [_failure(spec, impl, why) for impl in spec.ways]
+    return [_failure(spec, impl, why) for impl in spec.variants]
 
 
-def _apart(ours: torch.Tensor, peer: torch.Tensor) -> float:
-    return float((ours.float() - peer.float()).norm() / peer.float().norm())
+def _apart(ours: torch.Tensor, baseline: torch.Tensor) -> float:
+    return float((ours.float() - baseline.float()).norm() / baseline.float().norm())
 
 
 def _poison(like: Any) -> None:

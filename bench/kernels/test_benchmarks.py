@@ -16,7 +16,8 @@ import pytest
 pytest.importorskip("pytest_benchmark")
 import torch
 
-from bench.kernels.cases import Spec, small, specs
+from bench.kernels.cases import small, specs
+from bench.kernels.spec import Spec
 
 REPRESENTATIVE = (
     "codeword_M1024_N32768_H32",
@@ -34,7 +35,7 @@ def chosen() -> list[tuple[str, str, Spec]]:
     return [
         (name, impl, spec)
         for spec in specs()
-        for impl, name in spec.ways.items()
+        for impl, name in spec.variants.items()
         if any(re.match(pattern, name) for pattern in REPRESENTATIVE)
     ]
 

@@ -1,7 +1,7 @@
 """Times of calls on a device, all calls in turns so that a disturbance meets all of them.
 
 On a GPU a sample lies between two events, and the calls in it are queued behind a kernel that only
-waits: so what is timed is the device's work, without Python's. Three more ways tell the rest:
+waits: so what is timed is the device's work, without Python's. Three more variants tell the rest:
 
     cold    the same with an L2 cache that was just overwritten
     graph   replays of a CUDA graph: what a decoder that captures its step pays

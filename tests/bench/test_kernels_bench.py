@@ -1,4 +1,4 @@
-"""The kernels' benchmark on a CPU, with tiny shapes: its checks, its floors, its file."""
+"""The kernels' benchmark on a CPU, with tiny shapes: its checks, its rooflines, its file."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from bench import gpu, tables
 from bench.kernels import __main__ as program
 from bench.kernels import cases as cases_of
 from bench.kernels import crossovers, plots, run, timing
+from bench.kernels.spec import SHAPE_KEYS, Spec
 from bench.kernels.timing import NOMINAL, Ceilings
 
 REQUIRED = {"name", "shape", "dtype", "impl", "ms", "floor_ms", "peers", "ratio"}
@@ -29,8 +30,8 @@ def few_threads():
     torch.set_num_threads(threads)
 
 
-def spec_named(name: str) -> cases_of.Spec:
-    return next(spec for spec in cases_of.specs() if name in spec.ways.values())
+def spec_named(name: str) -> Spec:
+    return next(spec for spec in cases_of.specs() if name in spec.variants.values())
 
 
 SOME = (
@@ -62,7 +63,7 @@ def test_the_file_has_what_was_agreed(report):
     assert len(set(names)) == len(names)
     for case in report["cases"]:
         assert set(case) >= REQUIRED
-        assert set(case["shape"]) <= set(cases_of.SHAPE_KEYS)
+        assert set(case["shape"]) <= set(SHAPE_KEYS)
         assert set(case["ms"]) == {"p20", "p50", "p80"}
         assert case["peers"]
         assert case["error"] is not None
@@ -78,7 +79,7 @@ def test_the_file_has_what_was_agreed(report):
 
 
 def test_every_case_of_the_plan_is_there():
-    names = [name for spec in cases_of.specs() for name in spec.ways.values()]
+    names = [name for spec in cases_of.specs() for name in spec.variants.values()]
     assert len(set(names)) == len(names)
     for heads in ("H32_d128", "H12_d64"):
         for tokens in (1024, 4096, 32768, 131072):
@@ -86,45 +87,45 @@ def test_every_case_of_the_plan_is_there():
         for kind in ("rotary", "subvectors"):
             for rows in (64, 256, 1024):
                 for tokens in (3072, 8192, 32768):
-                    for way in ("fused", "expanded"):
-                        assert f"{way}_lookup_{kind}_M{rows}_N{tokens}_{heads}" in names
+                    for variant in ("fused", "expanded"):
+                        assert f"{variant}_lookup_{kind}_M{rows}_N{tokens}_{heads}" in names
             assert f"fused_lookup_{kind}_packed_M256_N8192_{heads}" in names
     for tokens in (4096, 32768, 131072, 1048576):
         assert f"decode_rotary_fused_M1_N{tokens}_H32_d128" in names
         assert f"decode_rotary_fused_packed_M1_N{tokens}_H32_d128" in names
         assert f"decode_plain_counts_M1_N{tokens}_H32_d128" in names
     for spec in cases_of.specs():
-        assert set(spec.shape) & set(cases_of.SHAPE_KEYS)
+        assert set(spec.shape) & set(SHAPE_KEYS)
 
 
-def test_floors_are_the_formulae():
+def test_rooflines_are_the_formulae():
     top = Ceilings(copy=3.0e12, dense=800e12, fp32=100e12, exp=3.7e12)
 
-    def floor(name: str) -> float:
-        return spec_named(name).floor_ms(top) / 1e3
+    def roofline(name: str) -> float:
+        return spec_named(name).roofline_ms(top) / 1e3
 
     at_128 = 4 * 1024 * 1024 * 128 * 32 / 800e12  # M K d H
     assert at_128 == pytest.approx(21.5e-6, rel=0.01)
     for tokens in (1024, 131072):
-        assert floor(f"codeword_M1024_N{tokens}_H32_d128") == pytest.approx(at_128)
+        assert roofline(f"codeword_M1024_N{tokens}_H32_d128") == pytest.approx(at_128)
     m, n = 256, 8192
-    assert floor("fused_lookup_rotary_M256_N8192_H32_d128") == pytest.approx(
+    assert roofline("fused_lookup_rotary_M256_N8192_H32_d128") == pytest.approx(
         max(4 * m * n * 128 * 32 / 800e12, m * n * 32 / 3.7e12)
     )
-    assert floor("expanded_lookup_subvectors_M256_N8192_H12_d64") == pytest.approx(
+    assert roofline("expanded_lookup_subvectors_M256_N8192_H12_d64") == pytest.approx(
         max(4 * m * n * 64 * 12 / 800e12, m * n * 12 / 3.7e12)
     )
-    dense = floor("decode_rotary_fused_M1_N131072_H32_d128")
+    dense = roofline("decode_rotary_fused_M1_N131072_H32_d128")
     assert dense == pytest.approx(4 * 131072 * 8 * 128 / 3e12)
     assert dense == pytest.approx(179e-6, rel=0.01)
     products = 2 * 4096 * 1024 * 768
-    assert floor("encode_bfloat16_D768_G1") == pytest.approx(products / 800e12)
-    assert floor("encode_float32_D768_G32") == pytest.approx(products / 100e12)
-    assert floor("pack_10bit_1048576") == pytest.approx(2**20 * (4 + 10 / 8) / 3e12)
+    assert roofline("encode_bfloat16_D768_G1") == pytest.approx(products / 800e12)
+    assert roofline("encode_float32_D768_G32") == pytest.approx(products / 100e12)
+    assert roofline("pack_10bit_1048576") == pytest.approx(2**20 * (4 + 10 / 8) / 3e12)
 
 
-def wrong_spec(name: str, spoil) -> cases_of.Spec:
-    """The spec with a way of ours that is spoiled."""
+def wrong_spec(name: str, spoil) -> Spec:
+    """The spec with a call of ours that is spoiled."""
     spec = cases_of.small(spec_named(name))
 
     def build(shape, dtype, device):
@@ -177,7 +178,7 @@ ATTENTION = "fused_lookup_rotary_M256_N8192_H32_d128"
 def test_what_is_wrong_gets_no_time(name, spoil, why):
     outcome = run.run(wrong_spec(name, spoil), CPU)
     assert outcome.cases == []
-    assert len(outcome.failed) == len(spec_named(name).ways)
+    assert len(outcome.failed) == len(spec_named(name).variants)
     assert all(why in failure["why"] for failure in outcome.failed)
     assert "ms" not in outcome.failed[0]
 
@@ -198,10 +199,12 @@ def test_a_peer_that_cannot_run_is_left_out():
 
     def build(shape, dtype, device):
         calls = spec.build(shape, dtype, device)
-        return dataclasses.replace(calls, peers={**calls.peers, "absent": lambda: raises(0)})
+        return dataclasses.replace(
+            calls, baselines={**calls.baselines, "absent": lambda: raises(0)}
+        )
 
     outcome = run.run(dataclasses.replace(spec, build=build), CPU)
-    assert set(outcome.cases[0].peers) == {"torch"}
+    assert set(outcome.cases[0].baselines) == {"torch"}
     assert "absent" in outcome.notes[0]
 
 
