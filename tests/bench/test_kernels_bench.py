@@ -194,7 +194,7 @@ def test_a_wrong_case_fails_the_run(monkeypatch, tmp_path, capsys):
     assert "FAILED" in capsys.readouterr().out
 
 
-def test_a_peer_that_cannot_run_is_left_out():
+def test_a_baseline_that_cannot_run_is_left_out():
     spec = cases_of.small(spec_named("merge_state_M1024_H32_d128"))
 
     def build(shape, dtype, device):
@@ -204,7 +204,7 @@ def test_a_peer_that_cannot_run_is_left_out():
         )
 
     outcome = run.run(dataclasses.replace(spec, build=build), CPU)
-    assert set(outcome.cases[0].baselines) == {"torch"}
+    assert set(outcome.cases[0].peers) == {"torch"}
     assert "absent" in outcome.notes[0]
 
 
