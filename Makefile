@@ -12,8 +12,8 @@ FUZZ_CXX ?= $(shell command -v clang++ || command -v clang++-19 || command -v cl
 FUZZ_RUNS ?= 100000000
 # Tests on the sanitized extension: those that come near it, or with FULL=1 all of both packages.
 SANITIZED := tests/kernels/test_pack.py tests/kernels/test_encode.py tests/runtime/test_wire.py \
-  tests/runtime/test_wire_decoder.py tests/runtime/test_spaces.py tests/runtime/test_transport.py \
-  tests/runtime/test_tcp.py tests/faults/test_frames.py
+  tests/runtime/test_wire_decoder.py tests/runtime/codes/test_spaces.py tests/runtime/transport/test_transport.py \
+  tests/runtime/transport/test_tcp.py tests/faults/test_frames.py
 SANITIZED_TESTS := $(if $(FULL),tests/kernels tests/runtime tests/faults,$(SANITIZED))
 SOAK_EXCHANGES ?= 3000000
 FAULTS ?= bench/results/cpu-$(shell nproc)core/faults.json

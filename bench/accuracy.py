@@ -5,7 +5,7 @@
 Transform codes are those of `bench.calibrate`, fitted on documentation, manual pages, quotations
 and source code; the other spaces' codebooks are fitted here on as many windows of the same text.
 They are evaluated on other topics of that documentation and on a domain that they never saw. N
-ranks with equal shards are simulated in one pass (`astra_runtime.simulate`, which equals the
+ranks with equal shards are simulated in one pass (`astra_runtime.train.simulate`, which equals the
 engine). Adds to accuracy_lm.json after each row, so that an interrupted run keeps what it has; rows
 that are there already are not measured again.
 """
@@ -25,13 +25,14 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from astra_runtime import Codebook
-from astra_runtime.cli.common import quiet_transformers, say
+from astra_runtime.cli.common import quiet_transformers
+from astra_runtime.console import say
 from astra_runtime.costs import engine_plan, flops_over_ideal
 from astra_runtime.models import adapt
 from astra_runtime.parallel import map_cores
 from astra_runtime.plan import Plan
-from astra_runtime.simulate import Simulation
 from astra_runtime.store import load_model, load_tokenizer, token_windows
+from astra_runtime.train.simulate import Simulation
 from bench import calibrate
 from bench._markdown import load
 from bench._report import write

@@ -14,12 +14,13 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from astra_runtime.budgets import Settings, TransformFit, default_rank
-from astra_runtime.cli.common import quiet_transformers, say
+from astra_runtime.cli.common import quiet_transformers
 from astra_runtime.cli.fitting import progress_bar
+from astra_runtime.console import say
 from astra_runtime.models import adapt
-from astra_runtime.recording import as_windows
 from astra_runtime.store import load_model, load_tokenizer, token_windows
+from astra_runtime.train.budgets import Settings, TransformFit, default_rank
+from astra_runtime.train.calibration import as_windows
 from bench.corpora import corpus
 
 FOLDER = Path("build/codebooks")

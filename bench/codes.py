@@ -34,14 +34,15 @@ from torch import Tensor, nn
 
 import astra_kernels as ak
 from astra_runtime import Codebook
-from astra_runtime.cli.common import quiet_transformers, say
-from astra_runtime.codebook import geometry
-from astra_runtime.kmeans import kmeans
+from astra_runtime.cli.common import quiet_transformers
+from astra_runtime.codes.codebook import geometry
+from astra_runtime.console import say
 from astra_runtime.models import adapt
-from astra_runtime.navq import Quantized
 from astra_runtime.parallel import map_cores
-from astra_runtime.recording import as_windows, record
 from astra_runtime.store import load_model, load_tokenizer, token_windows
+from astra_runtime.train.calibration import as_windows, record
+from astra_runtime.train.kmeans import kmeans
+from astra_runtime.train.navq import Quantized
 from bench import accuracy, calibrate
 from bench._report import write
 from bench.corpora import corpus

@@ -4,9 +4,10 @@
 
 Of each block, from each rank to each other, a frame misses its deadline with the given probability,
 independently: the receiver leaves that shard out of the block's softmax, as the engine does with
-`on_missing="degrade"`. Ranks are simulated in one pass (`astra_runtime.simulate`, which the tests
-hold to the engine). Codes that build on earlier blocks have rows for what else a receiver could do
-afterwards: "out" leaves the shard out of the rest of the call, "predicted" never leaves it out.
+`on_missing="degrade"`. Ranks are simulated in one pass (`astra_runtime.train.simulate`, which
+the tests hold to the engine). Codes that build on earlier blocks have rows for what else a receiver
+could do afterwards: "out" leaves the shard out of the rest of the call, "predicted" never leaves it
+out.
 Adds to degraded.json after each row; rows that are there already are not measured again.
 """
 
@@ -17,11 +18,12 @@ import sys
 
 import torch
 
-from astra_runtime.cli.common import quiet_transformers, say
+from astra_runtime.cli.common import quiet_transformers
+from astra_runtime.console import say
 from astra_runtime.models import adapt
 from astra_runtime.plan import Plan
-from astra_runtime.simulate import Simulation
 from astra_runtime.store import load_model, load_tokenizer, token_windows
+from astra_runtime.train.simulate import Simulation
 from bench._markdown import load
 from bench._report import write
 from bench.accuracy import CONTROLS, TOKENS, codebook_of, row_of

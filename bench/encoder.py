@@ -17,13 +17,14 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from astra_runtime import Codebook
-from astra_runtime.cli.common import quiet_transformers, say
+from astra_runtime.cli.common import quiet_transformers
+from astra_runtime.console import say
 from astra_runtime.costs import flops_over_ideal
 from astra_runtime.models import adapt
 from astra_runtime.parallel import map_cores
 from astra_runtime.plan import Plan
-from astra_runtime.simulate import Simulation
 from astra_runtime.store import load_model, load_tokenizer, token_windows
+from astra_runtime.train.simulate import Simulation
 from bench._markdown import load
 from bench._report import write
 from bench.accuracy import bits_of

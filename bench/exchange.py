@@ -355,7 +355,7 @@ def main() -> None:
     with contextlib.ExitStack() as stack:
         keys = None
         if arguments.tls:
-            from astra_runtime.keys import ephemeral_keys
+            from astra_runtime.transport.certificates import ephemeral_keys
 
             keys = str(stack.enter_context(ephemeral_keys(max(arguments.worlds))))
         for world_size in arguments.worlds:

@@ -3,11 +3,11 @@
     python -m bench.gpt2 [--wide] [--quick] [--resume]
 
 Trains a small GPT-2 from scratch (`gpt2_model.py`), adapts it and a codebook to each other with
-`astra_runtime.finetune`, and measures the perplexity of N ranks, with equal shards, over the tokens
-after the first shard, on text of a domain that was trained on and of one that nothing ever saw. It
-takes about 25 minutes on one core that does nothing else. --resume does the rest of a run that was
-cut short, with the same numbers. --wide takes a model of twice the width, beside which coding
-costs less, and fewer rows (no settings), in accuracy_gpt2_wide.json.
+`astra_runtime.train.finetune`, and measures the perplexity of N ranks, with equal shards, over
+the tokens after the first shard, on text of a domain that was trained on and of one that nothing
+ever saw. It takes about 25 minutes on one core that does nothing else. --resume does the rest of a
+run that was cut short, with the same numbers. --wide takes a model of twice the width, beside
+which coding costs less, and fewer rows (no settings), in accuracy_gpt2_wide.json.
 
 Time allows one pre-training only, kept in the cache folder, and short adaptations. Seeds differ in
 codebook, adaptation data, noise and losses; the evaluation windows are the same. The controls had
@@ -31,7 +31,8 @@ from typing import Any
 import torch
 
 from astra_runtime import Codebook
-from astra_runtime.cli.common import quiet_transformers, say
+from astra_runtime.cli.common import quiet_transformers
+from astra_runtime.console import say
 from bench._report import RESULTS, cores, write
 from bench.gpt2_measure import Bench, Codes, Size, Task, described
 from bench.gpt2_model import Shape

@@ -13,12 +13,12 @@ import torch
 from torch import Tensor
 
 from astra_runtime import Codebook
-from astra_runtime.cli.common import say
+from astra_runtime.console import say
 from astra_runtime.costs import engine_plan, flops_over_ideal
-from astra_runtime.finetune import Settings, finetune
 from astra_runtime.models import adapt
 from astra_runtime.plan import Plan
-from astra_runtime.simulate import Simulation
+from astra_runtime.train.finetune import Settings, finetune
+from astra_runtime.train.simulate import Simulation
 from bench.gpt2_model import KINDS, Shape, Texts, language_loss, pretrain
 
 RANKS = 4

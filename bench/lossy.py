@@ -8,9 +8,9 @@ take. TCP waits for everything; "tcp_deadline" and the datagrams go on after `--
 the report says how much they then lacked ("datagram_plain" sends no parity parts). Times are seen
 by each rank, from handing over its frame to having what it will have of the other's.
 
-perplexity: SmolLM2 on four ranks, simulated in one pass (`astra_runtime.simulate`), each datagram
-lost with the given probability, independently; a token of which any bit is missing is left out of
-that block's softmax, as the engine does.
+perplexity: SmolLM2 on four ranks, simulated in one pass (`astra_runtime.train.simulate`), each
+datagram lost with the given probability, independently; a token of which any bit is missing is left
+out of that block's softmax, as the engine does.
 
 Writes lossy.json and lossy_perplexity.json.
 """
@@ -34,17 +34,19 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from astra_runtime import Codebook, connect
-from astra_runtime.cli.common import quiet_transformers, say
-from astra_runtime.keys import ephemeral_keys
+from astra_runtime.cli.common import quiet_transformers
+from astra_runtime.codes.base import arrived
+from astra_runtime.codes.spaces import make_space
+from astra_runtime.console import say
 from astra_runtime.missing import Missing
 from astra_runtime.models import adapt
 from astra_runtime.plan import Plan
-from astra_runtime.simulate import Simulation
-from astra_runtime.spaces import arrived, make_space
 from astra_runtime.store import load_model, load_tokenizer, token_windows
+from astra_runtime.train.simulate import Simulation
 from astra_runtime.transport import Mesh
+from astra_runtime.transport.certificates import ephemeral_keys
 from astra_runtime.transport.datagram import connect_datagrams
-from astra_runtime.transport.parts import PARITY, cut, parities
+from astra_runtime.transport.fragments import PARITY, cut, parities
 from astra_runtime.transport.tcp import TcpMesh
 from bench import accuracy, calibrate
 from bench._report import Case, percentiles, write

@@ -2,8 +2,9 @@
 
     python -m bench.scaling [--flops 50e9] [--mbit 10]
 
-Closed forms (`astra_runtime.predict.on_paper`), nothing is executed: one code a token, full mesh
-and rows and columns. Writes scaling.json. `bench.latency --ranks 2 4 8 16 32` executes what can be.
+Closed forms (`astra_runtime.deploy.predict.on_paper`), nothing is executed: one code a token, full
+mesh and rows and columns. Writes scaling.json. `bench.latency --ranks 2 4 8 16 32` executes what
+can be.
 """
 
 from __future__ import annotations
@@ -13,10 +14,10 @@ import sys
 from typing import Any
 
 from astra_runtime import Codebook
-from astra_runtime.codebook import geometry
+from astra_runtime.codes.codebook import geometry
+from astra_runtime.deploy.predict import of_flops, on_paper, single
 from astra_runtime.models import adapt
 from astra_runtime.models.shapes import shaped
-from astra_runtime.predict import of_flops, on_paper, single
 from astra_runtime.transport import Link
 from bench._report import write
 

@@ -18,9 +18,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import astra_kernels as ak
+from astra_runtime.codes.rotary import rotate
 from astra_runtime.models import Adapter, adapt
 from astra_runtime.plan import Plan
-from astra_runtime.spaces import rotate
 
 Rope = tuple[Tensor, Tensor] | None  # cos and sin, [1, T, d]
 ALL = slice(None)

@@ -7,8 +7,8 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
+from astra_runtime.codes.dense import int8
 from astra_runtime.plan import Plan
-from astra_runtime.spaces import int8
 
 from .blocks import Block, Rope, Transformer, cut_rope, every_position
 from .comm import Comm, Shape

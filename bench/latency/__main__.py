@@ -28,7 +28,8 @@ from typing import Any
 import torch
 
 from astra_runtime import Codebook
-from astra_runtime.cli.common import quiet_transformers, say
+from astra_runtime.cli.common import quiet_transformers
+from astra_runtime.console import say
 from astra_runtime.models import adapt
 from bench._report import Case, percentiles, write
 from bench.baselines import methods

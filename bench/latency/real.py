@@ -26,12 +26,14 @@ from typing import Any
 import torch
 
 import astra_runtime
-from astra_runtime import Engine, predict
-from astra_runtime.cli.common import quiet_transformers, say
+from astra_runtime import Engine
+from astra_runtime.cli.common import quiet_transformers
+from astra_runtime.console import say
 from astra_runtime.costs import engine_plan
-from astra_runtime.keys import ephemeral_keys
+from astra_runtime.deploy import predict
 from astra_runtime.models import adapt
 from astra_runtime.transport import Link as PacedLink
+from astra_runtime.transport.certificates import ephemeral_keys
 from bench._report import Case, percentiles, write
 from bench.baselines import GlooComm, methods
 from bench.latency import record

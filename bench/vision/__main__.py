@@ -24,7 +24,8 @@ from typing import Any
 import torch
 import transformers
 
-from astra_runtime.cli.common import quiet_transformers, say
+from astra_runtime.cli.common import quiet_transformers
+from astra_runtime.console import say
 from bench._report import RESULTS, cores, write
 
 from .data import PARTS, TASKS, compose

@@ -14,7 +14,7 @@ from astra_runtime import Codebook, Engine
 from astra_runtime.evaluate import run_ranks
 from astra_runtime.models import adapt
 from astra_runtime.plan import Plan
-from astra_runtime.simulate import Simulation, frozen
+from astra_runtime.train.simulate import Simulation, frozen
 
 from .data import CLASSES, DIGITS, SIDE, Images, compose
 

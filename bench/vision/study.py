@@ -12,8 +12,8 @@ import torch
 
 from astra_runtime import Codebook
 from astra_runtime.costs import flops_over_ideal
-from astra_runtime.finetune import Settings, finetune
 from astra_runtime.models import adapt
+from astra_runtime.train.finetune import Settings, finetune
 
 from . import model as vit
 from .data import TASKS, Images, compose

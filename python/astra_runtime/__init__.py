@@ -16,7 +16,7 @@ from .plan import Plan
 from .transport import connect, local_mesh
 
 if TYPE_CHECKING:
-    from .codebook import Codebook
+    from .codes.codebook import Codebook
     from .engine import Engine
 
 __version__ = "0.1.0"
@@ -42,7 +42,7 @@ def __getattr__(name: str) -> Any:
 
         return Engine
     if name == "Codebook":
-        from .codebook import Codebook
+        from .codes.codebook import Codebook
 
         return Codebook
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -10,10 +10,10 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from .codebook import Codebook
+from .codes.codebook import Codebook
+from .codes.search import search_macs
 from .models import Adapter
 from .plan import Plan, balanced_weights
-from .subspace import search_macs
 
 HALO = 32  # tokens
 # How much longer than a projection's a FLOP of attention takes, in a probe on one CPU. Shares of

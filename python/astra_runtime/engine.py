@@ -11,14 +11,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .codebook import Codebook
+from .call import Call
+from .codes.codebook import Codebook
+from .codes.spaces import make_space
+from .control import Control
 from .costs import engine_plan
-from .gather import TOKEN, receive_tensors, send_tensor
-from .layer import Call
+from .exchange import receive_tensors, send_tensor
+from .layer import Layer
 from .missing import Missing
 from .models import adapt, listening, with_cache
 from .plan import Plan, check_halo
-from .spaces import make_space
 from .trace import stage
 from .transport import Mesh, local_mesh
 
@@ -172,7 +174,7 @@ class Engine:
             The model's own output class.
         """
         call, kwargs = self._prepare(inputs, logits, outputs)
-        with self._failing_together(), listening(call), stage("compute"):
+        with self._failing_together(), listening(Layer(call)), stage("compute"):
             output = self.model(**kwargs)
         self._count(call)
         self._flag(call)
@@ -324,7 +326,7 @@ class Engine:
         """Prefill, and then token after token, from the owner to all others."""
         owner = _Owner(self, call, kwargs, inputs) if call.rank == call.plan.owner else None
         if owner is None:
-            with listening(call), stage("compute"):
+            with listening(Layer(call)), stage("compute"):
                 self.model(**kwargs)
         self._count(call)
         others = [n for n in range(call.plan.world_size) if n != call.rank]
@@ -336,10 +338,10 @@ class Engine:
                 token = scores.argmax(-1) if choose is None else choose(ids, scores)
                 token = token.to(ids.dtype).reshape(call.batch)
                 token = torch.where(done, ends[0], token) if len(ends) else token
-                send_tensor(call, token, block=TOKEN, to=others)
+                send_tensor(call, token, block=Control.TOKEN, to=others)
             else:
                 shapes = {call.plan.owner: (call.batch,)}
-                token = receive_tensors(call, shapes, ids, block=TOKEN)[call.plan.owner]
+                token = receive_tensors(call, shapes, ids, block=Control.TOKEN)[call.plan.owner]
             ids = torch.cat([ids, token[:, None]], 1)
             if on_token is not None:
                 on_token(token)
@@ -429,7 +431,7 @@ class _Owner:
         self.seen = inputs["input_ids"].shape[1]
 
     def _run(self, kwargs: dict[str, Any]) -> Any:
-        with listening(self.call), stage("compute"):
+        with listening(Layer(self.call)), stage("compute"):
             return self.model(**kwargs | with_cache(self.model, self.cache))
 
     def scores(self, ids: Tensor) -> Tensor:

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-CONTROL_BLOCKS = 0xFF00  # block numbers from here on are control messages, not Transformer blocks
+from .control import is_control
 
 
 def _moment(block: int | None) -> str:
     """Names the wait in which something happened; None is the time before any block."""
     if block is None:
         return "while the ranks connected"
-    if block >= CONTROL_BLOCKS:
+    if is_control(block):
         return f"at control message 0x{block:04x}"
     return f"at block {block}"
 

@@ -13,15 +13,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .codebook import Codebook
+from .codes.codebook import Codebook
 from .costs import default_halo
 from .engine import Engine
-from .models import adapt
+from .models import Inputs, adapt, is_language_model
 from .parallel import on_one_core
 from .transport import Mesh, local_mesh
 
 R = TypeVar("R")
-Inputs = dict[str, Any]  # the tensors of one forward pass
 
 
 def run_ranks(world_size: int, work: Callable[[Mesh], R], timeout: float = 600.0) -> list[R]:
@@ -89,10 +88,6 @@ class Measured:
         if self.metric == "error":
             return 1 - self.astra / self.local_only
         return math.log(self.local_only / self.astra) / math.log(self.local_only / self.exact)
-
-
-def is_language_model(model: Any) -> bool:
-    return hasattr(model, "lm_head")
 
 
 def shard_loss(engine: Engine, input_ids: Tensor) -> tuple[float, int]:

@@ -9,16 +9,8 @@ its sender knows of. A rank is a bit; see docs/wire.md.
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import TYPE_CHECKING
-
-from torch import Tensor
 
 from .errors import WireError
-from .spaces import arrived
-from .transport import require
-
-if TYPE_CHECKING:
-    from .layer import Call
 
 
 class Missing:
@@ -81,33 +73,3 @@ class Missing:
                 if bits >> rank & 1:
                     found.setdefault(rank, []).append(block)
         return dict(sorted(found.items()))
-
-
-def receive_codes(
-    call: Call, block: int, sizes: dict[int, int]
-) -> tuple[dict[int, memoryview], dict[int, Tensor]]:
-    """The payloads of a block, by rank, and of those that did not come, or not whole, which tokens
-    are there, bool [B, T]. What did not come is zeros."""
-    mesh, missing, tag = call.mesh, call.missing, call.tag
-    if missing is None:
-        return mesh.receive(sizes, block=block, plan=tag, timeout=call.deadline), {}
-    totals = {n: size + missing.width for n, size in sizes.items()}
-    frames = mesh.receive(totals, block=block, plan=tag, timeout=call.deadline, partial=True)
-    needed = call.needed & sizes.keys()
-    if mesh.lossy:  # that a frame was lost says nothing of its sender, who will have an answer
-        needed &= mesh.lost.keys()
-    require(mesh, frames, needed, block, call.deadline or mesh.timeout)
-    views, came = {}, {}
-    for n, size in sizes.items():
-        tokens = call.plan.told(n)
-        gaps = mesh.gaps.get(n, ()) if n in frames else [(0, totals[n])]
-        view = frames[n] if n in frames else memoryview(bytearray(totals[n]))
-        for start, stop in gaps:
-            view[start:stop] = bytes(stop - start)
-        if gaps:
-            strips = call.space.strips(block, call.batch, tokens)
-            came[n] = arrived(strips, call.batch, tokens, gaps)
-        missing.hear(block, view[size:], n)
-        views[n] = view[:size]
-    missing.leave_out(block, came)
-    return views, came

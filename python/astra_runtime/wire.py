@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final, NamedTuple
 
 from astra_kernels import _C
+from astra_runtime.control import Control
 from astra_runtime.errors import HandshakeRefused, WireError
 
 if TYPE_CHECKING:
@@ -35,10 +36,7 @@ MAX_REASON: Final = 512
 NO_RUN: Final = bytes(16)
 NOBODY: Final = 0xFFFF  # the rank addressed by a reply to bytes that were no HELLO
 
-FACTS: Final = 0xFFFE  # block number of the frame that `Mesh.agree` exchanges
-BYE: Final = 0xFFFF  # block number of the last frame of a rank that finished properly
 FACTS_SIZE: Final = 2048
-LAST_CONTROL: Final = 0xFFEF  # from errors.CONTROL_BLOCKS to here, numbers are the engine's to use
 
 # What the decoder says, in the order of frame.hpp; 0: nothing is wrong.
 _FIELDS: Final = ("", "size", "source", "sequence", "plan", "block", "length")
@@ -115,7 +113,7 @@ def _differs(name: str, got: Header, expected: Header) -> WireError:
 
 def bye(sequence: int, source: int) -> memoryview:
     """The last frame a rank sends on a connection it ends on purpose."""
-    return Frame(0).stamp(sequence, 0, BYE, source)
+    return Frame(0).stamp(sequence, 0, Control.BYE, source)
 
 
 def is_bye(data: bytes | bytearray | memoryview, source: int) -> bool:

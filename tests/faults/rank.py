@@ -18,7 +18,8 @@ from typing import Any, Literal
 import torch
 
 from astra_runtime import AstraError, Codebook, Engine
-from astra_runtime.transport import connect, parts
+from astra_runtime.transport import connect
+from astra_runtime.transport import fragments as parts
 from astra_runtime.transport.datagram import DatagramMesh
 from astra_runtime.transport.tcp import TcpMesh
 from astra_runtime.wire import Frame

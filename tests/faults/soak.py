@@ -22,8 +22,8 @@ from typing import Any
 import numpy as np
 
 from astra_runtime import Engine, connect
-from astra_runtime.keys import can_make_keys
 from astra_runtime.transport import Mesh
+from astra_runtime.transport.certificates import can_make_keys
 from astra_runtime.wire import Frame
 from tests.runtime.ranks import free_ports, key_folder
 

@@ -17,15 +17,10 @@ from typing import NamedTuple
 import pytest
 
 from astra_runtime import wire
-from astra_runtime.errors import (
-    AstraError,
-    DeadlineExceeded,
-    HandshakeRefused,
-    PeerLost,
-    WireError,
-)
-from astra_runtime.keys import can_make_keys
-from astra_runtime.transport import last_words
+from astra_runtime.control import Control
+from astra_runtime.errors import AstraError, DeadlineExceeded, HandshakeRefused, PeerLost, WireError
+from astra_runtime.transport import abort as last_words
+from astra_runtime.transport.certificates import can_make_keys
 from astra_runtime.wire import FACTS_SIZE, HEADER_SIZE, Frame
 
 from .report import Row
@@ -54,7 +49,7 @@ class Said(NamedTuple):
 
 def abort(fields: dict[str, str] | bytes) -> bytes:
     payload = fields if isinstance(fields, bytes) else wire.encode_facts(fields)
-    return bytes(Frame.of(payload).stamp(0, 0, last_words.ABORT, 0))
+    return bytes(Frame.of(payload).stamp(0, 0, Control.ABORT, 0))
 
 
 def texts(*raw: bytes, count: int | None = None) -> bytes:

@@ -19,9 +19,9 @@ from typing import NamedTuple
 import pytest
 
 from astra_runtime.errors import WireError
-from astra_runtime.keys import can_make_keys
+from astra_runtime.transport.certificates import can_make_keys
 from astra_runtime.transport.datagram import DatagramMesh
-from astra_runtime.transport.parts import (
+from astra_runtime.transport.fragments import (
     DATAGRAM_SIZE,
     EARLY_BYTES,
     HEADER_SIZE,
@@ -38,7 +38,7 @@ from astra_runtime.transport.parts import (
     parities,
 )
 from tests.runtime.ranks import together
-from tests.runtime.test_datagram import content, datagram_mesh, tls_datagram_mesh
+from tests.runtime.transport.test_datagram import content, datagram_mesh, tls_datagram_mesh
 
 from .report import Row
 from .wires import PLAN, resident

@@ -14,7 +14,7 @@ import pytest
 
 import astra_kernels as ak
 from astra_runtime import AstraError, errors, wire
-from astra_runtime.keys import can_make_keys
+from astra_runtime.transport.certificates import can_make_keys
 from astra_runtime.transport.tcp import TcpMesh
 
 from .report import Row

@@ -14,8 +14,8 @@ from typing import Any
 import pytest
 
 from astra_runtime.errors import AstraError
-from astra_runtime.keys import can_make_keys
 from astra_runtime.transport import Mesh, connect
+from astra_runtime.transport.certificates import can_make_keys
 from bench.link import switch
 from bench.link.model import Link
 from bench.link.switch import Namespaces

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from astra_runtime.errors import CONTROL_BLOCKS
+from astra_runtime.control import is_control
 from tests.runtime.ranks import free_ports, key_folder
 
 from .forks import Forks, Outcome
@@ -32,7 +32,7 @@ def fault_of(case: Any, outcome: Outcome, victim: int) -> tuple[str | None, floa
     if outcome.status is None or "error" not in told:
         return f"{case}: no error but {outcome}", 0.0
     waited, deadline = told["ended"] - told["began"], DEADLINE
-    if told["waited"] >= CONTROL_BLOCKS:
+    if is_control(told["waited"]):
         deadline *= 2  # the answer may come from a rank that has waited for another one before
     right = (told["error"], told["rank"]) == ("DeadlineExceeded", victim)
     if right and abs(waited - deadline) <= TOLERANCE * deadline:

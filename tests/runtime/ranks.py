@@ -17,8 +17,8 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
-from astra_runtime.keys import can_make_keys, make_keys
 from astra_runtime.transport import Link, Mesh, connect, local_mesh, peers_of
+from astra_runtime.transport.certificates import can_make_keys, make_keys
 from astra_runtime.wire import Frame
 
 PLAN = 0x1234

@@ -12,10 +12,11 @@ import torch
 from torch import Tensor
 
 import astra_kernels as ak
-from astra_runtime.codebook import Codebook, joint, split_tables
+from astra_runtime.codes.codebook import Codebook
+from astra_runtime.codes.layouts import joint, split_tables
+from astra_runtime.codes.rotary import rotate
 from astra_runtime.models import adapt, listening
 from astra_runtime.plan import Plan
-from astra_runtime.spaces import rotate
 
 
 class Simulation:

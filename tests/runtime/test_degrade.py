@@ -13,18 +13,19 @@ from torch import Tensor
 
 from astra_runtime import Codebook, Engine, errors
 from astra_runtime.cli.run import without
-from astra_runtime.jobs import Ranks
+from astra_runtime.codes.base import Strip, arrived
+from astra_runtime.codes.spaces import make_space
+from astra_runtime.deploy.jobs import Ranks
 from astra_runtime.missing import Missing
 from astra_runtime.models import adapt
 from astra_runtime.plan import Plan
-from astra_runtime.simulate import Simulation
-from astra_runtime.spaces import Strip, arrived, make_space
+from astra_runtime.train.simulate import Simulation
 from astra_runtime.transport import Mesh, local_mesh
 
 from .models import inputs_for, tiny
 from .ranks import MAKERS, PLAN, as_ranks
 from .test_engine import fitted, logits_of
-from .test_tcp import frame_bytes, raw_peer
+from .transport.test_tcp import frame_bytes, raw_peer
 
 DEADLINE = 300.0  # milliseconds
 Late = Mapping[tuple[int, int], Sequence[int]]  # (sender, block) -> receivers
@@ -466,7 +467,7 @@ def test_a_token_depends_on_its_own_bits_only(name: str) -> None:
     size = space.payload_bytes(1, batch, tokens)
     data = bytearray(size)
     space.encode(1, what, None, memoryview(data))
-    from astra_runtime.spaces import Payload
+    from astra_runtime.codes.base import Payload
 
     def read(content: bytearray) -> Tensor:
         kept = space.decode(1, [Payload(memoryview(content), tokens, tokens)], batch, None)

@@ -16,8 +16,8 @@ from astra_runtime.errors import HandshakeRefused
 from astra_runtime.evaluate import measure, run_ranks
 from astra_runtime.models import adapt
 from astra_runtime.plan import Plan
-from astra_runtime.recording import as_windows
-from astra_runtime.simulate import Simulation as Package
+from astra_runtime.train.calibration import as_windows
+from astra_runtime.train.simulate import Simulation as Package
 from astra_runtime.transport import Mesh
 
 from .models import inputs_for, tiny, windows_for

@@ -17,11 +17,11 @@ from astra_runtime import Engine
 from astra_runtime.errors import AstraError, HandshakeRefused, PeerLost
 from astra_runtime.transport import Mesh, connect, local_mesh
 
+from .cli.test_cli import PROMPT, astra, home, model_options  # noqa: F401 - home is a fixture
 from .models import inputs_for, tiny
 from .ranks import as_ranks, free_ports, key_folder, together
-from .test_cli import PROMPT, astra, home, model_options  # noqa: F401 - home is a fixture
 from .test_engine import fitted
-from .test_failures import cut
+from .transport.test_abort import cut
 
 
 @pytest.mark.parametrize("encrypted", [False, True])

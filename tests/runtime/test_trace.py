@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 
 from astra_runtime import Engine
+from astra_runtime.deploy.jobs import Ranks
 from astra_runtime.evaluate import run_ranks
-from astra_runtime.jobs import Ranks
 from astra_runtime.trace import STAGES, Span, Trace, exclusive, stage, tracing, write_timeline
 from astra_runtime.transport import Mesh
 

@@ -8,9 +8,9 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+from ..console import say
+from ..deploy.launch import WorkerFailed, Workers, free_ports
 from ..errors import AstraError
-from ..launch import WorkerFailed, Workers, free_ports
-from .common import say
 from .options import missing_of, weights_of
 
 READY_SECONDS = 120.0
@@ -34,7 +34,7 @@ def traced(options: argparse.Namespace, ranks: Any, work: Callable[[], Any]) -> 
 def local_keys(options: argparse.Namespace, world_size: int) -> Iterator[str | None]:
     """The folder of keys for processes that this one starts, ephemeral ones unless --keys names
     some; None: plaintext, on loopback, which only --insecure or a missing package leads to."""
-    from ..keys import EXTRA, can_make_keys, ephemeral_keys
+    from ..transport.certificates import EXTRA, can_make_keys, ephemeral_keys
 
     if options.keys or options.insecure or world_size == 1:
         yield options.keys
@@ -58,7 +58,7 @@ def cluster(
     """This process as rank 0 of `world_size` local ones: gives the `Ranks` to lead."""
     import torch
 
-    from ..jobs import Ranks
+    from ..deploy.jobs import Ranks
     from ..transport import connect
     from ..transport.pacing import PacedMesh
 

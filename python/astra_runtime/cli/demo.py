@@ -9,8 +9,9 @@ import statistics
 import time
 from typing import Any
 
+from ..console import say, show_json
 from .cluster import cluster, traced
-from .common import load, say, show_json
+from .common import load
 from .fitting import ensure_codebook
 from .options import (
     add_fit_options,

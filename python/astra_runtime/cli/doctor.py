@@ -10,7 +10,7 @@ import platform
 import time
 from typing import Any
 
-from .common import show_json
+from ..console import show_json
 
 PACKAGES = ("torch", "numpy", "triton", "transformers", "gguf", "safetensors", "cryptography")
 

@@ -6,7 +6,8 @@ import argparse
 import math
 from typing import Any
 
-from .common import load, say, show_json
+from ..console import say, show_json
+from .common import load
 from .fitting import ensure_codebook, progress_bar
 from .options import add_fit_options, add_halo, add_model, positive, two_or_more
 
@@ -26,11 +27,11 @@ def configure(parser: argparse.ArgumentParser) -> None:
 
 
 def run(options: argparse.Namespace) -> int:
-    from ..codebook import geometry
+    from ..codes.codebook import geometry
     from ..evaluate import measure
     from ..models import adapt
-    from ..recording import as_windows
     from ..store import builtin_text, read_text, token_windows
+    from ..train.calibration import as_windows
 
     model, tokenizer = load(options.model)
     text = builtin_text()[1] if options.text is None else read_text(options.text)

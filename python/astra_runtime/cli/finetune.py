@@ -9,14 +9,15 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ..console import say, show_json
 from ..errors import AstraError
-from .common import load, say, show_json
+from .common import load
 from .fitting import verdict
 from .options import add_model, positive, two_or_more
 
 if TYPE_CHECKING:
     from ..evaluate import Measured
-    from ..finetune import Step
+    from ..train.finetune import Step
 
 CONTROLS = {"exact": "none", "local-only": "drop"}
 
@@ -63,9 +64,9 @@ def configure(parser: argparse.ArgumentParser) -> None:
 
 
 def run(options: argparse.Namespace) -> int:
-    from ..codebook import Codebook
-    from ..finetune import finetune, save_result
+    from ..codes.codebook import Codebook
     from ..store import builtin_text, read_text, token_windows
+    from ..train.finetune import finetune, save_result
 
     folder = Path(options.output)
     folder.mkdir(parents=True, exist_ok=True)  # before hours are spent
@@ -124,7 +125,7 @@ def device_of(options: argparse.Namespace) -> str:
 
 
 def settings_of(options: argparse.Namespace) -> Any:
-    from ..finetune import Settings
+    from ..train.finetune import Settings
 
     return Settings(
         steps=options.steps,

@@ -9,8 +9,9 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from ..console import say, show_json
 from ..errors import AstraError
-from .common import load, say, show_json
+from .common import load
 from .fitting import SAMPLED, WINDOWS, fit_builtin, fit_text, verdict
 from .options import add_model, positive, two_or_more
 
@@ -71,7 +72,7 @@ def share(text: str) -> float:
 
 def groups_within(bits: int, space: str, shared: bool, model: Any, codewords: int) -> int:
     """The most groups that the model can be cut into and that fit `bits`."""
-    from ..codebook import check_groups, geometry
+    from ..codes.codebook import check_groups, geometry
     from ..models import adapt
 
     sizes = geometry(adapt(model))

@@ -10,8 +10,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from ..console import say
 from ..errors import AstraError
-from .common import say
 from .options import DENSE
 
 SAMPLED, SAMPLED_TOKENS = 24, 512  # windows that a model writes, and the length of each
@@ -22,7 +22,7 @@ def ensure_codebook(options: argparse.Namespace, model: Any, tokenizer: Any) -> 
     """The codebook asked for, or the cached default, fitted now if there is none."""
     from astra_kernels._cache import cache_folder
 
-    from ..codebook import Codebook
+    from ..codes.codebook import Codebook
     from ..models import adapt
 
     if options.codebook == DENSE:
@@ -70,10 +70,10 @@ def fit_text(
     A few windows more are of the text `others`. `sampled` ones are written by the model itself;
     None: as many as serve its space well.
     """
-    from ..evaluate import is_language_model
-    from ..fit import fit
-    from ..sample import BATCH, document_token, sampled_windows
+    from ..models import is_language_model
     from ..store import token_windows
+    from ..train.fit import fit
+    from ..train.sample import BATCH, document_token, sampled_windows
 
     length = min(tokens, getattr(model.config, "max_position_embeddings", tokens))
     calibration = token_windows(tokenizer, text, length, windows)

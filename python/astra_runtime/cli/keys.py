@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
-from .common import say, show_json
+from ..console import say, show_json
 from .options import positive
 
 _INIT = (
@@ -56,7 +56,7 @@ def run(options: argparse.Namespace) -> int:
 
 
 def _init(options: argparse.Namespace) -> int:
-    from ..keys import AUTHORITY_KEY, make_keys
+    from ..transport.certificates import AUTHORITY_KEY, make_keys
 
     hosts = None if options.hosts is None else options.hosts.split(",")
     made = make_keys(options.output, options.ranks, hosts=hosts, days=options.days)
@@ -84,7 +84,7 @@ def _init(options: argparse.Namespace) -> int:
 
 
 def _show(options: argparse.Namespace) -> int:
-    from ..keys import show_keys
+    from ..transport.certificates import show_keys
 
     shown = show_keys(options.folder)
     if options.json:

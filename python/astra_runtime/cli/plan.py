@@ -7,8 +7,9 @@ import math
 from pathlib import Path
 from typing import Any
 
+from ..console import say, show_json
 from ..errors import AstraError
-from .common import load, say, show_json
+from .common import load
 from .options import add_connection, check_keys, peers_of, positive
 
 WORLDS = (2, 3, 4, 8)
@@ -61,9 +62,9 @@ def configure(parser: argparse.ArgumentParser) -> None:
 def run(options: argparse.Namespace) -> int:
     import torch
 
+    from ..deploy.predict import single
     from ..models import adapt
     from ..models.shapes import SHAPES, shaped
-    from ..predict import single
 
     if options.model in SHAPES and options.flops is None:
         raise AstraError(f"--flops: expected with the shape {options.model}, which has no weights")
@@ -136,7 +137,7 @@ def _peers(options: argparse.Namespace) -> list[str]:
 
 def _books(options: argparse.Namespace, adapter: Any) -> dict[str, Any]:
     """What to predict: fitted codebooks, or codes as wide as fitted ones, and dense exchange."""
-    from ..codebook import Codebook
+    from ..codes.codebook import Codebook
 
     books = {Path(at).name: Codebook.from_pretrained(at) for at in options.codebook}
     for book in books.values():
@@ -147,8 +148,8 @@ def _books(options: argparse.Namespace, adapter: Any) -> dict[str, Any]:
 
 def _rates_here(options: argparse.Namespace, model: Any, books: dict[str, Any]) -> dict[str, Any]:
     """This machine's rates, or those of --flops."""
+    from ..deploy.predict import measured, of_flops
     from ..models import adapt
-    from ..predict import measured, of_flops
 
     found = {}
     for name, book in books.items():
@@ -166,7 +167,7 @@ def _measured(
     options: argparse.Namespace, peers: list[str], model: Any, name: str, book: Any
 ) -> tuple[float, float, dict[str, Any]]:
     """Joins the workers: Mbit/s and round trip of the slowest link, every rank's rates by codes."""
-    from ..jobs import Ranks
+    from ..deploy.jobs import Ranks
     from ..transport import connect
 
     with connect(
@@ -197,7 +198,7 @@ def _measured(
 
 def nominal(adapter: Any) -> dict[str, Any]:
     """Codes as wide as fitted ones, without tables: what can be predicted before any fit."""
-    from ..codebook import Codebook, geometry
+    from ..codes.codebook import Codebook, geometry
 
     sizes = geometry(adapter)
     heads = sizes["num_key_value_heads"]
@@ -214,7 +215,7 @@ def row(
 ) -> dict[str, Any]:
     """What to expect of a codebook on devices of these rates."""
     from ..costs import engine_plan
-    from ..predict import first_token, single
+    from ..deploy.predict import first_token, single
     from ..transport import Link
 
     mbit, rtt_ms = rate_and_trip
@@ -241,7 +242,7 @@ def row(
 
 
 def _bits(adapter: Any, book: Any) -> float:
-    from ..predict import bits_of
+    from ..deploy.predict import bits_of
 
     blocks = len(adapter.blocks)
     return sum(bits_of(adapter, book, block) for block in range(blocks)) / blocks

@@ -6,9 +6,10 @@ import argparse
 import os
 from typing import Any
 
+from ..console import say, show_json
 from ..errors import AstraError
 from .cluster import cluster, traced
-from .common import load, say, show_json
+from .common import load
 from .fitting import ensure_codebook
 from .options import (
     DENSE,
@@ -132,7 +133,7 @@ def _joined(
 
     Under torchrun every rank was started alike and knows the job; else rank 0 tells the workers.
     """
-    from ..jobs import Ranks
+    from ..deploy.jobs import Ranks
     from ..transport import connect
 
     rank, world_size = place or (0, len(peers or ()))

@@ -7,9 +7,10 @@ import signal
 import time
 from typing import Any
 
+from ..console import say, show_json
+from ..deploy.launch import READY, die_with
 from ..errors import AstraError
-from ..launch import READY, die_with
-from .common import load, say, show_json
+from .common import load
 from .fitting import ensure_codebook
 from .options import (
     add_fit_options,
@@ -97,7 +98,7 @@ def _follow(
     arguments: dict[str, Any],
 ) -> int:
     """Joins the others and does what rank 0 says until it says stop: how many jobs that were."""
-    from ..jobs import Ranks
+    from ..deploy.jobs import Ranks
     from ..transport import Link, connect
     from ..transport.pacing import PacedMesh
 

@@ -37,6 +37,7 @@ _NOT_THE_MODEL = {
     "output_attentions",
     "use_cache",
 }
+Inputs = dict[str, Any]  # the tensors of one forward pass
 ATTENTION = "astra"  # the name under which the attention is known to transformers
 
 
@@ -89,7 +90,7 @@ class Adapter(ABC):
 
     def __init__(self, model: nn.Module) -> None:
         config: Any = model.config
-        self._model = weakref.ref(model)  # strong, it would keep its own key in _adapters alive
+        self._model = weakref.ref(model)  # strong, it would keep its own key in adapters alive
         self.blocks: list[nn.Module] = self.find_blocks()
         self.attentions = [self.attention_of(block) for block in self.blocks]
         self.hidden_size = int(config.hidden_size)
@@ -199,7 +200,7 @@ class Adapter(ABC):
     # Hooks, present while at least one engine uses the model.
 
     def install(self) -> None:
-        with _lock:
+        with adapters_lock:
             self._users += 1
             if self._users == 1:
                 self._install()
@@ -215,7 +216,7 @@ class Adapter(ABC):
         self.model.set_attn_implementation(ATTENTION)
 
     def uninstall(self) -> None:
-        with _lock:
+        with adapters_lock:
             self._users -= 1
             if not self._users:
                 self._uninstall()
@@ -269,24 +270,12 @@ def embedding_hook(module: nn.Module, args: Any, output: Tensor) -> Tensor:
     return output if listener is None else listener.embedded(output)
 
 
-_lock = threading.RLock()  # ranks that are threads share one model, and so one adapter
-_adapters: weakref.WeakKeyDictionary[nn.Module, Adapter] = weakref.WeakKeyDictionary()
+adapters_lock = threading.RLock()  # ranks that are threads share one model, and so one adapter
+adapters: weakref.WeakKeyDictionary[nn.Module, Adapter] = weakref.WeakKeyDictionary()
 
 
-def adapt(model: nn.Module) -> Adapter:
-    """The adapter of a Hugging Face model; one a model, however many engines share it."""
-    from .families import FAMILIES
-
-    with _lock:
-        if model not in _adapters:
-            kind = getattr(getattr(model, "config", None), "model_type", type(model).__name__)
-            if kind not in FAMILIES:
-                raise ValueError(
-                    "model: expected a Hugging Face model of type "
-                    f"{', '.join(sorted(FAMILIES))}, got {kind!r}"
-                )
-            _adapters[model] = FAMILIES[kind](model)
-        return _adapters[model]
+def is_language_model(model: Any) -> bool:
+    return hasattr(model, "lm_head")
 
 
 def with_cache(model: Any, cache: Any) -> dict[str, Any]:
@@ -299,7 +288,7 @@ def with_cache(model: Any, cache: Any) -> dict[str, Any]:
 
 
 def _block_of(module: nn.Module) -> int | None:
-    for adapter in list(_adapters.values()):
+    for adapter in list(adapters.values()):
         if module in adapter._index:
             return adapter._index[module]
     return None

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..plan import Plan
-from .base import Adapter, embedding_hook
+from .base import Adapter, adapters, adapters_lock, embedding_hook
 
 
 def _heads(flat: Tensor, head_dim: int) -> Tensor:
@@ -244,3 +244,17 @@ FAMILIES: dict[str, type[Adapter]] = {
     "vit": ViT,
     "bert": Bert,
 }
+
+
+def adapt(model: nn.Module) -> Adapter:
+    """The adapter of a Hugging Face model; one a model, however many engines share it."""
+    with adapters_lock:
+        if model not in adapters:
+            kind = getattr(getattr(model, "config", None), "model_type", type(model).__name__)
+            if kind not in FAMILIES:
+                raise ValueError(
+                    "model: expected a Hugging Face model of type "
+                    f"{', '.join(sorted(FAMILIES))}, got {kind!r}"
+                )
+            adapters[model] = FAMILIES[kind](model)
+        return adapters[model]

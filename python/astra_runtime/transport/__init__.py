@@ -10,8 +10,8 @@ from collections.abc import Iterable, Sequence
 from typing import Literal
 
 from astra_kernels import _C
-from astra_runtime.keys import ENVIRONMENT, Keys, KeysError
 from astra_runtime.transport import handshake, rendezvous
+from astra_runtime.transport.certificates import ENVIRONMENT, Keys, KeysError
 from astra_runtime.transport.mesh import Mesh, Stats, peers_of, require
 from astra_runtime.transport.pacing import Link, PacedMesh
 from astra_runtime.transport.tcp import TcpMesh, prepare

@@ -13,7 +13,7 @@ from collections import deque
 
 from astra_runtime import wire
 from astra_runtime.errors import AstraError, PeerLost, WireError
-from astra_runtime.transport import last_words
+from astra_runtime.transport import abort as last_words
 from astra_runtime.transport.peers import Channel, slot
 from astra_runtime.transport.stream import Stream
 from astra_runtime.wire import HEADER_SIZE, Header

@@ -20,18 +20,17 @@ from collections import deque
 from collections.abc import Mapping, Sequence
 from typing import Final
 
+from astra_runtime.control import Control, is_control
 from astra_runtime.errors import (
-    CONTROL_BLOCKS,
     AstraError,
     ConnectFailed,
     DeadlineExceeded,
     HandshakeRefused,
     WireError,
 )
-from astra_runtime.keys import EXTRA, KeysError, can_make_keys
-from astra_runtime.transport import last_words
-from astra_runtime.transport.mesh import Payload, Stats
-from astra_runtime.transport.parts import (
+from astra_runtime.transport import abort as last_words
+from astra_runtime.transport.certificates import EXTRA, KeysError, can_make_keys
+from astra_runtime.transport.fragments import (
     DATAGRAM_SIZE,
     PARITY,
     SECRET_SIZE,
@@ -44,11 +43,11 @@ from astra_runtime.transport.parts import (
     PlainSeal,
     Seal,
 )
+from astra_runtime.transport.mesh import Payload, Stats
 from astra_runtime.transport.peers import Peer, PeerMesh
 from astra_runtime.transport.tcp import YIELD_NANOSECONDS, TcpMesh
 from astra_runtime.wire import Frame
 
-DATAGRAMS: Final = 0xFFFC  # control number of the frame that agrees port and secret
 SOCKET_BUFFER: Final = 4 << 20  # asked of the kernel, which may give less
 MAX_UNSENT: Final = 1 << 20  # bytes kept for a peer while the kernel takes none
 GREETINGS: Final = 8  # datagrams that try the way before it is relied on
@@ -175,10 +174,10 @@ class DatagramMesh(PeerMesh[_Peer]):
             secret = os.urandom(SECRET_SIZE)
             peer.inbox.seal = seal(secret)  # type: ignore[call-arg]
             offer = _OFFER.pack(peer.sock.getsockname()[1], parity, secret)
-            self._control.send(offer, block=DATAGRAMS, plan=0, to=[rank])
+            self._control.send(offer, block=Control.DATAGRAMS, plan=0, to=[rank])
         sizes = dict.fromkeys(self._peers, _OFFER.size)
         try:
-            offers = self._control.receive(sizes, block=DATAGRAMS, plan=0)
+            offers = self._control.receive(sizes, block=Control.DATAGRAMS, plan=0)
         except WireError as error:
             if error.field != "block":
                 raise
@@ -241,7 +240,7 @@ class DatagramMesh(PeerMesh[_Peer]):
     def send(
         self, payload: Payload, *, block: int, plan: int, to: Sequence[int], partial: bool = False
     ) -> None:
-        if block >= CONTROL_BLOCKS:
+        if is_control(block):
             self._control.send(payload, block=block, plan=plan, to=to, partial=partial)
             return
         self._control.block = block  # for its last words
@@ -265,7 +264,7 @@ class DatagramMesh(PeerMesh[_Peer]):
         """As `Mesh.receive`. A partial wait ends before its deadline where what is missing must be
         lost (`Inbox.hope`); any other wait for a lost part ends in DeadlineExceeded."""
         self._gaps = {}
-        if block >= CONTROL_BLOCKS:
+        if is_control(block):
             return self._control.receive(
                 sizes, block=block, plan=plan, timeout=timeout, partial=partial
             )

@@ -19,14 +19,11 @@ from dataclasses import replace
 from typing import Final
 
 from astra_runtime import wire
-from astra_runtime.errors import (
-    ConnectFailed,
-    HandshakeRefused,
-    PeersRefused,
-    WireError,
-)
-from astra_runtime.keys import Contexts, is_bound_to, named_rank
-from astra_runtime.transport.door import (
+from astra_runtime.errors import ConnectFailed, HandshakeRefused, PeersRefused, WireError
+from astra_runtime.transport.abort import ending, printable
+from astra_runtime.transport.certificates import Contexts, is_bound_to, named_rank
+from astra_runtime.transport.mesh import Stats
+from astra_runtime.transport.pending import (
     ENDED,
     HANDSHAKE_SECONDS,
     TLS_FIRST_BYTES,
@@ -36,8 +33,6 @@ from astra_runtime.transport.door import (
     listen,
     parse_address,
 )
-from astra_runtime.transport.last_words import ending, printable
-from astra_runtime.transport.mesh import Stats
 from astra_runtime.transport.stream import Stream, TlsStream
 from astra_runtime.transport.tcp import prepare
 from astra_runtime.wire import HELLO_SIZE, NOBODY, Hello

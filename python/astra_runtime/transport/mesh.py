@@ -10,7 +10,8 @@ from typing import Self
 
 from astra_kernels import _C
 from astra_runtime import wire
-from astra_runtime.errors import CONTROL_BLOCKS, AstraError, DeadlineExceeded, HandshakeRefused
+from astra_runtime.control import Control, is_control
+from astra_runtime.errors import AstraError, DeadlineExceeded, HandshakeRefused
 from astra_runtime.wire import Frame
 
 Payload = Frame | bytes | bytearray | memoryview
@@ -33,14 +34,14 @@ class Stats:
     def count_sent(self, size: int, block: int) -> None:
         """A frame of `size` payload bytes."""
         self.messages_sent += 1
-        if block < CONTROL_BLOCKS:
+        if not is_control(block):
             self.bytes_sent_payload += size
         else:
             self.bytes_sent_control += size
 
     def count_received(self, size: int, block: int) -> None:
         self.messages_received += 1
-        if block < CONTROL_BLOCKS:
+        if not is_control(block):
             self.bytes_received_payload += size
         else:
             self.bytes_received_control += size
@@ -110,9 +111,9 @@ class Mesh(ABC):
     def agree(self, facts: Mapping[str, str]) -> None:
         """Collective: a fact that differs between ranks raises HandshakeRefused on both sides."""
         peers = peers_of(self)
-        self.send(wire.encode_facts(facts), block=wire.FACTS, plan=0, to=peers)
+        self.send(wire.encode_facts(facts), block=Control.FACTS, plan=0, to=peers)
         sizes = dict.fromkeys(peers, wire.FACTS_SIZE)
-        views = self.receive(sizes, block=wire.FACTS, plan=0)
+        views = self.receive(sizes, block=Control.FACTS, plan=0)
         for rank in sorted(views):
             difference = _difference(self.rank, facts, rank, wire.decode_facts(views[rank], rank))
             if difference is not None:

@@ -6,7 +6,8 @@ from collections.abc import Iterable
 from typing import Generic, TypeVar
 
 from astra_runtime import wire
-from astra_runtime.errors import CONTROL_BLOCKS, AstraError
+from astra_runtime.control import is_control
+from astra_runtime.errors import AstraError
 from astra_runtime.transport.mesh import Mesh, Stats
 from astra_runtime.wire import Frame, Header
 
@@ -86,4 +87,4 @@ class PeerMesh(Mesh, Generic[P]):
 
 def slot(block: int) -> int:
     """Which of three buffers a peer's frame is read into: even block, odd block or control."""
-    return block & 1 if block < CONTROL_BLOCKS else 2
+    return 2 if is_control(block) else block & 1

@@ -21,7 +21,7 @@ import torch.distributed as dist
 from torch.distributed.distributed_c10d import PrefixStore
 
 from astra_runtime.errors import ConnectFailed
-from astra_runtime.transport.door import parse_address
+from astra_runtime.transport.pending import parse_address
 
 PAUSE: Final = 0.05  # seconds between two looks for a new session
 _kept: list[Any] = []  # rank 0's store, while it connects again

@@ -23,7 +23,7 @@ from typing import Final
 
 from astra_runtime import wire
 from astra_runtime.errors import AstraError, DeadlineExceeded
-from astra_runtime.transport import last_words
+from astra_runtime.transport import abort as last_words
 from astra_runtime.transport.connection import Connection
 from astra_runtime.transport.mesh import Payload, Stats
 from astra_runtime.transport.peers import PeerMesh

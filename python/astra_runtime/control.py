@@ -1,0 +1,41 @@
+"""Every control number of the wire: what a frame carries in its block field when its payload is no
+Transformer block's.
+
+Numbers from `Control.FIRST` on are never blocks. Up to `Control.LAST_OF_ENGINE` they belong to the
+engine and to tools that drive it; the rest belong to the transport itself. See docs/wire.md.
+"""
+
+from __future__ import annotations
+
+from enum import IntEnum, unique
+
+
+@unique
+class Control(IntEnum):
+    """Block numbers that are control messages."""
+
+    HEAD = 0xFF00  # final hidden states that the head reads
+    TOKEN = 0xFF01  # a generated token, from the rank that decodes
+    JOB_SIZE = 0xFF02  # leader to workers: bytes of the job that follows
+    JOB = 0xFF03  # its JSON
+    REPORT = 0xFF04  # one float64 of each rank, also a barrier
+    CLOCK = 0xFF05  # a rank's clock in ns, for timelines
+    TRACE_SIZE = 0xFF06  # bytes of the timeline that follows
+    TRACE = 0xFF07  # its JSON
+    PING = 0xFF10  # link probe: a round trip
+    BULK = 0xFF11  # link probe: frames that double in size
+    RATES_SIZE = 0xFF12  # bytes of the measured rates that follow
+    RATES = 0xFF13  # their JSON
+    LAST_OF_ENGINE = 0xFFEF
+    DATAGRAMS = 0xFFFC  # agrees UDP port and secret
+    ABORT = 0xFFFD  # the error that ends a rank, so that all ranks raise the same
+    FACTS = 0xFFFE  # `Mesh.agree`: what every rank must have alike
+    BYE = 0xFFFF  # last frame of a rank that finished properly
+
+
+FIRST_CONTROL = 0xFF00
+
+
+def is_control(block: int) -> bool:
+    """Whether `block` is a control message's number and no Transformer block's."""
+    return block >= FIRST_CONTROL

@@ -1,0 +1,142 @@
+"""Worker processes on this machine: started together, ended together, no orphans."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import selectors
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from types import TracebackType
+from typing import IO, Any
+
+from ..errors import AstraError
+
+READY = "ready"
+FAILURE = "astra: error: "
+_PR_SET_PDEATHSIG = 1
+
+
+class WorkerFailed(AstraError):
+    """A worker process ended before its work was done."""
+
+
+def free_ports(count: int) -> list[int]:
+    """Loopback ports that nobody listens at just now."""
+    sockets = [socket.socket() for _ in range(count)]
+    try:
+        for sock in sockets:
+            sock.bind(("127.0.0.1", 0))
+        return [int(sock.getsockname()[1]) for sock in sockets]
+    finally:
+        for sock in sockets:
+            sock.close()
+
+
+def die_with(parent: int) -> None:
+    """Has the kernel kill this process when `parent`, which started it, ends in whatever way."""
+    ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    if os.getppid() != parent:  # it ended before the line above
+        os._exit(1)
+
+
+def _ending(code: int | None) -> str:
+    if code is None:
+        return "still runs"
+    if code >= 0:
+        return f"ended with status {code}"
+    return f"was ended by {signal.Signals(-code).name}"
+
+
+class Workers:
+    """Ranks 1 to N−1 as `astra worker` processes; leaving the `with` block ends them."""
+
+    def __init__(self, world_size: int, arguments: Sequence[str], threads: int) -> None:
+        self.processes: dict[int, subprocess.Popen[str]] = {}
+        self.errors: dict[int, IO[str]] = {}
+        environment = os.environ | {"OMP_NUM_THREADS": str(threads)}
+        for rank in range(1, world_size):
+            # seekable, so that the last words can be read after the end
+            self.errors[rank] = tempfile.TemporaryFile("w+")  # noqa: SIM115 - closed by stop
+            command = [sys.executable, "-m", "astra_runtime", "worker", "--rank", str(rank)]
+            self.processes[rank] = subprocess.Popen(
+                [*command, "--parent", str(os.getpid()), *arguments],
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.PIPE,
+                stderr=self.errors[rank],
+                text=True,
+                env=environment,
+                start_new_session=True,  # Ctrl-C reaches the leader alone, which ends the others
+            )
+
+    def wait_ready(self, seconds: float) -> None:
+        """Returns when every worker has its model and is about to connect."""
+        deadline = time.monotonic() + seconds
+        waiting = selectors.DefaultSelector()
+        for rank, process in self.processes.items():
+            assert process.stdout is not None
+            waiting.register(process.stdout, selectors.EVENT_READ, rank)
+        while waiting.get_map():
+            events = waiting.select(max(0.0, deadline - time.monotonic()))
+            if not events:
+                late = sorted(key.data for key in waiting.get_map().values())
+                raise WorkerFailed(f"ranks {late} were not ready within {seconds:g} s")
+            for key, _ in events:
+                stream: Any = key.fileobj
+                if stream.readline().strip() != READY:
+                    self.processes[key.data].wait(5)
+                    raise WorkerFailed(self.last_words(key.data))
+                waiting.unregister(key.fileobj)
+
+    def last_words(self, rank: int) -> str:
+        """How a worker ended, and what it said last."""
+        code = self.processes[rank].poll()
+        self.errors[rank].seek(0)
+        lines = self.errors[rank].read().splitlines()
+        said = [line.removeprefix(FAILURE) for line in lines if line.startswith(FAILURE)]
+        return f"rank {rank} {_ending(code)}" + (f": {said[-1]}" if said else "")
+
+    def first_failed(self, named: int | None = None) -> str | None:
+        """The last words of the worker that ended by itself with an error: of rank `named`, whom
+        the others blame, or else of the first."""
+        time.sleep(0.2)  # a peer's loss is noticed before its exit status is
+        if named in self.processes:
+            return self.last_words(named) if self.processes[named].poll() else None
+        for rank, process in self.processes.items():
+            if process.poll() not in (None, 0):
+                return self.last_words(rank)
+        return None
+
+    def stop(self) -> None:
+        """Ends every worker: by itself within a moment, else by force."""
+        for patience, end in ((1.0, subprocess.Popen.terminate), (2.0, subprocess.Popen.kill)):
+            deadline = time.monotonic() + patience
+            for process in self.processes.values():
+                try:
+                    process.wait(max(0.0, deadline - time.monotonic()))
+                except subprocess.TimeoutExpired:
+                    end(process)
+        for rank, process in self.processes.items():
+            process.wait()
+            if process.stdout is not None:
+                process.stdout.close()
+            self.errors[rank].close()
+
+    def __enter__(self) -> Workers:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        if kind is not None:  # an error or Ctrl-C: nobody will tell them to stop
+            for process in self.processes.values():
+                process.terminate()
+        self.stop()

@@ -1,0 +1,354 @@
+"""How long a first token will take, before anything is deployed.
+
+Every rank's blocks are followed through time: project, code, send over its uplink, attend to its
+own tokens, wait for the others' codes, attend to them, go on. What a stage takes comes from
+`Rates`, a few figures of the device, measured on it (`measured`) or from its FLOP/s (`of_flops`).
+The link is one full-duplex access link a rank, as in `transport/pacing.py`: a frame to N − 1 peers
+crosses the uplink N − 1 times, frames to one rank queue on its downlink, headers count.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import nn
+
+import astra_kernels as ak
+
+from ..codes.base import Payload
+from ..codes.codebook import Codebook
+from ..codes.spaces import make_space
+from ..costs import costs_of
+from ..models import Adapter, adapt
+from ..plan import Plan
+from ..transport import Link
+
+LEAST_CALLS, LEAST_SECONDS = 2, 0.02  # of a stage that is timed: a tiny one is timed often
+
+
+@dataclass(frozen=True)
+class Rates:
+    """Seconds that one device needs, of one block where nothing else is said.
+
+    Attributes:
+        block: fixed, whatever the tokens.
+        token: a token's projections and MLP.
+        near, far: one query over one key of its own rank's, of a remote token's.
+        code: coding and packing one own token.
+        receive: unpacking one remote token, with all that is computed for it before attention.
+        once: outside of the blocks, embedding and head.
+    """
+
+    block: float
+    token: float
+    near: float
+    far: float
+    code: float
+    receive: float
+    once: float = 0.0
+
+    def slower(self, factor: float) -> Rates:
+        """Of a device that takes `factor` times as long for everything."""
+        return Rates(**{name: factor * value for name, value in vars(self).items()})
+
+
+def of_flops(adapter: Adapter, codebook: Codebook, flops: float) -> Rates:
+    """Of a device that does `flops` FLOP/s whatever it computes; overheads are left out."""
+    if not flops > 0:
+        raise ValueError(f"flops: expected a positive rate, got {flops}")
+    linear, attention = adapter.block_flops()
+    costs = costs_of(adapter, codebook)
+    far = attention if costs.attended else 0.0
+    found = Rates(0.0, linear, attention, far, costs.code, costs.receive)
+    return found.slower(1 / flops)
+
+
+@torch.inference_mode()
+def measured(model: nn.Module, codebook: Codebook, tokens: int) -> Rates:
+    """Of this device and its current number of threads, for inputs of about `tokens` tokens.
+
+    Runs the model on `tokens` and (with token ids) on an eighth of them, and each stage of the
+    exchange by itself; takes about four forward passes.
+    """
+    adapter = adapt(model)
+    blocks, heads = len(adapter.blocks), adapter.num_key_value_heads
+    own, remote = max(2, tokens // 4), max(2, tokens // 2)
+
+    def random(count: int, of: int) -> torch.Tensor:
+        found = torch.randn(1, of, count, adapter.head_dim, device=adapter.device)
+        return found.to(adapter.dtype)
+
+    def near(count: int) -> float:
+        query, key = random(count, adapter.num_heads), random(count, heads)
+        scale = adapter.head_dim**-0.5
+        return _seconds(
+            lambda: ak.attention(query, key, key, is_causal=adapter.causal, scale=scale)
+        )
+
+    # an image has the patches that its model wants, so what depends on them is one figure
+    few = max(2, tokens // 8) if adapter.token_ids else tokens
+    of_attention = {count: near(count) for count in (few, tokens)}
+    passes = {count: _forward(model, adapter, count) for count in (few, tokens)}
+    pure = {count: passes[count] / blocks - of_attention[count] for count in passes}
+    token = max(0.0, pure[tokens] / tokens)
+    if few < tokens:
+        token = max(0.0, (pure[tokens] - pure[few]) / (tokens - few))
+    pairs = tokens * (tokens + 1) / 2 if adapter.causal else tokens * tokens
+    rates = Rates(
+        block=max(0.0, pure[tokens] - token * tokens),
+        token=token,
+        near=of_attention[tokens] / pairs,
+        far=0.0,
+        code=0.0,
+        receive=0.0,
+    )
+    if codebook.space == "drop":
+        return rates
+    return replace(rates, **_exchange_rates(adapter, codebook, own, remote, random))
+
+
+def _exchange_rates(
+    adapter: Adapter, codebook: Codebook, own: int, remote: int, random: Callable[..., torch.Tensor]
+) -> dict[str, float]:
+    """code, receive and far: means over all blocks, each of which may have other codes."""
+    space, heads, blocks = (
+        make_space(codebook, adapter),
+        adapter.num_key_value_heads,
+        adapter.blocks,
+    )
+    total = own + remote
+    inputs = _inputs(adapter, total) if adapter.token_ids else {}
+    copies = adapter.class_tokens
+    plan = Plan((0, remote, total), adapter.causal, copies)
+    positions = adapter.positions(inputs)
+    rope = None if positions is None else adapter.rope(positions)
+
+    def cut(rank: int) -> Any:
+        return None if rope is None else tuple(t[:, plan.shard(rank)] for t in rope)
+
+    # rank 0 codes `remote` tokens, rank 1 hears of them and asks with `own` queries
+    sender, hearer = (space.begin(inputs, plan, rank) for rank in (0, 1))
+    hidden = torch.randn(1, remote, adapter.hidden_size, device=adapter.device)
+    what: Any = hidden.to(adapter.dtype)
+    if not space.early:
+        what = (random(remote, heads), random(remote, heads))
+    query, scale = random(own, adapter.num_heads), adapter.head_dim**-0.5
+    spent = {"code": 0.0, "receive": 0.0, "far": 0.0}
+    for block in range(len(blocks)):
+        out = bytearray(space.payload_bytes(block, 1, remote))
+        view = memoryview(out)
+        start = time.perf_counter()
+        if out:
+            sender.encode(block, what, cut(0), view)
+        coded = time.perf_counter()
+        kept = hearer.decode(block, [Payload(view, remote, remote)], 1, cut(0))
+        heard = time.perf_counter()
+        if kept is not None:
+            hearer.attend(block, query, kept, cut(0), None, scale)
+        stop = time.perf_counter()
+        spent["code"] += coded - start
+        spent["receive"] += heard - coded
+        spent["far"] += stop - heard
+    each = {"code": remote, "receive": remote, "far": own * remote}
+    return {name: spent[name] / (len(blocks) * each[name]) for name in spent}
+
+
+def _inputs(adapter: Adapter, tokens: int) -> dict[str, torch.Tensor]:
+    """A random input of `tokens` tokens, beside the class token."""
+    config = adapter.model.config
+    if adapter.token_ids:
+        shape = (1, tokens + adapter.class_tokens)
+        return {"input_ids": torch.randint(int(config.vocab_size), shape, device=adapter.device)}
+    side, patch = int(config.image_size), int(config.patch_size)
+    pixels = torch.randn(1, int(config.num_channels), side, side, device=adapter.device)
+    if (side // patch) ** 2 != tokens:
+        raise ValueError(
+            f"tokens: expected the {(side // patch) ** 2} patches of this model, got {tokens}"
+        )
+    return {"pixel_values": pixels.to(adapter.dtype)}
+
+
+def _forward(model: nn.Module, adapter: Adapter, tokens: int) -> float:
+    """Seconds of the model by itself, with the last token's logits only."""
+    inputs: dict[str, Any] = _inputs(adapter, tokens)
+    if hasattr(model, "lm_head"):
+        inputs |= {"logits_to_keep": 1, "use_cache": False}
+    return _seconds(lambda: model(**inputs))
+
+
+def _seconds(call: Callable[[], object]) -> float:
+    """The quickest of a few calls after a first one; of more where they are short."""
+    call()
+    quickest, spent, calls = float("inf"), 0.0, 0
+    while calls < LEAST_CALLS or spent < LEAST_SECONDS:
+        start = time.perf_counter()
+        call()
+        seconds = time.perf_counter() - start
+        quickest, spent, calls = min(quickest, seconds), spent + seconds, calls + 1
+    return quickest
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """Seconds from the input's presence on every rank to the answer on its owner.
+
+    Attributes:
+        busy: of each rank, computing; waiting: of each rank, for others.
+    """
+
+    seconds: float
+    busy: tuple[float, ...]
+    waiting: tuple[float, ...]
+
+
+def single(adapter: Adapter, rates: Rates, tokens: int) -> float:
+    """Seconds of one device."""
+    count = tokens + adapter.class_tokens
+    pairs = count * (count + 1) / 2 if adapter.causal else count * count
+    block = rates.block + rates.token * count + rates.near * pairs
+    return rates.once + len(adapter.blocks) * block
+
+
+def first_token(
+    adapter: Adapter,
+    codebook: Codebook,
+    plan: Plan,
+    rates: Sequence[Rates],
+    link: Link,
+    payload: Callable[[int, int], float] | None = None,
+) -> Prediction:
+    """Follows all ranks of a plan through all blocks.
+
+    Args:
+        rates: of every rank.
+        link: of every rank.
+        payload: bytes of a frame, by block and tokens; None: by the codebook's bits.
+    """
+    world, causal = plan.world_size, plan.causal
+    if len(rates) != world:
+        raise ValueError(f"rates: expected those of {world} ranks, got {len(rates)}")
+    early = codebook.space in ("hidden", "differential")
+    before = 0.0 if early else _projected_first(adapter)
+    bytes_of = payload or (lambda block, tokens: bits_of(adapter, codebook, block) * tokens / 8)
+    ready, busy, waiting = [0.0] * world, [0.0] * world, [0.0] * world
+    uplink, downlink = [0.0] * world, [0.0] * world
+    for block in range(len(adapter.blocks)):
+        frames: list[tuple[float, float, int]] = []  # on the uplink from, for how long, to whom
+        told, arrived = [0.0] * world, [0.0] * world
+        for n in range(world):
+            rate, count = rates[n], plan.size(n) + plan.lead(n)
+            first = rate.block + before * rate.token * count
+            size = bytes_of(block, plan.told(n)) if plan.told(n) else 0.0
+            first += rate.code * plan.told(n) if size else 0.0
+            told[n] = ready[n] + first
+            busy[n] += first
+            takes = link.seconds(int(-(-size // 1))) if size else 0.0
+            start = max(told[n], uplink[n])
+            for receiver in (
+                sorted(plan.receivers(n), key=lambda r: (r - n) % world) if size else ()
+            ):
+                frames.append((start, takes, receiver))
+                start += takes
+                uplink[n] = start
+        for start, takes, receiver in sorted(frames):
+            # through the switch as it comes: the last bit leaves both links at the same time
+            downlink[receiver] = max(downlink[receiver], start) + takes
+            arrived[receiver] = max(arrived[receiver], downlink[receiver] + link.delay_ms / 1e3)
+        for n in range(world):
+            rate, count = rates[n], plan.size(n) + plan.lead(n)
+            pairs = count * (count + 1) / 2 if causal else count * count
+            near = rate.near * pairs
+            heard = sum(plan.heard(n, source) for source in plan.sources(n))
+            seeing = count - plan.copies if causal else count
+            rest = rate.receive * heard + rate.far * seeing * heard
+            rest += (1 - before) * rate.token * count
+            idle = max(0.0, arrived[n] - told[n] - near)
+            ready[n] = told[n] + near + idle + rest
+            busy[n] += near + rest
+            waiting[n] += idle
+    answer = ready[plan.owner] if causal else _class_tokens(adapter, ready, link)
+    owner = rates[plan.owner]
+    return Prediction(answer + owner.once, tuple(busy), tuple(waiting))
+
+
+def _class_tokens(adapter: Adapter, ready: Sequence[float], link: Link) -> float:
+    """When rank 0 has every copy of the class token, one fp32 vector each."""
+    takes = link.seconds(4 * adapter.hidden_size) if len(ready) > 1 else 0.0
+    free = 0.0
+    for start in sorted(ready[1:]):
+        free = max(free, start) + takes
+    return max(ready[0], free + (link.delay_ms / 1e3 if len(ready) > 1 else 0.0))
+
+
+def _projected_first(adapter: Adapter) -> float:
+    """The share of a token's linear work that is done before keys and values are known."""
+    linear, _ = adapter.block_flops()
+    width = (adapter.num_heads + 2 * adapter.num_key_value_heads) * adapter.head_dim
+    return 2.0 * adapter.hidden_size * width / linear
+
+
+def bits_of(adapter: Adapter, codebook: Codebook, block: int) -> float:
+    """Bits of a token in one block."""
+    if codebook.space == "transform":
+        return float(codebook.transforms[block].codes * codebook.code_bits)
+    if codebook.space == "differential":
+        return float(codebook.groups * codebook.code_bits if block else 0)
+    if codebook.coded:
+        return float(codebook.bits)
+    if codebook.space == "drop":
+        return 0.0
+    each = {"float32": 32.0, "float16": 16.0, "int8": 8.0 + 16.0 / adapter.head_dim}[codebook.dtype]
+    return 2 * adapter.num_key_value_heads * adapter.head_dim * each
+
+
+def on_paper(
+    adapter: Adapter,
+    codebook: Codebook,
+    rates: Rates,
+    link: Link,
+    tokens: int,
+    world: int,
+    *,
+    two_level: bool = False,
+) -> float:
+    """Seconds to the answer of equal ranks in step, in closed form: for more ranks than one has.
+
+    Every block of every rank takes its own work, and the exchange as far as attention to the own
+    tokens does not hide it. In a full mesh a rank sends N − 1 frames of its own tokens' codes. With
+    `two_level`, ranks stand in rows and columns of about √N: codes go along the row first, then
+    each rank sends its row's to its column. That is as many bytes of codes in 2·(√N − 1) frames,
+    each with its headers, and one more latency; no order of exchange lowers what a rank has to
+    receive, all codes of all others, N − 1 frames' worth on its downlink.
+    """
+    if world < 1 or tokens < world:
+        raise ValueError(f"world: expected 1 to {tokens} ranks, one a token, got {world}")
+    own = tokens / world
+    count = own + adapter.class_tokens
+    heard = tokens - own
+    if adapter.causal:  # later ranks hear more; balanced shares give each the mean
+        heard /= 2
+    near = rates.near * (count * count / 2 if adapter.causal else count * count)
+    work = rates.block + rates.token * count + near
+    if world == 1:
+        return rates.once + len(adapter.blocks) * work
+    work += rates.code * own + rates.receive * heard + rates.far * count * heard
+    total = rates.once
+    for block in range(len(adapter.blocks)):
+        size = bits_of(adapter, codebook, block) * own / 8
+        exchange = 0.0
+        if size:
+            delay = link.delay_ms / 1e3
+            if two_level:
+                row = round(world**0.5)
+                column = -(-world // row)
+                first = (row - 1) * link.seconds(int(-(-size // 1))) + delay
+                gathered = int(-(-(size * row) // 1))
+                exchange = first + (column - 1) * link.seconds(gathered) + delay
+            else:
+                exchange = (world - 1) * link.seconds(int(-(-size // 1))) + delay
+        total += work + max(0.0, exchange - near)
+    return total

@@ -1,0 +1,504 @@
+"""The command as a new user meets it: help, results, and sentences instead of tracebacks."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
+
+from astra_runtime import Codebook, transport
+from astra_runtime.cli import COMMANDS, main
+from astra_runtime.store import DOMAINS, builtin_text, token_windows
+
+from ..models import tiny
+
+WORDS = [f"w{i}" for i in range(96)]
+PROMPT = " ".join(WORDS[i * 7 % 96] for i in range(30))
+TEXT = " ".join(WORDS[i * i % 96] for i in range(600))
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a tiny Llama and its tokenizer, a codebook, a text."""
+    folder = tmp_path_factory.mktemp("home")
+    vocabulary = {"<unk>": 0} | {word: i + 1 for i, word in enumerate(WORDS)}
+    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="<unk>")
+    fast.save_pretrained(folder / "model")
+    model = tiny("llama")
+    model.save_pretrained(folder / "model")
+    tiny("bert").save_pretrained(folder / "bert")
+    (folder / "text.txt").write_text(TEXT)
+    ids = token_windows(fast, TEXT, 50, 8)
+    book = Codebook.fit(model, ids, groups=3, codewords=32, held_back=2, world_size=2)
+    book.save_pretrained(folder / "codebook")
+    other = Codebook.fit(tiny("llama", seed=3), ids, groups=3, codewords=32, held_back=0)
+    other.save_pretrained(folder / "other")
+    return folder
+
+
+@pytest.fixture
+def here(
+    home: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> Iterator[Callable[..., tuple[str, str]]]:
+    """Runs a command in this process, which is quicker than a new one: stdout and stderr."""
+    monkeypatch.setenv("ASTRA_CACHE", str(home / "cache"))
+    threads, handler = torch.get_num_threads(), signal.getsignal(signal.SIGTERM)
+
+    def run(*arguments: str, code: int = 0) -> tuple[str, str]:
+        assert main(arguments) == code
+        return capsys.readouterr()
+
+    yield run
+    torch.set_num_threads(threads)
+    signal.signal(signal.SIGTERM, handler)
+
+
+def astra(
+    home: Path, *arguments: str, code: int = 0, **environment: str
+) -> subprocess.CompletedProcess[str]:
+    done = subprocess.run(
+        [sys.executable, "-m", "astra_runtime", *arguments],
+        capture_output=True,
+        text=True,
+        timeout=100,
+        env=os.environ | {"ASTRA_CACHE": str(home / "cache")} | environment,
+    )
+    assert done.returncode == code, done.stderr
+    assert "Traceback" not in done.stderr
+    return done
+
+
+def model_options(home: Path) -> list[str]:
+    return ["--model", str(home / "model"), "--codebook", str(home / "codebook")]
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_help_has_an_example(command: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as left:
+        main([command, "--help"])
+    assert left.value.code == 0
+    assert f"astra {command} " in capsys.readouterr().out.split("example")[1]
+
+
+def test_codes_as_datagrams(home: Path, here: Callable[..., tuple[str, str]]) -> None:
+    asked = [*model_options(home), "--prompt", PROMPT, "--max-new-tokens", "3", "--json"]
+    alone = json.loads(here("run", *asked)[0])
+    asked += ["--world-size", "2", "--space", "none", "--transport", "datagram"]
+    asked += ["--on-missing", "degrade", "--deadline-ms", "20000"]
+    found = json.loads(here("run", *asked)[0])
+    assert (found["text"], found["degraded"], found["missing"]) == (alone["text"], False, {})
+
+
+def test_datagrams_want_answers_that_may_be_degraded(
+    home: Path, here: Callable[..., tuple[str, str]]
+) -> None:
+    asked = [*model_options(home), "--prompt", PROMPT, "--transport", "datagram"]
+    told = here("run", *asked, "--world-size", "2", code=1)[1]
+    assert "--transport datagram: expected --on-missing degrade" in told
+
+
+def test_run_prints_one_json_object(home: Path, here: Callable[..., tuple[str, str]]) -> None:
+    asked = ["--prompt", PROMPT, "--max-new-tokens", "5", "--json"]
+    alone = json.loads(here("run", *model_options(home), *asked)[0])
+    found = json.loads(
+        astra(
+            home, "run", *model_options(home), *asked, "--world-size", "2", "--space", "none"
+        ).stdout
+    )
+    assert set(found) == {
+        "text",
+        "world_size",
+        "seconds_to_first_token",
+        "seconds_per_token",
+        "bits_per_token_block",
+        "degraded",
+        "missing",
+    }
+    assert found["text"] == alone["text"]
+    assert found["world_size"] == 2
+    assert len(found["text"].split()) == 5
+    assert found["bits_per_token_block"] == 2 * 3 * 16 * 32
+
+
+def test_run_sends_codes(home: Path, here: Callable[..., tuple[str, str]]) -> None:
+    out, _ = here(
+        "run", *model_options(home), "--prompt", PROMPT, "--world-size", "2", "--json",
+        "--max-new-tokens", "2", "--weights", "1,1",
+    )  # fmt: skip
+    found = json.loads(out)
+    assert 15 <= found["bits_per_token_block"] < 16  # rows are padded to whole bytes
+
+
+@pytest.mark.parametrize("asked", [[], ["--insecure"]], ids=["default", "insecure"])
+def test_processes_of_one_command_speak_tls_unless_told_otherwise(
+    asked: list[str],
+    home: Path,
+    here: Callable[..., tuple[str, str]],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    pytest.importorskip("cryptography")
+    meshes: list[Any] = []
+    folders: list[Path] = []
+
+    def connect(*arguments: Any, **options: Any) -> Any:
+        folders.extend(Path(folder) for folder in [options["keys"]] if folder)
+        assert all(folder.stat().st_mode & 0o777 == 0o700 for folder in folders)
+        meshes.append(real(*arguments, **options))
+        return meshes[-1]
+
+    real = transport.connect
+    monkeypatch.setattr(transport, "connect", connect)
+    here(
+        "run", *model_options(home), "--prompt", PROMPT, "--world-size", "2", "--max-new-tokens",
+        "1", *asked,
+    )  # fmt: skip
+    assert [mesh.encrypted for mesh in meshes] == [not asked]
+    assert len(folders) == (0 if asked else 1)
+    assert not any(folder.exists() for folder in folders)
+
+
+def test_torchrun_starts_the_ranks(home: Path) -> None:
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+    command += ["--nproc-per-node", "2"]
+    command += ["-m", "astra_runtime", "run", *model_options(home)]
+    command += ["--prompt", PROMPT, "--max-new-tokens", "3", "--json"]
+    texts = []
+    for backend in ("tcp", "gloo"):
+        done = subprocess.run(
+            [*command, "--backend", backend], capture_output=True, text=True, timeout=100
+        )
+        assert done.returncode == 0, done.stderr
+        found = json.loads(done.stdout)
+        assert found["world_size"] == 2
+        texts.append(found["text"])
+    assert texts[0] == texts[1]
+
+
+def test_a_worker_follows_a_leader_on_given_addresses(
+    home: Path, here: Callable[..., tuple[str, str]]
+) -> None:
+    with socket.socket() as one, socket.socket() as two:
+        one.bind(("127.0.0.1", 0))
+        two.bind(("127.0.0.1", 0))
+        peers = ",".join(f"127.0.0.1:{s.getsockname()[1]}" for s in (one, two))
+    worker = subprocess.Popen(
+        [sys.executable, "-m", "astra_runtime", "worker", "--rank", "1", "--peers", peers]
+        + model_options(home),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+    )
+    try:
+        out, _ = here(
+            "run", *model_options(home), "--rank", "0", "--peers", peers, "--prompt", PROMPT,
+            "--json",
+        )  # fmt: skip
+        assert json.loads(out)["world_size"] == 2
+        assert worker.wait(20) == 0
+    finally:
+        worker.kill()
+        worker.communicate()
+
+
+def test_a_run_leaves_a_timeline(home: Path, here: Callable[..., tuple[str, str]]) -> None:
+    path = home / "timeline.json"
+    asked = ["--prompt", PROMPT, "--max-new-tokens", "2", "--trace", str(path)]
+    here("run", *model_options(home), *asked, "--world-size", "2")
+    events = json.loads(path.read_text())["traceEvents"]
+    names = {rank: {e["name"] for e in events if e["tid"] == rank} for rank in (0, 1)}
+    assert {"compute", "encode", "pack", "send", "attend"} <= names[0]
+    assert {"compute", "wait", "unpack", "attend", "merge"} <= names[1]
+
+
+def test_eval_gives_both_controls(home: Path, here: Callable[..., tuple[str, str]]) -> None:
+    out, _ = here(
+        "eval", *model_options(home), "--text", str(home / "text.txt"), "--tokens", "60",
+        "--windows", "3", "--world-size", "3", "--json",
+    )  # fmt: skip
+    found = json.loads(out)
+    assert set(found["perplexity"]) == {"exact", "astra", "local_only", "local_overlap"}
+    assert found["windows"] == 3
+    assert 15 <= found["bits_per_token_block"] < 16
+    assert found["compression"] == pytest.approx(2 * 48 * 32 / found["bits_per_token_block"])
+    assert math.isfinite(found["gap_recovered"])
+
+
+def test_fit_writes_a_codebook_and_tells_its_worth(
+    home: Path, here: Callable[..., tuple[str, str]]
+) -> None:
+    out, _ = here(
+        "fit", "--model", str(home / "model"), "--text", str(home / "text.txt"), "--space", "kv",
+        "--bits", "40", "--codewords", "16", "--tokens", "50", "--windows", "8",
+        "--world-size", "2", "--output", str(home / "new"), "--json",
+    )  # fmt: skip
+    found = json.loads(out)
+    assert found["groups"] == 8  # one set of 4-bit codes for all heads, within 40 bits
+    assert found["bits_per_token_block"] == 32
+    assert found["verdict"]
+    assert Codebook.from_pretrained(home / "new").digest == found["digest"]
+
+
+def test_bits_alone_make_transform_codes_that_run(
+    home: Path, here: Callable[..., tuple[str, str]]
+) -> None:
+    model, text = ["--model", str(home / "model")], ["--text", str(home / "text.txt")]
+    book = str(home / "transform")
+    out, told = here(
+        "fit", *model, *text, "--bits", "20", "--codewords", "16", "--tokens", "50", "--windows",
+        "8", "--sampled", "2", "--world-size", "2", "--output", book, "--json",
+    )  # fmt: skip
+    found = json.loads(out)
+    assert found["space"] == "transform"
+    assert 10 < found["bits_per_token_block"] <= 20
+    assert "sampling" in told
+    assert Codebook.from_pretrained(book).notes["calibration_vectors"] == 6 * 50 + 2 * 50
+    out, _ = here(
+        "eval", *model, *text, "--codebook", book, "--tokens", "60", "--windows", "2",
+        "--world-size", "2", "--json",
+    )  # fmt: skip
+    # of 29 and 30 tokens a rank, whole bytes
+    assert "local_overlap" in json.loads(out)["perplexity"]
+    found_bits = json.loads(out)["bits_per_token_block"]
+    assert found_bits == pytest.approx(found["bits_per_token_block"], rel=0.02)
+    out, _ = here(
+        "run", *model, "--codebook", book, "--prompt", PROMPT, "--world-size", "2",
+        "--max-new-tokens", "3", "--json",
+    )  # fmt: skip
+    assert len(json.loads(out)["text"].split()) == 3
+    out, _ = here(
+        "demo", *model, *text, "--codebook", book, "--tokens", "60", "--world-size", "2",
+        "--mbit", "100", "--repeats", "1", "--json",
+    )  # fmt: skip
+    demo = json.loads(out)
+    single, dense, coded = (run["perplexity"] for run in demo["runs"])
+    assert dense == pytest.approx(single, rel=1e-4)  # of the same tokens
+    assert coded == pytest.approx(single, rel=0.5)
+
+
+def test_a_target_is_met_by_the_fewest_bits_tried(
+    home: Path, here: Callable[..., tuple[str, str]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from astra_runtime.train import fit
+
+    monkeypatch.setattr(
+        fit, "_evaluate", lambda model, book, *rest: FOUND | {"gap_recovered": book.bits / 50}
+    )
+    for target, wanted, tried in ((0.3, 20, 3), (0.75, 40, 2), (0.9, 80, 2)):
+        out, _ = here(
+            "fit", "--model", str(home / "model"), "--text", str(home / "text.txt"),
+            "--target-gap", str(target), "--codewords", "16", "--tokens", "50", "--windows", "8",
+            "--sampled", "0", "--output", str(home / "target"), "--json",
+        )  # fmt: skip
+        found = json.loads(out)
+        assert found["bits_per_token_block"] <= wanted
+        assert found["held_back"]["gap_recovered"] >= target
+        assert len(found["tried"]) == tried
+
+
+FOUND = {"windows": 2, "world_size": 2, "metric": "perplexity", "exact": 1.0, "astra": 1.5}
+FOUND |= {"local_only": 2.0}
+
+
+def test_differential_codes_are_fitted_evaluated_and_run(
+    home: Path, here: Callable[..., tuple[str, str]]
+) -> None:
+    model, text = ["--model", str(home / "model")], ["--text", str(home / "text.txt")]
+    book = str(home / "differential")
+    out, told = here(
+        "fit", *model, *text, "--space", "differential", "--groups", "4", "--codewords", "16",
+        "--tokens", "50", "--windows", "8", "--world-size", "2", "--output", book, "--json",
+    )  # fmt: skip
+    bits = 4 * 4 * 2 / 3  # the first of three blocks sends nothing
+    assert json.loads(out)["bits_per_token_block"] == pytest.approx(bits)
+    assert "10.667 bits a token and block" in told
+    out, _ = here(
+        "eval", *model, *text, "--codebook", book, "--tokens", "60", "--windows", "2",
+        "--world-size", "2", "--json",
+    )  # fmt: skip
+    found = json.loads(out)
+    assert found["bits_per_token_block"] == pytest.approx(bits)
+    assert found["compression"] == pytest.approx(48 * 32 / bits)
+    out, _ = here(
+        "run", *model, "--codebook", book, "--prompt", PROMPT, "--world-size", "2",
+        "--max-new-tokens", "3", "--json",
+    )  # fmt: skip
+    found = json.loads(out)
+    assert len(found["text"].split()) == 3
+    assert found["bits_per_token_block"] == pytest.approx(bits)
+
+
+def test_demo_gives_the_table_as_json(home: Path) -> None:
+    done = astra(
+        home, "demo", *model_options(home), "--text", str(home / "text.txt"), "--tokens", "60",
+        "--world-size", "2", "--mbit", "100", "--repeats", "1", "--json",
+    )  # fmt: skip
+    found: dict[str, Any] = json.loads(done.stdout)
+    assert [run["method"] for run in found["runs"]] == ["single", "dense", "astra"]
+    assert found["link"]["mbit_per_s"] == 100
+    assert found["runs"][0]["speedup"] == 1
+    single, dense, _ = (run["perplexity"] for run in found["runs"])
+    assert dense == pytest.approx(single, rel=1e-4)
+    assert found["local_only_perplexity"] != pytest.approx(single, rel=1e-4)
+    assert found["continuation"]
+
+
+def test_doctor_says_what_works(here: Callable[..., tuple[str, str]]) -> None:
+    out, _ = here("doctor", "--json")
+    found = json.loads(out)
+    assert found["healthy"]
+    assert all(check["ok"] for check in found["checks"].values())
+
+
+LONG_TEXT = ["{model}", "{book}", "--text", "{home}/text.txt"]
+ONE_WORD = ["--prompt", "w1"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["run", "--model", "no/such/model", *ONE_WORD], "model 'no/such/model' is not here"),
+        (["run", "--model", "{home}/cache", *ONE_WORD], "expected a folder with config.json"),
+        (["run", "{model}", "--codebook", "{home}/none", *ONE_WORD], "make one with `astra"),
+        (["run", "{model}", "--codebook", "{home}/other", *ONE_WORD], "made for a model with"),
+        (["run", "{model}", "{book}", "--prompt", ""], "at least one token"),
+        (["run", "{model}", "{book}", *ONE_WORD, "--world-size", "2"], "1 tokens for 2 ranks"),
+        (["run", "{model}", "{book}", "--text", "{home}/none.txt"], "cannot be read"),
+        (["run", "{model}", "{book}", "--text", "{home}/cache/bytes"], "cannot be read"),
+        (["run", "{model}", "{book}", *ONE_WORD, "--weights", "a,b"], "expected 1 positive number"),
+        (["run", "{model}", "{book}", *ONE_WORD, "--weights", "1,1"], "--weights: expected 1 posi"),
+        (["run", "{model}", *ONE_WORD, "--rank", "1"], "--rank: expected together with --peers"),
+        (["run", "{model}", *ONE_WORD, "--rank", "0", "--peers", "foo"], 'expected "host:port"'),
+        (["run", "{model}", *ONE_WORD, "--rank", "1", "--peers", "a:1,b:2"], "--rank: expected 0"),
+        (["run", "{model}", *ONE_WORD, "--backend", "gloo"], "expected under torchrun only"),
+        (["run", "--model", "{home}/bert", *ONE_WORD], "expected a language model"),
+        (["worker", "{model}", "--rank", "0", "--peers", "a:1,b:2"], "rank 0 leads"),
+        (["worker", "{model}", "--rank", "2", "--peers", "a:1,b:2"], "--rank: expected 0 to 1"),
+        (["demo", "{model}", "--mbit", "-5"], "mbit_per_s: expected a positive rate"),
+        (["fit", "{model}", "--output", "{home}/text.txt"], "File exists"),
+        (["eval", "{model}", "{book}", "--tokens", "3", "--world-size", "3"], "more than 3 tokens"),
+        (["run", *LONG_TEXT], "at most 256 tokens, the model's limit, got 600"),
+        (["eval", *LONG_TEXT], "at least 1024 tokens, got 600"),
+        (["demo", *LONG_TEXT], "at least 1024 tokens, got 600"),
+        (
+            ["fit", "{model}", "--space", "kv", "--bits", "3", "--output", "{home}/x"],
+            "expected at least 10, one",
+        ),
+        (
+            ["fit", "{model}", "--space", "transform", "--groups", "3", "--output", "{home}/x"],
+            "chooses groups itself",
+        ),
+        (
+            ["fit", "{model}", "--space", "kv", "--target-gap", ".9", "--output", "{home}/x"],
+            "--target-gap: expected with --space transform",
+        ),
+    ],
+)
+def test_mistakes_get_a_sentence(
+    home: Path, here: Callable[..., tuple[str, str]], arguments: list[str], message: str
+) -> None:
+    (home / "cache").mkdir(exist_ok=True)
+    (home / "cache" / "bytes").write_bytes(b"\xff\xfe\xfa")
+    words = {"{model}": ["--model", f"{home}/model"], "{book}": ["--codebook", f"{home}/codebook"]}
+    given = [w.format(home=home) for a in arguments for w in words.get(a, [a])]
+    _, err = here(*given, code=1)
+    last = err.strip().splitlines()[-1]
+    assert last.startswith("astra: error: ")
+    assert message in last
+
+
+def test_a_port_in_use_is_named(home: Path, here: Callable[..., tuple[str, str]]) -> None:
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        peers = f"127.0.0.1:1,127.0.0.1:{port}"
+        _, err = here("worker", *model_options(home), "--rank", "1", "--peers", peers, code=1)
+    last = err.strip().splitlines()[-1]
+    assert last.startswith("astra: error: ")
+    assert str(port) in last
+
+
+@pytest.mark.parametrize("blow", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
+def test_no_worker_outlives_its_leader(home: Path, blow: signal.Signals) -> None:
+    leader = subprocess.Popen(
+        [sys.executable, "-m", "astra_runtime", "run", *model_options(home), "--prompt", PROMPT]
+        + ["--world-size", "2", "--max-new-tokens", "200", "--timeout", "30"],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+    def workers() -> list[str]:
+        found = []
+        for entry in Path("/proc").iterdir():
+            if entry.name.isdigit():
+                try:
+                    command = (entry / "cmdline").read_bytes().split(b"\0")
+                except OSError:
+                    continue
+                if b"worker" in command and str(leader.pid).encode() in command:
+                    found.append(entry.name)
+        return found
+
+    deadline = time.monotonic() + 60
+    while not workers() and time.monotonic() < deadline:
+        time.sleep(0.1)
+    assert len(workers()) == 1
+    time.sleep(1.0)
+    leader.send_signal(blow)
+    _, words = leader.communicate(timeout=30)
+    ends = {signal.SIGINT: 130, signal.SIGTERM: 143, signal.SIGKILL: -9}
+    assert leader.returncode == ends[blow]
+    while workers() and time.monotonic() < deadline:
+        time.sleep(0.1)
+    assert not workers()
+    assert "Traceback" not in words
+
+
+@pytest.mark.parametrize("domain", DOMAINS)
+def test_the_built_in_texts_share_no_paragraph(domain: str) -> None:
+    calibration, evaluation = builtin_text(domain)
+    assert (calibration, evaluation) == builtin_text(domain)
+    shared = set(calibration.split("\n\n")) & set(evaluation.split("\n\n"))
+    assert not shared
+    assert len(calibration) > 200_000
+    assert len(evaluation) > 50_000
+
+
+def test_domains_are_different_texts() -> None:
+    assert builtin_text() == builtin_text("documentation")
+    assert "def __init__(self" in builtin_text("source")[1]
+    assert builtin_text("source")[1].count("def ") > 20 * builtin_text()[1].count("def ")
+    with pytest.raises(ValueError, match="expected one of documentation, source, got 'prose'"):
+        builtin_text("prose")
+
+
+def test_windows_are_spread_and_do_not_overlap(home: Path) -> None:
+    from astra_runtime.store import load_tokenizer
+
+    tokenizer = load_tokenizer(str(home / "model"))
+    ids = tokenizer(TEXT, return_tensors="pt").input_ids[0]
+    windows = token_windows(tokenizer, TEXT, 100, 4)
+    assert torch.equal(windows[0], ids[:100])
+    assert torch.equal(windows[-1], ids[-100:])
+    assert len(token_windows(tokenizer, TEXT, 100, 50)) == 6
+
+
+def test_benchmarks_are_reached_by_name(home: Path) -> None:
+    assert "--ranks" in astra(home, "bench", "latency", "--help").stdout
+    done = astra(home, "bench", "nothing", code=2)
+    assert "invalid choice: 'nothing'" in done.stderr

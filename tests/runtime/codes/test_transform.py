@@ -1,0 +1,437 @@
+"""Predictive transform codes: the engine, the fit, and what the formulas promise."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from astra_runtime import Codebook, Engine
+from astra_runtime.codes.layouts import flat, heads
+from astra_runtime.codes.rotary import rotate
+from astra_runtime.codes.transform import Known, Transform, quantized
+from astra_runtime.evaluate import measure, run_ranks
+from astra_runtime.models import adapt
+from astra_runtime.plan import Plan
+from astra_runtime.train.calibration import as_windows
+from astra_runtime.train.fit_transform import (
+    Cost,
+    Rows,
+    _level,
+    allocate,
+    coder,
+    dealt,
+    fit_blocks,
+    predictor,
+    regression,
+    sensitivity,
+)
+from astra_runtime.train.simulate import Simulation as Package
+from astra_runtime.train.simulate import quantizers
+from astra_runtime.transport import Mesh
+
+from ..models import inputs_for, tiny, windows_for
+from ..simulation import Simulation
+from ..test_engine import logits_of, ranks_output, rounding
+
+KINDS = ("llama", "gpt2", "bert", "vit")
+
+
+def fitted(model: Any, kind: str, **options: Any) -> Codebook:
+    options = {"bits": 24, "codewords": 16, "rank": 8, "iterations": 3, "held_back": 0} | options
+    return Codebook.fit(model, windows_for(kind), space="transform", **options)
+
+
+def plan_of(kind: str, book: Codebook, tokens: int, weights: tuple[int, ...]) -> Plan:
+    copies = book.prefix if kind in ("llama", "gpt2") else 1
+    body = 25 if kind == "vit" else tokens - copies
+    causal = kind in ("llama", "gpt2")
+    return Plan.make(body, len(weights), causal=causal, copies=copies, weights=weights)
+
+
+@torch.no_grad()
+def simulated(model: Any, book: Codebook, plan: Plan, inputs: dict[str, Tensor]) -> Tensor:
+    return logits_of(Package(model, book, plan, inputs).run())
+
+
+# The engine.
+
+
+@pytest.mark.parametrize("prefix", [None, 0, 3])
+@pytest.mark.parametrize("weights", [(1, 1), (5, 1, 3)])
+@pytest.mark.parametrize("kind", KINDS)
+def test_ranks_equal_the_formulas(kind: str, weights: tuple[int, ...], prefix: int | None) -> None:
+    if prefix is not None and kind in ("bert", "vit"):
+        pytest.skip("an encoder's first tokens see all others")
+    model, inputs = tiny(kind), inputs_for(kind, 23, batch=2)
+    book = fitted(model, kind, prefix=prefix)
+    plan = plan_of(kind, book, 23, weights)
+    by_formula = logits_of(Simulation(model, book, plan, inputs).run())
+    by_package = simulated(model, book, plan, inputs)
+    torch.testing.assert_close(by_package, by_formula, rtol=2e-4, atol=2e-4)
+    outputs = ranks_output(model, book, inputs, len(weights), logits="all", weights=weights)
+    for output in outputs:
+        torch.testing.assert_close(output, by_formula, rtol=2e-4, atol=2e-4)
+    dropped = ranks_output(
+        model, Codebook.drop(), inputs, len(weights), logits="all", weights=weights
+    )[0]
+    assert float((dropped - by_formula).abs().max()) > 0.05
+
+
+@pytest.mark.parametrize("kind", ["llama", "gpt2"])
+def test_dense_exchange_with_a_prefix_is_exact(kind: str) -> None:
+    """What every rank computes itself is what the single device computes."""
+    model, inputs = tiny(kind), inputs_for(kind, 23, batch=2)
+    single, tolerance = rounding(model, inputs)
+    book = Codebook("none", prefix=4)
+    for output in ranks_output(model, book, inputs, 3, logits="all"):
+        assert float((output - single).abs().max()) <= tolerance
+    for output in ranks_output(model, book, inputs, 3, logits="last"):
+        assert float((output - single[:, -1:]).abs().max()) <= tolerance
+    plan = Plan.make(19, 3, causal=True, copies=4)
+    found = simulated(model, book, plan, inputs)
+    assert float((found - single).abs().max()) <= tolerance
+
+
+@pytest.mark.parametrize("kind", ["llama", "gpt2"])
+def test_the_prefix_reaches_past_padding(kind: str) -> None:
+    """The first token that is one, not a column of padding, is what the prefix is for."""
+    model, inputs = tiny(kind), inputs_for(kind, 23, batch=2)
+    inputs["attention_mask"] = torch.ones(2, 23, dtype=torch.int64)
+    inputs["attention_mask"][1, :5] = 0
+    book = fitted(model, kind)
+    plan = Plan.make(23 - 6, 3, causal=True, copies=6, weights=(1, 1, 1))
+    wanted = simulated(model, book, plan, inputs)
+    output = ranks_output(model, book, inputs, 3, logits="all", weights=(1, 1, 1))[0]
+    torch.testing.assert_close(output[0], wanted[0], rtol=2e-4, atol=2e-4)
+    torch.testing.assert_close(output[1, 5:], wanted[1, 5:], rtol=2e-4, atol=2e-4)
+
+
+def test_a_prompt_shorter_than_its_prefix_leaves_every_rank_a_token() -> None:
+    model, inputs = tiny("llama"), inputs_for("llama", 4)
+    single, tolerance = rounding(model, inputs)
+    for output in ranks_output(model, Codebook("none", prefix=9), inputs, 3, logits="all"):
+        assert float((output - single).abs().max()) <= tolerance
+
+
+@pytest.mark.parametrize("kind", ["llama", "gpt2"])
+def test_a_prompt_is_continued_from_its_logits(kind: str) -> None:
+    model, inputs = tiny(kind), inputs_for(kind, 23, batch=2)
+    book = fitted(model, kind)
+
+    def work(mesh: Mesh) -> tuple[Tensor, Tensor]:
+        with Engine(model, book, mesh) as engine:
+            first = engine(**inputs).logits[:, -1].argmax(-1)
+            return first, engine.generate(inputs["input_ids"], max_new_tokens=4)
+
+    for first, ids in run_ranks(3, work, timeout=30):
+        assert ids.shape == (2, 27)
+        assert torch.equal(ids[:, 23], first)
+
+
+def test_bits_are_those_of_the_plan() -> None:
+    model, inputs = tiny("llama"), inputs_for("llama", 65)
+    book = fitted(model, "llama")
+    assert len({t.codes for t in book.transforms}) > 1  # blocks differ
+
+    def work(mesh: Mesh) -> tuple[float, int]:
+        with Engine(model, book, mesh, weights=(1, 1), halo=0) as engine:
+            engine(**inputs)
+            return engine.bits_per_token_block, mesh.stats.bytes_sent_payload
+
+    (bits, sent), _ = run_ranks(2, work, timeout=30)
+    assert book.bits == pytest.approx(bits, rel=0.02)  # 32 tokens: whole bytes
+    assert sent >= bits * 32 * 3 / 8
+
+
+# The file.
+
+
+def test_it_is_read_as_it_was_written(tmp_path: Path) -> None:
+    model = tiny("llama")
+    book = fitted(model, "llama")
+    book.save_pretrained(tmp_path)
+    read = Codebook.from_pretrained(tmp_path)
+    assert (read.digest, read.bits, read.prefix) == (book.digest, book.bits, 1)
+    inputs = inputs_for("llama", 23)
+    outputs = [ranks_output(model, b, inputs, 2)[0] for b in (book, read)]
+    assert torch.equal(*outputs)
+
+
+# The fit.
+
+
+def test_a_budget_is_kept_and_more_bits_are_nearer() -> None:
+    model, inputs = tiny("llama"), {"input_ids": windows_for("llama")}
+    plan = Plan.make(39, 2, causal=True, copies=1)
+    exact = simulated(model, Codebook.none(), plan, inputs)
+    errors = []
+    for bits in (3.0, 12.0, 48.0, 200.0):
+        book = fitted(model, "llama", bits=bits)
+        assert 0 < book.bits <= bits
+        assert book.notes["bits"] == bits
+        assert len(book.notes["codes"]) == 3
+        errors.append(float((simulated(model, book, plan, inputs) - exact).square().mean()))
+    assert errors == sorted(errors, reverse=True)
+    assert errors[3] < 0.5 * errors[0]
+
+
+def test_the_prefix_has_a_control_of_its_own() -> None:
+    model = tiny("llama")
+    windows = as_windows(windows_for("llama", count=2, tokens=40))
+    found = measure(model, fitted(model, "llama", prefix=5), windows, world_size=2)
+    assert found.local_overlap is not None
+    assert found.local_overlap != found.local_only
+    assert measure(model, Codebook.none("int8"), windows, world_size=2).local_overlap is None
+
+
+def test_what_every_rank_computes_counts_once() -> None:
+    """Exact exchange is exact with a prefix, too, in what is measured of it."""
+    model = tiny("llama")
+    windows = as_windows(windows_for("llama", count=2, tokens=40))
+    for prefix in (1, 4):
+        found = measure(model, Codebook("none", prefix=prefix), windows, world_size=2)
+        with torch.no_grad():
+            start = prefix + (40 - prefix) // 2 + (40 - prefix) % 2
+            losses = [
+                torch.nn.functional.cross_entropy(
+                    model(**w).logits[0, start:-1], w["input_ids"][0, start + 1 :]
+                )
+                for w in windows
+            ]
+        wanted = float(torch.stack(losses).mean().exp())
+        assert found.astra == pytest.approx(wanted, rel=1e-4)
+
+
+def test_the_fit_is_deterministic() -> None:
+    digests = {fitted(tiny("gpt2"), "gpt2").digest for _ in range(2)}
+    assert len(digests) == 1
+
+
+def test_sensitivity_is_what_an_error_costs() -> None:
+    """½·δᵀFδ against the divergence that errors really cause, block by block."""
+    model = tiny("llama")
+    windows = as_windows(windows_for("llama", count=24, tokens=40))
+    cost = sensitivity(model, windows, prefix=1, world_size=2, seed=0)
+    plan = Plan.make(39, 2, causal=True, copies=1)
+    for block in range(3):
+        told = real = 0.0
+        for number, inputs in enumerate(windows[:8]):
+            generator = torch.Generator().manual_seed(number)
+            width = cost.shape[-1]
+            delta = 0.03 * torch.randn(1, 39, width, generator=generator)
+            delta[:, plan.bounds[1] :] = 0
+
+            class Off(Package):
+                def _stand_ins(self, at: int, key: Tensor, value: Tensor, *given: Any) -> Any:
+                    ((far, far_value),) = super()._stand_ins(at, key, value, *given)
+                    if at == block:  # noqa: B023
+                        rows = heads(delta, key.shape[1])  # noqa: B023
+                        far, far_value = far + rotate(rows[0], self.rope), far_value + rows[1]
+                    return [(far, far_value)]
+
+            with torch.inference_mode():
+                exact = Package(model, Codebook.none(), plan, inputs).run().logits.log_softmax(-1)
+                off = Off(model, Codebook.none(), plan, inputs).run().logits.log_softmax(-1)
+            real += float((exact.exp() * (exact - off)).sum())
+            told += 0.5 * float(torch.einsum("btu,uv,btv->", delta, cost[block], delta))
+        assert told == pytest.approx(real, rel=0.35), block
+
+
+def test_roots_squared_are_the_costs() -> None:
+    half = torch.randn(2, 6, 6)
+    cost = half @ half.transpose(1, 2)
+    found = Cost.of(cost)
+    torch.testing.assert_close(found.root, found.root.transpose(1, 2))
+    torch.testing.assert_close(found.root @ found.root, cost, rtol=0.05, atol=0.05)
+    torch.testing.assert_close(found.root @ found.inverse, torch.eye(6).repeat(2, 1, 1))
+
+
+FLAT = Cost.of(torch.eye(4).repeat(2, 1, 1))  # all errors cost the same
+
+
+def rows_of(generator: torch.Generator, spreads: list[Tensor], count: int = 4000) -> Rows:
+    made = [torch.randn(count, len(s), generator=generator) * s for s in spreads]
+    return Rows(made, None)
+
+
+def test_bits_go_where_they_buy_most() -> None:
+    """Independent blocks: the water level of the textbook, ½·log₂(λ/level) bits an axis."""
+    generator = torch.Generator().manual_seed(0)
+    spreads = [torch.tensor([8.0, 4.0, 0.1, 0.1]), torch.tensor([64.0, 64.0, 64.0, 0.01])]
+    rows = rows_of(generator, spreads)
+    counts = allocate(rows, FLAT, 10.0, 2)
+    assert sum(counts) * 2 <= 20
+    assert counts == [2, 8]  # 20 bits over axes of 3, 2, 6, 6 and 6 bits above 1: 0.6 less each
+    weighed = Cost.of(
+        torch.stack([64 * torch.eye(4), torch.eye(4)])
+    )  # errors in block 0 cost 64 times more
+    assert allocate(rows, weighed, 10.0, 2)[0] > counts[0]
+    assert allocate(rows, weighed, 0.9, 2) == [0, 0]
+
+
+def test_what_can_be_predicted_needs_no_bits() -> None:
+    generator = torch.Generator().manual_seed(0)
+    first = torch.randn(4000, 4, generator=generator)
+    mixed = first @ torch.randn(4, 4, generator=generator) + 0.01 * torch.randn(
+        4000, 4, generator=generator
+    )
+    rows = Rows([first, mixed], torch.randn(4000, 3, generator=generator))
+    assert allocate(rows, FLAT, 100.0, 4)[0] == 0  # known to everyone
+    free = Rows([first, mixed], None)
+    counts = allocate(free, FLAT, 12.0, 4)
+    assert counts[0] > counts[1]  # the second follows from the first
+
+
+def test_the_level_spends_the_budget() -> None:
+    values = torch.tensor([100.0, 30.0, 2.0, 0.5, 0.01])
+    for budget in (1.0, 4.0, 30.0):
+        bits = _level(values, budget)
+        assert float(bits.sum()) == pytest.approx(budget, rel=1e-5)
+        assert bool((bits > 0).all())
+
+
+def test_axes_are_dealt_evenly() -> None:
+    groups = dealt(torch.tensor([6.0, 5.0, 4.0, 3.0, 2.0]), 2)
+    assert groups == [[0, 3, 4], [1, 2]]  # 6, 5; then 4 to the 5, 3 to the 6, 2 to a 9
+
+
+def test_a_predictor_of_full_rank_is_the_regression() -> None:
+    generator = torch.Generator().manual_seed(0)
+    x, y = (torch.randn(500, n, generator=generator) for n in (7, 5))
+    y = y + x[:, :5] + 3
+    half = torch.randn(5, 5, generator=generator)
+    cost = Cost.of((half @ half.T)[None])
+    root, inverse = cost.root[0], cost.inverse[0]
+    squeeze, spread, offset = predictor(x, y, root, inverse, 5)
+    centred = x - x.mean(0)
+    full = regression(centred.T @ centred, centred.T @ (y - y.mean(0)), len(x))
+    torch.testing.assert_close(squeeze @ spread, full, rtol=1e-3, atol=1e-3)
+    torch.testing.assert_close(offset + x.mean(0) @ full, y.mean(0), rtol=1e-3, atol=1e-3)
+    worse = predictor(x, y, root, inverse, 1)
+    assert worse[0].shape == (7, 1)
+
+    def error(parts: tuple[Tensor, Tensor, Tensor]) -> float:
+        left = y - parts[2] - x @ parts[0] @ parts[1]
+        return float((left @ root).square().sum())
+
+    assert error((squeeze, spread, offset)) < error(worse)
+
+
+def test_coordinates_and_back_are_the_coded_axes() -> None:
+    generator = torch.Generator().manual_seed(0)
+    missing = torch.randn(400, 6, generator=generator) * torch.tensor([9.0, 5, 3, 1, 1, 1])
+    half = torch.randn(6, 6, generator=generator)
+    cost = Cost.of((half @ half.T)[None])
+    root, inverse = cost.root[0], cost.inverse[0]
+    analysis, synthesis, tables = coder(missing, root, inverse, 6, 256, 2, 0)
+    code = Transform(
+        torch.zeros(0, 1), torch.zeros(1, 6), torch.zeros(6), analysis, synthesis, tables
+    )
+    back = code.restored(code.coordinates(missing))
+    torch.testing.assert_close(back, missing, rtol=1e-3, atol=1e-3)  # all axes are coded
+
+
+def test_the_loop_is_closed() -> None:
+    """What one block's codes miss, the next block's prediction sees."""
+    generator = torch.Generator().manual_seed(0)
+    y = torch.randn(3000, 4, generator=generator) * torch.tensor([4.0, 2.0, 1.0, 0.5])
+    rows = Rows([y, y.clone(), y.clone()], None)
+    cost = Cost.of(torch.eye(4).repeat(3, 1, 1))
+    options: dict[str, Any] = {"codewords": 16, "rank": 4, "iterations": 4, "seed": 0}
+    made = fit_blocks(rows, cost, [1, 1, 1], **options)
+    known = Known(made, None, None)
+    errors = []
+    for block, code in enumerate(made):
+        predicted = known.predict(block, y[None])
+        found = known.learn(block, predicted, quantized(code, y[None] - predicted))
+        errors.append(float((found - y).square().mean()))
+    assert errors[2] < 0.5 * errors[1] < 0.25 * errors[0]  # four bits more each time
+
+
+def test_silent_blocks_are_as_predicted() -> None:
+    """A receiver and a sender that skipped a block agree on what follows."""
+    model = tiny("llama")
+    book = fitted(model, "llama")
+    silent = Transform.silent(book.transforms[1].offset.numel(), 16)
+    kept = book.transforms[1]
+    quiet = Transform(
+        kept.squeeze, kept.spread, kept.offset, silent.analysis, silent.synthesis, silent.tables
+    )
+    changed = replace(book, transforms=(book.transforms[0], quiet, book.transforms[2]))
+    inputs = inputs_for("llama", 23)
+    plan = plan_of("llama", changed, 23, (1, 1, 1))
+    wanted = simulated(model, changed, plan, inputs)
+    for output in ranks_output(model, changed, inputs, 3, logits="all", weights=(1, 1, 1)):
+        torch.testing.assert_close(output, wanted, rtol=2e-4, atol=2e-4)
+
+
+def test_flat_and_heads_are_inverse() -> None:
+    key, value = torch.randn(2, 3, 5, 4), torch.randn(2, 3, 5, 4)
+    back = heads(flat(key, value), 3)
+    assert torch.equal(torch.stack(back), torch.stack([key, value]))
+
+
+# Training and losses.
+
+
+def test_gradients_pass_straight_through_and_reach_the_codebook() -> None:
+    model, inputs = tiny("llama"), inputs_for("llama", 23)
+    book = fitted(model, "llama")
+    plan = plan_of("llama", book, 23, (1, 1))
+    layers = quantizers(book, "cpu", noise=0.3, commitment=0.1).train()
+    before = [getattr(layer, "tables", torch.zeros(0)).clone() for layer in layers]
+    run = Package(model, book, plan, inputs, layers)
+    loss = run.run().logits.logsumexp(-1).sum() + run.commitment
+    loss.backward()
+    assert float(run.commitment.detach()) > 0
+    assert float(adapt(model).blocks[1].self_attn.v_proj.weight.grad.abs().sum()) > 0
+    moved = [
+        not torch.equal(a, layer.tables)
+        for a, layer in zip(before, layers, strict=True)
+        if not isinstance(layer, nn.Identity)
+    ]
+    assert moved == [True, True]
+
+
+def test_losing_everything_is_dropping_it() -> None:
+    model, inputs = tiny("llama"), inputs_for("llama", 23)
+    book = fitted(model, "llama", bits=60)
+    assert all(t.codes for t in book.transforms[1:])
+    plan = plan_of("llama", book, 23, (1, 1, 1))
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        none = Package(model, book, plan, inputs, lost=1e-9, generator=generator).run().logits
+        plain = Package(model, book, plan, inputs).run().logits
+        some = Package(model, book, plan, inputs, lost=0.5, generator=generator).run().logits
+    torch.testing.assert_close(none, plain, rtol=1e-4, atol=1e-4)
+    assert float((some - plain).abs().max()) > 0.01
+
+
+# Refusals.
+
+
+@pytest.mark.parametrize(
+    ("options", "wanted"),
+    [
+        ({"bits": 0.5}, "bits: expected at least"),
+        ({"bits": 1e6}, "bits: expected at least"),
+        ({"rank": 0}, "rank: expected at least 1"),
+        ({"prefix": -1}, "prefix: expected 0 or more"),
+        ({"codewords": 4096}, "codewords: expected"),
+        ({"space": "kv", "groups": 3, "bits": 30}, "bits, target_gap: expected with space"),
+    ],
+)
+def test_bad_options_are_refused_before_any_work(options: dict[str, Any], wanted: str) -> None:
+    given = {"space": "transform", "codewords": 16, "held_back": 0} | options
+    with pytest.raises(ValueError, match=wanted):
+        Codebook.fit(tiny("llama"), windows_for("llama"), **given)
+
+
+def test_an_encoder_has_no_prefix() -> None:
+    with pytest.raises(ValueError, match="prefix: expected 0 or more, and 0 for an encoder"):
+        fitted(tiny("bert"), "bert", prefix=1)

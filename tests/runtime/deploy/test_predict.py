@@ -1,0 +1,283 @@
+"""Predictions against what can be worked out by hand, and their directions."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from astra_runtime import Codebook
+from astra_runtime.cli import main
+from astra_runtime.codes.codebook import geometry
+from astra_runtime.costs import engine_plan, flops_over_ideal, single_flops
+from astra_runtime.deploy.predict import (
+    Rates,
+    bits_of,
+    first_token,
+    measured,
+    of_flops,
+    on_paper,
+    single,
+)
+from astra_runtime.models import adapt
+from astra_runtime.models.shapes import SHAPES, shaped
+from astra_runtime.plan import Plan
+from astra_runtime.transport import Link
+
+from ..models import tiny, windows_for
+from ..test_engine import fitted
+
+FREE = Link()
+_kept: list[Any] = []  # adapters do not keep their models alive
+
+
+def adapter_of(model: Any) -> Any:
+    _kept.append(model)
+    return adapt(model)
+
+
+def kv(adapter: Any, groups: int = 1) -> Codebook:
+    return Codebook("kv", groups, 1024, groups == 1, geometry=geometry(adapter))
+
+
+@pytest.mark.parametrize("name", SHAPES)
+def test_one_device_is_its_flops(name: str) -> None:
+    adapter = adapter_of(shaped(name))
+    rates = of_flops(adapter, Codebook.drop(), 1e9)
+    assert single(adapter, rates, 256) == pytest.approx(single_flops(adapter, 256) / 1e9)
+
+
+@pytest.mark.parametrize("name", ["vit-base", "gpt2"])
+@pytest.mark.parametrize("world", [2, 4, 7])
+def test_without_a_link_the_slowest_ranks_flops_are_all(name: str, world: int) -> None:
+    adapter = adapter_of(shaped(name))
+    book = kv(adapter)
+    plan = engine_plan(adapter, book, 512, world)
+    rates = of_flops(adapter, book, 1e9)
+    found = first_token(adapter, book, plan, [rates] * world, FREE)
+    ideal = single_flops(adapter, 512) / 1e9 / world
+    expected = flops_over_ideal(adapter, book, 512, world) * ideal
+    assert max(found.busy) == pytest.approx(expected, rel=1e-6)
+    # hardly anybody waits, and nobody for a rank before the last one that has a little more to do
+    assert 0.99 * expected <= found.seconds <= 1.1 * expected
+
+
+def test_the_link_by_hand() -> None:
+    """Two ranks of an encoder, two blocks of work that takes no time: only frames do."""
+    adapter = adapter_of(tiny("vit"))
+    blocks = len(adapter.blocks)
+    book = Codebook.none()
+    plan = Plan((0, 12, 25), causal=False, copies=1)
+    link = Link(8.0, 3.0)  # 1 MB/s
+    nothing = Rates(0, 0, 0, 0, 0, 0)
+    found = first_token(
+        adapter, book, plan, [nothing] * 2, link, payload=lambda block, tokens: 1000.0 * tokens
+    )
+    answer = link.seconds(4 * adapter.hidden_size) + 0.003
+    # each block ends when the larger frame has come; both ranks wait for each other's
+    larger, smaller = link.seconds(13000) + 0.003, link.seconds(12000) + 0.003
+    assert found.seconds == pytest.approx(_alternating(blocks, larger, smaller) + answer)
+
+
+def _alternating(blocks: int, larger: float, smaller: float) -> float:
+    """When rank 1 is ready: rank 0 hears 13 tokens, rank 1 hears 12, block after block."""
+    ready = [0.0, 0.0]
+    link = [0.0, 0.0]
+    for _ in range(blocks):
+        sent = [max(ready[0], link[0]) + smaller - 0.003, max(ready[1], link[1]) + larger - 0.003]
+        link = sent
+        ready = [sent[1] + 0.003, sent[0] + 0.003]
+    return ready[1]
+
+
+def test_frames_to_more_peers_cross_the_uplink_one_after_another() -> None:
+    adapter = adapter_of(tiny("vit"))
+    nothing = Rates(0, 0, 0, 0, 0, 0)
+
+    def seconds(world: int) -> float:
+        plan = Plan.make(24, world, causal=False, copies=1)
+        found = first_token(
+            adapter,
+            Codebook.none(),
+            plan,
+            [nothing] * world,
+            Link(1.0),
+            payload=lambda block, tokens: 1000.0,
+        )
+        return found.seconds
+
+    assert seconds(4) == pytest.approx(3 * seconds(2), rel=0.2)
+
+
+def test_slow_links_and_more_bits_cost_time() -> None:
+    adapter = adapter_of(shaped("vit-base"))
+
+    def seconds(book: Codebook, mbit: float) -> float:
+        rates = of_flops(adapter, book, 50e9)
+        plan = engine_plan(adapter, book, 512, 4)
+        return first_token(adapter, book, plan, [rates] * 4, Link(mbit, 1.0)).seconds
+
+    slow = [seconds(kv(adapter), mbit) for mbit in (1, 10, 100)]
+    assert slow == sorted(slow, reverse=True)
+    wide = [seconds(b, 10) for b in (kv(adapter), kv(adapter, 12), Codebook.none("int8"))]
+    assert wide == sorted(wide)
+
+
+def test_a_slow_rank_is_waited_for() -> None:
+    adapter = adapter_of(shaped("vit-base"))
+    book = kv(adapter)
+    rates = of_flops(adapter, book, 50e9)
+    plan = engine_plan(adapter, book, 512, 3)
+    even = first_token(adapter, book, plan, [rates] * 3, FREE)
+    uneven = first_token(adapter, book, plan, [rates, rates.slower(2), rates], FREE)
+    assert uneven.seconds == pytest.approx(2 * even.seconds, rel=0.05)
+    assert uneven.waiting[0] > 0.3 * uneven.seconds
+    with pytest.raises(ValueError, match="rates: expected those of 3 ranks, got 2"):
+        first_token(adapter, book, plan, [rates] * 2, FREE)
+
+
+@pytest.mark.parametrize("kind", ["llama", "gpt2", "bert", "vit"])
+@pytest.mark.parametrize("space", ["kv", "none", "drop", "transform"])
+def test_every_space_is_measured(kind: str, space: str) -> None:
+    model = tiny(kind)
+    if space == "kv":
+        book = fitted(kind, model, space="kv", groups=1)
+    elif space == "transform":
+        options = {"bits": 24, "codewords": 16, "held_back": 0}
+        book = Codebook.fit(model, windows_for(kind), space="transform", **options)
+    else:
+        book = Codebook(space)
+    tokens = 25 if kind == "vit" else 32
+    if kind == "vit":
+        with pytest.raises(ValueError, match="tokens: expected the 25 patches"):
+            measured(model, book, 24)
+    rates = measured(model, book, tokens)
+    assert min(vars(rates).values()) >= 0
+    assert (rates.far > 0) == (space != "drop")
+    assert (rates.code > 0) == (space != "drop")
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float16", "int8"])
+def test_bits_are_those_of_the_engine(dtype: str) -> None:
+    adapter = adapter_of(tiny("llama"))  # three KV heads of 16 channels
+    each = {"float32": 32, "float16": 16, "int8": 9}[dtype]
+    assert bits_of(adapter, Codebook.none(dtype), 1) == 2 * 3 * 16 * each
+    assert bits_of(adapter, Codebook.drop(), 0) == 0
+    differential = replace(kv(adapter), space="differential")
+    assert [bits_of(adapter, differential, block) for block in (0, 1)] == [0, 10]
+
+
+def test_flops_that_cannot_be_are_refused() -> None:
+    adapter = adapter_of(tiny("llama"))
+    with pytest.raises(ValueError, match="flops: expected a positive rate, got 0"):
+        of_flops(adapter, Codebook.none(), 0)
+    with pytest.raises(ValueError, match="name: expected one of vit-base"):
+        shaped("alexnet")
+
+
+@pytest.mark.parametrize("world", [2, 8])
+def test_the_closed_form_is_near_the_followed_ranks(world: int) -> None:
+    adapter = adapter_of(shaped("vit-base"))
+    book, link = kv(adapter), Link(10.0, 1.0)
+    rates = of_flops(adapter, book, 50e9)
+    plan = engine_plan(adapter, book, 1024, world)
+    followed = first_token(adapter, book, plan, [rates] * world, link).seconds
+    assert on_paper(adapter, book, rates, link, 1024, world) == pytest.approx(followed, rel=0.05)
+    alone = on_paper(adapter, book, rates, link, 1024, 1)
+    assert alone == pytest.approx(single(adapter, rates, 1024))
+
+
+def test_rows_and_columns_pay_when_frames_are_all_headers() -> None:
+    adapter = adapter_of(shaped("vit-base"))
+    book, link = kv(adapter), Link(10.0, 1.0)
+    rates = of_flops(adapter, book, 50e9)
+
+    def seconds(world: int, two_level: bool) -> float:
+        return on_paper(adapter, book, rates, link, 1024, world, two_level=two_level)
+
+    assert seconds(4, False) <= seconds(4, True)
+    far = Link(10.0, 100.0)
+    direct, in_two = (
+        on_paper(adapter, book, rates, far, 1024, 4, two_level=two) for two in (False, True)
+    )
+    assert in_two > direct + 1  # one more latency in each of 12 blocks, for nothing
+    assert seconds(512, True) < 0.5 * seconds(512, False)
+    with pytest.raises(ValueError, match="world: expected 1 to 1024 ranks"):
+        seconds(1025, False)
+
+
+# The command.
+
+
+def planned(capsys: pytest.CaptureFixture[str], *arguments: str) -> dict[str, Any]:
+    assert main(["plan", "--json", *arguments]) == 0
+    found: dict[str, Any] = json.loads(capsys.readouterr().out)
+    return found
+
+
+def test_a_shape_is_planned_from_flops(capsys: pytest.CaptureFixture[str]) -> None:
+    asked = ["--model", "vit-base", "--flops", "50e9", "--tokens", "196"]
+    found = planned(capsys, *asked, "--world-size", "2", "4", "--mbit", "10")
+    assert found["recommended"]["world_size"] == 4
+    assert 2.5 < found["recommended"]["speedup"] < 3.7
+    assert {row["codes"] for row in found["rows"]} >= {"kv, one code", "dense int8"}
+    assert [row["seconds"] for row in found["rows"]] == sorted(r["seconds"] for r in found["rows"])
+    far = planned(capsys, *asked, "--world-size", "2", "--mbit", "0.01", "--rtt-ms", "2000")
+    assert far["recommended"] is None  # stay on one device
+
+
+def test_uneven_devices_get_uneven_shards(capsys: pytest.CaptureFixture[str]) -> None:
+    asked = ["--model", "gpt2", "--flops", "1e11", "--world-size", "2", "--speeds", "1,0.5"]
+    first, second = planned(capsys, *asked)["recommended"]["shards"]
+    assert first > 1.7 * second
+
+
+def test_this_machine_is_measured(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    model = tiny("llama")
+    model.save_pretrained(tmp_path / "model")
+    fitted("llama", model, space="kv", groups=3).save_pretrained(tmp_path / "codes")
+    _tokenizer().save_pretrained(tmp_path / "model")
+    found = planned(
+        capsys,
+        *("--model", str(tmp_path / "model"), "--codebook", str(tmp_path / "codes")),
+        *("--tokens", "40", "--world-size", "2"),
+    )
+    assert found["single_seconds"] > 0
+    assert {row["codes"] for row in found["rows"]} == {
+        "codes",
+        *(f"dense {dtype}" for dtype in ("float32", "float16", "int8")),
+    }
+
+
+def _tokenizer() -> Any:
+    from tokenizers import Tokenizer, models
+    from transformers import PreTrainedTokenizerFast
+
+    words = Tokenizer(models.WordLevel({"<unk>": 0, "a": 1}, unk_token="<unk>"))
+    return PreTrainedTokenizerFast(tokenizer_object=words, unk_token="<unk>")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--model", "vit-base"], "--flops: expected with the shape vit-base"),
+        (["--model", "gpt2", "--flops", "1e9", "--speeds", "1,x"], "--speeds: expected positive"),
+        (["--model", "gpt2", "--flops", "1e9", "--speeds", "1,1"], "--world-size 2, got 2 3 4 8"),
+    ],
+)
+def test_bad_questions_are_refused(
+    arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["plan", *arguments]) == 1
+    assert message in capsys.readouterr().err
+
+
+@pytest.fixture(autouse=True)
+def threads() -> Any:
+    before = torch.get_num_threads()
+    yield
+    torch.set_num_threads(before)

@@ -1,0 +1,99 @@
+"""Measuring devices that are connected, and their links; `astra plan --peers` on top."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from astra_runtime import Codebook
+from astra_runtime.cli import main
+from astra_runtime.deploy.probe import Found, probe
+from astra_runtime.errors import WireError
+from astra_runtime.transport import Link, Mesh, local_mesh
+
+from ..models import tiny
+from ..ranks import as_ranks, free_ports
+from ..test_engine import fitted
+from .test_predict import _tokenizer
+
+
+def test_links_and_rates_of_every_rank_are_found() -> None:
+    model = tiny("gpt2")
+    books = {"dense": Codebook.none(), "codes": fitted("gpt2", model, space="kv", groups=6)}
+
+    def work(mesh: Mesh) -> Found | None:
+        return probe(mesh, mesh, model, books, 40)
+
+    found, *others = as_ranks(local_mesh(3, link=Link(40.0, 3.0)), work)
+    assert others == [None, None]
+    assert found.rtt_ms[0] is found.up_mbit[0] is None
+    for rank in (1, 2):
+        assert 6 <= found.rtt_ms[rank] < 9
+        assert 20 < found.up_mbit[rank] < 41  # a busy machine hands packets on late
+        assert 34 < found.down_mbit[rank] < 41
+    assert found.link().mbit_per_s == min(found.up_mbit[1:] + found.down_mbit[1:])
+    assert found.link().delay_ms == max(found.rtt_ms[1:]) / 2
+    for rates in found.rates.values():
+        assert len(rates) == 3
+        assert all(r.near > 0 and r.far > 0 and r.block + r.token > 0 for r in rates)
+    assert found.rates["codes"][2].code > 0
+
+
+def test_a_probe_that_asks_for_too_much_is_refused() -> None:
+    from astra_runtime.deploy.probe import MOST, _answer, _ask
+
+    def work(mesh: Mesh) -> None:
+        if mesh.rank:
+            _answer(mesh)
+        else:
+            _ask(mesh, 1, MOST + 1, 8)
+
+    found = as_ranks(local_mesh(2), work, errors_too=True)
+    assert isinstance(found[1], WireError)
+    assert found[1].field == "probe size"
+
+
+def test_the_plan_of_connected_devices(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    model = tiny("llama")
+    model.save_pretrained(tmp_path / "model")
+    _tokenizer().save_pretrained(tmp_path / "model")
+    fitted("llama", model, space="kv", groups=3).save_pretrained(tmp_path / "codes")
+    common = ["--model", str(tmp_path / "model"), "--codebook", str(tmp_path / "codes")]
+    common += ["--peers", ",".join(free_ports(2))]
+    worker = subprocess.Popen(
+        [sys.executable, "-m", "astra_runtime", "worker", "--rank", "1", *common]
+        + ["--mbit", "50", "--delay-ms", "4"],
+        stderr=subprocess.PIPE,
+    )
+    try:
+        assert main(["plan", "--json", "--tokens", "40", *common]) == 0
+        assert worker.wait(20) == 0
+    finally:
+        worker.kill()
+        worker.communicate()
+    found: dict[str, Any] = json.loads(capsys.readouterr().out)
+    assert 40 < found["mbit_per_s"] < 51
+    assert 4 <= found["rtt_ms"] < 8
+    assert {row["codes"] for row in found["rows"]} >= {"codes", "dense int8"}
+    assert {row["world_size"] for row in found["rows"]} == {2}
+
+
+@pytest.mark.parametrize(
+    ("asked", "message"),
+    [
+        (["--flops", "1e9", "--codebook", "x"], "--flops: expected without --peers"),
+        ([], "--codebook: expected one with --peers"),
+        (["--codebook", "x", "--world-size", "3"], "--world-size: expected at most the 2"),
+    ],
+)
+def test_bad_plans_of_peers(
+    asked: list[str], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    peers = "127.0.0.1:7000,127.0.0.1:7001"
+    assert main(["plan", "--peers", peers, *asked]) != 0
+    assert message in capsys.readouterr().err

@@ -1,0 +1,322 @@
+"""Keys: who can read them, what they say, how they are made and told of."""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import json
+import shutil
+import signal
+import ssl
+import stat
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from astra_runtime import errors
+from astra_runtime.cli import main
+from astra_runtime.cli.cluster import local_keys
+from astra_runtime.transport import check_keys, connect
+from astra_runtime.transport.certificates import (
+    Keys,
+    KeysError,
+    ephemeral_keys,
+    is_bound_to,
+    make_keys,
+    named_rank,
+    show_keys,
+)
+
+from ..ranks import all_to_all, as_ranks, free_ports, key_folder, together
+
+x509 = pytest.importorskip("cryptography.x509")
+from cryptography.hazmat.primitives.asymmetric import ec  # noqa: E402
+
+
+@pytest.fixture(autouse=True)
+def sigterm() -> Iterator[None]:
+    """The command changes what the signal does to this process."""
+    handler = signal.getsignal(signal.SIGTERM)
+    yield
+    signal.signal(signal.SIGTERM, handler)
+
+
+def mode(path: Path) -> int:
+    return stat.S_IMODE(path.stat().st_mode)
+
+
+def test_private_keys_are_readable_by_their_owner_only(tmp_path: Path) -> None:
+    made = make_keys(tmp_path / "keys", 3, days=30)
+    private = [tmp_path / "keys" / "authority.key"]
+    private += [tmp_path / "keys" / f"rank-{rank}" / "key.pem" for rank in range(3)]
+    assert [mode(path) for path in private] == [0o600] * 4
+    assert mode(tmp_path / "keys" / "rank-1") == 0o700
+    assert {path.name for path in (tmp_path / "keys" / "rank-1").iterdir()} == {
+        "authority.pem",
+        "certificate.pem",
+        "key.pem",
+    }
+    left = made.expires - datetime.datetime.now(datetime.UTC)
+    assert datetime.timedelta(days=29) < left <= datetime.timedelta(days=30)
+
+
+def test_a_certificate_names_its_rank_and_nothing_else(tmp_path: Path) -> None:
+    make_keys(tmp_path, 2)
+    raw = (tmp_path / "rank-1" / "certificate.pem").read_bytes()
+    certificate = x509.load_pem_x509_certificate(raw)
+    names = certificate.extensions.get_extension_for_class(x509.SubjectAlternativeName).value
+    assert list(names) == [x509.DNSName("rank-1.astra.internal")]
+    basic = certificate.extensions.get_extension_for_class(x509.BasicConstraints).value
+    assert not basic.ca
+    assert isinstance(certificate.public_key().curve, ec.SECP256R1)
+    authority = x509.load_pem_x509_certificate((tmp_path / "authority.pem").read_bytes())
+    certificate.verify_directly_issued_by(authority)
+
+
+@pytest.mark.parametrize(
+    ("names", "rank"),
+    [
+        (["rank-0.astra.internal"], 0),
+        (["rank-65534.astra.internal", "pi.local"], 65534),
+        (["rank-1.astra.internal", "rank-2.astra.internal"], None),
+        (["*.astra.internal"], None),
+        (["rank-01.astra.internal"], None),
+        (["rank-1.astra.internal.evil.org"], None),
+        (["evil.rank-1.astra.internal"], None),
+        (["rank-1.astra.internal\n"], None),
+        (["rank-١.astra.internal"], None),
+        ([], None),
+    ],
+)
+def test_the_rank_that_a_certificate_names(names: list[str], rank: int | None) -> None:
+    assert named_rank({"subjectAltName": [("DNS", name) for name in names]}) == rank
+
+
+def test_a_name_that_is_no_host_name_names_no_rank() -> None:
+    assert named_rank({"subjectAltName": [("URI", "rank-1.astra.internal")]}) is None
+    assert named_rank({}) is None
+    assert named_rank(None) is None
+
+
+def test_addresses_that_a_certificate_is_bound_to() -> None:
+    rank = ("DNS", "rank-1.astra.internal")
+    assert is_bound_to({"subjectAltName": [rank]}, "10.0.0.1")
+    bound = {"subjectAltName": [rank, ("DNS", "Pi.local"), ("IP Address", "0:0:0:0:0:0:0:1")]}
+    assert is_bound_to(bound, "pi.LOCAL.")
+    assert is_bound_to(bound, "::1")
+    assert not is_bound_to(bound, "10.0.0.1")
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"ranks": 0}, r"ranks: expected 1\.\.65535, got 0"),
+        ({"ranks": 2, "hosts": ["a"]}, "hosts: expected 2, one for each rank, got 1"),
+        ({"ranks": 1, "hosts": ["a:7000"]}, "hosts: expected a name or an IP address"),
+        ({"ranks": 1, "hosts": ["rank-3.astra.internal"]}, "hosts: expected a name"),
+        ({"ranks": 1, "days": 0}, "days: expected"),
+    ],
+)
+def test_bad_wishes(options: dict[str, Any], words: str, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=words):
+        make_keys(tmp_path / "keys", **options)
+
+
+def test_keys_are_never_overwritten(tmp_path: Path) -> None:
+    make_keys(tmp_path, 1)
+    before = (tmp_path / "rank-0" / "key.pem").read_bytes()
+    for folder in (tmp_path, tmp_path / "rank-0"):
+        with pytest.raises(KeysError, match="holds keys already"):
+            make_keys(folder, 1)
+    assert (tmp_path / "rank-0" / "key.pem").read_bytes() == before
+
+
+def test_ephemeral_keys_are_private_and_leave_nothing() -> None:
+    with ephemeral_keys(2) as folder:
+        assert mode(folder) == 0o700
+        assert not (folder / "authority.key").exists()
+        assert Keys(folder).contexts(1).dialing.verify_mode == ssl.CERT_REQUIRED
+        left = show_keys(folder)[0].expires - datetime.datetime.now(datetime.UTC)
+        assert left <= datetime.timedelta(days=1)
+    assert not folder.exists()
+    with pytest.raises(ZeroDivisionError), ephemeral_keys(2) as folder:
+        raise ZeroDivisionError
+    assert not folder.exists()
+
+
+def test_contexts_speak_nothing_below_tls_1_3() -> None:
+    for context in Keys(key_folder()).contexts(0):
+        assert context.minimum_version == context.maximum_version == ssl.TLSVersion.TLSv1_3
+        assert context.verify_mode == ssl.CERT_REQUIRED
+        assert len(context.get_ca_certs()) == 1  # nobody but the authority of these keys
+
+
+def test_keys_that_cannot_be_used(tmp_path: Path) -> None:
+    with pytest.raises(KeysError, match="expected certificate.pem or rank-9/certificate.pem"):
+        Keys(key_folder()).contexts(9)
+    shutil.copytree(key_folder() / "rank-0", tmp_path / "mixed")
+    shutil.copy(key_folder() / "rank-1" / "key.pem", tmp_path / "mixed" / "key.pem")
+    with pytest.raises(KeysError, match="cannot use .*mismatch"):
+        Keys(tmp_path / "mixed").contexts(0)
+    (tmp_path / "mixed" / "key.pem").unlink()
+    with pytest.raises(KeysError, match="cannot use .*No such file"):
+        Keys(tmp_path / "mixed").contexts(0)
+
+
+def test_a_key_that_others_can_read_is_told_of(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    shutil.copytree(key_folder() / "rank-0", tmp_path / "open")
+    (tmp_path / "open" / "key.pem").chmod(0o644)
+    Keys(tmp_path / "open").contexts(0)
+    assert "can be read by others" in caplog.text
+
+
+# --- where keys are needed
+
+
+@pytest.mark.parametrize("options", [{}, {"insecure": True}], ids=["no-keys", "insecure"])
+@pytest.mark.parametrize("address", ["10.0.0.1", "0.0.0.0", "[2001:db8::1]", "no-such-host"])
+def test_plaintext_is_refused_off_loopback(
+    options: dict[str, Any], address: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("ASTRA_KEYS", raising=False)
+    peers = ["127.0.0.1:7000", f"{address}:7000"]
+    with pytest.raises(KeysError, match="plaintext stays on one machine"):
+        connect(0, 2, peers, **options)
+    with pytest.raises(ValueError, match="not on loopback"):
+        check_keys(0, peers, **options)
+
+
+def test_listening_off_loopback_in_plaintext_is_refused() -> None:
+    with pytest.raises(errors.AstraError, match="since 0.0.0.0 is not on loopback"):
+        connect(0, 2, free_ports(2), host="0.0.0.0", insecure=True)
+
+
+def test_contradictions_are_refused() -> None:
+    with pytest.raises(KeysError, match="insecure: expected without keys"):
+        connect(0, 2, free_ports(2), keys=key_folder(), insecure=True)
+    with pytest.raises(KeysError, match="expected none with backend 'gloo'"):
+        connect(0, 2, free_ports(2), keys=key_folder(), backend="gloo")
+
+
+@pytest.mark.parametrize("insecure", [False, True])
+def test_keys_of_the_environment(insecure: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("ASTRA_KEYS", str(key_folder()))
+    peers = free_ports(2)
+    meshes = together([lambda r=r: connect(r, 2, peers, insecure=insecure) for r in range(2)])
+    assert [mesh.encrypted for mesh in meshes] == [not insecure] * 2
+    as_ranks(meshes, lambda mesh: all_to_all(mesh, 1, 10))
+
+
+# --- without the package that makes keys
+
+
+@pytest.fixture
+def without_cryptography(monkeypatch: pytest.MonkeyPatch) -> None:
+    key_folder()  # made before
+    for name in [name for name in sys.modules if name.split(".")[0] == "cryptography"]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setitem(sys.modules, "cryptography", None)
+
+
+@pytest.mark.usefixtures("without_cryptography")
+def test_the_extra_is_named_where_it_is_missing(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["keys", "init", "--ranks", "2", "--output", str(tmp_path / "keys")]) == 1
+    assert 'pip install "astra-inference[security]"' in capsys.readouterr().err
+    assert not (tmp_path / "keys").exists()
+
+
+@pytest.mark.usefixtures("without_cryptography")
+def test_using_keys_needs_no_package() -> None:
+    peers = free_ports(2)
+    meshes = together([lambda r=r: connect(r, 2, peers, keys=key_folder()) for r in range(2)])
+    assert all(mesh.encrypted for mesh in meshes)
+    as_ranks(meshes, lambda mesh: all_to_all(mesh, 1, 10))
+
+
+@pytest.mark.usefixtures("without_cryptography")
+def test_processes_of_one_command_then_speak_plaintext_and_say_so(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    with local_keys(argparse.Namespace(keys=None, insecure=False), 2) as keys:
+        assert keys is None
+    assert "astra-inference[security]" in capsys.readouterr().err
+
+
+def test_processes_of_one_command_get_ephemeral_keys(tmp_path: Path) -> None:
+    with local_keys(argparse.Namespace(keys=None, insecure=False), 2) as keys:
+        assert keys is not None
+        check_keys(1, ["10.0.0.1:1", "10.0.0.2:2"], keys)
+    assert not Path(keys).exists()
+    with local_keys(argparse.Namespace(keys=str(tmp_path), insecure=False), 2) as keys:
+        assert keys == str(tmp_path)
+    with local_keys(argparse.Namespace(keys=None, insecure=True), 2) as keys:
+        assert keys is None
+
+
+# --- the command
+
+
+@pytest.fixture
+def astra(capsys: pytest.CaptureFixture[str]) -> Callable[..., tuple[str, str]]:
+    def run(*arguments: str, code: int = 0) -> tuple[str, str]:
+        assert main(arguments) == code
+        return capsys.readouterr()
+
+    return run
+
+
+def test_init_and_show(astra: Callable[..., tuple[str, str]], tmp_path: Path) -> None:
+    folder = str(tmp_path / "keys")
+    asked = ["--output", folder, "--hosts", "10.0.0.1,pi-2.local", "--days", "9"]
+    made = json.loads(astra("keys", "init", "--ranks", "2", *asked, "--json")[0])
+    assert made["ranks"] == 2
+    assert made["folders"] == [f"{folder}/rank-0", f"{folder}/rank-1"]
+    assert Path(made["authority_key"]).is_file()
+    shown = json.loads(astra("keys", "show", folder, "--json")[0])["ranks"]
+    assert [(one["rank"], one["hosts"]) for one in shown] == [
+        (0, ["10.0.0.1"]),
+        (1, ["pi-2.local"]),
+    ]
+    assert {one["expires"] for one in shown} == {made["expires"]}
+    out, _ = astra("keys", "show", f"{folder}/rank-1")
+    assert out.startswith("rank 1")
+    assert "at pi-2.local only" in out
+    _, said = astra("keys", "init", "--ranks", "2", "--output", folder, code=1)
+    assert "holds keys already" in said
+    _, said = astra("keys", "show", str(tmp_path), code=1)
+    assert "expected a folder written by `astra keys init`" in said
+
+
+def test_init_says_what_to_do_with_the_keys(
+    astra: Callable[..., tuple[str, str]], tmp_path: Path
+) -> None:
+    out, said = astra("keys", "init", "--ranks", "2", "--output", str(tmp_path / "keys"))
+    assert out.split() == [str(tmp_path / "keys" / f"rank-{rank}") for rank in range(2)]
+    assert "authority.key belongs on none of them" in said
+
+
+@pytest.mark.parametrize("command", ["init", "show"])
+def test_help_of_the_actions(command: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as left:
+        main(["keys", command, "--help"])
+    assert left.value.code == 0
+    assert f"astra keys {command} " in capsys.readouterr().out.split("example")[1]
+
+
+@pytest.mark.parametrize("extra", [[], ["--insecure"]], ids=["no-keys", "insecure"])
+def test_plaintext_between_devices_is_refused_before_a_model_is_loaded(
+    extra: list[str], astra: Callable[..., tuple[str, str]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("ASTRA_KEYS", raising=False)
+    addresses = ["--peers", "10.0.0.1:7000,10.0.0.2:7000", "--model", "/no/such/model"]
+    _, said = astra("worker", "--rank", "1", *addresses, *extra, code=1)
+    assert "plaintext stays on one machine" in said
+    _, said = astra("run", "--rank", "0", "--prompt", "x", *addresses, *extra, code=1)
+    assert "plaintext stays on one machine" in said

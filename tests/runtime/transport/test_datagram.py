@@ -1,0 +1,844 @@
+"""Codes as datagrams: whole, in part, forged, replayed, too early, too late, and never a hang."""
+
+from __future__ import annotations
+
+import random
+import socket
+import struct
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import pytest
+import torch
+
+from astra_runtime import Codebook, Engine, errors
+from astra_runtime.models import adapt
+from astra_runtime.plan import Plan
+from astra_runtime.transport import Mesh, local_mesh
+from astra_runtime.transport import fragments as parts
+from astra_runtime.transport.certificates import can_make_keys
+from astra_runtime.transport.datagram import DatagramMesh, connect_datagrams
+from astra_runtime.transport.fragments import (
+    DATAGRAM_SIZE,
+    EARLY_BYTES,
+    HEADER_SIZE,
+    PARITY,
+    PART_SIZE,
+    SEAL_SIZE,
+    EncryptedSeal,
+    Inbox,
+    Outbox,
+    PartHeader,
+    PlainSeal,
+    Seal,
+    Window,
+    cut,
+    parities,
+)
+from bench.lossy import LossyDatagrams
+
+from ..models import inputs_for, tiny
+from ..ranks import MAKERS, PLAN, all_to_all, as_ranks, free_ports, key_folder, together
+from ..test_degrade import book_for
+
+Fate = Callable[[bytes], Sequence[bytes]]  # what becomes of a datagram
+SECRET = bytes(range(32))
+
+
+def datagram_mesh(world_size: int, *, timeout: float = 30.0, parity: int = 0) -> list[DatagramMesh]:
+    return _over(local_mesh(world_size, timeout=timeout), parity)
+
+
+def tls_datagram_mesh(
+    world_size: int, *, timeout: float = 30.0, parity: int = 0
+) -> list[DatagramMesh]:
+    return _over(MAKERS["tls"](world_size, timeout=timeout), parity)
+
+
+def _over(meshes: list[Mesh], parity: int) -> list[DatagramMesh]:
+    return together([lambda mesh=mesh: connect_datagrams(mesh, parity=parity) for mesh in meshes])
+
+
+@pytest.fixture(params=["plain", "tls"])
+def make(request: pytest.FixtureRequest) -> Callable[..., list[DatagramMesh]]:
+    if request.param == "tls" and not can_make_keys():
+        pytest.skip("no cryptography")
+    return {"plain": datagram_mesh, "tls": tls_datagram_mesh}[request.param]
+
+
+class Lane:
+    """A peer's socket whose outgoing datagrams meet a fate."""
+
+    def __init__(self, sock: socket.socket, fate: Fate) -> None:
+        self.sock, self.fate = sock, fate
+
+    def sendmsg(self, pieces: Sequence[bytes]) -> int:
+        datagram = b"".join(pieces)
+        for each in self.fate(datagram):
+            self.sock.send(each)
+        return len(datagram)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.sock, name)
+
+
+def lane(mesh: DatagramMesh, to: int, fate: Fate) -> Lane:
+    """Gives what `mesh` sends to rank `to` a fate."""
+    peer = mesh._peers[to]
+    peer.sock = Lane(peer.sock, fate)  # type: ignore[assignment]
+    return peer.sock  # type: ignore[return-value]
+
+
+def dropping(*lost: int) -> Fate:
+    """Drops the datagrams of these numbers, counted from 0."""
+    count = iter(range(10**9))
+    return lambda datagram: [] if next(count) in lost else [datagram]
+
+
+def content(rank: int, block: int, size: int) -> bytes:
+    return bytes((rank * 31 + block * 7 + position) % 251 for position in range(size))
+
+
+def told(mesh: DatagramMesh, block: int, size: int, **options: Any) -> dict[int, bytes]:
+    """Sends this rank's content of a block to all, and receives theirs."""
+    others = [rank for rank in range(mesh.world_size) if rank != mesh.rank]
+    payload, partial = content(mesh.rank, block, size), options.get("partial", False)
+    mesh.send(payload, block=block, plan=PLAN, to=others, partial=partial)
+    views = mesh.receive(dict.fromkeys(others, size), block=block, plan=PLAN, **options)
+    return {rank: bytes(view) for rank, view in views.items()}
+
+
+@pytest.fixture
+def pair() -> Iterator[list[DatagramMesh]]:
+    meshes = datagram_mesh(2, timeout=5)
+    yield meshes
+    together([mesh.close for mesh in meshes])
+
+
+# --- without losses: what TCP brings
+
+
+@pytest.mark.parametrize("parity", [0, PARITY])
+@pytest.mark.parametrize("world_size", [1, 2, 3])
+@pytest.mark.parametrize("size", [0, 1, 320, PART_SIZE, PART_SIZE + 1, 70_001])
+def test_all_that_is_sent_comes(
+    make: Callable[..., list[DatagramMesh]], world_size: int, size: int, parity: int
+) -> None:
+    def work(mesh: DatagramMesh) -> None:
+        all_to_all(mesh, 6, size)
+        assert mesh.gaps == {}
+        mesh.agree({})  # who has all and leaves would refuse parity parts that are still to come
+        assert mesh.datagrams.missing == mesh.datagrams.refused == mesh.datagrams.dropped == 0
+
+    as_ranks(make(world_size, parity=parity), work)
+
+
+def test_control_messages_go_over_tcp(make: Callable[..., list[DatagramMesh]]) -> None:
+    def work(mesh: DatagramMesh) -> None:
+        mesh.agree({"model": "the same"})
+        sent = mesh.datagrams.sent
+        mesh.send(b"token", block=0xFF00, plan=PLAN, to=[1 - mesh.rank])
+        assert bytes(mesh.receive({1 - mesh.rank: 5}, block=0xFF00, plan=PLAN)[1 - mesh.rank]) == (
+            b"token"
+        )
+        assert mesh.datagrams.sent == sent
+
+    as_ranks(make(2), work)
+
+
+def test_a_rank_that_runs_ahead_is_heard_in_order(
+    make: Callable[..., list[DatagramMesh]],
+) -> None:
+    ahead = threading.Event()
+
+    def work(mesh: DatagramMesh) -> None:
+        if mesh.rank == 0:
+            for block in range(40):
+                mesh.send(content(0, block, 2000), block=block, plan=PLAN, to=[1])
+            ahead.set()
+        else:
+            assert ahead.wait(30)
+            for block in range(40):
+                views = mesh.receive({0: 2000}, block=block, plan=PLAN, timeout=5, partial=True)
+                assert bytes(views[0]) == content(0, block, 2000)
+                assert not mesh.gaps
+
+    as_ranks(make(2), work)
+
+
+def test_views_survive_the_next_block(pair: list[DatagramMesh]) -> None:
+    for block in (0, 1):
+        pair[0].send(content(0, block, 3000), block=block, plan=PLAN, to=[1])
+    held = [pair[1].receive({0: 3000}, block=block, plan=PLAN)[0] for block in (0, 1)]
+    assert [bytes(view) for view in held] == [content(0, block, 3000) for block in (0, 1)]
+
+
+def test_stats_count_payload_and_datagrams(make: Callable[..., list[DatagramMesh]]) -> None:
+    size = 2 * PART_SIZE + 1
+
+    def work(mesh: DatagramMesh) -> None:
+        before = mesh.stats
+        all_to_all(mesh, 5, size)
+        spent = mesh.stats - before
+        assert (spent.messages_sent, spent.messages_received) == (5, 5)
+        assert spent.bytes_sent_payload == spent.bytes_received_payload == 5 * size
+        total = 5 * (size + 3 * (HEADER_SIZE + SEAL_SIZE))
+        assert spent.bytes_sent_total == spent.bytes_received_total == total
+        assert mesh.peer_stats[1 - mesh.rank].messages_sent >= 5
+
+    as_ranks(make(2), work)
+
+
+# --- losses
+
+
+def test_gaps_are_the_parts_that_were_lost(make: Callable[..., list[DatagramMesh]]) -> None:
+    size = 10 * PART_SIZE
+    count, step = cut(size)
+    lost = [0, 4, 5, 9]
+
+    def work(mesh: DatagramMesh) -> None:
+        lane(mesh, 1 - mesh.rank, dropping(*lost))
+        found = told(mesh, 0, size, timeout=0.5, partial=True)
+        want = bytearray(content(1 - mesh.rank, 0, size))
+        for index in lost:
+            want[index * step : (index + 1) * step] = bytes(step)
+        assert found == {1 - mesh.rank: bytes(want)}
+        gaps = [(0, step), (4 * step, 6 * step), (9 * step, 10 * step)]
+        assert mesh.gaps == {1 - mesh.rank: gaps}
+        assert mesh.datagrams.missing == len(lost)
+        again = told(mesh, 1, size, timeout=5, partial=True)
+        assert again == {1 - mesh.rank: content(1 - mesh.rank, 1, size)}
+        assert mesh.gaps == {}
+
+    assert count == 10
+    as_ranks(make(2), work)
+
+
+def test_a_rank_of_which_nothing_came_is_absent() -> None:
+    def work(mesh: DatagramMesh) -> None:
+        if mesh.rank == 1:
+            lane(mesh, 0, lambda _: [])
+        found = told(mesh, 0, 3000, timeout=0.3, partial=True)
+        others = {0, 1, 2} - {mesh.rank} - ({1} if mesh.rank == 0 else set())
+        assert found == {rank: content(rank, 0, 3000) for rank in others}
+
+    as_ranks(datagram_mesh(3), work)
+
+
+def test_the_wait_ends_early_when_later_parts_have_come(pair: list[DatagramMesh]) -> None:
+    lane(pair[0], 1, dropping(1))
+    pair[0].send(content(0, 0, 10_000), block=0, plan=PLAN, to=[1])
+    start = time.monotonic()
+    view = pair[1].receive({0: 10_000}, block=0, plan=PLAN, timeout=5, partial=True)[0]
+    assert time.monotonic() - start < 0.5
+    _, step = cut(10_000)
+    assert pair[1].gaps == {0: [(step, 2 * step)]}
+    assert bytes(view[2 * step :]) == content(0, 0, 10_000)[2 * step :]
+
+
+def test_the_wait_ends_early_when_a_later_frame_has_come(pair: list[DatagramMesh]) -> None:
+    _, step = cut(10_000)
+    lane(pair[0], 1, dropping(8))  # the last part: nothing of this frame follows
+
+    def later() -> None:
+        time.sleep(0.1)
+        pair[0].send(content(0, 1, 10_000), block=1, plan=PLAN, to=[1])
+
+    pair[0].send(content(0, 0, 10_000), block=0, plan=PLAN, to=[1])
+    sender = threading.Thread(target=later)
+    sender.start()
+    start = time.monotonic()
+    pair[1].receive({0: 10_000}, block=0, plan=PLAN, timeout=5, partial=True)
+    assert 0.09 < time.monotonic() - start < 1
+    assert pair[1].gaps == {0: [(8 * step, 10_000)]}
+    sender.join()
+    views = pair[1].receive({0: 10_000}, block=1, plan=PLAN, timeout=5, partial=True)
+    assert bytes(views[0]) == content(0, 1, 10_000)
+    assert not pair[1].gaps
+
+
+def test_a_lost_part_is_a_deadline_where_all_is_wanted(pair: list[DatagramMesh]) -> None:
+    lane(pair[0], 1, dropping(1))
+    pair[0].send(content(0, 3, 10_000), block=3, plan=PLAN, to=[1])
+    start = time.monotonic()
+    with pytest.raises(errors.DeadlineExceeded) as caught:
+        pair[1].receive({0: 10_000}, block=3, plan=PLAN, timeout=0.3)
+    assert 0.29 < time.monotonic() - start < 0.6
+    assert (caught.value.rank, caught.value.block) == (0, 3)
+
+
+def test_deadline_of_a_silent_rank(pair: list[DatagramMesh]) -> None:
+    start = time.monotonic()
+    assert pair[1].receive({0: 10}, block=0, plan=PLAN, timeout=0.2, partial=True) == {}
+    assert 0.19 < time.monotonic() - start < 0.5
+
+
+def test_the_wait_for_an_overtaken_part_is_short(pair: list[DatagramMesh]) -> None:
+    lane(pair[0], 1, dropping(7))  # of nine: one part more follows
+    pair[0].send(content(0, 0, 10_000), block=0, plan=PLAN, to=[1])
+    start = time.monotonic()
+    pair[1].receive({0: 10_000}, block=0, plan=PLAN, timeout=5, partial=True)
+    assert time.monotonic() - start < 0.5
+    assert len(pair[1].gaps[0]) == 1
+
+
+def test_the_wait_for_the_end_of_a_frame_is_a_quarter(pair: list[DatagramMesh]) -> None:
+    lane(pair[0], 1, dropping(8))  # the last one
+    pair[0].send(content(0, 0, 10_000), block=0, plan=PLAN, to=[1])
+    start = time.monotonic()
+    pair[1].receive({0: 10_000}, block=0, plan=PLAN, timeout=2, partial=True)
+    assert 0.45 < time.monotonic() - start < 1
+    assert len(pair[1].gaps[0]) == 1
+
+
+def test_late_parts_are_of_no_use_and_do_no_harm(pair: list[DatagramMesh]) -> None:
+    kept: list[bytes] = []
+
+    def fate(datagram: bytes) -> list[bytes]:
+        if len(kept) < 2:
+            kept.append(datagram)
+            return []
+        return [datagram]
+
+    wire = lane(pair[0], 1, fate)
+    pair[0].send(content(0, 0, 10_000), block=0, plan=PLAN, to=[1])
+    view = pair[1].receive({0: 10_000}, block=0, plan=PLAN, timeout=5, partial=True)[0]
+    before = bytes(view)
+    for datagram in kept:
+        wire.sock.send(datagram)
+    pair[0].send(content(0, 1, 100), block=1, plan=PLAN, to=[1])
+    found = pair[1].receive({0: 100}, block=1, plan=PLAN, timeout=5, partial=True)
+    assert bytes(found[0]) == content(0, 1, 100)
+    assert bytes(view) == before
+    assert pair[1].datagrams.late == 2
+
+
+# --- parity
+
+
+@pytest.mark.parametrize("parity", [1, 2, 8, 255])
+@pytest.mark.parametrize("size", [1, PART_SIZE + 1, 9 * PART_SIZE - 5, 20 * PART_SIZE])
+def test_parity_makes_good_one_loss_in_each_group(parity: int, size: int) -> None:
+    count, step = cut(size)
+    groups = parities(count, parity)
+    chance = random.Random(size * parity)
+    payload = content(0, 0, size)
+    for _ in range(40):
+        inbox = Inbox(0, PlainSeal(SECRET), parity)
+        inbox.expect(size, 0, PLAN)
+        parts = Outbox(0, PlainSeal(SECRET), parity).frame(memoryview(payload), 0, PLAN)
+        assert len(parts) == count + groups
+        lost = {index for index in range(len(parts)) if chance.random() < 0.15}
+        came = [b"".join(part) for index, part in enumerate(parts) if index not in lost]
+        chance.shuffle(came)
+        for datagram in came:
+            inbox.take(memoryview(datagram))
+        group_of = [n % groups for n in range(count)] + list(range(groups))
+        losses = [sum(group_of[n] == group for n in lost) for group in range(groups)]
+        missing = {n for n in lost if n < count and losses[group_of[n]] > 1}
+        assert inbox.whole == (not missing)
+        found = inbox.finish()
+        if len(missing) == count:
+            assert found is None
+            continue
+        assert found is not None
+        want = bytearray(payload)
+        for n in missing:
+            want[n * step : (n + 1) * step] = bytes(len(want[n * step : (n + 1) * step]))
+        assert found[0] == want
+        assert sum(stop - start for start, stop in found[1]) == sum(
+            len(payload[n * step : (n + 1) * step]) for n in missing
+        )
+        assert inbox.stats.mended >= sum(n < count for n in lost) - len(missing)
+
+
+def test_a_loss_that_parity_makes_good_delays_nothing(
+    make: Callable[..., list[DatagramMesh]],
+) -> None:
+    size = 5000
+
+    def work(mesh: DatagramMesh) -> None:
+        per_frame = cut(size)[0] + 1
+        for block in range(per_frame):
+            lane(mesh, 1 - mesh.rank, dropping(block))
+            start = time.monotonic()
+            found = told(mesh, block, size, timeout=5, partial=True)
+            assert time.monotonic() - start < 2
+            assert found == {1 - mesh.rank: content(1 - mesh.rank, block, size)}
+            assert not mesh.gaps
+        assert mesh.datagrams.mended == per_frame - 1
+
+    as_ranks(make(2, parity=PARITY), work)
+
+
+# --- disorder
+
+
+def test_reordered_and_repeated_parts(make: Callable[..., list[DatagramMesh]]) -> None:
+    def work(mesh: DatagramMesh) -> None:
+        held: list[bytes] = []
+
+        def swapping(datagram: bytes) -> list[bytes]:  # pairs change places, and come twice
+            held.append(datagram)
+            if len(held) < 2:
+                return []
+            pair = [held[1], held[0], held[0], held[1]]
+            held.clear()
+            return pair
+
+        lane(mesh, 1 - mesh.rank, swapping)
+        for block in range(4):
+            found = told(mesh, block, 10 * PART_SIZE, timeout=5, partial=True)
+            assert found == {1 - mesh.rank: content(1 - mesh.rank, block, 10 * PART_SIZE)}
+            assert not mesh.gaps
+        assert mesh.datagrams.repeated >= 30
+
+    as_ranks(make(2), work)
+
+
+def test_a_recorded_frame_cannot_be_replayed(make: Callable[..., list[DatagramMesh]]) -> None:
+    recorded: list[bytes] = []
+
+    def recording(datagram: bytes) -> list[bytes]:
+        recorded.append(datagram)
+        return [datagram]
+
+    meshes = make(2)
+    wire = lane(meshes[0], 1, recording)
+    meshes[0].send(content(0, 0, 3000), block=0, plan=PLAN, to=[1])
+    assert meshes[1].receive({0: 3000}, block=0, plan=PLAN)
+    for datagram in recorded:
+        wire.sock.send(datagram)
+    assert meshes[1].receive({0: 3000}, block=0, plan=PLAN, timeout=0.2, partial=True) == {}
+    assert meshes[1].datagrams.repeated == len(recorded)
+    together([mesh.close for mesh in meshes])
+
+
+# --- what strangers send
+
+
+def forgeries(datagram: bytes) -> list[bytes]:
+    """Datagrams that are nearly right."""
+    flipped = [
+        datagram[:at] + bytes([datagram[at] ^ 1]) + datagram[at + 1 :]
+        for at in range(len(datagram))
+    ]
+    short = [datagram[:length] for length in range(len(datagram))]
+    fresh = [struct.pack("<Q", 10**6 + i) + datagram[8:] for i in range(3)]
+    longer = [datagram + bytes(extra) for extra in (1, DATAGRAM_SIZE - len(datagram), 20_000)]
+    return flipped + short + fresh + longer
+
+
+@pytest.mark.skipif(not can_make_keys(), reason="no cryptography")
+def test_nothing_but_what_the_peer_sealed_is_taken() -> None:
+    meshes = tls_datagram_mesh(2)
+    seen: list[bytes] = []
+
+    def only_forged(datagram: bytes) -> list[bytes]:
+        seen.extend(forgeries(datagram))
+        return []
+
+    wire = lane(meshes[0], 1, only_forged)
+    meshes[0].send(content(0, 0, 90), block=0, plan=PLAN, to=[1])
+    for forged in seen:
+        wire.sock.send(forged)
+        meshes[1]._peers[0].collect()
+    assert meshes[1].receive({0: 90}, block=0, plan=PLAN, timeout=0.1, partial=True) == {}
+    found = meshes[1].datagrams
+    assert found.refused + found.repeated == len(seen) > 250
+    together([mesh.close for mesh in meshes])
+
+
+def test_a_stranger_is_not_answered(make: Callable[..., list[DatagramMesh]]) -> None:
+    meshes = make(2)
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as stranger:
+        stranger.bind(("127.0.0.1", 0))
+        for mesh in meshes:
+            for peer in mesh._peers.values():
+                stranger.sendto(bytes(100), peer.sock.getsockname())
+        as_ranks(meshes, lambda mesh: all_to_all(mesh, 3, 500))
+        stranger.setblocking(False)
+        with pytest.raises(BlockingIOError):
+            stranger.recv(1)
+
+
+@pytest.mark.parametrize("seal", [EncryptedSeal, PlainSeal])
+def test_another_secret_is_refused(seal: type[Seal]) -> None:
+    if seal is EncryptedSeal and not can_make_keys():
+        pytest.skip("no cryptography")
+    outbox, inbox = Outbox(0, seal(SECRET)), Inbox(0, seal(bytes(32)))  # type: ignore[call-arg]
+    inbox.expect(10, 0, PLAN)
+    for datagram in outbox.frame(memoryview(bytes(10)), 0, PLAN):
+        inbox.take(memoryview(b"".join(datagram)))
+    assert not inbox.whole
+    assert inbox.stats.refused == 1
+
+
+# --- what a peer sends that does not belong here
+
+
+@pytest.mark.parametrize(
+    ("field", "sent", "wanted"),
+    [
+        ("plan", (10, 0, PLAN), (10, 0, PLAN + 1)),
+        ("block", (10, 2, PLAN), (10, 4, PLAN)),
+        ("length", (11, 0, PLAN), (10, 0, PLAN)),
+        ("length", (0, 0, PLAN), (10, 0, PLAN)),
+        ("length", (10, 0, PLAN), (0, 0, PLAN)),
+    ],
+)
+def test_a_frame_that_had_not_to_come(
+    pair: list[DatagramMesh], field: str, sent: tuple[int, ...], wanted: tuple[int, ...]
+) -> None:
+    pair[0].send(bytes(sent[0]), block=sent[1], plan=sent[2], to=[1])
+    with pytest.raises(errors.WireError) as caught:
+        pair[1].receive({0: wanted[0]}, block=wanted[1], plan=wanted[2], timeout=1, partial=True)
+    assert (caught.value.field, caught.value.rank) == (field, 0)
+
+
+def test_a_part_that_no_frame_has() -> None:
+    size = 3 * PART_SIZE
+    outbox, inbox = Outbox(0, PlainSeal(SECRET)), Inbox(0, PlainSeal(SECRET))
+    inbox.expect(size, 0, PLAN)
+    outbox._frames = 1
+    for offset, length in ((1, PART_SIZE), (0, PART_SIZE - 1), (size, PART_SIZE), (2**32 - 1, 0)):
+        part = outbox._sealed(1, PLAN, 0, size, offset, memoryview(bytes(length)))
+        with pytest.raises(errors.WireError, match="part"):
+            inbox.take(memoryview(b"".join(part)))
+
+
+def test_parts_that_come_early_are_kept_within_bounds(pair: list[DatagramMesh]) -> None:
+    payload = bytes(100 * PART_SIZE)
+    frames = 2 * EARLY_BYTES // len(payload)
+    inbox = pair[1]._peers[0].inbox
+    for block in range(frames):
+        pair[0].send(payload, block=block, plan=PLAN, to=[1])
+        pair[1]._peers[0].collect()
+    assert EARLY_BYTES - 2 * DATAGRAM_SIZE < inbox._early_bytes <= EARLY_BYTES
+    assert inbox.stats.dropped > 0
+    for block in range(frames):
+        pair[1].receive({0: len(payload)}, block=block, plan=PLAN, timeout=0.2, partial=True)
+    assert inbox._early_bytes == 0
+    assert not inbox._early
+    pair[0].send(payload, block=0, plan=PLAN, to=[1])
+    assert pair[1].receive({0: len(payload)}, block=0, plan=PLAN, timeout=5, partial=True)
+    assert not pair[1].gaps
+
+
+# --- peers that end
+
+
+def test_a_lost_peer_ends_the_wait(make: Callable[..., list[DatagramMesh]]) -> None:
+    meshes = make(3)
+
+    def work(mesh: DatagramMesh) -> float:
+        if mesh.rank == 1:
+            mesh.send(bytes(10), block=5, plan=PLAN, to=[0, 2])
+            time.sleep(0.2)
+            raise RuntimeError("the fault")
+        start = time.monotonic()
+        with pytest.raises(errors.PeerLost, match="the fault") as caught:
+            mesh.receive({2 - mesh.rank: 10}, block=6, plan=PLAN)
+        assert (caught.value.rank, caught.value.block) == (1, 5)
+        return time.monotonic() - start
+
+    found = as_ranks(meshes, work, errors_too=True)
+    assert isinstance(found[1], RuntimeError)
+    assert all(0.1 < seconds < 2 for seconds in (found[0], found[2]))
+
+
+def test_a_lost_peer_is_left_out_of_a_partial_wait() -> None:
+    meshes = datagram_mesh(3)
+
+    def work(mesh: DatagramMesh) -> None:
+        if mesh.rank == 1:
+            raise RuntimeError("the fault")
+        for block in range(3):
+            start = time.monotonic()
+            found = told(mesh, block, 5000, timeout=10, partial=True)
+            assert found == {2 - mesh.rank: content(2 - mesh.rank, block, 5000)}
+            assert time.monotonic() - start < 2
+        assert "the fault" in str(mesh.lost[1])
+
+    found = as_ranks(meshes, work, errors_too=True)
+    assert found[0] is None
+    assert found[2] is None
+
+
+def test_send_never_waits(pair: list[DatagramMesh]) -> None:
+    payload = bytes(1 << 20)
+    start = time.monotonic()
+    for block in range(16):  # nobody reads
+        pair[0].send(payload, block=block, plan=PLAN, to=[1])
+    assert time.monotonic() - start < 3
+
+
+def test_a_kernel_without_room_delays_and_then_loses(pair: list[DatagramMesh]) -> None:
+    full = True
+
+    class Full(Lane):
+        def sendmsg(self, pieces: Sequence[bytes]) -> int:
+            if full:
+                raise BlockingIOError
+            return super().sendmsg(pieces)
+
+    peer = pair[0]._peers[1]
+    peer.sock = Full(peer.sock, lambda datagram: [datagram])  # type: ignore[assignment]
+    pair[0].send(content(0, 0, 5000), block=0, plan=PLAN, to=[1])
+    assert pair[1].receive({0: 5000}, block=0, plan=PLAN, timeout=0.1, partial=True) == {}
+    full = False
+    pair[0].send(content(0, 1, 5000), block=1, plan=PLAN, to=[1])
+    found = pair[1].receive({0: 5000}, block=1, plan=PLAN, timeout=5, partial=True)
+    assert bytes(found[0]) == content(0, 1, 5000)
+    assert pair[1].datagrams.late == 5
+    full = True
+    pair[0].send(bytes(2 << 20), block=2, plan=PLAN, to=[1])
+    assert pair[0].datagrams.dropped > 0
+    full = False
+    pair[0].flush()
+    assert not peer.unsent
+
+
+# --- joining
+
+
+def test_a_way_that_datagrams_do_not_pass(monkeypatch: pytest.MonkeyPatch) -> None:
+    from astra_runtime.transport import datagram
+
+    monkeypatch.setattr(datagram._Peer, "transmit", lambda self, pieces: None)
+    meshes = local_mesh(2)
+
+    def join(mesh: Mesh) -> None:
+        with pytest.raises(errors.ConnectFailed, match="firewall") as caught:
+            connect_datagrams(mesh, connect_timeout=0.2)
+        assert caught.value.missing == (1 - mesh.rank,)
+
+    together([lambda mesh=mesh: join(mesh) for mesh in meshes])
+    together([mesh.close for mesh in meshes])
+
+
+@pytest.mark.skipif(not can_make_keys(), reason="no cryptography")
+def test_connect_and_connect_again() -> None:
+    from astra_runtime.transport import connect
+
+    peers, keys = free_ports(2), key_folder()
+
+    def join(rank: int) -> Mesh:
+        return connect(rank, 2, peers, backend="datagram", keys=keys, timeout=10)
+
+    meshes = together([lambda rank=rank: join(rank) for rank in range(2)])
+    assert all(mesh.encrypted and mesh.lossy and mesh.partial for mesh in meshes)
+    assert all(found == {1 - rank: content(1 - rank, 0, 5000)} for rank, found in exchange(meshes))
+    again = together([lambda mesh=mesh: mesh.reconnect() for mesh in meshes])
+    assert all(found == {1 - rank: content(1 - rank, 0, 5000)} for rank, found in exchange(again))
+    together([mesh.close for mesh in again])
+
+
+def exchange(meshes: list[DatagramMesh]) -> Any:
+    return enumerate(together([lambda mesh=mesh: told(mesh, 0, 5000) for mesh in meshes]))
+
+
+def test_an_emulated_link_is_refused() -> None:
+    from astra_runtime.transport import Link, connect
+
+    with pytest.raises(ValueError, match="datagram"):
+        connect(0, 1, backend="datagram", link=Link(10, 1))
+
+
+def test_a_peer_that_sends_no_datagrams() -> None:
+    meshes = local_mesh(2)
+
+    def other() -> None:
+        with pytest.raises(errors.AstraError, match="datagrams|block"), meshes[1]:
+            meshes[1].agree({"model": "the same"})
+
+    def ours() -> None:
+        with pytest.raises(errors.HandshakeRefused, match="rank 1 sends no datagrams"), meshes[0]:
+            connect_datagrams(meshes[0])
+
+    together([ours, other])
+
+
+def test_many_lossy_exchanges_end() -> None:
+    """A tenth of all datagrams is lost, some come twice, some change places."""
+    blocks, size = 150, 5000
+
+    def work(mesh: DatagramMesh) -> tuple[int, int]:
+        chance = random.Random(mesh.rank)
+
+        def fate(datagram: bytes) -> list[bytes]:
+            drawn = chance.random()
+            return [] if drawn < 0.1 else [datagram] * (2 if drawn > 0.95 else 1)
+
+        for peer in mesh._peers:
+            lane(mesh, peer, fate)
+        lost = whole = 0
+        for block in range(blocks):
+            found = told(mesh, block, size, timeout=0.05, partial=True)
+            for rank, view in found.items():
+                want = bytearray(content(rank, block, size))
+                for start, stop in mesh.gaps.get(rank, ()):
+                    want[start:stop] = bytes(stop - start)
+                    lost += stop - start
+                assert view == want
+                whole += rank not in mesh.gaps
+            lost += size * (mesh.world_size - 1 - len(found))
+        return lost, whole
+
+    found = as_ranks(datagram_mesh(3), work)
+    for lost, whole in found:
+        assert 0.06 < lost / (2 * blocks * size) < 0.16
+        assert whole > blocks
+
+
+# --- the engine
+
+
+def fate_of(sender: int, receiver: int, block: int, index: int) -> bool:
+    """Whether this part is lost: one in four, the same in every call."""
+    return random.Random(f"{sender} {receiver} {block} {index}").random() < 0.25
+
+
+def losing(sender: int, receiver: int) -> Fate:
+    def fate(datagram: bytes) -> list[bytes]:
+        header = PartHeader._make(struct.unpack_from("<QIIHHII", datagram))
+        step = cut(header.size)[1]
+        lost = header.frame and fate_of(sender, receiver, header.block, header.offset // step)
+        return [] if lost else [datagram]
+
+    return fate
+
+
+class Lost(LossyDatagrams):
+    def missing(self, block: int, receiver: int, sender: int, count: int) -> list[int]:
+        return [n for n in range(count) if fate_of(sender, receiver, block, n)]
+
+
+@pytest.fixture
+def small_parts(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Parts so small that a tiny model's frames have several."""
+    monkeypatch.setattr(parts, "PART_SIZE", 12)
+
+
+def answers(
+    meshes: list[DatagramMesh], model: Any, book: Codebook, inputs: Any, **options: Any
+) -> list[Any]:
+    def work(mesh: Mesh) -> Any:
+        given = {"on_missing": "degrade", "deadline_ms": 1000.0} | options
+        with Engine(model, book, mesh, weights=(1, 1, 1), halo=0, **given) as engine:
+            output = engine(**inputs)
+            return output.logits, output.degraded, output.missing
+
+    return as_ranks(meshes, work)
+
+
+@pytest.mark.parametrize("kind", ["llama", "vit"])
+@pytest.mark.parametrize("name", ["kv", "hidden-4", "transform", "differential"])
+@pytest.mark.usefixtures("small_parts")
+def test_an_engine_equals_the_simulation_of_what_came(kind: str, name: str) -> None:
+    if kind == "vit" and name in ("transform", "differential"):
+        pytest.skip("codes of what token ids cannot predict")
+    model, inputs = tiny(kind), inputs_for(kind, 23)
+    book = book_for(kind, name, model)
+    meshes = datagram_mesh(3)
+    for mesh in meshes:
+        for to in mesh._peers:
+            lane(mesh, to, losing(mesh.rank, to))
+    adapter = adapt(model)
+    copies = max(book.prefix, adapter.class_tokens)
+    tokens = adapter.count(inputs)[1] - book.prefix
+    plan = Plan.make(tokens, 3, causal=adapter.causal, copies=copies, weights=(1, 1, 1))
+    generator = torch.Generator()
+    simulated = Lost(model, book, plan, inputs, 0, lost=0.5, generator=generator)
+    with torch.no_grad():
+        wanted = simulated.run().logits
+    for logits, degraded, missing in answers(meshes, model, book, inputs):
+        assert degraded
+        assert set(missing) >= {0}
+        want = wanted if kind == "vit" else wanted[:, -1:]
+        torch.testing.assert_close(logits, want, rtol=2e-4, atol=2e-4)
+
+
+def test_without_losses_no_bit_differs_from_tcp(make: Callable[..., list[DatagramMesh]]) -> None:
+    model, inputs = tiny("llama"), inputs_for("llama", 23)
+    book = book_for("llama", "kv", model)
+    tcp = answers(local_mesh(3), model, book, inputs)  # type: ignore[arg-type]
+    for parity in (0, PARITY):
+        found = answers(make(3, parity=parity), model, book, inputs, deadline_ms=5000.0)
+        for (logits, degraded, missing), (wanted, _, _) in zip(found, tcp, strict=True):
+            assert torch.equal(logits, wanted)
+            assert (degraded, missing) == (False, {})
+
+
+def test_an_engine_that_wants_all_refuses_datagrams() -> None:
+    model = tiny("llama")
+
+    def work(mesh: Mesh) -> None:
+        with pytest.raises(ValueError, match="loses frames"):
+            Engine(model, None, mesh)
+
+    as_ranks(datagram_mesh(2), work)
+
+
+def test_an_encoder_answers_without_codes_of_the_rank_that_owns_the_answer() -> None:
+    """They were lost, it was not: its class token comes over TCP."""
+    model, inputs = tiny("vit"), inputs_for("vit")
+    meshes = datagram_mesh(3)
+
+    def first_block(datagram: bytes) -> list[bytes]:
+        header = PartHeader._make(struct.unpack_from("<QIIHHII", datagram))
+        return [] if header.frame and header.block == 0 else [datagram]
+
+    lane(meshes[0], 1, first_block)
+    book = book_for("vit", "kv", model)
+    for _, degraded, missing in answers(meshes, model, book, inputs, deadline_ms=5000.0):
+        assert degraded
+        assert missing == {0: [0]}
+
+
+# --- pieces
+
+
+def test_the_window_knows_what_it_has_seen() -> None:
+    window, seen = Window(), set()
+    for number in [5, 3, 4, 5, 1500, 600, 400, 1500, 10**6, 10**6 - 1023, 10**6 - 1024, 2**63, 7]:
+        fresh = number not in seen and (window.highest - number) < 1024
+        assert window.fresh(number) == fresh
+        if fresh:
+            window.add(number)
+            seen.add(number)
+
+
+@pytest.mark.parametrize("size", [0, 1, PART_SIZE, PART_SIZE + 1, 5000, 1 << 20])
+def test_parts_fit_and_differ_little(size: int) -> None:
+    count, step = cut(size)
+    assert step <= PART_SIZE
+    assert count == max(1, -(-size // PART_SIZE))
+    assert (count - 1) * step <= size <= count * step
+    outbox = Outbox(3, PlainSeal(SECRET))
+    lengths = [len(b"".join(d)) for d in outbox.frame(memoryview(bytes(size)), 0, PLAN)]
+    assert max(lengths) <= DATAGRAM_SIZE
+    assert sum(lengths) == size + count * (HEADER_SIZE + SEAL_SIZE)
+
+
+def test_golden_datagrams() -> None:
+    """The bytes of docs/wire.md."""
+    plain = Outbox(1, PlainSeal(SECRET))
+    assert b"".join(plain.greeting()).hex() == (
+        "00000000000000000000000000000000000001000000000000000000000102030405060708090a0b0c0d0e0f"
+    )
+    (datagram,) = plain.frame(memoryview(b"\xaa\xbb\xcc"), 3, 0xDEADBEEF)
+    assert b"".join(datagram).hex() == (
+        "0100000000000000"
+        "01000000"
+        "efbeadde"
+        "0300"
+        "0100"
+        "03000000"
+        "00000000"
+        "aabbcc"
+        "000102030405060708090a0b0c0d0e0f"
+    )

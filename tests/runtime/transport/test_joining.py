@@ -1,0 +1,327 @@
+"""Joining the mesh: who is refused and why, who is missing, torchrun."""
+
+from __future__ import annotations
+
+import logging
+import os
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from astra_runtime import errors, wire
+from astra_runtime.transport import Mesh, connect
+from astra_runtime.wire import Hello
+
+from ..ranks import (
+    PLAN,
+    all_to_all,
+    as_ranks,
+    environment,
+    free_ports,
+    key_folder,
+    together,
+)
+
+
+def dial(address: str) -> socket.socket:
+    host, port = address.split(":")
+    for _ in range(200):
+        try:
+            return socket.create_connection((host, int(port)), timeout=10)
+        except ConnectionRefusedError:
+            time.sleep(0.01)
+    raise AssertionError("nobody listens")
+
+
+def test_connect_and_agree() -> None:
+    peers = free_ports(4)
+
+    def rank(number: int) -> None:
+        time.sleep(0.05 * (number % 2))  # peers come in any order
+        with connect(number, 4, peers) as mesh:
+            assert (mesh.rank, mesh.world_size) == (number, 4)
+            mesh.agree({"model": "ab12"})
+            all_to_all(mesh, 3, 320)
+            assert mesh.stats.bytes_sent_total > 9 * 336
+
+    together([lambda number=number: rank(number) for number in range(4)])
+
+
+def test_a_world_of_one_needs_nobody() -> None:
+    with connect(world_size=1) as mesh:
+        mesh.agree({"model": "ab12"})
+        mesh.send(b"", block=0, plan=PLAN, to=[])
+        assert mesh.receive({}, block=0, plan=PLAN) == {}
+
+
+def test_a_port_in_use_is_named() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port = server.getsockname()[1]
+        with pytest.raises(errors.ConnectFailed, match=f"port {port} of 127.0.0.1 is in use"):
+            connect(0, 2, [f"127.0.0.1:{port}", "127.0.0.1:1"])
+
+
+def test_missing_peers_are_named() -> None:
+    peers = free_ports(3)
+    with pytest.raises(errors.ConnectFailed) as caught:
+        connect(1, 3, peers, connect_timeout=0.3)
+    assert caught.value.missing == (0, 2)
+    assert f"rank 0 did not answer at {peers[0]} (ECONNREFUSED)" in str(caught.value)
+    assert "rank 2 did not call" in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        ({}, "torchrun's variables RANK, WORLD_SIZE, MASTER_ADDR, MASTER_PORT"),
+        ({"rank": 2, "world_size": 2, "peers": ["a:1", "b:2"]}, r"rank: expected 0\.\.1, got 2"),
+        ({"rank": 0, "world_size": 2, "peers": ["a:1"]}, "peers: expected 2 addresses, got 1"),
+        ({"rank": 0, "world_size": 2, "peers": ["a", "b:2"]}, "expected \"host:port\", got 'a'"),
+        ({"rank": 0, "world_size": 2}, "peers: expected the address of every rank"),
+        ({"rank": 0, "world_size": 1, "backend": "mpi"}, "backend: expected"),
+    ],
+)
+def test_bad_arguments(
+    arguments: dict[str, Any], words: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("RANK", raising=False)
+    with pytest.raises(ValueError, match=words):
+        connect(**arguments)
+
+
+def test_another_world_size_is_refused_on_both_sides() -> None:
+    peers = free_ports(3)
+    results = together(
+        [lambda: connect(0, 2, peers[:2]), lambda: connect(1, 3, peers)], errors_too=True
+    )
+    for result in results:
+        assert isinstance(result, errors.HandshakeRefused)
+        assert "rank 1 has world size 3, rank 0 has 2" in str(result)
+
+
+def test_another_version_is_refused_on_both_sides() -> None:
+    peers = free_ports(2)
+
+    def newer() -> bytes:
+        with dial(peers[0]) as sock:
+            sock.sendall(Hello(2, 1, 0, version=7).encode())
+            return read_all(sock)
+
+    refused, reply = together([lambda: connect(0, 2, peers), newer], errors_too=True)
+    reason = "protocol version 7 came, this rank speaks 1"
+    assert isinstance(refused, errors.HandshakeRefused)
+    assert reason in str(refused)
+    assert reply[wire.HELLO_SIZE :].decode() == reason
+
+
+def read_all(sock: socket.socket) -> bytes:
+    data = b""
+    while part := sock.recv(4096):
+        data += part
+    return data
+
+
+def test_a_dialed_stranger_is_refused() -> None:
+    address, own = free_ports(2)
+    host, port = address.split(":")
+    with socket.create_server((host, int(port))) as server:
+
+        def web_server() -> None:
+            link, _ = server.accept()
+            with link:
+                link.sendall(b"HTTP/1.1 400 Bad Request\r\n\r\n")
+
+        refused, _ = together([lambda: connect(1, 2, [address, own]), web_server], errors_too=True)
+    assert isinstance(refused, errors.HandshakeRefused)
+    assert "given as rank 0, does not speak ASTRA" in str(refused)
+
+
+def test_addresses_in_another_order_are_refused_on_both_sides() -> None:
+    peers = free_ports(3)
+    swapped = [peers[1], peers[0], peers[2]]
+    addresses = [peers, peers, swapped]
+    results = together(
+        [
+            lambda rank=rank: connect(rank, 3, addresses[rank], connect_timeout=1)
+            for rank in range(3)
+        ],
+        errors_too=True,
+    )
+    assert isinstance(results[2], errors.HandshakeRefused)
+    assert "looks for rank" in str(results[2])
+    assert any("rank 2 looks for rank" in str(result) for result in results[:2])
+    assert all(isinstance(result, errors.AstraError) for result in results)
+
+
+@pytest.mark.parametrize(
+    ("hello", "reason"),
+    [
+        (b"GET / HTTP/1.1\r\nHost: localhost\r\n\r\n", "this port speaks ASTRA"),
+        (os.urandom(4096).replace(b"A", b"B"), "this port speaks ASTRA"),
+        (Hello(2, 1, 0, bytes(range(16))).encode(), "rank 1 belongs to run 000102"),
+        (Hello(2, 5, 0).encode(), "rank 5 is outside the world of 2 ranks"),
+        (Hello(2, 0, 0).encode(), "rank 0 was claimed by two processes"),
+        (Hello(2, 1, 3).encode(), "rank 1 looks for rank 3 where rank 0 is"),
+        (b"ASTR\x01", "left before its HELLO was complete"),
+    ],
+    ids=["http", "garbage", "run", "rank", "own-rank", "place", "half"],
+)
+def test_strangers_are_refused_and_peers_still_join(
+    hello: bytes, reason: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    peers = free_ports(2)
+
+    def stranger() -> bytes:
+        with dial(peers[0]) as sock:
+            sock.sendall(hello)
+            sock.shutdown(socket.SHUT_WR)
+            return read_all(sock)
+
+    def late_peer() -> Mesh:
+        time.sleep(0.3)
+        return connect(1, 2, peers)
+
+    with caplog.at_level(logging.WARNING, "astra_runtime.transport"):
+        first, reply, second = together([lambda: connect(0, 2, peers), stranger, late_peer])
+    assert reason in caplog.text
+    if reply:
+        assert reason in reply[wire.HELLO_SIZE :].decode()
+    as_ranks([first, second], lambda mesh: all_to_all(mesh, 2, 50))
+
+
+def test_a_second_process_of_the_same_rank_is_refused() -> None:
+    peers = free_ports(3)
+    joined = threading.Event()
+
+    def duplicate() -> Mesh:
+        assert joined.wait(10)
+        time.sleep(0.2)
+        return connect(1, 3, [peers[0], free_ports(1)[0], peers[2]])
+
+    def original() -> Mesh:
+        joined.set()
+        return connect(1, 3, peers)
+
+    def last() -> Mesh:
+        time.sleep(0.8)
+        return connect(2, 3, peers)
+
+    results = together([lambda: connect(0, 3, peers), original, last, duplicate], errors_too=True)
+    assert isinstance(results[3], errors.HandshakeRefused)
+    assert "rank 1 has joined already: two processes claim it" in str(results[3])
+    as_ranks(results[:3], lambda mesh: all_to_all(mesh, 2, 50))
+
+
+def test_silent_strangers_do_not_hold_up_peers() -> None:
+    peers = free_ports(2)
+
+    def late_peer(strangers: list[socket.socket]) -> Mesh:
+        strangers += [dial(peers[0]) for _ in range(100)]
+        return connect(1, 2, peers)
+
+    strangers: list[socket.socket] = []
+    start = time.monotonic()
+    meshes = together([lambda: connect(0, 2, peers), lambda: late_peer(strangers)])
+    assert time.monotonic() - start < 4  # below the deadline of a handshake
+    as_ranks(meshes, lambda mesh: all_to_all(mesh, 2, 50))
+    for sock in strangers:
+        sock.close()
+
+
+def test_a_peer_lost_while_others_are_awaited() -> None:
+    peers = free_ports(3)
+
+    def short_life() -> None:
+        with dial(peers[0]) as sock:
+            sock.sendall(Hello(3, 1, 0).encode())
+            assert len(sock.recv(wire.HELLO_SIZE)) == wire.HELLO_SIZE
+
+    lost, _ = together([lambda: connect(0, 3, peers), short_life], errors_too=True)
+    assert isinstance(lost, errors.PeerLost)
+    assert str(lost).startswith("rank 1 was lost while the ranks connected")
+
+
+PEER = """
+import sys, time
+from astra_runtime.transport import connect
+mesh = connect(1, 2, sys.argv[1:])
+for block in range(3):
+    mesh.send(b"12345678", block=block, plan=0x1234, to=[0])
+time.sleep(60)
+"""
+
+
+def test_a_killed_process_is_lost_at_the_block_that_needs_it() -> None:
+    peers = free_ports(2)
+    process = subprocess.Popen([sys.executable, "-c", PEER, *peers], env=environment())
+    try:
+        with connect(0, 2, peers) as mesh:
+            for block in range(3):
+                assert bytes(mesh.receive({1: 8}, block=block, plan=PLAN)[1]) == b"12345678"
+            process.send_signal(signal.SIGKILL)
+            process.wait()
+            start = time.monotonic()
+            with pytest.raises(errors.PeerLost) as caught:
+                mesh.receive({1: 8}, block=3, plan=PLAN)
+            assert time.monotonic() - start < 1
+            assert (caught.value.rank, caught.value.block) == (1, 3)
+    finally:
+        process.kill()
+        process.wait()
+
+
+TORCHRUN = """
+import os
+import sys
+import torch.distributed as dist
+from astra_runtime.transport import connect, peers_of
+from astra_runtime.transport.distributed import DistributedMesh
+
+def work(mesh):
+    others = peers_of(mesh)
+    mesh.agree({"model": "ab12"})
+    for block in range(4):
+        mesh.send(bytes([mesh.rank, block]) * 50, block=block, plan=1, to=others)
+        views = mesh.receive(dict.fromkeys(others, 100), block=block, plan=1)
+        assert all(bytes(views[rank]) == bytes([rank, block]) * 50 for rank in others)
+
+with connect() as mesh:
+    assert not mesh.encrypted
+    work(mesh)
+os.environ["ASTRA_KEYS"] = sys.argv[1]
+with connect(timeout=20) as mesh:
+    assert mesh.encrypted
+    work(mesh)
+dist.init_process_group("gloo")
+with connect(backend="gloo") as mesh:
+    work(mesh)
+with DistributedMesh(dist.group.WORLD, batched=True) as mesh:  # as NCCL needs it
+    work(mesh)
+dist.destroy_process_group()
+with open(f"{__file__}.{mesh.rank}", "w") as done:
+    done.write(f"rank {mesh.rank} of {mesh.world_size}")
+"""
+
+
+def test_torchrun(tmp_path: Path) -> None:
+    pytest.importorskip("cryptography")
+    script = tmp_path / "script.py"
+    script.write_text(TORCHRUN)
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2"]
+    command += [
+        "--master-port",
+        free_ports(1)[0].rpartition(":")[2],
+        str(script),
+        str(key_folder()),
+    ]
+    result = subprocess.run(command, env=environment(), capture_output=True, text=True, timeout=90)
+    assert result.returncode == 0, result.stderr[-3000:]
+    written = sorted(path.read_text() for path in tmp_path.glob("script.py.*"))
+    assert written == ["rank 0 of 2", "rank 1 of 2"]

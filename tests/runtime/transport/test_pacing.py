@@ -1,0 +1,92 @@
+"""The emulated link: bits over the rate, one frame after another, no credit."""
+
+from __future__ import annotations
+
+import time
+
+import pytest
+
+from astra_runtime import errors
+from astra_runtime.transport import Link, Mesh, local_mesh
+
+from ..ranks import (
+    PLAN,
+    as_ranks,
+    send_blocks,
+)
+
+
+@pytest.mark.parametrize(
+    ("link", "payload", "seconds"),
+    [
+        (Link(10), 320, (320 + 16 + 52) * 8e-7),
+        (Link(10), 1432, (1448 + 52) * 8e-7),
+        (Link(10), 1433, (1449 + 104) * 8e-7),
+        (Link(100, 5), 0, (16 + 52) * 8e-8),
+        (Link(None, 5), 10**6, 0),
+    ],
+)
+def test_time_on_the_link(link: Link, payload: int, seconds: float) -> None:
+    assert link.seconds(payload) == pytest.approx(seconds)
+
+
+def test_tls_takes_time_on_the_link_too() -> None:
+    link = Link(10)
+    assert link.seconds(320, encrypted=True) == pytest.approx((336 + 22 + 52) * 8e-7)
+    frame = 16 + 20_000 + 2 * 22  # two records
+    assert link.seconds(20_000, encrypted=True) == pytest.approx((frame + 14 * 52) * 8e-7)
+
+
+@pytest.mark.parametrize("arguments", [(0,), (-1,), (10, -1), (float("nan"),)])
+def test_an_impossible_link_is_refused(arguments: tuple[float, ...]) -> None:
+    with pytest.raises(ValueError, match=r"mbit_per_s|delay_ms"):
+        Link(*arguments)
+
+
+def test_frames_cross_the_uplink_one_after_another_and_idle_time_saves_nothing_up() -> None:
+    link, size = Link(10, delay_ms=5), 12_500
+    each = link.seconds(size)
+    began = {}
+
+    def work(mesh: Mesh) -> list[float]:
+        arrivals = []
+        for block in range(3):
+            if mesh.rank == 0:
+                time.sleep(0.1)
+                began[block] = time.monotonic()
+                mesh.send(bytes(size), block=block, plan=PLAN, to=[1, 2])
+                assert time.monotonic() - began[block] < each  # send does not wait for the link
+            else:
+                mesh.receive({0: size}, block=block, plan=PLAN)
+                arrivals.append(time.monotonic() - began[block])
+        return arrivals
+
+    _, first, second = as_ranks(local_mesh(3, link=link), work)
+    for taken, expected in [(first, each + 5e-3), (second, 2 * each + 5e-3)]:
+        assert min(taken) >= expected
+        assert min(taken) < expected + 0.05
+
+
+def test_many_small_frames_take_their_bits_over_the_rate() -> None:
+    link, blocks = Link(10), 200
+    began = time.monotonic()
+
+    def work(mesh: Mesh) -> float:
+        for block in range(blocks):
+            if mesh.rank == 0:
+                mesh.send(bytes(320), block=block, plan=PLAN, to=[1])
+            else:
+                mesh.receive({0: 320}, block=block, plan=PLAN)
+        return time.monotonic() - began
+
+    _, taken = as_ranks(local_mesh(2, link=link), work)
+    expected = blocks * link.seconds(320)
+    assert expected <= taken < expected + 0.2
+
+
+def test_a_failure_behind_the_link_reaches_the_caller() -> None:
+    meshes = local_mesh(2, link=Link(100))
+    with pytest.raises(ZeroDivisionError), meshes[1]:
+        raise ZeroDivisionError
+    with meshes[0], pytest.raises(errors.PeerLost):
+        send_blocks(meshes[0], b"x", to=1)
