@@ -47,6 +47,11 @@ def demo(report: dict) -> str:
     return table(head, rows) + source(report)
 
 
+def demo_short(report: dict) -> str:
+    """README's: the slowest link without delay."""
+    return demo(report | {"demos": report["demos"][:1]})
+
+
 def pack(report: dict) -> str:
     rows = []
     for case in report["cases"]:
@@ -222,6 +227,7 @@ def kernels(report: dict) -> str:
 
 TABLES: dict[str, tuple[str, Callable[[dict], str]]] = {
     "demo": ("cpu-2core/latency_demo", demo),
+    "demo_short": ("cpu-2core/latency_demo", demo_short),
     "pack": ("cpu-2core/pack", pack),
     "exchange": ("cpu-2core/exchange", exchange),
     "ops": ("cpu-2core/ops", ops),
