@@ -39,7 +39,7 @@ QUICKLY = {
     "eval": "--text text.txt --tokens 64 --windows 1",
     "run": "--max-new-tokens 2",
     "plan": "--tokens 64",
-    "finetune": "--text text.txt --steps 2 --tokens 64 --windows 6 --batch 2 --evaluate-every 0 --max-ranks 2",
+    "finetune": "--text text.txt --steps 2 --tokens 64 --windows 6 --batch 2 --max-ranks 2",
 }
 
 
