@@ -7,6 +7,7 @@ CONSTRAINTS ?= constraints.txt
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.set-up
+DOCS_STAMP := $(VENV)/.set-up-docs
 # make fuzz needs a clang with libFuzzer; executions of all its targets together.
 FUZZ_CXX ?= $(shell command -v clang++ || command -v clang++-19 || command -v clang++-16 || command -v clang++-14)
 FUZZ_RUNS ?= 100000000
@@ -19,7 +20,7 @@ SOAK_EXCHANGES ?= 3000000
 FAULTS ?= bench/results/cpu-$(shell nproc)core/faults.json
 SOURCES := $(shell find csrc -type f) CMakeLists.txt setup.py pyproject.toml $(CONSTRAINTS)
 
-.PHONY: help setup demo test test-core test-slow test-aot test-faults test-sanitized soak fuzz lint format bench clean
+.PHONY: help setup demo test test-core test-slow test-aot test-faults test-sanitized soak fuzz test-install lint format docs bench clean
 
 help:
 	@echo "make demo    one device, dense exchange and ASTRA side by side (real model, processes, sockets)"
@@ -30,6 +31,8 @@ help:
 	@echo "make soak    millions of exchanges: memory, threads, descriptors, outputs"
 	@echo "make fuzz    the wire's decoder under libFuzzer, ASan and UBSan; needs clang"
 	@echo "make test-sanitized  Python tests on a sanitized build of the extension; FULL=1 for all"
+	@echo "make test-install  wheel and sdist in an environment of their own; about five minutes"
+	@echo "make docs    the documents and the API reference as a site, in build/site"
 	@echo "make lint    ruff, mypy, clang-format"
 	@echo "make bench   the benchmarks; results in bench/results, tables of README"
 
@@ -99,6 +102,20 @@ test-sanitized: $(STAMP)
 	  ASAN_OPTIONS=detect_leaks=0:abort_on_error=1 UBSAN_OPTIONS=print_stacktrace=1 \
 	  LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libstdc++.so)" \
 	  $(abspath $(BIN))/python -m pytest -m "not slow and not gpu and not faults" --timeout 600 $(SANITIZED_TESTS)
+
+test-install: $(STAMP)
+	@echo "== wheel and sdist in an environment with the base dependencies only: about 5 minutes =="
+	$(BIN)/python -m tests.install --torch "$(TORCH)" --constraints $(CONSTRAINTS) --folder build/install
+
+# Once made, the site needs no network.
+docs: $(DOCS_STAMP)
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
+	@echo "== the site is in build/site, its first page is build/site/index.html =="
+
+$(DOCS_STAMP): $(STAMP)
+	$(BIN)/python -c 'import tomllib; print(*tomllib.load(open("pyproject.toml", "rb"))["project"]["optional-dependencies"]["docs"], sep="\n")' \
+	  | $(BIN)/python -m pip install --quiet -c $(CONSTRAINTS) -r /dev/stdin
+	@touch $@
 
 lint: $(STAMP)
 	$(BIN)/ruff check .

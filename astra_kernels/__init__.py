@@ -6,6 +6,7 @@ natural log-sum-exp of the scores. Every op is a ``torch.library`` op, forward-o
 "native" (the C++ core).
 """
 
+from astra_kernels import _C as _C
 from astra_kernels import _library as _library
 from astra_kernels.attention import attention
 from astra_kernels.coded_attention import coded_attention

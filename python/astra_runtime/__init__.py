@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 from typing import TYPE_CHECKING, Any
 
 from .errors import (
@@ -12,12 +13,12 @@ from .errors import (
     PeerLost,
     WireError,
 )
-from .plan import Plan
 from .transport import connect, local_mesh
 
 if TYPE_CHECKING:
     from .codes.codebook import Codebook
     from .engine import Engine
+    from .plan import Plan
 
 __version__ = "0.1.0"
 __all__ = [
@@ -35,14 +36,17 @@ __all__ = [
 ]
 
 
+# What needs torch is imported when it is asked for; the transport and the command do without.
+_LATE = {"Codebook": ".codes.codebook", "Engine": ".engine", "Plan": ".plan"}
+
+
 def __getattr__(name: str) -> Any:
-    """Engine and Codebook need torch; the transport alone does not."""
-    if name == "Engine":
-        from .engine import Engine
+    if name not in _LATE:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(importlib.import_module(_LATE[name], __name__), name)
+    globals()[name] = value
+    return value
 
-        return Engine
-    if name == "Codebook":
-        from .codes.codebook import Codebook
 
-        return Codebook
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_LATE})

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fcntl
+import importlib
 import importlib.util
 import os
 import shutil
@@ -80,6 +81,8 @@ def _convert(gguf: Path, folder: Path) -> None:
 
 
 def _write_converted(gguf: Path, folder: Path) -> None:
+    for package in ("gguf", "accelerate"):
+        importlib.import_module(package)  # transformers' own error would not name the extra
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     part = Path(tempfile.mkdtemp(prefix=folder.name, dir=folder.parent))

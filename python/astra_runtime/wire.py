@@ -15,8 +15,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final, NamedTuple
 
-from astra_kernels import _C
 from astra_runtime.control import Control
+from astra_runtime.core import _C
 from astra_runtime.errors import HandshakeRefused, WireError
 
 if TYPE_CHECKING:

@@ -24,6 +24,18 @@ COMMANDS = {
     "doctor": "what this machine has, and whether it works",
 }
 
+# Packages that the base installation lacks, and the extra that brings each.
+EXTRAS = {
+    "accelerate": "models",
+    "cryptography": "security",
+    "gguf": "models",
+    "matplotlib": "plots",
+    "tqdm": "models",
+    "transformers": "models",
+    "triton": "gpu",
+    "zmq": "bench",
+}
+
 
 def _parser(chosen: str | None) -> argparse.ArgumentParser:
     """The parser; only the chosen command's module is imported, so that help is quick."""
@@ -75,9 +87,22 @@ def main(arguments: Sequence[str] | None = None) -> int:
             raise
         expected = isinstance(error, AstraError | ValueError | OSError | ModuleNotFoundError)
         what = str(error) if expected else f"{type(error).__name__}: {error}"
+        if isinstance(error, ModuleNotFoundError):
+            what = _without(error, options.command)
         where = "" if expected else " (ASTRA_DEBUG=1 shows where)"
         print(f"astra: error: {what}{where}", file=sys.stderr)
         return 1
+
+
+def _without(error: ModuleNotFoundError, command: str) -> str:
+    """Which package a command lacks, and how to install it."""
+    package = (error.name or "").partition(".")[0]
+    if package not in EXTRAS:
+        return str(error)
+    return (
+        f"astra {command} needs the package {package}, which is not installed: "
+        f'pip install "astra-inference[{EXTRAS[package]}]"'
+    )
 
 
 def _leave(status: int) -> NoReturn:

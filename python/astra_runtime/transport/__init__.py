@@ -9,7 +9,7 @@ import socket
 from collections.abc import Iterable, Sequence
 from typing import Literal
 
-from astra_kernels import _C
+from astra_runtime.core import _C
 from astra_runtime.transport import handshake, rendezvous
 from astra_runtime.transport.certificates import ENVIRONMENT, Keys, KeysError
 from astra_runtime.transport.mesh import Mesh, Stats, peers_of, require

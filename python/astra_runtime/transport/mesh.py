@@ -8,9 +8,9 @@ from dataclasses import dataclass, fields
 from types import TracebackType
 from typing import Self
 
-from astra_kernels import _C
 from astra_runtime import wire
 from astra_runtime.control import Control, is_control
+from astra_runtime.core import _C
 from astra_runtime.errors import AstraError, DeadlineExceeded, HandshakeRefused
 from astra_runtime.wire import Frame
 
