@@ -261,7 +261,7 @@ class LossyDatagrams(Simulation):
     def _whole(self, block: int, receiver: int, sender: int) -> Tensor:
         """Which of a rank's tokens another one hears of whole, bool [tokens]."""
         whole = torch.ones(self.plan.size(sender), dtype=torch.bool)
-        told = self.plan.told(sender)
+        told = self.plan.num_sent(sender)
         if told:
             size = self.space.payload_bytes(block, 1, told)
             count, step = cut(size + self.trailer)

@@ -54,8 +54,8 @@ class Call:
     @property
     def sent_slice(self) -> slice:
         """Which of the tokens computed here are sent: not the copies, not the halo."""
-        lead = self.plan.lead(self.rank)
-        return slice(lead, lead + self.plan.told(self.rank))
+        lead = self.plan.num_leading(self.rank)
+        return slice(lead, lead + self.plan.num_sent(self.rank))
 
     @property
     def needed(self) -> set[int]:

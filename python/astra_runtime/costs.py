@@ -26,8 +26,8 @@ class CodeCosts:
     """What a space adds to a block's FLOPs, on average over the blocks.
 
     Attributes:
-        code: of coding one own token, on a rank that others hear.
-        receive: of one remote token heard, before attention reads it.
+        code: of coding one own token, on a rank that others receive from.
+        receive: of one remote token received, before attention reads it.
         attended: remote tokens are attended to.
     """
 
@@ -89,14 +89,15 @@ def engine_plan(
     tokens: int,
     world_size: int,
     *,
-    weights: Sequence[float] | None = None,
+    shard_weights: Sequence[float] | None = None,
     padding: int = 0,
     halo: int | None = None,
 ) -> Plan:
     """The cut of a sequence of `tokens` tokens, the class token not counted.
 
     Args:
-        weights: shares of the tokens; None: those with which ranks of equal speed finish together.
+        shard_weights: shares of the tokens; None: those with which ranks of equal speed finish
+            together.
         padding: in front of the text. Where the codebook has every rank compute the first tokens
             itself, padding is taken along.
         halo: see `Plan`; None: `default_halo`.
@@ -107,10 +108,10 @@ def engine_plan(
         tokens -= copies
     if halo is None:
         halo = default_halo(adapter, codebook, tokens, world_size)
-    if weights is None:
+    if shard_weights is None:
         linear, attention = adapter.block_flops()
         costs = costs_of(adapter, codebook)
-        weights = balanced_weights(
+        shard_weights = balanced_weights(
             tokens,
             world_size,
             causal=adapter.causal,
@@ -121,7 +122,12 @@ def engine_plan(
             halo=halo,
         )
     return Plan.make(
-        tokens, world_size, causal=adapter.causal, copies=copies, halo=halo, weights=weights
+        tokens,
+        world_size,
+        causal=adapter.causal,
+        copies=copies,
+        halo=halo,
+        shard_weights=shard_weights,
     )
 
 
@@ -146,7 +152,7 @@ def single_flops(adapter: Adapter, tokens: int) -> float:
     """FLOPs of all blocks on one device, of `tokens` tokens and the class token."""
     linear, attention = adapter.block_flops()
     count = tokens + adapter.class_tokens
-    pairs = _pairs(count, adapter.causal)
+    pairs = attention_pairs(count, adapter.causal)
     return len(adapter.blocks) * (linear * count + attention * pairs)
 
 
@@ -154,16 +160,18 @@ def rank_flops(adapter: Adapter, codebook: Codebook, plan: Plan) -> list[float]:
     """FLOPs of all blocks, by rank."""
     linear, attention = adapter.block_flops()
     costs = costs_of(adapter, codebook)
-    found = []
+    by_rank = []
     for rank in range(plan.world_size):
-        queries = plan.size(rank) + plan.lead(rank)
-        heard = sum(plan.heard(rank, n) for n in plan.sources(rank)) if costs.attended else 0
-        seeing = queries - plan.copies if plan.causal else queries  # the first see no others
-        pairs = _pairs(queries, plan.causal) + seeing * heard
-        coded = plan.told(rank)
-        block = linear * queries + attention * pairs + costs.code * coded + costs.receive * heard
-        found.append(len(adapter.blocks) * block)
-    return found
+        queries = plan.size(rank) + plan.num_leading(rank)
+        received = sum(plan.num_received(rank, n) for n in plan.sources(rank))
+        if not costs.attended:
+            received = 0
+        # a decoder's replicated tokens, the first of the sequence, see no others
+        attending = queries - plan.copies if plan.causal else queries
+        pairs = attention_pairs(queries, plan.causal) + attending * received
+        model, coding = linear * queries + attention * pairs, costs.code * plan.num_sent(rank)
+        by_rank.append(len(adapter.blocks) * (model + coding + costs.receive * received))
+    return by_rank
 
 
 def flops_over_ideal(
@@ -195,6 +203,6 @@ def flops_over_ideal(
     return max(rank_flops(adapter, codebook, plan)) * world_size / single_flops(adapter, tokens)
 
 
-def _pairs(tokens: int, causal: bool) -> float:
-    """Pairs of a query and a key among tokens that are all on one device."""
+def attention_pairs(tokens: int, causal: bool) -> float:
+    """Pairs of a query and a key that it sees, among tokens that are all on one device."""
     return tokens * (tokens + 1) / 2 if causal else float(tokens * tokens)

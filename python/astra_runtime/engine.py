@@ -39,8 +39,8 @@ class Engine:
         mesh: the other ranks, from `astra_runtime.connect`. None: this process alone.
         weights: shares of the tokens, one a rank; None: shares with which ranks of equal speed
             finish together.
-        halo: tokens before its shard that a decoder's rank computes, too, so that they are as good
-            as exact where they matter most; None: `default_halo`, 0 without codes.
+        halo: context overlap: tokens before its shard that a decoder's rank computes, too, so that
+            they are as good as exact where they matter most; None: `default_halo`, 0 without codes.
         deadline_ms: how long a block's exchange may wait for its frames; None: the mesh's timeout.
             For the answer a rank waits as long as the mesh does, at least two such deadlines; with
             "degrade", a deadline a block longer.
@@ -81,9 +81,14 @@ class Engine:
         self.adapter = adapt(model)
         self.codebook = Codebook.none() if codebook is None else codebook
         self.mesh = local_mesh(1)[0] if mesh is None else mesh
-        self.weights = None if weights is None else tuple(float(w) for w in weights)
-        if self.weights is not None:  # refuses weights that no plan can have
-            Plan.make(len(self.weights), self.mesh.world_size, causal=True, weights=self.weights)
+        self.shard_weights = None if weights is None else tuple(float(w) for w in weights)
+        if self.shard_weights is not None:  # refuses weights that no plan can have
+            Plan.make(
+                len(self.shard_weights),
+                self.mesh.world_size,
+                causal=True,
+                shard_weights=self.shard_weights,
+            )
         check_halo(halo or 0, self.adapter.causal)
         self.halo = halo
         _check_missing(on_missing, deadline_ms, self.mesh)
@@ -103,7 +108,7 @@ class Engine:
             {
                 "model": self.adapter.digest(),
                 "codebook": self.codebook.digest,
-                "plan": f"weights {self.weights or 'balanced'}, halo {_named(self.halo)}",
+                "plan": f"weights {self.shard_weights or 'balanced'}, halo {_named(self.halo)}",
                 "deadline_ms": _named(self.deadline_ms),
                 "on_missing": self.on_missing,
             }
@@ -153,7 +158,7 @@ class Engine:
             self.codebook,
             tokens,
             self.mesh.world_size,
-            weights=self.weights,
+            shard_weights=self.shard_weights,
             padding=padding,
             halo=self.halo,
         )
@@ -222,15 +227,18 @@ class Engine:
         self._set_limits(call)
         far = bool(plan.sources(rank))
         if visible is not None:
-            call.local_mask = plan.local(visible, rank)
-            call.remote_mask = plan.far(visible, rank) if far else None
+            call.local_mask = plan.local_tokens(visible, rank)
+            call.remote_mask = plan.remote_tokens(visible, rank) if far else None
         positions = adapter.positions(inputs)
         rope = None if positions is None else adapter.rope(positions)
         if rope is not None:
-            own = plan.sent(rank)
+            own = plan.sent_slice(rank)
             call.local_rope = (rope[0][:, own], rope[1][:, own])
             if far:
-                call.remote_rope = (plan.far(rope[0], rank), plan.far(rope[1], rank))
+                call.remote_rope = (
+                    plan.remote_tokens(rope[0], rank),
+                    plan.remote_tokens(rope[1], rank),
+                )
         kwargs = adapter.local_inputs(inputs, plan, rank)
         # a shard's hidden states or attentions would pass for the sequence's
         kwargs |= {"return_dict": True, "output_hidden_states": False, "output_attentions": False}
@@ -253,10 +261,10 @@ class Engine:
     def _count(self, call: Call) -> None:
         """Payload bits made for remote use, over the tokens they stand for and the blocks."""
         makers = [n for n in range(call.plan.world_size) if call.plan.receivers(n)]
-        tokens = sum(call.plan.told(n) for n in makers) * call.batch
+        tokens = sum(call.plan.num_sent(n) for n in makers) * call.batch
         blocks = len(self.adapter.blocks)
         sizes = [
-            self.space.payload_bytes(block, call.batch, call.plan.told(n))
+            self.space.payload_bytes(block, call.batch, call.plan.num_sent(n))
             for block in range(blocks)
             for n in makers
         ]

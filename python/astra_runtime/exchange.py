@@ -29,10 +29,10 @@ def send_tensor(call: Call, tensor: Tensor, *, block: int, to: Iterable[int]) ->
         return
     flat = tensor.detach().to("cpu").contiguous().view(-1).view(torch.uint8)
     size = flat.numel()
-    frame = mesh.buffer(size + (missing.whole if missing else 0))
+    frame = mesh.buffer(size + (missing.all_width if missing else 0))
     torch.frombuffer(frame.payload, dtype=torch.uint8)[:size].copy_(flat)
     if missing:
-        missing.tell_all(frame.payload[size:])
+        missing.write_all(frame.payload[size:])
     with stage("send"):
         partial = missing is not None
         mesh.send(frame, block=block, plan=call.tag, to=receivers, partial=partial)
@@ -62,7 +62,7 @@ def _receive(call: Call, sizes: dict[int, int], block: int) -> dict[int, memoryv
     patience = mesh.timeout if call.patience is None else call.patience
     if missing is None:
         return mesh.receive(sizes, timeout=patience, block=block, plan=tag)
-    totals = {n: size + missing.whole for n, size in sizes.items()}
+    totals = {n: size + missing.all_width for n, size in sizes.items()}
     needed = {n: totals[n] for n in call.needed & totals.keys()}
     frames = mesh.receive(needed, timeout=patience, partial=True, block=block, plan=tag)
     require(mesh, frames, needed, block, patience)
@@ -70,7 +70,7 @@ def _receive(call: Call, sizes: dict[int, int], block: int) -> dict[int, memoryv
     frames |= mesh.receive(rest, timeout=call.deadline, partial=True, block=block, plan=tag)
     missing.leave_out(missing.answer, sizes.keys() - frames.keys())
     for n, view in frames.items():
-        missing.hear_all(view[sizes[n] :], n)
+        missing.read_all(view[sizes[n] :], n)
     return {n: view[: sizes[n]] for n, view in frames.items()}
 
 
@@ -130,7 +130,7 @@ def receive_codes(
     require(mesh, frames, needed, block, call.deadline or mesh.timeout)
     views, came = {}, {}
     for n, size in sizes.items():
-        tokens = call.plan.told(n)
+        tokens = call.plan.num_sent(n)
         gaps = mesh.gaps.get(n, ()) if n in frames else [(0, totals[n])]
         view = frames[n] if n in frames else memoryview(bytearray(totals[n]))
         for start, stop in gaps:
@@ -138,7 +138,7 @@ def receive_codes(
         if gaps:
             strips = call.space.strips(block, call.batch, tokens)
             came[n] = arrived(strips, call.batch, tokens, gaps)
-        missing.hear(block, view[size:], n)
+        missing.read_recent(block, view[size:], n)
         views[n] = view[:size]
     missing.leave_out(block, came)
     return views, came

@@ -36,7 +36,7 @@ class Layer:
 
     def embedded(self, hidden: Tensor) -> Tensor:
         """The class token's copy and this rank's shard of all embeddings."""
-        return self.call.plan.local(hidden, self.call.rank)
+        return self.call.plan.local_tokens(hidden, self.call.rank)
 
     def before_block(self, block: int, hidden: Tensor) -> None:
         """Hidden-state codes leave before the block computes anything."""
@@ -69,14 +69,14 @@ class Layer:
         """Codes of this rank's shard, packed into one frame for each rank that may see it."""
         call = self.call
         receivers = call.plan.receivers(call.rank)
-        size = call.space.payload_bytes(block, call.batch, call.plan.told(call.rank))
+        size = call.space.payload_bytes(block, call.batch, call.plan.num_sent(call.rank))
         if receivers and size:
             total = size + (call.missing.width if call.missing else 0)
             frame = call.frames.get(total) or call.frames.setdefault(total, call.mesh.buffer(total))
             with stage("encode", block):
                 call.space.encode(block, what, call.local_rope, frame.payload[:size])
             if call.missing:
-                call.missing.tell(frame.payload[size:])
+                call.missing.write_recent(frame.payload[size:])
             partial = call.missing is not None
             with stage("send", block):
                 call.mesh.send(frame, block=block, plan=call.tag, to=receivers, partial=partial)
@@ -88,7 +88,7 @@ class Layer:
         sources = call.plan.sources(call.rank)
         if not sources:
             return NOTHING
-        counts = {n: call.plan.told(n) for n in sources}
+        counts = {n: call.plan.num_sent(n) for n in sources}
         sizes = {n: call.space.payload_bytes(block, call.batch, counts[n]) for n in sources}
         views = dict.fromkeys(sources, memoryview(b""))  # what nobody sends, nobody awaits
         came: dict[int, Tensor] = {}
@@ -96,7 +96,7 @@ class Layer:
             with stage("wait", block):
                 views, came = receive_codes(call, block, sizes)
         payloads = [
-            Payload(views[n], counts[n], call.plan.heard(call.rank, n), came.get(n))
+            Payload(views[n], counts[n], call.plan.num_received(call.rank, n), came.get(n))
             for n in sources
         ]
         with stage("unpack", block):
@@ -112,4 +112,4 @@ class Layer:
     def finish(self, hidden: Tensor) -> Tensor:
         """What the head needs of the final hidden states, from whichever ranks hold it."""
         call = self.call
-        return hidden if call.decoding else gather(call, call.plan.own(hidden, call.rank))
+        return hidden if call.decoding else gather(call, call.plan.without_halo(hidden, call.rank))

@@ -1,4 +1,4 @@
-"""Degraded answers: whose tokens an answer lacks, and how ranks tell each other.
+"""Degraded answers: whose tokens an answer lacks, and how ranks report it.
 
 With `on_missing="degrade"` a rank leaves a peer out of a block's softmax rather than wait for it
 any longer. What it computes and sends from then on is shaped by that, so it says so: every frame of
@@ -24,9 +24,9 @@ class Missing:
     def __init__(self, world_size: int, blocks: int) -> None:
         self.world_size = world_size
         self.width = -(-world_size // 8)  # bytes of one block's ranks, behind a frame of codes
-        self.whole = self.width * (blocks + 1)  # bytes of all blocks' ranks, behind an answer
+        self.all_width = self.width * (blocks + 1)  # bytes of all blocks' ranks, behind an answer
         self._ranks = [0] * (blocks + 1)  # by block, a bit a rank
-        self._untold = 0
+        self._unreported = 0
 
     @property
     def answer(self) -> int:
@@ -37,22 +37,23 @@ class Missing:
         """This rank goes on without (all of) the tokens of `ranks`."""
         bits = sum(1 << rank for rank in set(ranks))
         self._ranks[block] |= bits
-        self._untold |= bits
+        self._unreported |= bits
 
-    def tell(self, out: memoryview) -> None:
-        """Writes whom this rank has left out since it last told, `width` bytes."""
-        out[:] = self._untold.to_bytes(self.width, "little")
-        self._untold = 0
+    def write_recent(self, out: memoryview) -> None:
+        """Writes whom this rank has left out since it last wrote that, `width` bytes."""
+        out[:] = self._unreported.to_bytes(self.width, "little")
+        self._unreported = 0
 
-    def hear(self, block: int, data: memoryview, source: int) -> None:
-        """What `source` told behind its codes of `block`, which the block before has shaped."""
+    def read_recent(self, block: int, data: memoryview, source: int) -> None:
+        """What `source` wrote behind its codes of `block`, which the block before has shaped."""
         self._ranks[max(block - 1, 0)] |= self._bits(data, source)
 
-    def tell_all(self, out: memoryview) -> None:
-        """Writes all that this rank knows of, `whole` bytes."""
+    def write_all(self, out: memoryview) -> None:
+        """Writes all that this rank knows of, `all_width` bytes."""
         out[:] = b"".join(bits.to_bytes(self.width, "little") for bits in self._ranks)
 
-    def hear_all(self, data: memoryview, source: int) -> None:
+    def read_all(self, data: memoryview, source: int) -> None:
+        """What `source` wrote behind its answer."""
         for block in range(len(self._ranks)):
             start = block * self.width
             self._ranks[block] |= self._bits(data[start : start + self.width], source)
@@ -67,9 +68,9 @@ class Missing:
 
     def by_rank(self) -> dict[int, list[int]]:
         """The blocks in which each rank's tokens are missing; ranks that never are have none."""
-        found: dict[int, list[int]] = {}
+        blocks: dict[int, list[int]] = {}
         for block, bits in enumerate(self._ranks):
             for rank in range(self.world_size):
                 if bits >> rank & 1:
-                    found.setdefault(rank, []).append(block)
-        return dict(sorted(found.items()))
+                    blocks.setdefault(rank, []).append(block)
+        return dict(sorted(blocks.items()))

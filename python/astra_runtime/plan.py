@@ -4,10 +4,10 @@ A sequence of `tokens` tokens is cut into `world_size` contiguous shards, one a 
 rank sees what lies before its own tokens, an encoder's rank sees all other shards. So attention
 over remote tokens never needs a causal mask, and only ranks that can see a shard receive its codes.
 
-A decoder's rank may also compute a halo, the last tokens before its shard (ghost cells, as codes
-for stencils call it): what a token needs most is what stands right before it, and coarse codes cost
-most there. Halos are seen on that rank only. Nothing of them is sent, and codes of these tokens,
-which their own rank sends to others, are not looked at.
+A decoder's rank may also compute a *halo*: context that overlaps with the shard before, the last
+tokens in front of its own (stencil codes say halo, or ghost cells). What a token needs most is what
+stands right before it, and coarse codes cost most there. Halos are seen on that rank only. Nothing
+of them is sent, and this rank does not read the codes that their own rank sends to others.
 """
 
 from __future__ import annotations
@@ -28,9 +28,9 @@ class Plan:
     Attributes:
         bounds: `world_size + 1` token indices; rank n holds tokens `bounds[n]` to `bounds[n + 1]`.
         causal: True for decoders. False for encoders, where every rank sees every shard.
-        copies: leading tokens of the sequence that every rank computes itself, in front of its
-            shard: seen on that rank only, never sent, and not counted in `tokens`. An encoder's
-            class token; a decoder's first tokens, where its codebook asks for that.
+        copies: replicated tokens, the first of the sequence, which every rank computes itself in
+            front of its shard: seen on that rank only, never sent, and not counted in `tokens`. An
+            encoder's class token; a decoder's attention sinks, where its codebook asks for that.
         halo: of a decoder, how many tokens before its shard a rank computes, too; fewer where there
             are no more.
     """
@@ -49,9 +49,13 @@ class Plan:
         causal: bool,
         copies: int = 0,
         halo: int = 0,
+        shard_weights: Sequence[float] | None = None,
         weights: Sequence[float] | None = None,
     ) -> Plan:
-        """Cuts `tokens` in proportion to `weights` (None: equal), at least one token a rank."""
+        """Cuts `tokens` in proportion to `shard_weights`, at least one token a rank.
+
+        None: equal shards. `weights` is the older name of `shard_weights`.
+        """
         if world_size < 1:
             raise ValueError(f"world_size: expected at least 1, got {world_size}")
         if tokens < world_size:
@@ -59,15 +63,16 @@ class Plan:
                 f"tokens: expected at least one for each of the {world_size} ranks, got {tokens}; "
                 "give a longer input or fewer ranks"
             )
-        share = [1.0] * world_size if weights is None else [float(w) for w in weights]
-        if len(share) != world_size or not all(0 < w < float("inf") for w in share):
+        given = weights if shard_weights is None else shard_weights
+        shares = [1.0] * world_size if given is None else [float(w) for w in given]
+        if len(shares) != world_size or not all(0 < w < float("inf") for w in shares):
             raise ValueError(
-                f"weights: expected {world_size} positive numbers, one for each rank, got {share}"
+                f"weights: expected {world_size} positive numbers, one for each rank, got {shares}"
             )
         check_halo(halo, causal)
         bounds, reached = [0], 0.0
-        for n, weight in enumerate(share):
-            reached += weight / sum(share)
+        for n, weight in enumerate(shares):
+            reached += weight / sum(shares)
             latest = tokens - (world_size - 1 - n)  # leaves a token for every rank after this one
             bounds.append(min(max(round(tokens * reached), bounds[-1] + 1), latest))
         return cls(tuple(bounds), causal, copies, halo)
@@ -81,30 +86,31 @@ class Plan:
         return len(self.bounds) - 1
 
     def shard(self, rank: int) -> slice:
-        """The tokens of `rank`, as a slice of the sequence, the copies in front included."""
+        """The tokens of `rank`, as a slice of the sequence with its replicated tokens."""
         return slice(self.bounds[rank] + self.copies, self.bounds[rank + 1] + self.copies)
 
     def size(self, rank: int) -> int:
-        """How many tokens `rank` holds, copies not counted."""
+        """How many tokens `rank` holds, replicated tokens not counted."""
         return self.bounds[rank + 1] - self.bounds[rank]
 
-    def lead(self, rank: int) -> int:
-        """Tokens that `rank` computes in front of its shard: the copies, and its halo."""
+    def num_leading(self, rank: int) -> int:
+        """Tokens that `rank` computes in front of its shard: the replicated ones, and its halo."""
         return self.copies + min(self.halo, self.bounds[rank])
 
-    def local(self, tensor: Tensor, rank: int) -> Tensor:
-        """What `rank` computes of the sequence [B, copies + tokens, …]: copies, halo, shard."""
+    def local_tokens(self, tensor: Tensor, rank: int) -> Tensor:
+        """What `rank` computes of a sequence [B, copies + tokens, …]: replicated, halo, shard."""
         shard = self.shard(rank)
-        start = shard.start - (self.lead(rank) - self.copies)
+        start = shard.start - (self.num_leading(rank) - self.copies)
         return torch.cat([tensor[:, : self.copies], tensor[:, start : shard.stop]], 1)
 
-    def own(self, tensor: Tensor, rank: int) -> Tensor:
-        """Of what `rank` computes, [B, L, …], what it answers for: the halo left out."""
-        if self.lead(rank) == self.copies:
+    def without_halo(self, tensor: Tensor, rank: int) -> Tensor:
+        """Of what `rank` computes, [B, L, …], the replicated tokens and its shard."""
+        leading = self.num_leading(rank)
+        if leading == self.copies:
             return tensor
-        return torch.cat([tensor[:, : self.copies], tensor[:, self.lead(rank) :]], 1)
+        return torch.cat([tensor[:, : self.copies], tensor[:, leading:]], 1)
 
-    def heard(self, rank: int, source: int) -> int:
+    def num_received(self, rank: int, source: int) -> int:
         """How many tokens of `source`, from its first on, `rank` knows from codes alone."""
         if source == rank or (self.causal and source > rank):
             return 0
@@ -113,32 +119,34 @@ class Plan:
         start = max(0, self.bounds[rank] - self.halo)
         return max(0, min(self.bounds[source + 1], start) - self.bounds[source])
 
-    def told(self, rank: int) -> int:
-        """How many tokens of `rank`, from its first on, are sent: those that any rank hears of.
+    def num_sent(self, rank: int) -> int:
+        """How many tokens of `rank`, from its first on, are sent: those that any rank receives.
 
-        No rank hears of more than a decoder's last one; all of an encoder's hear alike.
+        No rank receives more than a decoder's last one; an encoder's ranks all receive alike.
         """
         if self.causal:
-            return self.heard(self.world_size - 1, rank)
+            return self.num_received(self.world_size - 1, rank)
         return self.size(rank) if self.world_size > 1 else 0
 
     def sources(self, rank: int) -> tuple[int, ...]:
         """The ranks whose tokens the tokens of `rank` see, in the order of the sequence."""
-        return tuple(n for n in range(self.world_size) if self.heard(rank, n))
+        return tuple(n for n in range(self.world_size) if self.num_received(rank, n))
 
     def receivers(self, rank: int) -> tuple[int, ...]:
         """The ranks that see the tokens of `rank`."""
-        return tuple(n for n in range(self.world_size) if self.heard(n, rank))
+        return tuple(n for n in range(self.world_size) if self.num_received(n, rank))
 
-    def sent(self, rank: int) -> slice:
+    def sent_slice(self, rank: int) -> slice:
         """The tokens of `rank` that are sent, as a slice of the sequence."""
         start = self.shard(rank).start
-        return slice(start, start + self.told(rank))
+        return slice(start, start + self.num_sent(rank))
 
-    def far(self, tensor: Tensor, rank: int) -> Tensor:
-        """Of the sequence [B, copies + tokens, …], what `rank` hears of: [B, N, …]."""
-        starts = [(self.shard(n).start, self.heard(rank, n)) for n in self.sources(rank)]
-        return torch.cat([tensor[:, :0], *(tensor[:, at : at + n] for at, n in starts)], 1)
+    def remote_tokens(self, tensor: Tensor, rank: int) -> Tensor:
+        """Of a sequence [B, copies + tokens, …], what `rank` receives codes of: [B, N, …]."""
+        starts = [(self.shard(n).start, self.num_received(rank, n)) for n in self.sources(rank)]
+        return torch.cat(
+            [tensor[:, :0], *(tensor[:, start : start + count] for start, count in starts)], 1
+        )
 
     @property
     def owner(self) -> int:
@@ -150,10 +158,14 @@ class Plan:
 
         Ranks that were given other tokens find out at the first frame.
         """
-        told = zlib.crc32(repr((self.bounds, self.causal, self.copies, self.halo)).encode())
+        checksum = zlib.crc32(repr((self.bounds, self.causal, self.copies, self.halo)).encode())
         for content in inputs:
-            told = zlib.crc32(content, told)
-        return told
+            checksum = zlib.crc32(content, checksum)
+        return checksum
+
+    # The names that these methods had before.
+    told, heard, sent, far = num_sent, num_received, sent_slice, remote_tokens
+    lead, own, local = num_leading, without_halo, local_tokens
 
 
 def balanced_weights(
@@ -173,8 +185,8 @@ def balanced_weights(
         linear: FLOPs of one token's projections and MLP.
         attention: FLOPs of one query over one key.
         code: FLOPs of coding one token; the last rank of a decoder codes nothing.
-        receive: FLOPs of one remote token heard, before attention reads it.
-        halo: tokens before its shard that a rank computes, too.
+        receive: FLOPs of one remote token received, before attention reads it.
+        halo: tokens before its shard that a rank computes, too (`Plan.halo`).
 
     A decoder's later ranks see more keys and so take fewer tokens; an encoder's take equal shares.
     """
@@ -186,13 +198,13 @@ def balanced_weights(
         bounds = [0.0]
         for n in range(world_size):
             start, a = bounds[-1], attention / 2
-            ahead = min(float(halo), start)
-            heard, coded = start - ahead, code if n < world_size - 1 else 0.0
-            b = linear + attention * heard + coded
-            left = max(0.0, budget - receive * heard + coded * ahead)
+            overlap = min(float(halo), start)
+            received, coding = start - overlap, code if n < world_size - 1 else 0.0
+            b = linear + attention * received + coding
+            left = max(0.0, budget - receive * received + coding * overlap)
             # a·u² + b·u = left, u = halo and shard; the causal half of the local square is a·u²
             computed = 2 * left / (b + (b * b + 4 * a * left) ** 0.5)
-            bounds.append(start + max(computed - ahead, 1e-3))
+            bounds.append(start + max(computed - overlap, 1e-3))
         return bounds
 
     low, high = 0.0, tokens * (linear + code + receive + attention * tokens)

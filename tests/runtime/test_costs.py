@@ -118,7 +118,7 @@ def test_transform_codes_are_counted() -> None:
         with Engine(model.transformer, relabelled(book, model), mesh, weights=(5, 3, 2)) as engine:
             return counted(lambda: engine(**inputs, logits="local"))
 
-    plan = engine_plan(adapter, book, 23, 3, weights=(5, 3, 2))
+    plan = engine_plan(adapter, book, 23, 3, shard_weights=(5, 3, 2))
     whole = rank_flops(adapter, book, plan)
     _, attention = adapter.block_flops()
     search = 2 * sum(t.tables.numel() for t in book.transforms)  # `encode` is not counted there

@@ -518,7 +518,7 @@ def test_gaps_leave_out_tokens_and_no_more(name: str) -> None:
         plan = None
         with Engine(model, book, mesh, weights=weights) as engine:
             plan = engine.plan(24)
-        told = plan.told(0)
+        told = plan.num_sent(0)
         half = space.payload_bytes(1, 1, told) // 2
         gappy: Any = Gappy(mesh, {(0, 1): (half, half + 3)} if mesh.rank else {})
         masks = []
@@ -583,19 +583,19 @@ def test_what_is_missing_crosses_the_wire() -> None:
     ours, theirs = Missing(11, 3), Missing(11, 3)
     ours.leave_out(1, [2, 9])
     trailer = memoryview(bytearray(ours.width))
-    ours.tell(trailer)
+    ours.write_recent(trailer)
     assert bytes(trailer) == bytes([0b100, 0b10])
-    theirs.hear(2, trailer, 0)
+    theirs.read_recent(2, trailer, 0)
     assert theirs.by_rank() == {2: [1], 9: [1]}
-    ours.tell(trailer)
+    ours.write_recent(trailer)
     assert bytes(trailer) == bytes(2)
     theirs.leave_out(theirs.answer, [4])
-    whole = memoryview(bytearray(theirs.whole))
-    theirs.tell_all(whole)
-    ours.hear_all(whole, 1)
+    whole = memoryview(bytearray(theirs.all_width))
+    theirs.write_all(whole)
+    ours.read_all(whole, 1)
     assert ours.by_rank() == {2: [1], 4: [3], 9: [1]}
     with pytest.raises(errors.WireError, match="missing rank: expected below 11, got 15"):
-        ours.hear(1, memoryview(bytearray([0, 0x80])), 0)
+        ours.read_recent(1, memoryview(bytearray([0, 0x80])), 0)
 
 
 # --- jobs and the command

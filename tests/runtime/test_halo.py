@@ -37,18 +37,18 @@ def test_a_rank_knows_every_earlier_token_once(
     plan = Plan.make(tokens, world_size, causal=True, copies=copies, halo=halo, weights=weights)
     sequence = torch.arange(copies + tokens)[None]
     for rank in range(world_size):
-        local = plan.local(sequence, rank)[0].tolist()
-        far = plan.far(sequence, rank)[0].tolist()
+        local = plan.local_tokens(sequence, rank)[0].tolist()
+        far = plan.remote_tokens(sequence, rank)[0].tolist()
         assert sorted(local + far) == list(range(plan.shard(rank).stop))
         assert far == sorted(far)
-        own = plan.own(plan.local(sequence, rank), rank)[0].tolist()
+        own = plan.without_halo(plan.local_tokens(sequence, rank), rank)[0].tolist()
         assert own == [*range(copies), *range(*plan.shard(rank).indices(10**9))]
-        assert plan.lead(rank) == len(local) - plan.size(rank)
-        heard = {n: plan.heard(rank, n) for n in plan.sources(rank)}
+        assert plan.num_leading(rank) == len(local) - plan.size(rank)
+        heard = {n: plan.num_received(rank, n) for n in plan.sources(rank)}
         assert sum(heard.values()) == len(far)
-        assert all(0 < count <= plan.told(n) for n, count in heard.items())
+        assert all(0 < count <= plan.num_sent(n) for n, count in heard.items())
         assert all(rank in plan.receivers(n) for n in heard)
-        assert plan.told(rank) <= plan.size(rank)
+        assert plan.num_sent(rank) <= plan.size(rank)
 
 
 @pytest.mark.parametrize("halo", HALOS)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -15,7 +16,7 @@ def test_every_token_has_one_rank(world_size: int, extra: int, data: st.DataObje
         st.none() | st.lists(st.floats(1e-3, 1e3), min_size=world_size, max_size=world_size)
     )
     tokens = world_size + extra
-    plan = Plan.make(tokens, world_size, causal=True, weights=weights)
+    plan = Plan.make(tokens, world_size, causal=True, shard_weights=weights)
     held = [i for n in range(world_size) for i in range(tokens)[plan.shard(n)]]
     assert held == list(range(tokens))
     assert all(plan.size(n) >= 1 for n in range(world_size))
@@ -29,7 +30,7 @@ def test_equal_shards_differ_by_at_most_one() -> None:
 
 
 def test_weights_are_followed() -> None:
-    plan = Plan.make(100, 3, causal=True, weights=[1, 2, 1])
+    plan = Plan.make(100, 3, causal=True, shard_weights=[1, 2, 1])
     assert [plan.size(n) for n in range(3)] == [25, 50, 25]
 
 
@@ -47,9 +48,20 @@ def test_an_encoder_sees_all_shards() -> None:
     assert plan.owner == 0
 
 
+def test_the_older_names_still_work() -> None:
+    plan = Plan.make(12, 3, causal=True, copies=1, halo=2, weights=[1, 2, 1])
+    sequence = torch.arange(13)[None]
+    assert (plan.told(0), plan.heard(2, 1), plan.lead(1)) == (3, 4, 3)
+    assert plan.sent(1) == plan.sent_slice(1)
+    for old, new in ((plan.far, plan.remote_tokens), (plan.local, plan.local_tokens)):
+        assert torch.equal(old(sequence, 1), new(sequence, 1))
+    local = plan.local(sequence, 1)
+    assert torch.equal(plan.own(local, 1), plan.without_halo(local, 1))
+
+
 def test_tags_tell_plans_and_inputs_apart() -> None:
     tags = {
-        Plan.make(tokens, 3, causal=causal, weights=weights).tag(inputs)
+        Plan.make(tokens, 3, causal=causal, shard_weights=weights).tag(inputs)
         for tokens in (12, 13)
         for causal in (True, False)
         for weights in (None, [1, 2, 1])
@@ -72,7 +84,7 @@ def test_bad_cuts_are_refused(
     tokens: int, world_size: int, weights: list[float] | None, message: str
 ) -> None:
     with pytest.raises(ValueError, match=message):
-        Plan.make(tokens, world_size, causal=True, weights=weights)
+        Plan.make(tokens, world_size, causal=True, shard_weights=weights)
 
 
 @pytest.mark.parametrize("halo", [0, 32])
@@ -93,11 +105,11 @@ def test_balanced_weights_give_equal_work(world_size: int, receive: float, halo:
     assert sum(weights) == pytest.approx(tokens, rel=1e-6)
     work, start = [], 0.0
     for n, size in enumerate(weights):
-        coded = code if n < world_size - 1 else 0.0
-        ahead = halo if n else 0
-        computed, heard = size + ahead, start - ahead
-        of_own = computed * (linear + attention * heard) + attention * computed * computed / 2
-        work.append(of_own + coded * size + receive * heard)
+        coding = code if n < world_size - 1 else 0.0
+        overlap = halo if n else 0
+        computed, received = size + overlap, start - overlap
+        model = computed * (linear + attention * received) + attention * computed * computed / 2
+        work.append(model + coding * size + receive * received)
         start += size
     assert max(work) / min(work) == pytest.approx(1, rel=1e-6)
 

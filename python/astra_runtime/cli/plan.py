@@ -224,7 +224,7 @@ def row(
     seconds = [single(adapter, of_rank, tokens) for of_rank in rates]
     if max(seconds) > min(seconds):  # shares by pace, on top of the balance of equal ones
         sizes = [plan.size(n) / seconds[n] for n in range(world)]
-        plan = engine_plan(adapter, book, tokens, world, weights=sizes)
+        plan = engine_plan(adapter, book, tokens, world, shard_weights=sizes)
     found = first_token(adapter, book, plan, rates, Link(mbit or None, rtt_ms / 2))
     held_back = book.notes.get("held_back") or {}
     return {

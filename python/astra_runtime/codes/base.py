@@ -25,13 +25,13 @@ class Payload:
 
     Attributes:
         tokens: how many they stand for.
-        heard: how many of them, from the first on, are of use here.
+        num_received: how many of them, from the first on, are of use here.
         came: which tokens' bytes are there, bool [B, tokens]; the others' are zeros. None: all.
     """
 
     view: memoryview
     tokens: int
-    heard: int
+    num_received: int
     came: Tensor | None = None
 
 
@@ -66,7 +66,9 @@ def seen(payloads: Sequence[Payload], batch: int, visible: Tensor | None) -> Ten
     if all(payload.came is None for payload in payloads):
         return visible
     parts = [
-        torch.ones(batch, p.heard, dtype=torch.bool) if p.came is None else p.came[:, : p.heard]
+        torch.ones(batch, p.num_received, dtype=torch.bool)
+        if p.came is None
+        else p.came[:, : p.num_received]
         for p in payloads
     ]
     came = torch.cat(parts, 1)

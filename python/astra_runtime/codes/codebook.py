@@ -45,9 +45,9 @@ class Codebook:
         codewords: codewords of a group (K), 0 where there are none.
         shared: space "kv": one set of codes for all heads instead of codes of each head's own.
         dtype: space "none": "float32", "float16" or "int8" on the wire.
-        prefix: leading tokens of a decoder's input that every rank computes itself, so that they
-            are exact everywhere at no bits. The first token is unlike all others: attention that
-            has nothing to look at rests on it, and its code would have to be perfect.
+        prefix: attention-sink tokens, a decoder's first, kept exact: every rank computes them
+            itself, which costs no bits. The first token is unlike all others: attention that has
+            nothing to look at rests on it, and its code would have to be perfect.
         geometry: num_blocks, num_heads, num_key_value_heads, head_dim and hidden_size of the model.
         model: digest of the model's weights (`Adapter.digest`).
         tables: fp32 [num_blocks, C, K, w]. w = 2·d·Hkv/C in space "kv", else D/C. In space

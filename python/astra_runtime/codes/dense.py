@@ -77,7 +77,7 @@ class Dense(DenseAttention):
 
     def _one(self, payload: Payload, batch: int) -> Tensor:
         flat = torch.frombuffer(payload.view, dtype=torch.uint8).to(self.device, copy=True)
-        shape, heard = (2, batch, self.heads, payload.tokens), slice(payload.heard)
+        shape, heard = (2, batch, self.heads, payload.tokens), slice(payload.num_received)
         if self.dtype != torch.int8:
             pair = flat.view(self.dtype).view(*shape, self.head_dim)
             return pair[..., heard, :].to(self.model_dtype)

@@ -90,7 +90,7 @@ class _Codes(Space):
                 count = out.numel()
                 part = view[b * row : (b + 1) * row]
                 wire.read_codes(part, self.bits, self.codewords, (out.data_ptr(), count), count)
-            parts.append(codes[:, : payload.heard])
+            parts.append(codes[:, : payload.num_received])
         codes = torch.cat(parts, 1)
         return codes.to(self.device)
 
@@ -199,7 +199,7 @@ class DifferentialCodes(HiddenCodes):
     def begin(self, inputs: Mapping[str, Tensor], plan: Plan, rank: int) -> DifferentialCodes:
         known = self.adapter.embed(inputs).float()
         this = copy.copy(self)  # the tables stay shared
-        this.own, this.remote = known[:, plan.sent(rank)], plan.far(known, rank)
+        this.own, this.remote = known[:, plan.sent_slice(rank)], plan.remote_tokens(known, rank)
         return this
 
     def payload_bytes(self, block: int, batch: int, tokens: int) -> int:
@@ -247,9 +247,11 @@ class TransformCodes(_Codes, DenseAttention):
         embedded = self.adapter.embed(inputs)
         first, embedding = flat(*self.adapter.project(0, embedded)).float(), unit(embedded)
 
-        sent = plan.sent(rank)
+        sent = plan.sent_slice(rank)
         this.own = Known(self.transforms, first[:, sent], embedding[:, sent])
-        this.remote = Known(self.transforms, plan.far(first, rank), plan.far(embedding, rank))
+        this.remote = Known(
+            self.transforms, plan.remote_tokens(first, rank), plan.remote_tokens(embedding, rank)
+        )
         return this
 
     def encode(self, block: int, what: Any, rope: Rope, out: memoryview) -> None:
@@ -266,7 +268,7 @@ class TransformCodes(_Codes, DenseAttention):
         if block == 0 and known.reached == 0:  # every rank computed it
             assert known.estimate is not None
             return self._seen(known.estimate, rope)
-        tokens, words = sum(payload.heard for payload in payloads), None
+        tokens, words = sum(payload.num_received for payload in payloads), None
         if transform.codes:
             words = self.words(block, payloads, batch)
         shape = transform.offset.expand(batch, tokens, -1)

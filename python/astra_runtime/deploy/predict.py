@@ -9,6 +9,7 @@ crosses the uplink N − 1 times, frames to one rank queue on its downlink, head
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -22,7 +23,7 @@ import astra_kernels as ak
 from ..codes.base import Payload
 from ..codes.codebook import Codebook
 from ..codes.spaces import make_space
-from ..costs import costs_of
+from ..costs import attention_pairs, costs_of
 from ..models import Adapter, adapt
 from ..plan import Plan
 from ..transport import Link
@@ -97,7 +98,7 @@ def measured(model: nn.Module, codebook: Codebook, tokens: int) -> Rates:
     token = max(0.0, pure[tokens] / tokens)
     if few < tokens:
         token = max(0.0, (pure[tokens] - pure[few]) / (tokens - few))
-    pairs = tokens * (tokens + 1) / 2 if adapter.causal else tokens * tokens
+    pairs = attention_pairs(tokens, adapter.causal)
     rates = Rates(
         block=max(0.0, pure[tokens] - token * tokens),
         token=token,
@@ -146,13 +147,13 @@ def _exchange_rates(
             sender.encode(block, what, cut(0), view)
         coded = time.perf_counter()
         kept = hearer.decode(block, [Payload(view, remote, remote)], 1, cut(0))
-        heard = time.perf_counter()
+        received = time.perf_counter()
         if kept is not None:
             hearer.attend(block, query, kept, cut(0), None, scale)
         stop = time.perf_counter()
         spent["code"] += coded - start
-        spent["receive"] += heard - coded
-        spent["far"] += stop - heard
+        spent["receive"] += received - coded
+        spent["far"] += stop - received
     each = {"code": remote, "receive": remote, "far": own * remote}
     return {name: spent[name] / (len(blocks) * each[name]) for name in spent}
 
@@ -208,7 +209,7 @@ class Prediction:
 def single(adapter: Adapter, rates: Rates, tokens: int) -> float:
     """Seconds of one device."""
     count = tokens + adapter.class_tokens
-    pairs = count * (count + 1) / 2 if adapter.causal else count * count
+    pairs = attention_pairs(count, adapter.causal)
     block = rates.block + rates.token * count + rates.near * pairs
     return rates.once + len(adapter.blocks) * block
 
@@ -238,19 +239,18 @@ def first_token(
     uplink, downlink = [0.0] * world, [0.0] * world
     for block in range(len(adapter.blocks)):
         frames: list[tuple[float, float, int]] = []  # on the uplink from, for how long, to whom
-        told, arrived = [0.0] * world, [0.0] * world
+        sent, arrived = [0.0] * world, [0.0] * world
         for n in range(world):
-            rate, count = rates[n], plan.size(n) + plan.lead(n)
+            rate, count = rates[n], plan.size(n) + plan.num_leading(n)
             first = rate.block + before * rate.token * count
-            size = bytes_of(block, plan.told(n)) if plan.told(n) else 0.0
-            first += rate.code * plan.told(n) if size else 0.0
-            told[n] = ready[n] + first
+            size = bytes_of(block, plan.num_sent(n)) if plan.num_sent(n) else 0.0
+            first += rate.code * plan.num_sent(n) if size else 0.0
+            sent[n] = ready[n] + first
             busy[n] += first
-            takes = link.seconds(int(-(-size // 1))) if size else 0.0
-            start = max(told[n], uplink[n])
-            for receiver in (
-                sorted(plan.receivers(n), key=lambda r: (r - n) % world) if size else ()
-            ):
+            takes = link.seconds(math.ceil(size)) if size else 0.0
+            start = max(sent[n], uplink[n])
+            receivers = plan.receivers(n) if size else ()
+            for receiver in sorted(receivers, key=lambda r: (r - n) % world):
                 frames.append((start, takes, receiver))
                 start += takes
                 uplink[n] = start
@@ -259,15 +259,14 @@ def first_token(
             downlink[receiver] = max(downlink[receiver], start) + takes
             arrived[receiver] = max(arrived[receiver], downlink[receiver] + link.delay_ms / 1e3)
         for n in range(world):
-            rate, count = rates[n], plan.size(n) + plan.lead(n)
-            pairs = count * (count + 1) / 2 if causal else count * count
-            near = rate.near * pairs
-            heard = sum(plan.heard(n, source) for source in plan.sources(n))
+            rate, count = rates[n], plan.size(n) + plan.num_leading(n)
+            near = rate.near * attention_pairs(count, causal)
+            received = sum(plan.num_received(n, source) for source in plan.sources(n))
             seeing = count - plan.copies if causal else count
-            rest = rate.receive * heard + rate.far * seeing * heard
+            rest = rate.receive * received + rate.far * seeing * received
             rest += (1 - before) * rate.token * count
-            idle = max(0.0, arrived[n] - told[n] - near)
-            ready[n] = told[n] + near + idle + rest
+            idle = max(0.0, arrived[n] - sent[n] - near)
+            ready[n] = sent[n] + near + idle + rest
             busy[n] += near + rest
             waiting[n] += idle
     answer = ready[plan.owner] if causal else _class_tokens(adapter, ready, link)
@@ -328,14 +327,14 @@ def on_paper(
         raise ValueError(f"world: expected 1 to {tokens} ranks, one a token, got {world}")
     own = tokens / world
     count = own + adapter.class_tokens
-    heard = tokens - own
-    if adapter.causal:  # later ranks hear more; balanced shares give each the mean
-        heard /= 2
+    received = tokens - own
+    if adapter.causal:  # later ranks receive more; balanced shares give each the mean
+        received /= 2
     near = rates.near * (count * count / 2 if adapter.causal else count * count)
     work = rates.block + rates.token * count + near
     if world == 1:
         return rates.once + len(adapter.blocks) * work
-    work += rates.code * own + rates.receive * heard + rates.far * count * heard
+    work += rates.code * own + rates.receive * received + rates.far * count * received
     total = rates.once
     for block in range(len(adapter.blocks)):
         size = bits_of(adapter, codebook, block) * own / 8
@@ -345,10 +344,10 @@ def on_paper(
             if two_level:
                 row = round(world**0.5)
                 column = -(-world // row)
-                first = (row - 1) * link.seconds(int(-(-size // 1))) + delay
-                gathered = int(-(-(size * row) // 1))
+                first = (row - 1) * link.seconds(math.ceil(size)) + delay
+                gathered = math.ceil(size * row)
                 exchange = first + (column - 1) * link.seconds(gathered) + delay
             else:
-                exchange = (world - 1) * link.seconds(int(-(-size // 1))) + delay
+                exchange = (world - 1) * link.seconds(math.ceil(size)) + delay
         total += work + max(0.0, exchange - near)
     return total

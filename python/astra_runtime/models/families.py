@@ -68,7 +68,7 @@ class _Decoder(Adapter):
 
     def local_inputs(self, inputs: Mapping[str, Tensor], plan: Plan, rank: int) -> dict[str, Any]:
         whole = {"input_ids": inputs["input_ids"], "position_ids": self.positions(inputs)}
-        return {name: plan.local(tensor, rank) for name, tensor in whole.items()}
+        return {name: plan.local_tokens(tensor, rank) for name, tensor in whole.items()}
 
     def final(self) -> nn.Module:
         return self.base
@@ -225,7 +225,7 @@ class Bert(Adapter):
         whole = {"input_ids": ids, "position_ids": everywhere}
         if "token_type_ids" in inputs:
             whole["token_type_ids"] = inputs["token_type_ids"]
-        return {name: plan.local(tensor, rank) for name, tensor in whole.items()}
+        return {name: plan.local_tokens(tensor, rank) for name, tensor in whole.items()}
 
     def embed(self, inputs: Mapping[str, Tensor]) -> Tensor:
         ids, types = inputs["input_ids"], inputs.get("token_type_ids")

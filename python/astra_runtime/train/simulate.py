@@ -86,7 +86,7 @@ class Layout:
         start: list[int] = []
         for n in range(plan.world_size):
             copies = plan.copies if n == 0 or not single_class_token else 0
-            shard, halo = plan.shard(n), plan.lead(n) - plan.copies
+            shard, halo = plan.shard(n), plan.num_leading(n) - plan.copies
             own = range(shard.start - halo, shard.stop)
             token += [*range(copies), *own]
             rank += [n] * (copies + len(own))
