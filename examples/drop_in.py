@@ -67,10 +67,26 @@ def plain_module(device: str, tokens: int = 96, cut: int = 64) -> tuple[float, f
 
 
 def coded_prefix(module, query, key, value, attention_mask, *, prefix, scaling=None, **_):
-    """What transformers calls in every layer; ``prefix`` was given to the model's forward."""
+    """What transformers calls in every layer; ``prefix`` was given to the model's forward.
+
+    ``attention_mask`` is bool [B, 1, M, L], or None where nothing is padding. The last query sees
+    every key but padding, and causality is the op's own.
+    """
     coded = prefix[module.layer_idx]
-    out = ak.mixed_attention(query, key, value, *coded, is_causal=True, scale=scaling)
+    mask = None if attention_mask is None else attention_mask[:, 0, -1]  # [B, L]
+    out = ak.mixed_attention(
+        query, key, value, *coded, is_causal=True, key_mask=mask, scale=scaling
+    )
     return out.transpose(1, 2), None
+
+
+def register() -> None:
+    """Makes "coded_prefix" known; without a mask function transformers passes no mask at all."""
+    from transformers import AttentionInterface, AttentionMaskInterface
+    from transformers.masking_utils import sdpa_mask
+
+    AttentionInterface.register("coded_prefix", coded_prefix)
+    AttentionMaskInterface.register("coded_prefix", sdpa_mask)
 
 
 def tiny(kind: str) -> nn.Module:
@@ -88,7 +104,7 @@ def tiny(kind: str) -> nn.Module:
 @torch.no_grad()
 def hugging_face(kind: str, device: str, tokens: int = 48, cut: int = 32) -> tuple[float, float]:
     """The same for the logits of a "gpt2" or "llama"; a Llama's keys are coded as rotated."""
-    from transformers import AttentionInterface, DynamicCache
+    from transformers import DynamicCache
 
     torch.manual_seed(0)
     model, ids = tiny(kind).to(device), torch.randint(0, 99, (1, tokens)).to(device)
@@ -99,7 +115,7 @@ def hugging_face(kind: str, device: str, tokens: int = 48, cut: int = 32) -> tup
     model(ids[:, :cut], **with_cache(model, cache))
     prefix = [to_codes(layer.keys, layer.values) for layer in cache.layers]
 
-    AttentionInterface.register("coded_prefix", coded_prefix)
+    register()
     model.set_attn_implementation("coded_prefix")
     coded = model(ids[:, cut:], **rest, prefix=prefix).logits
     return (coded - want).abs().max().item(), (without - want).abs().max().item()

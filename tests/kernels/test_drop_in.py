@@ -50,6 +50,27 @@ def test_unmodified_model_equals_dense_attention(kind):
     assert_equal_to_dense(drop_in.hugging_face(kind, "cpu"), 5e-5)  # logits reach 20
 
 
+@pytest.mark.parametrize("kind", ["gpt2", "llama"])
+@torch.no_grad()
+def test_padding_is_not_attended_to(kind):
+    """A row with padding on the left answers as it does alone."""
+    pytest.importorskip("transformers")
+    model, prefix = drop_in.tiny(kind), []
+    for _ in range(3):
+        key = torch.randn(2, 2 if kind == "llama" else 4, 8, 16)
+        prefix.append(drop_in.to_codes(key, torch.randn_like(key)))
+    drop_in.register()
+    model.set_attn_implementation("coded_prefix")
+    ids, mask = torch.randint(0, 99, (2, 12)), torch.ones(2, 12, dtype=torch.int64)
+    mask[1, :5] = 0
+    positions = 8 + (mask.cumsum(-1) - 1).clamp(min=0)
+    rest = {"use_cache": False}
+    both = model(ids, attention_mask=mask, position_ids=positions, prefix=prefix, **rest).logits
+    second = [(codes[1:], *tables) for codes, *tables in prefix]
+    alone = model(ids[1:, 5:], position_ids=positions[1:, 5:], prefix=second, **rest).logits
+    torch.testing.assert_close(both[1, 5:], alone[0], rtol=1e-4, atol=1e-4)
+
+
 def test_the_program():
     pytest.importorskip("transformers")
     command = [sys.executable, drop_in.__file__, "--device", "cpu"]
