@@ -16,10 +16,11 @@ from .codes.codebook import Codebook
 from .codes.spaces import make_space
 from .control import Control
 from .costs import engine_plan
+from .errors import ModelChanged
 from .exchange import receive_tensors, send_tensor
 from .layer import Layer
 from .missing import Missing
-from .models import adapt, listening, with_cache
+from .models import Watch, adapt, check_attention, check_runnable, with_cache
 from .plan import Plan, check_halo
 from .trace import stage
 from .transport import Mesh, local_mesh
@@ -63,7 +64,7 @@ class Engine:
         ValueError: a model of another family, or a codebook made for another model.
         HandshakeRefused: a rank has another model, codebook, weights, or other ways with deadlines.
 
-    Close it, or use it in a `with` block, to take the hooks off the model.
+    Between calls nothing of ASTRA is in the model. Close the engine, or use it in a `with` block.
     """
 
     def __init__(
@@ -95,12 +96,12 @@ class Engine:
         self.deadline_ms, self.on_missing = deadline_ms, on_missing
         self.degraded = False
         self.missing: dict[int, list[int]] = {}
-        if model.training:
-            raise ValueError("model: expected evaluation mode, got training: call model.eval()")
+        check_runnable(model)
+        check_attention(self.adapter.attentions)
+        self._watch = Watch(model)
         self.space = make_space(self.codebook, self.adapter)
         self.bits_per_token_block = 0.0
         self._agree()
-        self.adapter.install()
         self._open = True
 
     def _agree(self) -> None:
@@ -179,7 +180,7 @@ class Engine:
             The model's own output class.
         """
         call, kwargs = self._prepare(inputs, logits, outputs)
-        with self._failing_together(), listening(Layer(call)), stage("compute"):
+        with self._failing_together(), self.adapter.listening(Layer(call)), stage("compute"):
             output = self.model(**kwargs)
         self._count(call)
         self._flag(call)
@@ -196,6 +197,19 @@ class Engine:
             self.mesh.abort(error)
             raise
 
+    def _check_model(self) -> None:
+        """That the model is still the one whose tables and digest the ranks agreed on."""
+        check_runnable(self.model)
+        check_attention(self.adapter.attentions)
+        changed = self._watch.changed()
+        if changed is not None:
+            error = ModelChanged(
+                f"{changed} of the model has changed since this engine was made; close the engine "
+                "and make another"
+            )
+            self.mesh.abort(error)
+            raise error
+
     def _flag(self, call: Call) -> None:
         self.missing = call.missing.by_rank() if call.missing else {}
         self.degraded = bool(self.missing)
@@ -206,6 +220,7 @@ class Engine:
         """The call and the model's arguments; `options` have to be the same on every rank."""
         if not self._open:
             raise RuntimeError("the engine is closed")
+        self._check_model()
         if logits not in ANSWERS:
             raise ValueError(f"logits: expected one of {', '.join(ANSWERS)}, got {logits!r}")
         if outputs not in ("every", "one"):
@@ -316,7 +331,7 @@ class Engine:
         ends = self._ends(eos_token_id, input_ids.device)
         call, kwargs = self._prepare(inputs, "last", "one", max_new_tokens, ends.tolist())
         call.keeps = call.rank == call.plan.owner
-        with self._failing_together():
+        with self._failing_together(), self.adapter.installed():
             ids = self._continue(call, kwargs, inputs, max_new_tokens, ends, choose, on_token)
         self._flag(call)
         return ids
@@ -334,7 +349,7 @@ class Engine:
         """Prefill, and then token after token, from the owner to all others."""
         owner = _Owner(self, call, kwargs, inputs) if call.rank == call.plan.owner else None
         if owner is None:
-            with listening(Layer(call)), stage("compute"):
+            with self.adapter.listening(Layer(call)), stage("compute"):
                 self.model(**kwargs)
         self._count(call)
         others = [n for n in range(call.plan.world_size) if n != call.rank]
@@ -366,10 +381,9 @@ class Engine:
         return torch.tensor(ends, dtype=torch.int64, device=device)
 
     def close(self) -> None:
-        """Takes the hooks off the model again. The mesh stays open."""
+        """Ends the use of the model by this engine. The mesh stays open."""
         if self._open:
             self._open = False
-            self.adapter.uninstall()
 
     def __enter__(self) -> Engine:
         return self
@@ -430,7 +444,7 @@ class _Owner:
     ) -> None:
         from transformers import DynamicCache
 
-        self.model, self.call = engine.model, call
+        self.model, self.adapter, self.call = engine.model, engine.adapter, call
         self.cache = DynamicCache()
         positions = engine.adapter.positions(inputs)
         assert positions is not None, "every decoder takes positions"
@@ -439,7 +453,7 @@ class _Owner:
         self.seen = inputs["input_ids"].shape[1]
 
     def _run(self, kwargs: dict[str, Any]) -> Any:
-        with listening(Layer(self.call)), stage("compute"):
+        with self.adapter.listening(Layer(self.call)), stage("compute"):
             return self.model(**kwargs | with_cache(self.model, self.cache))
 
     def scores(self, ids: Tensor) -> Tensor:

@@ -83,6 +83,10 @@ class DeadlineExceeded(AstraError):
         return f"rank{plural} {who} sent nothing within {self.seconds:g} s {_moment(self.block)}"
 
 
+class ModelChanged(AstraError, RuntimeError):
+    """The model is not what the engine was made for: its modules, weights or mode have changed."""
+
+
 class WireError(AstraError):
     """A frame is not the one that had to come. `field`: what differs; rank None: not a peer's."""
 

@@ -15,7 +15,7 @@ import astra_kernels as ak
 from astra_runtime.codes.codebook import Codebook
 from astra_runtime.codes.layouts import joint, split_tables
 from astra_runtime.codes.rotary import rotate
-from astra_runtime.models import adapt, listening
+from astra_runtime.models import adapt
 from astra_runtime.plan import Plan
 
 
@@ -51,7 +51,7 @@ class Simulation:
 
     @torch.inference_mode()
     def run(self) -> Any:
-        with self.adapter.installed(), listening(self):
+        with self.adapter.listening(self):
             return self.model(**self.kwargs)
 
     def embedded(self, hidden: Tensor) -> Tensor:

@@ -146,10 +146,10 @@ class Codebook:
                 if self.geometry.get(name) != value
             ]
             raise ValueError(f"codebook: made for another model: {'; '.join(wrong)}")
-        digest = adapter.digest()
-        if digest != self.model:
+        if self.model not in adapter.digests():
             raise ValueError(
-                f"codebook: made for a model with weights {self.model}, this model has {digest}; "
+                f"codebook: made for a model with weights {self.model}, this model has "
+                f"{adapter.digest()}; "
                 "fit a codebook for this model"
             )
 

@@ -1,14 +1,18 @@
 """What ASTRA must know of each model family, and the hooks into unmodified Hugging Face models."""
 
-from .base import Adapter, Inputs, Listener, is_language_model, listening, with_cache
+from .base import Adapter, Inputs, check_runnable, is_language_model, with_cache
 from .families import adapt
+from .hooks import Listener, check_attention
+from .watch import Watch
 
 __all__ = [
     "Adapter",
     "Inputs",
     "Listener",
+    "Watch",
     "adapt",
+    "check_attention",
+    "check_runnable",
     "is_language_model",
-    "listening",
     "with_cache",
 ]

@@ -1,9 +1,9 @@
 """The seam between a Hugging Face model and ASTRA.
 
-A model is left as it is: its attention is asked for through `AttentionInterface`, and a few hooks
-tell of block inputs, embeddings and the final hidden states. Whoever wants to hear of them (the
-engine during a forward pass, the recorder during calibration) is a `Listener`, set for the current
-thread by `listening`. Without a listener the model behaves as if ASTRA were not there.
+A model is left as it is. Whoever wants to hear of its attention, its blocks' inputs and its final
+hidden states (the engine during a forward pass, the recorder during calibration) is a `Listener`,
+set for the current thread by `Adapter.listening`; `hooks.py` says how. Without a listener the model
+behaves as if ASTRA were not there.
 """
 
 from __future__ import annotations
@@ -11,17 +11,19 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import inspect
+import operator
 import threading
 import weakref
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping
-from contextvars import ContextVar
-from typing import Any, Protocol
+from collections.abc import Mapping
+from functools import cached_property
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from ..plan import Plan
+from .hooks import Hooks, Listener
 
 # What a configuration says besides the function that the model computes.
 _NOT_THE_MODEL = {
@@ -37,39 +39,18 @@ _NOT_THE_MODEL = {
     "output_attentions",
     "use_cache",
 }
+# Words about tokens, labels and training: no activation between two blocks depends on them.
+_NOT_WEIGHTS = {
+    "id2label",
+    "label2id",
+    "num_labels",
+    "problem_type",
+    "initializer_range",
+    "initializer_factor",
+    "task_specific_params",
+}
+_NOT_WEIGHTS_ENDS = ("_token_id", "dropout", "_dropout_prob", "_pdrop", "layerdrop")
 Inputs = dict[str, Any]  # the tensors of one forward pass
-ATTENTION = "astra"  # the name under which the attention is known to transformers
-
-
-class Listener(Protocol):
-    """What the hooks call. `block` counts Transformer blocks from 0."""
-
-    def embedded(self, hidden: Tensor) -> Tensor:
-        """All embeddings [B, class_tokens + T, D] of a model that cuts after embedding."""
-
-    def before_block(self, block: int, hidden: Tensor) -> None:
-        """The block's input [B, M, D]."""
-
-    def attend(
-        self, block: int, query: Tensor, key: Tensor, value: Tensor, scale: float
-    ) -> Tensor | None:
-        """Attention output [B, H, M, d] for [B, H, M, d] and [B, Hkv, L, d]; None: the model's."""
-
-    def finish(self, hidden: Tensor) -> Tensor:
-        """The final hidden states [B, M, D], before the head."""
-
-
-_listener: ContextVar[Listener | None] = ContextVar("astra_listener", default=None)
-
-
-@contextlib.contextmanager
-def listening(listener: Listener) -> Iterator[None]:
-    """Lets `listener` hear of every forward pass in this thread."""
-    token = _listener.set(listener)
-    try:
-        yield
-    finally:
-        _listener.reset(token)
 
 
 class Adapter(ABC):
@@ -97,10 +78,6 @@ class Adapter(ABC):
         self.num_heads = int(config.num_attention_heads)
         self.num_key_value_heads = int(getattr(config, "num_key_value_heads", self.num_heads))
         self.head_dim = int(getattr(config, "head_dim", None) or self.hidden_size // self.num_heads)
-        self._handles: list[Any] = []
-        self._users = 0
-        self._previous = ""
-        self._index = {module: i for i, module in enumerate(self.attentions)}
 
     @property
     def model(self) -> Any:
@@ -134,19 +111,40 @@ class Adapter(ABC):
         return 2.0 * (2 * self.hidden_size * (queries + keys) + mlp), 4.0 * queries
 
     def digest(self) -> str:
-        """Names the model: a hash over its configuration, and over every tensor's name, shape,
-        dtype and a sample of its values."""
+        """Names the model: a hash over what its configuration says of the function that it
+        computes, and over every tensor's name, shape, dtype and a sample of its values."""
+        return self._digest(
+            {
+                name
+                for name in self.model.config.to_diff_dict()
+                if name in _NOT_WEIGHTS or name.endswith(_NOT_WEIGHTS_ENDS)
+            }
+        )
+
+    def digests(self) -> set[str]:
+        """`digest`, and the name that codebooks fitted before version 0.2 know the model by, which
+        also covered ids of special tokens, labels and dropouts."""
+        return {self.digest(), self._digest(set())}
+
+    def _digest(self, left_out: set[str]) -> str:
         config = self.model.config.to_diff_dict()
-        told = hashlib.sha256()
-        for name in sorted(config.keys() - _NOT_THE_MODEL):
-            told.update(f"{name}={config[name]!r};".encode())
+        content = hashlib.sha256()
+        for name in sorted(config.keys() - _NOT_THE_MODEL - left_out):
+            content.update(f"{name}={config[name]!r};".encode())
         for name, value in sorted(self.model.state_dict().items()):
             for tensor in _tensors(value):
                 flat = tensor.reshape(-1)
                 sample = flat[:: max(1, flat.numel() // 256)].to("cpu", torch.float32).contiguous()
-                told.update(f"{name}{tuple(tensor.shape)}{tensor.dtype}".encode())
-                told.update(sample.numpy().tobytes())
-        return told.hexdigest()[:16]
+                content.update(f"{name}{tuple(tensor.shape)}{tensor.dtype}".encode())
+                content.update(sample.numpy().tobytes())
+        return content.hexdigest()[:16]
+
+    def is_current(self) -> bool:
+        """Whether the model still has the blocks and attention modules that this adapter knows."""
+        blocks = self.find_blocks()
+        modules = [*blocks, *map(self.attention_of, blocks)]
+        known = [*self.blocks, *self.attentions]
+        return len(modules) == len(known) and all(map(operator.is_, modules, known))
 
     # What a family says of itself.
 
@@ -193,47 +191,23 @@ class Adapter(ABC):
     def final(self) -> nn.Module:
         """The module whose output is, or holds as last_hidden_state, what the head reads."""
 
-    def install_extra(self) -> list[Any]:
-        """Hooks of this family alone."""
-        return []
+    def cut_after(self) -> nn.Module | None:
+        """The module whose output is cut into shards, for families that are cut after embedding."""
+        return None
 
-    # Hooks, present while at least one engine uses the model.
+    # Hooks, present during calls.
 
-    def install(self) -> None:
-        with adapters_lock:
-            self._users += 1
-            if self._users == 1:
-                self._install()
+    @cached_property
+    def hooks(self) -> Hooks:
+        return Hooks(self.blocks, self.attentions, self.final, self.cut_after())
 
-    def _install(self) -> None:
-        _register_attention()
-        for index, block in enumerate(self.blocks):
-            hook = _block_hook(index)
-            self._handles.append(block.register_forward_pre_hook(hook, with_kwargs=True))
-        self._handles.append(self.final().register_forward_hook(_final_hook))
-        self._handles.extend(self.install_extra())
-        self._previous = self.model.config._attn_implementation
-        self.model.set_attn_implementation(ATTENTION)
+    def installed(self) -> contextlib.AbstractContextManager[None]:
+        """Keeps the hooks in the model, for several calls in a row; see `Hooks.installed`."""
+        return self.hooks.installed()
 
-    def uninstall(self) -> None:
-        with adapters_lock:
-            self._users -= 1
-            if not self._users:
-                self._uninstall()
-
-    def _uninstall(self) -> None:
-        for handle in self._handles:
-            handle.remove()
-        self._handles.clear()
-        self.model.set_attn_implementation(self._previous)
-
-    @contextlib.contextmanager
-    def installed(self) -> Iterator[None]:
-        self.install()
-        try:
-            yield
-        finally:
-            self.uninstall()
+    def listening(self, listener: Listener) -> contextlib.AbstractContextManager[None]:
+        """Lets `listener` hear of this model's passes in this thread; see `Hooks.listening`."""
+        return self.hooks.listening(listener)
 
 
 def _tensors(value: Any) -> list[Tensor]:
@@ -245,37 +219,28 @@ def _tensors(value: Any) -> list[Tensor]:
     return [value.int_repr() if value.is_quantized else value.detach()]
 
 
-def _block_hook(index: int) -> Any:
-    def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        listener = _listener.get()
-        if listener is not None:
-            listener.before_block(index, args[0] if args else kwargs["hidden_states"])
-
-    return hook
-
-
-def _final_hook(module: nn.Module, args: Any, output: Any) -> Any:
-    listener = _listener.get()
-    if listener is None:
-        return output
-    if isinstance(output, Tensor):
-        return listener.finish(output)
-    output.last_hidden_state = listener.finish(output.last_hidden_state)
-    return output
-
-
-def embedding_hook(module: nn.Module, args: Any, output: Tensor) -> Tensor:
-    """For families that are cut after embedding."""
-    listener = _listener.get()
-    return output if listener is None else listener.embedded(output)
-
-
 adapters_lock = threading.RLock()  # ranks that are threads share one model, and so one adapter
 adapters: weakref.WeakKeyDictionary[nn.Module, Adapter] = weakref.WeakKeyDictionary()
 
 
 def is_language_model(model: Any) -> bool:
     return hasattr(model, "lm_head")
+
+
+def check_runnable(model: nn.Module) -> None:
+    """Refuses a model that cannot be run by engines, by name.
+
+    Raises:
+        ValueError: training mode, weights that are not in memory, attention that is not plain.
+    """
+    if model.training:
+        raise ValueError("model: expected evaluation mode, got training: call model.eval()")
+    for name, tensor in model.named_parameters():
+        if tensor.is_meta:
+            raise ValueError(
+                f"model: expected weights in memory, got {name} on the meta device: load the model "
+                "without offloading"
+            )
 
 
 def with_cache(model: Any, cache: Any) -> dict[str, Any]:
@@ -285,41 +250,3 @@ def with_cache(model: Any, cache: Any) -> dict[str, Any]:
     """
     taken = inspect.signature(model.forward).parameters
     return {"cache" if "cache" in taken else "past_key_values": cache, "use_cache": True}
-
-
-def _block_of(module: nn.Module) -> int | None:
-    for adapter in list(adapters.values()):
-        if module in adapter._index:
-            return adapter._index[module]
-    return None
-
-
-def _attention(
-    module: nn.Module,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    attention_mask: Tensor | None,
-    **kwargs: Any,
-) -> tuple[Tensor, None]:
-    """The function that transformers calls: query [B, H, M, d] in, [B, M, H, d] out."""
-    from transformers.integrations.sdpa_attention import sdpa_attention_forward
-
-    listener = _listener.get()
-    if listener is not None:
-        scale = kwargs.get("scaling") or query.shape[-1] ** -0.5
-        block = _block_of(module)
-        assert block is not None, "an attention module that belongs to no adapted model"
-        out = listener.attend(block, query, key, value, float(scale))
-        if out is not None:
-            return out.transpose(1, 2), None
-    out, _ = sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
-    return out, None
-
-
-def _register_attention() -> None:
-    from transformers import AttentionInterface, AttentionMaskInterface
-    from transformers.masking_utils import sdpa_mask
-
-    AttentionInterface.register(ATTENTION, _attention)
-    AttentionMaskInterface.register(ATTENTION, sdpa_mask)

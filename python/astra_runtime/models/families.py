@@ -10,7 +10,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..plan import Plan
-from .base import Adapter, adapters, adapters_lock, embedding_hook
+from .base import Adapter, adapters, adapters_lock
+from .heads import check_head
 
 
 def _heads(flat: Tensor, head_dim: int) -> Tensor:
@@ -40,6 +41,13 @@ def _take_ids(inputs: Mapping[str, Tensor], known: set[str]) -> Tensor:
                 f"got {tuple(value.shape)}"
             )
     return ids
+
+
+def _window(attention: Any, config: Any) -> int | None:
+    """The sliding window of one attention module, which a configuration may name in vain."""
+    if config.model_type == "mistral":
+        return getattr(config, "sliding_window", None)
+    return getattr(attention, "sliding_window", None)
 
 
 class _Decoder(Adapter):
@@ -82,13 +90,12 @@ class Llama(_Decoder):
     def __init__(self, model: nn.Module) -> None:
         super().__init__(model)
         config: Any = model.config
-        windows = getattr(config, "layer_types", None) or []
-        if "sliding_attention" in windows or (
-            getattr(config, "sliding_window", None) and getattr(config, "use_sliding_window", True)
-        ):
+        limit = config.max_position_embeddings
+        windows = {window for module in self.attentions if (window := _window(module, config))}
+        if any(window < limit for window in windows):
             raise ValueError(
                 f"model: {config.model_type} with sliding-window attention is not supported; "
-                "a remote shard is seen wholly or not at all"
+                f"a remote shard is seen wholly or not at all (windows {sorted(windows)})"
             )
         kind = getattr(self.base.rotary_emb, "rope_type", "default")
         if kind in ("dynamic", "longrope"):
@@ -119,6 +126,18 @@ class Llama(_Decoder):
         return cos, sin
 
 
+def _is_plain(projection: nn.Module) -> bool:
+    """Whether a GPT-2 projection is its weight and bias alone: no adapter, no hook, no patch."""
+    from transformers.pytorch_utils import Conv1D
+
+    return (
+        type(projection) is Conv1D
+        and not projection._forward_hooks
+        and not projection._forward_pre_hooks
+        and "forward" not in projection.__dict__
+    )
+
+
 class GPT2(_Decoder):
     """Learned positions, so keys do not rotate; layer norm before attention."""
 
@@ -130,14 +149,23 @@ class GPT2(_Decoder):
 
     def project(self, block: int, hidden: Tensor) -> tuple[Tensor, Tensor]:
         layer: Any = self.blocks[block]
-        weight, bias, width = layer.attn.c_attn.weight, layer.attn.c_attn.bias, self.hidden_size
-        both = F.linear(layer.ln_1(hidden), weight[:, width:].T, bias[width:])
-        key, value = both.split(width, -1)
+        projection, width, normed = layer.attn.c_attn, self.hidden_size, layer.ln_1(hidden)
+        if _is_plain(projection):  # without the queries, a third of the work
+            weight, bias = projection.weight[:, width:], projection.bias[width:]
+            key, value = F.linear(normed, weight.T, bias).split(width, -1)
+        else:
+            key, value = projection(normed)[..., width:].split(width, -1)
         return _heads(key, self.head_dim), _heads(value, self.head_dim)
 
     def embed(self, inputs: Mapping[str, Tensor]) -> Tensor:
         embedded: Tensor = self.base.wte(inputs["input_ids"])
         return embedded + self.base.wpe(self.positions(inputs))
+
+
+def _pair(size: Any) -> tuple[int, int]:
+    """Height and width of a size that is given as one number or as two."""
+    height, width = size if isinstance(size, list | tuple) else (size, size)
+    return int(height), int(width)
 
 
 class ViT(Adapter):
@@ -168,8 +196,8 @@ class ViT(Adapter):
                 "expected pixel_values of shape [B, channels, height, width] and nothing else, "
                 f"got { ({name: tuple(t.shape) for name, t in inputs.items()}) }"
             )
-        patch = config.patch_size
-        return pixels.shape[0], (pixels.shape[2] // patch) * (pixels.shape[3] // patch)
+        rows, columns = _pair(config.patch_size)
+        return pixels.shape[0], (pixels.shape[2] // rows) * (pixels.shape[3] // columns)
 
     def local_inputs(self, inputs: Mapping[str, Tensor], plan: Plan, rank: int) -> dict[str, Any]:
         return dict(inputs)
@@ -177,8 +205,9 @@ class ViT(Adapter):
     def final(self) -> nn.Module:
         return self.base.layernorm
 
-    def install_extra(self) -> list[Any]:
-        return [self.base.embeddings.register_forward_hook(embedding_hook)]
+    def cut_after(self) -> nn.Module:
+        module: nn.Module = self.base.embeddings
+        return module
 
 
 class Bert(Adapter):
@@ -247,14 +276,21 @@ FAMILIES: dict[str, type[Adapter]] = {
 
 
 def adapt(model: nn.Module) -> Adapter:
-    """The adapter of a Hugging Face model; one a model, however many engines share it."""
+    """The adapter of a Hugging Face model; one a model, however many engines share it.
+
+    Raises:
+        ValueError: a model of another family, a head that cannot be given what it reads, attention
+            over a sliding window, rotary positions that depend on a rank's own length.
+    """
     with adapters_lock:
-        if model not in adapters:
+        kept = adapters.get(model)
+        if kept is None or not kept.is_current():
             kind = getattr(getattr(model, "config", None), "model_type", type(model).__name__)
             if kind not in FAMILIES:
                 raise ValueError(
                     "model: expected a Hugging Face model of type "
                     f"{', '.join(sorted(FAMILIES))}, got {kind!r}"
                 )
-            adapters[model] = FAMILIES[kind](model)
-        return adapters[model]
+            check_head(model)
+            kept = adapters[model] = FAMILIES[kind](model)
+        return kept

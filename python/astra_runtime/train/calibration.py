@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ..codes.layouts import flat, joint
 from ..codes.rotary import Rope, unrotate
-from ..models import Adapter, Inputs, listening
+from ..models import Adapter, Inputs
 from ..parallel import map_cores
 
 Progress = Callable[[str, int, int], None]  # what is done, steps done, steps in all
@@ -34,7 +34,7 @@ def record(
 
     def run(window: Inputs) -> list[Any]:
         recorder = _Recorder(adapter, space, window, prefix)
-        with torch.inference_mode(), listening(recorder):
+        with torch.inference_mode(), adapter.listening(recorder):
             adapter.model(**window)
         return recorder.kept
 

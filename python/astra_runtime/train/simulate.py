@@ -32,7 +32,7 @@ from ..codes.layouts import flat, heads, joint, parted
 from ..codes.rotary import rotate, unrotate
 from ..codes.search import Search
 from ..codes.transform import Known, unit
-from ..models import Adapter, adapt, listening
+from ..models import Adapter, adapt
 from ..plan import Plan
 from .navq import NAVQ
 
@@ -214,7 +214,7 @@ class Simulation:
         """The model's own output; with a class token, of one sequence as the model knows it."""
         self.commitment = torch.zeros_like(self.commitment)
         self.known = self.behind = self.present = None
-        with self.adapter.installed(), listening(self):
+        with self.adapter.listening(self):
             return self.adapter.model(**self.kwargs)
 
     # What the model's hooks call.

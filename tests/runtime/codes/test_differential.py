@@ -15,7 +15,7 @@ from astra_runtime import Codebook, Engine
 from astra_runtime.codes.codebook import geometry
 from astra_runtime.codes.spaces import DifferentialCodes
 from astra_runtime.evaluate import run_ranks
-from astra_runtime.models import adapt, listening
+from astra_runtime.models import adapt
 from astra_runtime.plan import Plan
 from astra_runtime.transport import Mesh
 
@@ -120,7 +120,7 @@ def test_embeddings_are_the_first_blocks_input(kind: str) -> None:
 
     heard = Heard()
     positions = {} if kind == "bert" else {"position_ids": adapter.positions(inputs)}
-    with torch.inference_mode(), adapter.installed(), listening(heard):
+    with torch.inference_mode(), adapter.listening(heard):
         model(**inputs, **positions)
     assert torch.equal(adapter.embed(inputs), heard.first)
 
@@ -209,7 +209,7 @@ def test_the_loop_is_closed_in_the_fit() -> None:
         def finish(self, hidden: Tensor) -> Tensor:
             return hidden
 
-    with torch.inference_mode(), adapt(model).installed(), listening(Inputs()):
+    with torch.inference_mode(), adapt(model).listening(Inputs()):
         model(input_ids=windows)
     estimate, errors = inputs[0], []
     for block in (1, 2):

@@ -1,0 +1,82 @@
+"""Noticing that a model's weights are no longer those that an engine was made with.
+
+Tables are made from weights once, when an engine is made. Whoever merges an adapter, loads other
+weights or converts the model afterwards would get answers of two models mixed. So a call begins
+with a look at every parameter: whether it is the same tensor at the same address, and on a CPU a
+sample of its bits, since a write through `.data` leaves no other trace. The look takes about a
+microsecond a parameter. On an accelerator, where reading values would wait for the device, the
+version counter stands for them.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+SAMPLE = 8  # values of a tensor, evenly spaced
+_BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}  # by bytes an element
+
+
+class Watch:
+    """The parameters of `model` as they are now; `changed` names the first that is different."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self._slots: list[tuple[dict[str, Any], str, Tensor]] = []
+        self._names: list[str] = []
+        for prefix, module in model.named_modules():
+            for name, tensor in module._parameters.items():
+                if tensor is not None:
+                    self._slots.append((module._parameters, name, tensor))
+                    self._names.append(f"{prefix}.{name}".lstrip("."))
+        self._addresses = self._places()
+        self._elsewhere = [tensor for _, _, tensor in self._slots if not tensor.is_cpu]
+        self._versions = self._counters()
+        self._samples = [_sample(tensor) for _, _, tensor in self._slots if tensor.is_cpu]
+        self._values = [sample.copy() for sample in self._samples]
+        self._joined = self._read()
+
+    def changed(self) -> str | None:
+        """The name of a parameter that was replaced, moved, converted or written to; None: none."""
+        for (slots, name, tensor), path in zip(self._slots, self._names, strict=True):
+            if slots.get(name) is not tensor:
+                return path
+        now = self._places()
+        if now != self._addresses:
+            return self._first(a != b for a, b in zip(now, self._addresses, strict=True))
+        if self._counters() != self._versions:
+            return self._first(not tensor.is_cpu for _, _, tensor in self._slots)
+        if not np.array_equal(self._read(), self._joined):
+            pairs = iter(zip(self._samples, self._values, strict=True))
+            return self._first(
+                tensor.is_cpu and not np.array_equal(*next(pairs)) for _, _, tensor in self._slots
+            )
+        return None
+
+    def _first(self, differ: Any) -> str:
+        """The name of the first parameter that differs."""
+        return next(name for name, other in zip(self._names, differ, strict=False) if other)
+
+    def _places(self) -> list[int]:
+        return [tensor.data_ptr() for _, _, tensor in self._slots]
+
+    def _counters(self) -> list[int]:
+        # inference tensors keep no version counter, and cannot be written to either
+        return [-1 if tensor.is_inference() else tensor._version for tensor in self._elsewhere]
+
+    def _read(self) -> Any:
+        """The bytes of all samples, side by side."""
+        if not self._samples:
+            return np.empty(0, np.uint8)
+        return np.concatenate(self._samples, axis=None)
+
+
+def _sample(tensor: Tensor) -> Any:
+    """The bits of evenly spaced values, as a view: it shows what is written to the tensor later."""
+    if not tensor.is_contiguous() or tensor.dtype.is_complex or tensor.is_quantized:
+        return np.empty(0, np.int64)
+    flat = tensor.detach().view(-1)
+    few = flat[:: max(1, flat.numel() // SAMPLE)][:SAMPLE]
+    return few.view(_BITS[tensor.dtype.itemsize]).numpy()

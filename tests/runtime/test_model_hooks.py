@@ -1,0 +1,331 @@
+"""An engine leaves nothing in a model between calls, and a pass that went past it is an error."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+import threading
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from torch import Tensor, nn
+from torch.nn.functional import scaled_dot_product_attention
+
+from astra_runtime import Codebook, Engine
+from astra_runtime.errors import AstraError, ModelChanged
+from astra_runtime.evaluate import run_ranks
+from astra_runtime.models import adapt
+from astra_runtime.models.hooks import PLAIN, _Clean
+from astra_runtime.transport import Mesh
+
+from .models import KINDS, inputs_for, tiny, windows_for
+
+
+def answer_of(model: Any, kind: str, ranks: int = 2) -> Tensor:
+    """All logits (or hidden states) of `ranks` ranks with dense exchange."""
+
+    def work(mesh: Mesh) -> Tensor:
+        with Engine(model, Codebook.none(), mesh) as engine:
+            output = engine(**inputs_for(kind), logits="all")
+        return output.logits if "logits" in output else output.last_hidden_state
+
+    return run_ranks(ranks, work, timeout=20)[0]
+
+
+def own_answer(model: Any, kind: str) -> Tensor:
+    with torch.no_grad():
+        output = model(**inputs_for(kind))
+    return output.logits if "logits" in output else output.last_hidden_state
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("way", ["deepcopy", "pickle"])
+def test_copies_of_an_open_model_are_clean_models(kind: str, way: str) -> None:
+    model = tiny(kind)
+    with Engine(model) as engine:
+        engine(**inputs_for(kind))
+        twin = copy.deepcopy(model) if way == "deepcopy" else pickle.loads(pickle.dumps(model))
+    for module in twin.modules():
+        assert not module._forward_hooks
+        assert not module._forward_pre_hooks
+    assert twin.config._attn_implementation == model.config._attn_implementation != "astra"
+    torch.testing.assert_close(answer_of(twin, kind), own_answer(model, kind), atol=1e-3, rtol=1e-3)
+
+
+def test_a_copy_made_during_a_call_works_and_hears_nothing() -> None:
+    model = tiny("llama")
+    twins: list[Any] = []
+
+    def on_token(token: Tensor) -> None:
+        twins.append(copy.deepcopy(model))
+        twins.append(pickle.loads(pickle.dumps(model)))
+
+    with Engine(model) as engine:
+        engine.generate(inputs_for("llama")["input_ids"], max_new_tokens=1, on_token=on_token)
+    for twin in twins:
+        hooks = [h for m in twin.modules() for h in m._forward_pre_hooks.values()]
+        assert all(isinstance(hook, _Clean) for hook in hooks)
+        assert twin.model.layers[0].self_attn.config._attn_implementation == "sdpa"
+        got = answer_of(twin, "llama")
+        torch.testing.assert_close(got, own_answer(model, "llama"), atol=1e-3, rtol=1e-3)
+
+
+def test_models_of_one_configuration_share_nothing() -> None:
+    first = tiny("llama")
+    second = transformers.LlamaForCausalLM(first.config).eval()
+
+    def work(mesh: Mesh) -> Tensor:
+        one = Engine(first, Codebook.none(), mesh)
+        with Engine(second, Codebook.none(), mesh) as two:
+            one(**inputs_for("llama"))
+            one.close()
+            mesh.agree({"first": "closed"})
+            logits: Tensor = two(**inputs_for("llama"), logits="all").logits
+            return logits
+
+    got = run_ranks(2, work, timeout=20)[0]
+    torch.testing.assert_close(got, own_answer(second, "llama"), atol=1e-3, rtol=1e-3)
+
+
+def test_a_model_and_its_base_may_both_have_engines() -> None:
+    model = tiny("llama")
+    ids = inputs_for("llama")["input_ids"]
+    with torch.no_grad():
+        hidden = model.model(ids).last_hidden_state
+
+    def work(mesh: Mesh) -> tuple[Tensor, Tensor]:
+        whole, base = (Engine(m, Codebook.none(), mesh) for m in (model, model.model))
+        inner = base(input_ids=ids, logits="all").last_hidden_state
+        return inner, whole(input_ids=ids, logits="all").logits
+
+    inner, logits = run_ranks(2, work, timeout=20)[0]
+    torch.testing.assert_close(inner, hidden, atol=1e-3, rtol=1e-3)
+    torch.testing.assert_close(logits, own_answer(model, "llama"), atol=1e-3, rtol=1e-3)
+
+
+@pytest.mark.parametrize("implementation", ["eager", "sdpa"])
+def test_the_models_own_calls_stay_as_they_were(implementation: str) -> None:
+    """Also while an engine's call runs in another thread."""
+    model = tiny("gpt2", attn_implementation=implementation)
+    inputs = inputs_for("gpt2")
+    want = model(**inputs, output_attentions=implementation == "eager")
+    started, go_on = threading.Event(), threading.Event()
+
+    def on_token(token: Tensor) -> None:
+        started.set()
+        assert go_on.wait(20)
+
+    with Engine(model) as engine:
+        options: dict[str, Any] = {"max_new_tokens": 1, "on_token": on_token}
+        thread = threading.Thread(
+            target=engine.generate, args=(inputs["input_ids"],), kwargs=options
+        )
+        thread.start()
+        assert started.wait(20)
+        got = model(**inputs, output_attentions=implementation == "eager")
+        go_on.set()
+        thread.join()
+    assert torch.equal(got.logits, want.logits)
+    if implementation == "eager":
+        assert len(got.attentions) == 3
+        assert all(map(torch.equal, got.attentions, want.attentions))
+
+
+def _capped(module: Any, query: Tensor, key: Tensor, value: Tensor, mask: Any, **_: Any) -> Any:
+    return torch.zeros_like(query).transpose(1, 2), None
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_attention_of_the_users_own_is_refused_by_name(kind: str) -> None:
+    transformers.AttentionInterface.register("capped", _capped)
+    model = tiny(kind)
+    model.set_attn_implementation("capped")
+    with pytest.raises(ValueError, match="expected plain attention.*got 'capped' in block 0"):
+        Engine(model)
+    model.set_attn_implementation(PLAIN[1])
+    with Engine(model) as engine:
+        model.set_attn_implementation("capped")
+        with pytest.raises(ValueError, match="got 'capped'"):
+            engine(**inputs_for(kind))
+        model.set_attn_implementation("sdpa")
+        engine(**inputs_for(kind))  # the refusal ended nothing
+
+
+class Fused(nn.Module):
+    """An attention module that computes attention by itself."""
+
+    def __init__(self, old: Any) -> None:
+        super().__init__()
+        self.query, self.key, self.value = old.query, old.key, old.value
+        self.size = old.attention_head_size
+
+    def forward(self, hidden: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, None]:
+        parts = (
+            layer(hidden).unflatten(-1, (-1, self.size)).transpose(1, 2)
+            for layer in (self.query, self.key, self.value)
+        )
+        return scaled_dot_product_attention(*parts).transpose(1, 2).flatten(2), None
+
+
+class FusedWithConfig(Fused):
+    def __init__(self, old: Any) -> None:
+        super().__init__(old)
+        self.config = old.config
+
+
+@pytest.mark.parametrize("moment", ["before", "adapted", "open"])
+@pytest.mark.parametrize("kind", [Fused, FusedWithConfig])
+def test_replaced_attention_modules_are_named(kind: type[Fused], moment: str) -> None:
+    model = tiny("bert")
+
+    def replace() -> None:
+        for layer in model.encoder.layer:
+            layer.attention.self = kind(layer.attention.self)
+
+    if moment == "adapted":
+        adapt(model)
+    if moment != "open":
+        replace()
+
+    def work(mesh: Mesh) -> None:
+        with Engine(model, Codebook.none(), mesh) as engine:
+            mesh.agree({"at": "open"})
+            if moment == "open" and mesh.rank == 0:
+                replace()
+            mesh.agree({"at": "replaced"})
+            engine(**inputs_for("bert"))
+
+    with pytest.raises((ValueError, AstraError), match="attention|blocks"):
+        run_ranks(2, work, timeout=20)
+
+
+def test_a_patched_block_that_skips_attention_is_an_error() -> None:
+    model = tiny("llama")
+    model.model.layers[1].forward = lambda hidden_states, **_: hidden_states
+    with (
+        Engine(model) as engine,
+        pytest.raises(ModelChanged, match="attention of block 1 .*LlamaAttention"),
+    ):
+        engine(**inputs_for("llama"))
+
+
+def test_a_window_that_no_layer_uses_is_not_refused() -> None:
+    Engine(tiny("llama", sliding_window=8)).close()  # Llama knows no windows
+    Engine(tiny("mistral", sliding_window=256)).close()  # as long as the model's limit
+    with pytest.raises(ValueError, match="sliding-window attention is not supported"):
+        Engine(tiny("mistral", sliding_window=8))
+    qwen = {"sliding_window": 8, "use_sliding_window": True}
+    Engine(tiny("qwen2", **qwen, max_window_layers=3)).close()  # windows from layer 3 on
+    with pytest.raises(ValueError, match="sliding-window attention is not supported"):
+        Engine(tiny("qwen2", **qwen, max_window_layers=2))
+
+
+def test_adapted_projections_are_called() -> None:
+    """What a hook adds to GPT-2's c_attn, as adapters do, is in looked-up keys and values."""
+    model = tiny("gpt2")
+    for block in model.transformer.h:
+        extra = nn.Linear(48, 144)
+        block.attn.c_attn.register_forward_hook(lambda _, x, out, f=extra: out + f(x[0]))
+    ids = torch.randint(0, 97, (1, 20), generator=torch.Generator().manual_seed(3))
+    book = Codebook.fit(model, ids, space="hidden", codewords=20, held_back=0)  # lossless
+
+    def work(mesh: Mesh) -> Tensor:
+        with Engine(model, book, mesh, halo=0) as engine:
+            logits: Tensor = engine(input_ids=ids, logits="all").logits
+            return logits
+
+    with torch.no_grad():
+        want = model(ids).logits
+    torch.testing.assert_close(run_ranks(2, work, timeout=20)[0], want, atol=1e-3, rtol=1e-3)
+
+
+WRITES: dict[str, Any] = {
+    "data": lambda p: p.data.mul_(2.0),
+    "in place": lambda p: p.mul_(2.0),
+    "one of many": lambda p: p.data.view(-1)[0].add_(1.0),
+    "replaced": lambda p: setattr(p, "data", p.data.clone()),
+}
+
+
+@pytest.mark.parametrize("write", WRITES)
+def test_weights_that_change_while_an_engine_is_open(write: str) -> None:
+    model = tiny("llama")
+    with Engine(model) as engine:
+        engine(**inputs_for("llama"))
+        with torch.no_grad():
+            WRITES[write](model.model.layers[2].self_attn.v_proj.weight)
+        with pytest.raises(ModelChanged, match=r"layers\.2\.self_attn\.v_proj\.weight"):
+            engine(**inputs_for("llama"))
+    Engine(model)(**inputs_for("llama"))  # another engine takes the model as it is
+
+
+def test_dtype_training_and_modules_that_change_while_an_engine_is_open() -> None:
+    model = tiny("llama")
+    with Engine(model) as engine:
+        model.train()
+        with pytest.raises(ValueError, match="expected evaluation mode"):
+            engine(**inputs_for("llama"))
+        with pytest.raises(ValueError, match="expected evaluation mode"):
+            engine.generate(inputs_for("llama")["input_ids"])
+        model.eval()
+        engine(**inputs_for("llama"))
+        model.double()
+        with pytest.raises(ModelChanged):
+            engine(**inputs_for("llama"))
+    model = tiny("llama")
+    with Engine(model) as engine:
+        norm = model.model.norm
+        norm.weight = nn.Parameter(norm.weight.detach().clone())
+        with pytest.raises(ModelChanged, match=r"model\.norm\.weight"):
+            engine(**inputs_for("llama"))
+
+
+def test_weights_that_are_not_in_memory_are_refused() -> None:
+    model = tiny("llama")
+    model.lm_head.to("meta")
+    with pytest.raises(ValueError, match=r"expected weights in memory, got lm_head\.weight"):
+        Engine(model)
+
+
+def test_words_in_a_configuration_make_no_other_model() -> None:
+    model = tiny("llama")
+    book = Codebook.fit(model, windows_for("llama"), groups=6, codewords=16, held_back=0)
+    model.config.pad_token_id = 0
+    model.config.id2label = {0: "a", 1: "b", 2: "c"}
+    model.config.attention_dropout = 0.1
+    Engine(model, book).close()
+    model.config.rms_norm_eps = 1e-3  # this is the function
+    with pytest.raises(ValueError, match="made for a model with weights"):
+        Engine(model, book)
+
+
+class Wrapped(nn.Module):
+    base_model_prefix = "base_model"
+
+    def __init__(self, model: Any) -> None:
+        super().__init__()
+        self.base_model, self.config = model, model.config
+
+
+def test_wrapped_models_and_unknown_heads_are_refused_by_name() -> None:
+    with pytest.raises(ValueError, match=r"Wrapped; pass the model inside \(.base_model\)"):
+        Engine(Wrapped(tiny("llama")).eval())
+    with pytest.raises(ValueError, match="pass the model inside"):
+        Engine(torch.compile(tiny("llama"), backend="eager"))
+    vit = tiny("vit").config
+    with pytest.raises(ValueError, match="ViTForMaskedImageModeling"):
+        Engine(transformers.ViTForMaskedImageModeling(vit).eval())
+
+    class Own(transformers.LlamaForCausalLM):
+        def forward(self, *args: Any, **kwargs: Any) -> Any:
+            return super().forward(*args, **kwargs)
+
+    with pytest.raises(ValueError, match="Own"):
+        Engine(Own(tiny("llama").config).eval())
+
+    class Renamed(transformers.LlamaForCausalLM):
+        """Computes what its parent does."""
+
+    Engine(Renamed(tiny("llama").config).eval()).close()
