@@ -134,7 +134,7 @@ bench: $(STAMP)
 	$(BIN)/python -m bench.ops
 	$(BIN)/python -m bench.exchange
 	$(BIN)/python -m bench.demo
-	$(BIN)/python -m bench.calibrate --bits 30 100
+	$(BIN)/python -m bench.accuracy calibrate --bits 30 100
 	$(BIN)/python -m bench.accuracy --codes transform:30 transform:100
 	$(BIN)/python -m bench.link
 	$(BIN)/python -m bench.latency --models vit-base --ranks 2 4 8

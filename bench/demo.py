@@ -11,7 +11,7 @@ import json
 import subprocess
 import sys
 
-from bench._report import Case, percentiles, write
+from bench.report import Case, command_line, percentiles, write
 
 
 def run(mbit: float, delay_ms: float, world_size: int) -> dict:
@@ -57,7 +57,7 @@ def main() -> None:
     path = write(
         "latency_demo",
         [case(result) for result in results],
-        command="python -m bench.demo " + " ".join(sys.argv[1:]),
+        command=command_line("bench.demo"),
         packages=("torch", "numpy", "transformers"),
         link={"emulator": results[0]["link"]["emulator"]},
         extra={"demos": results},

@@ -34,7 +34,7 @@ import numpy as np
 if __package__ in (None, ""):
     sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from bench._report import Case, Times, write
+from bench.report import Case, Times, command_line, write
 
 ROUNDS = 20
 PEERS = ("gloo", "zeromq")
@@ -363,7 +363,7 @@ def main() -> None:
                 cases.append(run_case(world_size, size, arguments.exchanges, keys))
                 print(summary(cases[-1]), file=sys.stderr, flush=True)
     if not arguments.no_write:
-        command = " ".join(["python -m bench.exchange", *sys.argv[1:]])
+        command = command_line("bench.exchange")
         packages = ("torch", "pyzmq", "numpy")
         name = "exchange_tls" if arguments.tls else "exchange"
         write(name, cases, command=command, packages=packages, link={"kind": "loopback"})

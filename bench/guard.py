@@ -15,7 +15,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from bench._report import RESULTS, ROOT
+from bench.report import RESULTS, ROOT
 
 TOLERANCE = 0.10
 

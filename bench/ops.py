@@ -26,7 +26,7 @@ from astra_kernels.coded_attention import cpu as coded_cpu
 from astra_kernels.codeword_attention import cpu as codeword_cpu
 from astra_kernels.encode import cpu as encode_cpu
 from astra_kernels.merge_state import cpu as merge_cpu
-from bench._report import Case, measure, write
+from bench.report import Case, measure, write
 
 Calls = Mapping[str, Callable[[], object]]
 MODELS = {"smollm2": (9, 3, 64), "vit-base": (12, 12, 64)}

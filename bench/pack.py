@@ -26,7 +26,7 @@ if __package__ in (None, ""):
 
 from astra_kernels import _C
 from astra_kernels.pack import pack, packed_size, unpack
-from bench._report import Case, measure, write
+from bench.report import Case, measure, write
 
 SIZES = {"15360": 512 * 30, "1M": 1 << 20}
 Array = npt.NDArray[Any]

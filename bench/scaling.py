@@ -10,7 +10,6 @@ can be.
 from __future__ import annotations
 
 import argparse
-import sys
 from typing import Any
 
 from astra_runtime import Codebook
@@ -19,7 +18,7 @@ from astra_runtime.deploy.predict import of_flops, on_paper, single
 from astra_runtime.models import adapt
 from astra_runtime.models.shapes import shaped
 from astra_runtime.transport import Link
-from bench._report import write
+from bench.report import command_line, write
 
 MODELS = ("vit-base", "gpt2-medium", "llama-3-8b")
 WORLDS = tuple(2**n for n in range(1, 11))
@@ -74,7 +73,7 @@ def main(arguments: list[str] | None = None) -> None:
     write(
         "scaling",
         [],
-        command=" ".join(["python -m bench.scaling", *(arguments or sys.argv[1:])]),
+        command=command_line("bench.scaling", arguments),
         packages=("torch", "transformers"),
         extra={"rows": found, "executed": False},
     )

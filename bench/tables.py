@@ -12,8 +12,12 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
-from bench import tables_faults, tables_gpt2, tables_latency, tables_lossy, tables_vision
-from bench._markdown import load, source, spread, table
+from bench.gpt2 import tables as tables_gpt2
+from bench.latency import tables as tables_latency
+from bench.lossy import tables as tables_lossy
+from bench.report import faults as tables_faults
+from bench.report import load, source, spread, table
+from bench.vision import tables as tables_vision
 
 ROOT = Path(__file__).resolve().parent.parent
 

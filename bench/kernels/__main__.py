@@ -25,12 +25,12 @@ from typing import Any
 
 import torch
 
-from bench._report import RESULTS, cores, cpu_name, write
 from bench.kernels import cases as table
 from bench.kernels import crossovers
 from bench.kernels.run import REFUSALS, Clock, DeviceLost, failures, run
 from bench.kernels.spec import Spec
 from bench.kernels.timing import NOMINAL, SAMPLES, Gpu, measured_ceilings
+from bench.report import RESULTS, cores, cpu_name, write
 
 PACKAGES = ("torch", "triton", "vector-quantize-pytorch", "flashinfer-python")
 

@@ -15,7 +15,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from bench._report import RESULTS
+from bench.report import RESULTS
 
 FAMILIES = {  # file name: the case names it takes, and what it shows
     "codeword": (("codeword_",), "attention to codewords, no positions"),

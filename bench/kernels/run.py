@@ -10,9 +10,9 @@ from typing import Any
 
 import torch
 
-from bench._report import Case, Times
 from bench.kernels.spec import SHAPE_KEYS, Calls, Shape, Spec
 from bench.kernels.timing import Call, Ceilings, Gpu, Measured, on_cpu
+from bench.report import Case, Times
 
 # Error of ours over the best baseline's; over the whole result, between ours and that baseline.
 MOST_OF_BASELINE, MOST_APART = 2.0, 4.0

@@ -18,7 +18,7 @@ from dataclasses import dataclass, field
 
 import torch
 
-from bench._report import Times, measure, percentiles
+from bench.report import Times, measure, percentiles
 
 Call = Callable[[], object]
 

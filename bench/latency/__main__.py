@@ -18,7 +18,6 @@ from __future__ import annotations
 import argparse
 import itertools
 import statistics
-import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
@@ -28,15 +27,14 @@ from typing import Any
 import torch
 
 from astra_runtime import Codebook
-from astra_runtime.cli.common import quiet_transformers
 from astra_runtime.console import say
 from astra_runtime.models import adapt
-from bench._report import Case, percentiles, write
 from bench.baselines import methods
 from bench.latency.record import Recording, astra, median_stages, rival
 from bench.latency.subjects import MODELS, Subject
 from bench.link.model import Link
 from bench.link.virtual import SocketCosts
+from bench.report import Case, command_line, percentiles, quiet_transformers, write
 
 SETTINGS = {
     "vit-base": ("hidden:1", "kv:1"),
@@ -68,9 +66,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     quiet_transformers()
     torch.set_num_threads(1)
     costs = SocketCosts.measured()
-    line = " ".join(
-        ["python -m bench.latency", *(sys.argv[1:] if arguments is None else arguments)]
-    )
+    line = command_line("bench.latency", arguments)
     for model, tokens in itertools.product(options.models, options.tokens):
         subject = Subject.make(model, tokens)
         found = measured(subject, options, costs)

@@ -15,8 +15,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from bench._report import RESULTS
-from bench.tables_latency import RIVALS, RTT_MS
+from bench.latency.tables import RIVALS, RTT_MS
+from bench.report import RESULTS
 
 Case = Mapping[str, Any]
 STAGES = ("compute", "attend", "encode", "pack", "send", "unpack", "merge")

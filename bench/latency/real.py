@@ -27,14 +27,12 @@ import torch
 
 import astra_runtime
 from astra_runtime import Engine
-from astra_runtime.cli.common import quiet_transformers
 from astra_runtime.console import say
 from astra_runtime.costs import engine_plan
 from astra_runtime.deploy import predict
 from astra_runtime.models import adapt
 from astra_runtime.transport import Link as PacedLink
 from astra_runtime.transport.certificates import ephemeral_keys
-from bench._report import Case, percentiles, write
 from bench.baselines import GlooComm, methods
 from bench.latency import record
 from bench.latency.__main__ import SETTINGS
@@ -43,6 +41,7 @@ from bench.link.model import Link
 from bench.link.rank import begin, outputs_of, popen_options
 from bench.link.switch import Namespaces
 from bench.link.virtual import SocketCosts
+from bench.report import Case, command_line, percentiles, quiet_transformers, write
 
 SLOW = 8.0  # seconds: what takes longer is measured once
 PATIENCE = 1800.0
@@ -252,9 +251,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if options.rank:
         print(json.dumps(rank_main(Settings(**json.loads(options.rank)))))
         return
-    line = " ".join(
-        ["python -m bench.latency.real", *(sys.argv[1:] if arguments is None else arguments)]
-    )
+    line = command_line("bench.latency.real", arguments)
     for model in options.models:
         cases, report = cases_of(options, model)
         for case in cases:

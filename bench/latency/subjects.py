@@ -21,7 +21,7 @@ from astra_runtime.models import adapt
 from astra_runtime.models.shapes import SHAPES, gpt2, llama
 from astra_runtime.store import load_model
 
-CODEBOOKS = Path("build/codebooks")  # of `bench.calibrate`
+CODEBOOKS = Path("build/codebooks")  # of `bench.accuracy.calibrate`
 CODEWORDS = 1024
 
 

@@ -28,12 +28,12 @@ from functools import partial
 from typing import Any
 
 from astra_runtime import Engine
-from bench._report import Case, Times, percentiles, write
 from bench.exchange import free_ports
 from bench.link.model import Link
 from bench.link.rank import WARM_UP, Settings, command, outputs_of, popen_options, task
 from bench.link.switch import Namespaces, Report, unavailable
 from bench.link.virtual import SocketCosts, VirtualMesh, World
+from bench.report import Case, Times, command_line, percentiles, write
 
 UDP_IP = 28  # header bytes of a datagram
 PATIENCE = 180.0  # seconds for the processes of one case
@@ -251,7 +251,7 @@ def main(arguments: Sequence[str] | None = None) -> list[Case]:
         add(comparison(link, space, options.tokens, options.repeats))
     if not options.no_write:
         packages = ("torch", "numpy", "transformers")
-        line = " ".join(["python -m bench.link", *sys.argv[1:]])
+        line = command_line("bench.link", arguments)
         write("link", cases, command=line, packages=packages, link=asdict(link))
     return cases
 

@@ -25,7 +25,7 @@ from astra_runtime.transport import Link as PacedLink
 from astra_runtime.transport import Mesh, peers_of
 from astra_runtime.transport.pacing import PacedMesh
 from astra_runtime.transport.tcp import TcpMesh, prepare
-from bench._report import ROOT
+from bench.report import ROOT
 
 _READY: Final = 0xFF20  # control numbers that the engine does not use
 _GO: Final = 0xFF21

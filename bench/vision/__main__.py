@@ -15,7 +15,6 @@ wide, whose MLPs are four times as wide as it: accuracy_vision_wide.json, some 4
 
 import argparse
 import json
-import sys
 import time
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -24,9 +23,8 @@ from typing import Any
 import torch
 import transformers
 
-from astra_runtime.cli.common import quiet_transformers
 from astra_runtime.console import say
-from bench._report import RESULTS, cores, write
+from bench.report import RESULTS, command_line, cores, quiet_transformers, write
 
 from .data import PARTS, TASKS, compose
 from .model import TOKENS
@@ -76,9 +74,7 @@ def main(given: list[str] | None = None) -> Path:
         write(  # after each group, so that an interrupted run keeps what it has
             name,
             [],
-            command=" ".join(
-                ["python -m bench.vision", *(sys.argv[1:] if given is None else given)]
-            ),
+            command=command_line("bench.vision", given),
             packages=("torch", "numpy", "transformers", "scikit-learn"),
             results=options.output,
             extra={

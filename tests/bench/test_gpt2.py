@@ -11,10 +11,11 @@ import pytest
 import torch
 
 from astra_runtime.errors import AstraError
-from bench import corpora, gpt2
-from bench.gpt2_measure import summary
-from bench.gpt2_model import Muon, Shape, new_model, orthogonal, revised
-from bench.tables_gpt2 import gpt2_bits, gpt2_ranks, gpt2_settings
+from bench.accuracy import corpora
+from bench.gpt2 import __main__ as program
+from bench.gpt2.measure import summary
+from bench.gpt2.model import Muon, Shape, new_model, orthogonal, revised
+from bench.gpt2.tables import gpt2_bits, gpt2_ranks, gpt2_settings
 
 
 @pytest.fixture(scope="module")
@@ -22,7 +23,7 @@ def report(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     folder = tmp_path_factory.mktemp("gpt2")
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("ASTRA_CACHE", str(folder))
-        gpt2.main(["--quick", "--results", str(folder), "--output", "quick"])
+        program.main(["--quick", "--results", str(folder), "--output", "quick"])
     (file,) = folder.glob("*/quick.json")
     return json.loads(file.read_text())
 
@@ -143,7 +144,7 @@ def test_a_missing_corpus_says_how_to_get_it(
 ) -> None:
     monkeypatch.setenv("ASTRA_CACHE", str(tmp_path))
     assert not corpora.available("handbook")
-    with pytest.raises(AstraError, match="debian-handbook is not unpacked.*bench.corpora --fetch"):
+    with pytest.raises(AstraError, match="debian-handbook is not unpacked.*corpora --fetch"):
         corpora.corpus("handbook")
     with pytest.raises(ValueError, match="domain: expected one of documentation"):
         corpora.corpus("novels")

@@ -7,10 +7,10 @@ import json
 import pytest
 import torch
 
-from bench import tables_latency
 from bench.baselines import methods
 from bench.latency import __main__ as program
 from bench.latency import record
+from bench.latency import tables as tables_latency
 from bench.latency.record import Event, Recording
 from bench.latency.subjects import Subject
 from bench.link.model import Link
@@ -79,7 +79,7 @@ def test_rivals_are_recorded(subject, name):
 
 
 def test_a_run_writes_cases_that_tables_show(tmp_path, monkeypatch):
-    monkeypatch.setattr("bench._report.RESULTS", tmp_path)
+    monkeypatch.setattr("bench.report.results.RESULTS", tmp_path)
     asked = ["--models", "tiny", "--tokens", "64", "--ranks", "2", "--repeats", "1"]
     asked += ["--mbit", "10", "100", "--rtt-ms", "2", "--methods", "sp", "--speeds", "1", "4"]
     threads = torch.get_num_threads()

@@ -202,7 +202,7 @@ def test_the_comparison_on_the_virtual_link() -> None:
 
 @pytest.mark.slow
 def test_the_comparison_of_all_links(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("bench._report.RESULTS", tmp_path)
+    monkeypatch.setattr("bench.report.results.RESULTS", tmp_path)
     monkeypatch.setattr("sys.argv", ["link"])
     program.main(["--rates", "10", "--packets", "10", "--repeats", "10", "--tokens", "64"])
     (path,) = tmp_path.glob("*/link.json")

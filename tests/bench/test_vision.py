@@ -9,9 +9,9 @@ import pytest
 import torch
 
 from astra_runtime import Codebook
-from bench import tables_vision
 from bench.vision import __main__ as program
 from bench.vision import model as vit
+from bench.vision import tables as tables_vision
 from bench.vision.data import PARTS, compose, load
 from bench.vision.rows import groups
 

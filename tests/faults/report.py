@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from bench import _report
+from bench import report as results
 
 # The least number of cases that a row has to tell of.
 LEAST = {
@@ -78,7 +78,7 @@ class Row:
             "command": self.command,
             **self.extra,
         }
-        return _report._rounded(told | ({"failures": self.failures} if self.failures else {}))
+        return results.rounded(told | ({"failures": self.failures} if self.failures else {}))
 
 
 def write(rows: Sequence[Row], path: Path) -> None:
@@ -86,7 +86,7 @@ def write(rows: Sequence[Row], path: Path) -> None:
     before = json.loads(path.read_text())["faults"] if path.is_file() else []
     found = {row["name"]: row for row in before} | {row.name: row.as_dict() for row in rows}
     faults = [found[name] for name in LEAST if name in found]
-    _report.write(
+    results.write(
         path.stem,
         [],
         command="make test-faults fuzz soak",

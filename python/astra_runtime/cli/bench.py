@@ -41,7 +41,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
 
 
 def run(options: argparse.Namespace) -> int:
-    if not (ROOT / "bench" / "_report.py").is_file():
+    if not (ROOT / "bench" / "report").is_dir():
         raise AstraError(
             "bench: expected a checkout of the repository, from which this package is installed "
             f"with `pip install --editable`; there is no bench/ in {ROOT}"

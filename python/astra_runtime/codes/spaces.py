@@ -222,7 +222,7 @@ class TransformCodes(_Codes, DenseAttention):
     """Predictive transform codes of keys and values, see `transform.py`.
 
     Where a block's codes did not come, a receiver goes on from the prediction alone, which keeps
-    far more than leaving the shard out of all later blocks (`bench.degraded`).
+    far more than leaving the shard out of all later blocks (`bench.lossy.degraded`).
 
     Attributes:
         own: what the others know of this rank's tokens; of one pass, see `begin`.

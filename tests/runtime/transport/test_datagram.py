@@ -37,7 +37,7 @@ from astra_runtime.transport.fragments import (
     cut,
     parities,
 )
-from bench.lossy import LossyDatagrams
+from bench.lossy.perplexity import LossyDatagrams
 
 from ..models import inputs_for, tiny
 from ..ranks import MAKERS, PLAN, all_to_all, as_ranks, free_ports, key_folder, together

@@ -5,8 +5,8 @@ Cells say perplexity over exact, the mean and standard deviation over seeds.
 
 from itertools import product
 
-from bench._markdown import source, table
-from bench.gpt2_model import KINDS
+from bench.gpt2.model import KINDS
+from bench.report import source, table
 
 Row = dict
 # Permitted over exact perplexity, at so many times fewer bits than fp32 and so much of ideal FLOPs.

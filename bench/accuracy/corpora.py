@@ -1,6 +1,6 @@
 """Real text of several kinds, to train on and to evaluate on domains that training never saw.
 
-    python -m bench.corpora [--fetch]      what is here; --fetch gets the Debian packages
+    python -m bench.accuracy corpora [--fetch]      what is here; --fetch gets the Debian packages
 
 Nothing of it is in the repository. Two domains come with Python; the others are Debian packages,
 which are downloaded and unpacked, not installed, into $ASTRA_CACHE/corpora or
@@ -84,7 +84,7 @@ def _folder(package: str) -> Path:
     if not folder.is_dir():
         raise AstraError(
             f"text: the Debian package {package} is not unpacked in {folder}; on Debian or Ubuntu "
-            "run python -m bench.corpora --fetch"
+            "run python -m bench.accuracy corpora --fetch"
         )
     return folder / "usr" / "share"
 
@@ -195,10 +195,12 @@ READERS: dict[str, Callable[[Path], list[str]]] = {
 }
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+def main(arguments: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(
+        prog="bench.accuracy corpora", description=__doc__.splitlines()[0]
+    )
     parser.add_argument("--fetch", action="store_true", help="get the Debian packages")
-    if parser.parse_args().fetch:
+    if parser.parse_args(arguments).fetch:
         for _, package in DEBIAN.values():
             if not _place(package).is_dir():
                 fetch(package)

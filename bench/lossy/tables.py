@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from bench._markdown import source, table
+from bench.report import source, table
 
 METHODS = {
     "tcp": "TCP",

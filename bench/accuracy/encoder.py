@@ -1,6 +1,6 @@
 """What codes cost an encoder: do all-MiniLM-L6-v2's embeddings still find the same neighbours?
 
-    python -m bench.encoder [--codes transform:30 kv:12 …] [--seeds 0 1 2]
+    python -m bench.accuracy encoder [--codes transform:30 kv:12 …] [--seeds 0 1 2]
 
 Texts of 256 tokens, as four simulated ranks. A text's embedding is the mean of its tokens' final
 states, as the model is meant to be used. Each text's nearest neighbours among the others are sought
@@ -10,14 +10,13 @@ rows that are there already are not measured again.
 """
 
 import argparse
-import sys
+from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from astra_runtime import Codebook
-from astra_runtime.cli.common import quiet_transformers
 from astra_runtime.console import say
 from astra_runtime.costs import flops_over_ideal
 from astra_runtime.models import adapt
@@ -25,10 +24,9 @@ from astra_runtime.parallel import map_cores
 from astra_runtime.plan import Plan
 from astra_runtime.store import load_model, load_tokenizer, token_windows
 from astra_runtime.train.simulate import Simulation
-from bench._markdown import load
-from bench._report import write
-from bench.accuracy import bits_of
-from bench.corpora import corpus
+from bench.accuracy.corpora import corpus
+from bench.accuracy.lm import bits_of
+from bench.report import command_line, load, quiet_transformers, write
 
 TOKENS, RANKS, NEIGHBOURS = 256, 4, 10
 RESULT = "accuracy_encoder"
@@ -74,15 +72,17 @@ def codebook_of(name: str, seed: int, model, calibration: list[Tensor]) -> Codeb
     return Codebook.fit(model, windows, space=space, held_back=0, seed=seed, **size)
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+def main(arguments: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(
+        prog="bench.accuracy encoder", description=__doc__.splitlines()[0]
+    )
     codes = ["drop", "none:int8", "transform:10", "transform:30", "transform:100", "kv:1", "kv:12"]
     parser.add_argument("--codes", nargs="+", default=codes, help="SPACE:GROUPS, transform:BITS")
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2], help="of the fits")
     parser.add_argument("--texts", type=int, default=128, help="a domain")
     parser.add_argument("--calibration", type=int, default=96, help="texts, three quarters used")
     parser.add_argument("--domains", nargs="+", default=["documentation", "handbook"])
-    options = parser.parse_args()
+    options = parser.parse_args(arguments)
     quiet_transformers()
     model, tokenizer = load_model("minilm"), load_tokenizer("minilm")
     calibration = token_windows(tokenizer, corpus("documentation")[0], TOKENS, options.calibration)
@@ -119,7 +119,7 @@ def main() -> None:
                 write(
                     RESULT,
                     [],
-                    command=" ".join(["python -m bench.encoder", *sys.argv[1:]]),
+                    command=command_line("bench.accuracy encoder", arguments),
                     packages=("torch", "numpy", "transformers"),
                     extra={"rows": rows, "threads": torch.get_num_threads()},
                 )

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Any
 
-from bench._markdown import load, source, table
+from bench.report import load, source, table
 
 RIVALS = {
     "tp": "TP",

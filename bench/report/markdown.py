@@ -3,9 +3,8 @@
 import json
 import statistics
 from collections.abc import Sequence
-from pathlib import Path
 
-RESULTS = Path(__file__).resolve().parent / "results"
+from .results import RESULTS
 
 
 def load(name: str) -> dict | None:

@@ -1,13 +1,13 @@
 """Which quantizer? Product, residual, gain-shape, scalar and lattice codes of the same vectors.
 
-    python -m bench.codes [--codes product:3 residual:3 …] [--windows 4]
+    python -m bench.accuracy codes [--codes product:3 residual:3 …] [--windows 4]
 
 All code SmolLM2's keys and values of a token in one block, scaled as in space "kv", one vector of
 384 channels, without knowledge of anything else; four ranks are simulated as in `bench.accuracy`,
 the first token exact everywhere, no halo. Bits are those of fixed-length codes, but for "lattice",
 where they are the entropy of its points on the calibration vectors, which an ideal entropy coder
 would come near to. Space "transform" with the same windows stands beside them. Calibrated on a part
-of the text of `bench.calibrate`. Writes codes.json, after each row.
+of the text of `bench.accuracy.calibrate`. Writes codes.json, after each row.
 
 - product:C — C equal parts of the channels, 1,024 codewords each;
 - residual:S — S stages of 1,024 codewords, each for what the stages before left (Chen et al. 2010);
@@ -24,8 +24,7 @@ from __future__ import annotations
 
 import argparse
 import statistics
-import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -34,7 +33,6 @@ from torch import Tensor, nn
 
 import astra_kernels as ak
 from astra_runtime import Codebook
-from astra_runtime.cli.common import quiet_transformers
 from astra_runtime.codes.codebook import geometry
 from astra_runtime.console import say
 from astra_runtime.models import adapt
@@ -43,9 +41,10 @@ from astra_runtime.store import load_model, load_tokenizer, token_windows
 from astra_runtime.train.calibration import as_windows, record
 from astra_runtime.train.kmeans import kmeans
 from astra_runtime.train.navq import Quantized
-from bench import accuracy, calibrate
-from bench._report import write
-from bench.corpora import corpus
+from bench.accuracy import calibrate
+from bench.accuracy import lm as accuracy
+from bench.accuracy.corpora import corpus
+from bench.report import command_line, quiet_transformers, write
 
 TEXT = ("documentation:4", "manpages:3", "fortunes:3", "source:2")
 DOMAINS = ("documentation", "handbook")
@@ -235,11 +234,13 @@ def made(model: Any, name: str, vectors: list[tuple[Tensor, Tensor]]) -> tuple[C
     return replace(book, prefix=1), nn.ModuleList(codes)
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+def main(arguments: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(
+        prog="bench.accuracy codes", description=__doc__.splitlines()[0]
+    )
     parser.add_argument("--codes", nargs="+", default=CODES)
     parser.add_argument("--windows", type=int, default=4, help="of 1024 tokens, a domain")
-    options = parser.parse_args()
+    options = parser.parse_args(arguments)
     quiet_transformers()
     model, tokenizer = load_model("smollm2"), load_tokenizer("smollm2")
     adapter = adapt(model)
@@ -273,7 +274,7 @@ def main() -> None:
         write(
             "codes",
             [],
-            command=" ".join(["python -m bench.codes", *sys.argv[1:]]),
+            command=command_line("bench.accuracy codes", arguments),
             packages=("torch", "numpy", "transformers"),
             extra={
                 "rows": rows,

@@ -17,7 +17,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 RESULTS = ROOT / "bench" / "results"
 
 
@@ -52,7 +52,7 @@ class Case:
 
     def as_dict(self) -> dict[str, Any]:
         own = {key: value for key, value in asdict(self).items() if key != "extra"}
-        return _rounded({**own, "ratio": self.ratio, **self.extra})
+        return rounded({**own, "ratio": self.ratio, **self.extra})
 
 
 def measure(
@@ -155,8 +155,8 @@ def _sample(call: Callable[[], object], repeats: int) -> float:
     return (time.perf_counter() - start) / repeats
 
 
-def _rounded(value: Any) -> Any:
+def rounded(value: Any) -> Any:
     """Five significant digits; more are noise."""
     if isinstance(value, dict):
-        return {key: _rounded(item) for key, item in value.items()}
+        return {key: rounded(item) for key, item in value.items()}
     return float(f"{value:.5g}") if isinstance(value, float) else value

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from bench._markdown import table
+from .markdown import table
 
 # What is tried, and what a case has to end in to count as survived; by name of the row.
 WORDS = {

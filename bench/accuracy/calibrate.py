@@ -1,6 +1,6 @@
 """Codebooks of SmolLM2 for `bench.accuracy`, fitted on real text of several kinds.
 
-    python -m bench.calibrate [--bits 30 100 …] [--seeds 0 1 2] [--text documentation:16 …]
+    python -m bench.accuracy calibrate [--bits 30 100 …] [--seeds 0 1 2] [--text documentation:16 …]
 
 No text is of a domain that `bench.accuracy` calls unseen (handbook, devref). Seeds differ in the
 windows drawn, in the labels that the sensitivity is estimated from, and in k-means. Writes one
@@ -14,14 +14,14 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from astra_runtime.cli.common import quiet_transformers
 from astra_runtime.cli.fitting import progress_bar
 from astra_runtime.console import say
 from astra_runtime.models import adapt
 from astra_runtime.store import load_model, load_tokenizer, token_windows
 from astra_runtime.train.budgets import Settings, TransformFit, default_rank
 from astra_runtime.train.calibration import as_windows
-from bench.corpora import corpus
+from bench.accuracy.corpora import corpus
+from bench.report import quiet_transformers
 
 FOLDER = Path("build/codebooks")
 TEXT = ("documentation:16", "manpages:14", "fortunes:14", "source:12")
@@ -44,12 +44,14 @@ def windows(tokenizer, text: Sequence[str], seed: int) -> list[Tensor]:
     return [drawn[i] for i in torch.randperm(len(drawn), generator=generator).tolist()]
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+def main(arguments: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(
+        prog="bench.accuracy calibrate", description=__doc__.splitlines()[0]
+    )
     parser.add_argument("--bits", nargs="+", type=float, default=[10, 30, 100, 300, 600, 1500])
     parser.add_argument("--seeds", nargs="+", type=int, default=[0])
     parser.add_argument("--text", nargs="+", default=TEXT, metavar="DOMAIN:WINDOWS")
-    options = parser.parse_args()
+    options = parser.parse_args(arguments)
     quiet_transformers()
     model, tokenizer = load_model("smollm2"), load_tokenizer("smollm2")
     rank = default_rank(adapt(model))

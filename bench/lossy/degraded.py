@@ -1,6 +1,6 @@
 """What missing frames cost in accuracy: perplexity of SmolLM2 against the share that is missing.
 
-    python -m bench.degraded [--windows 2] [--codes kv:3 transform:100] [--shares 0 .02 .05 .1 .2]
+    python -m bench.lossy degraded [--codes kv:3 transform:100] [--shares 0 .02 .05 .1 .2]
 
 Of each block, from each rank to each other, a frame misses its deadline with the given probability,
 independently: the receiver leaves that shard out of the block's softmax, as the engine does with
@@ -14,20 +14,18 @@ Adds to degraded.json after each row; rows that are there already are not measur
 import argparse
 import json
 import statistics
-import sys
+from collections.abc import Sequence
 
 import torch
 
-from astra_runtime.cli.common import quiet_transformers
 from astra_runtime.console import say
 from astra_runtime.models import adapt
 from astra_runtime.plan import Plan
 from astra_runtime.store import load_model, load_tokenizer, token_windows
 from astra_runtime.train.simulate import Simulation
-from bench._markdown import load
-from bench._report import write
-from bench.accuracy import CONTROLS, TOKENS, codebook_of, row_of
-from bench.corpora import corpus
+from bench.accuracy.corpora import corpus
+from bench.accuracy.lm import CONTROLS, TOKENS, codebook_of, row_of
+from bench.report import command_line, load, quiet_transformers, write
 
 RESULT = "degraded"
 WAYS = {"kv": ("stale",), "hidden": ("stale",), "differential": ("stale", "out")}
@@ -63,7 +61,7 @@ def losses(model, book, windows, place) -> list[float]:
     return found
 
 
-def measure(model, tokenizer, options: argparse.Namespace) -> None:
+def measure(model, tokenizer, options: argparse.Namespace, command: str) -> None:
     rows = (load(f"cpu-2core/{RESULT}") or {"rows": []})["rows"]
     windows = token_windows(tokenizer, corpus(options.domain)[1], TOKENS, options.windows)
     common = {
@@ -89,7 +87,7 @@ def measure(model, tokenizer, options: argparse.Namespace) -> None:
         write(
             RESULT,
             [],
-            command=" ".join(["python -m bench.degraded", *sys.argv[1:]]),
+            command=command,
             packages=("torch", "numpy", "transformers"),
             extra={"rows": rows, "threads": torch.get_num_threads()},
         )
@@ -104,8 +102,10 @@ def measure(model, tokenizer, options: argparse.Namespace) -> None:
                     row(name, book, share, way, base)
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+def main(arguments: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(
+        prog="bench.lossy degraded", description=__doc__.splitlines()[0]
+    )
     parser.add_argument("--codes", nargs="+", default=["kv:3", "transform:100"])
     shares = [0.0, 0.02, 0.05, 0.1, 0.2]
     parser.add_argument("--shares", nargs="+", type=float, default=shares)
@@ -115,10 +115,11 @@ def main() -> None:
     parser.add_argument("--domain", default="documentation")
     parser.add_argument("--seed", type=int, default=0, help="of what is missing")
     parser.add_argument("--threads", type=int, default=1)
-    options = parser.parse_args()
+    options = parser.parse_args(arguments)
+    command = command_line("bench.lossy degraded", arguments)
     torch.set_num_threads(options.threads)
     quiet_transformers()
-    measure(load_model("smollm2"), load_tokenizer("smollm2"), options)
+    measure(load_model("smollm2"), load_tokenizer("smollm2"), options, command)
 
 
 if __name__ == "__main__":

@@ -2,19 +2,18 @@
 
     python -m bench.accuracy [--codes transform:100 kv:3 …] [--domains documentation handbook …]
 
-Transform codes are those of `bench.calibrate`, fitted on documentation, manual pages, quotations
-and source code; the other spaces' codebooks are fitted here on as many windows of the same text.
-They are evaluated on other topics of that documentation and on a domain that they never saw. N
-ranks with equal shards are simulated in one pass (`astra_runtime.train.simulate`, which equals the
-engine). Adds to accuracy_lm.json after each row, so that an interrupted run keeps what it has; rows
-that are there already are not measured again.
+Transform codes are those of `bench.accuracy.calibrate`, fitted on documentation, manual pages,
+quotations and source code; the other spaces' codebooks are fitted here on as many windows of the
+same text. They are evaluated on other topics of that documentation and on a domain that they never
+saw. N ranks with equal shards are simulated in one pass (`astra_runtime.train.simulate`, which
+equals the engine). Adds to accuracy_lm.json after each row, so that an interrupted run keeps what
+it has; rows that are there already are not measured again.
 """
 
 import argparse
 import json
 import math
 import statistics
-import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from itertools import product
@@ -25,7 +24,6 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from astra_runtime import Codebook
-from astra_runtime.cli.common import quiet_transformers
 from astra_runtime.console import say
 from astra_runtime.costs import engine_plan, flops_over_ideal
 from astra_runtime.models import adapt
@@ -33,10 +31,9 @@ from astra_runtime.parallel import map_cores
 from astra_runtime.plan import Plan
 from astra_runtime.store import load_model, load_tokenizer, token_windows
 from astra_runtime.train.simulate import Simulation
-from bench import calibrate
-from bench._markdown import load
-from bench._report import write
-from bench.corpora import corpus
+from bench.accuracy import calibrate
+from bench.accuracy.corpora import corpus
+from bench.report import command_line, load, quiet_transformers, write
 
 TOKENS = 1024
 RESULT = "accuracy_lm"
@@ -85,7 +82,8 @@ def codebook_of(name: str, seed: int, model, tokenizer) -> Codebook:
 class Report:
     """The rows of earlier runs, and of this one."""
 
-    def __init__(self) -> None:
+    def __init__(self, command: str) -> None:
+        self.command = command
         self.rows = (load(f"cpu-2core/{RESULT}") or {"rows": []})["rows"]
 
     def find(self, **wanted) -> dict | None:
@@ -97,7 +95,7 @@ class Report:
         write(
             RESULT,
             [],
-            command=" ".join(["python -m bench.accuracy", *sys.argv[1:]]),
+            command=self.command,
             packages=("torch", "numpy", "transformers"),
             extra={"rows": self.rows, "threads": torch.get_num_threads()},
         )
@@ -131,8 +129,8 @@ def row_of(model, book: Codebook, found: list[float], base: dict[str, list[float
     }
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+def main(arguments: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(prog="bench.accuracy", description=__doc__.splitlines()[0])
     codes = [f"transform:{bits}" for bits in (10, 30, 100, 300, 600, 1500)]
     parser.add_argument("--codes", nargs="+", default=codes, help="SPACE:GROUPS, transform:BITS")
     parser.add_argument("--halos", nargs="+", type=int, default=[32], help="tokens; controls: 0")
@@ -142,10 +140,10 @@ def main() -> None:
     domains = ["documentation", "handbook"]
     parser.add_argument("--domains", nargs="+", default=domains)
     parser.add_argument("--ranks", nargs="+", type=int, default=[4], help="world sizes")
-    options = parser.parse_args()
+    options = parser.parse_args(arguments)
     quiet_transformers()
     model, tokenizer = load_model("smollm2"), load_tokenizer("smollm2")
-    report = Report()
+    report = Report(command_line("bench.accuracy", arguments))
 
     windows = {
         domain: token_windows(tokenizer, corpus(domain)[1], TOKENS, options.windows)

@@ -2,7 +2,7 @@
 
     python -m bench.gpt2 [--wide] [--quick] [--resume]
 
-Trains a small GPT-2 from scratch (`gpt2_model.py`), adapts it and a codebook to each other with
+Trains a small GPT-2 from scratch (`model.py`), adapts it and a codebook to each other with
 `astra_runtime.train.finetune`, and measures the perplexity of N ranks, with equal shards, over
 the tokens after the first shard, on text of a domain that was trained on and of one that nothing
 ever saw. It takes about 25 minutes on one core that does nothing else. --resume does the rest of a
@@ -21,7 +21,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import sys
 import time
 from collections.abc import Sequence
 from dataclasses import replace
@@ -31,11 +30,10 @@ from typing import Any
 import torch
 
 from astra_runtime import Codebook
-from astra_runtime.cli.common import quiet_transformers
 from astra_runtime.console import say
-from bench._report import RESULTS, cores, write
-from bench.gpt2_measure import Bench, Codes, Size, Task, described
-from bench.gpt2_model import Shape
+from bench.gpt2.measure import Bench, Codes, Size, Task, described
+from bench.gpt2.model import Shape
+from bench.report import RESULTS, command_line, cores, quiet_transformers, write
 
 FULL = Size(
     Shape(),
@@ -146,7 +144,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         write(
             output,
             [],
-            command=" ".join(["python -m bench.gpt2", *(arguments or sys.argv[1:])]),
+            command=command_line("bench.gpt2", arguments),
             packages=("torch", "numpy", "transformers", "tokenizers"),
             extra={
                 "rows": rows,

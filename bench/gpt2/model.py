@@ -24,7 +24,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from astra_runtime.store import cache_folder
-from bench.corpora import corpus
+from bench.accuracy.corpora import corpus
 
 KINDS = ("prose", "revised")
 SCALE = 0.1  # of embeddings at first: GPT-2's 0.02 would be gone after a few of AdamW's steps

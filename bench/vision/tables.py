@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from typing import Any
 
-from bench._markdown import source, table
+from bench.report import source, table
 
 CONTROLS = ["exact", "int8", "dropped"]
 COLUMNS = ["bits/token/block", "fewer bits", "FLOPs over ideal", "accuracy (%)", "below exact"]

@@ -1,0 +1,1 @@
+"""What codes cost in accuracy, on pretrained models: SmolLM2 and MiniLM."""

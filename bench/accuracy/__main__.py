@@ -1,0 +1,23 @@
+"""Accuracy against bits.
+
+    python -m bench.accuracy [lm | encoder | codes | calibrate | corpora] [OPTIONS]
+
+Without a word it is `lm`, perplexity of SmolLM2. Each has a --help of its own.
+"""
+
+from __future__ import annotations
+
+import importlib
+import sys
+
+COMMANDS = ("lm", "encoder", "codes", "calibrate", "corpora")
+
+
+def main() -> None:
+    given = sys.argv[1:]
+    name = given.pop(0) if given and given[0] in COMMANDS else "lm"
+    importlib.import_module(f"bench.accuracy.{name}").main(given)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,1 @@
+"""Links that lose packets, and frames that miss their deadline."""
