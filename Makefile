@@ -33,8 +33,8 @@ help:
 	@echo "make test-sanitized  Python tests on a sanitized build of the extension; FULL=1 for all"
 	@echo "make test-install  wheel and sdist in an environment of their own; about five minutes"
 	@echo "make docs    the documents and the API reference as a site, in build/site"
-	@echo "make lint    ruff, mypy, clang-format"
-	@echo "make bench   the benchmarks; results in bench/results, tables of README"
+	@echo "make lint    ruff, mypy, clang-format, whether the tables are what the results say"
+	@echo "make bench   benchmarks, results and tables; its first lines say what it runs and leaves out"
 
 setup: $(STAMP)
 
@@ -121,6 +121,7 @@ lint: $(STAMP)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(BIN)/python -m bench.tables --check
 	find csrc -name '*.cpp' -o -name '*.hpp' | xargs $(BIN)/clang-format --dry-run --Werror
 
 format: $(STAMP)
@@ -129,23 +130,7 @@ format: $(STAMP)
 	find csrc -name '*.cpp' -o -name '*.hpp' | xargs $(BIN)/clang-format -i
 
 bench: $(STAMP)
-	@echo "== benchmarks, about an hour and a half; nothing else should run on the machine =="
-	$(BIN)/python -m bench.pack
-	$(BIN)/python -m bench.ops
-	$(BIN)/python -m bench.exchange
-	$(BIN)/python -m bench.demo
-	$(BIN)/python -m bench.accuracy calibrate --bits 30 100
-	$(BIN)/python -m bench.accuracy --codes transform:30 transform:100
-	$(BIN)/python -m bench.link
-	$(BIN)/python -m bench.latency --models vit-base --ranks 2 4 8
-	$(BIN)/python -m bench.latency --models smollm2 --ranks 2 4
-	@echo "== real processes behind a switch: needs root =="
-	-$(BIN)/python -m bench.latency.real
-	$(BIN)/python -m bench.scaling
-	$(BIN)/python -m bench.latency.plots
-	$(BIN)/python -m bench.tables
-	@echo "== ratios beside the committed ones =="
-	$(BIN)/python -m bench.guard
+	@$(BIN)/python -m bench
 
 clean:
 	rm -rf build $(VENV)

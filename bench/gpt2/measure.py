@@ -19,7 +19,8 @@ from astra_runtime.models import adapt
 from astra_runtime.plan import Plan
 from astra_runtime.train.finetune import Settings, finetune
 from astra_runtime.train.simulate import Simulation
-from bench.gpt2.model import KINDS, Shape, Texts, language_loss, pretrain
+from bench.gpt2 import KINDS
+from bench.gpt2.model import Shape, Texts, language_loss, pretrain
 
 RANKS = 4
 NOISE, COMMITMENT = 0.1, 1e-4  # λ and β where nothing else is said

@@ -25,8 +25,8 @@ from torch import Tensor, nn
 
 from astra_runtime.store import cache_folder
 from bench.accuracy.corpora import corpus
+from bench.gpt2 import KINDS
 
-KINDS = ("prose", "revised")
 SCALE = 0.1  # of embeddings at first: GPT-2's 0.02 would be gone after a few of AdamW's steps
 
 

@@ -1,13 +1,14 @@
-"""Tables of latency_*.json. Each takes a file's content and returns markdown."""
+"""Tables of latency_*.json, link.json and scaling.json: a report in, markdown out."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable
+from functools import partial
 from typing import Any
 
-from bench.report import load, source, table
+from bench.report.markdown import Report, Table, source, table
 
-RIVALS = {
+BASELINES = {
     "tp": "TP",
     "sp": "SP",
     "sp_int8": "SP int8",
@@ -16,6 +17,7 @@ RIVALS = {
     "bp_sp_nb1": "BP+SP Nb=1",
     "segment_means": "segment means",
 }
+FEW = ("sp_int8", "bp_ag_nb1", "bp_sp_nb1", "segment_means")  # the fastest of each kind
 RTT_MS = 2.0  # of the rows shown; the file has more
 
 
@@ -23,33 +25,33 @@ def _speedup(case: dict[str, Any], ms: float | None) -> str:
     return "" if ms is None else f"{case['peers']['single'] / ms:.2f}×"
 
 
-def _rows(report: dict[str, Any], cases: Iterable[dict[str, Any]]) -> tuple[list[str], list[Any]]:
-    """One row a number of ranks, link and speed; a column for each of our settings and rivals."""
+def _rows(report: Report, cases: Iterable[dict[str, Any]]) -> tuple[list[str], list[Any]]:
+    """One row a number of ranks, link and speed; a column for each method."""
     chosen = list(cases)
     settings = list(dict.fromkeys(case["impl"] for case in chosen))
-    rivals = [name for name in RIVALS if any(name in case["peers"] for case in chosen)]
+    baselines = [name for name in BASELINES if any(name in case["peers"] for case in chosen)]
     rows: dict[Any, dict[str, dict[str, Any]]] = {}
     for case in chosen:
         shape = case["shape"]
         key = (shape["world_size"], case.get("speed", 1), shape["mbit_per_s"], shape["rtt_ms"])
         rows.setdefault(key, {})[case["impl"]] = case
     lines = []
-    for (ranks, _speed, mbit, _), found in sorted(rows.items()):
-        any_case = next(iter(found.values()))
+    for (ranks, _speed, mbit, _), by_setting in sorted(rows.items()):
+        any_case = next(iter(by_setting.values()))
         lines.append(
             [
                 f"{ranks}",
                 f"{mbit:g}",
                 f"{any_case['peers']['single'] / 1e3:.3f}",
-                *(_speedup(found[name], found[name]["ms"]["p50"]) for name in settings),
-                *(_speedup(any_case, any_case["peers"].get(name)) for name in rivals),
+                *(_speedup(by_setting[name], by_setting[name]["ms"]["p50"]) for name in settings),
+                *(_speedup(any_case, any_case["peers"].get(name)) for name in baselines),
             ]
         )
     head = ["ranks", "Mbit/s", "one device (s)", *(f"**{name}**" for name in settings)]
-    return [*head, *(RIVALS[name] for name in rivals)], lines
+    return [*head, *(BASELINES[name] for name in baselines)], lines
 
 
-def latency(report: dict[str, Any]) -> str:
+def latency(report: Report) -> str:
     """Speedup over one device by ranks and rate; ideal is the number of ranks."""
     shown = [
         case
@@ -59,21 +61,11 @@ def latency(report: dict[str, Any]) -> str:
     return table(*_rows(report, shown)) + source(report)
 
 
-# Model and tokens of the files in the table of other shapes, as far as they are there.
-OTHERS = ("vit-base_256", "vit-base_4096", "vit-base-int8_1024", "gpt2_1024")
-OTHERS += ("gpt2-medium_1024", "llama_1024", "vit-base_1024_many")
-
-
-def others(_: dict[str, Any]) -> str:
-    """At 10 Mbit/s: of each shape and number of ranks the setting that is quickest."""
+def others(*reports: Report) -> str:
+    """At 10 Mbit/s: of each shape and number of ranks the setting that is fastest."""
     head = ["model", "tokens", "ranks", "one device (s)", "setting", "**ASTRA**"]
-    rivals = ("sp_int8", "bp_ag_nb1", "bp_sp_nb1", "segment_means")
-    rows, commands = [], []
-    for name in OTHERS:
-        report = load(f"cpu-2core/latency_{name}")
-        if report is None:
-            continue
-        commands.append(f"`{report['command'].strip()}`")
+    rows = []
+    for report in reports:
         of_ranks: dict[int, list[dict[str, Any]]] = {}
         for case in report["cases"]:
             shape = case["shape"]
@@ -81,29 +73,30 @@ def others(_: dict[str, Any]) -> str:
                 of_ranks.setdefault(shape["world_size"], []).append(case)
         for ranks, cases in sorted(of_ranks.items()):
             best = min(cases, key=lambda case: case["ms"]["p50"])
-            peers, shape = best["peers"], best["shape"]
+            shape = best["shape"]
             rows.append(
                 [
                     shape["model"],
                     f"{shape['tokens']}",
                     f"{ranks}",
-                    f"{peers['single'] / 1e3:.3f}",
+                    f"{best['peers']['single'] / 1e3:.3f}",
                     best["impl"].removeprefix("astra "),
                     f"{_speedup(best, best['ms']['p50'])}",
-                    *(_speedup(best, peers.get(rival)) for rival in rivals),
+                    *(_speedup(best, best["peers"].get(name)) for name in FEW),
                 ]
             )
-    return table([*head, *(RIVALS[rival] for rival in rivals)], rows) + "\n\n" + ", ".join(commands)
+    commands = ", ".join(f"`{report['command'].strip()}`" for report in reports)
+    return table([*head, *(BASELINES[name] for name in FEW)], rows) + "\n\n" + commands
 
 
-def scaled(report: dict[str, Any]) -> str:
+def scaled(report: Report) -> str:
     """The same on devices so much faster: stage times divided by a factor."""
     shown = [case for case in report["cases"] if case.get("speed", 1) != 1]
     if not shown:
         return "*not measured yet*"
     rows = []
     for case in shown:
-        ours, rival = case["ms"]["p50"], case["peers"]["bp_ag_nb1"]
+        ours, baseline = case["ms"]["p50"], case["peers"]["bp_ag_nb1"]
         rows.append(
             [
                 f"{case['shape']['world_size']}",
@@ -112,14 +105,14 @@ def scaled(report: dict[str, Any]) -> str:
                 f"{case['peers']['single'] / 1e3:.3f}",
                 case["impl"],
                 _speedup(case, ours),
-                f"{rival / ours:.2f}×",
+                f"{baseline / ours:.2f}×",
             ]
         )
     head = ["ranks", "device", "Mbit/s", "one device (s)", "setting", "over one device"]
     return table([*head, "over BP+AG Nb=1"], rows) + source(report)
 
 
-def stages(report: dict[str, Any]) -> str:
+def stages(report: Report) -> str:
     """Where the busiest rank's time goes, without waiting; the link makes no difference."""
     seen: dict[Any, dict[str, Any]] = {}
     for case in report["cases"]:
@@ -141,7 +134,7 @@ def stages(report: dict[str, Any]) -> str:
     return table(["ranks", "setting", "busy (ms)", *names], rows) + source(report)
 
 
-def real(report: dict[str, Any]) -> str:
+def real(report: Report, baselines: Iterable[str] = tuple(BASELINES)) -> str:
     """Real processes behind the switch, beside what the virtual clock says."""
     first = report["cases"][0]
     rows = []
@@ -150,8 +143,8 @@ def real(report: dict[str, Any]) -> str:
         rows.append([f"**{name}**", *_real(first, name, ours)])
     peers = first["peers"]
     rows += [
-        [RIVALS.get(name, "one device"), *_real(first, name, peers[name])]
-        for name in ("single", *RIVALS)
+        [BASELINES.get(name, "one device"), *_real(first, name, peers[name])]
+        for name in ("single", *baselines)
         if name in peers
     ]
     head = ["", "first token (s)", "speedup", "virtual clock (s)", "over real"]
@@ -160,14 +153,14 @@ def real(report: dict[str, Any]) -> str:
 
 
 def _real(case: dict[str, Any], name: str, ms: float) -> list[str]:
-    told = [f"{ms / 1e3:.3f}", _speedup(case, ms)]
+    cells = [f"{ms / 1e3:.3f}", _speedup(case, ms)]
     for kind in ("virtual_ms", "planned_ms"):
         other = case[kind].get(name)
-        told += ["", ""] if other is None else [f"{other / 1e3:.3f}", f"{other / ms:.2f}"]
-    return told
+        cells += ["", ""] if other is None else [f"{other / 1e3:.3f}", f"{other / ms:.2f}"]
+    return cells
 
 
-def links(report: dict[str, Any]) -> str:
+def links(report: Report) -> str:
     """One small exchange on every link, and how late the switch is with single packets."""
     rows, late = [], []
     for case in report["cases"]:
@@ -186,20 +179,108 @@ def links(report: dict[str, Any]) -> str:
     return f"{table(head, rows)}{source(report)}. {note}"
 
 
-def scaling(report: dict[str, Any]) -> str:
-    """On paper: the number of devices that is best, full mesh and two-level."""
+def scaling(report: Report) -> str:
+    """Closed form: the number of devices that is best, full mesh and two-level."""
     groups: dict[Any, list[dict[str, Any]]] = {}
     for row in report["rows"]:
-        if row["model"] not in ("vit-base", "llama-3-8b"):
-            continue  # the rest is in the file
         key = (row["model"], row["flops"], row["mbit_per_s"], row["tokens"])
         groups.setdefault(key, []).append(row)
     lines = []
-    for (model, flops, mbit, tokens), found in groups.items():
+    for (model, flops, mbit, tokens), worlds in groups.items():
         line = [model, f"{flops / 1e9:g}", f"{mbit:g}", f"{tokens:,}"]
         for name in ("full", "two_level"):
-            best = max(found, key=lambda row: row[f"{name}_speedup"])
+            best = max(worlds, key=lambda row: row[f"{name}_speedup"])
             line.append(f"{best['world_size']}: {best[f'{name}_speedup']:.1f}×")
-        lines.append([*line, f"{found[-1]['full_speedup']:.1f}×"])
+        lines.append([*line, f"{worlds[-1]['full_speedup']:.1f}×"])
     head = ["model", "GFLOP/s a device", "Mbit/s", "tokens", "best, full mesh", "best, two levels"]
     return table([*head, "1,024 devices, full mesh"], lines) + source(report)
+
+
+def demo(report: Report) -> str:
+    """Every link and method."""
+    rows = []
+    for result in report["demos"]:
+        link = f"{result['link']['mbit_per_s']:g} Mbit/s, {result['link']['delay_ms']:g} ms"
+        rows += [[link, *line] for line in _demo_rows(result)]
+    return table(["link, one-way delay", *DEMO], rows) + source(report)
+
+
+DEMO = ["method", "first token (s)", "speedup", "bits/token/block", "perplexity"]
+
+
+def demo_short(report: Report) -> str:
+    """Four rows: the first link alone."""
+    result = report["demos"][0]
+    rate = f"{result['link']['mbit_per_s']:g} Mbit/s"
+    rows = _demo_rows(result)
+    return table([f"{result['world_size']} devices, {rate}", *DEMO[1:]], rows) + source(report)
+
+
+def _demo_rows(result: dict[str, Any]) -> list[list[str]]:
+    names = {"single": "one device", "dense": "dense exchange, fp32", "astra": "**ASTRA**"}
+    rows = [
+        [
+            names[run["method"]],
+            f"{run['seconds_to_first_token']:.2f}",
+            f"{run['speedup']:.2f}×",
+            f"{run['bits_per_token_block']:.0f}",
+            f"{run['perplexity']:.2f}",
+        ]
+        for run in result["runs"]
+    ]
+    return [*rows, ["local-only", "", "", "0", f"{result['local_only_perplexity']:.2f}"]]
+
+
+OTHERS = ("vit-base_256", "vit-base_4096", "vit-base-int8_1024", "gpt2_1024", "gpt2-medium_1024")
+OTHERS += ("llama_1024", "vit-base_1024_many")
+
+
+def _of(name: str) -> tuple[str]:
+    return (f"cpu-2core/latency_{name}",)
+
+
+def _rates(case: dict[str, Any]) -> bool:
+    return case["shape"]["mbit_per_s"] in (10, 100, 500)
+
+
+def _scaled(case: dict[str, Any]) -> bool:
+    return case.get("speed", 1) in (10, 20, 50, 100) and case["impl"] == "astra hidden:1"
+
+
+def _closed_form(row: dict[str, Any]) -> bool:
+    chosen = row["model"] in ("vit-base", "llama-3-8b") and row["tokens"] in (1024, 131072)
+    return chosen and row["mbit_per_s"] == 10
+
+
+_RATES = "10, 100 and 500 Mbit/s at a round trip of 2 ms"
+_BASELINES = "the fastest baseline of each kind"
+TABLES = {
+    "demo": Table(
+        _of("demo"),
+        demo,
+        lambda result: "link" not in result or result["link"]["delay_ms"] == 0,
+        "links without delay",
+    ),
+    "demo_short": Table(_of("demo"), demo_short),
+    "latency_vit": Table(_of("vit-base_1024"), latency, _rates, _RATES),
+    "latency_vit_stages": Table(_of("vit-base_1024"), stages),
+    "latency_vit_real": Table(_of("real_vit-base"), partial(real, baselines=FEW), shown=_BASELINES),
+    "latency_smollm2": Table(_of("smollm2_1024"), latency, _rates, _RATES),
+    "latency_smollm2_stages": Table(_of("smollm2_1024"), stages),
+    "latency_smollm2_real": Table(
+        _of("real_smollm2"), partial(real, baselines=FEW), shown=_BASELINES
+    ),
+    "latency_others": Table(
+        tuple(_of(name)[0] for name in OTHERS),
+        others,
+        lambda case: case["shape"]["world_size"] in (4, 8, 32),
+        "4, 8 and 32 ranks",
+    ),
+    "latency_scaled": Table(
+        _of("scaled"), scaled, _scaled, "`hidden:1`, the faster of the two settings"
+    ),
+    "link": Table(("cpu-2core/link",), links),
+    "scaling": Table(
+        ("cpu-2core/scaling",), scaling, _closed_form, "10 Mbit/s, two models and two lengths"
+    ),
+}

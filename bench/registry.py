@@ -1,0 +1,281 @@
+"""Every benchmark: the commands that measure it, how long they take, the results they write.
+
+The one list that `make bench`, `python -m bench --list` and the tests read. The arguments are those
+of the committed results, so that a run is comparable with them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+FEW = "--methods sp_int8 bp_ag_nb1 bp_sp_nb1 segment_means"  # the fastest baseline of each kind
+
+
+@dataclass(frozen=True)
+class Run:
+    """A command and the result that it writes, DEVICE/NAME; what only prepares others writes none.
+
+    `command` is what follows `python -m`, or begins with `make`.
+    """
+
+    command: str
+    writes: str = ""
+
+    @property
+    def line(self) -> str:
+        """As one types it."""
+        return self.command if self.command.startswith("make ") else f"python -m {self.command}"
+
+
+@dataclass(frozen=True)
+class Bench:
+    """One benchmark.
+
+    Attributes:
+        minutes: about, on two cores without other work; estimated where no run was timed.
+        runs: in this order.
+        needs: beside `make setup`: "root", "GPU", "clang", "corpora" (Debian's texts, see
+            `bench.accuracy corpora`), "codebooks" (what the benchmark `calibrate` makes).
+    """
+
+    name: str
+    about: str
+    minutes: int
+    runs: tuple[Run, ...]
+    needs: tuple[str, ...] = ()
+
+
+def _cpu(command: str, result: str) -> Run:
+    return Run(command, f"cpu-2core/{result}")
+
+
+def _latency(model: str, arguments: str, tokens: int = 1024, name: str = "") -> Run:
+    length = "" if tokens == 1024 else f" --tokens {tokens}"
+    command = f"bench.latency --models {model}{length} {arguments}"
+    if name:
+        command += f" --name {name}"
+    return _cpu(command, name or f"latency_{model}_{tokens}")
+
+
+# What `make bench` runs.
+DEFAULT = (
+    Bench(
+        "pack",
+        "bit packing beside memcpy, numpy and faiss",
+        2,
+        (_cpu("bench.pack", "pack"),),
+    ),
+    Bench("ops", "the ops on the CPU", 3, (_cpu("bench.ops", "ops"),)),
+    Bench(
+        "exchange",
+        "one block's exchange beside gloo and ZeroMQ, in plain and inside TLS",
+        5,
+        (_cpu("bench.exchange", "exchange"), _cpu("bench.exchange --tls", "exchange_tls")),
+    ),
+    Bench(
+        "demo",
+        "the demo at several links",
+        8,
+        (_cpu("bench.demo", "latency_demo"),),
+    ),
+    Bench(
+        "calibrate",
+        "transform codes of SmolLM2, kept in build/codebooks for the next ones",
+        10,
+        (Run("bench.accuracy calibrate --bits 30 100"),),
+        ("corpora",),
+    ),
+    Bench(
+        "accuracy",
+        "perplexity of SmolLM2 against bits; rows that are there already stay",
+        10,
+        (_cpu("bench.accuracy --codes transform:30 transform:100", "accuracy_lm"),),
+        ("corpora", "codebooks"),
+    ),
+    Bench(
+        "link",
+        "whether the emulated links agree",
+        1,
+        (_cpu("bench.link", "link"),),
+    ),
+    Bench(
+        "latency",
+        "time to first token beside the baselines, on a virtual clock",
+        15,
+        (
+            _latency("vit-base", "--ranks 2 4 --repeats 2"),
+            _latency("smollm2", f"--ranks 2 4 --repeats 2 {FEW}"),
+        ),
+        ("codebooks",),
+    ),
+    Bench(
+        "real",
+        "the same with real processes behind a user-space switch",
+        20,
+        (
+            _cpu("bench.latency.real --models vit-base --repeats 7", "latency_real_vit-base"),
+            _cpu("bench.latency.real --models smollm2 --repeats 5", "latency_real_smollm2"),
+        ),
+        ("root", "codebooks"),
+    ),
+    Bench(
+        "scaling",
+        "closed form: up to 1,024 devices",
+        1,
+        (_cpu("bench.scaling", "scaling"),),
+    ),
+)
+# What it leaves out: what takes long, or another machine.
+OTHERS = (
+    Bench(
+        "latency-others",
+        "other models, lengths and numbers of ranks",
+        45,
+        (
+            _latency("vit-base", f"--ranks 2 4 --repeats 3 {FEW}", 256),
+            _latency("vit-base", f"--ranks 2 4 --repeats 1 {FEW}", 4096),
+            _latency("vit-base-int8", "--ranks 2 4 --repeats 3 --methods"),
+            _latency("gpt2", f"--ranks 2 4 --repeats 2 {FEW}"),
+            _latency("gpt2-medium", f"--ranks 2 4 --repeats 2 {FEW}"),
+            _latency("llama", f"--ranks 2 4 --repeats 2 {FEW}"),
+            _latency(
+                "vit-base", f"--ranks 8 16 32 --repeats 2 {FEW}", name="latency_vit-base_1024_many"
+            ),
+        ),
+    ),
+    Bench(
+        "latency-scaled",
+        "measured stage times divided by a factor, as of faster devices",
+        5,
+        (
+            _latency(
+                "vit-base",
+                "--ranks 2 4 --repeats 3 --mbit 10 --rtt-ms 2 --speeds 1 10 20 30 50 100 "
+                "--methods bp_ag_nb1 segment_means",
+                name="latency_scaled",
+            ),
+        ),
+    ),
+    Bench(
+        "lossy",
+        "codes as datagrams beside TCP on a link that loses packets",
+        10,
+        (_cpu("bench.lossy latency --seconds 12 --calls 8", "lossy"),),
+        ("root",),
+    ),
+    Bench(
+        "lossy-perplexity",
+        "what lost datagrams cost",
+        5,
+        (_cpu("bench.lossy perplexity --codes transform:100", "lossy_perplexity"),),
+        ("codebooks",),
+    ),
+    Bench(
+        "degraded",
+        "what missing frames cost, by what a receiver does afterwards",
+        10,
+        (_cpu("bench.lossy degraded --windows 4", "degraded"),),
+        ("corpora", "codebooks"),
+    ),
+    Bench(
+        "accuracy-more",
+        "the other rows of SmolLM2's perplexity; --seed 1 and 2 for more codebooks",
+        120,
+        (
+            Run("bench.accuracy calibrate --bits 10 30 100 300 600 1500 --seeds 0 1 2"),
+            _cpu("bench.accuracy --codes transform:100 --ranks 2 4 8", "accuracy_lm"),
+            _cpu(
+                "bench.accuracy --codes transform:10 transform:30 transform:300 transform:600 "
+                "transform:1500 none:int8 kv:1 kv:3 differential:8 --halos 0",
+                "accuracy_lm",
+            ),
+            _cpu("bench.accuracy --codes transform:100 --lost 0.05", "accuracy_lm"),
+        ),
+        ("corpora",),
+    ),
+    Bench(
+        "codes",
+        "product, residual, gain-shape, scalar and lattice codes of the same vectors",
+        60,
+        (_cpu("bench.accuracy codes", "codes"),),
+        ("corpora", "codebooks"),
+    ),
+    Bench(
+        "encoder",
+        "embeddings of MiniLM against bits",
+        15,
+        (
+            _cpu(
+                "bench.accuracy encoder --codes drop none:int8 transform:100 --seeds 0",
+                "accuracy_encoder",
+            ),
+        ),
+        ("corpora",),
+    ),
+    Bench(
+        "gpt2",
+        "perplexity of a small GPT-2, trained here, against bits and settings",
+        40,
+        (_cpu("bench.gpt2", "accuracy_gpt2"),),
+        ("corpora",),
+    ),
+    Bench(
+        "gpt2-wide",
+        "a GPT-2 of twice the width",
+        10,
+        (_cpu("bench.gpt2 --wide", "accuracy_gpt2_wide"),),
+        ("corpora",),
+    ),
+    Bench(
+        "vision",
+        "accuracy of a ViT, trained here, against bits and settings",
+        150,
+        (_cpu("bench.vision --keep build/vision", "accuracy_vision"),),
+    ),
+    Bench(
+        "vision-wide",
+        "a ViT of twice the width",
+        25,
+        (_cpu("bench.vision --wide --keep build/vision", "accuracy_vision_wide"),),
+    ),
+    Bench(
+        "choices",
+        "what the constants of the CPU ops rest on",
+        5,
+        (_cpu("bench.ops --choices", "ops_choices"),),
+    ),
+    Bench(
+        "gpu",
+        "all that needs a GPU; its kernels.json goes into bench/results/<device>",
+        8,
+        (Run("bench.gpu", "h100/kernels"),),
+        ("GPU",),
+    ),
+    Bench(
+        "faults",
+        "ranks killed, stopped, cut off and lied to; 3 million exchanges; the decoder fuzzed",
+        40,
+        tuple(_cpu(f"make {target}", "faults") for target in ("test-faults", "soak", "fuzz")),
+        ("root", "clang"),
+    ),
+)
+BENCHES = DEFAULT + OTHERS
+
+
+def chosen(names: Sequence[str]) -> list[Bench]:
+    """The benchmarks of these names in the list's order; of none, those of `make bench`.
+
+    Raises:
+        ValueError: there is no such benchmark.
+    """
+    known = {bench.name for bench in BENCHES}
+    for name in names:
+        if name not in known:
+            raise ValueError(f"bench: expected one of {', '.join(sorted(known))}, got {name!r}")
+    return [bench for bench in BENCHES if bench.name in names] if names else list(DEFAULT)
+
+
+def writers(result: str) -> Iterator[Run]:
+    """The commands that write a result, DEVICE/NAME, or add to it."""
+    return (run for bench in BENCHES for run in bench.runs if run.writes == result)

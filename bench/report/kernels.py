@@ -1,0 +1,132 @@
+"""Tables of the page on kernels: bit packing, the ops on a CPU, the GPU kernels."""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+from .markdown import Report, Table, source, table
+
+WIDTHS = (1, 10, 16)  # bits of the codes in the table of bit packing
+
+
+def _bits(case: dict[str, Any]) -> int:
+    return int(case["shape"]["K"]).bit_length() - 1
+
+
+def pack(report: Report) -> str:
+    rows = []
+    for case in report["cases"]:
+        ours, peers = case["ms"]["p50"], case["peers"]
+        rows.append(
+            [
+                case["name"],
+                f"{case['shape']['N'] / ours / 1e3:,.0f}",
+                f"{case['floor_ms'] / ours:.0%}",
+                f"{peers['numpy'] / ours:.0f}×",
+                f"{peers['numpy_tuned'] / ours:.0f}×",
+                f"{peers['faiss'] / ours:.1f}×",
+            ]
+        )
+    head = ["case", "M codes/s", "of memcpy", "over numpy", "over the best numpy", "over faiss"]
+    return table(head, rows) + source(report)
+
+
+def ops(report: Report) -> str:
+    rows = []
+    for case in report["cases"]:
+        shape = ", ".join(f"{k}={v}" for k, v in case["shape"].items() if k not in ("B", "model"))
+        others = {name: ms for name, ms in case["peers"].items() if name != "reference"}
+        baselines = ", ".join(f"{name} {ms:.3g}" for name, ms in others.items()) or "–"
+        plain = case["peers"].get("reference")
+        rows.append(
+            [
+                case["name"].removesuffix("_1threads"),
+                shape,
+                f"{case['ms']['p50']:.3g}",
+                "–" if plain is None else f"{plain:.3g}",
+                baselines,
+            ]
+        )
+    head = ["case, one thread", "shape", "ms", "reference (ms)", "baselines (ms)"]
+    return table(head, rows) + source(report)
+
+
+# By name and the shape's first two sizes: an op where it is faster, and those where it is slower.
+OPS = {
+    ("attention_causal", 512),
+    ("fused_lookup_rotary", 512),
+    ("codeword", 768),
+    ("codeword", 3072),
+    ("decode_rotary", 1024),
+    ("decode_plain", 3072),
+    ("mixed_causal", 512),
+    ("mixed", 768),
+}
+
+
+def _shown(case: dict[str, Any]) -> bool:
+    shape = case["shape"]
+    size = shape.get("N", shape.get("M"))
+    return case["name"].endswith("_1threads") and (
+        (case["name"].removesuffix("_1threads"), size) in OPS
+        or (case["name"] == "encode_1threads" and shape["d"] in (128, 768))
+    )
+
+
+# GPU cases that the page shows.
+GPU = (
+    r"codeword_(counted_)?M1024_N(4096|32768|131072)_H32",
+    r"(fused|expanded)_lookup_(rotary|subvectors)_M(64|256|1024)_N8192_H32",
+    r"fused_lookup_rotary_packed_M256_N8192_H32",
+    r"decode_rotary_fused_(packed_)?M1_N(131072|1048576)",
+    r"decode_plain_(counts|counted_packed)_M1_N(131072|1048576)",
+    r"encode_(bfloat16|float32)_D768_G",
+    r"mixed_|merge_state|lookup_linear_T8192|pack_10bit_1048576|unpack_10bit_1048576",
+)
+
+
+def kernels(report: Report) -> str:
+    rows = []
+    for case in report["cases"]:
+        if not any(re.match(pattern, case["name"]) for pattern in GPU):
+            continue
+        ours, peers = case["ms"]["p50"], case["peers"]
+        best = min(peers, key=peers.__getitem__) if peers else None
+        over = {name: f"{ms / ours:.2f}×" for name, ms in peers.items()}
+        rest = ", ".join(f"{name} {x}" for name, x in over.items() if name != best)
+        graph = case.get("graph_ms")
+        rows.append(
+            [
+                case["name"],
+                f"{ours * 1e3:,.1f}",
+                "–" if graph is None else f"{graph * 1e3:,.1f}",
+                f"{case['floor_ms'] * 1e3:,.1f}",
+                "–" if best is None else f"{over[best]} ({best})",
+                rest or "–",
+            ]
+        )
+    head = ["case", "µs", "in a graph", "roofline", "over the best baseline", "over others"]
+    text = table(head, rows) + source(report)
+    if report.get("failed"):
+        text += "\n\nFailed their check, not timed: "
+        text += ", ".join(case["name"] for case in report["failed"]) + "."
+    return text
+
+
+TABLES = {
+    "pack": Table(
+        ("cpu-2core/pack",),
+        pack,
+        lambda case: _bits(case) in WIDTHS and (case["shape"]["N"] >= 1e6 or _bits(case) == 10),
+        "1, 10 and 16 bits of a million codes, 10 bits of 15,360",
+    ),
+    "ops": Table(
+        ("cpu-2core/ops",),
+        ops,
+        _shown,
+        "attention with and without codes, encoding in one and in three groups, the slower cases "
+        "among them",
+    ),
+    "kernels_h100": Table(("h100/kernels",), kernels),
+}

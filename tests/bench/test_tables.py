@@ -1,0 +1,95 @@
+"""The pages' tables: they are what the results say, and the check notices where they are not."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from bench import tables
+from bench.report import goals
+from bench.report.markdown import Table
+
+
+@pytest.fixture
+def results(tmp_path, monkeypatch):
+    """A folder of results, empty; returns a function that puts one there."""
+    monkeypatch.setattr("bench.report.markdown.RESULTS", tmp_path)
+    (tmp_path / "cpu-2core").mkdir()
+
+    def put(name, **report):
+        whole = {"command": "python -m bench.x", "device": "a CPU", "versions": {}, **report}
+        (tmp_path / "cpu-2core" / f"{name}.json").write_text(json.dumps(whole))
+
+    return put
+
+
+@pytest.mark.parametrize("page", tables.pages(), ids=lambda page: page.name)
+def test_pages_say_what_the_results_say(page):
+    assert tables.stale(page.read_text("utf-8")) == []
+
+
+def test_every_table_is_shown():
+    shown = {name for page in tables.pages() for name in tables.names(page.read_text("utf-8"))}
+    assert shown == set(tables.TABLES)
+
+
+def test_a_place_for_an_unknown_table_is_refused():
+    with pytest.raises(ValueError, match=r"table: expected one of accuracy_encoder.*got 'weather'"):
+        tables.filled("<!-- table weather -->\n<!-- end -->")
+
+
+def test_the_check_names_what_is_stale_and_changes_nothing(tmp_path, monkeypatch, capsys):
+    page = tmp_path / "README.md"
+    body = tables.filled("<!-- table pack -->\n<!-- end -->\n\n<!-- table link -->\n<!-- end -->\n")
+    page.write_text(body.replace("pack_10bit", "pack_11bit"), "utf-8")
+    monkeypatch.setattr(tables, "ROOT", tmp_path)
+    monkeypatch.setattr(tables, "pages", lambda: [page])
+    assert tables.main(["--check"]) == 1
+    told = capsys.readouterr().out
+    assert "README.md: table pack is not what bench/results says" in told
+    assert "link" not in told
+    assert "pack_11bit" in page.read_text("utf-8")
+    assert tables.main([]) == 0
+    assert page.read_text("utf-8") == body
+    assert tables.main(["--check"]) == 0
+
+
+def test_a_table_says_which_rows_it_shows(results):
+    few = Table(
+        ("cpu-2core/some", "cpu-2core/more"),
+        lambda *reports: "".join(str(row["n"]) for report in reports for row in report["rows"]),
+        lambda row: row["n"] > 1,
+        "rows above one",
+    )
+    assert few.render() == "*not measured yet*"
+    results("more", rows=[{"n": 1}, {"n": 2}, {"n": 3}])
+    files = "`bench/results/cpu-2core/some.json`, `bench/results/cpu-2core/more.json`"
+    assert few.render() == f"23\n\nShown: rows above one. All rows are in {files}."
+
+
+def case(name, ours, **peers):
+    return {"name": name, "ms": {"p50": ours, "p99": ours}, "peers": peers, "peers_p99": peers}
+
+
+def test_goals_are_reached_missed_or_not_measured(results):
+    def row(what):
+        (line,) = (line for line in goals.goals().splitlines() if f"| {what} |" in line)
+        return [cell.strip() for cell in line.split("|")[4:6]]
+
+    gloo, zeromq = (f"one block's exchange over {name}, p50 and p99" for name in ("gloo", "ZeroMQ"))
+    assert row(gloo) == ["–", "not measured"]
+    results("exchange", cases=[case("a", 1, gloo=4, zeromq=1), case("b", 2, gloo=10, zeromq=1)])
+    assert row(gloo) == ["4–5×", "reached"]
+    assert row(zeromq) == ["0.5–1×, 2 of 4 cases", "**missed**"]
+    results("faults", faults=[{"name": "stop", "tried": 30, "survived": 29}])
+    assert row("SIGSTOP") == ["29 of 30", "**missed**"]
+    results("faults", faults=[{"name": "stop", "tried": 29, "survived": 29}])
+    assert row("SIGSTOP") == ["29 of 29", "**missed**"]  # too few to count
+    results("faults", faults=[{"name": "stop", "tried": 30, "survived": 30}])
+    assert row("SIGSTOP") == ["30 of 30", "reached"]
+
+
+def test_every_goal_stands_once():
+    names = [goal.what for goal in goals.GOALS]
+    assert len(names) == len(set(names))
