@@ -9,6 +9,7 @@ from torch import Tensor
 
 from .codes.base import Space
 from .codes.rotary import Rope
+from .last_tokens import LastTokens
 from .missing import Missing
 from .plan import Plan
 from .transport import Frame, Mesh
@@ -23,6 +24,8 @@ class Call:
         local_rope, remote_rope: rotary cos and sin of the tokens sent and of those heard of.
         local_mask, remote_mask: bool [B, L] and [B, N], False at padding; None: no padding.
         answer: what the head reads: "last" (last or class token), "all" or "local" tokens.
+        last_tokens: where each row's last token is; None: in the last column of every row.
+        pooled: the head picks one token of a row itself, and is given that token at every place.
         everywhere: every rank gets the answer, not the owner alone.
         keeps: decoding follows here, from `kept`: what this rank knows of the remote tokens.
         frames: buffers that blocks' codes are packed into, by size.
@@ -42,6 +45,8 @@ class Call:
     local_mask: Tensor | None = None
     remote_mask: Tensor | None = None
     answer: str = "last"
+    last_tokens: LastTokens | None = None
+    pooled: bool = False
     everywhere: bool = True
     keeps: bool = False
     decoding: bool = False
@@ -62,5 +67,8 @@ class Call:
         """The ranks without which there is no answer, this one aside: they are never left out."""
         if self.answer == "local":
             return set()
-        whole = self.answer == "all"
-        return set(range(self.plan.world_size) if whole else [self.plan.owner]) - {self.rank}
+        if self.answer == "all":
+            return set(range(self.plan.world_size)) - {self.rank}
+        if self.last_tokens is not None:
+            return self.last_tokens.senders - {self.rank}
+        return {self.plan.owner} - {self.rank}

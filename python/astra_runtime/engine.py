@@ -18,9 +18,10 @@ from .control import Control
 from .costs import engine_plan
 from .errors import ModelChanged
 from .exchange import receive_tensors, send_tensor
+from .last_tokens import LastTokens
 from .layer import Layer
 from .missing import Missing
-from .models import Watch, adapt, check_attention, check_runnable, with_cache
+from .models import EVERY, ROW, Watch, adapt, check_attention, check_runnable, with_cache
 from .plan import Plan, check_halo
 from .trace import stage
 from .transport import Mesh, local_mesh
@@ -210,6 +211,21 @@ class Engine:
             self.mesh.abort(error)
             raise error
 
+    def _check_answer(self, logits: str) -> bool:
+        """Refuses an answer that the model's head cannot give; whether the head picks a row's last
+        token itself."""
+        head, name = self.adapter.head, type(self.model).__name__
+        if head == EVERY and logits != "all":
+            raise ValueError(
+                f"logits: expected 'all' for {name}, whose head reads every token, got {logits!r}"
+            )
+        if head == ROW and logits == "local":
+            raise ValueError(
+                f"logits: expected 'last' or 'all' for {name}, whose head reads the last token of "
+                "a row, got 'local'"
+            )
+        return head == ROW
+
     def _flag(self, call: Call) -> None:
         self.missing = call.missing.by_rank() if call.missing else {}
         self.degraded = bool(self.missing)
@@ -226,8 +242,9 @@ class Engine:
         if outputs not in ("every", "one"):
             raise ValueError(f"outputs: expected 'every' or 'one', got {outputs!r}")
         adapter, rank = self.adapter, self.rank
+        pooled = self._check_answer(logits)
         batch, tokens = adapter.count(inputs)
-        visible = adapter.visible(inputs)
+        visible, last = adapter.visible(inputs), adapter.last_tokens(inputs)
         plan = self.plan(tokens, _padding(visible))
         call = Call(
             rank,
@@ -236,7 +253,9 @@ class Engine:
             self.mesh,
             batch,
             plan.tag([*_contents(inputs), repr(options).encode()]),
-            answer=logits,
+            answer="last" if pooled else logits,
+            last_tokens=None if last is None else LastTokens.of(last, plan),
+            pooled=pooled,
             everywhere=outputs == "every",
         )
         self._set_limits(call)
@@ -327,6 +346,11 @@ class Engine:
             raise ValueError(
                 f"max_new_tokens: expected at most {limit - tokens + 1} after {tokens} tokens, as "
                 f"the model's limit is {limit}, got {max_new_tokens}"
+            )
+        if self.adapter.last_tokens(inputs) is not None:
+            raise ValueError(
+                "attention_mask: expected the last column to be a token of every row, as "
+                "generation goes on behind it; pad shorter rows on the left"
             )
         ends = self._ends(eos_token_id, input_ids.device)
         call, kwargs = self._prepare(inputs, "last", "one", max_new_tokens, ends.tolist())

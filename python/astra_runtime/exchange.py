@@ -14,6 +14,7 @@ from torch import Tensor
 from .call import Call
 from .codes.base import arrived
 from .control import Control
+from .last_tokens import LastTokens
 from .trace import stage
 from .transport import require
 
@@ -83,6 +84,8 @@ def gather(call: Call, hidden: Tensor) -> Tensor:
     rank that is not to have the answer gets its own.
     """
     plan, rank = call.plan, call.rank
+    if call.answer == "last" and call.last_tokens is not None:
+        return _gather_last_tokens(call, call.last_tokens, hidden)
     if call.answer == "local" or call.mesh.world_size == 1:
         last = call.answer == "last"
         return hidden if not last else hidden[:, -1:] if plan.causal else hidden[:, :1]
@@ -112,6 +115,20 @@ def gather(call: Call, hidden: Tensor) -> Tensor:
     first = [p[:, : plan.copies] for p in ordered]
     token = first[0] if plan.causal else torch.stack(first).mean(0)
     return torch.cat([token, *(p[:, plan.copies :] for p in ordered)], 1)
+
+
+def _gather_last_tokens(call: Call, last: LastTokens, hidden: Tensor) -> Tensor:
+    """[B, 1, D], each row's last token, from whichever ranks have them."""
+    rank, senders = call.rank, last.senders
+    takers = set(range(call.plan.world_size)) if call.everywhere else {call.plan.owner}
+    pieces = {rank: last.take(hidden, rank)} if rank in senders else {}
+    if pieces:
+        send_tensor(call, pieces[rank], block=Control.HEAD, to=sorted(takers - {rank}))
+    if rank not in takers:
+        return hidden[:, -1:]
+    sizes = {n: len(last.rows(n)) for n in sorted(senders - {rank})}
+    shapes = {n: (rows, 1, hidden.shape[-1]) for n, rows in sizes.items()}
+    return last.put(pieces | receive_tensors(call, shapes, hidden, block=Control.HEAD))
 
 
 def receive_codes(

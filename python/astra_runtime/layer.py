@@ -112,4 +112,7 @@ class Layer:
     def finish(self, hidden: Tensor) -> Tensor:
         """What the head needs of the final hidden states, from whichever ranks hold it."""
         call = self.call
-        return hidden if call.decoding else gather(call, call.plan.without_halo(hidden, call.rank))
+        if call.decoding:
+            return hidden
+        read = gather(call, call.plan.without_halo(hidden, call.rank))
+        return read.expand(-1, hidden.shape[1], -1) if call.pooled else read

@@ -2,10 +2,13 @@
 
 from .base import Adapter, Inputs, check_runnable, is_language_model, with_cache
 from .families import adapt
+from .heads import EVERY, ROW
 from .hooks import Listener, check_attention
 from .watch import Watch
 
 __all__ = [
+    "EVERY",
+    "ROW",
     "Adapter",
     "Inputs",
     "Listener",

@@ -23,6 +23,7 @@ import torch
 from torch import Tensor, nn
 
 from ..plan import Plan
+from .heads import head_reads
 from .hooks import Hooks, Listener
 
 # What a configuration says besides the function that the model computes.
@@ -72,6 +73,7 @@ class Adapter(ABC):
     def __init__(self, model: nn.Module) -> None:
         config: Any = model.config
         self._model = weakref.ref(model)  # strong, it would keep its own key in adapters alive
+        self.head = head_reads(model)
         self.blocks: list[nn.Module] = self.find_blocks()
         self.attentions = [self.attention_of(block) for block in self.blocks]
         self.hidden_size = int(config.hidden_size)
@@ -174,6 +176,10 @@ class Adapter(ABC):
         Positions and token types are in it where the family adds them to the embeddings.
         """
         raise NotImplementedError(f"{type(self).__name__} has no token ids")
+
+    def last_tokens(self, inputs: Mapping[str, Tensor]) -> Tensor | None:
+        """The column of each row's last token, int64 [B]; None: the last column of every row."""
+        return None
 
     def rope(self, positions: Tensor) -> tuple[Tensor, Tensor] | None:
         """cos and sin [B, N, d] at positions [B, N], or None without rotary positions."""

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from ..plan import Plan
 from .base import Adapter, adapters, adapters_lock
-from .heads import check_head
+from .heads import ROW, check_head
 
 
 def _heads(flat: Tensor, head_dim: int) -> Tensor:
@@ -23,7 +23,13 @@ def _padding(inputs: Mapping[str, Tensor]) -> Tensor | None:
     mask = inputs.get("attention_mask")
     if mask is None or bool(mask.all()):
         return None
-    return mask.bool()
+    visible = mask.bool()
+    empty = (~visible.any(-1)).nonzero().flatten()
+    if len(empty):
+        raise ValueError(
+            f"attention_mask: expected a token to see in every row, got none in row {int(empty[0])}"
+        )
+    return visible
 
 
 def _take_ids(inputs: Mapping[str, Tensor], known: set[str]) -> Tensor:
@@ -73,6 +79,29 @@ class _Decoder(Adapter):
 
     def visible(self, inputs: Mapping[str, Tensor]) -> Tensor | None:
         return _padding(inputs)
+
+    def last_tokens(self, inputs: Mapping[str, Tensor]) -> Tensor | None:
+        """A classifier finds the last token that is no padding by its id, as transformers does;
+        other heads are given the last one that the attention mask shows."""
+        ids = inputs["input_ids"]
+        if self.head == ROW:
+            padding = self.model.config.get_text_config().pad_token_id
+            if padding is None:
+                if len(ids) > 1:
+                    raise ValueError(
+                        "input_ids: expected one row, as the model's configuration names no "
+                        f"pad_token_id by which to find a row's last token, got {len(ids)} rows"
+                    )
+                return None
+            shown = ids != padding
+        else:
+            mask = _padding(inputs)
+            if mask is None:
+                return None
+            shown = mask
+        columns = torch.arange(ids.shape[1], device=ids.device)
+        last = (columns * shown).argmax(-1)
+        return None if bool((last == ids.shape[1] - 1).all()) else last
 
     def local_inputs(self, inputs: Mapping[str, Tensor], plan: Plan, rank: int) -> dict[str, Any]:
         whole = {"input_ids": inputs["input_ids"], "position_ids": self.positions(inputs)}
