@@ -4,6 +4,8 @@ PYTHON ?= $(shell command -v python3.11 || command -v python3.12 || command -v p
 TORCH ?= torch==2.13.0
 # The tested versions of everything else; /dev/null for the newest.
 CONSTRAINTS ?= constraints.txt
+# The Triton of the GPUs that we know, beside the newest one: what runs there is compiled here.
+AOT_TRITON ?= triton==3.6.0
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.set-up
@@ -20,13 +22,13 @@ SOAK_EXCHANGES ?= 3000000
 FAULTS ?= bench/results/cpu-$(shell nproc)core/faults.json
 SOURCES := $(shell find csrc -type f) CMakeLists.txt setup.py pyproject.toml $(CONSTRAINTS)
 
-.PHONY: help setup demo test test-core test-slow test-aot test-faults test-sanitized soak fuzz test-install lint format docs bench clean
+.PHONY: help setup demo test test-core test-slow test-aot aot-table test-faults test-sanitized soak fuzz test-install lint format docs bench clean
 
 help:
 	@echo "make demo    one device, dense exchange and ASTRA side by side (real model, processes, sockets)"
 	@echo "make test    all fast tests: C++ under sanitizers, Python (about 7 minutes on 2 cores)"
 	@echo "make test-slow  the tests with pretrained models"
-	@echo "make test-aot   every Triton configuration, compiled ahead of time for three chips"
+	@echo "make test-aot   every Triton configuration, compiled ahead of time by two versions of Triton"
 	@echo "make test-faults  ranks killed, stopped, cut off and lied to; about seven minutes"
 	@echo "make soak    millions of exchanges: memory, threads, descriptors, outputs"
 	@echo "make fuzz    the wire's decoder under libFuzzer, ASan and UBSan; needs clang"
@@ -68,9 +70,21 @@ test-core: $(STAMP)
 test-slow: $(STAMP)
 	$(BIN)/python -m pytest -m slow --timeout 1200 --ignore tests/triton_kernels
 
-test-aot: $(STAMP)
-	@echo "== every kernel configuration, compiled for sm_80, sm_90 and sm_100 =="
-	$(BIN)/python -m tests.triton_kernels.aot
+# Both Tritons share everything else: a folder named in a .pth file comes after an environment's own.
+.venv-aot/.set-up: $(STAMP) Makefile
+	test -x .venv-aot/bin/python || $(BIN)/python -m venv .venv-aot
+	.venv-aot/bin/python -m pip install --quiet --no-deps "$(AOT_TRITON)"
+	$(BIN)/python -c "import sysconfig; print(sysconfig.get_path('purelib'))" > "$$(.venv-aot/bin/python -c "import sysconfig; print(sysconfig.get_path('purelib'))")/z_shared.pth"
+	@touch $@
+
+test-aot: .venv-aot/.set-up
+	@for python in $(BIN)/python .venv-aot/bin/python; do \
+	  echo "== the decisive kernels beside the table, every configuration for sm_80, sm_90, sm_100: $$($$python -c 'import triton; print("Triton", triton.__version__)') =="; \
+	  PYTHONPATH=python:. $$python -m tests.triton_kernels.static && PYTHONPATH=python:. $$python -m tests.triton_kernels.aot || exit 1; \
+	done
+
+aot-table: .venv-aot/.set-up
+	@for python in $(BIN)/python .venv-aot/bin/python; do PYTHONPATH=python:. $$python -m tests.triton_kernels.static --write || exit 1; done
 
 test-faults: $(STAMP)
 	@echo "== faults of every kind; figures go to $(FAULTS) =="
@@ -133,4 +147,4 @@ bench: $(STAMP)
 	@$(BIN)/python -m bench
 
 clean:
-	rm -rf build $(VENV)
+	rm -rf build $(VENV) .venv-aot

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -32,17 +32,21 @@ TOKENS, CODEWORDS, KV_HEADS, HEADS = 8192, 1024, 2, 8
 
 @dataclass(frozen=True)
 class Call:
-    """``channels`` of vectors that a program holds whole, 0 where it goes over them in steps."""
+    """``channels`` of vectors that a program holds whole, 0 where it goes over them in steps.
+    ``decisive``: what the goals for a GPU are measured on, whose loops must read wide."""
 
     name: str
     channels: int
     run: Callable[[], object]
+    decisive: bool = False
 
 
 def attention(
     d: int, dtype: torch.dtype, *, m: int = 512, near: int = 0, rope: bool = False,
     causal: bool = False, groups: int = 1, stages: int = 1, bits: int | None = None,
     code_mask: bool = False, counted: bool = False, shares: int | None = None,
+    heads: int = HEADS, kv_heads: int = KV_HEADS, tokens: int = TOKENS, name: str = "",
+    angles_dtype: torch.dtype | None = None,
 ) -> Call:  # fmt: skip
     """Mixed attention; without local tokens (``near``) attention over codes alone."""
     options = {
@@ -52,33 +56,33 @@ def attention(
     said = " ".join(f"{key}={value}" for key, value in options.items() if value)
 
     def run() -> object:
-        query = torch.empty(1, HEADS, m, d, dtype=dtype)
-        tables = torch.empty(2, stages, KV_HEADS, groups, CODEWORDS, d // groups, dtype=dtype)
-        per_token = stages * KV_HEADS * groups
-        codes = torch.empty(1, TOKENS, per_token, dtype=torch.int32)
+        query = torch.empty(1, heads, m, d, dtype=dtype)
+        tables = torch.empty(2, stages, kv_heads, groups, CODEWORDS, d // groups, dtype=dtype)
+        per_token = stages * kv_heads * groups
+        codes = torch.empty(1, tokens, per_token, dtype=torch.int32)
         if bits is not None:
-            codes = torch.empty(1, TOKENS * per_token * bits // 8, dtype=torch.uint8)
-        angles = torch.empty(TOKENS, d, dtype=dtype)
+            codes = torch.empty(1, tokens * per_token * bits // 8, dtype=torch.uint8)
+        angles = torch.empty(tokens, d, dtype=angles_dtype or dtype)
         options: dict[str, Any] = {
             "rope": (angles, angles) if rope else None,
-            "code_mask": torch.empty(1, TOKENS, dtype=torch.bool) if code_mask else None,
+            "code_mask": torch.empty(1, tokens, dtype=torch.bool) if code_mask else None,
             "code_bits": bits,
-            "shape": CodedShape(TOKENS, per_token, per_token, CODEWORDS, CODEWORDS),
+            "shape": CodedShape(tokens, per_token, per_token, CODEWORDS, CODEWORDS),
             "strategy": "counted" if counted else "fused",
         }
         if near:
-            key = torch.empty(1, KV_HEADS, near, d, dtype=dtype)
+            key = torch.empty(1, kv_heads, near, d, dtype=dtype)
             return mixed_attention(query, key, key, codes, *tables, is_causal=causal, **options)
         if counted:
-            counts = torch.empty(1, KV_HEADS, CODEWORDS, dtype=torch.int32)
+            counts = torch.empty(1, kv_heads, CODEWORDS, dtype=torch.int32)
             return codeword_attention(query, counts, *tables[:, 0])
         coded = Coded(
-            *(TOKENS, codes, tables[0], False, codes, tables[1], False, bits),
+            *(tokens, codes, tables[0], False, codes, tables[1], False, bits),
             *(options["rope"], options["code_mask"]),
         )
         return attend(query, None, coded=coded, shares=shares)
 
-    return Call(f"attention d={d} {short(dtype)} {said}", d, run)
+    return Call(name or f"attention d={d} {short(dtype)} {said}", d, run)
 
 
 def dense(d: int, dtype: torch.dtype, *, m: int = 512, causal: bool = False) -> Call:
@@ -90,7 +94,9 @@ def dense(d: int, dtype: torch.dtype, *, m: int = 512, causal: bool = False) -> 
     return Call(f"dense d={d} {short(dtype)} m={m}{' causal' * causal}", d, run)
 
 
-def search(width: int, groups: int, dtype: torch.dtype, bits: int | None = None) -> Call:
+def search(
+    width: int, groups: int, dtype: torch.dtype, bits: int | None = None, name: str = ""
+) -> Call:
     def run() -> object:
         vectors = torch.empty(1, 4096, groups, width, dtype=dtype)
         codebook = torch.empty(groups, CODEWORDS, width, dtype=dtype)
@@ -100,21 +106,24 @@ def search(width: int, groups: int, dtype: torch.dtype, bits: int | None = None)
 
     packed = "" if bits is None else f" {bits} bits"
     channels = width if width <= 128 else 0
-    return Call(f"encode w={width} groups={groups} {short(dtype)}{packed}", channels, run)
+    return Call(name or f"encode w={width} groups={groups} {short(dtype)}{packed}", channels, run)
 
 
-def linear(width: int, groups: int, dtype: torch.dtype, norm: str | None, estimate: bool) -> Call:
+def linear(
+    width: int, groups: int, dtype: torch.dtype, norm: str | None, estimate: bool,
+    tokens: int = 4096, name: str = "",
+) -> Call:  # fmt: skip
     channels = width * groups
 
     def run() -> object:
-        codes = torch.empty(4096, groups, dtype=torch.int32)
+        codes = torch.empty(tokens, groups, dtype=torch.int32)
         codebook = torch.empty(1, groups, CODEWORDS, width, dtype=dtype)
         weight = torch.empty(1536, channels, dtype=dtype)
-        state = torch.empty(4096, channels, dtype=dtype) if estimate else None
+        state = torch.empty(tokens, channels, dtype=dtype) if estimate else None
         return lookup_linear(codes, codebook[0], weight, estimate=state, norm=norm)
 
     said = f"{norm or 'no norm'}{' estimate' * estimate}"
-    return Call(f"lookup_linear w={width} groups={groups} {short(dtype)} {said}", 0, run)
+    return Call(name or f"lookup_linear w={width} groups={groups} {short(dtype)} {said}", 0, run)
 
 
 def helpers(dtype: torch.dtype, bits: int, d: int = 128) -> Iterator[Call]:
@@ -148,28 +157,62 @@ def short(dtype: torch.dtype) -> str:
 
 
 def few() -> list[Call]:
-    """One of each kind, at most 20 kernels a chip."""
+    """One of each kind, beside the decisive ones."""
     pick = ("count packed", "expand", "merge", "unpack")
     return [
-        attention(128, BF16, rope=True),
         attention(64, HALF),
         attention(64, BF16, rope=True, groups=4, stages=2),
         attention(128, BF16, m=1, rope=True, bits=10),
         attention(128, BF16, counted=True),
-        attention(64, BF16, m=1, counted=True),
         attention(128, BF16, near=1024, rope=True, causal=True),
         attention(128, FLOAT, rope=True),
         attention(80, HALF, code_mask=True),
         dense(128, BF16, causal=True),
         search(768, 1, BF16, bits=10),
-        search(24, 32, FLOAT),
         linear(24, 32, BF16, "rms", True),
         *(call for call in helpers(BF16, 10) if call.name.startswith(pick)),
     ]
 
 
+# Llama-3-8B's attention, and ViT-Base's and GPT-2's.
+_FULL: dict[str, Any] = {"heads": 32, "kv_heads": 8}
+_SMALL: dict[str, Any] = {"heads": 12, "kv_heads": 12}
+
+
+def decisive() -> list[Call]:
+    """What the goals for a GPU are measured on (bench/kernels/cases.py), in its shapes."""
+    decode: dict[str, Any] = {**_FULL, "m": 1, "tokens": 131_072}
+    calls = [
+        attention(128, BF16, m=1024, counted=True, **_FULL, name="codeword d=128"),
+        attention(64, BF16, m=1024, counted=True, **_SMALL, name="codeword d=64"),
+        attention(128, BF16, m=1, counted=True, **_FULL, name="codeword decode"),
+        attention(128, BF16, m=256, rope=True, **_FULL, name="rotary d=128"),
+        attention(
+            128, BF16, m=256, rope=True, angles_dtype=FLOAT, **_FULL, name="rotary, angles in fp32"
+        ),
+        attention(64, BF16, m=256, rope=True, **_SMALL, name="rotary d=64"),
+        attention(128, BF16, m=256, rope=True, bits=10, **_FULL, name="rotary packed"),
+        attention(128, BF16, m=256, groups=4, **_FULL, name="sub-vectors"),
+        attention(128, BF16, rope=True, **decode, name="decode rotary"),
+        attention(128, BF16, rope=True, bits=10, **decode, name="decode rotary packed"),
+        attention(128, BF16, **decode, name="decode plain"),
+        attention(128, BF16, groups=4, **decode, name="decode sub-vectors"),
+        attention(
+            128, BF16, m=1024, near=1024, rope=True, causal=True, tokens=3072, **_FULL,
+            name="mixed causal",
+        ),
+        search(768, 1, BF16, name="encode D=768"),
+        search(24, 32, BF16, name="encode D=768 in 32 groups"),
+        search(768, 1, FLOAT, name="encode D=768 fp32"),
+        linear(768, 1, BF16, "rms", False, 8192, name="lookup_linear"),
+        linear(24, 32, BF16, "rms", False, 8192, name="lookup_linear, 32 groups"),
+    ]  # fmt: skip
+    return [replace(call, decisive=True) for call in calls]
+
+
 def all_calls() -> Iterator[Call]:
     yield from few()
+    yield from decisive()
     dims, dtypes = (16, 32, 64, 72, 80, 96, 128, 192, 256), (HALF, BF16, FLOAT)
     for d, dtype, m, rope in itertools.product(dims, dtypes, (1, 8, 512), (False, True)):
         yield attention(d, dtype, m=m, rope=rope)

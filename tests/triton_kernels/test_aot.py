@@ -6,18 +6,24 @@ import json
 import os
 import subprocess
 import sys
+from collections import Counter
 
 import pytest
+import triton
 
 from astra_kernels._triton.launch import Launch
-from tests.triton_kernels import aot
+from tests.triton_kernels import aot, aot_calls, sass, static
+
+
+def in_a_process(module: str, *options: str) -> subprocess.CompletedProcess[str]:
+    """In this one, kernels are interpreted."""
+    environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
+    command = [sys.executable, "-W", "error", "-m", f"tests.triton_kernels.{module}", *options]
+    return subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
 
 
 def compiled(*options: str) -> list[dict]:
-    """In a process of its own: in this one, kernels are interpreted."""
-    environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
-    command = [sys.executable, "-W", "error", "-m", "tests.triton_kernels.aot", "--json", *options]
-    done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
+    done = in_a_process("aot", "--json", *options)
     outcomes = [json.loads(line) for line in done.stdout.splitlines()]
     wrong = [f"sm_{o['capability']} {o['call']}: {o['wrong']}" for o in outcomes if o["wrong"]]
     assert wrong == []
@@ -26,14 +32,26 @@ def compiled(*options: str) -> list[dict]:
 
 
 @pytest.mark.timeout(600)
-def test_a_configuration_of_each_kind_compiles_without_spills():
-    outcomes = compiled("--few")
-    calls = {(o["capability"], o["call"]) for o in outcomes}
-    assert 40 <= len(calls) <= 60
-    matrix = {80: "mma.sync", 90: "wgmma.mma_async", 100: "tcgen05.mma"}
+def test_decisive_kernels_are_as_quick_as_the_table_says():
+    """No spills, shared memory within bounds, rows read by 16 bytes, loops as long as they were."""
+    table = {version for version, _, _ in static.read()}
+    assert table >= {"3.6.0", "3.9.0"}  # of the GPUs that we know, and ours
+    if triton.__version__ not in table:
+        pytest.skip(f"the table has no rows of Triton {triton.__version__}")
+    done = in_a_process("static")
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.timeout(600)
+@pytest.mark.parametrize("capability", [80, 100])
+def test_a_configuration_of_each_kind_compiles_elsewhere(capability):
+    """The decisive ones are compiled for sm_90 above."""
+    outcomes = compiled("--few", "--capability", str(capability), "--processes", "1")
+    matrix = {80: "mma.sync", 100: "tcgen05.mma"}
+    assert len({o["call"] for o in outcomes}) == len(aot_calls.few())
     for outcome in outcomes:
         if outcome["kernel"] == "attend" and "128x64" in outcome["tile"]:
-            assert outcome["report"]["matrix"] == matrix[outcome["capability"]]
+            assert outcome["report"]["matrix"] == matrix[capability]
             assert outcome["report"]["copies"] > 0  # the look-up is pipelined
 
 
@@ -41,6 +59,43 @@ def test_a_configuration_of_each_kind_compiles_without_spills():
 @pytest.mark.timeout(7200)
 def test_every_configuration_compiles_without_spills():
     compiled()
+
+
+LISTING = """
+.text.attend:
+        /*0000*/                   LDC R1, c[0x0][0x28] ;
+.L_x_1:
+        /*0010*/               @P5 LDGSTS.E.BYPASS.128 [R4], desc[UR8][R2.64] ;
+.L_x_2:
+        /*0020*/                   LDG.E.U16 R5, desc[UR8][R2.64] ;
+        /*0030*/                   LDG.E R5, desc[UR8][R2.64] ;
+        /*0040*/              @!P3 LDGSTS.E [R4], desc[UR8][R2.64] ;
+        /*0050*/                   HGMMA.64x64x16.F32.BF16 R24, gdesc[UR4], R24 ;
+        /*0060*/               @P0 BRA `(.L_x_2) ;
+        /*0070*/              @!P5 BRA `(.L_x_1) ;
+.L_x_3:
+        /*0080*/                   BRA `(.L_x_3);
+"""
+
+
+def test_loops_are_read_from_a_listing():
+    (loop,) = sass.loops_of(LISTING)
+    assert loop.instructions == 5
+    assert (loop.copies, loop.loads, loop.matrix) == ({4: 1}, {2: 1, 4: 1}, 1)
+    assert "2 loads of 2 or 4 bytes" in aot.judge_loops([loop])
+    good = sass.Loop(2, Counter({"LDGSTS.E.BYPASS.128": 1, "HGMMA.64x64x16.F32.BF16": 1}))
+    assert aot.judge_loops([good]) == ""
+    assert "no asynchronous" in aot.judge_loops([sass.Loop(1, Counter(["HMMA.16816.F32"]))])
+
+
+def test_what_is_slower_than_the_table_is_said():
+    loop = {"instructions": 700, "row_bytes": 512}
+    kept = {"triton": "3.6.0", "case": "rotary", "kernel": "attend", "registers": 200}
+    kept |= {"spilled": 0, "shared": 1000, "loops": [loop]}
+    assert static.slower(kept | {"loops": [{"instructions": 710, "row_bytes": 512}]}, kept) == []
+    (said,) = static.slower(kept | {"loops": [{"instructions": 720, "row_bytes": 512}]}, kept)
+    assert said == "rotary: attend (Triton 3.6.0): instructions 700 -> 720"
+    assert len(static.slower(kept | {"spilled": 8, "shared": 1100}, kept)) == 2
 
 
 def test_what_is_wrong_is_said():
