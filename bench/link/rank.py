@@ -24,7 +24,8 @@ from astra_runtime import Codebook, Engine
 from astra_runtime.transport import Link as PacedLink
 from astra_runtime.transport import Mesh, peers_of
 from astra_runtime.transport.pacing import PacedMesh
-from astra_runtime.transport.tcp import TcpMesh, prepare
+from astra_runtime.transport.sockets import prepare
+from astra_runtime.transport.tcp import TcpMesh
 from bench.report import ROOT
 
 _READY: Final = 0xFF20  # control numbers that the engine does not use

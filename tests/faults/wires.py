@@ -10,8 +10,9 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from astra_runtime.transport.certificates import Keys
+from astra_runtime.transport.sockets import prepare
 from astra_runtime.transport.stream import Stream, TlsStream
-from astra_runtime.transport.tcp import TcpMesh, prepare
+from astra_runtime.transport.tcp import TcpMesh
 from astra_runtime.wire import Frame
 from tests.runtime.ranks import key_folder
 

@@ -11,7 +11,7 @@ from typing import Any
 from ..console import say
 from ..deploy.launch import WorkerFailed, Workers, free_ports
 from ..errors import AstraError
-from .options import missing_of, weights_of
+from .options import connect_options, missing_of, weights_of
 
 READY_SECONDS = 120.0
 
@@ -59,7 +59,7 @@ def cluster(
     import torch
 
     from ..deploy.jobs import Ranks
-    from ..transport import connect
+    from ..transport import open_mesh
     from ..transport.pacing import PacedMesh
 
     torch.set_num_threads(options.threads)
@@ -84,15 +84,9 @@ def cluster(
         workers.wait_ready(READY_SECONDS)
         try:
             # every process is there: one that does not come now has died
-            mesh = connect(
-                0,
-                world_size,
-                peers,
-                backend=transport,
-                timeout=options.timeout,
-                connect_timeout=15.0,
-                keys=keys,
-                insecure=not keys,
+            changes = {"backend": transport, "keys": keys, "insecure": not keys}
+            mesh = open_mesh(
+                connect_options(options, 0, world_size, peers, connect_timeout=15.0, **changes)
             )
             lent.close()  # all have read their keys; whoever is killed now leaves none
             with mesh if link is None or link.is_free else PacedMesh(mesh, link) as timed:

@@ -158,7 +158,7 @@ def weights_of(options: argparse.Namespace, world_size: int) -> list[float] | No
 
 def peers_of(options: argparse.Namespace) -> list[str]:
     """The addresses that --peers names, by rank, this rank among them."""
-    from ..transport.handshake import parse_address
+    from ..transport.addresses import parse_address
 
     peers: list[str] = options.peers.split(",")
     for peer in peers:
@@ -166,6 +166,18 @@ def peers_of(options: argparse.Namespace) -> list[str]:
     if options.rank is None or not 0 <= options.rank < len(peers):
         raise AstraError(f"--rank: expected 0 to {len(peers) - 1} with --peers, got {options.rank}")
     return peers
+
+
+def connect_options(
+    options: argparse.Namespace, rank: int, world_size: int, peers: list[str] | None, **changes: Any
+) -> Any:
+    """The `ConnectOptions` of this command; `changes`: what its own options do not say."""
+    from ..transport import ConnectOptions
+
+    settings = {name: getattr(options, name) for name in ("timeout", "connect_timeout")}
+    settings |= {name: getattr(options, name) for name in ("keys", "insecure")}
+    addresses = None if peers is None else tuple(peers)
+    return ConnectOptions(rank, world_size, addresses, **settings | changes)
 
 
 def check_keys(options: argparse.Namespace, peers: list[str]) -> None:

@@ -10,7 +10,7 @@ from typing import Any
 from ..console import say, show_json
 from ..errors import AstraError
 from .common import load
-from .options import add_connection, check_keys, peers_of, positive
+from .options import add_connection, check_keys, connect_options, peers_of, positive
 
 WORLDS = (2, 3, 4, 8)
 DENSE_DTYPES = ("float32", "float16", "int8")
@@ -168,17 +168,9 @@ def _measured(
 ) -> tuple[float, float, dict[str, Any]]:
     """Joins the workers: Mbit/s and round trip of the slowest link, every rank's rates by codes."""
     from ..deploy.jobs import Ranks
-    from ..transport import connect
+    from ..transport import open_mesh
 
-    with connect(
-        0,
-        len(peers),
-        peers,
-        timeout=options.timeout,
-        connect_timeout=options.connect_timeout,
-        keys=options.keys,
-        insecure=options.insecure,
-    ) as mesh:
+    with open_mesh(connect_options(options, 0, len(peers), peers)) as mesh:
         say(f"measuring {len(peers)} devices and the links between them")
         ranks = Ranks(model, book, mesh)
         found = ranks.lead(do="probe", tokens=options.tokens, codebook=book.digest)

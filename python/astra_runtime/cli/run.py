@@ -19,6 +19,7 @@ from .options import (
     add_model,
     add_trace,
     check_keys,
+    connect_options,
     missing_of,
     peers_of,
     positive,
@@ -134,19 +135,11 @@ def _joined(
     Under torchrun every rank was started alike and knows the job; else rank 0 tells the workers.
     """
     from ..deploy.jobs import Ranks
-    from ..transport import connect
+    from ..transport import open_mesh
 
     rank, world_size = place or (0, len(peers or ()))
-    with connect(
-        rank,
-        world_size,
-        peers,
-        backend=options.backend if options.transport == "tcp" else options.transport,
-        timeout=options.timeout,
-        connect_timeout=options.connect_timeout,
-        keys=options.keys,
-        insecure=options.insecure,
-    ) as mesh:
+    backend = options.backend if options.transport == "tcp" else options.transport
+    with open_mesh(connect_options(options, rank, world_size, peers, backend=backend)) as mesh:
         weights = weights_of(options, world_size)
         ranks = Ranks(model, codebook, mesh, None, weights, options.halo, **missing_of(options))
         if peers is None:

@@ -18,6 +18,7 @@ from .options import (
     add_missing,
     add_model,
     check_keys,
+    connect_options,
     missing_of,
     peers_of,
     weights_of,
@@ -99,20 +100,12 @@ def _follow(
 ) -> int:
     """Joins the others and does what rank 0 says until it says stop: how many jobs that were."""
     from ..deploy.jobs import Ranks
-    from ..transport import Link, connect
+    from ..transport import Link, open_mesh
     from ..transport.pacing import PacedMesh
 
     link = Link(options.mbit or None, options.delay_ms)
-    mesh = connect(
-        options.rank,
-        len(peers),
-        peers,
-        backend=options.transport,
-        timeout=options.timeout,
-        connect_timeout=options.connect_timeout,
-        keys=options.keys,
-        insecure=options.insecure,
-    )
+    rank, backend = options.rank, options.transport
+    mesh = open_mesh(connect_options(options, rank, len(peers), peers, backend=backend))
     with mesh if link.is_free else PacedMesh(mesh, link) as timed:
         ranks = Ranks(model, codebook, mesh, timed, **arguments)
         say(f"rank {mesh.rank} of {mesh.world_size} follows rank 0")

@@ -3,21 +3,26 @@
 from __future__ import annotations
 
 import contextlib
-import ipaddress
 import os
 import socket
-from collections.abc import Iterable, Sequence
-from typing import Literal
+from collections.abc import Sequence
+from typing import Any
 
 from astra_runtime.core import _C
-from astra_runtime.transport import handshake, rendezvous
-from astra_runtime.transport.certificates import ENVIRONMENT, Keys, KeysError
+from astra_runtime.transport import rendezvous
+from astra_runtime.transport.addresses import parse_address, require_loopback
+from astra_runtime.transport.certificates import Contexts, Keys
+from astra_runtime.transport.handshake import Formation
+from astra_runtime.transport.link import Link
 from astra_runtime.transport.mesh import Mesh, Stats, peers_of, require
-from astra_runtime.transport.pacing import Link, PacedMesh
-from astra_runtime.transport.tcp import TcpMesh, prepare
+from astra_runtime.transport.options import Backend, ConnectOptions
+from astra_runtime.transport.pacing import PacedMesh
+from astra_runtime.transport.sockets import listen, prepare
+from astra_runtime.transport.tcp import TcpMesh
 from astra_runtime.wire import NO_RUN, NOBODY, Frame, Hello
 
 __all__ = [
+    "ConnectOptions",
     "Frame",
     "Link",
     "Mesh",
@@ -25,6 +30,7 @@ __all__ = [
     "check_keys",
     "connect",
     "local_mesh",
+    "open_mesh",
     "peers_of",
     "require",
 ]
@@ -35,7 +41,7 @@ def connect(
     world_size: int | None = None,
     peers: Sequence[str] | None = None,
     *,
-    backend: Literal["tcp", "datagram", "gloo", "nccl"] = "tcp",
+    backend: Backend = "tcp",
     host: str | None = None,
     timeout: float = 30.0,
     connect_timeout: float = 60.0,
@@ -48,8 +54,8 @@ def connect(
     rank, world_size: this process and how many there are; default: torchrun's RANK, WORLD_SIZE.
     peers: "host:port" of every rank, by rank. This rank listens at exactly its own. Default: any
         free port, made known through torchrun's store at MASTER_ADDR:MASTER_PORT.
-    backend: "tcp"; "datagram" for links that lose packets: codes by UDP, in parts of which any may
-        be missing (`DatagramMesh`), the rest over TCP; or torch.distributed's "gloo" or "nccl"
+    backend: "tcp"; "datagram" for links that lose packets: codes by UDP, in fragments of which any
+        may be missing (`DatagramMesh`), the rest over TCP; or torch.distributed's "gloo" or "nccl"
         (`peers[0]` is then its rendezvous).
     host: the address to listen at instead of the one in `peers` (or of torchrun's interface).
     timeout: seconds every later wait may take. link: emulate a slow access link (`Link`).
@@ -71,49 +77,46 @@ def connect(
             still missing at the deadline, PeersRefused (both of the above) tells who was refused.
     """
     rank, world_size = _place(rank, world_size, peers)
-    secret = _keys(keys, insecure)
-    for name, wait in (("timeout", timeout), ("connect_timeout", connect_timeout)):
-        if not 0 < wait <= 1e6:
-            raise ValueError(f"{name}: expected seconds above 0, at most 1e6, got {wait}")
-    paced = link is not None and not link.is_free
-    if paced and backend == "datagram":
-        raise ValueError('link: expected none with backend "datagram", which it cannot emulate')
+    return open_mesh(
+        ConnectOptions(
+            rank,
+            world_size,
+            None if peers is None else tuple(peers),
+            backend,
+            host,
+            timeout,
+            connect_timeout,
+            link,
+            keys,
+            insecure,
+        )
+    )
+
+
+def open_mesh(options: ConnectOptions, store: Any = None) -> Mesh:
+    """`connect` with its arguments in one object, which the mesh keeps.
+
+    store: that of the mesh that this one replaces (`Mesh.store`).
+    """
+    keys = options.find_keys()
     mesh: Mesh
-    if backend in ("gloo", "nccl"):
-        if keys is not None:
-            raise KeysError(
-                f"keys: expected none with backend {backend!r}, which has no use for any"
-            )
+    if options.backend in ("gloo", "nccl"):
         from astra_runtime.transport.distributed import connect_distributed
 
-        mesh = connect_distributed(rank, world_size, peers, backend, timeout, connect_timeout)
-    elif backend in ("tcp", "datagram"):
-        mesh = _connect_tcp(rank, world_size, peers, host, timeout, connect_timeout, secret)
-        if backend == "datagram":
+        mesh = connect_distributed(options, store)
+    else:
+        contexts = None
+        if keys is not None and options.world_size > 1:
+            contexts = keys.contexts(options.rank)
+        mesh = _connect_tcp(options, contexts)
+        if options.backend == "datagram":
             from astra_runtime.transport.datagram import connect_datagrams
 
             mesh = connect_datagrams(mesh)
-    else:
-        raise ValueError(f'backend: expected "tcp", "datagram", "gloo" or "nccl", got {backend!r}')
-    if link is not None and paced:
-        mesh = PacedMesh(mesh, link)
-
-    def again(seconds: float | None) -> Mesh:
-        return connect(
-            rank,
-            world_size,
-            peers,
-            backend=backend,
-            host=host,
-            timeout=timeout,
-            connect_timeout=connect_timeout if seconds is None else seconds,
-            link=link,
-            keys=keys,
-            insecure=insecure,
-        )
-
-    mesh.again = again
-    if world_size > 1:
+    if options.link is not None and options.paces:
+        mesh = PacedMesh(mesh, options.link)
+    mesh.options, mesh.reconnect_factory = options, open_mesh
+    if options.world_size > 1:
         with contextlib.suppress(OSError):  # peers then learn of a sudden death as late as ever
             mesh.keeper = _C.Keeper()
     return mesh
@@ -126,11 +129,12 @@ def check_keys(
     insecure: bool = False,
 ) -> None:
     """Raises the KeysError that `connect` over TCP would raise for these arguments."""
-    secret = _keys(keys, insecure)
+    options = ConnectOptions(rank, len(peers), tuple(peers), keys=keys, insecure=insecure)
+    secret = options.find_keys()
     if secret is not None:
         secret.contexts(rank)
     elif len(peers) > 1:
-        _require_loopback(handshake.parse_address(peer)[0] for peer in peers)
+        require_loopback(parse_address(peer)[0] for peer in peers)
 
 
 def local_mesh(world_size: int, *, timeout: float = 30.0, link: Link | None = None) -> list[Mesh]:
@@ -140,7 +144,7 @@ def local_mesh(world_size: int, *, timeout: float = 30.0, link: Link | None = No
     """
     sockets: list[dict[int, socket.socket]] = [{} for _ in range(world_size)]
     for low in range(world_size):
-        with handshake.listen("127.0.0.1", 0, low) as listener:
+        with listen("127.0.0.1", 0, low) as listener:
             for high in range(low + 1, world_size):
                 dialer = socket.create_connection(listener.getsockname())
                 listener.setblocking(True)
@@ -173,81 +177,41 @@ def _place(
             )
         rank = environment[0] if rank is None else rank
         world_size = environment[1] if world_size is None else world_size
-    if not 1 <= world_size <= 0xFFFF:
-        raise ValueError(f"world_size: expected 1..65535, got {world_size}")
-    if not 0 <= rank < world_size:
-        raise ValueError(f"rank: expected 0..{world_size - 1}, got {rank}")
-    if peers is not None and len(peers) != world_size:
-        raise ValueError(f"peers: expected {world_size} addresses, got {len(peers)}")
     return rank, world_size
 
 
-def _connect_tcp(
-    rank: int,
-    world_size: int,
-    peers: Sequence[str] | None,
-    host: str | None,
-    timeout: float,
-    connect_timeout: float,
-    keys: Keys | None,
-) -> TcpMesh:
+def _connect_tcp(options: ConnectOptions, contexts: Contexts | None) -> TcpMesh:
+    rank, world_size, timeout = options.rank, options.world_size, options.timeout
     if world_size == 1:
         return TcpMesh(0, 1, {}, timeout=timeout)
-    contexts = None if keys is None else keys.contexts(rank)
     run, store = NO_RUN, None
-    if peers is not None:
-        addresses = dict(enumerate(map(handshake.parse_address, peers)))
+    addresses: dict[int, tuple[str, int]] = {}
+    if options.peers is not None:
+        addresses = dict(enumerate(map(parse_address, options.peers)))
         if contexts is None:
-            _require_loopback([name for name, _ in addresses.values()] + ([host] if host else []))
-        own_host, port = addresses[rank]
-        listener = handshake.listen(host or own_host, port, rank)
-    else:
-        if rendezvous.from_environment() is None:
-            raise ValueError("peers: expected the address of every rank, got none")
-        host = host or rendezvous.own_host()
-        if contexts is None:
-            _require_loopback([host])
-        listener = handshake.listen(host, 0, rank)
-    with listener:
-        if peers is None:
-            own = listener.getsockname()[:2]
-            addresses, run, store = rendezvous.exchange_addresses(
-                rank, world_size, own, connect_timeout
-            )
+            require_loopback(host for host, _ in addresses.values())
+    elif rendezvous.from_environment() is None:
+        raise ValueError("peers: expected the address of every rank, got none")
+    own_host, port = addresses.get(rank) or (options.host or rendezvous.own_host(), 0)
+    host = options.host or own_host
+    if contexts is None:
+        require_loopback([host])
+    with listen(host, port, rank) as listener:
+        if not addresses:
+            addresses, run, store = _exchange_addresses(options, listener)
             if contexts is None:
-                _require_loopback([name for name, _ in addresses.values()])
+                require_loopback(host for host, _ in addresses.values())
         own_hello = Hello(world_size, rank, NOBODY, run)
-        formation = handshake.Formation(own_hello, listener, addresses, contexts)
-        streams = formation.run(connect_timeout)
+        formation = Formation(own_hello, listener, addresses, contexts)
+        streams = formation.run(options.connect_timeout)
     del store
     return TcpMesh(rank, world_size, streams, timeout=timeout, handshake=formation.stats)
 
 
-def _keys(keys: Keys | str | os.PathLike[str] | None, insecure: bool) -> Keys | None:
-    """The keys to use, from the argument or the environment; None: plaintext."""
-    if insecure:
-        if keys is not None:
-            raise KeysError("insecure: expected without keys, got both")
-        return None
-    if keys is None:
-        keys = os.environ.get(ENVIRONMENT) or None
-    return keys if keys is None or isinstance(keys, Keys) else Keys(keys)
-
-
-def _require_loopback(hosts: Iterable[str]) -> None:
-    """Refuses plaintext where it would leave this machine."""
-    for host in hosts:
-        if not _is_loopback(host):
-            raise KeysError(
-                f"keys: expected a folder written by `astra keys init`, since {host} is not on "
-                "loopback: plaintext stays on one machine"
-            )
-
-
-def _is_loopback(host: str) -> bool:
-    """Whether everything that `host` may stand for is loopback; an unknown name is not."""
-    try:
-        found = socket.getaddrinfo(host, None, type=socket.SOCK_STREAM)
-    except OSError:
-        return False
-    return all(ipaddress.ip_address(entry[4][0]).is_loopback for entry in found)
+def _exchange_addresses(
+    options: ConnectOptions, listener: socket.socket
+) -> tuple[dict[int, tuple[str, int]], bytes, Any]:
+    own = listener.getsockname()[:2]
+    return rendezvous.exchange_addresses(
+        options.rank, options.world_size, own, options.connect_timeout
+    )

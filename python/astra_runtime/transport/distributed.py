@@ -26,6 +26,7 @@ from torch.distributed import P2POp, ProcessGroup
 from astra_runtime.errors import AstraError, ConnectFailed, DeadlineExceeded, PeerLost
 from astra_runtime.transport import process_group
 from astra_runtime.transport.mesh import Mesh, Payload, refuse_partial
+from astra_runtime.transport.options import ConnectOptions
 from astra_runtime.transport.peers import Channel, PeerMesh, slot
 from astra_runtime.wire import HEADER_SIZE, Frame
 
@@ -60,7 +61,6 @@ class DistributedMesh(PeerMesh[Channel]):
         channels = (Channel(own, rank) for rank in range(size) if rank != own)
         super().__init__(own, size, timeout, channels)
         self._group = group
-        self.store: Any = None  # where the ranks of an owned group have met
         self._device = torch.device(device)
         self._batched = batched
         self._owned = owned
@@ -207,8 +207,7 @@ class DistributedMesh(PeerMesh[Channel]):
                 "mesh, engine.rejoin(connect(backend=...))"
             )
         self._close(deliver=False)
-        with process_group.keep(self.store):
-            return super().reconnect(connect_timeout)
+        return super().reconnect(connect_timeout)
 
     def _close(self, *, deliver: bool) -> None:
         if self._closed:
@@ -226,26 +225,21 @@ class DistributedMesh(PeerMesh[Channel]):
             dist.destroy_process_group()
 
 
-def connect_distributed(
-    rank: int,
-    world_size: int,
-    peers: Sequence[str] | None,
-    backend: str,
-    timeout: float,
-    connect_timeout: float,
-) -> DistributedMesh:
+def connect_distributed(options: ConnectOptions, store: Any = None) -> DistributedMesh:
     """Joins torch.distributed's default group (made here unless it exists) and wraps it.
 
-    peers: their first address is the rendezvous; None: torchrun's variables.
+    The first address of `options.peers` is the rendezvous; None: torchrun's variables. `store`:
+    that of the mesh before, which rank 0 goes on serving.
     """
-    owned, store = not dist.is_initialized(), None
+    rank, world_size, backend = options.rank, options.world_size, options.backend
+    owned = not dist.is_initialized()
     if owned:
-        store = process_group.join(backend, rank, world_size, peers, connect_timeout)
+        store = process_group.join(options, store)
     group = dist.group.WORLD
     if group is None or (group.rank(), group.size()) != (rank, world_size):
         raise ConnectFailed(f"the existing process group is not rank {rank} of {world_size}")
     nccl = backend == "nccl"
     device = f"cuda:{torch.cuda.current_device()}" if nccl else "cpu"
-    mesh = DistributedMesh(group, timeout=timeout, device=device, batched=nccl, owned=owned)
-    mesh.store = store
+    mesh = DistributedMesh(group, timeout=options.timeout, device=device, batched=nccl, owned=owned)
+    mesh.store = store if owned else None
     return mesh

@@ -30,14 +30,10 @@ from astra_runtime.transport.pending import (
     Door,
     explain,
     is_spoken,
-    listen,
-    parse_address,
 )
+from astra_runtime.transport.sockets import prepare
 from astra_runtime.transport.stream import Stream, TlsStream
-from astra_runtime.transport.tcp import prepare
 from astra_runtime.wire import HELLO_SIZE, NOBODY, Hello
-
-__all__ = ["HANDSHAKE_SECONDS", "MAX_STRANGERS", "Formation", "listen", "parse_address"]
 
 MAX_STRANGERS: Final = 256  # connections not yet admitted; when full, the oldest is dropped
 ACCEPTED_AT_ONCE: Final = 16  # before those at the door are heard again

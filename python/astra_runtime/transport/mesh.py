@@ -4,14 +4,15 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from types import TracebackType
-from typing import Self
+from typing import Any, Self
 
 from astra_runtime import wire
 from astra_runtime.control import Control, is_control
 from astra_runtime.core import _C
 from astra_runtime.errors import AstraError, DeadlineExceeded, HandshakeRefused
+from astra_runtime.transport.options import ConnectOptions
 from astra_runtime.wire import Frame
 
 Payload = Frame | bytes | bytearray | memoryview
@@ -71,8 +72,11 @@ class Mesh(ABC):
             ranges [start, stop) of its payload, whose bytes mean nothing. Nothing has gaps where
             frames come whole or not at all.
         lost: why nothing more comes of a rank, for those that partial calls have found gone.
-        again: makes the same mesh anew, with a limit in seconds (None: as before); left by
+        options: the arguments of `connect`; None: made in another way.
+        reconnect_factory: makes a mesh of `options` anew, with the former mesh's `store`; left by
             `connect`, for `reconnect`.
+        store: torch.distributed's key-value store in which the ranks have met, where rank 0 has to
+            go on serving it; None over sockets.
         keeper: while it lives, this process's sockets close the moment that the process dies,
             however much memory it holds; left by `connect`, where the system can do it.
     """
@@ -82,7 +86,9 @@ class Mesh(ABC):
     timeout: float
     partial: bool = False
     lossy: bool = False
-    again: Callable[[float | None], Mesh] | None = None
+    options: ConnectOptions | None = None
+    reconnect_factory: Callable[[ConnectOptions, Any], Mesh] | None = None
+    store: Any = None
     keeper: _C.Keeper | None = None
 
     @property
@@ -178,11 +184,14 @@ class Mesh(ABC):
         Raises AstraError where the mesh was not made by `connect`, else what `connect` raises.
         """
         self.close()
-        if self.again is None:
+        if self.options is None or self.reconnect_factory is None:
             raise AstraError(
                 "reconnect: expected a mesh made by `connect`, which knows its arguments"
             )
-        return self.again(connect_timeout)
+        options = self.options
+        if connect_timeout is not None:
+            options = replace(options, connect_timeout=connect_timeout)
+        return self.reconnect_factory(options, self.store)
 
     def __enter__(self) -> Self:
         return self

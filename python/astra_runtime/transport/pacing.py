@@ -20,46 +20,15 @@ import threading
 import time
 from collections import deque
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from typing import Final, NamedTuple
 
 from astra_runtime.errors import AstraError, DeadlineExceeded
+from astra_runtime.transport.link import Link
 from astra_runtime.transport.mesh import Mesh, Payload, Stats
-from astra_runtime.wire import HEADER_SIZE, Frame
+from astra_runtime.wire import Frame
 
-SEGMENT: Final = 1448  # payload bytes of a full TCP segment on Ethernet, timestamps on
-SEGMENT_OVERHEAD: Final = 52  # IPv4 header 20, TCP header 20, timestamps option 12
-TLS_RECORD: Final = 16 << 10  # bytes of a frame in one record
-TLS_OVERHEAD: Final = 22  # a record's header 5, its type 1, its authentication 16
 MAX_QUEUED: Final = 64 << 20  # payload bytes held back before `send` waits
 _PR_SET_TIMERSLACK: Final = 29
-
-
-@dataclass(frozen=True)
-class Link:
-    """An access link: rate in Mbit/s (None: unlimited) and one-way delay in milliseconds."""
-
-    mbit_per_s: float | None = None
-    delay_ms: float = 0.0
-
-    def __post_init__(self) -> None:
-        if self.mbit_per_s is not None and not self.mbit_per_s > 0:
-            raise ValueError(f"mbit_per_s: expected a positive rate, got {self.mbit_per_s}")
-        if not self.delay_ms >= 0:
-            raise ValueError(f"delay_ms: expected 0 or more, got {self.delay_ms}")
-
-    @property
-    def is_free(self) -> bool:
-        return self.mbit_per_s is None and self.delay_ms == 0
-
-    def seconds(self, payload: int, *, encrypted: bool = False) -> float:
-        """How long a frame of `payload` bytes occupies the link, all headers included."""
-        if self.mbit_per_s is None:
-            return 0.0
-        frame = HEADER_SIZE + payload
-        if encrypted:
-            frame += TLS_OVERHEAD * -(-frame // TLS_RECORD)
-        return (frame + SEGMENT_OVERHEAD * -(-frame // SEGMENT)) * 8e-6 / self.mbit_per_s
 
 
 class _Held(NamedTuple):
@@ -82,7 +51,7 @@ class PacedMesh(Mesh):
         self.link = link
         self.rank = mesh.rank
         self.world_size = mesh.world_size
-        self.partial, self.lossy = mesh.partial, mesh.lossy
+        self.partial, self.lossy, self.store = mesh.partial, mesh.lossy, mesh.store
         self._busy_until = 0.0  # when the uplink has sent its last queued bit
         self._held: deque[_Held] = deque()
         self._held_bytes = 0

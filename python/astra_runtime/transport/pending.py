@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import select
 import socket
 import ssl
@@ -10,13 +9,10 @@ import time
 from typing import Final
 
 from astra_runtime import wire
-from astra_runtime.errors import ConnectFailed
 from astra_runtime.transport.stream import Stream, TlsStream
-from astra_runtime.transport.tcp import prepare
 from astra_runtime.wire import HELLO_SIZE
 
 HANDSHAKE_SECONDS: Final = 5.0  # for one connection, from accept or dial to the checked HELLO
-BACKLOG: Final = 4096  # a dial that finds the kernel's queue full is repeated after a second only
 TLS_FIRST_BYTES: Final = (0x14, 0x15, 0x16)  # change of cipher, alert, handshake
 ENDED: Final = select.EPOLLRDHUP | select.EPOLLHUP | select.EPOLLERR
 _FOREIGN: Final = (18, 19, 20, 21)  # OpenSSL's codes for "nobody I trust has signed this"
@@ -47,38 +43,6 @@ def explain(error: ssl.SSLError) -> str:
 def is_spoken(error: ssl.SSLError) -> bool:
     """Whether the peer spoke TLS and only does not fit; garbage fails otherwise."""
     return isinstance(error, ssl.SSLCertVerificationError) or error.reason in _SPOKEN
-
-
-def parse_address(text: str) -> tuple[str, int]:
-    """`host:port` (IPv6 in brackets) as a pair; raises ValueError with what was expected."""
-    host, colon, port = text.rpartition(":")
-    if not colon or not host or not port.isdecimal() or int(port) > 0xFFFF:
-        raise ValueError(f'address: expected "host:port", got {text!r}')
-    return host.strip("[]"), int(port)
-
-
-def listen(host: str, port: int, rank: int) -> socket.socket:
-    """A listening socket at exactly this address (port 0: any free one)."""
-    try:
-        family, kind, protocol, _, address = socket.getaddrinfo(
-            host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
-        )[0]
-        listener = socket.socket(family, kind, protocol)
-    except OSError as error:
-        raise ConnectFailed(f"rank {rank} cannot resolve {host!r}: {error.strerror}") from error
-    try:
-        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        prepare(listener)
-        listener.bind(address)
-        listener.listen(BACKLOG)
-    except OSError as error:
-        listener.close()
-        if error.errno == errno.EADDRINUSE:
-            reason = f"rank {rank} cannot listen: port {port} of {host} is in use"
-        else:
-            reason = f"rank {rank} cannot listen at {host}:{port}: {error.strerror}"
-        raise ConnectFailed(reason) from error
-    return listener
 
 
 class Door:

@@ -13,7 +13,7 @@ import contextlib
 import os
 import secrets
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from datetime import timedelta
 from typing import Any, Final
 
@@ -21,24 +21,26 @@ import torch.distributed as dist
 from torch.distributed.distributed_c10d import PrefixStore
 
 from astra_runtime.errors import ConnectFailed
-from astra_runtime.transport.pending import parse_address
+from astra_runtime.transport.addresses import parse_address
+from astra_runtime.transport.options import ConnectOptions
 
 PAUSE: Final = 0.05  # seconds between two looks for a new session
-_kept: list[Any] = []  # rank 0's store, while it connects again
 
 
-def join(
-    backend: str, rank: int, world_size: int, peers: Sequence[str] | None, seconds: float
-) -> Any:
-    """Makes the default group of all ranks; returns the store, which may be `keep`t.
+def join(options: ConnectOptions, store: Any = None) -> Any:
+    """Makes the default group of all ranks; returns the store in which they have met.
 
-    peers: rank 0 serves the store at their first address; None: torchrun's variables say where.
+    Rank 0 serves the store at the first address of `options.peers`; None: torchrun's variables say
+    where. store: that of an earlier group, which rank 0 uses again: its port is free only when the
+    last reference is gone, and the traceback of an error may hold one.
 
-    Raises ConnectFailed, with the ranks that were `missing` after `seconds`.
+    Raises ConnectFailed, with the ranks that were `missing` after `options.connect_timeout`.
     """
+    backend, rank, world_size = options.backend, options.rank, options.world_size
+    seconds = options.connect_timeout
     deadline = time.monotonic() + seconds
     try:
-        store, session = _enter(rank, peers, deadline)
+        store, session = _enter(rank, options.peers, deadline, store if rank == 0 else None)
         missing = _wait_for_all(session, world_size, deadline)
         if not missing:
             limit = timedelta(seconds=max(deadline - time.monotonic(), 1.0))
@@ -53,23 +55,11 @@ def join(
     raise ConnectFailed(f"rank {who} did not join the {backend} group in {seconds:g} s", missing)
 
 
-@contextlib.contextmanager
-def keep(store: Any) -> Iterator[None]:
-    """Has the next `join` of rank 0 use this store again: its port is free only when the last
-    reference is gone, and the traceback of an error may hold one."""
-    _kept[:] = [store]
-    try:
-        yield
-    finally:
-        _kept.clear()
-
-
-def _enter(rank: int, peers: Sequence[str] | None, deadline: float) -> tuple[Any, Any]:
+def _enter(rank: int, peers: Sequence[str] | None, deadline: float, store: Any) -> tuple[Any, Any]:
     """The store, and the part of it that is the new session's."""
     host, port, served = _place(peers)
     while True:
         left = max(deadline - time.monotonic(), 1e-3)
-        store = _kept.pop() if _kept and rank == 0 else None
         try:
             if store is None:
                 store = dist.TCPStore(  # type: ignore[attr-defined]  # torch's stubs lack it
@@ -85,11 +75,11 @@ def _enter(rank: int, peers: Sequence[str] | None, deadline: float) -> tuple[Any
             session = PrefixStore(base.get("session").decode(), base)
             if session.add(str(rank), 1) == 1:
                 return store, session
-            why = "its place is taken, and rank 0 opens no new session"
+            store, why = None, "its place is taken, and rank 0 opens no new session"
         except RuntimeError as error:  # also of a store that ends with its rank 0
             if rank == 0:
                 raise
-            why = first_line(error)
+            store, why = None, first_line(error)
         if time.monotonic() + PAUSE > deadline:
             raise RuntimeError(why)
         time.sleep(PAUSE)

@@ -10,7 +10,7 @@ from datetime import timedelta
 from typing import Any
 
 from astra_runtime.errors import ConnectFailed
-from astra_runtime.transport.handshake import parse_address
+from astra_runtime.transport.addresses import parse_address
 
 VARIABLES = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 _calls = itertools.count()  # a process may connect, close and connect again

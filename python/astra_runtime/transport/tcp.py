@@ -30,24 +30,12 @@ from astra_runtime.transport.peers import PeerMesh
 from astra_runtime.transport.stream import Stream
 from astra_runtime.wire import HEADER_SIZE, Frame
 
-SEND_BUFFER: Final = 2 << 20  # asked of the kernel: usual frames (≤128 KiB) leave in one call
 MAX_UNSENT: Final = 64 << 20  # bytes kept for a peer that does not read before `send` waits
 MAX_OWED: Final = 1 << 16  # frames that a peer may be behind before it is given up
 ABORT_SECONDS: Final = 0.2  # for telling all peers why this rank fails
 YIELD_NANOSECONDS: Final = 20_000  # how long a wait yields its core before it sleeps
 _TCP_CLOSE: Final = 7  # the state of a connection that was reset, in Linux's tcp_states.h
 _ENDED: Final = select.POLLRDHUP | select.POLLHUP | select.POLLERR
-
-
-def prepare(sock: socket.socket) -> None:
-    """The socket options of a connection, to be set before it connects or listens."""
-    sock.setblocking(False)
-    sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, SEND_BUFFER)
-    sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-    # A worker may wait for hours; a peer that lost its power says nothing at all.
-    sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
-    sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPIDLE, 30)
-    sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPINTVL, 10)
 
 
 class TcpMesh(PeerMesh[Connection]):

@@ -19,7 +19,8 @@ from hypothesis import strategies as st
 
 from astra_runtime import errors, wire
 from astra_runtime.transport import Mesh, local_mesh
-from astra_runtime.transport.tcp import TcpMesh, prepare
+from astra_runtime.transport.sockets import prepare
+from astra_runtime.transport.tcp import TcpMesh
 from astra_runtime.wire import Frame
 
 from ..ranks import (

@@ -26,8 +26,9 @@ from astra_runtime import errors, wire
 from astra_runtime.transport import Link, Mesh, connect, pending
 from astra_runtime.transport.certificates import Keys, make_keys
 from astra_runtime.transport.handshake import LOGGED, MAX_STRANGERS
+from astra_runtime.transport.sockets import prepare
 from astra_runtime.transport.stream import UNTRUSTED_BYTES, TlsStream
-from astra_runtime.transport.tcp import TcpMesh, prepare
+from astra_runtime.transport.tcp import TcpMesh
 from astra_runtime.wire import Frame, Hello
 
 from ..ranks import (

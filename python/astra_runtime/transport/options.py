@@ -1,0 +1,70 @@
+"""What `connect` was asked for: checked once, and kept by the mesh to be made anew."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from typing import Final, Literal, get_args
+
+from astra_runtime.transport.certificates import ENVIRONMENT, Keys, KeysError
+from astra_runtime.transport.link import Link
+
+Backend = Literal["tcp", "datagram", "gloo", "nccl"]
+BACKENDS: Final[tuple[Backend, ...]] = get_args(Backend)
+MAX_SECONDS: Final = 1e6
+
+
+@dataclass(frozen=True)
+class ConnectOptions:
+    """The arguments of `connect`, see there; `rank` and `world_size` are known by now.
+
+    Raises ValueError or KeysError for arguments that no mesh can have.
+    """
+
+    rank: int
+    world_size: int
+    peers: tuple[str, ...] | None = None
+    backend: Backend = "tcp"
+    host: str | None = None
+    timeout: float = 30.0
+    connect_timeout: float = 60.0
+    link: Link | None = None
+    keys: Keys | str | os.PathLike[str] | None = None
+    insecure: bool = False
+
+    def __post_init__(self) -> None:
+        if not 1 <= self.world_size <= 0xFFFF:
+            raise ValueError(f"world_size: expected 1..65535, got {self.world_size}")
+        if not 0 <= self.rank < self.world_size:
+            raise ValueError(f"rank: expected 0..{self.world_size - 1}, got {self.rank}")
+        if self.peers is not None and len(self.peers) != self.world_size:
+            raise ValueError(f"peers: expected {self.world_size} addresses, got {len(self.peers)}")
+        for name in ("timeout", "connect_timeout"):
+            seconds = getattr(self, name)
+            if not 0 < seconds <= MAX_SECONDS:
+                raise ValueError(f"{name}: expected seconds above 0, at most 1e6, got {seconds}")
+        if self.backend not in BACKENDS:
+            names = ", ".join(f'"{name}"' for name in BACKENDS[:-1]) + f' or "{BACKENDS[-1]}"'
+            raise ValueError(f"backend: expected {names}, got {self.backend!r}")
+        if self.paces and self.backend == "datagram":
+            raise ValueError('link: expected none with backend "datagram", which it cannot emulate')
+        if self.insecure and self.keys is not None:
+            raise KeysError("insecure: expected without keys, got both")
+        if self.backend in ("gloo", "nccl") and self.keys is not None:
+            raise KeysError(
+                f"keys: expected none with backend {self.backend!r}, which has no use for any"
+            )
+
+    @property
+    def paces(self) -> bool:
+        """Whether a slow link is to be emulated."""
+        return self.link is not None and not self.link.is_free
+
+    def find_keys(self) -> Keys | None:
+        """The keys to use, from the argument or the environment; None: plaintext."""
+        if self.insecure:
+            return None
+        keys = self.keys
+        if keys is None:
+            keys = os.environ.get(ENVIRONMENT) or None
+        return keys if keys is None or isinstance(keys, Keys) else Keys(keys)
