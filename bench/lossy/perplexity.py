@@ -20,7 +20,7 @@ from astra_runtime.models import adapt
 from astra_runtime.plan import Plan
 from astra_runtime.store import load_model, load_tokenizer, token_windows
 from astra_runtime.train.simulate import Simulation
-from astra_runtime.transport.fragments import PARITY, cut, parities
+from astra_runtime.transport.fragments import FEC_GROUP, fragment_layout, num_fec_fragments
 from bench.accuracy import calibrate
 from bench.accuracy import lm as accuracy
 from bench.accuracy.corpora import corpus
@@ -57,7 +57,7 @@ class LossyDatagrams(Simulation):
         num_sent = self.plan.num_sent(sender)
         if num_sent:
             size = self.space.payload_bytes(block, 1, num_sent)
-            count, step = cut(size + self.trailer)
+            count, step = fragment_layout(size + self.trailer)
             missing = self.missing(block, receiver, sender, count)
             gaps = [(n * step, (n + 1) * step) for n in missing]
             strips = self.space.strips(block, 1, num_sent)
@@ -66,7 +66,7 @@ class LossyDatagrams(Simulation):
 
     def missing(self, block: int, receiver: int, sender: int, count: int) -> list[int]:
         """Which of a frame's parts are lost, and not made good by parity."""
-        groups = parities(count, self.parity)
+        groups = num_fec_fragments(count, self.parity)
         lost = (torch.rand(count + groups, generator=self.generator) < self.lost).tolist()
         of_group = [sum(lost[j:count:groups]) + lost[count + j] for j in range(groups)]
         return [n for n in range(count) if lost[n] and not (groups and of_group[n % groups] == 1)]
@@ -88,7 +88,7 @@ def perplexity(options: argparse.Namespace) -> list[dict[str, Any]]:
             book = codebook_of(name, model, tokenizer)
             copies = {"copies": book.prefix, "halo": options.halo}
             plan = Plan.make(accuracy.TOKENS - book.prefix, world, causal=True, **copies)
-            for loss, parity in product(options.losses, (0, PARITY)):
+            for loss, parity in product(options.losses, (0, FEC_GROUP)):
                 if parity and not loss:
                     continue  # the same
                 found = [

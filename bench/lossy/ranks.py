@@ -21,7 +21,7 @@ from astra_runtime.console import say
 from astra_runtime.transport import Mesh
 from astra_runtime.transport.certificates import ephemeral_keys
 from astra_runtime.transport.datagram import connect_datagrams
-from astra_runtime.transport.fragments import PARITY
+from astra_runtime.transport.fragments import FEC_GROUP
 from astra_runtime.transport.tcp import TcpMesh
 from bench.link.model import Link
 from bench.link.rank import popen_options
@@ -59,8 +59,8 @@ def rank_main(told: Settings) -> None:
         )
         if method.startswith("datagram"):
             assert isinstance(mesh, TcpMesh)
-            parity = 0 if method == "datagram_plain" else PARITY
-            mesh = connect_datagrams(mesh, parity=parity, connect_timeout=PATIENCE)
+            parity = 0 if method == "datagram_plain" else FEC_GROUP
+            mesh = connect_datagrams(mesh, fec_group=parity, connect_timeout=PATIENCE)
         meshes[method] = mesh
     print("ready", flush=True)
     for line in sys.stdin:
@@ -86,7 +86,7 @@ def one_call(mesh: Mesh, told: Settings, deadline: float | None) -> Call:
         sizes = {other: told.size}
         views = mesh.receive(sizes, block=block, plan=1, timeout=deadline, partial=partial)
         seconds = time.perf_counter() - start
-        missing = sum(stop - start for start, stop in mesh.gaps.get(other, ()))
+        missing = sum(stop - start for start, stop in mesh.missing_ranges.get(other, ()))
         found.append((seconds, 1 - missing / told.size if other in views else 0.0))
     return found
 

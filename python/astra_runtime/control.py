@@ -29,7 +29,7 @@ class Control(IntEnum):
     LAST_OF_ENGINE = 0xFFEF
     DATAGRAMS = 0xFFFC  # agrees UDP port and secret
     ABORT = 0xFFFD  # the error that ends a rank, so that all ranks raise the same
-    FACTS = 0xFFFE  # `Mesh.agree`: what every rank must have alike
+    FINGERPRINT = 0xFFFE  # `Mesh.agree`: the configuration that every rank must have alike
     BYE = 0xFFFF  # last frame of a rank that finished properly
 
 

@@ -88,7 +88,7 @@ class ModelChanged(AstraError, RuntimeError):
 
 
 class WireError(AstraError):
-    """A frame is not the one that had to come. `field`: what differs; rank None: not a peer's."""
+    """A frame is not the expected one. `field`: what differs; rank None: not a peer's."""
 
     def __init__(self, field: str, expected: object, got: object, rank: int | None = None) -> None:
         super().__init__(field, expected, got, rank)

@@ -148,7 +148,7 @@ def receive_codes(
     views, came = {}, {}
     for n, size in sizes.items():
         tokens = call.plan.num_sent(n)
-        gaps = mesh.gaps.get(n, ()) if n in frames else [(0, totals[n])]
+        gaps = mesh.missing_ranges.get(n, ()) if n in frames else [(0, totals[n])]
         view = frames[n] if n in frames else memoryview(bytearray(totals[n]))
         for start, stop in gaps:
             view[start:stop] = bytes(stop - start)

@@ -1,11 +1,11 @@
 """The bytes ranks exchange: encoding and checking them, no I/O. `docs/wire.md` is the contract.
 
 A connection opens with one HELLO each way (30 bytes; the reply may carry a reason to refuse) and
-then carries frames: a 16-byte header and the payload. The reader always knows which frame has to
-come, so a header is checked for equality and its length never decides how much is allocated.
+then carries frames: a 16-byte header and the payload. The reader always knows which frame to
+expect, so a header is checked for equality and its length never decides how much is allocated.
 
-What others sent is judged in C++ (`csrc/include/astra/frame.hpp`), where it can be fuzzed without
-Python; here its verdicts become errors with words.
+What other ranks sent is checked in C++ (`csrc/include/astra/frame.hpp`), where it can be fuzzed
+without Python; here its verdicts become errors.
 """
 
 from __future__ import annotations
@@ -36,14 +36,14 @@ MAX_REASON: Final = 512
 NO_RUN: Final = bytes(16)
 NOBODY: Final = 0xFFFF  # the rank addressed by a reply to bytes that were no HELLO
 
-FACTS_SIZE: Final = 2048
+FIELDS_SIZE: Final = 2048
 
-# What the decoder says, in the order of frame.hpp; 0: nothing is wrong.
+# The decoder's verdicts, in the order of frame.hpp; 0: nothing is wrong.
 _FIELDS: Final = ("", "size", "source", "sequence", "plan", "block", "length")
 _FOREIGN, _OTHER_VERSION, _WRONG_SIZE, _LONG_REASON = 1, 2, 3, 4
-_FACTS: Final = (
+_FIELDS_FAULTS: Final = (
     "",
-    f"at most {FACTS_SIZE} bytes",
+    f"at most {FIELDS_SIZE} bytes",
     "texts that end within the frame",
     "length-prefixed UTF-8",
     "names in ascending order",
@@ -104,11 +104,11 @@ def check_header(data: bytes | bytearray | memoryview, expected: Header) -> None
         raise _differs(_FIELDS[verdict], parse_header(data), expected)
 
 
-def _differs(name: str, got: Header, expected: Header) -> WireError:
-    want, came = getattr(expected, name), getattr(got, name)
+def _differs(name: str, header: Header, expected: Header) -> WireError:
+    want, got = getattr(expected, name), getattr(header, name)
     if name == "plan":
-        want, came = f"0x{want:08x}", f"0x{came:08x}"
-    return WireError(name, want, came, expected.source)
+        want, got = f"0x{want:08x}", f"0x{got:08x}"
+    return WireError(name, want, got, expected.source)
 
 
 def bye(sequence: int, source: int) -> memoryview:
@@ -181,23 +181,25 @@ def refusal(own: Hello, other: Hello) -> str | None:
     return None
 
 
-def encode_facts(facts: Mapping[str, str]) -> bytes:
-    """Names and values as length-prefixed UTF-8, zero-padded to FACTS_SIZE bytes."""
-    parts = [struct.pack("<H", len(facts))]
-    for text in (item for pair in sorted(facts.items()) for item in pair):
+def encode_fields(fields: Mapping[str, str]) -> bytes:
+    """Names and values as length-prefixed UTF-8, zero-padded to FIELDS_SIZE bytes."""
+    parts = [struct.pack("<H", len(fields))]
+    for text in (item for pair in sorted(fields.items()) for item in pair):
         raw = text.encode()
         parts.append(struct.pack("<H", min(len(raw), 0xFFFF)) + raw)
     data = b"".join(parts)
-    if len(data) > FACTS_SIZE:
-        raise ValueError(f"facts: expected at most {FACTS_SIZE} bytes encoded, got {len(data)}")
-    return data.ljust(FACTS_SIZE, b"\0")
+    if len(data) > FIELDS_SIZE:
+        raise ValueError(f"fields: expected at most {FIELDS_SIZE} bytes encoded, got {len(data)}")
+    return data.ljust(FIELDS_SIZE, b"\0")
 
 
-def decode_facts(data: bytes | bytearray | memoryview, rank: int) -> dict[str, str]:
-    """Inverse of `encode_facts`; `rank` is the sender, for the error."""
+def decode_fields(data: bytes | bytearray | memoryview, rank: int) -> dict[str, str]:
+    """Inverse of `encode_fields`; `rank` is the sender, for the error."""
     verdict, position, texts = _C.read_facts(data)
     if verdict:
-        raise WireError("facts", _FACTS[verdict], f"something else at byte {position}", rank)
+        raise WireError(
+            "facts", _FIELDS_FAULTS[verdict], f"something else at byte {position}", rank
+        )
     return dict(zip(texts[::2], texts[1::2], strict=True))
 
 

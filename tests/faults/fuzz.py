@@ -42,7 +42,7 @@ def seeds() -> dict[str, list[bytes]]:
     return {
         "header": [header + header, header + bye, bye + bye],
         "hello": [Hello(4, 2, 0, run).encode(), Hello(2, 1, 0).encode("no one")[:30]],
-        "facts": [wire.encode_facts(f).rstrip(b"\0") + bytes(3) for f in facts],
+        "facts": [wire.encode_fields(f).rstrip(b"\0") + bytes(3) for f in facts],
         "codes": codes,
     }
 

@@ -18,8 +18,7 @@ from typing import Any, Literal
 import torch
 
 from astra_runtime import AstraError, Codebook, Engine
-from astra_runtime.transport import connect
-from astra_runtime.transport import fragments as parts
+from astra_runtime.transport import connect, fragments
 from astra_runtime.transport.datagram import DatagramMesh
 from astra_runtime.transport.tcp import TcpMesh
 from astra_runtime.wire import Frame
@@ -147,7 +146,7 @@ def rank(
     *,
     keys: str | None = None,
     backend: Literal["tcp", "datagram"] = "tcp",
-    part_size: int = parts.PART_SIZE,
+    fragment_size: int = fragments.FRAGMENT_SIZE,
     timeout: float = 20.0,
     fault: dict[str, Any] | None = None,
     calls: int = 1,
@@ -160,13 +159,13 @@ def rank(
     `raised`; `began`, `ended` and `waited`, start, end and block of the last send or
     wait; `noticed`, see `Moments`, and the errors of the `lost` by rank.
 
-    part_size: bytes in a datagram, so that a tiny model's frames have several.
+    fragment_size: bytes in a datagram, so that a tiny model's frames have several.
     ballast: bytes of memory that this process holds, as one with a large model does.
     """
     model, book, inputs = subject()
     held = torch.ones(ballast, dtype=torch.uint8)
     moments = None
-    parts.PART_SIZE = part_size  # in this process alone
+    fragments.FRAGMENT_SIZE = fragment_size  # in this process alone
     options: dict[str, Any] = {"keys": keys, "backend": backend, "timeout": timeout}
     try:
         with connect(number, len(peers), peers, **options) as mesh:

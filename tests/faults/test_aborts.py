@@ -19,9 +19,9 @@ import pytest
 from astra_runtime import wire
 from astra_runtime.control import Control
 from astra_runtime.errors import AstraError, DeadlineExceeded, HandshakeRefused, PeerLost, WireError
-from astra_runtime.transport import abort as last_words
+from astra_runtime.transport.abort import abort_frame, decode_error
 from astra_runtime.transport.certificates import can_make_keys
-from astra_runtime.wire import FACTS_SIZE, HEADER_SIZE, Frame
+from astra_runtime.wire import FIELDS_SIZE, HEADER_SIZE, Frame
 
 from .report import Row
 from .wires import PLAN, Wires, resident
@@ -48,7 +48,7 @@ class Said(NamedTuple):
 
 
 def abort(fields: dict[str, str] | bytes) -> bytes:
-    payload = fields if isinstance(fields, bytes) else wire.encode_facts(fields)
+    payload = fields if isinstance(fields, bytes) else wire.encode_fields(fields)
     return bytes(Frame.of(payload).stamp(0, 0, Control.ABORT, 0))
 
 
@@ -57,7 +57,7 @@ def texts(*raw: bytes, count: int | None = None) -> bytes:
     data = struct.pack("<H", len(raw) // 2 if count is None else count)
     for text in raw:
         data += struct.pack("<H", len(text)) + text
-    return data.ljust(FACTS_SIZE, b"\0")
+    return data.ljust(FIELDS_SIZE, b"\0")
 
 
 def wrong_fields() -> Iterator[Said]:
@@ -144,8 +144,8 @@ def fault_of(error: AstraError) -> str | None:
     block = getattr(error, "block", None)
     if block is not None and not 0 <= block <= 0xFFFF:
         return f"no such block: {text}"
-    told = last_words.frame(error, sequence=0, source=1, block=BLOCK)
-    again = last_words.error_of(told[HEADER_SIZE:], 1, BLOCK)
+    told = abort_frame(error, sequence=0, source=1, block=BLOCK)
+    again = decode_error(told[HEADER_SIZE:], 1, BLOCK)
     if type(again) is not type(error) or getattr(again, "rank", 0) != getattr(error, "rank", 0):
         return f"{error!r} becomes {again!r} when it is told on"
     return None
@@ -169,7 +169,7 @@ def mutated(draw: random.Random) -> bytes:
     fields = dict(draw.choice(CAUSES))
     kind = draw.choice(["bytes", "bytes", "texts", "number", "header", "random"])
     if kind == "random":
-        return abort(draw.randbytes(draw.randrange(80)).ljust(FACTS_SIZE, b"\0"))
+        return abort(draw.randbytes(draw.randrange(80)).ljust(FIELDS_SIZE, b"\0"))
     if kind == "texts":
         for name in draw.sample(sorted(fields), draw.choice([1, 2])):
             if draw.random() < 0.5:

@@ -23,19 +23,19 @@ from astra_runtime.transport.certificates import can_make_keys
 from astra_runtime.transport.datagram import DatagramMesh
 from astra_runtime.transport.fragments import (
     DATAGRAM_SIZE,
-    EARLY_BYTES,
+    FEC_GROUP,
+    FragmentHeader,
+    Outbox,
+    fragment_layout,
+    num_fec_fragments,
+)
+from astra_runtime.transport.reassembly import EARLY_BYTES, ByteRange, Inbox
+from astra_runtime.transport.seals import (
     HEADER_SIZE,
-    PARITY,
     SEAL_SIZE,
     EncryptedSeal,
-    Gap,
-    Inbox,
-    Outbox,
-    PartHeader,
     PlainSeal,
     Seal,
-    cut,
-    parities,
 )
 from tests.runtime.ranks import together
 from tests.runtime.transport.test_datagram import content, datagram_mesh, tls_datagram_mesh
@@ -44,14 +44,14 @@ from .report import Row
 from .wires import PLAN, resident
 
 BLOCK = 3
-SIZE = 4999  # five parts, the last one shorter, and one of parity
-PARTS, STEP = cut(SIZE)
-GROUPS = parities(PARTS, PARITY)
+SIZE = 4999  # five parts, the last one shorter, and one of FEC
+PARTS, STEP = fragment_layout(SIZE)
+GROUPS = num_fec_fragments(PARTS, FEC_GROUP)
 PAYLOAD = content(0, BLOCK, SIZE)
 SPARE = PARTS + GROUPS  # the packet number that a wrong datagram may have
-TRUE = PartHeader(SPARE, 2, PLAN, BLOCK, 0, SIZE, 0)
+TRUE = FragmentHeader(SPARE, 2, PLAN, BLOCK, 0, SIZE, 0)
 HEADER = struct.Struct("<QIIHHII")
-PATIENCE = 0.4  # seconds that a wait may take; a quarter of it for parts that never come
+PATIENCE = 0.4  # seconds that a wait may take; a quarter of it for fragments that never arrive
 BATCH = 40  # wrong datagrams beside one frame: the kernel keeps them all
 GROWTH = 8 << 20  # bytes that the process may grow over all mutated datagrams
 COUNTS = ("refused", "repeated", "late", "dropped", "missing")
@@ -67,7 +67,7 @@ class Way:
         self.mesh = meshes[1]
         self._ears, self._mouth = meshes[1]._peers[0], meshes[0]._peers[1]
         self.seal: Seal = self._ears.inbox.seal
-        self.echo = b"".join(self._ears.outbox.greeting())  # as this rank itself would say it
+        self.echo = b"".join(self._ears.outbox.probe())  # as this rank itself would say it
         self.at = self._ears.sock.getsockname()
         self.renew()
 
@@ -76,8 +76,8 @@ class Way:
         with contextlib.suppress(BlockingIOError):
             while True:  # what a WireError has left unread
                 self._ears.sock.recv(1)
-        self._ears.inbox = Inbox(0, self.seal, PARITY)
-        self.outbox = Outbox(0, self.seal, PARITY)
+        self._ears.inbox = Inbox(0, self.seal, FEC_GROUP)
+        self.outbox = Outbox(0, self.seal, FEC_GROUP)
         self.before = self.datagrams(0)
         self.say(*self.before)
         assert self.read(0) == (PAYLOAD, [])
@@ -87,20 +87,20 @@ class Way:
         """The next frame of rank 0, well made."""
         return [b"".join(part) for part in self.outbox.frame(memoryview(PAYLOAD), block, PLAN)]
 
-    def sealed(self, header: PartHeader, part: bytes) -> bytes:
+    def sealed(self, header: FragmentHeader, part: bytes) -> bytes:
         return b"".join(self.seal.seal(HEADER.pack(*header), part))
 
     def say(self, *datagrams: bytes) -> None:
         for datagram in datagrams:
             self._mouth.sock.send(datagram)
 
-    def read(self, block: int = BLOCK) -> tuple[bytes, list[Gap]]:
+    def read(self, block: int = BLOCK) -> tuple[bytes, list[ByteRange]]:
         """What a rank has of a block when its wait ends, and what it knows to be missing."""
         options = {"block": block, "plan": PLAN, "timeout": PATIENCE, "partial": True}
         views = self.mesh.receive({0: SIZE}, **options)  # type: ignore[arg-type]
         if 0 not in views:
             return b"", [(0, SIZE)]
-        return bytes(views[0]), list(self.mesh.gaps.get(0, ()))
+        return bytes(views[0]), list(self.mesh.missing_ranges.get(0, ()))
 
     def outcome(self, wanted: bytes = PAYLOAD) -> str:
         """What reading a frame comes to: the counts that it raises, or a WireError's field."""
@@ -134,13 +134,13 @@ class Wrong(NamedTuple):
 def strangers(way: Way) -> Iterator[Wrong]:
     """Who made these does not have the secret, or has recorded what somebody else sent."""
     right = way.datagrams()
-    for name, data in (("part", right[0]), ("parity", right[-1])):
+    for name, data in (("part", right[0]), ("fec", right[-1])):
         for size in range(len(data)):
             yield Wrong(f"{name} cut to {size}", data[:size], "refused")
     for size in (1, 2, DATAGRAM_SIZE - len(right[0]) + 1, 20_000, 60_000):
         yield Wrong(f"{size} bytes more", right[0] + bytes(size), "refused")
     kind = type(way.seal)
-    outbox = Outbox(0, kind(bytes(range(100, 132))), PARITY)  # type: ignore[call-arg]
+    outbox = Outbox(0, kind(bytes(range(100, 132))), FEC_GROUP)  # type: ignore[call-arg]
     outbox._numbers, outbox._frames = SPARE + 1, 1
     for datagram in outbox.frame(memoryview(PAYLOAD), BLOCK, PLAN):
         yield Wrong("under another secret", b"".join(datagram), "refused")
@@ -152,21 +152,21 @@ def strangers(way: Way) -> Iterator[Wrong]:
     yield Wrong("zeros", bytes(HEADER_SIZE + SEAL_SIZE), "repeated")
 
 
-def lies() -> Iterator[tuple[str, PartHeader, bytes, str]]:
+def lies() -> Iterator[tuple[str, FragmentHeader, bytes, str]]:
     """Well sealed, so of the peer itself: a header and a part, and what they have to lead to."""
     first, whole = PAYLOAD[:STEP], DATAGRAM_SIZE - HEADER_SIZE - SEAL_SIZE
-    parity, last = PARTS * STEP, (PARTS - 1) * STEP
+    fec, last = PARTS * STEP, (PARTS - 1) * STEP
     of_0 = "of rank 0"
     for size in (0, 1, STEP, SIZE - 1, SIZE + 1, 2**31 - 1, 2**31, 2**32 - 1):
-        for offset in (0, last, parity):
+        for offset in (0, last, fec):
             header = TRUE._replace(size=size, offset=offset)
             yield f"size {size} at {offset}", header, first, f"WireError length {of_0}"
     for length in (0, 1, STEP - 2, STEP - 1, STEP, STEP + 1, whole):
-        for offset in (0, last, parity):
+        for offset in (0, last, fec):
             if length != (STEP - 1 if offset == last else STEP):
                 name = f"{length} bytes at {offset}"
                 header = TRUE._replace(offset=offset)
-                yield name, header, bytes(length), f"WireError part {of_0}"
+                yield name, header, bytes(length), f"WireError fragment {of_0}"
     wrong: dict[str, tuple[int, ...]] = {
         "offset": (1, STEP - 1, (PARTS + GROUPS) * STEP, 2**31, 2**32 - 1),
         "block": (0, BLOCK - 1, BLOCK + 1, 0xFF00, 0xFFFD, 0xFFFF),
@@ -174,7 +174,7 @@ def lies() -> Iterator[tuple[str, PartHeader, bytes, str]]:
         "source": (1, 2, 0xFFFF),
     }
     for field, values in wrong.items():
-        told = "part" if field == "offset" else field
+        told = "fragment" if field == "offset" else field
         for value in values:
             header = TRUE._replace(**{field: value})
             yield f"{field} {value}", header, first, f"WireError {told} {of_0}"
@@ -230,7 +230,7 @@ def mutated(draw: random.Random, right: Sequence[bytes], strange: Outbox) -> byt
 def try_mutated(row: Row, count: int, draw: random.Random) -> None:
     """Frames among mutated datagrams, some without a part: nothing else may be missing or wrong."""
     with a_way(encrypted=True) as way:
-        strange = Outbox(0, EncryptedSeal(bytes(32)), PARITY)
+        strange = Outbox(0, EncryptedSeal(bytes(32)), FEC_GROUP)
         for _ in range(count // BATCH):
             way.renew()
             right = way.datagrams()
@@ -254,7 +254,7 @@ def try_mutated(row: Row, count: int, draw: random.Random) -> None:
                 row.count(fault)
 
 
-def lie(draw: random.Random) -> tuple[PartHeader, bytes]:
+def lie(draw: random.Random) -> tuple[FragmentHeader, bytes]:
     """A header with up to three wrong fields, and a part of about the right length."""
     choices: dict[str, Callable[[], int]] = {
         "number": lambda: draw.choice([draw.randrange(SPARE), draw.randrange(SPARE, 700)]),
@@ -270,7 +270,7 @@ def lie(draw: random.Random) -> tuple[PartHeader, bytes]:
     return TRUE._replace(**{name: choices[name]() for name in names}), draw.randbytes(length)
 
 
-def truth(header: PartHeader, part: bytes) -> tuple[set[str], bytes]:
+def truth(header: FragmentHeader, part: bytes) -> tuple[set[str], bytes]:
     """What a lie may lead to, and the payload that a frame has of which it is the first part."""
     if header.number < SPARE:
         return {"repeated"}, PAYLOAD
@@ -285,11 +285,11 @@ def truth(header: PartHeader, part: bytes) -> tuple[set[str], bytes]:
     index, rest = divmod(header.offset, STEP)
     length = STEP - 1 if index == PARTS - 1 else STEP
     if rest or index >= PARTS + GROUPS or len(part) != length:
-        return {"WireError part of rank 0"}, PAYLOAD
+        return {"WireError fragment of rank 0"}, PAYLOAD
     wanted = bytearray(PAYLOAD)
     if index < PARTS:
         wanted[index * STEP : (index + 1) * STEP] = part
-    else:  # before the last part comes, the parity part has given one away for it
+    else:  # before the last part comes, the FEC part has given one away for it
         total = int.from_bytes(part, "little")
         for n in range(PARTS - 1):
             total ^= int.from_bytes(PAYLOAD[n * STEP : (n + 1) * STEP], "little")

@@ -28,7 +28,7 @@ OWNER = 0  # of an encoder's answer: it cannot be left out
 # Parts so small that a frame of codes has five to ten; a deadline that only a hang would reach.
 DATAGRAMS: dict[str, Any] = {
     "backend": "datagram",
-    "part_size": 12,
+    "fragment_size": 12,
     "on_missing": "degrade",
     "deadline_ms": 5000.0,
 }

@@ -422,7 +422,7 @@ def test_a_peer_that_left_is_found_when_its_frames_are_used_up() -> None:
 
 
 def test_a_peer_far_behind_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("astra_runtime.transport.tcp.MAX_OWED", 3)
+    monkeypatch.setattr("astra_runtime.transport.tcp.MAX_OUTSTANDING", 3)
     with raw_peer() as (mesh, _peer):
         for block in range(4):
             assert not mesh.lost
@@ -492,7 +492,7 @@ class Gappy:
 
     def __init__(self, mesh: Mesh, lost: Mapping[tuple[int, int], tuple[int, int]]) -> None:
         self.mesh, self.of = mesh, lost
-        self.gaps: dict[int, list[tuple[int, int]]] = {}
+        self.missing_ranges: dict[int, list[tuple[int, int]]] = {}
         self.lossy = True
 
     def __getattr__(self, name: str) -> Any:
@@ -500,8 +500,8 @@ class Gappy:
 
     def receive(self, sizes: Any, *, block: int, **place: Any) -> Any:
         views = self.mesh.receive(sizes, block=block, **place)
-        self.gaps = {n: [self.of[n, block]] for n in views if (n, block) in self.of}
-        for n, ((start, stop),) in self.gaps.items():
+        self.missing_ranges = {n: [self.of[n, block]] for n in views if (n, block) in self.of}
+        for n, ((start, stop),) in self.missing_ranges.items():
             views[n][start:stop] = bytes([0xA5]) * (stop - start)
         return views
 

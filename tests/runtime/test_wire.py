@@ -52,7 +52,7 @@ def test_golden_hello_refusal_and_bye() -> None:
 def test_sizes() -> None:
     assert wire.HEADER_SIZE == 16
     assert wire.HELLO_SIZE == 30
-    assert len(wire.encode_facts({})) == wire.FACTS_SIZE == 2048
+    assert len(wire.encode_fields({})) == wire.FIELDS_SIZE == 2048
 
 
 def test_frame_payload_is_in_place() -> None:
@@ -190,18 +190,18 @@ def test_a_fitting_hello_is_not_refused() -> None:
 
 @given(st.dictionaries(st.text(max_size=20), st.text(max_size=40), max_size=8))
 def test_facts_survive(facts: dict[str, str]) -> None:
-    assert wire.decode_facts(wire.encode_facts(facts), 1) == facts
+    assert wire.decode_fields(wire.encode_fields(facts), 1) == facts
 
 
 def test_too_many_facts_are_refused() -> None:
     with pytest.raises(ValueError, match="at most 2048 bytes"):
-        wire.encode_facts({"long": "x" * 3000})
+        wire.encode_fields({"long": "x" * 3000})
 
 
 @given(st.binary(max_size=64))
 def test_any_bytes_as_facts_give_facts_or_a_typed_error(data: bytes) -> None:
     try:
-        facts = wire.decode_facts(data, 3)
+        facts = wire.decode_fields(data, 3)
     except errors.WireError:
         return
     assert all(isinstance(text, str) for pair in facts.items() for text in pair)

@@ -43,7 +43,7 @@ def judged(call: Callable[[], Any]) -> Any:
 
 
 HEADER = bytes(Frame(3).stamp(*EXPECTED[1:]))[:16]
-FACTS = wire.encode_facts({"model": "ab12", "plan": "Grüße, 三 ranks", "a": ""})[:60]
+FACTS = wire.encode_fields({"model": "ab12", "plan": "Grüße, 三 ranks", "a": ""})[:60]
 
 
 @settings(max_examples=500)
@@ -98,13 +98,13 @@ def test_hellos(data: bytes) -> None:
 @given(st.one_of(mutated(FACTS), st.binary(max_size=40)))
 def test_facts(data: bytes) -> None:
     wanted = reference.facts(data)
-    found = judged(lambda: wire.decode_facts(data, 1))
+    found = judged(lambda: wire.decode_fields(data, 1))
     if wanted is None:
         assert isinstance(found, WireError)
         assert (found.field, found.rank) == ("facts", 1)
     else:
         assert found == wanted
-        assert wire.encode_facts(found)[: len(data)] == data
+        assert wire.encode_fields(found)[: len(data)] == data
 
 
 @pytest.mark.parametrize(
@@ -120,7 +120,7 @@ def test_facts(data: bytes) -> None:
 )
 def test_facts_that_nobody_encodes(data: bytes, words: str) -> None:
     with pytest.raises(WireError, match=words):
-        wire.decode_facts(data, 1)
+        wire.decode_fields(data, 1)
 
 
 @settings(max_examples=300)

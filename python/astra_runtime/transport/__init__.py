@@ -11,8 +11,8 @@ from typing import Any
 from astra_runtime.core import _C
 from astra_runtime.transport import rendezvous
 from astra_runtime.transport.addresses import parse_address, require_loopback
+from astra_runtime.transport.bootstrap import MeshBootstrap
 from astra_runtime.transport.certificates import Contexts, Keys
-from astra_runtime.transport.handshake import Formation
 from astra_runtime.transport.link import Link
 from astra_runtime.transport.mesh import Mesh, Stats, peers_of, require
 from astra_runtime.transport.options import Backend, ConnectOptions
@@ -202,10 +202,10 @@ def _connect_tcp(options: ConnectOptions, contexts: Contexts | None) -> TcpMesh:
             if contexts is None:
                 require_loopback(host for host, _ in addresses.values())
         own_hello = Hello(world_size, rank, NOBODY, run)
-        formation = Formation(own_hello, listener, addresses, contexts)
-        streams = formation.run(options.connect_timeout)
+        bootstrap = MeshBootstrap(own_hello, listener, addresses, contexts)
+        streams = bootstrap.run(options.connect_timeout)
     del store
-    return TcpMesh(rank, world_size, streams, timeout=timeout, handshake=formation.stats)
+    return TcpMesh(rank, world_size, streams, timeout=timeout, handshake=bootstrap.stats)
 
 
 def _exchange_addresses(

@@ -1,8 +1,8 @@
 """ABORT: the last frame of a rank that fails, so that all ranks fail with one cause.
 
-Its payload is laid out as that of FACTS (`wire.encode_facts`): the name of an error, and its fields
-as text. Whoever reads it raises the same error. What is no error of ASTRA's own concerns the rank
-that had it: the others have lost that rank.
+Its payload is an error's encoded fields (`wire.encode_fields`): its name, and its attributes as
+text. Whoever reads it raises the same error. What is no error of ASTRA's own concerns the rank that
+had it: the others have lost that rank.
 """
 
 from __future__ import annotations
@@ -14,17 +14,19 @@ from astra_runtime import wire
 from astra_runtime.control import Control
 from astra_runtime.errors import AstraError, DeadlineExceeded, HandshakeRefused, PeerLost, WireError
 from astra_runtime.transport.stream import Stream
-from astra_runtime.wire import FACTS_SIZE, HEADER_SIZE, Frame
+from astra_runtime.wire import FIELDS_SIZE, HEADER_SIZE, Frame
 
-ABORT_SIZE: Final = HEADER_SIZE + FACTS_SIZE  # bytes of the whole frame
+ABORT_SIZE: Final = HEADER_SIZE + FIELDS_SIZE  # bytes of the whole frame
 _MAX_TEXT: Final = 400  # bytes of each text: three of them fit beside the numbers
 _MAX_RANKS: Final = 50
 
 
-def frame(error: BaseException, *, sequence: int, source: int, block: int | None) -> memoryview:
-    """The frame in which rank `source` says that it fails of `error`, `block` being its last."""
-    told = Frame.of(wire.encode_facts(_fields(error, source, block)))
-    return told.stamp(sequence, 0, Control.ABORT, source)
+def abort_frame(
+    error: BaseException, *, sequence: int, source: int, block: int | None
+) -> memoryview:
+    """The frame by which rank `source` reports that `error` ends it, `block` being its last."""
+    frame = Frame.of(wire.encode_fields(_fields(error, source, block)))
+    return frame.stamp(sequence, 0, Control.ABORT, source)
 
 
 def is_abort(data: bytes | bytearray | memoryview, source: int) -> bool:
@@ -32,17 +34,19 @@ def is_abort(data: bytes | bytearray | memoryview, source: int) -> bool:
     if len(data) < HEADER_SIZE:
         return False
     header = wire.parse_header(data)
-    return header == (FACTS_SIZE, header.sequence, 0, Control.ABORT, source)
+    return header == (FIELDS_SIZE, header.sequence, 0, Control.ABORT, source)
 
 
-def error_of(payload: bytes | bytearray | memoryview, source: int, block: int | None) -> AstraError:
+def decode_error(
+    payload: bytes | bytearray | memoryview, source: int, block: int | None
+) -> AstraError:
     """The error to raise for the payload of an ABORT of rank `source`.
 
     `block`: where this rank is, for a rank that failed before any block.
 
     Raises WireError where the payload says none.
     """
-    fields = wire.decode_facts(payload, source)
+    fields = wire.decode_fields(payload, source)
     text = {name: printable(value.encode()) for name, value in fields.items()}
     try:
         kind = text["error"]
@@ -64,24 +68,24 @@ def error_of(payload: bytes | bytearray | memoryview, source: int, block: int | 
     raise WireError("abort", "the name of an error", kind, source)
 
 
-def ending(stream: Stream, rank: int, block: int | None, detail: str) -> AstraError | None:
-    """Why the connection of `rank` ended, from the last bytes that came of it; None: with BYE."""
+def error_at_end(stream: Stream, rank: int, block: int | None, detail: str) -> AstraError | None:
+    """Why the connection of `rank` ended, from the last bytes received of it; None: with BYE."""
     tail = stream.tail(ABORT_SIZE)
     if wire.is_bye(tail[-HEADER_SIZE:], rank):
         return None
     if len(tail) == ABORT_SIZE and is_abort(tail, rank):
-        return error_of(tail[HEADER_SIZE:], rank, block)
+        return decode_error(tail[HEADER_SIZE:], rank, block)
     return PeerLost(rank, block, detail)
 
 
 def printable(raw: bytes | bytearray) -> str:
-    """A stranger's words, which may hold anything, for a terminal or a log."""
+    """Text of unknown origin, which may hold anything, for a terminal or a log."""
     text = raw.decode(errors="replace")
     return "".join(c if c.isprintable() else "\N{REPLACEMENT CHARACTER}" for c in text)
 
 
 def _number(text: str, least: int = 0) -> int:
-    """A rank or a block, which both have 16 bits: what is told on must not grow beyond a frame."""
+    """A rank or a block, both of 16 bits: what is passed on must not grow beyond a frame."""
     number = int(text)
     if not least <= number <= 0xFFFF:
         raise ValueError(f"expected {least}..65535, got {number}")
@@ -97,27 +101,27 @@ def _seconds(text: str) -> float:
 
 def _fields(error: BaseException, source: int, block: int | None) -> dict[str, str]:
     if isinstance(error, PeerLost):
-        rank, block, told = error.rank, error.block, {"detail": error.detail}
+        rank, block, details = error.rank, error.block, {"detail": error.detail}
     elif isinstance(error, DeadlineExceeded):
         rank, block = error.rank, error.block
         ranks = " ".join(map(str, error.ranks[:_MAX_RANKS]))
-        told = {"seconds": repr(error.seconds), "ranks": ranks}
+        details = {"seconds": repr(error.seconds), "ranks": ranks}
     elif isinstance(error, WireError):
         rank = -1 if error.rank is None else error.rank
-        told = {name: str(getattr(error, name)) for name in ("field", "expected", "got")}
+        details = {name: str(getattr(error, name)) for name in ("field", "expected", "got")}
     elif isinstance(error, HandshakeRefused):
-        rank, told = source, {"reason": error.reason}
+        rank, details = source, {"reason": error.reason}
     else:
-        rank, told = source, {"detail": f"{type(error).__name__}: {error}".removesuffix(": ")}
-        return _texts("PeerLost", rank, block, told)
-    return _texts(type(error).__name__, rank, block, told)
+        rank, details = source, {"detail": f"{type(error).__name__}: {error}".removesuffix(": ")}
+        return _texts("PeerLost", rank, block, details)
+    return _texts(type(error).__name__, rank, block, details)
 
 
-def _texts(kind: str, rank: int, block: int | None, told: dict[str, str]) -> dict[str, str]:
+def _texts(kind: str, rank: int, block: int | None, details: dict[str, str]) -> dict[str, str]:
     fields = {"error": kind, "rank": str(rank)}
     if block is not None:
         fields["block"] = str(block)
-    return fields | {name: _short(text) for name, text in told.items()}
+    return fields | {name: _short(text) for name, text in details.items()}
 
 
 def _short(text: str) -> str:

@@ -1,4 +1,4 @@
-"""One TCP connection: writes frames and keeps what the kernel does not take, reads those due.
+"""One TCP connection: writes frames and keeps what the kernel does not take, reads those expected.
 
 Nothing here waits. Frames that come early stay in the kernel's receive buffer until their block is
 asked for, so TCP's own flow control slows a rank far ahead.
@@ -13,14 +13,14 @@ from collections import deque
 
 from astra_runtime import wire
 from astra_runtime.errors import AstraError, PeerLost, WireError
-from astra_runtime.transport import abort as last_words
+from astra_runtime.transport import abort
 from astra_runtime.transport.peers import Channel, slot
 from astra_runtime.transport.stream import Stream
 from astra_runtime.wire import HEADER_SIZE, Header
 
 
 class Connection(Channel):
-    """One peer's connection: its unsent bytes, the frames due of it, the one being read."""
+    """One peer's connection: its unsent bytes, its outstanding frames, the one being read."""
 
     def __init__(self, own: int, rank: int, stream: Stream) -> None:
         super().__init__(own, rank)
@@ -28,16 +28,16 @@ class Connection(Channel):
         self.sock = stream.sock
         self.fd = stream.sock.fileno()
         stream.received = 0  # what came before counts as handshake
-        self.due: deque[Header] = deque()  # still to come; all but the last one are owed
+        self.outstanding: deque[Header] = deque()  # all but the last one are late
         self.error: AstraError | None = None  # why it ended, as far as reading has found
-        self.deaf = False  # it cannot be reached any more; what it sent can still be read
+        self.send_closed = False  # what it sent can still be read
         self.unsent: deque[memoryview] = deque()
         self.unsent_bytes = 0
         self.watched = 0  # poll events registered
         self.slots = [memoryview(bytearray(HEADER_SIZE))] * 3  # even, odd, control
         self.frame = self.slots[0]
         self.filled = 0
-        self.aborts = False  # what is being read is its ABORT
+        self.reading_abort = False
 
     def transmit(self, data: memoryview) -> None:
         """Sends now what the kernel takes and keeps the rest, in order, in memory of its own."""
@@ -72,12 +72,12 @@ class Connection(Channel):
 
     def expect(self, size: int, block: int, plan: int) -> None:
         """Names the next frame; the reader has room for it and for nothing more."""
-        self.due.append(self.next_header(size, block, plan))
-        if len(self.due) == 1:
+        self.outstanding.append(self.next_header(size, block, plan))
+        if len(self.outstanding) == 1:
             self._begin()
 
     def _begin(self) -> None:
-        size, _, _, block, _ = self.due[0]
+        size, _, _, block, _ = self.outstanding[0]
         index, total = slot(block), HEADER_SIZE + size
         if len(self.slots[index]) < total:
             self.slots[index] = memoryview(bytearray(total))
@@ -85,28 +85,28 @@ class Connection(Channel):
         self.filled = 0
 
     def advance(self) -> bool:
-        """Reads what has come; True when all frames named so far are complete and correct.
+        """Reads what has arrived; True when all frames expected so far are complete and correct.
 
-        An owed frame is read like any other, into the memory of the one that replaces it.
+        A late frame is read like any other, into the memory of the one that replaces it.
         """
-        while self.due:
+        while self.outstanding:
             if not self._read():
                 return False
-            self.due.popleft()
-            if self.due:
+            self.outstanding.popleft()
+            if self.outstanding:
                 self._begin()
         return True
 
     def _read(self) -> bool:
-        """Reads what has come of the first frame due; True when it is complete and correct."""
+        """Reads what has arrived of the first outstanding frame; True when that is whole."""
         before = self.filled
         try:
             count = self.stream.read_into(self.frame[before:] if before else self.frame)
         except BlockingIOError:
             return False
         except ssl.SSLError as error:  # nothing that was not sealed by the peer gets any further
-            came = (error.reason or str(error)).lower().replace("_", " ")
-            raise WireError("TLS record", "one that it sealed", came, self.rank) from error
+            reason = (error.reason or str(error)).lower().replace("_", " ")
+            raise WireError("TLS record", "one that it sealed", reason, self.rank) from error
         except OSError as error:
             raise self.lost(error.strerror or str(error)) from error
         if count == 0:
@@ -117,46 +117,47 @@ class Connection(Channel):
             return False
         if before < HEADER_SIZE:
             try:
-                wire.check_header(self.frame, self.due[0])
+                wire.check_header(self.frame, self.outstanding[0])
             except WireError:
                 if wire.is_bye(self.frame, self.rank):
                     raise self.lost("it had finished and said BYE") from None
-                if not last_words.is_abort(self.frame, self.rank):
+                if not abort.is_abort(self.frame, self.rank):
                     raise
-                return self._hear_out()
+                return self._read_abort()
         if filled < len(self.frame):
             return False
-        if self.aborts:
-            raise self._cause()
+        if self.reading_abort:
+            raise self._abort_error()
         return True
 
-    def _hear_out(self) -> bool:
-        """Goes on reading an ABORT, which has begun in place of the frame due."""
-        whole = memoryview(bytearray(last_words.ABORT_SIZE))
+    def _read_abort(self) -> bool:
+        """Goes on reading an ABORT, which has begun in place of the frame expected."""
+        whole = memoryview(bytearray(abort.ABORT_SIZE))
         self.filled = min(self.filled, len(whole))
         whole[: self.filled] = self.frame[: self.filled]
-        self.frame, self.aborts = whole, True
+        self.frame, self.reading_abort = whole, True
         if self.filled < len(whole):
             return self._read()
-        raise self._cause()
+        raise self._abort_error()
 
-    def _cause(self) -> AstraError:
-        words, block = self.frame[HEADER_SIZE:], self.due[-1].block
-        self.error = last_words.error_of(words, self.rank, block)
+    def _abort_error(self) -> AstraError:
+        payload, block = self.frame[HEADER_SIZE:], self.outstanding[-1].block
+        self.error = abort.decode_error(payload, self.rank, block)
         return self.error
 
     def lost(self, detail: str) -> PeerLost:
-        self.error = PeerLost(self.rank, self.due[-1].block, detail)
+        self.error = PeerLost(self.rank, self.outstanding[-1].block, detail)
         return self.error
 
     def broken(self, block: int | None, error: OSError) -> AstraError:
-        """Why nothing can be sent any more: what it said at the end, if that came."""
-        found = last_words.ending(self.stream, self.rank, block, error.strerror or str(error))
-        return found or PeerLost(self.rank, block, "it had finished and said BYE")
+        """Why nothing can be sent any more: its abort frame, if that arrived."""
+        detail = error.strerror or str(error)
+        cause = abort.error_at_end(self.stream, self.rank, block, detail)
+        return cause or PeerLost(self.rank, block, "it had finished and said BYE")
 
-    def deafen(self) -> None:
+    def close_send_side(self) -> None:
         """Sends nothing any more, so that the peer sees an end and no frame without its rest."""
-        self.deaf = True
+        self.send_closed = True
         self.unsent.clear()
         self.unsent_bytes = 0
         with contextlib.suppress(OSError):

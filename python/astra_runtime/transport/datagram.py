@@ -1,10 +1,10 @@
-"""Codes as datagrams, for links that lose packets: a lost part delays nobody.
+"""Codes as datagrams, for links that lose packets: no head-of-line blocking.
 
 TCP delivers in order, so one lost packet holds up all that was sent behind it, for a round trip at
 best and 200 ms or more at worst. Codes of a block are of use now or not at all. `DatagramMesh`
 sends the frames of blocks as UDP datagrams and leaves everything else (control messages, gathered
 answers, how peers are lost) to the TCP mesh that it wraps, over which the datagrams' secrets are
-agreed. What is missing when a wait ends is told by `gaps`, and the caller goes on without it.
+agreed. What is missing when a wait ends is in `missing_ranges`, and the caller goes on without it.
 """
 
 from __future__ import annotations
@@ -28,33 +28,23 @@ from astra_runtime.errors import (
     HandshakeRefused,
     WireError,
 )
-from astra_runtime.transport import abort as last_words
+from astra_runtime.transport.abort import error_at_end
 from astra_runtime.transport.certificates import EXTRA, KeysError, can_make_keys
-from astra_runtime.transport.fragments import (
-    DATAGRAM_SIZE,
-    PARITY,
-    SECRET_SIZE,
-    Buffer,
-    DatagramStats,
-    EncryptedSeal,
-    Gap,
-    Inbox,
-    Outbox,
-    PlainSeal,
-    Seal,
-)
+from astra_runtime.transport.fragments import DATAGRAM_SIZE, FEC_GROUP, DatagramStats, Outbox
 from astra_runtime.transport.mesh import Payload, Stats
 from astra_runtime.transport.peers import Peer, PeerMesh
+from astra_runtime.transport.reassembly import ByteRange, Inbox
+from astra_runtime.transport.seals import SECRET_SIZE, Buffer, EncryptedSeal, PlainSeal, Seal
 from astra_runtime.transport.tcp import YIELD_NANOSECONDS, TcpMesh
 from astra_runtime.wire import Frame
 
 SOCKET_BUFFER: Final = 4 << 20  # asked of the kernel, which may give less
 MAX_UNSENT: Final = 1 << 20  # bytes kept for a peer while the kernel takes none
-GREETINGS: Final = 8  # datagrams that try the way before it is relied on
-GREETING_SECONDS: Final = 0.01  # between two of them
-PAUSE: Final = 0.25  # of a wait: so long after its last part a frame that has begun is given up
+PROBES: Final = 8  # datagrams that test the path before it is relied on
+PROBE_SECONDS: Final = 0.01  # between two of them
+PAUSE: Final = 0.25  # of a wait: so long after its last fragment a begun frame is given up
 _TURN: Final = 1024  # datagrams of one peer read before another's
-_OFFER: Final = struct.Struct(f"<HB{SECRET_SIZE}s")  # see `_agree_on_secrets`
+_OFFER: Final = struct.Struct(f"<HB{SECRET_SIZE}s")  # see `_exchange_secrets`
 
 
 class _Peer(Peer):
@@ -101,7 +91,7 @@ class _Peer(Peer):
         return True
 
     def collect(self) -> bool:
-        """Takes what has come; False where there may be more."""
+        """Takes what has arrived; False where there may be more."""
         for _ in range(_TURN):
             try:
                 count = self.sock.recv_into(self._room)
@@ -115,33 +105,33 @@ class _Peer(Peer):
 
 
 def connect_datagrams(
-    control: TcpMesh, *, parity: int = PARITY, connect_timeout: float = 10.0
+    control: TcpMesh, *, fec_group: int = FEC_GROUP, connect_timeout: float = 10.0
 ) -> DatagramMesh:
     """Wraps a mesh that was just made, on every rank: its block frames become datagrams. Closes it
     on failure.
 
-    Each rank tells each peer, over its connection, a port and a fresh secret to send with; then
-    datagrams try the way. With TLS the secrets are keys of AES-256-GCM. Without, so on loopback
-    only, they are tokens, see `PlainSeal`. To as many as `parity` parts of a frame (1 to 255; 0:
-    never) this rank adds one that makes good the loss of any one of them.
+    Each rank sends each peer, over its connection, a port and a fresh secret to send with; then
+    datagrams probe the path. With TLS the secrets are keys of AES-256-GCM. Without, so on loopback
+    only, they are tokens, see `PlainSeal`. To as many as `fec_group` fragments of a frame (1 to
+    255; 0: never) this rank adds one by which any one of them can be recovered.
 
     Raises:
         KeysError: encryption without the package `cryptography`.
         HandshakeRefused: a peer that does not send datagrams.
         ConnectFailed: no datagram of a peer came within `connect_timeout` seconds.
     """
-    if not 0 <= parity <= 255:
-        raise ValueError(f"parity: expected 0..255, got {parity}")
+    if not 0 <= fec_group <= 255:
+        raise ValueError(f"fec_group: expected 0..255, got {fec_group}")
     if control.encrypted and not can_make_keys():
-        why = KeysError(
+        error = KeysError(
             f'datagrams beside TLS need the package cryptography: pip install "{EXTRA}"'
         )
-        control.abort(why)
-        raise why
+        control.abort(error)
+        raise error
     mesh = DatagramMesh(control)
     try:
-        mesh._agree_on_secrets(parity)
-        mesh._try_the_way(connect_timeout)
+        mesh._exchange_secrets(fec_group)
+        mesh._probe_paths(connect_timeout)
     except BaseException as error:
         mesh.abort(error)
         raise
@@ -152,8 +142,8 @@ class DatagramMesh(PeerMesh[_Peer]):
     """`Mesh` over UDP for the frames of blocks and over a TCP mesh for the rest.
 
     Attributes:
-        gaps: after a `receive`: of every rank whose frame came in part, the missing bytes
-            [start, stop) of its payload, which are zeros in its view.
+        missing_ranges: after a `receive`: of every rank whose frame arrived in part, the missing
+            bytes [start, stop) of its payload, which are zeros in its view.
     """
 
     partial, lossy = True, True
@@ -162,18 +152,18 @@ class DatagramMesh(PeerMesh[_Peer]):
         peers = [_Peer(n, _bound_beside(to.sock)) for n, to in control.connections.items()]
         super().__init__(control.rank, control.world_size, control.timeout, peers)
         self._control = control
-        self._gaps: dict[int, list[Gap]] = {}
+        self._missing_ranges: dict[int, list[ByteRange]] = {}
         self._lost: dict[int, AstraError] = {}
         self._by_fd = {peer.fd: peer for peer in peers}
 
-    def _agree_on_secrets(self, parity: int) -> None:
-        """Each tells each, over their connection: the port to send to, what parity it will send
+    def _exchange_secrets(self, fec_group: int) -> None:
+        """Each sends each, over their connection: the port to send to, the FEC group it will send
         with, and the secret that it will open datagrams with."""
         seal: type[Seal] = EncryptedSeal if self.encrypted else PlainSeal
         for rank, peer in self._peers.items():
             secret = os.urandom(SECRET_SIZE)
             peer.inbox.seal = seal(secret)  # type: ignore[call-arg]
-            offer = _OFFER.pack(peer.sock.getsockname()[1], parity, secret)
+            offer = _OFFER.pack(peer.sock.getsockname()[1], fec_group, secret)
             self._control.send(offer, block=Control.DATAGRAMS, plan=0, to=[rank])
         sizes = dict.fromkeys(self._peers, _OFFER.size)
         try:
@@ -185,16 +175,16 @@ class DatagramMesh(PeerMesh[_Peer]):
                 f"rank {error.rank} sends no datagrams, rank {self.rank} does"
             ) from error
         for rank, peer in self._peers.items():
-            port, peer.inbox.parity, secret = _OFFER.unpack(offers[rank])
-            peer.outbox = Outbox(self.rank, seal(secret), parity)  # type: ignore[call-arg]
+            port, peer.inbox.fec_group, secret = _OFFER.unpack(offers[rank])
+            peer.outbox = Outbox(self.rank, seal(secret), fec_group)  # type: ignore[call-arg]
             host, _, *rest = self._control.connections[rank].sock.getpeername()
             peer.sock.connect((host, port, *rest))
 
-    def _try_the_way(self, connect_timeout: float) -> None:
+    def _probe_paths(self, connect_timeout: float) -> None:
         """Finds out at once, not by degraded answers, where nothing passes."""
-        deadline = time.monotonic() + max(connect_timeout, GREETINGS * GREETING_SECONDS)
+        deadline = time.monotonic() + max(connect_timeout, PROBES * PROBE_SECONDS)
         silent, turn = list(self._peers.values()), 0
-        while silent or turn < GREETINGS:
+        while silent or turn < PROBES:
             if time.monotonic() > deadline:
                 ranks = tuple(sorted(peer.rank for peer in silent))
                 who = ", ".join(map(str, ranks))
@@ -204,16 +194,16 @@ class DatagramMesh(PeerMesh[_Peer]):
                     ranks,
                 )
             for peer in self._peers.values():
-                peer.transmit(peer.outbox.greeting())
+                peer.transmit(peer.outbox.probe())
             turn += 1
-            time.sleep(GREETING_SECONDS)
+            time.sleep(PROBE_SECONDS)
             for peer in self._peers.values():
                 peer.collect()
-            silent = [peer for peer in silent if not peer.inbox.greeted]
+            silent = [peer for peer in silent if not peer.inbox.probed]
 
     @property
-    def gaps(self) -> Mapping[int, Sequence[Gap]]:
-        return self._gaps
+    def missing_ranges(self) -> Mapping[int, Sequence[ByteRange]]:
+        return self._missing_ranges
 
     @property
     def lost(self) -> Mapping[int, AstraError]:
@@ -243,7 +233,7 @@ class DatagramMesh(PeerMesh[_Peer]):
         if is_control(block):
             self._control.send(payload, block=block, plan=plan, to=to, partial=partial)
             return
-        self._control.block = block  # for its last words
+        self._control.block = block  # for its abort frame
         content = payload.payload if isinstance(payload, Frame) else memoryview(payload).cast("B")
         for rank in to:
             peer = self._living(rank, partial)
@@ -262,8 +252,8 @@ class DatagramMesh(PeerMesh[_Peer]):
         partial: bool = False,
     ) -> dict[int, memoryview]:
         """As `Mesh.receive`. A partial wait ends before its deadline where what is missing must be
-        lost (`Inbox.hope`); any other wait for a lost part ends in DeadlineExceeded."""
-        self._gaps = {}
+        lost (`Inbox.remaining_wait`); other waits for a lost fragment end in DeadlineExceeded."""
+        self._missing_ranges = {}
         if is_control(block):
             return self._control.receive(
                 sizes, block=block, plan=plan, timeout=timeout, partial=partial
@@ -279,13 +269,13 @@ class DatagramMesh(PeerMesh[_Peer]):
             raise DeadlineExceeded(ranks[0], block, seconds, ranks)
         views = {}
         for rank, peer in wanted.items():
-            found = peer.inbox.finish()
-            if found is None:
+            frame = peer.inbox.finish()
+            if frame is None:
                 continue
-            views[rank], gaps = found
-            if gaps:
-                self._gaps[rank] = gaps
-            missing = sum(stop - start for start, stop in gaps)
+            views[rank], ranges = frame
+            if ranges:
+                self._missing_ranges[rank] = ranges
+            missing = sum(stop - start for start, stop in ranges)
             peer.stats.count_received(sizes[rank] - missing, block)
         return views
 
@@ -304,17 +294,18 @@ class DatagramMesh(PeerMesh[_Peer]):
             if left <= 0:
                 break
             if partial:
-                left = min([left, *(peer.inbox.hope(pause) for peer in waiting)])
+                left = min([left, *(peer.inbox.remaining_wait(pause) for peer in waiting)])
             self._sleep(left, block, partial)
             waiting = self._still_missing(waiting, partial, pause)
         return waiting
 
     def _still_missing(self, waiting: list[_Peer], partial: bool, pause: float) -> list[_Peer]:
-        """Who is to be waited for after all has been taken that has come."""
+        """Who is still to be waited for, after all that has arrived was taken."""
         left = []
         for peer in waiting:
             taken = peer.collect()
-            given_up = partial and (self._gone(peer.rank) or (taken and not peer.inbox.hope(pause)))
+            lost = taken and not peer.inbox.remaining_wait(pause)
+            given_up = partial and (self._gone(peer.rank) or lost)
             if not (peer.inbox.whole or given_up):
                 left.append(peer)
         return left
@@ -329,20 +320,20 @@ class DatagramMesh(PeerMesh[_Peer]):
         for fd in ready:
             self._by_fd[fd].collect()
         for connection in ended:
-            why = last_words.ending(
+            cause = error_at_end(
                 connection.stream, connection.rank, block, "it closed the connection"
             )
-            if why is not None:
-                self._lost[connection.rank] = why
+            if cause is not None:
+                self._lost[connection.rank] = cause
 
     def _gone(self, rank: int) -> AstraError | None:
         return self._lost.get(rank) or self._control.lost.get(rank)
 
     def _living(self, rank: int, partial: bool) -> _Peer:
         peer = self._peer(rank)
-        why = self._gone(rank)
-        if why is not None and not partial:
-            raise why
+        cause = self._gone(rank)
+        if cause is not None and not partial:
+            raise cause
         return peer
 
     def flush(self) -> None:

@@ -112,7 +112,7 @@ class DistributedMesh(PeerMesh[Channel]):
         return views
 
     def _accept(self, transfer: _Transfer, size: int, block: int, plan: int) -> memoryview:
-        """Checks the header of a frame that has come and returns its payload."""
+        """Checks the header of a frame that arrived and returns its payload."""
         received = transfer.tensor[: HEADER_SIZE + size].cpu().numpy()
         data: memoryview = received.data
         self._peers[transfer.rank].accept(data, size, block, plan)
@@ -156,7 +156,7 @@ class DistributedMesh(PeerMesh[Channel]):
     def _failure(
         self, rank: int, block: int | None, error: RuntimeError, seconds: float
     ) -> AstraError:
-        """torch.distributed has one exception for everything; its words tell what happened."""
+        """torch.distributed has one exception for everything; its message says what happened."""
         text = str(error)
         if "imed out" in text or "timeout" in text:
             return DeadlineExceeded(rank, block, seconds)

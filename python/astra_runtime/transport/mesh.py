@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
@@ -60,18 +61,19 @@ class Mesh(ABC):
     After any AstraError the mesh is of no further use but to be closed, or connected again. One
     thread uses a mesh.
 
-    With `partial`, what a peer fails to do raises nothing: it is left out, and the caller sees by
-    the ranks it got that it has. A frame that misses its deadline is owed: it is read, checked and
-    dropped before the next frame of that rank is looked at.
+    With `partial`, a call is best-effort: what a peer fails to do raises nothing, it is left out,
+    and the caller sees by the ranks in the answer that it was. A frame that misses its deadline
+    stays outstanding: it is read, checked and dropped before the next frame of that rank is looked
+    at.
 
     Attributes:
         timeout: seconds; the deadline of every wait that names none.
-        partial: whether this transport can leave peers out.
+        partial: whether this transport has best-effort calls, which can leave peers out.
         lossy: whether frames may be lost on their way although nobody failed.
-        gaps: after a partial `receive`, of each rank whose frame came in part: the missing byte
-            ranges [start, stop) of its payload, whose bytes mean nothing. Nothing has gaps where
-            frames come whole or not at all.
-        lost: why nothing more comes of a rank, for those that partial calls have found gone.
+        missing_ranges: after a partial `receive`, of each rank whose frame arrived in part: the
+            missing bytes [start, stop) of its payload, whose values mean nothing. Empty where
+            frames arrive whole or not at all.
+        lost: why nothing more arrives of a rank, for those that partial calls have found gone.
         options: the arguments of `connect`; None: made in another way.
         reconnect_factory: makes a mesh of `options` anew, with the former mesh's `store`; left by
             `connect`, for `reconnect`.
@@ -92,8 +94,14 @@ class Mesh(ABC):
     keeper: _C.Keeper | None = None
 
     @property
-    def gaps(self) -> Mapping[int, Sequence[tuple[int, int]]]:
+    def missing_ranges(self) -> Mapping[int, Sequence[tuple[int, int]]]:
         return {}
+
+    @property
+    def gaps(self) -> Mapping[int, Sequence[tuple[int, int]]]:
+        """Deprecated name of `missing_ranges`."""
+        warnings.warn("Mesh.gaps is now missing_ranges", DeprecationWarning, stacklevel=2)
+        return self.missing_ranges
 
     @property
     def lost(self) -> Mapping[int, AstraError]:
@@ -101,7 +109,7 @@ class Mesh(ABC):
 
     @property
     def encrypted(self) -> bool:
-        """Whether all that this rank sends and hears is inside TLS."""
+        """Whether all that this rank sends and receives is inside TLS."""
         return False
 
     @property
@@ -114,14 +122,18 @@ class Mesh(ABC):
     def peer_stats(self) -> dict[int, Stats]:
         """The same, for each peer."""
 
-    def agree(self, facts: Mapping[str, str]) -> None:
-        """Collective: a fact that differs between ranks raises HandshakeRefused on both sides."""
+    def agree(self, fields: Mapping[str, str]) -> None:
+        """Collective consistency check: compares the ranks' configuration fingerprints.
+
+        fields: what must be alike on all ranks, by name. A difference raises HandshakeRefused on
+        both sides.
+        """
         peers = peers_of(self)
-        self.send(wire.encode_facts(facts), block=Control.FACTS, plan=0, to=peers)
-        sizes = dict.fromkeys(peers, wire.FACTS_SIZE)
-        views = self.receive(sizes, block=Control.FACTS, plan=0)
+        self.send(wire.encode_fields(fields), block=Control.FINGERPRINT, plan=0, to=peers)
+        sizes = dict.fromkeys(peers, wire.FIELDS_SIZE)
+        views = self.receive(sizes, block=Control.FINGERPRINT, plan=0)
         for rank in sorted(views):
-            difference = _difference(self.rank, facts, rank, wire.decode_facts(views[rank], rank))
+            difference = _difference(self.rank, fields, rank, wire.decode_fields(views[rank], rank))
             if difference is not None:
                 self.close()  # with BYE: peers still comparing must find the difference, not a loss
                 raise HandshakeRefused(difference)
@@ -171,7 +183,7 @@ class Mesh(ABC):
 
     @abstractmethod
     def abort(self, error: BaseException) -> None:
-        """Tells every peer why this rank fails, so that they fail with the same cause, and closes.
+        """Sends every peer the cause for which this rank fails, so that all fail alike, and closes.
 
         An error of this rank alone is a PeerLost(this rank) there. Never raises, takes no longer
         than 0.2 s, and does nothing on a closed mesh. A `with` block left by an exception does it.
@@ -216,7 +228,7 @@ def peers_of(mesh: Mesh) -> list[int]:
 def require(
     mesh: Mesh, views: Mapping[int, object], ranks: Iterable[int], block: int, seconds: float
 ) -> None:
-    """After a partial `receive` of `seconds`: raises unless all of `ranks` have come."""
+    """After a partial `receive` of `seconds`: raises unless all of `ranks` are in `views`."""
     missing = tuple(sorted(rank for rank in ranks if rank not in views))
     for rank in missing:
         if rank in mesh.lost:
@@ -232,10 +244,10 @@ def refuse_partial(partial: bool) -> None:
 
 
 def _difference(
-    rank: int, facts: Mapping[str, str], peer: int, peer_facts: Mapping[str, str]
+    rank: int, fields: Mapping[str, str], peer: int, peer_fields: Mapping[str, str]
 ) -> str | None:
-    for name in sorted({*facts, *peer_facts}):
-        ours, theirs = facts.get(name), peer_facts.get(name)
+    for name in sorted({*fields, *peer_fields}):
+        ours, theirs = fields.get(name), peer_fields.get(name)
         if ours != theirs:
             return (
                 f"rank {peer} has {f'{name} {theirs}' if theirs is not None else f'no {name}'}, "

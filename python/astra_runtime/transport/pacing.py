@@ -83,8 +83,8 @@ class PacedMesh(Mesh):
         return self._mesh.peer_stats
 
     @property
-    def gaps(self) -> Mapping[int, Sequence[tuple[int, int]]]:
-        return self._mesh.gaps
+    def missing_ranges(self) -> Mapping[int, Sequence[tuple[int, int]]]:
+        return self._mesh.missing_ranges
 
     @property
     def lost(self) -> Mapping[int, AstraError]:

@@ -21,7 +21,7 @@ class Peer:
 
 
 class Channel(Peer):
-    """A peer whose frames come whole and in order: numbers them, each way from 0.
+    """A peer whose frames arrive whole and in order: numbers them, each way from 0.
 
     own: this rank.
     """
@@ -29,24 +29,24 @@ class Channel(Peer):
     def __init__(self, own: int, rank: int) -> None:
         super().__init__(rank)
         self.own = own
-        self.sent = 0  # frames, and so the next sequence number
-        self.named = 0  # frames that have to come or have come
+        self.num_sent = 0  # frames, and so the next sequence number
+        self.num_expected = 0  # frames, arrived or not
 
     def stamp(self, frame: Frame, block: int, plan: int) -> memoryview:
         """The whole frame, ready to be the next one sent; counts it, as yet not in the total."""
-        data = frame.stamp(self.sent, plan, block, self.own)
-        self.sent += 1
+        data = frame.stamp(self.num_sent, plan, block, self.own)
+        self.num_sent += 1
         self.stats.count_sent(frame.size, block)
         return data
 
     def next_header(self, size: int, block: int, plan: int) -> Header:
-        """The header of the next frame that has to come."""
-        header = Header(size, self.named, plan, block, self.rank)
-        self.named += 1
+        """The header of the next frame to expect."""
+        header = Header(size, self.num_expected, plan, block, self.rank)
+        self.num_expected += 1
         return header
 
     def accept(self, data: memoryview | bytes, size: int, block: int, plan: int) -> None:
-        """Counts a frame that has come. Raises WireError where it is not the one that had to."""
+        """Counts a frame that arrived. Raises WireError where it is not the expected one."""
         wire.check_header(data, self.next_header(size, block, plan))
         self.stats.count_received(size, block)
         self.stats.bytes_received_total += len(data)

@@ -1,4 +1,4 @@
-"""One connection on its way to be trusted, and the words for why it was not."""
+"""Pending connections, not trusted yet; the words for why they never were; who has joined."""
 
 from __future__ import annotations
 
@@ -9,14 +9,16 @@ import time
 from typing import Final
 
 from astra_runtime import wire
+from astra_runtime.transport.certificates import Contexts
+from astra_runtime.transport.mesh import Stats
 from astra_runtime.transport.stream import Stream, TlsStream
-from astra_runtime.wire import HELLO_SIZE
+from astra_runtime.wire import HELLO_SIZE, Hello
 
 HANDSHAKE_SECONDS: Final = 5.0  # for one connection, from accept or dial to the checked HELLO
 TLS_FIRST_BYTES: Final = (0x14, 0x15, 0x16)  # change of cipher, alert, handshake
 ENDED: Final = select.EPOLLRDHUP | select.EPOLLHUP | select.EPOLLERR
 _FOREIGN: Final = (18, 19, 20, 21)  # OpenSSL's codes for "nobody I trust has signed this"
-_SPOKEN: Final = {
+_MEANINGS: Final = {
     "PEER_DID_NOT_RETURN_A_CERTIFICATE": "showed no certificate",
     "UNSUPPORTED_PROTOCOL": "speaks another version of TLS than 1.3",
     "TLSV1_ALERT_PROTOCOL_VERSION": "speaks another version of TLS than 1.3",
@@ -37,15 +39,15 @@ def explain(error: ssl.SSLError) -> str:
             return f"has a certificate of another authority ({error.verify_message})"
         return f"has a certificate that cannot be accepted: {error.verify_message}"
     reason = error.reason or str(error)
-    return _SPOKEN.get(reason) or "failed in TLS: " + reason.lower().replace("_", " ")
+    return _MEANINGS.get(reason) or "failed in TLS: " + reason.lower().replace("_", " ")
 
 
-def is_spoken(error: ssl.SSLError) -> bool:
+def is_from_tls(error: ssl.SSLError) -> bool:
     """Whether the peer spoke TLS and only does not fit; garbage fails otherwise."""
-    return isinstance(error, ssl.SSLCertVerificationError) or error.reason in _SPOKEN
+    return isinstance(error, ssl.SSLCertVerificationError) or error.reason in _MEANINGS
 
 
-class Door:
+class PendingConnection:
     """A connection before it counts: what it is, bytes read so far, and when its time is up."""
 
     def __init__(self, sock: socket.socket, name: str) -> None:
@@ -55,7 +57,7 @@ class Door:
         self.deadline = time.monotonic() + HANDSHAKE_SECONDS
         self.stream = Stream(sock)
         self.identified = False  # whether it is TLS or plaintext has been seen
-        self.greeted = False  # inside TLS, by a dialer that has checked the names
+        self.hello_sent = False  # inside TLS, by a dialer that has checked the names
         self.data = bytearray()
         self.wanted = HELLO_SIZE
         self.refused = False
@@ -85,3 +87,34 @@ class Door:
     def write(self, data: bytes) -> int:
         """Sends a few bytes, which fit the buffer of a young connection; the bytes on the wire."""
         return sum(self.sock.send(part) for part in self.stream.seal(memoryview(data)))
+
+
+class Members:
+    """The peers that have joined, and what both sides of the bootstrap share.
+
+    own: this rank, addressed to nobody yet. contexts: its keys, made ready; None: plaintext. watch:
+    the descriptors of pending connections and of members.
+    """
+
+    def __init__(self, own: Hello, contexts: Contexts | None) -> None:
+        self.own = own
+        self.contexts = contexts
+        self.watch = select.epoll()
+        self.joined: dict[int, Stream] = {}
+        self.rank_of: dict[int, int] = {}  # by descriptor
+        self.stats = Stats()
+
+    def join(self, rank: int, stream: Stream) -> None:
+        self.joined[rank] = stream
+        self.stats.bytes_received_total += stream.received
+        self.stats.bytes_sent_total += stream.handshake_sent
+        if isinstance(stream, TlsStream):
+            stream.trust()
+        fd = stream.sock.fileno()
+        self.rank_of[fd] = rank
+        self.watch.modify(fd, ENDED)
+
+
+def misnamed(named: int | None, claimed: int) -> str:
+    whose = "a certificate of no rank" if named is None else f"the certificate of rank {named}"
+    return f"{whose} was shown for rank {claimed}"

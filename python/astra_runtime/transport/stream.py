@@ -23,7 +23,7 @@ _SEALED: Final = 1 << 20  # encrypted at once, so that OpenSSL's buffer stays sm
 
 
 class TooMuch(OSError):
-    """A stranger sent more than any handshake takes."""
+    """A caller sent more than any handshake takes."""
 
 
 class Stream:
@@ -41,7 +41,7 @@ class Stream:
         return (data,)
 
     def read_into(self, view: memoryview) -> int:
-        """Reads what has come, at most `view`; 0 at the end. BlockingIOError: nothing has."""
+        """Reads what has arrived, at most `view`; 0 at the end. BlockingIOError: nothing has."""
         count = self.sock.recv_into(view)
         self.received += count
         return count
@@ -85,13 +85,13 @@ class TlsStream(Stream):
         self._complete = False
 
     def handshake(self) -> bool:
-        """Also sends what the handshake has to say, the reason of a failure included."""
+        """Also sends the handshake's own messages, the alert of a failure included."""
         while not self._complete:
             try:
                 self._tls.do_handshake()
                 self._complete = True
             except ssl.SSLWantReadError:
-                self._speak()
+                self._send_handshake()
                 room = self._chunk[: UNTRUSTED_BYTES - self.received]
                 if not room:
                     raise TooMuch(f"sent {UNTRUSTED_BYTES} bytes and no HELLO") from None
@@ -101,9 +101,9 @@ class TlsStream(Stream):
                 except BlockingIOError:
                     return False
             except ssl.SSLError:
-                self._speak()
+                self._send_handshake()
                 raise
-        self._speak()
+        self._send_handshake()
         return True
 
     def begin(self) -> None:
@@ -111,9 +111,9 @@ class TlsStream(Stream):
         try:
             self._tls.do_handshake()
         except ssl.SSLWantReadError:
-            self._speak()
+            self._send_handshake()
 
-    def _speak(self) -> None:
+    def _send_handshake(self) -> None:
         if self._outgoing.pending:
             data = self._outgoing.read()
             self.handshake_sent += len(data)
@@ -175,7 +175,7 @@ class TlsStream(Stream):
                 return None
 
     def _feed(self, room: memoryview) -> int:
-        """Hands OpenSSL what has come; 0 at the end, BlockingIOError where nothing has."""
+        """Hands OpenSSL what has arrived; 0 at the end, BlockingIOError where nothing has."""
         count = self.sock.recv_into(room)
         self.received += count
         with self._lock:

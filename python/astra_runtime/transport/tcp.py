@@ -23,7 +23,7 @@ from typing import Final
 
 from astra_runtime import wire
 from astra_runtime.errors import AstraError, DeadlineExceeded
-from astra_runtime.transport import abort as last_words
+from astra_runtime.transport import abort
 from astra_runtime.transport.connection import Connection
 from astra_runtime.transport.mesh import Payload, Stats
 from astra_runtime.transport.peers import PeerMesh
@@ -31,7 +31,7 @@ from astra_runtime.transport.stream import Stream
 from astra_runtime.wire import HEADER_SIZE, Frame
 
 MAX_UNSENT: Final = 64 << 20  # bytes kept for a peer that does not read before `send` waits
-MAX_OWED: Final = 1 << 16  # frames that a peer may be behind before it is given up
+MAX_OUTSTANDING: Final = 1 << 16  # frames that a peer may be behind before it is given up
 ABORT_SECONDS: Final = 0.2  # for telling all peers why this rank fails
 YIELD_NANOSECONDS: Final = 20_000  # how long a wait yields its core before it sleeps
 _TCP_CLOSE: Final = 7  # the state of a connection that was reset, in Linux's tcp_states.h
@@ -42,7 +42,7 @@ class TcpMesh(PeerMesh[Connection]):
     """`Mesh` over connected sockets, one for each peer. Made by `connect` or `local_mesh`.
 
     Attributes:
-        block: that of the last call, for this rank's last words.
+        block: that of the last call, for this rank's abort frame.
         may_yield: whether each rank may have a core of its own here, so that a wait may yield its
             core for a moment. Ranks that share cores had better sleep: a yielded core can be gone
             for a time slice.
@@ -103,8 +103,8 @@ class TcpMesh(PeerMesh[Connection]):
         for rank in to:
             peer = self._peer(rank)
             if partial and peer.unsent_bytes > MAX_UNSENT:
-                peer.deafen()  # one that has not read for so long is not waited for
-            if partial and peer.deaf:
+                peer.close_send_side()  # one that has not read for so long is not waited for
+            if partial and peer.send_closed:
                 continue
             if peer.unsent_bytes > MAX_UNSENT:
                 self._flush([peer], block, self.timeout)
@@ -115,7 +115,7 @@ class TcpMesh(PeerMesh[Connection]):
                 except OSError as error:
                     if not partial:
                         raise peer.broken(block, error) from error
-                    peer.deafen()
+                    peer.close_send_side()
 
     def receive(
         self,
@@ -143,7 +143,7 @@ class TcpMesh(PeerMesh[Connection]):
             self._wait(waiting, block, self.timeout if timeout is None else timeout, partial)
         views = {}
         for peer in awaited:
-            if peer.due or peer.error is not None:
+            if peer.outstanding or peer.error is not None:
                 continue
             views[peer.rank] = payload = peer.frame[HEADER_SIZE:]
             peer.stats.count_received(len(payload), block)
@@ -164,8 +164,8 @@ class TcpMesh(PeerMesh[Connection]):
 
     def _give_up(self, peer: Connection, error: AstraError) -> None:
         peer.error = self._lost[peer.rank] = error
-        peer.due.clear()
-        peer.deafen()
+        peer.outstanding.clear()
+        peer.close_send_side()
         self._ignore(peer)
 
     def _ignore(self, peer: Connection) -> None:
@@ -198,7 +198,7 @@ class TcpMesh(PeerMesh[Connection]):
         if not partial:
             raise late
         for peer in waiting.values():
-            if len(peer.due) > MAX_OWED:
+            if len(peer.outstanding) > MAX_OUTSTANDING:
                 self._give_up(peer, late)
 
     def _yield_for(self, waiting: dict[int, Connection], partial: bool) -> None:
@@ -225,12 +225,12 @@ class TcpMesh(PeerMesh[Connection]):
         for fd, events in others.items():
             self._poll.register(fd, events)
         try:
-            found = self._poll.poll(math.ceil(seconds * 1000))
+            ready_now = self._poll.poll(math.ceil(seconds * 1000))
         finally:
             for fd in others:
                 self._poll.unregister(fd)
         ready, ended = [], []
-        for fd, events in found:
+        for fd, events in ready_now:
             if fd in others:
                 ready.append(fd)
                 continue
@@ -257,7 +257,7 @@ class TcpMesh(PeerMesh[Connection]):
             cause = None
             if not partial:
                 detail = "it closed the connection"
-                cause = last_words.ending(peer.stream, peer.rank, block, detail)
+                cause = abort.error_at_end(peer.stream, peer.rank, block, detail)
             if cause is not None:
                 raise cause
             self._ignore(peer)
@@ -292,7 +292,7 @@ class TcpMesh(PeerMesh[Connection]):
                 except OSError as error:
                     if not partial:
                         raise peer.broken(block, error) from error
-                    peer.deafen()
+                    peer.close_send_side()
         return left
 
     def _flush(self, peers: Sequence[Connection], block: int | None, seconds: float) -> None:
@@ -313,8 +313,8 @@ class TcpMesh(PeerMesh[Connection]):
             return
         self._closed = True
         for peer in self._peers.values():
-            if not peer.deaf:
-                self._end(peer, wire.bye(peer.sent, self.rank), time.monotonic() + self.timeout)
+            if not peer.send_closed:
+                self._end(peer, wire.bye(peer.num_sent, self.rank), time.monotonic() + self.timeout)
         for peer in self._peers.values():
             peer.sock.close()
 
@@ -323,11 +323,13 @@ class TcpMesh(PeerMesh[Connection]):
             return
         self._closed = True
         deadline = time.monotonic() + ABORT_SECONDS
-        reached = [peer for peer in self._peers.values() if not peer.deaf]
-        for peer in reached:  # all hear it before any is waited for
-            words = last_words.frame(error, sequence=peer.sent, source=self.rank, block=self.block)
+        reached = [peer for peer in self._peers.values() if not peer.send_closed]
+        for peer in reached:  # all are told before any is waited for
+            frame = abort.abort_frame(
+                error, sequence=peer.num_sent, source=self.rank, block=self.block
+            )
             with self._sending, contextlib.suppress(OSError):
-                peer.transmit(words)
+                peer.transmit(frame)
                 if not peer.unsent:
                     peer.sock.shutdown(socket.SHUT_WR)
         for peer in reached:

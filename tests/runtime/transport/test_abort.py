@@ -13,9 +13,8 @@ import torch
 
 from astra_runtime import Engine, wire
 from astra_runtime.errors import AstraError, DeadlineExceeded, HandshakeRefused, PeerLost, WireError
-from astra_runtime.transport import Mesh, local_mesh
-from astra_runtime.transport import abort as last_words
-from astra_runtime.wire import FACTS_SIZE, HEADER_SIZE
+from astra_runtime.transport import Mesh, abort, local_mesh
+from astra_runtime.wire import FIELDS_SIZE, HEADER_SIZE
 
 from ..models import inputs_for, tiny
 from ..ranks import MAKERS, PLAN, as_ranks, send_blocks, together
@@ -33,28 +32,28 @@ CAUSES: list[AstraError] = [
 
 
 def abort_bytes(error: BaseException, sequence: int, source: int = 0, block: int = 4) -> bytes:
-    return bytes(last_words.frame(error, sequence=sequence, source=source, block=block))
+    return bytes(abort.abort_frame(error, sequence=sequence, source=source, block=block))
 
 
 @pytest.mark.parametrize("error", CAUSES, ids=lambda e: type(e).__name__)
 def test_errors_survive_the_wire(error: AstraError) -> None:
     data = abort_bytes(error, 9)
-    assert len(data) == HEADER_SIZE + FACTS_SIZE
-    assert last_words.is_abort(data, 0)
-    assert not last_words.is_abort(data, 1)
-    found = last_words.error_of(data[HEADER_SIZE:], 0, 1)
+    assert len(data) == HEADER_SIZE + FIELDS_SIZE
+    assert abort.is_abort(data, 0)
+    assert not abort.is_abort(data, 1)
+    found = abort.decode_error(data[HEADER_SIZE:], 0, 1)
     assert type(found) is type(error)
     assert str(found) == str(error if error.args[1:2] != (None,) else PeerLost(1, 1, ""))
 
 
 def test_other_errors_are_the_loss_of_their_rank() -> None:
     data = abort_bytes(ValueError("no\x1b[31m " + 5000 * "ä"), 0, source=2)
-    found = last_words.error_of(data[HEADER_SIZE:], 2, None)
+    found = abort.decode_error(data[HEADER_SIZE:], 2, None)
     assert isinstance(found, PeerLost)
     assert (found.rank, found.block) == (2, 4)
     assert found.detail.startswith("ValueError: no")
     assert found.detail.isprintable()
-    assert str(last_words.error_of(abort_bytes(KeyboardInterrupt(), 0)[HEADER_SIZE:], 0, None)) == (
+    assert str(abort.decode_error(abort_bytes(KeyboardInterrupt(), 0)[HEADER_SIZE:], 0, None)) == (
         "rank 0 was lost at block 4: KeyboardInterrupt"
     )
 
@@ -70,7 +69,7 @@ def test_other_errors_are_the_loss_of_their_rank() -> None:
 )
 def test_an_abort_that_says_nothing_is_refused(fields: dict[str, str]) -> None:
     with pytest.raises(WireError, match="rank 3 sent a wrong abort"):
-        last_words.error_of(wire.encode_facts(fields), 3, None)
+        abort.decode_error(wire.encode_fields(fields), 3, None)
 
 
 @pytest.mark.parametrize("piece", [1, 15, 16, 17, 1000, 5000])

@@ -16,26 +16,25 @@ import torch
 from astra_runtime import Codebook, Engine, errors
 from astra_runtime.models import adapt
 from astra_runtime.plan import Plan
-from astra_runtime.transport import Mesh, local_mesh
-from astra_runtime.transport import fragments as parts
+from astra_runtime.transport import Mesh, fragments, local_mesh
 from astra_runtime.transport.certificates import can_make_keys
 from astra_runtime.transport.datagram import DatagramMesh, connect_datagrams
 from astra_runtime.transport.fragments import (
     DATAGRAM_SIZE,
-    EARLY_BYTES,
+    FEC_GROUP,
+    FRAGMENT_SIZE,
+    FragmentHeader,
+    Outbox,
+    fragment_layout,
+    num_fec_fragments,
+)
+from astra_runtime.transport.reassembly import EARLY_BYTES, Inbox, Window
+from astra_runtime.transport.seals import (
     HEADER_SIZE,
-    PARITY,
-    PART_SIZE,
     SEAL_SIZE,
     EncryptedSeal,
-    Inbox,
-    Outbox,
-    PartHeader,
     PlainSeal,
     Seal,
-    Window,
-    cut,
-    parities,
 )
 from bench.lossy.perplexity import LossyDatagrams
 
@@ -47,18 +46,22 @@ Fate = Callable[[bytes], Sequence[bytes]]  # what becomes of a datagram
 SECRET = bytes(range(32))
 
 
-def datagram_mesh(world_size: int, *, timeout: float = 30.0, parity: int = 0) -> list[DatagramMesh]:
-    return _over(local_mesh(world_size, timeout=timeout), parity)
+def datagram_mesh(
+    world_size: int, *, timeout: float = 30.0, fec_group: int = 0
+) -> list[DatagramMesh]:
+    return _over(local_mesh(world_size, timeout=timeout), fec_group)
 
 
 def tls_datagram_mesh(
-    world_size: int, *, timeout: float = 30.0, parity: int = 0
+    world_size: int, *, timeout: float = 30.0, fec_group: int = 0
 ) -> list[DatagramMesh]:
-    return _over(MAKERS["tls"](world_size, timeout=timeout), parity)
+    return _over(MAKERS["tls"](world_size, timeout=timeout), fec_group)
 
 
-def _over(meshes: list[Mesh], parity: int) -> list[DatagramMesh]:
-    return together([lambda mesh=mesh: connect_datagrams(mesh, parity=parity) for mesh in meshes])
+def _over(meshes: list[Mesh], fec_group: int) -> list[DatagramMesh]:
+    return together(
+        [lambda mesh=mesh: connect_datagrams(mesh, fec_group=fec_group) for mesh in meshes]
+    )
 
 
 @pytest.fixture(params=["plain", "tls"])
@@ -120,19 +123,19 @@ def pair() -> Iterator[list[DatagramMesh]]:
 # --- without losses: what TCP brings
 
 
-@pytest.mark.parametrize("parity", [0, PARITY])
+@pytest.mark.parametrize("fec_group", [0, FEC_GROUP])
 @pytest.mark.parametrize("world_size", [1, 2, 3])
-@pytest.mark.parametrize("size", [0, 1, 320, PART_SIZE, PART_SIZE + 1, 70_001])
+@pytest.mark.parametrize("size", [0, 1, 320, FRAGMENT_SIZE, FRAGMENT_SIZE + 1, 70_001])
 def test_all_that_is_sent_comes(
-    make: Callable[..., list[DatagramMesh]], world_size: int, size: int, parity: int
+    make: Callable[..., list[DatagramMesh]], world_size: int, size: int, fec_group: int
 ) -> None:
     def work(mesh: DatagramMesh) -> None:
         all_to_all(mesh, 6, size)
-        assert mesh.gaps == {}
-        mesh.agree({})  # who has all and leaves would refuse parity parts that are still to come
+        assert mesh.missing_ranges == {}
+        mesh.agree({})  # who has all and leaves would refuse FEC fragments that are still to come
         assert mesh.datagrams.missing == mesh.datagrams.refused == mesh.datagrams.dropped == 0
 
-    as_ranks(make(world_size, parity=parity), work)
+    as_ranks(make(world_size, fec_group=fec_group), work)
 
 
 def test_control_messages_go_over_tcp(make: Callable[..., list[DatagramMesh]]) -> None:
@@ -163,7 +166,7 @@ def test_a_rank_that_runs_ahead_is_heard_in_order(
             for block in range(40):
                 views = mesh.receive({0: 2000}, block=block, plan=PLAN, timeout=5, partial=True)
                 assert bytes(views[0]) == content(0, block, 2000)
-                assert not mesh.gaps
+                assert not mesh.missing_ranges
 
     as_ranks(make(2), work)
 
@@ -176,7 +179,7 @@ def test_views_survive_the_next_block(pair: list[DatagramMesh]) -> None:
 
 
 def test_stats_count_payload_and_datagrams(make: Callable[..., list[DatagramMesh]]) -> None:
-    size = 2 * PART_SIZE + 1
+    size = 2 * FRAGMENT_SIZE + 1
 
     def work(mesh: DatagramMesh) -> None:
         before = mesh.stats
@@ -195,8 +198,8 @@ def test_stats_count_payload_and_datagrams(make: Callable[..., list[DatagramMesh
 
 
 def test_gaps_are_the_parts_that_were_lost(make: Callable[..., list[DatagramMesh]]) -> None:
-    size = 10 * PART_SIZE
-    count, step = cut(size)
+    size = 10 * FRAGMENT_SIZE
+    count, step = fragment_layout(size)
     lost = [0, 4, 5, 9]
 
     def work(mesh: DatagramMesh) -> None:
@@ -207,11 +210,11 @@ def test_gaps_are_the_parts_that_were_lost(make: Callable[..., list[DatagramMesh
             want[index * step : (index + 1) * step] = bytes(step)
         assert found == {1 - mesh.rank: bytes(want)}
         gaps = [(0, step), (4 * step, 6 * step), (9 * step, 10 * step)]
-        assert mesh.gaps == {1 - mesh.rank: gaps}
+        assert mesh.missing_ranges == {1 - mesh.rank: gaps}
         assert mesh.datagrams.missing == len(lost)
         again = told(mesh, 1, size, timeout=5, partial=True)
         assert again == {1 - mesh.rank: content(1 - mesh.rank, 1, size)}
-        assert mesh.gaps == {}
+        assert mesh.missing_ranges == {}
 
     assert count == 10
     as_ranks(make(2), work)
@@ -234,13 +237,13 @@ def test_the_wait_ends_early_when_later_parts_have_come(pair: list[DatagramMesh]
     start = time.monotonic()
     view = pair[1].receive({0: 10_000}, block=0, plan=PLAN, timeout=5, partial=True)[0]
     assert time.monotonic() - start < 0.5
-    _, step = cut(10_000)
-    assert pair[1].gaps == {0: [(step, 2 * step)]}
+    _, step = fragment_layout(10_000)
+    assert pair[1].missing_ranges == {0: [(step, 2 * step)]}
     assert bytes(view[2 * step :]) == content(0, 0, 10_000)[2 * step :]
 
 
 def test_the_wait_ends_early_when_a_later_frame_has_come(pair: list[DatagramMesh]) -> None:
-    _, step = cut(10_000)
+    _, step = fragment_layout(10_000)
     lane(pair[0], 1, dropping(8))  # the last part: nothing of this frame follows
 
     def later() -> None:
@@ -253,11 +256,11 @@ def test_the_wait_ends_early_when_a_later_frame_has_come(pair: list[DatagramMesh
     start = time.monotonic()
     pair[1].receive({0: 10_000}, block=0, plan=PLAN, timeout=5, partial=True)
     assert 0.09 < time.monotonic() - start < 1
-    assert pair[1].gaps == {0: [(8 * step, 10_000)]}
+    assert pair[1].missing_ranges == {0: [(8 * step, 10_000)]}
     sender.join()
     views = pair[1].receive({0: 10_000}, block=1, plan=PLAN, timeout=5, partial=True)
     assert bytes(views[0]) == content(0, 1, 10_000)
-    assert not pair[1].gaps
+    assert not pair[1].missing_ranges
 
 
 def test_a_lost_part_is_a_deadline_where_all_is_wanted(pair: list[DatagramMesh]) -> None:
@@ -282,7 +285,7 @@ def test_the_wait_for_an_overtaken_part_is_short(pair: list[DatagramMesh]) -> No
     start = time.monotonic()
     pair[1].receive({0: 10_000}, block=0, plan=PLAN, timeout=5, partial=True)
     assert time.monotonic() - start < 0.5
-    assert len(pair[1].gaps[0]) == 1
+    assert len(pair[1].missing_ranges[0]) == 1
 
 
 def test_the_wait_for_the_end_of_a_frame_is_a_quarter(pair: list[DatagramMesh]) -> None:
@@ -291,7 +294,7 @@ def test_the_wait_for_the_end_of_a_frame_is_a_quarter(pair: list[DatagramMesh]) 
     start = time.monotonic()
     pair[1].receive({0: 10_000}, block=0, plan=PLAN, timeout=2, partial=True)
     assert 0.45 < time.monotonic() - start < 1
-    assert len(pair[1].gaps[0]) == 1
+    assert len(pair[1].missing_ranges[0]) == 1
 
 
 def test_late_parts_are_of_no_use_and_do_no_harm(pair: list[DatagramMesh]) -> None:
@@ -316,20 +319,20 @@ def test_late_parts_are_of_no_use_and_do_no_harm(pair: list[DatagramMesh]) -> No
     assert pair[1].datagrams.late == 2
 
 
-# --- parity
+# --- FEC
 
 
-@pytest.mark.parametrize("parity", [1, 2, 8, 255])
-@pytest.mark.parametrize("size", [1, PART_SIZE + 1, 9 * PART_SIZE - 5, 20 * PART_SIZE])
-def test_parity_makes_good_one_loss_in_each_group(parity: int, size: int) -> None:
-    count, step = cut(size)
-    groups = parities(count, parity)
-    chance = random.Random(size * parity)
+@pytest.mark.parametrize("fec_group", [1, 2, 8, 255])
+@pytest.mark.parametrize("size", [1, FRAGMENT_SIZE + 1, 9 * FRAGMENT_SIZE - 5, 20 * FRAGMENT_SIZE])
+def test_fec_recovers_one_loss_in_each_group(fec_group: int, size: int) -> None:
+    count, step = fragment_layout(size)
+    groups = num_fec_fragments(count, fec_group)
+    chance = random.Random(size * fec_group)
     payload = content(0, 0, size)
     for _ in range(40):
-        inbox = Inbox(0, PlainSeal(SECRET), parity)
+        inbox = Inbox(0, PlainSeal(SECRET), fec_group)
         inbox.expect(size, 0, PLAN)
-        parts = Outbox(0, PlainSeal(SECRET), parity).frame(memoryview(payload), 0, PLAN)
+        parts = Outbox(0, PlainSeal(SECRET), fec_group).frame(memoryview(payload), 0, PLAN)
         assert len(parts) == count + groups
         lost = {index for index in range(len(parts)) if chance.random() < 0.15}
         came = [b"".join(part) for index, part in enumerate(parts) if index not in lost]
@@ -352,26 +355,26 @@ def test_parity_makes_good_one_loss_in_each_group(parity: int, size: int) -> Non
         assert sum(stop - start for start, stop in found[1]) == sum(
             len(payload[n * step : (n + 1) * step]) for n in missing
         )
-        assert inbox.stats.mended >= sum(n < count for n in lost) - len(missing)
+        assert inbox.stats.recovered >= sum(n < count for n in lost) - len(missing)
 
 
-def test_a_loss_that_parity_makes_good_delays_nothing(
+def test_a_loss_that_fec_recovers_delays_nothing(
     make: Callable[..., list[DatagramMesh]],
 ) -> None:
     size = 5000
 
     def work(mesh: DatagramMesh) -> None:
-        per_frame = cut(size)[0] + 1
+        per_frame = fragment_layout(size)[0] + 1
         for block in range(per_frame):
             lane(mesh, 1 - mesh.rank, dropping(block))
             start = time.monotonic()
             found = told(mesh, block, size, timeout=5, partial=True)
             assert time.monotonic() - start < 2
             assert found == {1 - mesh.rank: content(1 - mesh.rank, block, size)}
-            assert not mesh.gaps
-        assert mesh.datagrams.mended == per_frame - 1
+            assert not mesh.missing_ranges
+        assert mesh.datagrams.recovered == per_frame - 1
 
-    as_ranks(make(2, parity=PARITY), work)
+    as_ranks(make(2, fec_group=FEC_GROUP), work)
 
 
 # --- disorder
@@ -391,9 +394,9 @@ def test_reordered_and_repeated_parts(make: Callable[..., list[DatagramMesh]]) -
 
         lane(mesh, 1 - mesh.rank, swapping)
         for block in range(4):
-            found = told(mesh, block, 10 * PART_SIZE, timeout=5, partial=True)
-            assert found == {1 - mesh.rank: content(1 - mesh.rank, block, 10 * PART_SIZE)}
-            assert not mesh.gaps
+            found = told(mesh, block, 10 * FRAGMENT_SIZE, timeout=5, partial=True)
+            assert found == {1 - mesh.rank: content(1 - mesh.rank, block, 10 * FRAGMENT_SIZE)}
+            assert not mesh.missing_ranges
         assert mesh.datagrams.repeated >= 30
 
     as_ranks(make(2), work)
@@ -500,18 +503,23 @@ def test_a_frame_that_had_not_to_come(
 
 
 def test_a_part_that_no_frame_has() -> None:
-    size = 3 * PART_SIZE
+    size = 3 * FRAGMENT_SIZE
     outbox, inbox = Outbox(0, PlainSeal(SECRET)), Inbox(0, PlainSeal(SECRET))
     inbox.expect(size, 0, PLAN)
     outbox._frames = 1
-    for offset, length in ((1, PART_SIZE), (0, PART_SIZE - 1), (size, PART_SIZE), (2**32 - 1, 0)):
+    for offset, length in (
+        (1, FRAGMENT_SIZE),
+        (0, FRAGMENT_SIZE - 1),
+        (size, FRAGMENT_SIZE),
+        (2**32 - 1, 0),
+    ):
         part = outbox._sealed(1, PLAN, 0, size, offset, memoryview(bytes(length)))
-        with pytest.raises(errors.WireError, match="part"):
+        with pytest.raises(errors.WireError, match="fragment"):
             inbox.take(memoryview(b"".join(part)))
 
 
 def test_parts_that_come_early_are_kept_within_bounds(pair: list[DatagramMesh]) -> None:
-    payload = bytes(100 * PART_SIZE)
+    payload = bytes(100 * FRAGMENT_SIZE)
     frames = 2 * EARLY_BYTES // len(payload)
     inbox = pair[1]._peers[0].inbox
     for block in range(frames):
@@ -525,7 +533,7 @@ def test_parts_that_come_early_are_kept_within_bounds(pair: list[DatagramMesh]) 
     assert not inbox._early
     pair[0].send(payload, block=0, plan=PLAN, to=[1])
     assert pair[1].receive({0: len(payload)}, block=0, plan=PLAN, timeout=5, partial=True)
-    assert not pair[1].gaps
+    assert not pair[1].missing_ranges
 
 
 # --- peers that end
@@ -680,11 +688,11 @@ def test_many_lossy_exchanges_end() -> None:
             found = told(mesh, block, size, timeout=0.05, partial=True)
             for rank, view in found.items():
                 want = bytearray(content(rank, block, size))
-                for start, stop in mesh.gaps.get(rank, ()):
+                for start, stop in mesh.missing_ranges.get(rank, ()):
                     want[start:stop] = bytes(stop - start)
                     lost += stop - start
                 assert view == want
-                whole += rank not in mesh.gaps
+                whole += rank not in mesh.missing_ranges
             lost += size * (mesh.world_size - 1 - len(found))
         return lost, whole
 
@@ -704,8 +712,8 @@ def fate_of(sender: int, receiver: int, block: int, index: int) -> bool:
 
 def losing(sender: int, receiver: int) -> Fate:
     def fate(datagram: bytes) -> list[bytes]:
-        header = PartHeader._make(struct.unpack_from("<QIIHHII", datagram))
-        step = cut(header.size)[1]
+        header = FragmentHeader._make(struct.unpack_from("<QIIHHII", datagram))
+        step = fragment_layout(header.size)[1]
         lost = header.frame and fate_of(sender, receiver, header.block, header.offset // step)
         return [] if lost else [datagram]
 
@@ -720,7 +728,7 @@ class Lost(LossyDatagrams):
 @pytest.fixture
 def small_parts(monkeypatch: pytest.MonkeyPatch) -> None:
     """Parts so small that a tiny model's frames have several."""
-    monkeypatch.setattr(parts, "PART_SIZE", 12)
+    monkeypatch.setattr(fragments, "FRAGMENT_SIZE", 12)
 
 
 def answers(
@@ -766,8 +774,8 @@ def test_without_losses_no_bit_differs_from_tcp(make: Callable[..., list[Datagra
     model, inputs = tiny("llama"), inputs_for("llama", 23)
     book = book_for("llama", "kv", model)
     tcp = answers(local_mesh(3), model, book, inputs)  # type: ignore[arg-type]
-    for parity in (0, PARITY):
-        found = answers(make(3, parity=parity), model, book, inputs, deadline_ms=5000.0)
+    for fec_group in (0, FEC_GROUP):
+        found = answers(make(3, fec_group=fec_group), model, book, inputs, deadline_ms=5000.0)
         for (logits, degraded, missing), (wanted, _, _) in zip(found, tcp, strict=True):
             assert torch.equal(logits, wanted)
             assert (degraded, missing) == (False, {})
@@ -789,7 +797,7 @@ def test_an_encoder_answers_without_codes_of_the_rank_that_owns_the_answer() -> 
     meshes = datagram_mesh(3)
 
     def first_block(datagram: bytes) -> list[bytes]:
-        header = PartHeader._make(struct.unpack_from("<QIIHHII", datagram))
+        header = FragmentHeader._make(struct.unpack_from("<QIIHHII", datagram))
         return [] if header.frame and header.block == 0 else [datagram]
 
     lane(meshes[0], 1, first_block)
@@ -812,11 +820,11 @@ def test_the_window_knows_what_it_has_seen() -> None:
             seen.add(number)
 
 
-@pytest.mark.parametrize("size", [0, 1, PART_SIZE, PART_SIZE + 1, 5000, 1 << 20])
+@pytest.mark.parametrize("size", [0, 1, FRAGMENT_SIZE, FRAGMENT_SIZE + 1, 5000, 1 << 20])
 def test_parts_fit_and_differ_little(size: int) -> None:
-    count, step = cut(size)
-    assert step <= PART_SIZE
-    assert count == max(1, -(-size // PART_SIZE))
+    count, step = fragment_layout(size)
+    assert step <= FRAGMENT_SIZE
+    assert count == max(1, -(-size // FRAGMENT_SIZE))
     assert (count - 1) * step <= size <= count * step
     outbox = Outbox(3, PlainSeal(SECRET))
     lengths = [len(b"".join(d)) for d in outbox.frame(memoryview(bytes(size)), 0, PLAN)]
@@ -827,7 +835,7 @@ def test_parts_fit_and_differ_little(size: int) -> None:
 def test_golden_datagrams() -> None:
     """The bytes of docs/wire.md."""
     plain = Outbox(1, PlainSeal(SECRET))
-    assert b"".join(plain.greeting()).hex() == (
+    assert b"".join(plain.probe()).hex() == (
         "00000000000000000000000000000000000001000000000000000000000102030405060708090a0b0c0d0e0f"
     )
     (datagram,) = plain.frame(memoryview(b"\xaa\xbb\xcc"), 3, 0xDEADBEEF)

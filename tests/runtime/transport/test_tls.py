@@ -24,8 +24,8 @@ import pytest
 import astra_runtime.transport.certificates as keys_module
 from astra_runtime import errors, wire
 from astra_runtime.transport import Link, Mesh, connect, pending
+from astra_runtime.transport.acceptor import LOGGED_REFUSALS, MAX_PENDING
 from astra_runtime.transport.certificates import Keys, make_keys
-from astra_runtime.transport.handshake import LOGGED, MAX_STRANGERS
 from astra_runtime.transport.sockets import prepare
 from astra_runtime.transport.stream import UNTRUSTED_BYTES, TlsStream
 from astra_runtime.transport.tcp import TcpMesh
@@ -734,9 +734,9 @@ def test_two_thousand_strangers_do_not_delay_peers(
     with caplog.at_level(logging.DEBUG, "astra_runtime.transport"):
         meshes = together([lambda: connect(0, 2, peers, keys=ours), good_peer])
     assert took[0] < 4
-    assert descriptors[0] < before + MAX_STRANGERS + 20
+    assert descriptors[0] < before + MAX_PENDING + 20
     if when == "open":
         assert "too many connections without a HELLO" in caplog.text
     told = [record for record in caplog.records if record.levelno >= logging.WARNING]
-    assert len(told) <= LOGGED + 1  # a flood of callers is no flood of lines
+    assert len(told) <= LOGGED_REFUSALS + 1  # a flood of callers is no flood of lines
     as_ranks(meshes, lambda mesh: all_to_all(mesh, 2, 50))

@@ -1,0 +1,107 @@
+"""Bootstrapping the mesh: a rank listens at its address, dials lower ranks, admits higher ones.
+
+One loop serves the listener, the dials and the pending connections, a step at a time, so that
+nobody who is silent or talks nonsense can hold up a good peer. With keys a connection is TLS 1.3,
+and a peer counts when its certificate names the rank that its HELLO claims. Before that it costs a
+place among `MAX_PENDING`, 16 KiB to be read and 5 seconds at most.
+"""
+
+from __future__ import annotations
+
+import select
+import socket
+import time
+from collections.abc import Mapping
+from typing import Final
+
+from astra_runtime.errors import ConnectFailed, PeersRefused
+from astra_runtime.transport.abort import error_at_end
+from astra_runtime.transport.acceptor import KEPT_REFUSALS, Acceptor
+from astra_runtime.transport.certificates import Contexts
+from astra_runtime.transport.dialer import RETRY_SECONDS, Dialer
+from astra_runtime.transport.mesh import Stats
+from astra_runtime.transport.pending import Members
+from astra_runtime.transport.stream import Stream
+from astra_runtime.wire import Hello
+
+ACCEPTED_AT_ONCE: Final = 16  # before pending connections are served again
+
+
+class MeshBootstrap:
+    """One rank's way into the mesh; `run` returns a connection to every peer.
+
+    contexts: this rank's keys, made ready; None: plaintext.
+    """
+
+    def __init__(
+        self,
+        own: Hello,
+        listener: socket.socket,
+        addresses: Mapping[int, tuple[str, int]],
+        contexts: Contexts | None = None,
+    ) -> None:
+        self._own = own  # addressed to nobody yet
+        self._listener = listener
+        self._members = Members(own, contexts)
+        self._acceptor = Acceptor(self._members, listener)
+        self._dialer = Dialer(self._members, {rank: addresses[rank] for rank in range(own.rank)})
+
+    @property
+    def stats(self) -> Stats:
+        """What the handshakes have cost, of the peers that joined."""
+        return self._members.stats
+
+    def run(self, seconds: float) -> dict[int, Stream]:
+        deadline = time.monotonic() + seconds
+        members = self._members
+        try:
+            members.watch.register(self._listener, select.EPOLLIN)
+            while len(members.joined) < self._own.world_size - 1:
+                now = time.monotonic()
+                if now >= deadline:
+                    raise self._missing(seconds)
+                self._dialer.redial(now)
+                self._acceptor.expire(now)
+                self._dialer.expire(now)
+                self._serve(min(deadline - now, RETRY_SECONDS))
+        except BaseException:
+            for stream in members.joined.values():
+                stream.close()
+            raise
+        finally:
+            members.watch.close()
+            self._acceptor.close()
+            self._dialer.close()
+        return members.joined
+
+    def _serve(self, seconds: float) -> None:
+        """One step of everything that can take one; new callers last."""
+        callers = False
+        for fd, _ in self._members.watch.poll(seconds):
+            if self._acceptor.serve(fd) or self._dialer.serve(fd):
+                continue
+            rank = self._members.rank_of.get(fd)
+            if rank is not None:
+                stream = self._members.joined[rank]
+                cause = error_at_end(stream, rank, None, "it closed the connection")
+                if cause is not None:
+                    raise cause
+                self._members.watch.unregister(fd)  # what it sent before its BYE can still be read
+            else:
+                callers = callers or fd == self._listener.fileno()
+        if callers:
+            for _ in range(ACCEPTED_AT_ONCE):
+                if not self._acceptor.accept():
+                    break
+
+    def _missing(self, seconds: float) -> ConnectFailed:
+        present = {self._own.rank, *self._members.joined}
+        missing = tuple(rank for rank in range(self._own.world_size) if rank not in present)
+        details = [self._dialer.trouble(rank) or f"rank {rank} did not call" for rank in missing]
+        text = f"within {seconds:g} s " + ", ".join(details)
+        refusals = self._acceptor.refusals
+        if not refusals:
+            return ConnectFailed(text, missing)
+        more = self._acceptor.num_refused - len(refusals)
+        text += "; refused meanwhile: " + "; ".join(refusals[:KEPT_REFUSALS])
+        return PeersRefused(text + (f"; {more} more" if more else ""), missing)
