@@ -46,7 +46,8 @@ class CMakeBuild(build_ext):
             f"-Dpybind11_DIR={pybind11.get_cmake_dir()}",
         ]
         subprocess.run(configure, check=True)
-        subprocess.run([cmake, "--build", str(build), "--parallel", "2"], check=True)
+        parallel = str(len(os.sched_getaffinity(0)))
+        subprocess.run([cmake, "--build", str(build), "--parallel", parallel], check=True)
         subprocess.run(
             [cmake, "--install", str(build), "--component", "python", "--prefix", target.parent],
             check=True,

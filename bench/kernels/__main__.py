@@ -1,6 +1,7 @@
 """Measures the kernels beside their baselines and their rooflines.
 
     python -m bench.kernels                          # everything, on a GPU: a few minutes
+    python -m bench.kernels --decisive               # what decides whether the goals are met
     python -m bench.kernels --only 'decode|codeword' # cases whose name the pattern finds
     python -m bench.kernels --device cpu --small     # tries the harness, on any machine
 
@@ -12,6 +13,7 @@ time, is listed under "failed", and makes the exit status 1.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import dataclasses
 import importlib.metadata
 import json
@@ -19,7 +21,7 @@ import os
 import re
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -27,11 +29,13 @@ import torch
 
 from bench.kernels import cases as table
 from bench.kernels import crossovers
+from bench.kernels.ceilings import NOMINAL, measured_ceilings
 from bench.kernels.run import REFUSALS, Clock, DeviceLost, failures, run
 from bench.kernels.spec import Spec
-from bench.kernels.timing import NOMINAL, SAMPLES, Gpu, measured_ceilings
+from bench.kernels.timing import SAMPLES, Gpu
 from bench.report import RESULTS, cores, cpu_name, write
 
+COMPILED_BASELINES = {"flex_attention"}
 PACKAGES = ("torch", "triton", "vector-quantize-pytorch", "flashinfer-python")
 
 
@@ -43,8 +47,15 @@ def arguments(given: Sequence[str] | None = None) -> argparse.Namespace:
     )
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
     parser.add_argument("--only", default="", metavar="PATTERN", help="cases to run, a regex")
+    parser.add_argument("--decisive", action="store_true", help="the decisive cases alone")
+    parser.add_argument("--every", type=int, default=1, metavar="N", help="each N-th of them")
     parser.add_argument(
         "--small", action="store_true", help="tiny shapes; written as kernels_small"
+    )
+    parser.add_argument(
+        "--interpret",
+        action="store_true",
+        help="on a CPU: the Triton kernels in its interpreter, in place of a CPU's own paths",
     )
     parser.add_argument("--output", type=Path, help="results folder instead of bench/results")
     parser.add_argument("--seconds", type=float, help="start no case after so many")
@@ -54,21 +65,31 @@ def arguments(given: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--resume", action="store_true", help="go on with the result file")
     parser.add_argument("--compile", metavar="I/N", help="only run every N-th case's kernels once")
     args = parser.parse_args(given)
+    if args.interpret and not (args.device == "cpu" and args.small):
+        parser.error("--interpret goes with --device cpu --small")
     if args.small and args.name == "kernels":
         args.name = "kernels_small"
     return args
 
 
-def chosen(args: argparse.Namespace) -> list[Spec]:
-    specs = []
-    for spec in table.specs():
+def chosen(args: argparse.Namespace, done: Collection[str] = ()) -> list[Spec]:
+    """The specs to run, without the variants whose cases are `done`."""
+    largest = table.LARGEST_INTERPRETED if args.interpret else table.LARGEST
+    specs = [s for s in table.specs() if not args.decisive or table.rank(s) < len(table.DECISIVE)]
+    left = []
+    for spec in specs[:: args.every]:
         variants = {
-            impl: name for impl, name in spec.variants.items() if re.search(args.only, name)
+            impl: name
+            for impl, name in spec.variants.items()
+            if re.search(args.only, name) and name not in done
         }
         if variants:
             spec = dataclasses.replace(spec, variants=variants)
-            specs.append(table.small(spec) if args.small else spec)
-    return specs
+            left.append(table.small(spec, largest) if args.small else spec)
+    if args.interpret:  # whose product of bf16 is wrong
+        half = {torch.bfloat16: torch.float16}
+        left = [dataclasses.replace(spec, dtype=half.get(spec.dtype, spec.dtype)) for spec in left]
+    return left
 
 
 class Report:
@@ -132,21 +153,24 @@ def command(args: argparse.Namespace) -> str:
     words = ["python -m bench.kernels"]
     if args.device != "cuda":
         words.append(f"--device {args.device}")
-    words += [f"--{flag}" for flag in ("small", "tune") if getattr(args, flag)]
+    flags = ("decisive", "small", "interpret", "tune")
+    words += [f"--{flag}" for flag in flags if getattr(args, flag)]
     if args.only:
         words.append(f"--only '{args.only}'")
     return " ".join(words)
 
 
-def compile_only(args: argparse.Namespace) -> int:
-    """Runs the kernels once, so that their compiled form is in Triton's cache."""
+def compile_only(args: argparse.Namespace, report: Report) -> int:
+    """Runs what is compiled once, so that its compiled form is in a cache."""
     part, parts = (int(number) for number in args.compile.split("/"))
     wrong = 0
-    for spec in chosen(args)[part::parts]:
+    for spec in chosen(args, report.done())[part::parts]:
         try:
             calls = spec.build(spec.shape, spec.dtype, torch.device(args.device))
             for impl in spec.variants:
                 calls.ours[impl]()
+            for name in COMPILED_BASELINES & calls.baselines.keys():
+                calls.baselines[name]()
         except REFUSALS as reason:  # the run proper will say it in its place
             print(f"{next(iter(spec.variants.values()))}: {reason}"[:300], file=sys.stderr)
             wrong += 1
@@ -182,22 +206,8 @@ def measure(args: argparse.Namespace, report: Report) -> bool:
     """Whether every chosen case was tried."""
     started = time.monotonic()
     device = torch.device(args.device)
-    ceilings = measured_ceilings(device, small=args.small)
-    report.extra["ceilings"] = {
-        "measured": {"copy": ceilings.copy, "dense": ceilings.dense},
-        "nominal": dataclasses.asdict(NOMINAL),
-    }
-    copy, dense = ceilings.copy / 1e12, ceilings.dense / 1e12
-    print(f"copy {copy:.3g} TB/s, matrix product {dense:.3g} TFLOP/s", flush=True)
-    gpu = Gpu(args.samples) if args.device == "cuda" else None
-    clock = Clock(device, ceilings, gpu, 0.02 if args.small else 0.3)
-    for spec in chosen(args):
-        done = report.done()
-        spec = dataclasses.replace(
-            spec, variants={impl: name for impl, name in spec.variants.items() if name not in done}
-        )
-        if not spec.variants:
-            continue
+    clock = clock_of(args, report, device)
+    for spec in chosen(args, report.done()):
         if args.seconds and time.monotonic() - started > args.seconds:
             return False
         try:
@@ -221,9 +231,27 @@ def measure(args: argparse.Namespace, report: Report) -> bool:
         report.failed += outcome.failed
         report.write(complete=False)
         del outcome
-        if gpu is not None:
+        if clock.gpu is not None:
             torch.cuda.empty_cache()
     return True
+
+
+def clock_of(args: argparse.Namespace, report: Report, device: torch.device) -> Clock:
+    """How this run takes times; the device's ceilings are measured first, and reported."""
+    cuda = args.device == "cuda"
+    samples = min(args.samples, 15)
+    ceilings = measured_ceilings(
+        device, small=args.small, kernels=cuda or args.interpret, samples=samples
+    )
+    report.extra["ceilings"] = {
+        "measured": {name: rate for name, rate in ceilings.known().items() if name != "fp32"},
+        "nominal": NOMINAL.known(),
+    }
+    said = "  ".join(f"{name} {rate / 1e12:.3g}e12/s" for name, rate in ceilings.known().items())
+    print(f"ceilings: {said}", flush=True)
+    gpu = Gpu(args.samples) if cuda else None
+    seconds = 0.0 if args.samples == 1 else 0.02 if args.small else 0.3
+    return Clock(device, ceilings, gpu, seconds, samples)
 
 
 def go_on_in_a_new_process(args: argparse.Namespace, spent: float) -> None:
@@ -234,17 +262,33 @@ def go_on_in_a_new_process(args: argparse.Namespace, spent: float) -> None:
     os.execv(sys.executable, [sys.executable, "-m", "bench.kernels", *words, "--resume"])
 
 
+@contextlib.contextmanager
+def interpreted(wanted: bool) -> Iterator[None]:
+    """The ops' own choice on a CPU is Triton's kernels, which need TRITON_INTERPRET=1."""
+    if not wanted:
+        yield
+        return
+    from astra_kernels import _dispatch
+
+    plain = dict(_dispatch._CPU)
+    _dispatch._CPU.update({op: _dispatch._triton(op) for op in _dispatch._TRITON})
+    try:
+        yield
+    finally:
+        _dispatch._CPU.update(plain)
+
+
 def main(given: Sequence[str] | None = None) -> int:
     args = arguments(given)
     if args.device == "cuda" and not torch.cuda.is_available():
         print("bench.kernels: there is no CUDA device; --device cpu --small tries the harness")
         return 2
-    with torch.inference_mode():
+    report = Report(args)
+    if args.resume:
+        report.resume()
+    with torch.inference_mode(), interpreted(args.interpret):
         if args.compile:
-            return compile_only(args)
-        report = Report(args)
-        if args.resume:
-            report.resume()
+            return compile_only(args, report)
         complete = measure(args, report)
     measured = crossovers.summary(report.cases)
     if args.device == "cuda":

@@ -22,7 +22,10 @@ from bench.kernels.spec import BITS, Calls, Shape
 from bench.kernels.timing import Call
 
 CHECKED_ROWS = 8  # of the queries, against float64
+# (M, N) at which compiled flex_attention is a baseline: each shape costs seconds to compile.
+FLEX_SHAPES = frozenset({(1024, 32768), (256, 8192), (1, 131072)})
 NEVER = math.inf
+INTERPRETED = 90  # the compute capability that kernels are interpreted for
 FORCED = {
     "fused": strategies.Crossover(NEVER, NEVER, NEVER),
     "counted": strategies.Crossover(0.0, 0.0, NEVER),
@@ -32,17 +35,20 @@ FORCED = {
 
 @contextlib.contextmanager
 def strategy(name: str, device: torch.device) -> Iterator[None]:
-    """Makes the public op choose a strategy; without effect on a CPU, which has its own."""
-    if device.type != "cuda":
-        yield
-        return
-    major, minor = torch.cuda.get_device_capability(device)
-    old = strategies.MEASURED.get(10 * major + minor, strategies.DEFAULT)
-    strategies.MEASURED[10 * major + minor] = FORCED[name]
+    """Makes the Triton kernels choose a strategy; a CPU's own paths do not ask."""
+    capability = INTERPRETED
+    if device.type == "cuda":
+        major, minor = torch.cuda.get_device_capability(device)
+        capability = 10 * major + minor
+    old = strategies.MEASURED.get(capability)
+    strategies.MEASURED[capability] = FORCED[name]
     try:
         yield
     finally:
-        strategies.MEASURED[10 * major + minor] = old
+        if old is None:
+            del strategies.MEASURED[capability]
+        else:
+            strategies.MEASURED[capability] = old
 
 
 @dataclass
@@ -180,6 +186,9 @@ def checked_rows(queries: int) -> list[int]:
     return sorted({0, queries - 1, *some})
 
 
+KeysValues = Callable[[], tuple[Tensor, Tensor]]
+
+
 def backend(name: SDPBackend, call: Call) -> Call:
     def run() -> object:
         with sdpa_kernel(name):
@@ -188,25 +197,44 @@ def backend(name: SDPBackend, call: Call) -> Call:
     return run
 
 
-def dense_baselines(query: Tensor, key: Callable[[], tuple[Tensor, Tensor]]) -> dict[str, Call]:
-    """torch's attention to dense keys, and what else is installed."""
+def chosen_backend(query: Tensor, key: Tensor, value: Tensor) -> str:
+    """The backend that torch's attention takes for these tensors when none is asked for."""
+    number = torch._fused_sdp_choice(query, key, value, enable_gqa=True)
+    names = {int(member): name for name, member in SDPBackend.__members__.items()}
+    return names.get(int(number), f"unknown ({number})").removesuffix("_ATTENTION").lower()
+
+
+def dense_baselines(query: Tensor, dense: KeysValues) -> dict[str, Call]:
+    """torch's attention to dense keys, by each of its backends, and what else is installed."""
 
     def plain() -> Tensor:
-        return sdpa(query, *key(), enable_gqa=True)
+        return sdpa(query, *dense(), enable_gqa=True)
 
     baselines: dict[str, Call] = {"sdpa": plain}
     if query.device.type == "cuda":
+        baselines["sdpa_flash"] = backend(SDPBackend.FLASH_ATTENTION, plain)
         baselines["sdpa_cudnn"] = backend(SDPBackend.CUDNN_ATTENTION, plain)
         if query.shape[2] == 1 and importlib.util.find_spec("flashinfer"):
-            baselines["flashinfer"] = flashinfer(query, key)
+            baselines["flashinfer"] = flashinfer(query, dense)
     return baselines
 
 
-def flashinfer(query: Tensor, key: Callable[[], tuple[Tensor, Tensor]]) -> Call:
+@functools.cache
+def compiled_flex_attention() -> Callable[..., Any]:
+    from torch.nn.attention.flex_attention import flex_attention
+
+    return torch.compile(flex_attention, dynamic=False)
+
+
+def flex_attention(query: Tensor, dense: KeysValues) -> Call:
+    return lambda: compiled_flex_attention()(query, *dense(), enable_gqa=True)
+
+
+def flashinfer(query: Tensor, dense: KeysValues) -> Call:
     def run() -> Tensor:
         import flashinfer
 
-        keys, values = key()
+        keys, values = dense()
         one = flashinfer.single_decode_with_kv_cache(
             query[0, :, 0], keys[0], values[0], kv_layout="HND"
         )
@@ -248,9 +276,15 @@ def coded(shape: Shape, dtype: torch.dtype, device: torch.device, rotary: bool =
         return error_of(oracle(query, case.dense_head, shape["Hkv"], rows), rows)
 
     baselines = {**dense_baselines(query, lambda: case.dense), "index_select_sdpa": select}
+    if device.type == "cuda" and (shape["M"], shape["N"]) in FLEX_SHAPES:
+        baselines["flex_attention"] = flex_attention(query, lambda: case.dense)
     if device.type == "cuda" and shape["M"] > 1:
         baselines["expand_sdpa"] = lambda: sdpa(query, *expanded_by_us(case), enable_gqa=True)
-    return Calls(ours, baselines, lambda result: error()(result), whole=whole)
+    return Calls(
+        *(ours, baselines, lambda result: error()(result)),
+        whole=whole,
+        notes=lambda: {"sdpa_backend": chosen_backend(query, *case.dense)},
+    )
 
 
 def expanded_by_us(case: Coded) -> tuple[Tensor, Tensor]:
@@ -311,7 +345,11 @@ def mixed(shape: Shape, dtype: torch.dtype, device: torch.device) -> Calls:
         "sdpa": lambda: sdpa(query, key, value, attn_mask=visible, enable_gqa=True),
         "index_select_sdpa": select,
     }
-    return Calls({"fused": fused}, baselines, lambda result: error()(result), whole=whole)
+    return Calls(
+        *({"fused": fused}, baselines, lambda result: error()(result)),
+        whole=whole,
+        notes=dict if causal else lambda: {"sdpa_backend": chosen_backend(query, key, value)},
+    )
 
 
 def merge(shape: Shape, dtype: torch.dtype, device: torch.device) -> Calls:

@@ -10,8 +10,9 @@ from typing import Any
 
 import torch
 
+from bench.kernels.ceilings import Ceilings
 from bench.kernels.spec import SHAPE_KEYS, Calls, Shape, Spec
-from bench.kernels.timing import Call, Ceilings, Gpu, Measured, on_cpu
+from bench.kernels.timing import Call, Gpu, Measured, on_cpu
 from bench.report import Case, Times
 
 # Error of ours over the best baseline's; over the whole result, between ours and that baseline.
@@ -48,9 +49,12 @@ class Clock:
     ceilings: Ceilings
     gpu: Gpu | None = None
     seconds: float = 0.3  # a call, on a CPU
+    samples: int = 15  # of a call, on a CPU
 
     def measure(self, calls: Mapping[str, Call]) -> dict[str, Measured]:
-        return on_cpu(calls, seconds=self.seconds) if self.gpu is None else self.gpu.measure(calls)
+        if self.gpu is None:
+            return on_cpu(calls, seconds=self.seconds, samples=self.samples)
+        return self.gpu.measure(calls)
 
 
 def run(spec: Spec, clock: Clock) -> Outcome:
@@ -66,11 +70,11 @@ def run(spec: Spec, clock: Clock) -> Outcome:
         timed |= {name: call for name, call in calls.baselines.items() if name in errors}
         times = clock.measure(timed)
     except REFUSALS as reason:
-        _still_there(clock.device)
+        still_there(clock.device)
         failed = [_failure(spec, impl, _first_line(reason)) for impl in spec.variants]
         return Outcome(failed=failed, notes=outcome.notes)
     for impl in good:
-        outcome.cases.append(_case(spec, impl, times, errors, clock))
+        outcome.cases.append(_case(spec, impl, times, errors, calls.notes(), clock))
     return outcome
 
 
@@ -85,7 +89,7 @@ def check(
             result = call()
             error = None if name in calls.not_comparable else calls.error(result)
         except REFUSALS as reason:
-            _still_there(device)
+            still_there(device)
             outcome.notes.append(f"{spec.family} {name}: {_first_line(reason)}")
             continue
         errors[name] = error
@@ -114,7 +118,7 @@ def check(
                     why = f"{apart:.2e} from the best baseline somewhere"
             del result
         except REFUSALS as reason:
-            _still_there(device)
+            still_there(device)
             why = _first_line(reason)
         if why is None:
             good.append(impl)
@@ -128,6 +132,7 @@ def _case(
     impl: str,
     times: Mapping[str, Measured],
     errors: Mapping[str, float | None],
+    notes: Mapping[str, Any],
     clock: Clock,
 ) -> Case:
     ours = times[f"ours {impl}"]
@@ -139,7 +144,10 @@ def _case(
         "share_of_floor": roofline / ours.warm.p50,
         "over": {name: t.warm.p50 / ours.warm.p50 for name, t in others.items()},
         **spec.notes,
+        **notes,
     }
+    if spec.gathered is not None and impl.startswith("fused") and clock.ceilings.gather < math.inf:
+        extra["gather_ms"] = spec.gathered(spec.shape) / clock.ceilings.gather * 1e3
     shape, detail = agreed(spec.shape)
     if detail:
         extra["detail"] = detail
@@ -187,7 +195,7 @@ def _tensors(value: Any) -> Iterator[torch.Tensor]:
             yield from _tensors(part)
 
 
-def _still_there(device: torch.device) -> None:
+def still_there(device: torch.device) -> None:
     """After an error: whether the device goes on. An illegal access ends a process's work on it."""
     if device.type != "cuda":
         return

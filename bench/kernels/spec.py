@@ -8,7 +8,8 @@ from typing import Any
 
 import torch
 
-from bench.kernels.timing import Call, Ceilings
+from bench.kernels.ceilings import Ceilings
+from bench.kernels.timing import Call
 
 Shape = Mapping[str, Any]
 
@@ -30,6 +31,7 @@ class Calls:
             look at some rows only).
         not_comparable: baselines whose result is another thing, so that they are timed only.
         reference: a comparable result, where no baseline gives one.
+        notes: what else the case's entry in the file says.
     """
 
     ours: Mapping[str, Call]
@@ -39,6 +41,7 @@ class Calls:
     whole: Callable[[Any], torch.Tensor] | None = None
     not_comparable: frozenset[str] = frozenset()
     reference: Call | None = None
+    notes: Callable[[], Mapping[str, Any]] = dict
 
 
 @dataclass(frozen=True)
@@ -48,6 +51,8 @@ class Spec:
     Attributes:
         variants: {impl: name of the case}; `build` gives a call of ours for every impl.
         roofline: seconds, from the shape and what the device can do.
+        gathered: bytes of table rows and angles that a kernel reads which looks codes up in its
+            loop, whatever else it does.
     """
 
     family: str
@@ -57,6 +62,7 @@ class Spec:
     roofline: Callable[[Shape, Ceilings], float]
     build: Callable[[Shape, torch.dtype, torch.device], Calls]
     notes: Mapping[str, Any] = field(default_factory=dict)
+    gathered: Callable[[Shape], float] | None = None
 
     def roofline_ms(self, ceilings: Ceilings) -> float:
         return self.roofline(self.shape, ceilings) * 1e3

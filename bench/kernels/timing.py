@@ -1,7 +1,7 @@
 """Times of calls on a device, all calls in turns so that a disturbance meets all of them.
 
 On a GPU a sample lies between two events, and the calls in it are queued behind a kernel that only
-waits: so what is timed is the device's work, without Python's. Three more variants tell the rest:
+waits: so what is timed is the device's work, without Python's. Three more times tell the rest:
 
     cold    the same with an L2 cache that was just overwritten
     graph   replays of a CUDA graph: what a decoder that captures its step pays
@@ -40,8 +40,11 @@ class Measured:
     eager: Times | None = None
 
 
-def on_cpu(calls: Mapping[str, Call], *, seconds: float = 0.3) -> dict[str, Measured]:
-    return {name: Measured(times) for name, times in measure(calls, seconds=seconds).items()}
+def on_cpu(
+    calls: Mapping[str, Call], *, seconds: float = 0.3, samples: int = 15
+) -> dict[str, Measured]:
+    times = measure(calls, seconds=seconds, samples=samples)
+    return {name: Measured(taken) for name, taken in times.items()}
 
 
 @dataclass
@@ -153,38 +156,3 @@ class Gpu:
                 torch.cuda.synchronize()
             return None
         return graph
-
-
-# What a chip can do, per second.
-
-
-@dataclass(frozen=True)
-class Ceilings:
-    """copy: bytes; dense, fp32: FLOP of 16-bit and of fp32-accurate products; exp: exponentials."""
-
-    copy: float
-    dense: float
-    fp32: float
-    exp: float
-
-
-COPY, DENSE, EXP = 3.0e12, 800e12, 3.7e12
-# An fp32-accurate product takes three in tf32, at half the rate of 16-bit ones each.
-FP32_OF_DENSE = 1 / 6
-NOMINAL = Ceilings(COPY, DENSE, DENSE * FP32_OF_DENSE, EXP)
-
-
-def measured_ceilings(device: torch.device, *, small: bool = False) -> Ceilings:
-    """Copy and matrix product as the device has them; the rate of exponentials is the nominal."""
-    size = 512 if small else 8192
-    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
-    source = torch.randn(size * (size if small else 2 * size), device=device)
-    target = torch.empty_like(source)
-    left, right = torch.randn(2, size, size, device=device).to(dtype)
-    calls = {"copy": lambda: target.copy_(source), "matmul": lambda: left @ right}
-    times = Gpu().measure(calls) if device.type == "cuda" else on_cpu(calls, seconds=0.1)
-    dense = 2 * size**3 / (times["matmul"].warm.p50 / 1e3)
-    copy = 2 * source.numel() * source.element_size() / (times["copy"].warm.p50 / 1e3)
-    if device.type == "cuda":
-        return Ceilings(copy, dense, dense * FP32_OF_DENSE, EXP)
-    return Ceilings(copy, dense, dense, float("inf"))  # nothing is known of its exponentials

@@ -5,18 +5,18 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
-import sys
+import os
 import time
 
 import pytest
 import torch
 
-from bench import gpu, tables
+from bench import tables
 from bench.kernels import __main__ as program
 from bench.kernels import cases as cases_of
 from bench.kernels import crossovers, plots, run, timing
+from bench.kernels.ceilings import NOMINAL, Ceilings
 from bench.kernels.spec import SHAPE_KEYS, Spec
-from bench.kernels.timing import NOMINAL, Ceilings
 
 REQUIRED = {"name", "shape", "dtype", "impl", "ms", "floor_ms", "peers", "ratio"}
 CPU = run.Clock(torch.device("cpu"), NOMINAL, None, 0.005)
@@ -96,6 +96,42 @@ def test_every_case_of_the_plan_is_there():
         assert f"decode_plain_counts_M1_N{tokens}_H32_d128" in names
     for spec in cases_of.specs():
         assert set(spec.shape) & set(SHAPE_KEYS)
+
+
+def test_what_decides_is_measured_first():
+    ranks = [cases_of.rank(spec) for spec in cases_of.specs()]
+    assert ranks == sorted(ranks)
+    assert set(ranks) == set(range(len(cases_of.DECISIVE) + 1))  # every pattern is some case's
+    assert 18 <= sum(rank < len(cases_of.DECISIVE) for rank in ranks) <= 24
+    first = cases_of.specs()[0].variants.values()
+    assert "codeword_M1024_N32768_H32_d128" in first
+
+
+def test_what_a_look_up_reads():
+    """Of one tile of 128 rows: 8192 keys and values of 128 values, and half as many angles."""
+    shape = {"M": 128, "N": 8192, "H": 1, "Hkv": 1, "d": 128}
+    assert cases_of.gathered(shape) == 8192 * 2 * 128 * 2
+    assert cases_of.gathered_rotary(shape) == 8192 * (2 * 128 + 128) * 2
+    decode = spec_named("decode_rotary_fused_M1_N131072_H32_d128")
+    assert decode.gathered(decode.shape) == 768 * 8 * 131072  # bytes a token and head
+
+
+def test_probes_do_what_they_are_timed_for():
+    pytest.importorskip("triton")
+    if os.environ.get("TRITON_INTERPRET") != "1":
+        pytest.skip("needs Triton's interpreter, or a GPU")
+    from bench.kernels import _probes
+
+    table = torch.randint(-(2**30), 2**30, (50, _probes.ROW), dtype=torch.int32)
+    codes = torch.randint(0, 50, (4 * _probes.BLOCK_CODES,), dtype=torch.int32)
+    want = table[codes.view(2, -1).long()].sum(1, dtype=torch.int32)  # wraps, as the kernel does
+    assert torch.equal(_probes.gather(codes, table, 2), want)
+    x = -0.01 * (torch.arange(2 * _probes.BLOCK_EXP) % 128)
+    for _ in range(3):
+        x = -torch.exp2(x)
+    torch.testing.assert_close(_probes.exponentials(2, 3, torch.device("cpu")), x)
+    with pytest.raises(ValueError, match="multiple of 64 codes, got 33"):
+        _probes.gather(codes[:33], table, 2)
 
 
 def test_rooflines_are_the_formulae():
@@ -186,7 +222,7 @@ def test_what_is_wrong_gets_no_time(name, spoil, why):
 def test_a_wrong_case_fails_the_run(monkeypatch, tmp_path, capsys):
     wrong = wrong_spec("merge_state_M1024_H32_d128", lambda state: (state[0] + 1, state[1]))
     right = cases_of.small(spec_named("pack_10bit_8192"))
-    monkeypatch.setattr(program, "chosen", lambda args: [wrong, right])
+    monkeypatch.setattr(program, "chosen", lambda args, done: [wrong, right])
     assert program.main(["--device", "cpu", "--small", "--output", str(tmp_path)]) == 1
     report = json.loads(next(tmp_path.glob("*/kernels_small.json")).read_text())
     assert [case["name"] for case in report["cases"]] == ["pack_10bit_8192"]
@@ -336,45 +372,6 @@ def test_crossovers_have_the_form_of_the_table():
 )
 def test_folders(name, folder):
     assert program.device_folder(name) == folder
-
-
-def test_the_stages_of_a_gpu_run(capsys):
-    assert gpu.main(["--dry-run"]) == 0
-    out = capsys.readouterr().out
-    for stage in ("build", "smoke", "tests", "compile", "benchmarks", "library", "memcheck"):
-        assert f"\n{stage} " in f"\n{out}"
-    assert "racecheck" in out
-    assert "tests/triton_kernels" in out
-
-
-def test_a_failing_or_late_stage_stops_no_other(monkeypatch, tmp_path, capsys):
-    def python(code):
-        return ((sys.executable, "-c", code),)
-
-    def stages(results, cores):
-        write = f"import pathlib; p = pathlib.Path({str(results)!r}, 'h100'); p.mkdir(parents=True)"
-        bad = "print('1 failed, 2 passed in 3s'); raise SystemExit(3)"
-        late = "import time; print('begun', flush=True); time.sleep(60)"
-        return [
-            gpu.Stage("bad", python(bad), 30, 1),
-            gpu.Stage("late", python(late), 6, 1),
-            gpu.Stage("absent", python(""), 30, 1, (), "no-such-tool"),
-            gpu.Stage("good", python(write + "; (p / 'kernels.json').write_text('{}')"), 30, 1),
-        ]  # fmt: skip
-
-    monkeypatch.setattr(gpu, "stages", stages)
-    monkeypatch.setattr(gpu, "describe_device", lambda env: {"device": "none"})
-    assert gpu.main(["--output", str(tmp_path), "--commit", "abc"]) == 1
-    summary = json.loads((tmp_path / "summary.json").read_text())
-    results = {stage["stage"]: stage for stage in summary["stages"]}
-    assert {name: stage["result"] for name, stage in results.items()} == {
-        "bad": "failed", "late": "timed out", "absent": "skipped", "good": "passed",
-    }  # fmt: skip
-    assert results["bad"]["counts"] == {"failed": 1, "passed": 2}
-    assert "begun" in results["late"]["last_lines"]
-    assert summary["files"] == ["kernels.json"]
-    assert len(list(tmp_path.iterdir())) == 3
-    assert "failed: bad, late" in capsys.readouterr().out
 
 
 def test_pictures(tmp_path, report):

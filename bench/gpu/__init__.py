@@ -1,0 +1,9 @@
+"""Everything that needs a GPU, in two commands: build, tests, sanitizers, benchmarks.
+
+__main__.py     the command line and the files a run leaves
+plan.py         which stages there are, and their time limits
+running.py      stages as processes with limits
+environment.py  what machine this is
+prepare.py      what a machine without a network needs brought along
+pytest_log.py   a pytest plugin: failures are told when they happen
+"""

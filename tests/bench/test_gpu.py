@@ -1,0 +1,215 @@
+"""The one run on a GPU, without one: its stages, its limits, what it keeps, and a rehearsal."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import time
+
+import pytest
+
+from bench.gpu import __main__ as gpu
+from bench.gpu import environment, plan, prepare, running
+from bench.gpu.plan import Setup
+from bench.gpu.running import Stage
+
+
+def python(code: str, **more) -> Stage:
+    name, seconds = more.pop("name"), more.pop("seconds", 30)
+    return Stage(name, ((sys.executable, "-c", code),), seconds, **more)
+
+
+@pytest.fixture
+def cache(monkeypatch, tmp_path):
+    """The caches of a run, in a folder of the test's own."""
+    folder = tmp_path / "cache"
+    monkeypatch.setattr(plan, "CACHE", folder)
+    monkeypatch.setattr(gpu, "CACHE", folder)
+    return folder
+
+
+def run(monkeypatch, groups, output, *more) -> dict[str, dict]:
+    monkeypatch.setitem(gpu.PLANS, "A", lambda setup: groups)
+    gpu.main(["--part", "A", "--output", str(output), "--commit", "abc", *more])
+    summary = json.loads((output / "summary.json").read_text())
+    return {stage["stage"]: stage for stage in summary["stages"]}
+
+
+def test_both_parts_are_planned(capsys):
+    assert gpu.main(["--dry-run"]) == 0
+    lines = [line.split()[:2] for line in capsys.readouterr().out.splitlines()]
+    names = {part: [name for p, name in lines if p == part] for part in "AB"}
+    assert names["A"][-5:] == ["smoke", "smoke_cuda_ptxas", "compile", "decisive", "engine"]
+    assert names["B"][3:] == [
+        *("tests", "library", "memcheck", "racecheck", "compile", "benchmarks", "tuned")
+    ]
+    for part in "AB":
+        assert names[part][:3] == ["environment", "build", "packages"]
+
+
+@pytest.mark.parametrize("part", gpu.PLANS)
+def test_least_times_fit_a_part(part, tmp_path):
+    groups = gpu.PLANS[part](Setup(tmp_path, 16))
+    assert sum(max(stage.least for stage in group) for group in groups) < gpu.PARTS[part] / 1.5
+    assert gpu.PARTS[part] + running.GRACE <= 300
+
+
+def test_a_stage_that_does_not_exist_is_refused(capsys):
+    with pytest.raises(SystemExit):
+        gpu.main(["--only", "smoke", "smokes"])
+    assert "no stage smokes" in capsys.readouterr().err
+
+
+def test_a_failing_or_late_stage_stops_no_other(monkeypatch, tmp_path, cache, capsys):
+    output = tmp_path / "out"
+    written = output / "h100" / "kernels.json"
+    write = f"import pathlib; p = pathlib.Path({str(written)!r}); p.parent.mkdir(parents=True); "
+    write += 'p.write_text(\'{"commit": "abc"}\')'
+    bad = "print('WRONG merge_state'); print('1 failed, 2 passed in 3s'); raise SystemExit(3)"
+    late = "import time; print('begun', flush=True); time.sleep(60)"
+    groups = [
+        (python(bad, name="bad", note="perhaps not"), python(late, name="late", seconds=5)),
+        (python("", name="absent", missing="no such tool"),),
+        (python(write, name="good"),),
+    ]
+    stages = run(monkeypatch, groups, output)
+    assert {name: stage["result"] for name, stage in stages.items()} == {
+        "bad": "failed", "late": "timed out", "absent": "skipped", "good": "passed",
+    }  # fmt: skip
+    assert stages["bad"]["counts"] == {"failed": 1, "passed": 2}
+    assert stages["bad"]["wrong"] == ["WRONG merge_state"]
+    assert stages["bad"]["note"] == "perhaps not"
+    assert "begun" in stages["late"]["last_lines"]
+    assert "begun" in (output / "log.txt").read_text()
+    assert (cache / "results" / "h100" / "kernels.json").is_file()
+    assert "failed: bad, late" in capsys.readouterr().out
+
+
+def test_a_stage_gets_the_time_that_is_left(monkeypatch, tmp_path, cache):
+    slow = "import time; time.sleep(60)"
+    groups = [
+        (python(slow, name="first"),),
+        (python("", name="second", least=6),),
+        (python(slow, name="spare", least=0, spare=True),),
+    ]
+    began = time.monotonic()
+    stages = run(monkeypatch, groups, tmp_path / "out", "--minutes", str(12 / 60))
+    assert stages["first"]["result"] == "timed out"
+    assert stages["first"]["seconds"] < 7 + running.GRACE
+    assert stages["second"]["result"] == "passed"
+    assert time.monotonic() - began < 12 + 2 * running.GRACE
+
+
+def test_what_there_is_is_kept_while_a_stage_runs(monkeypatch, tmp_path, cache):
+    """A run that is killed has no last word."""
+    output, scratch = tmp_path / "out", tmp_path / "logs"
+    output.mkdir()
+    scratch.mkdir()
+    record = gpu.Record(output, scratch, {"part": "A"})
+    record.began.append("slow")
+    kept = []
+
+    def keep():
+        record.keep()
+        kept.append(json.loads((output / "summary.json").read_text()))
+
+    monkeypatch.setattr(running, "KEEP_EVERY", 0.2)
+    code = "import time; print('half way', flush=True); time.sleep(2)"
+    running.run_group([(python(code, name="slow"), 30.0)], {"PATH": ""}, scratch, keep)
+    assert kept[-1]["running"] == ["slow"]
+    assert "half way" in (output / "log.txt").read_text()
+
+
+def test_the_second_part_goes_on_with_the_first_ones_results(tmp_path, cache):
+    kept = cache / "results" / "h100" / "kernels.json"
+    kept.parent.mkdir(parents=True)
+    kept.write_text('{"commit": "abc"}')
+    for commit, taken in (("abc", True), ("other", False), ("unknown", False)):
+        output = tmp_path / commit
+        gpu.take_up(output, commit)
+        assert (output / "h100" / "kernels.json").is_file() == taken
+
+
+@pytest.mark.parametrize(
+    ("text", "counted"),
+    [
+        ("x\n== 2 failed, 30 passed, 1 skipped in 12.3s ==\n", (30, 2, 1)),
+        ("3 passed, 1 warning in 0.50s\n", (3, 0, 0)),
+        ("[gw0] [ 10%] PASSED tests/a.py::b \n[gw1] [ 12%] FAILED tests/a.py::c[x]\n", (1, 1, 0)),
+        ("tests/a.py::b PASSED      [ 10%]\ntests/a.py::c SKIPPED (no)   [ 20%]\n", (1, 0, 1)),
+        ("there were 3 passed parameters in 2 calls\n", (0, 0, 0)),
+    ],
+)  # fmt: skip
+def test_counts_of_tests(text, counted):
+    counts = running.counts(text)
+    assert tuple(counts.get(word, 0) for word in ("passed", "failed", "skipped")) == counted
+
+
+def test_failures_are_told_at_once(tmp_path):
+    (tmp_path / "test_some.py").write_text(
+        "import os, pytest\n"
+        "@pytest.mark.parametrize('n', range(4))\n"
+        "def test_n(n):\n    assert n != 0, 'told early'\n    assert n != 2 or os._exit(1)\n"
+    )
+    words = setup_pytest(tmp_path, every=2)
+    done = subprocess.run(words, cwd=tmp_path, env=gpu_env(), capture_output=True, text=True)
+    assert "told early" in done.stdout  # though the process died in the next test
+    assert "test_n[0]" in done.stdout
+    assert "test_n[1]" not in done.stdout  # each second one
+
+
+def setup_pytest(folder, every):
+    words = [sys.executable, "-m", "pytest", "-v", "-c", "/dev/null", "--rootdir", str(folder)]
+    return [*words, "-p", "bench.gpu.pytest_log", "--every", str(every)]
+
+
+def gpu_env():
+    return dict(plan.environment(plan.CACHE, "abc", False))
+
+
+def test_the_environment_is_described():
+    about = environment.describe()
+    assert about["python"] == sys.version.split()[0]
+    assert about["cores"] >= 1
+    assert json.loads(json.dumps(about)) == about
+    assert about["versions"]["torch"] == about["torch"].partition("+")[0] or about["torch"]
+    pytest.importorskip("triton")
+    assert len(about["triton_key"]) > 20
+    assert all("release" in version for version in about["ptxas"].values() if version)
+
+
+def test_tools_outside_of_path_are_found(monkeypatch, tmp_path):
+    program = tmp_path / "bin" / "compute-sanitizer"
+    program.parent.mkdir()
+    program.write_text("#!/bin/sh\n")
+    program.chmod(0o755)
+    monkeypatch.setenv("PATH", "")
+    monkeypatch.setattr(environment, "CUDA_FOLDERS", ("", str(tmp_path)))
+    assert environment.find_tool("compute-sanitizer") == str(program)
+    assert environment.cuda_ptxas() is None
+    assert environment.find_tool("no-such-tool") is None
+
+
+def test_the_extension_is_built_for_a_python_with_headers():
+    this = ".".join(map(str, sys.version_info[:2]))
+    assert prepare.interpreter(this) is not None
+    assert prepare.interpreter("2.6") is None
+
+
+@pytest.mark.timeout(400)
+def test_a_rehearsal(tmp_path, cache):
+    """Both parts' ways, in Triton's interpreter: one in so many calls and cases of each kind."""
+    pytest.importorskip("triton")
+    output = tmp_path / "out"
+    common = ["--output", str(output), "--rehearse", "60", "--commit", "abc", "--only"]
+    assert gpu.main(["--part", "A", *common, "smoke", "decisive"]) == 0
+    (path,) = output.glob("*/kernels_small.json")
+    first = {case["name"] for case in json.loads(path.read_text())["cases"]}
+    assert first
+    path.unlink()  # the second part finds it among what is kept
+    assert gpu.main(["--part", "B", *common, "benchmarks"]) == 0
+    report = json.loads(path.read_text())
+    assert first < {case["name"] for case in report["cases"]}
+    assert report["failed"] == []
+    assert set(report["ceilings"]["measured"]) == {"copy", "dense", "exp", "gather"}
