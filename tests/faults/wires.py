@@ -9,7 +9,7 @@ import struct
 from collections.abc import Iterator
 from pathlib import Path
 
-from astra_runtime.transport.certificates import Keys
+from astra_runtime.transport.credentials import Keys
 from astra_runtime.transport.sockets import prepare
 from astra_runtime.transport.stream import Stream, TlsStream
 from astra_runtime.transport.tcp import TcpMesh

@@ -12,12 +12,13 @@ from astra_runtime.core import _C
 from astra_runtime.transport import rendezvous
 from astra_runtime.transport.addresses import parse_address, require_loopback
 from astra_runtime.transport.bootstrap import MeshBootstrap
-from astra_runtime.transport.certificates import Contexts, Keys
+from astra_runtime.transport.credentials import Contexts, Keys
 from astra_runtime.transport.link import Link
-from astra_runtime.transport.mesh import Mesh, Stats, peers_of, require
+from astra_runtime.transport.mesh import Mesh, peers_of, require
 from astra_runtime.transport.options import Backend, ConnectOptions
 from astra_runtime.transport.pacing import PacedMesh
 from astra_runtime.transport.sockets import listen, prepare
+from astra_runtime.transport.stats import Stats
 from astra_runtime.transport.tcp import TcpMesh
 from astra_runtime.wire import NO_RUN, NOBODY, Frame, Hello
 

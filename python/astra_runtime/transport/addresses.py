@@ -6,7 +6,7 @@ import ipaddress
 import socket
 from collections.abc import Iterable
 
-from astra_runtime.transport.certificates import KeysError
+from astra_runtime.transport.credentials import KeysError
 
 
 def parse_address(text: str) -> tuple[str, int]:

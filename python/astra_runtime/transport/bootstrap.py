@@ -17,10 +17,10 @@ from typing import Final
 from astra_runtime.errors import ConnectFailed, PeersRefused
 from astra_runtime.transport.abort import error_at_end
 from astra_runtime.transport.acceptor import KEPT_REFUSALS, Acceptor
-from astra_runtime.transport.certificates import Contexts
+from astra_runtime.transport.credentials import Contexts
 from astra_runtime.transport.dialer import RETRY_SECONDS, Dialer
-from astra_runtime.transport.mesh import Stats
 from astra_runtime.transport.pending import Members
+from astra_runtime.transport.stats import Stats
 from astra_runtime.transport.stream import Stream
 from astra_runtime.wire import Hello
 

@@ -1,13 +1,7 @@
-"""Keys of a run: a private authority, and for each rank a certificate that names it.
+"""Making the keys of a run, and looking at them: a private authority, a certificate for each rank.
 
-A folder of keys, as `astra keys init` writes it:
-
-    authority.key       signs certificates; belongs on no device
-    authority.pem
-    rank-0/             all that rank 0 needs: authority.pem, certificate.pem, key.pem
-    rank-1/ …
-
-Making keys needs the package `cryptography` (the extra `security`); using them needs Python alone.
+Needs the package `cryptography` (the extra `security`). `credentials.py` describes the folder and
+uses it.
 """
 
 from __future__ import annotations
@@ -15,132 +9,29 @@ from __future__ import annotations
 import contextlib
 import datetime
 import ipaddress
-import logging
 import os
 import re
 import secrets
-import ssl
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Final, NamedTuple
+from typing import Any, Final
 
-from ..errors import AstraError
+from astra_runtime.transport.credentials import (
+    AUTHORITY,
+    CERTIFICATE,
+    KEY,
+    RANK_NAME,
+    KeysError,
+    hosts_of,
+    named_rank,
+    rank_name,
+)
 
-AUTHORITY: Final = "authority.pem"
 AUTHORITY_KEY: Final = "authority.key"
-CERTIFICATE: Final = "certificate.pem"
-KEY: Final = "key.pem"
-DOMAIN: Final = "astra.internal"  # a top-level name that is reserved for private use
-ENVIRONMENT: Final = "ASTRA_KEYS"
 EXTRA: Final = "astra-inference[security]"
 MAX_RANKS: Final = 0xFFFF
-_RANK_NAME: Final = re.compile(r"rank-(0|[1-9][0-9]{0,4})\.astra\.internal")
-
-log = logging.getLogger("astra_runtime.transport.certificates")
-
-
-class KeysError(AstraError, ValueError):
-    """Keys are missing where they are needed, or cannot be read, made or used."""
-
-
-class Contexts(NamedTuple):
-    """What one rank's connections are made with: TLS 1.3 only, certificates on both sides."""
-
-    accepting: ssl.SSLContext
-    dialing: ssl.SSLContext
-
-
-class Keys:
-    """A folder of keys: all ranks' (`astra keys init`), or a copy of one `rank-R` folder.
-
-    Which rank a certificate names is not looked at here: the peers judge it, and say so.
-    """
-
-    def __init__(self, folder: str | os.PathLike[str]) -> None:
-        self.folder = Path(folder)
-
-    def __repr__(self) -> str:
-        return f"Keys({str(self.folder)!r})"
-
-    def of(self, rank: int) -> Path:
-        """The folder with the certificate of `rank`; KeysError where there is none."""
-        for folder in (self.folder, self.folder / f"rank-{rank}"):
-            if (folder / CERTIFICATE).is_file():
-                return folder
-        raise KeysError(
-            f"keys: expected {CERTIFICATE} or rank-{rank}/{CERTIFICATE}, as `astra keys init` "
-            f"writes them, got neither in {str(self.folder)!r}"
-        )
-
-    def contexts(self, rank: int) -> Contexts:
-        """Reads the keys of `rank`; what is made from them stays usable without the folder."""
-        folder = self.of(rank)
-        return Contexts(_context(folder, accepting=True), _context(folder, accepting=False))
-
-
-def _context(folder: Path, *, accepting: bool) -> ssl.SSLContext:
-    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER if accepting else ssl.PROTOCOL_TLS_CLIENT)
-    # Names are checked by `named_rank`: exactly one, no wildcards, and in words for both sides.
-    context.check_hostname = False
-    context.verify_mode = ssl.CERT_REQUIRED
-    context.verify_flags |= ssl.VERIFY_X509_STRICT
-    context.minimum_version = context.maximum_version = ssl.TLSVersion.TLSv1_3
-    if accepting:
-        context.num_tickets = 0  # no session is ever resumed
-    key = folder / KEY
-    try:
-        if key.stat().st_mode & 0o077:
-            log.warning("%s can be read by others than its owner; chmod 600", key)
-        context.load_verify_locations(folder / AUTHORITY)  # nobody else is trusted
-        context.load_cert_chain(folder / CERTIFICATE, key, password=_no_password)
-    except OSError as error:  # ssl.SSLError is one, too
-        raise KeysError(f"keys: cannot use {str(folder)!r}: {error}") from error
-    return context
-
-
-def _no_password() -> str:
-    """Otherwise OpenSSL asks at the terminal, and a worker has none."""
-    raise KeysError(f"keys: expected a {KEY} without a password")
-
-
-# --- what a certificate says
-
-
-def rank_name(rank: int) -> str:
-    return f"rank-{rank}.{DOMAIN}"
-
-
-def named_rank(certificate: Mapping[str, Any] | None) -> int | None:
-    """The one rank that a verified peer's certificate (`getpeercert`) names, or None."""
-    names = [
-        value for kind, value in (certificate or {}).get("subjectAltName", ()) if kind == "DNS"
-    ]
-    ranks = [match for match in map(_RANK_NAME.fullmatch, names) if match]
-    return int(ranks[0][1]) if len(ranks) == 1 else None
-
-
-def hosts_of(certificate: Mapping[str, Any] | None) -> list[str]:
-    """The addresses to which a certificate is bound; usually none."""
-    names = [value for _, value in (certificate or {}).get("subjectAltName", ())]
-    return [name for name in names if not _RANK_NAME.fullmatch(name)]
-
-
-def is_bound_to(certificate: Mapping[str, Any] | None, host: str) -> bool:
-    """Whether a certificate may be shown at `host`: it names it, or no host at all."""
-    hosts = hosts_of(certificate)
-    return not hosts or _normal(host) in map(_normal, hosts)
-
-
-def _normal(host: str) -> str:
-    try:
-        return str(ipaddress.ip_address(host))
-    except ValueError:
-        return host.lower().rstrip(".")
-
-
-# --- making keys
 
 
 def _x509() -> Any:
@@ -163,7 +54,7 @@ def can_make_keys() -> bool:
 
 
 @dataclass(frozen=True)
-class Made:
+class KeyFolder:
     """What `make_keys` wrote."""
 
     folder: Path
@@ -178,7 +69,7 @@ def make_keys(
     hosts: Sequence[str] | None = None,
     days: int = 365,
     keep_authority: bool = True,
-) -> Made:
+) -> KeyFolder:
     """Writes a new authority and the keys of `ranks` ranks into `folder`.
 
     hosts: an address or name for each rank, bound into its certificate: who dials that rank
@@ -222,7 +113,7 @@ def make_keys(
         _write_private(own / KEY, key)
         _write_public(own / CERTIFICATE, certificate)
         _write_public(own / AUTHORITY, authority)
-    return Made(folder, ranks, dates[1])
+    return KeyFolder(folder, ranks, dates[1])
 
 
 @contextlib.contextmanager
@@ -244,7 +135,7 @@ def _general_name(host: str) -> Any:
         return x509.IPAddress(ipaddress.ip_address(host))
     except ValueError:
         pass
-    if not re.fullmatch(r"[A-Za-z0-9-]+(\.[A-Za-z0-9-]+)*", host) or _RANK_NAME.fullmatch(host):
+    if not re.fullmatch(r"[A-Za-z0-9-]+(\.[A-Za-z0-9-]+)*", host) or RANK_NAME.fullmatch(host):
         raise ValueError(f"hosts: expected a name or an IP address without a port, got {host!r}")
     return x509.DNSName(host)
 
@@ -319,11 +210,8 @@ def _write_public(path: Path, certificate: Any) -> None:
     path.write_bytes(certificate.public_bytes(serialization.Encoding.PEM))
 
 
-# --- looking at keys
-
-
 @dataclass(frozen=True)
-class Shown:
+class RankCertificate:
     """One certificate of a folder."""
 
     rank: int
@@ -332,11 +220,11 @@ class Shown:
     serial: str  # hexadecimal
 
 
-def show_keys(folder: str | os.PathLike[str]) -> list[Shown]:
+def show_keys(folder: str | os.PathLike[str]) -> list[RankCertificate]:
     """The certificates in a folder of keys (all ranks', or one rank's), by rank."""
     x509 = _x509()
     paths = [Path(folder) / CERTIFICATE, *Path(folder).glob(f"rank-*/{CERTIFICATE}")]
-    found = []
+    certificates = []
     for path in paths:
         if not path.is_file():
             continue
@@ -347,12 +235,12 @@ def show_keys(folder: str | os.PathLike[str]) -> list[Shown]:
             raise KeysError(f"keys: cannot read {str(path)!r}: {error}") from error
         kinds = [("DNS", name) for name in names.value.get_values_for_type(x509.DNSName)]
         kinds += [("IP", str(ip)) for ip in names.value.get_values_for_type(x509.IPAddress)]
-        said = {"subjectAltName": kinds}
-        rank = named_rank(said)
+        subject = {"subjectAltName": kinds}
+        rank = named_rank(subject)
         if rank is None:
             raise KeysError(f"keys: expected {str(path)!r} to name one rank, got {kinds}")
         expires, serial = certificate.not_valid_after_utc, f"{certificate.serial_number:x}"
-        found.append(Shown(rank, expires, tuple(hosts_of(said)), serial))
-    if not found:
+        certificates.append(RankCertificate(rank, expires, tuple(hosts_of(subject)), serial))
+    if not certificates:
         raise KeysError(f"keys: expected a folder written by `astra keys init`, got {folder!s}")
-    return sorted(found, key=lambda shown: shown.rank)
+    return sorted(certificates, key=lambda certificate: certificate.rank)

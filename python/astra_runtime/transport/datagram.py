@@ -29,12 +29,14 @@ from astra_runtime.errors import (
     WireError,
 )
 from astra_runtime.transport.abort import error_at_end
-from astra_runtime.transport.certificates import EXTRA, KeysError, can_make_keys
+from astra_runtime.transport.certificates import EXTRA, can_make_keys
+from astra_runtime.transport.credentials import KeysError
 from astra_runtime.transport.fragments import DATAGRAM_SIZE, FEC_GROUP, DatagramStats, Outbox
-from astra_runtime.transport.mesh import Payload, Stats
+from astra_runtime.transport.mesh import Payload
 from astra_runtime.transport.peers import Peer, PeerMesh
 from astra_runtime.transport.reassembly import ByteRange, Inbox
 from astra_runtime.transport.seals import SECRET_SIZE, Buffer, EncryptedSeal, PlainSeal, Seal
+from astra_runtime.transport.stats import Stats
 from astra_runtime.transport.tcp import YIELD_NANOSECONDS, TcpMesh
 from astra_runtime.wire import Frame
 

@@ -14,7 +14,7 @@ from typing import Final
 from astra_runtime import wire
 from astra_runtime.errors import HandshakeRefused, WireError
 from astra_runtime.transport.abort import printable
-from astra_runtime.transport.certificates import is_bound_to, named_rank
+from astra_runtime.transport.credentials import is_bound_to, named_rank
 from astra_runtime.transport.pending import (
     HANDSHAKE_SECONDS,
     TLS_FIRST_BYTES,

@@ -5,54 +5,18 @@ from __future__ import annotations
 import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, fields, replace
-from types import TracebackType
+from dataclasses import replace
 from typing import Any, Self
 
 from astra_runtime import wire
-from astra_runtime.control import Control, is_control
+from astra_runtime.control import Control
 from astra_runtime.core import _C
 from astra_runtime.errors import AstraError, DeadlineExceeded, HandshakeRefused
 from astra_runtime.transport.options import ConnectOptions
+from astra_runtime.transport.stats import Stats
 from astra_runtime.wire import Frame
 
 Payload = Frame | bytes | bytearray | memoryview
-
-
-@dataclass(slots=True)
-class Stats:
-    """Bytes and messages of one rank. `payload`: blocks; `control`: control messages;
-    `total`: everything counted at the socket, headers and handshake included."""
-
-    messages_sent: int = 0
-    bytes_sent_payload: int = 0
-    bytes_sent_control: int = 0
-    bytes_sent_total: int = 0
-    messages_received: int = 0
-    bytes_received_payload: int = 0
-    bytes_received_control: int = 0
-    bytes_received_total: int = 0
-
-    def count_sent(self, size: int, block: int) -> None:
-        """A frame of `size` payload bytes."""
-        self.messages_sent += 1
-        if not is_control(block):
-            self.bytes_sent_payload += size
-        else:
-            self.bytes_sent_control += size
-
-    def count_received(self, size: int, block: int) -> None:
-        self.messages_received += 1
-        if not is_control(block):
-            self.bytes_received_payload += size
-        else:
-            self.bytes_received_control += size
-
-    def __add__(self, other: Stats) -> Stats:
-        return Stats(*(getattr(self, f.name) + getattr(other, f.name) for f in fields(self)))
-
-    def __sub__(self, other: Stats) -> Stats:
-        return Stats(*(getattr(self, f.name) - getattr(other, f.name) for f in fields(self)))
 
 
 class Mesh(ABC):
@@ -208,16 +172,11 @@ class Mesh(ABC):
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        if kind is None:
+    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
+        if error is None:
             self.close()
         else:
-            self.abort(error if error is not None else kind())
+            self.abort(error)
 
 
 def peers_of(mesh: Mesh) -> list[int]:

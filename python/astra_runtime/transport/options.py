@@ -6,7 +6,7 @@ import os
 from dataclasses import dataclass
 from typing import Final, Literal, get_args
 
-from astra_runtime.transport.certificates import ENVIRONMENT, Keys, KeysError
+from astra_runtime.transport.credentials import ENVIRONMENT, Keys, KeysError
 from astra_runtime.transport.link import Link
 
 Backend = Literal["tcp", "datagram", "gloo", "nccl"]

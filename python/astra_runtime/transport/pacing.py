@@ -24,7 +24,8 @@ from typing import Final, NamedTuple
 
 from astra_runtime.errors import AstraError, DeadlineExceeded
 from astra_runtime.transport.link import Link
-from astra_runtime.transport.mesh import Mesh, Payload, Stats
+from astra_runtime.transport.mesh import Mesh, Payload
+from astra_runtime.transport.stats import Stats
 from astra_runtime.wire import Frame
 
 MAX_QUEUED: Final = 64 << 20  # payload bytes held back before `send` waits

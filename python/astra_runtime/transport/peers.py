@@ -8,7 +8,8 @@ from typing import Generic, TypeVar
 from astra_runtime import wire
 from astra_runtime.control import is_control
 from astra_runtime.errors import AstraError
-from astra_runtime.transport.mesh import Mesh, Stats
+from astra_runtime.transport.mesh import Mesh
+from astra_runtime.transport.stats import Stats
 from astra_runtime.wire import Frame, Header
 
 

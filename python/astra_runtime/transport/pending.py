@@ -9,8 +9,8 @@ import time
 from typing import Final
 
 from astra_runtime import wire
-from astra_runtime.transport.certificates import Contexts
-from astra_runtime.transport.mesh import Stats
+from astra_runtime.transport.credentials import Contexts
+from astra_runtime.transport.stats import Stats
 from astra_runtime.transport.stream import Stream, TlsStream
 from astra_runtime.wire import HELLO_SIZE, Hello
 

@@ -25,8 +25,9 @@ from astra_runtime import wire
 from astra_runtime.errors import AstraError, DeadlineExceeded
 from astra_runtime.transport import abort
 from astra_runtime.transport.connection import Connection
-from astra_runtime.transport.mesh import Payload, Stats
+from astra_runtime.transport.mesh import Payload
 from astra_runtime.transport.peers import PeerMesh
+from astra_runtime.transport.stats import Stats
 from astra_runtime.transport.stream import Stream
 from astra_runtime.wire import HEADER_SIZE, Frame
 

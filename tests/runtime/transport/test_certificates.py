@@ -20,15 +20,8 @@ from astra_runtime import errors
 from astra_runtime.cli import main
 from astra_runtime.cli.cluster import local_keys
 from astra_runtime.transport import check_keys, connect
-from astra_runtime.transport.certificates import (
-    Keys,
-    KeysError,
-    ephemeral_keys,
-    is_bound_to,
-    make_keys,
-    named_rank,
-    show_keys,
-)
+from astra_runtime.transport.certificates import ephemeral_keys, make_keys, show_keys
+from astra_runtime.transport.credentials import Keys, KeysError, is_bound_to, named_rank
 
 from ..ranks import all_to_all, as_ranks, free_ports, key_folder, together
 

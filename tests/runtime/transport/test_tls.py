@@ -25,7 +25,8 @@ import astra_runtime.transport.certificates as keys_module
 from astra_runtime import errors, wire
 from astra_runtime.transport import Link, Mesh, connect, pending
 from astra_runtime.transport.acceptor import LOGGED_REFUSALS, MAX_PENDING
-from astra_runtime.transport.certificates import Keys, make_keys
+from astra_runtime.transport.certificates import make_keys
+from astra_runtime.transport.credentials import Keys
 from astra_runtime.transport.sockets import prepare
 from astra_runtime.transport.stream import UNTRUSTED_BYTES, TlsStream
 from astra_runtime.transport.tcp import TcpMesh
