@@ -7,7 +7,7 @@ All code SmolLM2's keys and values of a token in one block, scaled as in space "
 the first token exact everywhere, no halo. Bits are those of fixed-length codes, but for "lattice",
 where they are the entropy of its points on the calibration vectors, which an ideal entropy coder
 would come near to. Space "transform" with the same windows stands beside them. Calibrated on a part
-of the text of `bench.accuracy.calibrate`. Writes codes.json, after each row.
+of the text of `bench.accuracy.calibrate`. Adds to codes.json after each row.
 
 - product:C — C equal parts of the channels, 1,024 codewords each;
 - residual:S — S stages of 1,024 codewords, each for what the stages before left (Chen et al. 2010);
@@ -26,6 +26,7 @@ import argparse
 import statistics
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -42,13 +43,14 @@ from astra_runtime.train.calibration import as_windows, record
 from astra_runtime.train.kmeans import kmeans
 from astra_runtime.train.navq import Quantized
 from bench.accuracy import calibrate
-from bench.accuracy import lm as accuracy
 from bench.accuracy.corpora import corpus
-from bench.report import command_line, quiet_transformers, write
+from bench.accuracy.simulated import control_losses, figures, losses
+from bench.report import Rows, command_line, quiet_transformers
 
 TEXT = ("documentation:4", "manpages:3", "fortunes:3", "source:2")
 DOMAINS = ("documentation", "handbook")
-CODEWORDS, ITERATIONS, GAIN_BITS = 1024, 4, 4
+CODEWORDS, ITERATIONS, GAIN_BITS, RANKS = 1024, 4, 4, 4
+FIGURES = ("perplexity", "gap_recovered", "gap_spread")  # of each text
 CODES = (
     *("product:1", "product:3", "product:12"),
     *("residual:3", "residual:10", "gain_shape:2", "gain_shape:8"),
@@ -215,15 +217,17 @@ MAKERS: dict[str, Callable[[Tensor, Any, int], Code]] = {
 }
 
 
-def made(model: Any, name: str, vectors: list[tuple[Tensor, Tensor]]) -> tuple[Codebook, Any]:
+def codebook_of(
+    model: Any, name: str, vectors: list[tuple[Tensor, Tensor]]
+) -> tuple[Codebook, Any]:
     """Codebook and quantizers of a row of the table; None: the codebook's own."""
     kind, _, size = name.partition(":")
-    if kind == "transform":
+    if kind not in MAKERS:
         return Codebook.from_pretrained(calibrate.folder(float(size), 0)), None
 
     def of_block(numbered: tuple[int, tuple[Tensor, Tensor]]) -> Code:
-        block, (found, _) = numbered
-        return MAKERS[kind](found[:, 0], float(size), 1000 * block)
+        block, (of_one, _) = numbered
+        return MAKERS[kind](of_one[:, 0], float(size), 1000 * block)
 
     codes = list(map_cores(of_block, list(enumerate(vectors))))
     adapter = adapt(model)
@@ -251,38 +255,31 @@ def main(arguments: Sequence[str] | None = None) -> None:
         domain: token_windows(tokenizer, corpus(domain)[1], calibrate.TOKENS, options.windows)
         for domain in DOMAINS
     }
-    place = {"world_size": 4, "halo": 0, "lost": 0.0, "seed": 0}
-    base = {
-        domain: {
-            name: accuracy.losses(model, book, found, place)
-            for name, book in accuracy.CONTROLS.items()
-        }
-        for domain, found in windows.items()
-    }
-    rows = []
-    for name in options.codes:
-        book, quantizers = made(model, name, vectors)
-        row = {"codes": name, "bits_per_token_block": book.bits}
+    controls = {name: control_losses(model, found, RANKS) for name, found in windows.items()}
+    rows = Rows(
+        "codes",
+        command=command_line("bench.accuracy codes", arguments),
+        extra={
+            "calibration_vectors": len(vectors[0][0]),
+            "threads": torch.get_num_threads(),
+        },
+        say=say,
+    )
+
+    def row(name: str) -> dict[str, Any]:
+        book, quantizers = codebook_of(model, name, vectors)
+        bits = book.bits
         if quantizers is not None:
-            row["bits_per_token_block"] = statistics.fmean(code.bits for code in quantizers)
+            bits = statistics.fmean(code.bits for code in quantizers)
+        measured: dict[str, Any] = {"bits_per_token_block": bits}
         for domain, found in windows.items():
-            loss = accuracy.losses(model, book, found, place, quantizers)
-            told = accuracy.row_of(model, book, loss, base[domain])
-            row[domain] = {k: told[k] for k in ("perplexity", "gap_recovered", "gap_spread")}
-        rows.append(row)
-        say(str(row))
-        write(
-            "codes",
-            [],
-            command=command_line("bench.accuracy codes", arguments),
-            packages=("torch", "numpy", "transformers"),
-            extra={
-                "rows": rows,
-                "windows": options.windows,
-                "calibration_vectors": len(vectors[0][0]),
-                "threads": torch.get_num_threads(),
-            },
-        )
+            ours = losses(model, book, found, world_size=RANKS, quantizers=quantizers)
+            of_text = figures(model, book, ours, controls[domain])
+            measured[domain] = {key: of_text[key] for key in FIGURES}
+        return measured
+
+    for name in options.codes:
+        rows.measured({"codes": name, "windows": options.windows}, partial(row, name))
 
 
 if __name__ == "__main__":

@@ -9,8 +9,12 @@ topics of it, and on a handbook that they never saw. Writes accuracy_encoder.jso
 rows that are there already are not measured again.
 """
 
+from __future__ import annotations
+
 import argparse
 from collections.abc import Sequence
+from functools import partial
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -24,52 +28,53 @@ from astra_runtime.parallel import map_cores
 from astra_runtime.plan import Plan
 from astra_runtime.store import load_model, load_tokenizer, token_windows
 from astra_runtime.train.simulate import Simulation
+from bench import codebooks
 from bench.accuracy.corpora import corpus
-from bench.accuracy.lm import bits_of
-from bench.report import command_line, load, quiet_transformers, write
+from bench.report import Rows, command_line, quiet_transformers
 
 TOKENS, RANKS, NEIGHBOURS = 256, 4, 10
 RESULT = "accuracy_encoder"
 
 
-def embeddings(model, book: Codebook, texts: list[Tensor]) -> Tensor:
+def embeddings(model: Any, book: Codebook, texts: list[Tensor]) -> Tensor:
     """Unit embeddings [W, D] of the texts, on simulated ranks."""
     plan = Plan.make(TOKENS - 1, RANKS, causal=False, copies=1)
 
     @torch.inference_mode()
-    def one(ids: Tensor) -> Tensor:
-        run = Simulation(model, book, plan, {"input_ids": ids[None]})
-        return run.run().last_hidden_state[0].mean(0)
+    def embedding(ids: Tensor) -> Tensor:
+        output = Simulation(model, book, plan, {"input_ids": ids[None]}).run()
+        mean: Tensor = output.last_hidden_state[0].mean(0)
+        return mean
 
     with adapt(model).installed():
-        return F.normalize(torch.stack(list(map_cores(one, texts))), dim=-1)
+        return F.normalize(torch.stack(list(map_cores(embedding, texts))), dim=-1)
 
 
 def neighbours(vectors: Tensor) -> Tensor:
     """The nearest other texts of each, nearest first: [W, NEIGHBOURS]."""
-    alike = vectors @ vectors.T
-    return alike.fill_diagonal_(-2).topk(NEIGHBOURS).indices
+    similarity = vectors @ vectors.T
+    return similarity.fill_diagonal_(-2).topk(NEIGHBOURS).indices
 
 
 def agreement(exact: Tensor, coded: Tensor) -> dict[str, float]:
     """How alike embeddings are, and how alike the rankings that they give."""
-    best, found = neighbours(exact), neighbours(coded)
-    shared = (best[:, :, None] == found[:, None]).any(-1).float().mean()
+    of_exact, of_coded = neighbours(exact), neighbours(coded)
+    shared = (of_exact[:, :, None] == of_coded[:, None]).any(-1).float().mean()
     return {
         "cosine": float((exact * coded).sum(-1).mean()),
-        "first_neighbour_agrees": float((best[:, 0] == found[:, 0]).float().mean()),
+        "first_neighbour_agrees": float((of_exact[:, 0] == of_coded[:, 0]).float().mean()),
         "ten_neighbours_shared": float(shared),
     }
 
 
-def codebook_of(name: str, seed: int, model, calibration: list[Tensor]) -> Codebook:
-    space, _, choice = name.partition(":")
-    if space in ("none", "drop"):
-        return Codebook.none(choice) if space == "none" else Codebook.drop()
+def codebook_of(name: str, seed: int, model: Any, calibration: list[Tensor]) -> Codebook:
+    """A control, or fitted on three quarters of the calibration texts, others for each seed."""
+    book = codebooks.control(name)
+    if book is not None:
+        return book
     order = torch.randperm(len(calibration), generator=torch.Generator().manual_seed(seed))
-    windows = [calibration[i] for i in order[: len(calibration) * 3 // 4]]  # another set a seed
-    size = {"bits": float(choice)} if space == "transform" else {"groups": int(choice)}
-    return Codebook.fit(model, windows, space=space, held_back=0, seed=seed, **size)
+    windows = [calibration[i] for i in order[: len(calibration) * 3 // 4]]
+    return Codebook.fit(model, windows, **codebooks.size_of(name), held_back=0, seed=seed)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -90,39 +95,31 @@ def main(arguments: Sequence[str] | None = None) -> None:
         d: token_windows(tokenizer, corpus(d)[1], TOKENS, options.texts) for d in options.domains
     }
     exact = {d: embeddings(model, Codebook.none(), texts[d]) for d in options.domains}
-    rows = (load(f"cpu-2core/{RESULT}") or {"rows": []})["rows"]
+    rows = Rows(
+        RESULT,
+        command=command_line("bench.accuracy encoder", arguments),
+        extra={"threads": torch.get_num_threads()},
+        say=say,
+    )
+
+    def row(book: Codebook, domain: str) -> dict[str, Any]:
+        return {
+            "texts": len(texts[domain]),
+            "world_size": RANKS,
+            "bits_per_token_block": codebooks.bits_per_token_block(book, adapt(model)),
+            "flops_over_ideal": flops_over_ideal(adapt(model), book, TOKENS - 1, RANKS),
+            "calibration_vectors": book.notes.get("calibration_vectors"),
+            **agreement(exact[domain], embeddings(model, book, texts[domain])),
+        }
+
     for name in options.codes:
-        seeds = [0] if name.startswith(("none", "drop")) else options.seeds
-        for seed in seeds:
-            missing = [
-                d
-                for d in options.domains
-                if not any((r["codes"], r["seed"], r["domain"]) == (name, seed, d) for r in rows)
-            ]
-            book = codebook_of(name, seed, model, calibration) if missing else None
-            for domain in missing:
-                coded = embeddings(model, book, texts[domain])
-                rows.append(
-                    {
-                        "codes": name,
-                        "seed": seed,
-                        "domain": domain,
-                        "texts": len(texts[domain]),
-                        "world_size": RANKS,
-                        "bits_per_token_block": bits_of(book, model),
-                        "flops_over_ideal": flops_over_ideal(adapt(model), book, TOKENS - 1, RANKS),
-                        "calibration_vectors": book.notes.get("calibration_vectors"),
-                        **agreement(exact[domain], coded),
-                    }
-                )
-                say(str(rows[-1]))
-                write(
-                    RESULT,
-                    [],
-                    command=command_line("bench.accuracy encoder", arguments),
-                    packages=("torch", "numpy", "transformers"),
-                    extra={"rows": rows, "threads": torch.get_num_threads()},
-                )
+        for seed in [0] if codebooks.control(name) else options.seeds:
+            places = [{"codes": name, "seed": seed, "domain": d} for d in options.domains]
+            if all(map(rows.find, places)):
+                continue  # the codebook need not be fitted
+            book = codebook_of(name, seed, model, calibration)
+            for place in places:
+                rows.measured(place, partial(row, book, place["domain"]))
 
 
 if __name__ == "__main__":

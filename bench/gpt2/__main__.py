@@ -95,26 +95,26 @@ def tasks(size: Size) -> list[Task]:
     """All groups of rows, the most wanted first."""
     wanted, revised, base = size.bits[: size.first], {"kinds": ["revised"]}, size.base
     short = {"steps": size.sweep_steps, "options": revised}
-    found = [
+    rows = [
         Task("control", book, adapted=adapted)
         for book in (Codebook.none(), Codebook.drop())
         for adapted in (True, False)
     ]
-    found += [Task("bits", codes, adapted=adapted) for codes in wanted for adapted in (False, True)]
+    rows += [Task("bits", codes, adapted=adapted) for codes in wanted for adapted in (False, True)]
     if size is WIDE:
-        return found + [Task("ranks", codes, options={"ranks": 2}) for codes in wanted[:1]]
-    found += [Task("lost", codes, options={**revised, "lost": 0.05}) for codes in wanted]
-    found += [Task("ranks", base, options={**revised, "ranks": n}) for n in size.ranks]
-    found += [Task("noise", base, changes={"noise": noise}, **short) for noise in size.noise]
-    found += [
+        return rows + [Task("ranks", codes, options={"ranks": 2}) for codes in wanted[:1]]
+    rows += [Task("lost", codes, options={**revised, "lost": 0.05}) for codes in wanted]
+    rows += [Task("ranks", base, options={**revised, "ranks": n}) for n in size.ranks]
+    rows += [Task("noise", base, changes={"noise": noise}, **short) for noise in size.noise]
+    rows += [
         Task("commitment", base, changes={"commitment": weight}, **short)
         for weight in size.commitment
     ]
-    found += [Task("codewords", replace(base, codewords=k), **short) for k in size.codewords]
+    rows += [Task("codewords", replace(base, codewords=k), **short) for k in size.codewords]
     for codes in size.bits[size.first :]:
-        found += [Task("bits", codes, adapted=adapted) for adapted in (False, True)]
-    found += [Task("bits", codes, adapted=False) for codes in size.plain]
-    return [*found, Task("control", Codebook.none("int8"), adapted=False)]
+        rows += [Task("bits", codes, adapted=adapted) for adapted in (False, True)]
+    rows += [Task("bits", codes, adapted=False) for codes in size.plain]
+    return [*rows, Task("control", Codebook.none("int8"), adapted=False)]
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

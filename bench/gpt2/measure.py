@@ -15,10 +15,11 @@ from torch import Tensor
 from astra_runtime import Codebook
 from astra_runtime.console import say
 from astra_runtime.costs import engine_plan, flops_over_ideal
-from astra_runtime.models import adapt
+from astra_runtime.models import Adapter, adapt
 from astra_runtime.plan import Plan
 from astra_runtime.train.finetune import Settings, finetune
 from astra_runtime.train.simulate import Simulation
+from bench import codebooks
 from bench.gpt2 import KINDS
 from bench.gpt2.model import Shape, Texts, language_loss, pretrain
 
@@ -110,7 +111,7 @@ class Bench:
             for kind in KINDS
         }
         self.losses: dict[tuple[Any, ...], Tensor] = {}
-        self.made: dict[tuple[Any, ...], Pair] = {}
+        self.pairs: dict[tuple[Any, ...], Pair] = {}
         self.fits: dict[tuple[Codes, int], Codebook] = {}
 
     def run(self, task: Task) -> list[dict[str, Any]]:
@@ -143,9 +144,10 @@ class Bench:
     def adapted(self, codes: Codes | Codebook, seed: int, steps: int, **changes: Any) -> Pair:
         """Model and codebook (or a control) after an adaptation; `changes` are of `Settings`."""
         size = self.size
+        local_only = isinstance(codes, Codebook) and codebooks.local_only(codes)
         settings = Settings(
             steps,
-            lr=size.lr_dropped if codes.space == "drop" else size.lr,
+            lr=size.lr_dropped if local_only else size.lr,
             batch=size.batch,
             noise=NOISE,
             commitment=COMMITMENT,
@@ -154,13 +156,13 @@ class Bench:
             seed=seed,
         )
         settings = replace(settings, **changes)
-        key = (codes.space if isinstance(codes, Codebook) else codes, settings)
-        if key not in self.made:
+        key = (codebooks.label(codes) if isinstance(codes, Codebook) else codes, settings)
+        if key not in self.pairs:
             data = self.texts.draw(size.batch * steps, torch.Generator().manual_seed(2000 + seed))
             book = codes if isinstance(codes, Codebook) else self.fitted(codes, seed)[1]
             model = copy.deepcopy(self.model)
-            self.made[key] = model, finetune(model, book, data, settings, held_back=0)
-        return self.made[key]
+            self.pairs[key] = model, finetune(model, book, data, settings, held_back=0)
+        return self.pairs[key]
 
     # Evaluation.
 
@@ -168,7 +170,7 @@ class Bench:
     def loss(self, pair: Pair, text: tuple[str, str], ranks: int, lost: float, seed: int) -> float:
         """Nats a token, of the tokens after the first shard."""
         model, book = pair
-        exact = book.space == "none" and book.dtype == "float32"  # whatever the ranks
+        exact = codebooks.exact(book)  # whatever the ranks
         key = (
             id(model),
             id(book),
@@ -179,7 +181,7 @@ class Bench:
         plan = self.plan(book, ranks)
         if key not in self.losses:
             generator = torch.Generator().manual_seed(3000 + seed)
-            found = []
+            losses = []
             for few in windows.split(1 if lost else 8):  # losses are drawn by window
                 inputs = {"input_ids": few}
                 if exact:
@@ -187,8 +189,8 @@ class Bench:
                 else:
                     run = Simulation(model, book, plan, inputs, lost=lost, generator=generator)
                     output = run.run()
-                found.append(language_loss(output.logits, few))
-            self.losses[key] = torch.cat(found)
+                losses.append(language_loss(output.logits, few))
+            self.losses[key] = torch.cat(losses)
         return float(self.losses[key][:, windows.shape[1] // ranks :].mean())
 
     def plan(self, book: Codebook, ranks: int) -> Plan:
@@ -237,7 +239,7 @@ class Bench:
         against = [self.controls(text, ranks, seed, steps) for seed in range(len(losses))]
         return {
             "group": group,
-            "space": book.space if book.dtype == "float32" else f"{book.space}:{book.dtype}",
+            "space": codebooks.label(book),
             "groups": book.groups,
             "codewords": book.codewords,
             "domain": text[0],
@@ -246,7 +248,7 @@ class Bench:
             "world_size": ranks,
             "lost": lost,
             "adaptation_steps": steps,
-            **bits(book, shape),
+            **bits(book, adapter, shape),
             "flops_over_ideal": flops_over_ideal(
                 adapter,
                 book,
@@ -259,12 +261,9 @@ class Bench:
         }
 
 
-def bits(book: Codebook, shape: Shape) -> dict[str, float | None]:
+def bits(book: Codebook, adapter: Adapter, shape: Shape) -> dict[str, float | None]:
     """Bits a token and block, and how many times fewer than a block input in fp32."""
-    count = float(book.bits)
-    if book.space == "none":  # keys and values; in int8 with an fp16 step a head
-        each = {"float32": 32.0, "int8": 8 + 16 / shape.head}[book.dtype]
-        count = 2 * shape.width * each
+    count = codebooks.bits_per_token_block(book, adapter)
     return {
         "bits_per_token_block": count,
         "compression": 32 * shape.width / count if count else None,

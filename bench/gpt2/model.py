@@ -229,16 +229,16 @@ def pretrain(shape: Shape, texts: Texts, say: Say) -> Any:
         windows = texts.draw(shape.batch, generator)
         loss = language_loss(model(windows).logits, windows).mean()
         loss.backward()
-        left = (shape.steps - step) / shape.steps
-        height = min(1.0, (step + 1) / 30, left / 0.4)  # a trapezoid
+        remaining = (shape.steps - step) / shape.steps
+        height = min(1.0, (step + 1) / 30, remaining / 0.4)  # a trapezoid
         for group in adam.param_groups:
             group["lr"] = 1e-3 * height
         adam.step()
         muon.step(0.02 * height)
         model.zero_grad()
         if step % 25 == 0 or step == shape.steps - 1:
-            found = ", ".join(f"{k} {v:.3f}" for k, v in _losses(model, texts).items())
-            say(f"pre-training: step {step + 1} of {shape.steps}: {found}")
+            losses = ", ".join(f"{k} {v:.3f}" for k, v in _losses(model, texts).items())
+            say(f"pre-training: step {step + 1} of {shape.steps}: {losses}")
     file.parent.mkdir(parents=True, exist_ok=True)
     torch.save(model.state_dict(), file.with_suffix(".part"))
     file.with_suffix(".part").rename(file)
@@ -248,11 +248,11 @@ def pretrain(shape: Shape, texts: Texts, say: Say) -> Any:
 @torch.no_grad()
 def _losses(model: Any, texts: Texts) -> dict[str, float]:
     """Nats a token in the second half of two windows of each kind."""
-    found, half = {}, texts.tokens // 2
+    losses, half = {}, texts.tokens // 2
     for kind in KINDS:
         windows = texts.windows(next(iter(texts.evaluation)), kind, 2)
-        found[kind] = float(language_loss(model(windows).logits, windows)[:, half:].mean())
-    return found
+        losses[kind] = float(language_loss(model(windows).logits, windows)[:, half:].mean())
+    return losses
 
 
 def language_loss(logits: Tensor, windows: Tensor) -> Tensor:

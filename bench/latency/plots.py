@@ -15,7 +15,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from bench.latency.tables import RIVALS, RTT_MS
+from bench.latency.tables import BASELINES, RTT_MS
 from bench.report import RESULTS
 
 Case = Mapping[str, Any]
@@ -40,8 +40,8 @@ def curves(cases: Sequence[Case], axis: str) -> dict[str, list[tuple[float, floa
         at, single = float(case["shape"][axis]), case["peers"]["single"]
         found.setdefault(case["impl"], {})[at] = single / case["ms"]["p50"]
         for name, ms in case["peers"].items():
-            if name in RIVALS:
-                found.setdefault(RIVALS[name], {})[at] = single / ms
+            if name in BASELINES:
+                found.setdefault(BASELINES[name], {})[at] = single / ms
     return {name: sorted(points.items()) for name, points in found.items()}
 
 

@@ -11,95 +11,72 @@ out.
 Adds to degraded.json after each row; rows that are there already are not measured again.
 """
 
+from __future__ import annotations
+
 import argparse
-import json
 import statistics
 from collections.abc import Sequence
+from typing import Any
 
 import torch
+from torch import Tensor
 
+from astra_runtime import Codebook
 from astra_runtime.console import say
-from astra_runtime.models import adapt
-from astra_runtime.plan import Plan
 from astra_runtime.store import load_model, load_tokenizer, token_windows
-from astra_runtime.train.simulate import Simulation
+from bench import codebooks
 from bench.accuracy.corpora import corpus
-from bench.accuracy.lm import CONTROLS, TOKENS, codebook_of, row_of
-from bench.report import command_line, load, quiet_transformers, write
+from bench.accuracy.simulated import TOKENS, Losses, codebook_of, figures, losses, rounded
+from bench.report import Rows, command_line, quiet_transformers
 
 RESULT = "degraded"
-WAYS = {"kv": ("stale",), "hidden": ("stale",), "differential": ("stale", "out")}
-WAYS |= {"transform": ("stale", "out", "predicted")}
 
 
-def losses(model, book, windows, place) -> list[float]:
-    """Nats a token after the first shard, by window; the same frames are missing in every row."""
-    plan = Plan.make(
-        TOKENS - book.prefix,
-        place["world_size"],
-        causal=True,
-        copies=book.prefix,
-        halo=place["halo"],
-    )
-    found = []
-    for number, ids in enumerate(windows):
-        generator = torch.Generator().manual_seed(1000 * place["seed"] + number)
-        run = Simulation(
-            model,
-            book,
-            plan,
-            {"input_ids": ids[None]},
-            lost=place["missing"],
-            generator=generator,
-            after_loss=place["afterwards"],
-        )
-        with torch.inference_mode():
-            logits = run.run().logits[0]
-        first = TOKENS // place["world_size"]
-        loss = torch.nn.functional.cross_entropy(logits[first:-1], ids[first + 1 :])
-        found.append(float(loss))
-    return found
+class Study:
+    """The model, its windows, and the rows measured so far."""
 
+    def __init__(
+        self, model: Any, windows: list[Tensor], options: argparse.Namespace, rows: Rows
+    ) -> None:
+        self.model, self.windows, self.options, self.rows = model, windows, options, rows
 
-def measure(model, tokenizer, options: argparse.Namespace, command: str) -> None:
-    rows = (load(f"cpu-2core/{RESULT}") or {"rows": []})["rows"]
-    windows = token_windows(tokenizer, corpus(options.domain)[1], TOKENS, options.windows)
-    common = {
-        "domain": options.domain,
-        "world_size": options.ranks,
-        "windows": options.windows,
-        "seed": options.seed,
-    }
+    def losses(
+        self,
+        name: str,
+        book: Codebook,
+        missing: float = 0.0,
+        afterwards: str = "stale",
+        controls: dict[str, Losses] | None = None,
+    ) -> Losses:
+        """Of a row, which is measured where it is not there yet."""
+        options = self.options
+        place = {
+            "codes": name,
+            "missing": missing,
+            "afterwards": afterwards,
+            "halo": 0 if controls is None else options.halo,
+            "domain": options.domain,
+            "world_size": options.ranks,
+            "windows": options.windows,
+            "seed": options.seed,
+        }
 
-    def row(name: str, book, share: float, afterwards: str, base: dict | None) -> list[float]:
-        halo = 0 if name in CONTROLS else options.halo
-        place = {"codes": name, "missing": share, "afterwards": afterwards, "halo": halo} | common
-        for known in rows:
-            if place.items() <= known.items():
-                return known["losses"]
-        found = losses(model, book, windows, place)
-        measured = {**place, "losses": [round(x, 5) for x in found]}
-        measured["mean_loss"] = statistics.fmean(found)
-        if base is not None:
-            measured |= row_of(model, book, found, base)
-        rows.append(measured)
-        say(json.dumps({k: v for k, v in measured.items() if k != "losses"}))
-        write(
-            RESULT,
-            [],
-            command=command,
-            packages=("torch", "numpy", "transformers"),
-            extra={"rows": rows, "threads": torch.get_num_threads()},
-        )
+        def row() -> dict[str, Any]:
+            ours = losses(
+                self.model,
+                book,
+                self.windows,
+                world_size=options.ranks,
+                halo=int(place["halo"]),
+                lost=missing,
+                seed=options.seed,
+                after_loss=afterwards,
+            )
+            measured = {"losses": rounded(ours), "mean_loss": statistics.fmean(ours)}
+            return measured | (figures(self.model, book, ours, controls) if controls else {})
+
+        found: Losses = self.rows.measured(place, row)["losses"]
         return found
-
-    with adapt(model).installed():
-        base = {name: row(name, book, 0.0, "stale", None) for name, book in CONTROLS.items()}
-        for name in options.codes:
-            book = codebook_of(name, 0, model, tokenizer)
-            for share in options.shares:
-                for way in WAYS[book.space] if share else ("stale",):
-                    row(name, book, share, way, base)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -116,10 +93,23 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--seed", type=int, default=0, help="of what is missing")
     parser.add_argument("--threads", type=int, default=1)
     options = parser.parse_args(arguments)
-    command = command_line("bench.lossy degraded", arguments)
     torch.set_num_threads(options.threads)
     quiet_transformers()
-    measure(load_model("smollm2"), load_tokenizer("smollm2"), options, command)
+    model, tokenizer = load_model("smollm2"), load_tokenizer("smollm2")
+    windows = token_windows(tokenizer, corpus(options.domain)[1], TOKENS, options.windows)
+    rows = Rows(
+        RESULT,
+        command=command_line("bench.lossy degraded", arguments),
+        extra={"threads": torch.get_num_threads()},
+        say=say,
+    )
+    study = Study(model, windows, options, rows)
+    controls = {name: study.losses(name, book) for name, book in codebooks.CONTROLS.items()}
+    for name in options.codes:
+        book = codebook_of(name, 0, model, tokenizer)
+        for share in options.shares:
+            for afterwards in codebooks.after_loss(book) if share else ("stale",):
+                study.losses(name, book, share, afterwards, controls)
 
 
 if __name__ == "__main__":

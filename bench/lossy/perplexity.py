@@ -8,7 +8,6 @@ from itertools import product
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from astra_runtime import Codebook
@@ -16,15 +15,23 @@ from astra_runtime.codes.base import arrived
 from astra_runtime.codes.spaces import make_space
 from astra_runtime.console import say
 from astra_runtime.missing import Missing
-from astra_runtime.models import adapt
 from astra_runtime.plan import Plan
 from astra_runtime.store import load_model, load_tokenizer, token_windows
 from astra_runtime.train.simulate import Simulation
 from astra_runtime.transport.fragments import FEC_GROUP, fragment_layout, num_fec_fragments
-from bench.accuracy import calibrate
-from bench.accuracy import lm as accuracy
 from bench.accuracy.corpora import corpus
+from bench.accuracy.simulated import (
+    TOKENS,
+    Losses,
+    control_losses,
+    equal_shards,
+    figures,
+    kept_codebook_of,
+    window_losses,
+)
 from bench.report import quiet_transformers
+
+RANKS = 4
 
 
 class LossyDatagrams(Simulation):
@@ -76,50 +83,37 @@ def perplexity(options: argparse.Namespace) -> list[dict[str, Any]]:
     """Rows: codes, loss of datagrams, perplexity beside both controls."""
     quiet_transformers()
     model, tokenizer = load_model("smollm2"), load_tokenizer("smollm2")
-    windows = token_windows(tokenizer, corpus(options.domain)[1], accuracy.TOKENS, options.windows)
-    world, rows = 4, []
-    with adapt(model).installed():
-        place = {"world_size": world, "halo": 0, "lost": 0.0, "seed": 0}
-        base = {
-            name: accuracy.losses(model, book, windows, place)
-            for name, book in accuracy.CONTROLS.items()
-        }
-        for name in options.codes:
-            book = codebook_of(name, model, tokenizer)
-            copies = {"copies": book.prefix, "halo": options.halo}
-            plan = Plan.make(accuracy.TOKENS - book.prefix, world, causal=True, **copies)
-            for loss, parity in product(options.losses, (0, FEC_GROUP)):
-                if parity and not loss:
-                    continue  # the same
-                found = [
-                    one_loss(model, book, plan, ids, loss, parity, n)
-                    for n, ids in enumerate(windows)
-                ]
-                row = {"codes": name, "domain": options.domain, "datagrams_lost": loss}
-                row |= {"parity": parity}
-                row |= {"world_size": world, "halo": options.halo, "windows": len(windows)}
-                rows.append(row | accuracy.row_of(model, book, found, base))
-                say(json.dumps(rows[-1]))
+    windows = token_windows(tokenizer, corpus(options.domain)[1], TOKENS, options.windows)
+    controls = control_losses(model, windows, RANKS)
+    rows = []
+    for name in options.codes:
+        book = kept_codebook_of(name, model, tokenizer)
+        for lost, parity in product(options.losses, (0, FEC_GROUP)):
+            if parity and not lost:
+                continue  # the same
+            ours = losses(model, book, windows, options.halo, lost, parity)
+            row = {
+                "codes": name,
+                "domain": options.domain,
+                "datagrams_lost": lost,
+                "parity": parity,
+                "world_size": RANKS,
+                "halo": options.halo,
+                "windows": len(windows),
+            }
+            rows.append(row | figures(model, book, ours, controls))
+            say(json.dumps(rows[-1]))
     return rows
 
 
-@torch.inference_mode()
-def one_loss(
-    model: Any, book: Codebook, plan: Plan, ids: Tensor, loss: float, parity: int, seed: int
-) -> float:
-    """Nats a token after the first shard."""
-    generator, inputs = torch.Generator().manual_seed(seed), {"input_ids": ids[None]}
-    run = LossyDatagrams(model, book, plan, inputs, parity, lost=loss, generator=generator).run()
-    first = accuracy.TOKENS // plan.world_size
-    return float(F.cross_entropy(run.logits[0, first:-1], ids[first + 1 :]))
+def losses(
+    model: Any, book: Codebook, windows: list[Tensor], halo: int, lost: float, parity: int
+) -> Losses:
+    """Nats a token after the first shard, by window; the same draws for all codes."""
+    plan = equal_shards(book, RANKS, halo)
 
+    def simulate(number: int, inputs: dict[str, Tensor]) -> LossyDatagrams:
+        generator = torch.Generator().manual_seed(number)
+        return LossyDatagrams(model, book, plan, inputs, parity, lost=lost, generator=generator)
 
-def codebook_of(name: str, model: Any, tokenizer: Any) -> Codebook:
-    """As `bench.accuracy` has it; what has to be fitted is kept."""
-    kept = calibrate.FOLDER / f"{name.replace(':', '-')}-0"
-    if name.startswith("transform") or not kept.is_dir():
-        book = accuracy.codebook_of(name, 0, model, tokenizer)
-        if name.startswith("transform"):
-            return book
-        book.save_pretrained(kept)
-    return Codebook.from_pretrained(kept)
+    return window_losses(model, windows, RANKS, simulate)

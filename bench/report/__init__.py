@@ -15,11 +15,13 @@ from .results import (
     rounded,
     write,
 )
+from .rows import Rows
 
 __all__ = [
     "RESULTS",
     "ROOT",
     "Case",
+    "Rows",
     "Times",
     "command_line",
     "commit",

@@ -66,11 +66,11 @@ def main(given: list[str] | None = None) -> Path:
     name = "accuracy_vision" + "_wide" * options.wide + "_quick" * options.quick
     path = options.output / f"cpu-{cores()}core" / f"{name}.json"
     rows, before = earlier(path, chosen) if options.add else ([], 0)
-    seeds = made(size, options.part, options.keep)
+    seeds = seeds_of(size, options.part, options.keep)
     for group in chosen:
         for row in of_groups[group]:
             rows.append({"group": group, **measured(row, seeds)})
-            say(told(rows[-1], time.time() - started))
+            say(line(rows[-1], time.time() - started))
         write(  # after each group, so that an interrupted run keeps what it has
             name,
             [],
@@ -105,7 +105,7 @@ def earlier(path: Path, anew: list[str]) -> tuple[list[dict[str, Any]], int]:
     return [row for row in report["rows"] if row["group"] not in anew], report["seconds"]
 
 
-def made(size: Size, part: str, keep: Path | None) -> list[Seed]:
+def seeds_of(size: Size, part: str, keep: Path | None) -> list[Seed]:
     """Every seed's pre-trained models. Each seed has test images of its own, which all its rows
     share, so that a mean over seeds is one over more images."""
     seeds = []
@@ -115,7 +115,7 @@ def made(size: Size, part: str, keep: Path | None) -> list[Seed]:
     return seeds
 
 
-def told(row: dict[str, Any], seconds: float) -> str:
+def line(row: dict[str, Any], seconds: float) -> str:
     kind = "adapted" if row["adapted"] else "calibrated"
     return (
         f"{seconds:5.0f} s  {row['group']}: {row['task']} {row['codes']} {kind} "

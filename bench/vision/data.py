@@ -40,9 +40,9 @@ def load(part: str) -> tuple[Tensor, Tensor]:
     """Single digits of a part: pixels [n, 8, 8] within ±1, and which digit, [n]."""
     from sklearn.datasets import load_digits
 
-    found, which = load_digits(), slice(*PARTS[part])
-    pixels = torch.from_numpy(found.images[which]).float() / 8 - 1
-    return pixels, torch.from_numpy(found.target[which]).long()
+    digits, which = load_digits(), slice(*PARTS[part])
+    pixels = torch.from_numpy(digits.images[which]).float() / 8 - 1
+    return pixels, torch.from_numpy(digits.target[which]).long()
 
 
 def compose(part: str, count: int, task: str, seed: int, shift: int = 0) -> Images:

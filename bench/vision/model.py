@@ -78,9 +78,9 @@ def pretrain(model: Any, *, steps: int, batch: int, lr: float, seed: int) -> nn.
         chosen = slice(at, at + batch)
         hidden = model.vit(pixel_values=images.pixels[chosen]).last_hidden_state
         loss = F.cross_entropy(model.classifier(hidden[:, 0]), images.labels[chosen])
-        told = head(hidden).unflatten(-1, (DIGITS, CLASSES))  # [batch, tokens, DIGITS, CLASSES]
-        digits = images.digits[chosen, None].expand(told.shape[:-1])
-        (loss + F.cross_entropy(told.flatten(0, 2), digits.flatten())).backward()
+        logits = head(hidden).unflatten(-1, (DIGITS, CLASSES))  # [batch, tokens, DIGITS, CLASSES]
+        digits = images.digits[chosen, None].expand(logits.shape[:-1])
+        (loss + F.cross_entropy(logits.flatten(0, 2), digits.flatten())).backward()
         nn.utils.clip_grad_norm_(weights, 1.0)
         optimizer.step()
         rate.step()
@@ -90,11 +90,11 @@ def pretrain(model: Any, *, steps: int, batch: int, lr: float, seed: int) -> nn.
 
 def reader(model: Any, head: nn.Linear) -> Any:
     """A copy of the model whose label is the left digit: the class token tells it already."""
-    made = copy.deepcopy(model)
+    reading = copy.deepcopy(model)
     with torch.no_grad():
-        made.classifier.weight.copy_(head.weight[:CLASSES])
-        made.classifier.bias.copy_(head.bias[:CLASSES])
-    return made
+        reading.classifier.weight.copy_(head.weight[:CLASSES])
+        reading.classifier.bias.copy_(head.bias[:CLASSES])
+    return reading
 
 
 @torch.inference_mode()

@@ -1,4 +1,4 @@
-"""What is compared: ways to adapt a model, and where each is looked at."""
+"""What is compared: variants of adapting a model, and where each is looked at."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ class Size:
     Attributes:
         pretraining: steps on one device.
         adaptation, lr: steps as N ranks, of codes and controls alike, and their rate.
-        longest: steps at most, where a way has its own.
+        longest: steps at most, where a variant has its own.
         batch: images a step, of both.
         images: adaptation images; calibration takes the first `calibration` of them.
         test: images of the evaluation, of each seed's own.
@@ -48,7 +48,7 @@ QUICK = Size(32, 2, 2, 4, 2, 2, 4e-4, 4, 64, 16, 32, 2, 4)
 
 
 @dataclass(frozen=True)
-class Way:
+class Variant:
     """A task, a codebook, and how model and codebook were adapted to each other; λ is `noise`, β
     `commitment`. Not `adapted`: the model as it was, with the codebook that calibration found.
     `bits` in place of groups in space "transform"; `steps` where not the size's own."""
@@ -74,18 +74,18 @@ class Way:
 
 @dataclass(frozen=True)
 class Row:
-    """A way, looked at as `world_size` ranks that lose a share `lost` of all frames."""
+    """A variant, looked at as `world_size` ranks that lose a share `lost` of all frames."""
 
-    way: Way
+    variant: Variant
     world_size: int = WORLD
     lost: float = 0.0
 
 
 # 76.8 and 2457.6 times fewer bits than the block's input in fp32. The fewest bits are those of one
 # code of five bits in one block: a code of one bit in each is worse than none.
-MAIN = Way("largest", "transform", codewords=32, bits=40, steps=LONG)
+MAIN = Variant("largest", "transform", codewords=32, bits=40, steps=LONG)
 LEAST = replace(MAIN, bits=1.25)
-SWEPT = Way("largest", "hidden", 4, 256)  # of which training settings are varied
+SWEPT = Variant("largest", "hidden", 4, 256)  # of which training settings are varied
 SPACES = {
     "hidden": [(1, 1024), (4, 1024)],
     "kv": [(1, 1024), (4, 1024), (16, 128)],
@@ -103,18 +103,20 @@ def groups() -> dict[str, list[Row]]:
     """Rows by what they show; what matters most comes first."""
     sweep = (2, 3, WORLD, 6, 8)
     fixed = replace(SWEPT, ranks=(WORLD, WORLD))
-    bits = [Way("largest", space, *sizes) for space, tried in SPACES.items() for sizes in tried]
-    bits += [Way("largest", "transform", codewords=32, bits=budget) for budget in BUDGETS]
+    bits = [Variant("largest", space, *sizes) for space, tried in SPACES.items() for sizes in tried]
+    bits += [Variant("largest", "transform", codewords=32, bits=budget) for budget in BUDGETS]
     return {
         "goals": [Row(MAIN), Row(LEAST)],
         "class token": [Row(replace(SWEPT, single=single)) for single in (False, True)],
         "loss": [Row(SWEPT, lost=share) for share in (0.0, 0.05)],
-        "bits": [Row(replace(way, adapted=adapted)) for way in bits for adapted in (True, False)],
+        "bits": [
+            Row(replace(variant, adapted=adapted)) for variant in bits for adapted in (True, False)
+        ],
         "noise": [Row(replace(SWEPT, noise=value)) for value in (0.0, 0.1, 0.3, 1.0)],
         "commitment": [
             Row(replace(SWEPT, commitment=value)) for value in (0.0, 1e-4, 2e-4, 5e-4, 0.25)
         ],
-        "ranks": [Row(way, world_size=n) for way in (SWEPT, fixed) for n in sweep],
+        "ranks": [Row(variant, world_size=n) for variant in (SWEPT, fixed) for n in sweep],
         "codewords": [Row(replace(SWEPT, codewords=count)) for count in (64, 256, 1024, 4096)],
         "easy": [Row(replace(SWEPT, task="left"))],
     }

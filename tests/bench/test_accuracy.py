@@ -1,0 +1,202 @@
+"""The accuracy benchmarks with a tiny model: what is simulated, and rows that are resumed."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from astra_runtime import Codebook
+from astra_runtime.models import adapt
+from bench import codebooks
+from bench.accuracy import calibrate, encoder, lm, simulated
+from bench.lossy import degraded, perplexity
+from bench.report import Rows
+from tests.runtime.models import inputs_for, tiny, windows_for
+
+TOKENS = 32
+
+
+@pytest.fixture
+def results(tmp_path, monkeypatch):
+    for module in ("results", "markdown"):
+        monkeypatch.setattr(f"bench.report.{module}.RESULTS", tmp_path)
+    return tmp_path
+
+
+@pytest.fixture(scope="module")
+def model():
+    return tiny("llama")
+
+
+@pytest.fixture
+def windows(monkeypatch):
+    """Three windows of 32 tokens, in place of 1,024."""
+    for module in (simulated, lm, degraded, perplexity):
+        monkeypatch.setattr(module, "TOKENS", TOKENS)
+    return [inputs_for("llama", TOKENS, seed=seed)["input_ids"][0] for seed in range(3)]
+
+
+@pytest.fixture
+def books(model):
+    fitted = Codebook.fit(
+        model, windows_for("llama"), space="kv", groups=3, codewords=16, iterations=2, prefix=0
+    )
+    return {"kv:3": fitted, "none:int8": Codebook.none("int8")}
+
+
+def in_place_of_smollm2(monkeypatch, module, model, windows, books):
+    """Model, texts and codebooks of a benchmark; windows of a text are those of the test."""
+    monkeypatch.setattr(module, "load_model", lambda name: model)
+    monkeypatch.setattr(module, "load_tokenizer", lambda name: None)
+    monkeypatch.setattr(module, "corpus", lambda domain: ("", ""))
+    monkeypatch.setattr(module, "token_windows", lambda *_: windows)
+    if hasattr(module, "codebook_of"):
+        monkeypatch.setattr(module, "codebook_of", lambda name, *_: books[name])
+
+
+def rows_of(results, name):
+    (path,) = results.glob(f"*/{name}.json")
+    return json.loads(path.read_text())["rows"]
+
+
+def test_rows_are_measured_once_and_kept_by_the_next_run(results):
+    lines: list[str] = []
+    rows = Rows("some", command="python -m bench.some", packages=(), say=lines.append)
+    first = rows.measured({"codes": "a"}, lambda: {"losses": [1, 2], "mean": 1.5})
+    assert first == {"codes": "a", "losses": [1, 2], "mean": 1.5}
+    assert rows_of(results, "some") == [first]
+    assert json.loads(lines[0]) == {"codes": "a", "mean": 1.5}
+    again = Rows("some", command="python -m bench.some again", packages=(), say=lines.append)
+
+    def never():
+        raise AssertionError("measured twice")
+
+    assert again.measured({"codes": "a"}, never) == first
+    again.measured({"codes": "b"}, lambda: {"mean": 2})
+    assert rows_of(results, "some") == [first, {"codes": "b", "mean": 2}]
+    assert len(lines) == 2
+
+
+def test_an_interrupted_run_keeps_what_it_has(results):
+    rows = Rows("some", command="", packages=(), say=lambda line: None)
+
+    def interrupted():
+        raise KeyboardInterrupt
+
+    rows.measured({"codes": "a"}, lambda: {"mean": 1})
+    with pytest.raises(KeyboardInterrupt):
+        rows.measured({"codes": "b"}, interrupted)
+    assert rows_of(results, "some") == [{"codes": "a", "mean": 1}]
+
+
+def test_names_of_codebooks():
+    assert codebooks.control("none:int8").dtype == "int8"
+    assert codebooks.control("none").dtype == "float32"
+    assert codebooks.control("drop").space == "drop"
+    assert codebooks.control("kv:3") is None
+    assert codebooks.size_of("kv:3") == {"space": "kv", "groups": 3}
+    assert codebooks.size_of("transform:1.25") == {"space": "transform", "bits": 1.25}
+
+
+def test_bits_are_those_of_the_payload(model, books):
+    adapter = adapt(model)  # 3 KV heads of 16 channels
+    bits = {name: codebooks.bits_per_token_block(book, adapter) for name, book in books.items()}
+    assert bits == {"kv:3": 3 * 4, "none:int8": 2 * 3 * (16 * 8 + 16)}
+    exact, local_only = (
+        codebooks.bits_per_token_block(book, adapter) for book in codebooks.CONTROLS.values()
+    )
+    assert (exact, local_only) == (2 * 3 * 16 * 32, 0)
+
+
+def test_controls_are_the_model_and_its_shards(model, windows):
+    """Exact is the model's own loss after the first shard; local-only that of each shard alone."""
+    controls = simulated.control_losses(model, windows, 2)
+    with torch.inference_mode():
+        for number, ids in enumerate(windows):
+            logits = model(ids[None]).logits[0]
+            whole = F.cross_entropy(logits[16:-1], ids[17:])
+            assert controls["exact"][number] == pytest.approx(float(whole), abs=1e-4)
+            alone = model(ids[None, 16:], position_ids=torch.arange(16, 32)[None]).logits[0]
+            shard = F.cross_entropy(alone[:-1], ids[17:])
+            assert controls["local_only"][number] == pytest.approx(float(shard), abs=1e-4)
+
+
+def test_the_gap_recovered_lies_between_the_controls(model, books):
+    controls = {"exact": [1.0, 2.0], "local_only": [2.0, 4.0]}
+    found = simulated.figures(model, books["kv:3"], [1.5, 2.5], controls)
+    assert found["gap_recovered"] == pytest.approx((3 - 2) / (3 - 1.5))
+    assert found["gap_spread"] == pytest.approx(0.25 / 2**0.5)  # .5 and .75
+    assert simulated.figures(model, books["kv:3"], controls["exact"], controls)[
+        "gap_recovered"
+    ] == pytest.approx(1)
+
+
+def test_perplexity_by_text_and_ranks(results, monkeypatch, model, windows, books):
+    in_place_of_smollm2(monkeypatch, lm, model, windows, books)
+    arguments = ["--codes", "none:int8", "kv:3", "--ranks", "2", "--domains", "novels"]
+    lm.main([*arguments, "--halos", "0", "2"])
+    rows = rows_of(results, "accuracy_lm")
+    places = [(row["codes"], row["halo"]) for row in rows]
+    assert sorted(places) == sorted(
+        [("exact", 0), ("local_only", 0), ("local_prefix_0", 2)]
+        + [(name, halo) for name in ("none:int8", "kv:3") for halo in (0, 2)]
+    )
+    by_place = dict(zip(places, rows, strict=True))
+    assert by_place["none:int8", 0]["gap_recovered"] == pytest.approx(1, abs=0.02)
+    assert by_place["kv:3", 0]["bits_per_token_block"] == 12
+    assert len(by_place["kv:3", 2]["losses"]) == len(windows)
+
+    def never(*_, **__):
+        raise AssertionError("measured twice")
+
+    monkeypatch.setattr(lm, "losses", never)
+    lm.main([*arguments, "--halos", "0", "2"])
+    assert rows_of(results, "accuracy_lm") == rows
+
+
+def test_missing_frames(results, monkeypatch, model, windows, books):
+    in_place_of_smollm2(monkeypatch, degraded, model, windows, books)
+    asked = ["--codes", "kv:3", "--shares", "0", "0.5", "1", "--ranks", "2", "--halo", "0"]
+    threads = torch.get_num_threads()
+    degraded.main([*asked, "--windows", "3"])
+    torch.set_num_threads(threads)
+    rows = {(row["codes"], row["missing"]): row for row in rows_of(results, "degraded")}
+    assert set(rows) == {("exact", 0), ("local_only", 0)} | {("kv:3", n) for n in (0, 0.5, 1)}
+    everything = rows["kv:3", 1]
+    assert everything["gap_recovered"] == pytest.approx(0, abs=1e-3)
+    assert everything["losses"] == pytest.approx(rows["local_only", 0]["losses"], abs=1e-4)
+
+
+def test_lost_datagrams(monkeypatch, model, windows, books):
+    in_place_of_smollm2(monkeypatch, perplexity, model, windows, books)
+    monkeypatch.setattr(perplexity, "kept_codebook_of", lambda name, *_: books[name])
+    options = type("Options", (), {"domain": "", "windows": 3, "codes": ["kv:3"], "halo": 0})
+    options.losses = [0.0, 1.0]
+    rows = perplexity.perplexity(options)
+    assert [(row["datagrams_lost"], row["parity"] > 0) for row in rows] == [
+        (0, False),
+        (1, False),
+        (1, True),
+    ]
+    assert rows[1]["gap_recovered"] == pytest.approx(0, abs=1e-3)
+    assert rows[0]["perplexity"] != pytest.approx(rows[1]["perplexity"])
+
+
+def test_embeddings_of_an_encoder(results, monkeypatch):
+    texts = [inputs_for("bert", TOKENS, seed=seed)["input_ids"][0] for seed in range(12)]
+    monkeypatch.setattr(encoder, "TOKENS", TOKENS)
+    in_place_of_smollm2(monkeypatch, encoder, tiny("bert"), texts, {})
+    monkeypatch.setattr(encoder, "codebook_of", lambda name, *_: codebooks.control(name))
+    encoder.main(["--codes", "none:int8", "drop", "--domains", "novels"])
+    rows = {row["codes"]: row for row in rows_of(results, "accuracy_encoder")}
+    assert rows["none:int8"]["cosine"] == pytest.approx(1, abs=1e-3)
+    assert rows["drop"]["cosine"] < rows["none:int8"]["cosine"]
+    assert rows["drop"]["bits_per_token_block"] == 0
+
+
+def test_calibration_text_is_never_that_of_the_evaluation():
+    with pytest.raises(ValueError, match="expected no domain that is to be unseen, got handbook"):
+        calibrate.windows(None, ["handbook:2"], 0)
