@@ -2,33 +2,102 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 from torch import Tensor
 
 from .codes.base import Space
-from .codes.rotary import Rope
+from .errors import CallEnded
+from .inputs import Views
 from .last_tokens import LastTokens
 from .missing import Missing
 from .plan import Plan
 from .transport import Frame, Mesh
 
 
+@dataclass(frozen=True)
+class Sizes:
+    """How much a plan has one rank send and receive, derived once for all calls of one shape.
+
+    Attributes:
+        sources, receivers: the ranks whose codes this rank receives, and those it sends to.
+        num_sent: by sending rank, the tokens of a payload.
+        num_received: by source, how many of them are of use here, from the first on.
+        payload: of each block, by sending rank, bytes of a payload; 0: nothing is sent.
+        sent_slice: which of the tokens computed here are sent: not the replicated ones, no halo.
+    """
+
+    sources: tuple[int, ...]
+    receivers: tuple[int, ...]
+    num_sent: Mapping[int, int]
+    num_received: Mapping[int, int]
+    payload: tuple[Mapping[int, int], ...]
+    sent_slice: slice
+
+    @classmethod
+    def of(cls, codec: Space, blocks: int, rank: int, plan: Plan, batch: int) -> Sizes:
+        sources, leading = plan.sources(rank), plan.num_leading(rank)
+        senders = [n for n in range(plan.world_size) if plan.receivers(n)]
+        num_sent = {n: plan.num_sent(n) for n in senders}
+        payload = tuple(
+            {n: codec.payload_bytes(block, batch, num_sent[n]) for n in senders}
+            for block in range(blocks)
+        )
+        return cls(
+            sources,
+            plan.receivers(rank),
+            num_sent,
+            {n: plan.num_received(rank, n) for n in sources},
+            payload,
+            slice(leading, leading + plan.num_sent(rank)),
+        )
+
+    def bits_per_token_block(self, batch: int, trailer: int = 0) -> float:
+        """Payload bits made for remote use, over the tokens they stand for and the blocks.
+
+        `trailer`: bytes behind each payload.
+        """
+        tokens = sum(self.num_sent.values()) * batch
+        if not tokens:
+            return 0.0
+        size = sum(size + trailer for sizes in self.payload for size in sizes.values() if size)
+        return 8 * size / (tokens * len(self.payload))
+
+
 @dataclass
+class CallState:
+    """What changes while a call runs.
+
+    Attributes:
+        decoding: the prefill is over; tokens follow one by one.
+        remote: by block, what this rank keeps of the remote tokens, and which attention may see.
+        frames: buffers that blocks' codes are packed into, by size.
+        compared: the other ranks' pictures have been compared with this rank's.
+        ended: why the call has to end at its next block; set by another thread or a handler.
+    """
+
+    decoding: bool = False
+    remote: dict[int, tuple[Any, Tensor | None]] = field(default_factory=dict)
+    frames: dict[int, Frame] = field(default_factory=dict)
+    compared: bool = False
+    ended: str | None = None
+
+
+@dataclass(frozen=True)
 class Call:
     """One forward pass of one rank (and the decoding steps after it).
 
     Attributes:
         tag: names plan and inputs in every frame.
-        local_rope, remote_rope: rotary cos and sin of the tokens sent and of those heard of.
-        local_mask, remote_mask: bool [B, L] and [B, N], False at padding; None: no padding.
+        views: this rank's parts of positions, masks and picture.
         answer: what the head reads: "last" (last or class token), "all" or "local" tokens.
         last_tokens: where each row's last token is; None: in the last column of every row.
         pooled: the head picks one token of a row itself, and is given that token at every place.
         everywhere: every rank gets the answer, not the owner alone.
-        keeps: decoding follows here, from `kept`: what this rank knows of the remote tokens.
-        frames: buffers that blocks' codes are packed into, by size.
+        keeps: decoding follows here, from `state.remote`.
         deadline: seconds that a block's exchange may take; None: as long as the mesh waits.
         patience: seconds to wait for the answer; None: as long as the mesh waits.
         missing: who was left out, where that is allowed; None: everybody is needed.
@@ -36,39 +105,37 @@ class Call:
 
     rank: int
     plan: Plan
-    space: Space
+    codec: Space
+    sizes: Sizes
     mesh: Mesh
     batch: int
     tag: int
-    local_rope: Rope = None
-    remote_rope: Rope = None
-    local_mask: Tensor | None = None
-    remote_mask: Tensor | None = None
+    views: Views
     answer: str = "last"
     last_tokens: LastTokens | None = None
     pooled: bool = False
     everywhere: bool = True
     keeps: bool = False
-    decoding: bool = False
-    kept: dict[int, tuple[Any, Tensor | None]] = field(default_factory=dict)
-    frames: dict[int, Frame] = field(default_factory=dict)
     deadline: float | None = None
     patience: float | None = None
     missing: Missing | None = None
+    state: CallState = field(default_factory=CallState)
 
-    @property
-    def sent_slice(self) -> slice:
-        """Which of the tokens computed here are sent: not the copies, not the halo."""
-        lead = self.plan.num_leading(self.rank)
-        return slice(lead, lead + self.plan.num_sent(self.rank))
-
-    @property
-    def needed(self) -> set[int]:
+    @cached_property
+    def needed(self) -> frozenset[int]:
         """The ranks without which there is no answer, this one aside: they are never left out."""
         if self.answer == "local":
-            return set()
+            return frozenset()
         if self.answer == "all":
-            return set(range(self.plan.world_size)) - {self.rank}
-        if self.last_tokens is not None:
-            return self.last_tokens.senders - {self.rank}
-        return {self.plan.owner} - {self.rank}
+            return frozenset(range(self.plan.world_size)) - {self.rank}
+        owners = {self.plan.owner} if self.last_tokens is None else self.last_tokens.senders
+        return frozenset(owners) - {self.rank}
+
+    @property
+    def has_answer(self) -> bool:
+        return self.everywhere or self.answer == "local" or self.rank == self.plan.owner
+
+    def check_running(self) -> None:
+        """Raises CallEnded where somebody has asked this call to end."""
+        if self.state.ended is not None:
+            raise CallEnded(self.rank, self.state.ended)

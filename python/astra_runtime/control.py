@@ -16,6 +16,7 @@ class Control(IntEnum):
 
     HEAD = 0xFF00  # final hidden states that the head reads
     TOKEN = 0xFF01  # a generated token, from the rank that decodes
+    PICTURE = 0xFF08  # means of the picture that a rank was given
     JOB_SIZE = 0xFF02  # leader to workers: bytes of the job that follows
     JOB = 0xFF03  # its JSON
     REPORT = 0xFF04  # one float64 of each rank, also a barrier

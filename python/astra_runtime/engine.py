@@ -3,30 +3,33 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections.abc import Callable, Iterator, Sequence
 from types import TracebackType
 from typing import Any, Literal
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .call import Call
+from . import decoding
+from .call import Call, Sizes
 from .codes.codebook import Codebook
 from .codes.spaces import make_space
-from .control import Control
 from .costs import engine_plan
-from .errors import ModelChanged
-from .exchange import receive_tensors, send_tensor
+from .errors import CallEnded, ModelChanged, WireError
+from .exchange import send_picture
+from .inputs import LARGEST_REQUEST, Views, check_inputs, check_integer, contents, num_padding
 from .last_tokens import LastTokens
 from .layer import Layer
-from .missing import Missing
-from .models import EVERY, ROW, Watch, adapt, check_attention, check_runnable, with_cache
+from .missing import Missing, check_deadlines
+from .models import EVERY, ROW, Watch, adapt, check_attention, check_runnable
 from .plan import Plan, check_halo
 from .trace import stage
 from .transport import Mesh, local_mesh
+from .turns import turn_of
 
 ANSWERS = ("last", "all", "local")
+_SHAPES = 256  # of calls whose plans and sizes an engine remembers
 
 
 class Engine:
@@ -58,8 +61,15 @@ class Engine:
             the number of blocks stands for the answer itself. Both are on the output as well. A
             rank that got no answer (outputs="one") knows of what it left out itself.
 
-    An error that this rank meets in a call is told to the others, which raise the same one, and
-    ends the mesh; `rejoin` makes a new one. Arguments that are refused end nothing.
+    Arguments that are refused end nothing: ValueError or TypeError, before anything is sent. What
+    ends a call alone is a `CallEnded` on every rank: tokens that `choose` may not give, values that
+    are not finite, ranks that are out of step or have other inputs (a WireError where found), an
+    engine closed by another thread. Any other error that this rank meets in a call is sent to the
+    others, which raise the same one, and ends the mesh; `rejoin` makes a new one. Over datagrams
+    and torch.distributed every error of a call does.
+
+    Calls of several threads take turns; each rank's in its own order, so the hosts see to it that
+    the orders are alike.
 
     Raises:
         ValueError: a model of another family, or a codebook made for another model.
@@ -93,15 +103,29 @@ class Engine:
             )
         check_halo(halo or 0, self.adapter.causal)
         self.halo = halo
-        _check_missing(on_missing, deadline_ms, self.mesh)
+        check_deadlines(on_missing, deadline_ms, self.mesh)
         self.deadline_ms, self.on_missing = deadline_ms, on_missing
         self.degraded = False
         self.missing: dict[int, list[int]] = {}
         check_runnable(model)
         check_attention(self.adapter.attentions)
         self._watch = Watch(model)
-        self.space = make_space(self.codebook, self.adapter)
+        self.codec = make_space(self.codebook, self.adapter)
+        self._plan = functools.lru_cache(_SHAPES)(
+            functools.partial(
+                engine_plan,
+                self.adapter,
+                self.codebook,
+                world_size=self.mesh.world_size,
+                shard_weights=self.shard_weights,
+                halo=halo,
+            )
+        )
+        self._sizes = functools.lru_cache(_SHAPES)(
+            functools.partial(Sizes.of, self.codec, len(self.adapter.blocks), self.mesh.rank)
+        )
         self.bits_per_token_block = 0.0
+        self._running: Call | None = None
         self._agree()
         self._open = True
 
@@ -141,9 +165,14 @@ class Engine:
                 f"mesh: expected rank {self.mesh.rank} of {self.mesh.world_size}, "
                 f"got rank {place[0]} of {place[1]}"
             )
-        _check_missing(self.on_missing, self.deadline_ms, mesh)
+        check_deadlines(self.on_missing, self.deadline_ms, mesh)
         self.mesh = mesh
         self._agree()
+
+    @property
+    def space(self) -> Any:
+        """The codec, by its name of before."""
+        return self.codec
 
     @property
     def rank(self) -> int:
@@ -155,18 +184,16 @@ class Engine:
         Where the codebook has every rank compute the first tokens itself, `padding`
         tokens in front of them are taken along.
         """
-        return engine_plan(
-            self.adapter,
-            self.codebook,
-            tokens,
-            self.mesh.world_size,
-            shard_weights=self.shard_weights,
-            padding=padding,
-            halo=self.halo,
-        )
+        return self._plan(tokens, padding=padding)
 
-    @torch.inference_mode()
-    def __call__(self, *, logits: str = "last", outputs: str = "every", **inputs: Any) -> Any:
+    def __call__(
+        self,
+        *,
+        logits: str = "last",
+        outputs: str = "every",
+        request: int | None = None,
+        **inputs: Any,
+    ) -> Any:
         """One forward pass, as the model's own: `engine(input_ids=…)`, `engine(pixel_values=…)`.
 
         Args:
@@ -174,42 +201,65 @@ class Engine:
                 "local": of this rank's tokens (with its class token), nothing is gathered.
             outputs: "every": each rank gets the answer; "one": the owner of the last token (rank 0
                 of an encoder) does, the others return None.
+            request: a number of the host's own, such as the picture's. Ranks that were given
+                different ones, or none, raise RequestMismatch before any code is used.
             inputs: `input_ids` [B, T], `attention_mask` [B, T], `token_type_ids` [B, T],
-                `pixel_values` [B, C, h, w]: whole, the same on every rank.
+                `pixel_values` [B, C, h, w]: whole, the same on every rank. Pictures that differ by
+                more than rounding are refused, as far as a few means of them tell.
 
         Returns:
             The model's own output class.
         """
-        call, kwargs = self._prepare(inputs, logits, outputs)
-        with self._failing_together(), self.adapter.listening(Layer(call)), stage("compute"):
-            output = self.model(**kwargs)
-        self._count(call)
-        self._flag(call)
-        output.degraded, output.missing = self.degraded, self.missing
-        has_answer = call.everywhere or call.answer == "local" or self.rank == call.plan.owner
-        return output if has_answer else None
+        _check_choice("logits", logits, ANSWERS)
+        _check_choice("outputs", outputs, ("every", "one"))
+        with torch.no_grad(), self._turn():
+            call, kwargs, _ = self._prepare(inputs, logits, outputs == "every")
+            with (
+                self._ending_together(call, request),
+                self.adapter.listening(Layer(call)),
+                stage("compute"),
+            ):
+                send_picture(call)
+                output = self.model(**kwargs)
+            self._report(call)
+            output.degraded, output.missing = self.degraded, self.missing
+            return output if call.has_answer else None
 
     @contextlib.contextmanager
-    def _failing_together(self) -> Iterator[None]:
+    def _turn(self) -> Iterator[None]:
+        with turn_of(self.mesh):
+            if not self._open:
+                raise RuntimeError("the engine is closed")
+            yield
+
+    @contextlib.contextmanager
+    def _ending_together(self, call: Call, request: int | None) -> Iterator[None]:
         """Whatever ends a call on this rank ends it on every rank, with one cause."""
+        number = None
+        if request is not None:
+            number = check_integer("request", request, 0, LARGEST_REQUEST)
+        self.mesh.begin(number)
+        self._running = call
         try:
+            self._check_model()
             yield
         except BaseException as error:
-            self.mesh.abort(error)
+            if _ends_the_call_alone(error):
+                self.mesh.cancel(error)
+            else:
+                self.mesh.abort(error)
             raise
+        finally:
+            self._running = None
 
     def _check_model(self) -> None:
         """That the model is still the one whose tables and digest the ranks agreed on."""
-        check_runnable(self.model)
-        check_attention(self.adapter.attentions)
         changed = self._watch.changed()
         if changed is not None:
-            error = ModelChanged(
+            raise ModelChanged(
                 f"{changed} of the model has changed since this engine was made; close the engine "
                 "and make another"
             )
-            self.mesh.abort(error)
-            raise error
 
     def _check_answer(self, logits: str) -> bool:
         """Refuses an answer that the model's head cannot give; whether the head picks a row's last
@@ -226,87 +276,67 @@ class Engine:
             )
         return head == ROW
 
-    def _flag(self, call: Call) -> None:
+    def _report(self, call: Call) -> None:
+        """What is known when a call has ended, for the host."""
         self.missing = call.missing.by_rank() if call.missing else {}
         self.degraded = bool(self.missing)
+        trailer = call.missing.width if call.missing else 0
+        self.bits_per_token_block = call.sizes.bits_per_token_block(call.batch, trailer)
 
     def _prepare(
-        self, inputs: dict[str, Tensor], logits: str, outputs: str, *options: object
-    ) -> tuple[Call, dict[str, Any]]:
-        """The call and the model's arguments; `options` have to be the same on every rank."""
-        if not self._open:
-            raise RuntimeError("the engine is closed")
-        self._check_model()
-        if logits not in ANSWERS:
-            raise ValueError(f"logits: expected one of {', '.join(ANSWERS)}, got {logits!r}")
-        if outputs not in ("every", "one"):
-            raise ValueError(f"outputs: expected 'every' or 'one', got {outputs!r}")
+        self, inputs: dict[str, Any], answer: str, everywhere: bool, *options: object
+    ) -> tuple[Call, dict[str, Any], dict[str, Tensor]]:
+        """The call, the model's arguments and the checked inputs.
+
+        `options` have to be the same on every rank; decoding follows where there are any.
+        """
         adapter, rank = self.adapter, self.rank
-        pooled = self._check_answer(logits)
-        batch, tokens = adapter.count(inputs)
-        visible, last = adapter.visible(inputs), adapter.last_tokens(inputs)
-        plan = self.plan(tokens, _padding(visible))
+        self.degraded, self.missing = False, {}
+        check_runnable(self.model)
+        check_attention(adapter.attentions)
+        pooled = self._check_answer(answer)
+        given = check_inputs(adapter, inputs)
+        batch, tokens = adapter.count(given)
+        last = adapter.last_tokens(given)
+        plan = self.plan(tokens, num_padding(adapter.visible(given)))
+        deadline, patience, missing = self._limits()
         call = Call(
             rank,
             plan,
-            self.space.begin(inputs, plan, rank),
+            self.codec.begin(given, plan, rank),
+            self._sizes(plan, batch),
             self.mesh,
             batch,
-            plan.tag([*_contents(inputs), repr(options).encode()]),
-            answer="last" if pooled else logits,
-            last_tokens=None if last is None else LastTokens.of(last, plan),
-            pooled=pooled,
-            everywhere=outputs == "every",
+            plan.tag([*contents(given), repr(options).encode()]),
+            Views.of(adapter, given, plan, rank),
+            "last" if pooled else answer,
+            None if last is None else LastTokens.of(last, plan),
+            pooled,
+            everywhere,
+            keeps=bool(options) and rank == plan.owner,
+            deadline=deadline,
+            patience=patience,
+            missing=missing,
         )
-        self._set_limits(call)
-        far = bool(plan.sources(rank))
-        if visible is not None:
-            call.local_mask = plan.local_tokens(visible, rank)
-            call.remote_mask = plan.remote_tokens(visible, rank) if far else None
-        positions = adapter.positions(inputs)
-        rope = None if positions is None else adapter.rope(positions)
-        if rope is not None:
-            own = plan.sent_slice(rank)
-            call.local_rope = (rope[0][:, own], rope[1][:, own])
-            if far:
-                call.remote_rope = (
-                    plan.remote_tokens(rope[0], rank),
-                    plan.remote_tokens(rope[1], rank),
-                )
-        kwargs = adapter.local_inputs(inputs, plan, rank)
+        kwargs = adapter.local_inputs(given, plan, rank)
         # a shard's hidden states or attentions would pass for the sequence's
         kwargs |= {"return_dict": True, "output_hidden_states": False, "output_attentions": False}
         if adapter.causal:
             kwargs["use_cache"] = False
-        return call, kwargs
+        return call, kwargs, given
 
-    def _set_limits(self, call: Call) -> None:
-        """How long to wait, and whether a rank may be left out."""
-        self.degraded, self.missing = False, {}
-        longest = self.mesh.timeout
-        if self.deadline_ms is not None:
-            longest = call.deadline = self.deadline_ms / 1000
+    def _limits(self) -> tuple[float | None, float, Missing | None]:
+        """Seconds of a block's exchange, seconds to wait for the answer, who may be left out."""
+        deadline = None if self.deadline_ms is None else self.deadline_ms / 1000
+        longest = self.mesh.timeout if deadline is None else deadline
         # whoever waits for an answer must not give up before the rank that makes it has done so
-        call.patience = max(self.mesh.timeout, 2 * longest)
-        if self.on_missing == "degrade":
-            call.patience += len(self.adapter.blocks) * longest  # it may have waited in each block
-            call.missing = Missing(self.mesh.world_size, len(self.adapter.blocks))
-
-    def _count(self, call: Call) -> None:
-        """Payload bits made for remote use, over the tokens they stand for and the blocks."""
-        makers = [n for n in range(call.plan.world_size) if call.plan.receivers(n)]
-        tokens = sum(call.plan.num_sent(n) for n in makers) * call.batch
+        patience = max(self.mesh.timeout, 2 * longest)
+        if self.on_missing != "degrade":
+            return deadline, patience, None
         blocks = len(self.adapter.blocks)
-        sizes = [
-            self.space.payload_bytes(block, call.batch, call.plan.num_sent(n))
-            for block in range(blocks)
-            for n in makers
-        ]
-        told = call.missing.width if call.missing else 0
-        size = sum(size + told for size in sizes if size)
-        self.bits_per_token_block = 8 * size / (tokens * blocks) if tokens else 0.0
+        patience += blocks * longest  # it may have waited in each block
+        return deadline, patience, Missing(self.mesh.world_size, blocks)
 
-    @torch.inference_mode()
     def generate(
         self,
         input_ids: Tensor,
@@ -316,6 +346,7 @@ class Engine:
         eos_token_id: int | Sequence[int] | None = None,
         choose: Callable[[Tensor, Tensor], Tensor] | None = None,
         on_token: Callable[[Tensor], None] | None = None,
+        request: int | None = None,
     ) -> Tensor:
         """Continues `input_ids` [B, T]; the prompt is read by all ranks, the rest by its owner.
 
@@ -324,90 +355,57 @@ class Engine:
 
         Args:
             max_new_tokens: at least 1.
-            eos_token_id: ends a sequence; by default the model's own. A finished sequence is
-                continued with its end token until all have ended.
+            eos_token_id: one or several that end a sequence; by default the model's own. A finished
+                sequence is continued with the end token it has until all have ended.
             choose: (ids [B, t], logits [B, V]) -> next token [B], by default the likeliest; a
                 Hugging Face `LogitsProcessorList` followed by a draw fits in here.
             on_token: called on every rank with each new column [B].
+            request: as of a call.
 
         Returns:
             int64 [B, T + new], on every rank.
+
+        Raises:
+            ValueError: a model without a language-model head, or arguments that it cannot take.
+            InvalidChoice: `choose` gave something else than a token of the vocabulary a sequence.
         """
         if not (self.adapter.causal and hasattr(self.model, "lm_head")):
             raise ValueError("generate: expected a decoder with a language-model head")
-        if max_new_tokens < 1:
-            raise ValueError(f"max_new_tokens: expected at least 1, got {max_new_tokens}")
-        inputs = {"input_ids": input_ids}
-        if attention_mask is not None:
-            inputs["attention_mask"] = attention_mask
-        _, tokens = self.adapter.count(inputs)
-        limit = int(self.adapter.model.config.max_position_embeddings)
-        if tokens + max_new_tokens - 1 > limit:
-            raise ValueError(
-                f"max_new_tokens: expected at most {limit - tokens + 1} after {tokens} tokens, as "
-                f"the model's limit is {limit}, got {max_new_tokens}"
-            )
-        if self.adapter.last_tokens(inputs) is not None:
-            raise ValueError(
-                "attention_mask: expected the last column to be a token of every row, as "
-                "generation goes on behind it; pad shorter rows on the left"
-            )
-        ends = self._ends(eos_token_id, input_ids.device)
-        call, kwargs = self._prepare(inputs, "last", "one", max_new_tokens, ends.tolist())
-        call.keeps = call.rank == call.plan.owner
-        with self._failing_together(), self.adapter.installed():
-            ids = self._continue(call, kwargs, inputs, max_new_tokens, ends, choose, on_token)
-        self._flag(call)
-        return ids
-
-    def _continue(
-        self,
-        call: Call,
-        kwargs: dict[str, Any],
-        inputs: dict[str, Tensor],
-        max_new_tokens: int,
-        ends: Tensor,
-        choose: Callable[[Tensor, Tensor], Tensor] | None,
-        on_token: Callable[[Tensor], None] | None,
-    ) -> Tensor:
-        """Prefill, and then token after token, from the owner to all others."""
-        owner = _Owner(self, call, kwargs, inputs) if call.rank == call.plan.owner else None
-        if owner is None:
-            with self.adapter.listening(Layer(call)), stage("compute"):
-                self.model(**kwargs)
-        self._count(call)
-        others = [n for n in range(call.plan.world_size) if n != call.rank]
-        ids = inputs["input_ids"].long()
-        done = torch.zeros(call.batch, dtype=torch.bool, device=ids.device)
-        for _ in range(max_new_tokens):
-            if owner is not None:
-                scores = owner.scores(ids)
-                token = scores.argmax(-1) if choose is None else choose(ids, scores)
-                token = token.to(ids.dtype).reshape(call.batch)
-                token = torch.where(done, ends[0], token) if len(ends) else token
-                send_tensor(call, token, block=Control.TOKEN, to=others)
-            else:
-                shapes = {call.plan.owner: (call.batch,)}
-                token = receive_tensors(call, shapes, ids, block=Control.TOKEN)[call.plan.owner]
-            ids = torch.cat([ids, token[:, None]], 1)
-            if on_token is not None:
-                on_token(token)
-            done |= torch.isin(token, ends)
-            if bool(done.all()):
-                break
-        return ids
-
-    def _ends(self, eos_token_id: int | Sequence[int] | None, device: torch.device) -> Tensor:
-        if eos_token_id is None:
-            config = getattr(self.model, "generation_config", self.model.config)
-            eos_token_id = getattr(config, "eos_token_id", None)
-        ends = [eos_token_id] if isinstance(eos_token_id, int) else list(eos_token_id or [])
-        return torch.tensor(ends, dtype=torch.int64, device=device)
+        max_new_tokens = check_integer("max_new_tokens", max_new_tokens, 1)
+        for name, function in (("choose", choose), ("on_token", on_token)):
+            if function is not None and not callable(function):
+                raise TypeError(f"{name}: expected a function, got {type(function).__name__}")
+        with torch.no_grad(), self._turn():
+            config: Any = self.model.config
+            ends = decoding.end_tokens(self.model, eos_token_id, int(config.vocab_size))
+            inputs = {"input_ids": input_ids, "attention_mask": attention_mask}
+            call, kwargs, given = self._prepare(inputs, "last", False, max_new_tokens, ends)
+            _check_length(given["input_ids"].shape[1], max_new_tokens, config)
+            if call.last_tokens is not None:
+                raise ValueError(
+                    "attention_mask: expected the last column to be a token of every row, as "
+                    "generation goes on behind it; pad shorter rows on the left"
+                )
+            asked = decoding.Generation(max_new_tokens, ends, choose, on_token)
+            with self._ending_together(call, request), self.adapter.installed():
+                ids = decoding.generate(self.model, self.adapter, call, given, kwargs, asked)
+            self._report(call)
+            return ids
 
     def close(self) -> None:
-        """Ends the use of the model by this engine. The mesh stays open."""
+        """Ends the use of the model by this engine. The mesh stays open.
+
+        May come from any thread or signal handler: a call that runs ends with CallEnded at its next
+        block, on every rank.
+        """
         if self._open:
             self._open = False
+            self._end_running("the engine was closed")
+
+    def _end_running(self, reason: str) -> None:
+        running = self._running
+        if running is not None:
+            running.state.ended = reason
 
     def __enter__(self) -> Engine:
         return self
@@ -421,71 +419,28 @@ class Engine:
         self.close()
 
 
-def _contents(inputs: dict[str, Tensor]) -> list[bytes]:
-    """What must be the same on every rank: shapes, and token ids to the last one.
+def _ends_the_call_alone(error: BaseException) -> bool:
+    """Whether the mesh is as good as before: nobody failed, and frames can be told from later ones.
 
-    Images may differ by the rounding of each rank's own preprocessing.
+    A plan's tag that differs means other inputs, not another protocol.
     """
-    told = []
-    for name, tensor in sorted(inputs.items()):
-        told.append(f"{name}{tuple(tensor.shape)}".encode())
-        if not tensor.is_floating_point():
-            told.append(tensor.to("cpu", torch.int64).contiguous().numpy().tobytes())
-    return told
+    other_inputs = isinstance(error, WireError) and error.field == "plan"
+    return other_inputs or isinstance(error, CallEnded | ModelChanged)
 
 
 def _named(value: float | None) -> str:
     return "default" if value is None else str(value)
 
 
-def _check_missing(on_missing: str, deadline_ms: float | None, mesh: Mesh) -> None:
-    if on_missing not in ("raise", "degrade"):
-        raise ValueError(f"on_missing: expected 'raise' or 'degrade', got {on_missing!r}")
-    if deadline_ms is not None and not 0 < deadline_ms <= 1e9:
-        raise ValueError(f"deadline_ms: expected above 0, at most 1e9, got {deadline_ms}")
-    if on_missing == "degrade" and deadline_ms is None:
-        raise ValueError("deadline_ms: expected a number with on_missing='degrade', got None")
-    if on_missing == "degrade" and not mesh.partial:
+def _check_choice(name: str, value: object, choices: Sequence[str]) -> None:
+    if value not in choices:
+        raise ValueError(f"{name}: expected one of {', '.join(choices)}, got {value!r}")
+
+
+def _check_length(tokens: int, max_new_tokens: int, config: Any) -> None:
+    limit = int(config.max_position_embeddings)
+    if tokens + max_new_tokens - 1 > limit:
         raise ValueError(
-            "on_missing: expected 'raise' with this transport, which leaves nobody out"
+            f"max_new_tokens: expected at most {limit - tokens + 1} after {tokens} tokens, as "
+            f"the model's limit is {limit}, got {max_new_tokens}"
         )
-    if on_missing == "raise" and mesh.lossy:
-        raise ValueError(
-            "on_missing: expected 'degrade' with this transport, which loses frames, got 'raise'"
-        )
-
-
-def _padding(visible: Tensor | None) -> int:
-    """The most tokens of padding in front of a sequence of the batch; `visible` is bool [B, T]."""
-    return 0 if visible is None else int((visible.cumsum(-1) == 0).sum(-1).max())
-
-
-class _Owner:
-    """Decoding on the rank that holds the last token: its cache is dense for its own tokens."""
-
-    def __init__(
-        self, engine: Engine, call: Call, kwargs: dict[str, Any], inputs: dict[str, Tensor]
-    ) -> None:
-        from transformers import DynamicCache
-
-        self.model, self.adapter, self.call = engine.model, engine.adapter, call
-        self.cache = DynamicCache()
-        positions = engine.adapter.positions(inputs)
-        assert positions is not None, "every decoder takes positions"
-        self.position = positions[:, -1:].expand(call.batch, 1)
-        self.output = self._run(kwargs)
-        self.seen = inputs["input_ids"].shape[1]
-
-    def _run(self, kwargs: dict[str, Any]) -> Any:
-        with self.adapter.listening(Layer(self.call)), stage("compute"):
-            return self.model(**kwargs | with_cache(self.model, self.cache))
-
-    def scores(self, ids: Tensor) -> Tensor:
-        """fp32 logits [B, V] after `ids` [B, t], which is at most one token more than before."""
-        if ids.shape[1] > self.seen:
-            self.seen, self.call.decoding = ids.shape[1], True
-            self.position = self.position + 1
-            if self.call.local_mask is not None:
-                self.call.local_mask = F.pad(self.call.local_mask, (0, 1), value=True)
-            self.output = self._run({"input_ids": ids[:, -1:], "position_ids": self.position})
-        return self.output.logits[:, -1].float()

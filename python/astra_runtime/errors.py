@@ -102,3 +102,47 @@ class WireError(AstraError):
         if self.field == "plan":
             return f"{source} runs another plan: its tag is {self.got}, expected {self.expected}"
         return f"{source} sent a wrong {self.field}: expected {self.expected}, got {self.got}"
+
+
+class CallEnded(AstraError):
+    """A call that was ended early, on every rank; mesh and engine are of use as before.
+
+    Attributes:
+        rank: who ended it.
+        reason: why.
+    """
+
+    def __init__(self, rank: int, reason: str) -> None:
+        super().__init__(rank, reason)
+        self.rank = rank
+        self.reason = reason
+
+    def __str__(self) -> str:
+        return f"rank {self.rank} ended the call: {self.reason}"
+
+
+class InvalidChoice(CallEnded, ValueError):
+    """`choose` returned something else than a token for each sequence."""
+
+
+class NotFinite(CallEnded):
+    """What other ranks were to receive holds NaN or an infinity, which no code can stand for."""
+
+
+class InputsDiffer(CallEnded):
+    """The ranks were called with different pictures."""
+
+
+class RequestMismatch(CallEnded):
+    """The ranks are out of step: `engine(…, request=n)` was given other numbers on two of them.
+
+    Attributes:
+        other: the rank that `rank` has found out of step with itself.
+        requests: the numbers of `rank` and of `other`; None: it was given none.
+    """
+
+    def __init__(self, rank: int, other: int, requests: tuple[int | None, int | None]) -> None:
+        AstraError.__init__(self, rank, other, requests)
+        self.rank, self.other, self.requests = rank, other, requests
+        ours, theirs = ("no request" if n is None else f"request {n}" for n in requests)
+        self.reason = f"it is at {ours}, rank {other} at {theirs}"

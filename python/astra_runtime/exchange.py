@@ -1,22 +1,25 @@
-"""What ranks tell each other in a call: a block's codes, and at the end the final hidden states.
+"""What ranks send each other in a call: a block's codes, and at the end the final hidden states.
 
 Hidden states cross as they are, in the model's dtype; for the last token or the class token that is
-one vector a sequence.
+one vector a sequence. Ranks that were given pictures begin with a few means of theirs.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 
 import torch
 from torch import Tensor
 
 from .call import Call
-from .codes.base import arrived
+from .codes.base import Payload, arrived
 from .control import Control
+from .errors import InputsDiffer
 from .last_tokens import LastTokens
 from .trace import stage
-from .transport import require
+from .transport import peers_of, require
+
+SAME_PICTURE = 0.02  # of a picture's root mean square: what preprocessing may round differently
 
 
 def send_tensor(call: Call, tensor: Tensor, *, block: int, to: Iterable[int]) -> None:
@@ -48,7 +51,7 @@ def receive_tensors(
     """
     sizes = {n: like.dtype.itemsize * torch.Size(shape).numel() for n, shape in shapes.items()}
     with stage("wait"):
-        views = _receive(call, sizes, block) if sizes else {}
+        views = _receive_answer(call, sizes, block) if sizes else {}
     return {
         n: torch.frombuffer(view, dtype=torch.uint8)
         .to(like.device, copy=True)
@@ -58,21 +61,35 @@ def receive_tensors(
     }
 
 
-def _receive(call: Call, sizes: dict[int, int], block: int) -> dict[int, memoryview]:
-    mesh, missing, tag = call.mesh, call.missing, call.tag
-    patience = mesh.timeout if call.patience is None else call.patience
-    if missing is None:
-        return mesh.receive(sizes, timeout=patience, block=block, plan=tag)
-    totals = {n: size + missing.all_width for n, size in sizes.items()}
-    needed = {n: totals[n] for n in call.needed & totals.keys()}
-    frames = mesh.receive(needed, timeout=patience, partial=True, block=block, plan=tag)
-    require(mesh, frames, needed, block, patience)
-    rest = {n: total for n, total in totals.items() if n not in needed}
-    frames |= mesh.receive(rest, timeout=call.deadline, partial=True, block=block, plan=tag)
-    missing.leave_out(missing.answer, sizes.keys() - frames.keys())
-    for n, view in frames.items():
-        missing.read_all(view[sizes[n] :], n)
-    return {n: view[: sizes[n]] for n, view in frames.items()}
+def send_picture(call: Call) -> None:
+    """Means of this rank's picture to every rank, before any codes of it."""
+    if call.views.picture is not None:
+        data = call.views.picture.numpy().tobytes()
+        partial, to = call.missing is not None, peers_of(call.mesh)
+        call.mesh.send(data, block=Control.PICTURE, plan=call.tag, to=to, partial=partial)
+
+
+def compare_pictures(call: Call) -> None:
+    """Raises InputsDiffer where another rank was given another picture, in the call's first wait.
+
+    A rank that is late, where ranks may be left out, is not compared.
+    """
+    ours = call.views.picture
+    if ours is None or call.state.compared:
+        return
+    call.state.compared = True
+    sizes = dict.fromkeys(peers_of(call.mesh), 4 * ours.numel())
+    with stage("wait"):
+        views = _receive(call, sizes, Control.PICTURE, call.deadline)
+    for rank, view in sorted(views.items()):
+        theirs = torch.frombuffer(view, dtype=torch.float32).view(ours.shape)
+        difference = float((theirs - ours).abs().max())
+        if not difference <= SAME_PICTURE * float(ours[:, -1].max()):
+            raise InputsDiffer(
+                call.rank,
+                f"pixel_values: expected the same picture on every rank, rank {rank} has one whose "
+                f"means differ by {difference:.3g}",
+            )
 
 
 def gather(call: Call, hidden: Tensor) -> Tensor:
@@ -131,31 +148,78 @@ def _gather_last_tokens(call: Call, last: LastTokens, hidden: Tensor) -> Tensor:
     return last.put(pieces | receive_tensors(call, shapes, hidden, block=Control.HEAD))
 
 
-def receive_codes(
-    call: Call, block: int, sizes: dict[int, int]
-) -> tuple[dict[int, memoryview], dict[int, Tensor]]:
-    """The payloads of a block, by rank, and of those that did not come, or not whole, which tokens
-    are there, bool [B, T]. What did not come is zeros."""
-    mesh, missing, tag = call.mesh, call.missing, call.tag
+def _receive_answer(call: Call, sizes: Mapping[int, int], block: int) -> dict[int, memoryview]:
+    """What these ranks contribute to the answer, of those that are not left out."""
+    missing, patience = call.missing, call.patience
     if missing is None:
-        return mesh.receive(sizes, block=block, plan=tag, timeout=call.deadline), {}
+        return _receive(call, sizes, block, patience)
+    totals = {n: size + missing.all_width for n, size in sizes.items()}
+    needed = {n: total for n, total in totals.items() if n in call.needed}
+    others = {n: total for n, total in totals.items() if n not in call.needed}
+    frames = _receive(call, needed, block, patience, needed=needed)
+    frames |= _receive(call, others, block, call.deadline)
+    missing.leave_out(missing.answer, sizes.keys() - frames.keys())
+    for n, view in frames.items():
+        missing.read_all(view[sizes[n] :], n)
+    return {n: view[: sizes[n]] for n, view in frames.items()}
+
+
+def _receive(
+    call: Call,
+    sizes: Mapping[int, int],
+    block: int,
+    timeout: float | None,
+    needed: Collection[int] = (),
+) -> dict[int, memoryview]:
+    """The frames of these ranks. Where ranks may be left out, of those that were in time: all that
+    are `needed`, or an error."""
+    mesh, partial = call.mesh, call.missing is not None
+    frames = mesh.receive(sizes, block=block, plan=call.tag, timeout=timeout, partial=partial)
+    if needed:
+        require(mesh, frames, needed, block, mesh.timeout if timeout is None else timeout)
+    return frames
+
+
+def receive_payloads(call: Call, block: int) -> list[Payload]:
+    """The codes of a block, by source; of those that did not arrive whole, which tokens are there.
+
+    Bytes that did not arrive are zeros. A block of which nobody sends anything is not waited for.
+    """
+    sizes = {n: call.sizes.payload[block][n] for n in call.sizes.sources}
+    views = dict.fromkeys(sizes, memoryview(b""))
+    received: dict[int, Tensor] = {}
+    if any(sizes.values()):
+        with stage("wait", block):
+            views, received = _receive_codes(call, sizes, block)
+    num_sent, num_received = call.sizes.num_sent, call.sizes.num_received
+    return [Payload(views[n], num_sent[n], num_received[n], received.get(n)) for n in sizes]
+
+
+def _receive_codes(
+    call: Call, sizes: Mapping[int, int], block: int
+) -> tuple[dict[int, memoryview], dict[int, Tensor]]:
+    """Payloads by rank, and of those that lack bytes, which tokens are whole, bool [B, T]."""
+    mesh, missing = call.mesh, call.missing
+    if missing is None:
+        return _receive(call, sizes, block, call.deadline), {}
     totals = {n: size + missing.width for n, size in sizes.items()}
-    frames = mesh.receive(totals, block=block, plan=tag, timeout=call.deadline, partial=True)
     needed = call.needed & sizes.keys()
     if mesh.lossy:  # that a frame was lost says nothing of its sender, who will have an answer
-        needed &= mesh.lost.keys()
-    require(mesh, frames, needed, block, call.deadline or mesh.timeout)
-    views, came = {}, {}
+        frames = _receive(call, totals, block, call.deadline)
+        require(mesh, frames, needed & mesh.lost.keys(), block, call.deadline or mesh.timeout)
+    else:
+        frames = _receive(call, totals, block, call.deadline, needed)
+    views, received = {}, {}
     for n, size in sizes.items():
-        tokens = call.plan.num_sent(n)
-        gaps = mesh.missing_ranges.get(n, ()) if n in frames else [(0, totals[n])]
         view = frames[n] if n in frames else memoryview(bytearray(totals[n]))
-        for start, stop in gaps:
+        ranges = mesh.missing_ranges.get(n, ()) if n in frames else [(0, totals[n])]
+        for start, stop in ranges:
             view[start:stop] = bytes(stop - start)
-        if gaps:
-            strips = call.space.strips(block, call.batch, tokens)
-            came[n] = arrived(strips, call.batch, tokens, gaps)
+        if ranges:
+            tokens = call.sizes.num_sent[n]
+            layout = call.codec.strips(block, call.batch, tokens)
+            received[n] = arrived(layout, call.batch, tokens, ranges)
         missing.read_recent(block, view[size:], n)
         views[n] = view[:size]
-    missing.leave_out(block, came)
-    return views, came
+    missing.leave_out(block, received)
+    return views, received

@@ -8,7 +8,7 @@ Attention, arXiv 2505.19342): one softmax over local and remote tokens,
     softmax(q·[K_local, K̂_remote]ᵀ/√d)·[V_local, V̂_remote].
 
 The model itself is unmodified: it calls `before_block`, `attend` and `finish` through the hooks of
-`models/base.py`.
+`models/`.
 """
 
 from __future__ import annotations
@@ -21,8 +21,9 @@ from torch import Tensor
 import astra_kernels as ak
 
 from .call import Call
-from .codes.base import Payload, seen
-from .exchange import gather, receive_codes
+from .codes.base import seen
+from .errors import NotFinite
+from .exchange import compare_pictures, gather, receive_payloads
 from .trace import stage
 
 NOTHING = (None, None)  # nothing is known of remote tokens
@@ -41,78 +42,93 @@ class Layer:
     def before_block(self, block: int, hidden: Tensor) -> None:
         """Hidden-state codes leave before the block computes anything."""
         call = self.call
-        if call.space.early and not call.decoding:
-            self.send_codes(block, hidden[:, call.sent_slice])
+        call.check_running()
+        if call.codec.early and not call.state.decoding:
+            self.send_codes(block, (hidden[:, call.sizes.sent_slice],))
 
     def attend(self, block: int, query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
         """Mixed-precision attention: [B, H, M, d] over local [B, Hkv, L, d] and remote tokens."""
-        call = self.call
-        if not call.space.early and not call.decoding:
-            sent = call.sent_slice
+        call, decoding = self.call, self.call.state.decoding
+        if not (call.codec.early or decoding):
+            sent = call.sizes.sent_slice
             self.send_codes(block, (key[:, :, sent], value[:, :, sent]))
-        mask, causal = call.local_mask, call.plan.causal and not call.decoding
+        local, local_lse = self._attend_locally(block, query, key, value, scale)
+        remote, mask = (
+            call.state.remote.get(block, NOTHING) if decoding else self.receive_codes(block)
+        )
+        if remote is None:
+            return local
+        if mask is not None:
+            mask = mask.to(query.device)
+        # a decoder's replicated tokens, the first of the sequence, see no others
+        first = call.plan.copies if call.plan.causal and not decoding else 0
         with stage("attend", block):
-            out, lse = ak.attention(query, key, value, is_causal=causal, key_mask=mask, scale=scale)
-        remote, mask = call.kept.get(block, NOTHING) if call.decoding else self.receive_codes(block)
-        if remote is not None:
-            rope, mask = call.remote_rope, None if mask is None else mask.to(query.device)
-            first = call.plan.copies if causal else 0  # a decoder's first tokens see no others
-            query, near, lse = query[:, :, first:], out[:, :, first:], lse[:, :, first:]
-            with stage("attend", block):
-                far, far_lse = call.space.attend(block, query, remote, rope, mask, scale)
-            with stage("merge", block):
-                both, _ = ak.merge_state(near, lse, far, far_lse)
-                out = torch.cat([out[:, :, :first], both], 2) if first else both
-        return out
+            out, lse = call.codec.attend(
+                block, query[:, :, first:], remote, call.views.remote_rope, mask, scale
+            )
+        with stage("merge", block):
+            merged, _ = ak.merge_state(local[:, :, first:], local_lse[:, :, first:], out, lse)
+            return torch.cat([local[:, :, :first], merged], 2) if first else merged
 
-    def send_codes(self, block: int, what: Any) -> None:
-        """Codes of this rank's shard, packed into one frame for each rank that may see it."""
+    def _attend_locally(
+        self, block: int, query: Tensor, key: Tensor, value: Tensor, scale: float
+    ) -> tuple[Tensor, Tensor]:
+        call, mask = self.call, self.call.views.local_mask
+        causal = call.plan.causal and not call.state.decoding
+        if mask is not None:
+            mask = mask[:, : key.shape[2]]
+        with stage("attend", block):
+            return ak.attention(query, key, value, is_causal=causal, key_mask=mask, scale=scale)
+
+    def send_codes(self, block: int, tensors: tuple[Tensor, ...]) -> None:
+        """Codes of this rank's shard, packed into one frame for each rank that may see it.
+
+        `tensors`: the shard's keys and values, or its block input where the codec is early.
+
+        Raises NotFinite where they hold NaN or an infinity: the nearest codeword would hide it.
+        """
         call = self.call
-        receivers = call.plan.receivers(call.rank)
-        size = call.space.payload_bytes(block, call.batch, call.plan.num_sent(call.rank))
-        if receivers and size:
-            total = size + (call.missing.width if call.missing else 0)
-            frame = call.frames.get(total) or call.frames.setdefault(total, call.mesh.buffer(total))
-            with stage("encode", block):
-                call.space.encode(block, what, call.local_rope, frame.payload[:size])
-            if call.missing:
-                call.missing.write_recent(frame.payload[size:])
-            partial = call.missing is not None
-            with stage("send", block):
-                call.mesh.send(frame, block=block, plan=call.tag, to=receivers, partial=partial)
+        size = call.sizes.payload[block].get(call.rank, 0)
+        if not (call.sizes.receivers and size):
+            return
+        trailer = call.missing.width if call.missing else 0
+        frames, total = call.state.frames, size + trailer
+        frame = frames.get(total) or frames.setdefault(total, call.mesh.buffer(total))
+        with stage("encode", block):
+            finite = torch.stack([tensor.isfinite().all() for tensor in tensors]).all()
+            what: Any = tensors[0] if call.codec.early else tensors
+            call.codec.encode(block, what, call.views.local_rope, frame.payload[:size])
+            if not bool(finite):  # read behind the codes, which a device has computed by then
+                raise NotFinite(call.rank, f"its tokens hold NaN or infinity in block {block}")
+        if call.missing:
+            call.missing.write_recent(frame.payload[size:])
+        partial, to = call.missing is not None, call.sizes.receivers
+        with stage("send", block):
+            call.mesh.send(frame, block=block, plan=call.tag, to=to, partial=partial)
 
     def receive_codes(self, block: int) -> tuple[Any, Tensor | None]:
         """This block's codes of every rank whose shard is visible here, and which of their tokens
         attention may see: bool [B, N], None for all. Without any codes: `NOTHING`."""
         call = self.call
-        sources = call.plan.sources(call.rank)
-        if not sources:
+        if not call.sizes.sources:
             return NOTHING
-        counts = {n: call.plan.num_sent(n) for n in sources}
-        sizes = {n: call.space.payload_bytes(block, call.batch, counts[n]) for n in sources}
-        views = dict.fromkeys(sources, memoryview(b""))  # what nobody sends, nobody awaits
-        came: dict[int, Tensor] = {}
-        if any(sizes.values()):
-            with stage("wait", block):
-                views, came = receive_codes(call, block, sizes)
-        payloads = [
-            Payload(views[n], counts[n], call.plan.num_received(call.rank, n), came.get(n))
-            for n in sources
-        ]
+        compare_pictures(call)
+        payloads = receive_payloads(call, block)
         with stage("unpack", block):
-            remote = call.space.decode(block, payloads, call.batch, call.remote_rope)
-        mask = seen(payloads, call.batch, call.remote_mask)
-        received = remote, mask
-        if came and mask is not None and not bool(mask.any()):
-            received = NOTHING  # nobody's codes came
+            remote = call.codec.decode(block, payloads, call.batch, call.views.remote_rope)
+        mask = seen(payloads, call.batch, call.views.remote_mask)
+        lacking = any(payload.came is not None for payload in payloads)
+        if lacking and mask is not None and not bool(mask.any()):
+            remote, mask = NOTHING  # nobody's codes arrived
         if call.keeps:
-            call.kept[block] = received
-        return received
+            call.state.remote[block] = remote, mask
+        return remote, mask
 
     def finish(self, hidden: Tensor) -> Tensor:
         """What the head needs of the final hidden states, from whichever ranks hold it."""
         call = self.call
-        if call.decoding:
+        if call.state.decoding:
             return hidden
+        compare_pictures(call)
         read = gather(call, call.plan.without_halo(hidden, call.rank))
         return read.expand(-1, hidden.shape[1], -1) if call.pooled else read

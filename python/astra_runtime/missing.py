@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 from .errors import WireError
+from .transport import Mesh
 
 
 class Missing:
@@ -74,3 +75,20 @@ class Missing:
                 if bits >> rank & 1:
                     blocks.setdefault(rank, []).append(block)
         return dict(sorted(blocks.items()))
+
+
+def check_deadlines(on_missing: str, deadline_ms: float | None, mesh: Mesh) -> None:
+    if on_missing not in ("raise", "degrade"):
+        raise ValueError(f"on_missing: expected 'raise' or 'degrade', got {on_missing!r}")
+    if deadline_ms is not None and not 0 < deadline_ms <= 1e9:
+        raise ValueError(f"deadline_ms: expected above 0, at most 1e9, got {deadline_ms}")
+    if on_missing == "degrade" and deadline_ms is None:
+        raise ValueError("deadline_ms: expected a number with on_missing='degrade', got None")
+    if on_missing == "degrade" and not mesh.partial:
+        raise ValueError(
+            "on_missing: expected 'raise' with this transport, which leaves nobody out"
+        )
+    if on_missing == "raise" and mesh.lossy:
+        raise ValueError(
+            "on_missing: expected 'degrade' with this transport, which loses frames, got 'raise'"
+        )

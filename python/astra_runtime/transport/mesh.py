@@ -137,6 +137,13 @@ class Mesh(ABC):
         frame did not come in that time, or never will, are not in the answer.
         """
 
+    def begin(self, request: int | None = None) -> None:  # noqa: B027
+        """A new call begins, `request` being the host's own number for it."""
+
+    def cancel(self, error: BaseException) -> None:
+        """Ends the call that runs, on every rank, because of `error`."""
+        self.abort(error)
+
     @abstractmethod
     def flush(self) -> None:
         """Waits until everything sent was handed to the network."""

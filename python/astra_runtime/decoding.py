@@ -1,0 +1,148 @@
+"""Generation: every rank reads the prompt, and the rank that holds its last token goes on alone.
+
+Its cache is dense for its own tokens and the new ones; of the remote tokens it keeps codes. It
+sends each token to every other rank as it comes, so that all ranks return the same text.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .call import Call
+from .control import Control
+from .errors import InvalidChoice
+from .exchange import receive_tensors, send_tensor
+from .inputs import check_integer
+from .layer import Layer
+from .models import Adapter, with_cache
+from .trace import stage
+
+Choose = Callable[[Tensor, Tensor], Tensor]  # (ids [B, t], logits [B, V]) -> next token [B]
+
+
+@dataclass(frozen=True)
+class Generation:
+    """What `Engine.generate` was asked for; its docstring explains each."""
+
+    max_new_tokens: int
+    ends: tuple[int, ...]
+    choose: Choose | None
+    on_token: Callable[[Tensor], None] | None
+
+
+def end_tokens(model: Any, eos_token_id: Any, vocabulary: int) -> tuple[int, ...]:
+    """The tokens that end a sequence; None: the model's own."""
+    if eos_token_id is None:
+        config = getattr(model, "generation_config", model.config)
+        eos_token_id = getattr(config, "eos_token_id", None)
+    if eos_token_id is None:
+        return ()
+    if isinstance(eos_token_id, Tensor):
+        eos_token_id = eos_token_id.tolist()
+    several = isinstance(eos_token_id, Sequence) and not isinstance(eos_token_id, str)
+    ids = eos_token_id if several else [eos_token_id]
+    return tuple(check_integer("eos_token_id", token, 0, vocabulary - 1) for token in ids)
+
+
+def generate(
+    model: nn.Module,
+    adapter: Adapter,
+    call: Call,
+    inputs: dict[str, Tensor],
+    kwargs: dict[str, Any],
+    asked: Generation,
+) -> Tensor:
+    """Prefill, and then token after token from the owner to all others: int64 [B, T + new]."""
+    ids = inputs["input_ids"].long()
+    owner = call.plan.owner
+    others = [n for n in range(call.plan.world_size) if n != call.rank]
+    decoder = None
+    if call.rank == owner:
+        decoder = _Decoder(model, adapter, call, inputs, kwargs, asked.max_new_tokens)
+    else:
+        with adapter.listening(Layer(call)), stage("compute"):
+            model(**kwargs)
+    ends = torch.tensor(asked.ends, dtype=torch.int64, device=ids.device)
+    done = torch.zeros(call.batch, dtype=torch.bool, device=ids.device)
+    last = torch.zeros_like(ids[:, 0])  # the end token of each sequence that has ended
+    for _ in range(asked.max_new_tokens):
+        call.check_running()
+        if decoder is not None:
+            token = _next_token(call.rank, ids, decoder.scores(ids), asked.choose)
+            token = torch.where(done, last, token)
+            send_tensor(call, token, block=Control.TOKEN, to=others)
+        else:
+            shapes = {owner: (call.batch,)}
+            token = receive_tensors(call, shapes, ids, block=Control.TOKEN)[owner]
+        ids = torch.cat([ids, token[:, None]], 1)
+        last = torch.where(torch.isin(token, ends), token, last)
+        done |= torch.isin(token, ends)
+        if asked.on_token is not None:
+            asked.on_token(token.clone())
+        if bool(done.all()):
+            break
+    return ids
+
+
+def _next_token(rank: int, ids: Tensor, scores: Tensor, choose: Choose | None) -> Tensor:
+    """The next token of each sequence, int64 [B]; InvalidChoice where `choose` gave none."""
+    if choose is None:
+        return scores.argmax(-1)
+    batch, vocabulary = scores.shape
+    token: Any = choose(ids.clone(), scores)
+    wanted = f"choose: expected the next token of each sequence, integers of shape [{batch}]"
+    if not isinstance(token, Tensor):
+        raise InvalidChoice(rank, f"{wanted}, got {type(token).__name__}")
+    whole = not (token.is_floating_point() or token.is_complex() or token.dtype == torch.bool)
+    if not whole or tuple(token.shape) not in ((batch,), (batch, 1)):
+        raise InvalidChoice(rank, f"{wanted}, got {token.dtype} of shape {list(token.shape)}")
+    token = token.to(ids.device, ids.dtype).reshape(batch)
+    least, most = (int(bound) for bound in torch.aminmax(token))
+    if least < 0 or most >= vocabulary:
+        got = least if least < 0 else most
+        raise InvalidChoice(rank, f"choose: expected tokens from 0 to {vocabulary - 1}, got {got}")
+    return token
+
+
+class _Decoder:
+    """Decoding on the rank that holds the last token: its cache is dense for its own tokens."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        adapter: Adapter,
+        call: Call,
+        inputs: dict[str, Tensor],
+        kwargs: dict[str, Any],
+        max_new_tokens: int,
+    ) -> None:
+        from transformers import DynamicCache
+
+        if call.views.local_mask is not None:
+            mask = F.pad(call.views.local_mask, (0, max_new_tokens), value=True)
+            call = replace(call, views=replace(call.views, local_mask=mask))
+        self.model, self.adapter, self.call = model, adapter, call
+        self.cache = DynamicCache()
+        positions = adapter.positions(inputs)
+        assert positions is not None, "every decoder takes positions"
+        self.position = positions[:, -1:].expand(call.batch, 1)
+        self.output = self._run(kwargs)
+        self.num_read = inputs["input_ids"].shape[1]
+
+    def _run(self, kwargs: dict[str, Any]) -> Any:
+        with self.adapter.listening(Layer(self.call)), stage("compute"):
+            return self.model(**kwargs | with_cache(self.model, self.cache))
+
+    def scores(self, ids: Tensor) -> Tensor:
+        """fp32 logits [B, V] after `ids` [B, t], which is at most one token more than before."""
+        if ids.shape[1] > self.num_read:
+            self.num_read, self.call.state.decoding = ids.shape[1], True
+            self.position = self.position + 1
+            self.output = self._run({"input_ids": ids[:, -1:], "position_ids": self.position})
+        return self.output.logits[:, -1].float()

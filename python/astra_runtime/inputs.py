@@ -1,0 +1,184 @@
+"""What a call is given, checked before any frame of it is sent.
+
+Whatever a rank can find wrong by itself is refused here, on every rank alike, with a ValueError or
+TypeError; mesh and engine stay as they are. Other ranks' inputs are compared by the tag of every
+frame (`contents`), pictures by a few means (`picture_means`).
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .codes.rotary import Rope
+from .models import Adapter
+from .plan import Plan
+
+NAMES = ("input_ids", "attention_mask", "token_type_ids", "pixel_values")
+LARGEST_REQUEST = 2**63 - 1
+_GRID = 4  # a picture's means are those of so many parts each way
+
+
+def check_inputs(adapter: Adapter, inputs: Mapping[str, Any]) -> dict[str, Tensor]:
+    """The inputs of one forward pass: without those that are None, masks as bool.
+
+    Raises:
+        TypeError: something else than a tensor.
+        ValueError: an unknown name, another device, an empty batch, ids or mask values that the
+            model does not have, pictures of another size or with values that are not finite.
+    """
+    if torch.is_autocast_enabled(adapter.device.type):
+        raise ValueError(
+            "autocast: expected a call outside of torch.autocast, got one inside; convert the "
+            "model with model.to(dtype)"
+        )
+    given = {name: value for name, value in inputs.items() if value is not None}
+    unknown = sorted(given.keys() - set(NAMES))
+    if unknown:
+        raise ValueError(f"expected inputs among {', '.join(NAMES)}, got also {', '.join(unknown)}")
+    for name, value in given.items():
+        _check_tensor(name, value, adapter.device)
+    batch, _ = adapter.count(given)
+    if batch < 1:
+        name, value = next(iter(given.items()))
+        raise ValueError(f"{name}: expected at least one sequence, got shape {tuple(value.shape)}")
+    if "pixel_values" in given:
+        _check_picture(given["pixel_values"], adapter.model.config)
+        return given
+    vocabulary = int(adapter.model.get_input_embeddings().num_embeddings)
+    _check_range("input_ids", given["input_ids"], vocabulary)
+    if "token_type_ids" in given:
+        types = given["token_type_ids"]
+        if types.dtype not in (torch.int64, torch.int32):
+            raise ValueError(f"token_type_ids: expected integers, got {types.dtype}")
+        _check_range("token_type_ids", types, int(adapter.model.config.type_vocab_size))
+    if "attention_mask" in given:
+        given["attention_mask"] = _as_mask(given["attention_mask"])
+    return given
+
+
+def _check_tensor(name: str, value: Any, device: torch.device) -> None:
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{name}: expected a tensor, got {type(value).__name__}")
+    if value.is_nested or value.layout != torch.strided or value.is_quantized:
+        kind = "nested" if value.is_nested else "quantized" if value.is_quantized else value.layout
+        raise ValueError(f"{name}: expected a dense tensor, got a {kind} one")
+    if value.device != device:
+        raise ValueError(f"{name}: expected the model's device, {device}, got {value.device}")
+
+
+def _check_range(name: str, ids: Tensor, size: int) -> None:
+    if not ids.numel():
+        raise ValueError(f"{name}: expected at least one token, got shape {tuple(ids.shape)}")
+    least, most = (int(bound) for bound in torch.aminmax(ids))
+    if least < 0 or most >= size:
+        got = least if least < 0 else most
+        raise ValueError(f"{name}: expected values from 0 to {size - 1}, got {got}")
+
+
+def _as_mask(mask: Tensor) -> Tensor:
+    visible = mask != 0
+    if mask.dtype != torch.bool and not bool((mask.eq(1) | ~visible).all()):
+        wrong = mask[visible & mask.ne(1)].flatten()[0].item()
+        raise ValueError(f"attention_mask: expected 1 for tokens and 0 for padding, got {wrong}")
+    return visible
+
+
+def _check_picture(pixels: Tensor, config: Any) -> None:
+    if not pixels.is_floating_point():
+        raise ValueError(f"pixel_values: expected floating-point values, got {pixels.dtype}")
+    side = config.image_size
+    height, width = (side, side) if isinstance(side, int) else side
+    expected = (int(config.num_channels), int(height), int(width))
+    if tuple(pixels.shape[1:]) != expected:
+        raise ValueError(
+            f"pixel_values: expected [B, {', '.join(map(str, expected))}], as the model was made "
+            f"for, got {list(pixels.shape)}"
+        )
+    if not bool(pixels.isfinite().all()):
+        raise ValueError("pixel_values: expected finite values, got NaN or infinity")
+
+
+@dataclass(frozen=True)
+class Views:
+    """What one rank needs of a call's positions, padding and picture.
+
+    Attributes:
+        local_rope, remote_rope: rotary cos and sin of the tokens sent and of those received.
+        local_mask, remote_mask: bool [B, L] and [B, N], False at padding; None: no padding. The
+            local one may reach beyond L, over tokens still to be generated.
+        picture: means of this rank's picture, to be compared with the others'; None: token ids,
+            which the tag names.
+    """
+
+    local_rope: Rope = None
+    remote_rope: Rope = None
+    local_mask: Tensor | None = None
+    remote_mask: Tensor | None = None
+    picture: Tensor | None = None
+
+    @classmethod
+    def of(cls, adapter: Adapter, inputs: Mapping[str, Tensor], plan: Plan, rank: int) -> Views:
+        visible, positions = adapter.visible(inputs), adapter.positions(inputs)
+        rope = None if positions is None else adapter.rope(positions)
+        sent, remote = plan.sent_slice(rank), bool(plan.sources(rank))
+        local_rope: Rope = None
+        remote_rope: Rope = None
+        if rope is not None:
+            local_rope = rope[0][:, sent], rope[1][:, sent]
+        if rope is not None and remote:
+            remote_rope = plan.remote_tokens(rope[0], rank), plan.remote_tokens(rope[1], rank)
+        pixels = inputs.get("pixel_values") if plan.world_size > 1 else None
+        return cls(
+            local_rope,
+            remote_rope,
+            None if visible is None else plan.local_tokens(visible, rank),
+            plan.remote_tokens(visible, rank) if visible is not None and remote else None,
+            None if pixels is None else picture_means(pixels),
+        )
+
+
+def contents(inputs: Mapping[str, Tensor]) -> list[bytes]:
+    """What must be the same on every rank: shapes, and token ids to the last one.
+
+    Pictures may differ by the rounding of each rank's own preprocessing, see `picture_means`.
+    """
+    parts = []
+    for name, tensor in sorted(inputs.items()):
+        parts.append(f"{name}{tuple(tensor.shape)}".encode())
+        if not tensor.is_floating_point():
+            parts.append(tensor.to("cpu", torch.int64).contiguous().numpy().tobytes())
+    return parts
+
+
+def picture_means(pixels: Tensor) -> Tensor:
+    """fp32 [B, 17] on the CPU: the means of 16 parts of each picture, and its root mean square."""
+    plain = pixels.float()
+    parts = F.adaptive_avg_pool2d(plain.mean(1, keepdim=True), _GRID).flatten(1)
+    size = plain.square().mean((1, 2, 3)).sqrt()
+    return torch.cat([parts, size[:, None]], 1).cpu()
+
+
+def num_padding(visible: Tensor | None) -> int:
+    """The most tokens of padding in front of a sequence of the batch; `visible` is bool [B, T]."""
+    return 0 if visible is None else int((visible.cumsum(-1) == 0).sum(-1).max())
+
+
+def check_integer(name: str, value: Any, least: int, most: int | None = None) -> int:
+    """`value` as an int: an int or whatever stands for one exactly, a bool aside."""
+    wanted = f"at least {least}" if most is None else f"{least} to {most}"
+    try:
+        if isinstance(value, bool):
+            raise TypeError
+        number = operator.index(value)
+    except TypeError:
+        raise TypeError(f"{name}: expected an integer, {wanted}, got {value!r}") from None
+    if number < least or (most is not None and number > most):
+        raise ValueError(f"{name}: expected {wanted}, got {number}")
+    return number

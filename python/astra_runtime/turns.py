@@ -1,0 +1,35 @@
+"""Calls over one mesh take turns, whatever threads they come from."""
+
+from __future__ import annotations
+
+import threading
+import weakref
+
+from .transport import Mesh
+
+
+class _Turn:
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._thread: int | None = None
+
+    def __enter__(self) -> None:
+        if self._thread == threading.get_ident():
+            raise RuntimeError("a call over this mesh runs in this thread already")
+        self._lock.acquire()
+        self._thread = threading.get_ident()
+
+    def __exit__(self, *_: object) -> None:
+        self._thread = None
+        self._lock.release()
+
+
+_turns: weakref.WeakKeyDictionary[Mesh, _Turn] = weakref.WeakKeyDictionary()
+
+
+def turn_of(mesh: Mesh) -> _Turn:
+    """A context in which no other thread's call uses `mesh`.
+
+    Raises RuntimeError where one of this thread's own does, which would wait for itself.
+    """
+    return _turns.setdefault(mesh, _Turn())
