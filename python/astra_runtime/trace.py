@@ -3,6 +3,9 @@
 Code on the hot path says what it is doing with `stage`, which costs a third of a microsecond where
 nobody listens. Inside `tracing`, the stages of this thread are kept in a `Trace`. Stages nest: the
 time of the model's own work, "compute", is what no other stage in it takes.
+
+Work on a GPU is queued, and done later: `DeviceTrace` keeps when the device began a stage and ended
+it.
 """
 
 from __future__ import annotations
@@ -16,6 +19,8 @@ from contextvars import ContextVar
 from types import TracebackType
 from typing import Any
 
+import torch
+
 STAGES = ("compute", "encode", "pack", "send", "wait", "unpack", "attend", "merge")
 Span = tuple[str, int, int, int]  # stage, block or −1, start and stop in ns
 
@@ -25,11 +30,68 @@ class Trace:
 
     def __init__(self, clock: Callable[[], int] = time.perf_counter_ns) -> None:
         self.clock = clock
-        self.spans: list[Span] = []
+        self._spans: list[Span] = []
+
+    @property
+    def spans(self) -> list[Span]:
+        return self._spans
+
+    def mark(self) -> Any:
+        """This moment."""
+        return self.clock()
+
+    def add(self, name: str, block: int, start: Any, stop: Any) -> None:
+        """A stage between two moments."""
+        self._spans.append((name, block, start, stop))
 
     def seconds(self) -> dict[str, float]:
         """Seconds by stage, each without the stages inside it; all of `STAGES`."""
         return exclusive(self.spans)
+
+
+class DeviceTrace(Trace):
+    """The stages of one rank on a CUDA device, by events in the stream that its work is queued in.
+
+    A stage in which the host waits, for the network for instance, takes as long here as the device
+    had nothing to do meanwhile. Reading `spans` waits for the device.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        super().__init__()
+        self.device = device
+        self._stages: list[tuple[str, int, Any, Any]] = []
+        self._synchronize()
+        self._origin, self._began = self.mark(), self.clock()
+
+    @property
+    def spans(self) -> list[Span]:
+        if self._stages:
+            self._synchronize()
+            self._spans += [
+                (name, block, self._nanoseconds(start), self._nanoseconds(stop))
+                for name, block, start, stop in self._stages
+            ]
+            self._stages.clear()
+        return self._spans
+
+    def mark(self) -> Any:
+        event = torch.cuda.Event(enable_timing=True)
+        event.record(torch.cuda.current_stream(self.device))
+        return event
+
+    def add(self, name: str, block: int, start: Any, stop: Any) -> None:
+        self._stages.append((name, block, start, stop))
+
+    def _synchronize(self) -> None:
+        torch.cuda.synchronize(self.device)
+
+    def _nanoseconds(self, mark: Any) -> int:
+        return self._began + round(1e6 * self._origin.elapsed_time(mark))
+
+
+def trace_of(device: torch.device) -> Trace:
+    """A trace with the clock of `device`: events on a GPU, the host's clock elsewhere."""
+    return DeviceTrace(device) if device.type == "cuda" else Trace()
 
 
 class _Stage:
@@ -39,7 +101,7 @@ class _Stage:
         self.trace, self.name, self.block = trace, name, block
 
     def __enter__(self) -> None:
-        self.start = self.trace.clock()
+        self.start = self.trace.mark()
 
     def __exit__(
         self,
@@ -47,8 +109,7 @@ class _Stage:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        stop = self.trace.clock()
-        self.trace.spans.append((self.name, self.block, self.start, stop))
+        self.trace.add(self.name, self.block, self.start, self.trace.mark())
 
 
 _current: ContextVar[Trace | None] = ContextVar("astra_trace", default=None)

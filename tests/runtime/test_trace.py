@@ -7,11 +7,22 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 
 from astra_runtime import Engine
 from astra_runtime.deploy.jobs import Ranks
 from astra_runtime.evaluate import run_ranks
-from astra_runtime.trace import STAGES, Span, Trace, exclusive, stage, tracing, write_timeline
+from astra_runtime.trace import (
+    STAGES,
+    DeviceTrace,
+    Span,
+    Trace,
+    exclusive,
+    stage,
+    trace_of,
+    tracing,
+    write_timeline,
+)
 from astra_runtime.transport import Mesh
 
 from .models import inputs_for, tiny
@@ -55,6 +66,44 @@ def test_a_stage_that_fails_is_kept_too() -> None:
     with pytest.raises(ValueError), tracing(trace), stage("wait", 1):
         raise ValueError
     assert [span[:2] for span in trace.spans] == [("wait", 1)]
+
+
+def test_stages_on_a_device_are_between_its_events(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a device that is pretended: its clock stands still while the host only queues work."""
+    clock, waited = [0.0], []
+
+    class Event:
+        def __init__(self, enable_timing: bool) -> None:
+            assert enable_timing
+
+        def record(self, stream: str) -> None:
+            assert stream == "of cuda:0"
+            self.at = clock[0]
+
+        def elapsed_time(self, other: Event) -> float:
+            return other.at - self.at
+
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: f"of {device}")
+    monkeypatch.setattr(torch.cuda, "synchronize", waited.append)
+    trace = trace_of(torch.device("cuda:0"))
+    assert isinstance(trace, DeviceTrace)
+    with tracing(trace):
+        with stage("encode", 1):
+            time.sleep(0.01)
+            clock[0] += 2.0  # milliseconds
+            with stage("pack", 1):
+                clock[0] += 1.0
+        assert len(waited) == 1  # nothing waits for the device while stages are kept
+    spans = trace.spans
+    assert [(name, block, stop - start) for name, block, start, stop in spans] == [
+        ("pack", 1, 1_000_000),
+        ("encode", 1, 3_000_000),
+    ]
+    assert len(waited) == 2
+    assert trace.seconds()["encode"] == pytest.approx(0.002)
+    assert trace.spans == spans
+    assert type(trace_of(torch.device("cpu"))) is Trace
 
 
 def test_an_engine_tells_every_stage() -> None:

@@ -20,7 +20,7 @@ from ..control import Control
 from ..engine import Engine
 from ..errors import WireError
 from ..evaluate import shard_loss
-from ..trace import Span, Trace, tracing
+from ..trace import Span, trace_of, tracing
 from ..transport import Mesh, require
 from ..transport.messages import receive_json, send_json
 from .probe import probe
@@ -59,7 +59,7 @@ class Ranks:
         self.mesh, self.timed = mesh, timed or mesh
         self.weights, self.halo = weights, halo
         self.tracing = False  # on the leader: from now on, jobs leave a trace on every rank
-        self.trace = Trace()
+        self.trace = trace_of(next(model.parameters()).device)
         self._engines: dict[tuple[str, bool, int], Engine] = {}
 
     def engine(self, space: str, timed: bool, tokens: int) -> Engine:
