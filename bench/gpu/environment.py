@@ -26,6 +26,12 @@ ASKED = (
 )
 
 
+def device_folder(name: str) -> str:
+    """ "NVIDIA H100 80GB HBM3" -> "h100"."""
+    model = re.search(r"[A-Z]{1,3}\d{2,4}", name.upper().replace("RTX ", "RTX"))
+    return model[0].lower() if model else re.sub(r"\W+", "-", name).lower()
+
+
 def find_tool(name: str) -> str | None:
     """A program on PATH, or in one of CUDA's folders, which often are not."""
     folders = [f"{folder}/bin" for folder in CUDA_FOLDERS if folder]

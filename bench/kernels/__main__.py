@@ -27,6 +27,7 @@ from typing import Any
 
 import torch
 
+from bench.gpu.environment import device_folder
 from bench.kernels import cases as table
 from bench.kernels import crossovers
 from bench.kernels.ceilings import NOMINAL, measured_ceilings
@@ -130,12 +131,6 @@ class Report:
             results=self.args.output,
             extra={**self.extra, "complete": complete, "failed": self.failed},
         )
-
-
-def device_folder(name: str) -> str:
-    """ "NVIDIA H100 80GB HBM3" -> "h100"."""
-    model = re.search(r"[A-Z]{1,3}\d{2,4}", name.upper().replace("RTX ", "RTX"))
-    return model[0].lower() if model else re.sub(r"\W+", "-", name).lower()
 
 
 def installed(packages: Sequence[str]) -> list[str]:

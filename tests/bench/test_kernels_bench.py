@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from bench import tables
+from bench.gpu.environment import device_folder
 from bench.kernels import __main__ as program
 from bench.kernels import cases as cases_of
 from bench.kernels import crossovers, plots, run, timing
@@ -371,7 +372,7 @@ def test_crossovers_have_the_form_of_the_table():
     ],
 )
 def test_folders(name, folder):
-    assert program.device_folder(name) == folder
+    assert device_folder(name) == folder
 
 
 def test_pictures(tmp_path, report):

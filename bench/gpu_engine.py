@@ -1,0 +1,521 @@
+"""The engine on one GPU: what each rank's device would do, and what a link adds to it.
+
+    python -m bench.gpu_engine --output DIR                 # Llama-3.2-1B's shape, 4k to 32k tokens
+    python -m bench.gpu_engine --device cpu --small         # tries it, on any machine
+
+One GPU stands for every rank in turn. The ranks run once together, as threads on one device, and
+what each of them receives is recorded; then each rank runs alone, as quickly as it can, and its
+codes from the others lie ready. Its time is taken by events on the device, by stage and by block.
+Weights and codewords are random and made on the device: times do not depend on them.
+
+Writes <output>/<device>/engine.json after every case:
+
+    engine_single_T…         the model alone, to the logits of the last token
+    engine_rank_T…_N…_r…     one rank of N; `stages`: milliseconds of a block, in the median
+    engine_T…_N…_…mbit       N such devices on links of that rate, from the ranks' stages
+
+Before that it checks, on a smaller model in fp32, that ranks as threads on this device give the
+logits and the codes that ranks on the CPU give; the exit status is 1 if they do not.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import statistics
+import sys
+import time
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from astra_runtime import Codebook, Engine
+from astra_runtime.codes.codebook import geometry
+from astra_runtime.evaluate import run_ranks
+from astra_runtime.models import adapt
+from astra_runtime.trace import Trace, stage, trace_of, tracing
+from astra_runtime.transport import Frame, Link, Mesh
+from astra_runtime.transport.mesh import Stats
+from bench.gpu.environment import device_folder
+from bench.report import Case, Times, cores, cpu_name, percentiles, write
+
+RATES = (10, 100, 1000, 10_000)  # Mbit/s
+DELAY_MS = 1.0
+LOGITS_ERROR = 1e-3  # in the norm, between devices that add up in other orders
+CODES_DIFFERENT = 1e-3  # the share of codes that rounding may change
+
+
+@dataclass(frozen=True)
+class Shape:
+    """A Llama and its codebook: `groups` codes a token, one a KV head."""
+
+    name: str
+    width: int
+    inner: int
+    layers: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+    vocabulary: int
+    codewords: int = 1024
+    dtype: torch.dtype = torch.bfloat16
+
+
+LLAMA_1B = Shape("llama-3.2-1b", 2048, 8192, 16, 32, 8, 64, 128_256)
+CHECKED = Shape("llama, checked", 512, 1024, 3, 8, 4, 64, 1024, 256, torch.float32)
+TINY = Shape("llama, tiny", 64, 128, 2, 4, 2, 16, 256, 32, torch.float32)
+
+
+def make_model(shape: Shape, device: torch.device) -> nn.Module:
+    """The shape with random weights, made where they are to be."""
+    import transformers
+
+    config = transformers.LlamaConfig(
+        hidden_size=shape.width,
+        intermediate_size=shape.inner,
+        num_hidden_layers=shape.layers,
+        num_attention_heads=shape.heads,
+        num_key_value_heads=shape.kv_heads,
+        head_dim=shape.head_dim,
+        vocab_size=shape.vocabulary,
+        max_position_embeddings=131_072,
+        rope_parameters={"rope_type": "default", "rope_theta": 500_000.0},
+        tie_word_embeddings=True,
+    )
+    default = torch.get_default_dtype()
+    torch.manual_seed(0)
+    torch.set_default_dtype(shape.dtype)
+    try:
+        with device:
+            return transformers.LlamaForCausalLM(config).eval()
+    finally:
+        torch.set_default_dtype(default)
+
+
+def make_codebook(model: nn.Module, shape: Shape) -> Codebook:
+    """Random codewords in space "kv", one code a KV head, as far apart as keys and values are."""
+    adapter = adapt(model)
+    size = (shape.layers, shape.kv_heads, shape.codewords, 2 * shape.head_dim)
+    generator = torch.Generator().manual_seed(1)
+    return Codebook(
+        "kv",
+        groups=shape.kv_heads,
+        codewords=shape.codewords,
+        geometry=geometry(adapter),
+        model=adapter.digest(),
+        tables=torch.randn(size, generator=generator),
+        scales=torch.ones(shape.layers, shape.kv_heads, 2),
+    )
+
+
+# Meshes: one that writes down what it receives, one that has it ready.
+
+
+Key = tuple[int, int]  # block or control number, sender
+
+
+class Recording(Mesh):
+    """A mesh that keeps what its rank receives."""
+
+    def __init__(self, mesh: Mesh) -> None:
+        self.mesh, self.rank, self.world_size = mesh, mesh.rank, mesh.world_size
+        self.timeout = mesh.timeout
+        self.received: dict[Key, bytes] = {}
+
+    @property
+    def stats(self) -> Stats:
+        return self.mesh.stats
+
+    @property
+    def peer_stats(self) -> dict[int, Stats]:
+        return self.mesh.peer_stats
+
+    def send(self, payload: Any, **how: Any) -> None:
+        self.mesh.send(payload, **how)
+
+    def receive(
+        self, sizes: Mapping[int, int], *, block: int, plan: int, **how: Any
+    ) -> dict[int, memoryview]:
+        views = self.mesh.receive(sizes, block=block, plan=plan, **how)
+        self.received |= {(block, n): bytes(view) for n, view in views.items()}
+        return views
+
+    def flush(self) -> None:
+        self.mesh.flush()
+
+    def close(self) -> None:
+        self.mesh.close()
+
+    def abort(self, error: BaseException) -> None:
+        self.mesh.abort(error)
+
+
+class Replaying(Mesh):
+    """A rank alone: what it receives lies ready, and what it sends goes nowhere."""
+
+    timeout = 60.0
+
+    def __init__(self, rank: int, world_size: int, received: Mapping[Key, bytes]) -> None:
+        self.rank, self.world_size = rank, world_size
+        self.received = {key: memoryview(bytearray(data)) for key, data in received.items()}
+        self.sent: dict[int, int] = {}  # payload bytes of each block, to all receivers
+
+    @property
+    def stats(self) -> Stats:
+        return Stats()
+
+    @property
+    def peer_stats(self) -> dict[int, Stats]:
+        return {}
+
+    def agree(self, fields: Mapping[str, str]) -> None:
+        """The ranks agreed when they were recorded."""
+
+    def send(
+        self, payload: Any, *, block: int, plan: int, to: Sequence[int], partial: bool = False
+    ) -> None:
+        size = payload.size if isinstance(payload, Frame) else len(payload)
+        self.sent[block] = size * len(to)
+
+    def receive(
+        self, sizes: Mapping[int, int], *, block: int, plan: int, **how: Any
+    ) -> dict[int, memoryview]:
+        return {n: self.received[block, n] for n in sizes}
+
+    def flush(self) -> None:
+        pass
+
+    def close(self) -> None:
+        pass
+
+    def abort(self, error: BaseException) -> None:
+        pass
+
+
+def record(
+    model: nn.Module, codebook: Codebook, ids: torch.Tensor, world_size: int
+) -> tuple[list[dict[Key, bytes]], torch.Tensor]:
+    """What every rank receives in one call, and the call's logits [B, 1, V]."""
+
+    def work(mesh: Mesh) -> tuple[dict[Key, bytes], torch.Tensor]:
+        recording = Recording(mesh)
+        with Engine(model, codebook, recording) as engine:
+            output = engine(input_ids=ids)
+        return recording.received, output.logits
+
+    ranks = run_ranks(world_size, work)
+    return [received for received, _ in ranks], ranks[0][1]
+
+
+# Times of one device.
+
+
+@contextmanager
+def model_stages(model: nn.Module) -> Iterator[None]:
+    """Stages for the model's own work: the projections and the MLP of every block."""
+    adapter, spans = adapt(model), {}
+
+    def begin(name: str, block: int) -> Callable[..., None]:
+        def hook(module: nn.Module, args: Any) -> None:
+            spans[module] = stage(name, block)
+            spans[module].__enter__()
+
+        return hook
+
+    def end(module: nn.Module, args: Any, output: Any) -> None:
+        spans.pop(module).__exit__(None, None, None)
+
+    with ExitStack() as stack:
+        for index, block in enumerate(adapter.blocks):
+            attention: Any = block.self_attn
+            projections = [getattr(attention, f"{name}_proj") for name in "qkvo"]
+            for module in (*projections, block.mlp):
+                name = "mlp" if module is block.mlp else "project"
+                for handle in (
+                    module.register_forward_pre_hook(begin(name, index)),
+                    module.register_forward_hook(end),
+                ):
+                    stack.callback(handle.remove)
+        yield
+
+
+def stages_of(trace: Trace, blocks: int) -> dict[str, list[float]]:
+    """Milliseconds of each stage in each block; the first of a block's two "attend" is near."""
+    times: dict[str, list[float]] = defaultdict(lambda: [0.0] * blocks)
+    for name, block, start, stop in sorted(trace.spans, key=lambda span: span[2]):
+        if block < 0:
+            continue
+        if name == "attend":
+            name = "attend_far" if times["attend_near"][block] else "attend_near"
+        times[name][block] += (stop - start) / 1e6
+    # encoding holds packing
+    if "pack" in times:
+        pairs = zip(times["encode"], times["pack"], strict=True)
+        times["encode"] = [both - pack for both, pack in pairs]
+    return dict(times)
+
+
+class Stopwatch:
+    """Milliseconds of calls on a device, from the first kernel's begin to the last one's end."""
+
+    def __init__(self, device: torch.device, repeats: int) -> None:
+        self.device, self.repeats = device, repeats
+
+    def time(self, call: Callable[[], object]) -> Times:
+        call()
+        return percentiles([self._once(call) for _ in range(self.repeats)])
+
+    def _once(self, call: Callable[[], object]) -> float:
+        if self.device.type != "cuda":
+            start = time.perf_counter()
+            call()
+            return (time.perf_counter() - start) * 1e3
+        first, last = (torch.cuda.Event(enable_timing=True) for _ in "12")
+        torch.cuda.synchronize(self.device)
+        first.record()
+        call()
+        last.record()
+        last.synchronize()
+        return first.elapsed_time(last)
+
+
+@dataclass
+class Rank:
+    """One rank alone: its whole call, and milliseconds of each stage in each block."""
+
+    ms: Times
+    stages: dict[str, list[float]]
+    sent: dict[int, int]  # payload bytes of each block, to all receivers
+    tokens: int
+
+    def of(self, *names: str) -> float:
+        """Milliseconds of these stages in all blocks."""
+        return sum(sum(self.stages.get(name, ())) for name in names)
+
+
+def run_rank(
+    model: nn.Module, codebook: Codebook, ids: torch.Tensor, mesh: Replaying, watch: Stopwatch
+) -> Rank:
+    blocks = len(adapt(model).blocks)
+    traces = []
+    with Engine(model, codebook, mesh) as engine:
+
+        def call() -> object:
+            return engine(input_ids=ids)
+
+        ms = watch.time(call)
+        with model_stages(model):
+            for _ in range(max(2, watch.repeats // 2)):
+                trace = trace_of(watch.device)
+                with tracing(trace):
+                    call()
+                traces.append(stages_of(trace, blocks))
+        tokens = engine.plan(ids.shape[1]).size(mesh.rank)
+    none = [0.0] * blocks
+    stages = {
+        name: [statistics.median(t.get(name, none)[b] for t in traces) for b in range(blocks)]
+        for name in sorted(set().union(*traces))
+    }
+    sent = {block: size for block, size in mesh.sent.items() if block < blocks}
+    return Rank(ms, stages, sent, tokens)
+
+
+# The link model.
+
+
+HIDDEN = ("attend_near",)  # what is computed while codes are on their way
+EXCHANGED = ("wait", "send")  # the exchange itself, which the model has a time of its own for
+
+
+def linked(ranks: Sequence[Rank], mbit_per_s: float, delay_ms: float) -> float:
+    """Milliseconds of a call by ranks that work at once, each on a full-duplex link of that rate.
+
+    In each block every rank computes up to its codes, all codes cross, and local attention hides
+    what it can of that. The slowest rank sets the pace of each part; a frame for each receiver
+    leaves through the sender's own link.
+    """
+    link = Link(mbit_per_s, delay_ms)
+    blocks = len(next(iter(ranks[0].stages.values())))
+    total = 0.0
+    for block in range(blocks):
+        crossing = max(1e3 * link.seconds(rank.sent.get(block, 0)) for rank in ranks)
+        if crossing:
+            crossing += delay_ms
+        near = max(one_block(rank, block, HIDDEN) for rank in ranks)
+        total += max(crossing, near)
+    # the rest of the slowest rank's call, wherever it lies
+    rest = max(rank.ms.p50 - rank.of(*HIDDEN, *EXCHANGED) for rank in ranks)
+    return total + rest
+
+
+def one_block(rank: Rank, block: int, names: Sequence[str]) -> float:
+    return sum(rank.stages[name][block] for name in names if name in rank.stages)
+
+
+# The run.
+
+
+@dataclass
+class Report:
+    """The result file."""
+
+    args: argparse.Namespace
+    device: torch.device
+    cases: list[Case] = field(default_factory=list)
+    extra: dict[str, Any] = field(default_factory=dict)
+
+    def write(self, complete: bool) -> Path:
+        folder, name = f"cpu-{cores()}core", f"{cpu_name()}, {cores()} cores"
+        if self.device.type == "cuda":
+            card = torch.cuda.get_device_name(self.device)
+            folder, name = device_folder(card), f"{card}, {name}"
+        return write(
+            "engine_small" if self.args.small else "engine",
+            self.cases,
+            command=" ".join(["python -m bench.gpu_engine", *self.args.given]),
+            packages=("torch", "transformers"),
+            folder=folder,
+            device=name,
+            results=self.args.output,
+            link={"model": "see linked", "delay_ms": DELAY_MS},
+            extra={**self.extra, "complete": complete},
+        )
+
+    def add(self, case: Case) -> None:
+        self.cases.append(case)
+        over = "".join(f"  {name} {ms / case.ms.p50:.2f}x" for name, ms in case.peers.items())
+        stages = case.extra.get("stages", {})
+        told = "".join(f"  {name} {ms:.3g}" for name, ms in stages.items())
+        print(f"{case.name:36s} {case.ms.p50:9.4g} ms{over}{told}", flush=True)
+        self.write(complete=False)
+
+
+def codes_of(received: Mapping[Key, bytes], blocks: int) -> bytes:
+    return b"".join(data for (block, _), data in sorted(received.items()) if block < blocks)
+
+
+def check_equal(shape: Shape, device: torch.device, tokens: int, world_size: int) -> dict[str, Any]:
+    """Ranks as threads on `device` beside the same on the CPU: their logits and their codes."""
+    model = make_model(shape, torch.device("cpu"))
+    codebook = make_codebook(model, shape)
+    ids = torch.randint(
+        0, shape.vocabulary, (1, tokens), generator=torch.Generator().manual_seed(2)
+    )
+    want_received, want = record(model, codebook, ids, world_size)
+    model.to(device)
+    received, logits = record(model, codebook, ids.to(device), world_size)
+    error = float((logits.cpu() - want).norm() / want.norm())
+    pairs = zip(received, want_received, strict=True)
+    both = [(codes_of(a, shape.layers), codes_of(b, shape.layers)) for a, b in pairs]
+    different = sum(x != y for a, b in both for x, y in zip(a, b, strict=True))
+    share = different / sum(len(a) for a, _ in both)
+    passed = error <= LOGITS_ERROR and share <= CODES_DIFFERENT
+    return {
+        **{"model": shape.name, "tokens": tokens, "world_size": world_size},
+        **{"logits_error": error, "bytes_different": share, "passed": passed},
+    }
+
+
+def measure(args: argparse.Namespace, report: Report) -> bool:
+    """Whether every case was tried before the time was up."""
+    device, shape = report.device, TINY if args.small else LLAMA_1B
+    began = time.monotonic()
+    model = make_model(shape, device)
+    codebook = make_codebook(model, shape)
+    watch = Stopwatch(device, args.repeats)
+    about: dict[str, Any] = {"model": shape.name, "H": shape.heads, "Hkv": shape.kv_heads}
+    about |= {"d": shape.head_dim, "K": shape.codewords, "space": "kv", "groups": shape.kv_heads}
+    kind = str(shape.dtype).removeprefix("torch.")
+    for tokens in args.tokens:
+        if args.seconds and time.monotonic() - began > args.seconds:
+            return False
+        ids = torch.randint(0, shape.vocabulary, (1, tokens), device=device)
+        with torch.inference_mode():
+            single = watch.time(lambda ids=ids: model(ids, use_cache=False, logits_to_keep=1))
+        sizes = {**about, "tokens": tokens}
+        report.add(Case(f"engine_single_T{tokens}", sizes, kind, "transformers sdpa", single))
+        for world_size in args.world_sizes:
+            if args.seconds and time.monotonic() - began > args.seconds:
+                return False
+            many = {**sizes, "world_size": world_size}
+            for case in cases_of(model, codebook, ids, watch, single, many, kind):
+                report.add(case)
+    return True
+
+
+def cases_of(
+    model: nn.Module,
+    codebook: Codebook,
+    ids: torch.Tensor,
+    watch: Stopwatch,
+    single: Times,
+    shape: dict[str, Any],
+    dtype: str,
+) -> Iterator[Case]:
+    """Each rank alone, and all of them on links."""
+    tokens, world_size = shape["tokens"], shape["world_size"]
+    received, _ = record(model, codebook, ids, world_size)
+    ranks = []
+    for n in range(world_size):
+        mesh = Replaying(n, world_size, received[n])
+        rank = run_rank(model, codebook, ids, mesh, watch)
+        ranks.append(rank)
+        medians = {name: statistics.median(times) for name, times in rank.stages.items()}
+        extra = {"stages": medians, "own_tokens": rank.tokens}
+        extra["bytes_a_block"] = max(rank.sent.values(), default=0)
+        name = f"engine_rank_T{tokens}_N{world_size}_r{n}"
+        peers = {"single": single.p50}
+        yield Case(name, {**shape, "rank": n}, dtype, "astra kv", rank.ms, None, peers, extra)
+    for rate in RATES:
+        ms = linked(ranks, rate, DELAY_MS)
+        name = f"engine_T{tokens}_N{world_size}_{rate}mbit"
+        sizes = {**shape, "mbit_per_s": rate, "rtt_ms": 2 * DELAY_MS}
+        extra = {"from": "the ranks alone and the link model"}
+        peers = {"single": single.p50}
+        yield Case(name, sizes, dtype, "astra kv", Times(ms, ms, ms), None, peers, extra)
+
+
+def arguments(given: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="python -m bench.gpu_engine",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
+    parser.add_argument("--small", action="store_true", help="a tiny model; as engine_small")
+    parser.add_argument("--tokens", type=int, nargs="+", help="lengths; 4k, 16k and 32k")
+    parser.add_argument("--world-sizes", type=int, nargs="+", default=[2, 4])
+    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--output", type=Path, help="results folder instead of bench/results")
+    parser.add_argument("--seconds", type=float, help="start no case after so many")
+    args = parser.parse_args(given)
+    args.given = list(sys.argv[1:] if given is None else given)
+    args.tokens = args.tokens or ([48] if args.small else [4096, 16_384, 32_768])
+    return args
+
+
+def main(given: Sequence[str] | None = None) -> int:
+    args = arguments(given)
+    if args.device == "cuda" and not torch.cuda.is_available():
+        print("bench.gpu_engine: there is no CUDA device; --device cpu --small tries it")
+        return 2
+    report = Report(args, torch.device(args.device))
+    small = dataclasses.replace(TINY, name="llama, checked")
+    checked, tokens = (small, 40) if args.small else (CHECKED, 384)
+    equal = check_equal(checked, report.device, tokens, 3)
+    report.extra["equality"] = equal
+    print(f"ranks on {args.device} beside ranks on the CPU: {equal}", flush=True)
+    report.write(complete=False)
+    complete = measure(args, report)
+    print(report.write(complete))
+    return int(not equal["passed"])
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,111 @@
+"""The engine's measure on a GPU, tried on a CPU: its ranks alone are the ranks of a mesh."""
+
+from __future__ import annotations
+
+import json
+import time
+
+import pytest
+import torch
+
+pytest.importorskip("transformers")
+
+from astra_runtime import Engine
+from astra_runtime.trace import Trace
+from bench import gpu_engine
+from bench.gpu_engine import Rank, Replaying, Stopwatch, linked, record, stages_of
+from bench.report import Times
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(autouse=True)
+def few_threads():
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+def test_a_rank_alone_does_what_it_did_among_the_others():
+    model = gpu_engine.make_model(gpu_engine.TINY, CPU)
+    codebook = gpu_engine.make_codebook(model, gpu_engine.TINY)
+    ids = torch.randint(0, gpu_engine.TINY.vocabulary, (1, 40))
+    received, logits = record(model, codebook, ids, 3)
+    for rank in range(3):
+        mesh = Replaying(rank, 3, received[rank])
+        with Engine(model, codebook, mesh) as engine:
+            alone = engine(input_ids=ids).logits
+        torch.testing.assert_close(alone, logits)
+        blocks = [block for block in mesh.sent if block < gpu_engine.TINY.layers]
+        assert len(blocks) == (
+            gpu_engine.TINY.layers if rank < 2 else 0
+        )  # the last is heard by none
+    # what a rank was sent decides its answer
+    spoiled = {key: bytes(len(data)) for key, data in received[2].items()}
+    with Engine(model, codebook, Replaying(2, 3, spoiled)) as engine:
+        assert not torch.allclose(engine(input_ids=ids).logits, logits)
+
+
+def test_stages_by_block():
+    trace = Trace()
+    for block in (0, 1):
+        start = block * 100_000_000
+        for name, begin, end in (
+            ("encode", 0, 10), ("pack", 6, 9), ("attend", 10, 14), ("attend", 20, 27),
+            ("merge", 27, 28),
+        ):  # fmt: skip
+            trace.add(name, block, start + begin * 1_000_000, start + end * 1_000_000)
+    trace.add("compute", -1, 0, 200_000_000)
+    assert stages_of(trace, 2) == {
+        "encode": [7.0, 7.0], "pack": [3.0, 3.0], "attend_near": [4.0, 4.0],
+        "attend_far": [7.0, 7.0], "merge": [1.0, 1.0],
+    }  # fmt: skip
+
+
+def test_what_a_link_adds():
+    """Two blocks; codes that take 8 ms to cross hide behind 3 ms of local attention."""
+    stages = {"attend_near": [3.0, 3.0], "encode": [1.0, 1.0], "wait": [0.5, 0.5]}
+    fast = Rank(Times(20.0, 20.0, 20.0), stages, {0: 10_000, 1: 10_000}, 8)
+    slow = Rank(Times(25.0, 25.0, 25.0), stages, {}, 8)
+    assert linked([fast, slow], 1e9, 0.0) == pytest.approx(3 + 3 + 25 - 6 - 1, abs=1e-3)
+    crossing = 1e3 * gpu_engine.Link(10, 0.0).seconds(10_000)
+    assert crossing > 8
+    assert linked([fast, slow], 10, 0.0) == pytest.approx(2 * crossing + 25 - 6 - 1)
+    assert linked([fast, slow], 10, 2.0) == pytest.approx(2 * (crossing + 2) + 25 - 6 - 1)
+
+
+def test_a_stopwatch():
+    times = Stopwatch(CPU, 3).time(lambda: time.sleep(0.002))
+    assert 2 <= times.p20 <= times.p80
+
+
+@pytest.mark.timeout(300)
+def test_the_file(tmp_path):
+    arguments = ["--device", "cpu", "--small", "--tokens", "24", "--world-sizes", "2"]
+    assert gpu_engine.main([*arguments, "--repeats", "1", "--output", str(tmp_path)]) == 0
+    (path,) = tmp_path.glob("*/engine_small.json")
+    report = json.loads(path.read_text())
+    assert report["complete"]
+    assert report["equality"]["passed"]
+    names = [case["name"] for case in report["cases"]]
+    assert names[:3] == ["engine_single_T24", "engine_rank_T24_N2_r0", "engine_rank_T24_N2_r1"]
+    assert [name.rpartition("_")[2] for name in names[3:]] == [f"{r}mbit" for r in gpu_engine.RATES]
+    first, last = report["cases"][1:3]
+    assert {"encode", "attend_near", "mlp", "project"} <= set(first["stages"])
+    assert {"unpack", "attend_far", "merge"} <= set(last["stages"])
+    bits = 2 * 5 * first["own_tokens"]  # two codes of 5 bits a token
+    assert 0 < first["bytes_a_block"] <= -(-bits // 8)  # the halo of the next rank is not sent
+
+
+def test_other_codes_are_an_error(monkeypatch):
+    """Ranks whose answer differs from the CPU's are found out."""
+    real, calls = gpu_engine.record, []
+
+    def other(model, codebook, ids, world_size):
+        received, logits = real(model, codebook, ids, world_size)
+        calls.append(1)
+        return received, logits * (1.01 if len(calls) == 2 else 1.0)
+
+    monkeypatch.setattr(gpu_engine, "record", other)
+    assert not gpu_engine.check_equal(gpu_engine.TINY, CPU, 16, 2)["passed"]
