@@ -7,21 +7,15 @@ in forks of it, since most of a new process's time would go to importing torch a
 
 from __future__ import annotations
 
-import os
 import re
 import runpy
 import shlex
 import signal
-import subprocess
 import sys
-import time
-import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from types import SimpleNamespace
-from typing import IO, Any
 
 import pytest
 import torch
@@ -29,6 +23,7 @@ import torch
 from astra_runtime.cli import main
 from astra_runtime.deploy.launch import free_ports
 from tests.documents import LANGUAGES, ROOT, Block, blocks, commands, pages
+from tests.processes import Fork, fork_workers
 
 transformers = pytest.importorskip("transformers")
 
@@ -69,71 +64,6 @@ def test_no_mark_is_overlooked() -> None:
         assert len(marks) == len(marked), page
 
 
-class Fork:
-    """A function in a fork of this process, with what `launch.Workers` needs of a `Popen`."""
-
-    def __init__(self, work: Callable[[], int | None], stderr: IO[str] | None = None) -> None:
-        self.returncode: int | None = None
-        ours, theirs = os.pipe()
-        self.pid = os.fork()
-        if self.pid == 0:
-            self._become(work, theirs, stderr)
-        os.close(theirs)
-        self.stdout: IO[str] = open(ours)  # noqa: SIM115 - closed by whoever waits
-
-    @staticmethod
-    def _become(work: Callable[[], int | None], out: int, stderr: IO[str] | None) -> None:
-        status = 1
-        try:
-            os.setsid()
-            os.dup2(out, 1)
-            if stderr is not None:
-                os.dup2(stderr.fileno(), 2)
-            sys.stdout = os.fdopen(1, "w", closefd=False)
-            sys.stderr = os.fdopen(2, "w", closefd=False)
-            status = work() or 0
-            sys.stdout.flush()
-        except BaseException:
-            traceback.print_exc()
-        finally:
-            sys.stderr.flush()
-            os._exit(status)
-
-    def poll(self) -> int | None:
-        if self.returncode is None:
-            pid, status = os.waitpid(self.pid, os.WNOHANG)
-            if pid:
-                self.returncode = os.waitstatus_to_exitcode(status)
-        return self.returncode
-
-    def wait(self, timeout: float = 60.0) -> int:
-        deadline = time.monotonic() + timeout
-        while (code := self.poll()) is None:
-            if time.monotonic() > deadline:
-                raise subprocess.TimeoutExpired("fork", timeout)
-            time.sleep(0.01)
-        return code
-
-    def terminate(self) -> None:
-        os.kill(self.pid, signal.SIGTERM)
-
-    def kill(self) -> None:
-        os.kill(self.pid, signal.SIGKILL)
-
-    def end(self) -> str:
-        """What it printed; fails unless it ended well."""
-        with self.stdout:
-            printed = self.stdout.read()
-        assert self.wait() == 0
-        return printed
-
-
-def started(command: list[str], stderr: IO[str] | None = None, **_: Any) -> Fork:
-    """In place of `subprocess.Popen`, for `python -m astra_runtime …`."""
-    assert command[:3] == [sys.executable, "-m", "astra_runtime"]
-    return Fork(lambda: main(command[3:]), stderr)
-
-
 @pytest.fixture(scope="module")
 def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder to run in: a codebook, and a cache with a tiny model by the name of smollm2."""
@@ -166,11 +96,7 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def here(home: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
-    from astra_runtime.deploy import launch
-
-    processes = SimpleNamespace(**vars(subprocess) | {"Popen": started})
-    processes.Popen.terminate, processes.Popen.kill = Fork.terminate, Fork.kill
-    monkeypatch.setattr(launch, "subprocess", processes)
+    fork_workers(monkeypatch)
     monkeypatch.chdir(home)
     monkeypatch.setenv("ASTRA_CACHE", str(home / "cache"))
     threads = torch.get_num_threads()

@@ -11,6 +11,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,9 @@ from transformers import PreTrainedTokenizerFast
 
 from astra_runtime import Codebook, transport
 from astra_runtime.cli import COMMANDS, main
+from astra_runtime.deploy.launch import free_ports
 from astra_runtime.store import DOMAINS, builtin_text, token_windows
+from tests.processes import Fork, fork_workers
 
 from ..models import tiny
 
@@ -55,7 +58,11 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def here(
     home: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> Iterator[Callable[..., tuple[str, str]]]:
-    """Runs a command in this process, which is quicker than a new one: stdout and stderr."""
+    """Runs a command in this process, its workers in forks of it: stdout and stderr.
+
+    A new process takes seconds to import torch and transformers; `astra` below starts real ones.
+    """
+    fork_workers(monkeypatch)
     monkeypatch.setenv("ASTRA_CACHE", str(home / "cache"))
     threads, handler = torch.get_num_threads(), signal.getsignal(signal.SIGTERM)
 
@@ -172,46 +179,42 @@ def test_processes_of_one_command_speak_tls_unless_told_otherwise(
     assert not any(folder.exists() for folder in folders)
 
 
-def test_torchrun_starts_the_ranks(home: Path) -> None:
+def test_torchrun_starts_the_ranks(home: Path, here: Callable[..., tuple[str, str]]) -> None:
+    """TCP under torchrun itself, gloo in processes that it would have started."""
+    asked = ["run", *model_options(home), "--prompt", PROMPT, "--max-new-tokens", "3", "--json"]
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-    command += ["--nproc-per-node", "2"]
-    command += ["-m", "astra_runtime", "run", *model_options(home)]
-    command += ["--prompt", PROMPT, "--max-new-tokens", "3", "--json"]
-    texts = []
-    for backend in ("tcp", "gloo"):
-        done = subprocess.run(
-            [*command, "--backend", backend], capture_output=True, text=True, timeout=100
-        )
-        assert done.returncode == 0, done.stderr
-        found = json.loads(done.stdout)
-        assert found["world_size"] == 2
-        texts.append(found["text"])
-    assert texts[0] == texts[1]
+    command += ["--nproc-per-node", "2", "-m", "astra_runtime", *asked]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=100)
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout)
+    assert found["world_size"] == 2
+
+    port = str(free_ports(1)[0])
+
+    def rank(number: int) -> int:
+        place = {"RANK": str(number), "LOCAL_RANK": str(number), "WORLD_SIZE": "2"}
+        os.environ.update(place, MASTER_ADDR="127.0.0.1", MASTER_PORT=port)
+        return main([*asked, "--backend", "gloo"])
+
+    printed = "".join(fork.end() for fork in [Fork(partial(rank, number)) for number in (0, 1)])
+    assert json.loads(printed)["text"] == found["text"]
 
 
 def test_a_worker_follows_a_leader_on_given_addresses(
     home: Path, here: Callable[..., tuple[str, str]]
 ) -> None:
-    with socket.socket() as one, socket.socket() as two:
-        one.bind(("127.0.0.1", 0))
-        two.bind(("127.0.0.1", 0))
-        peers = ",".join(f"127.0.0.1:{s.getsockname()[1]}" for s in (one, two))
-    worker = subprocess.Popen(
-        [sys.executable, "-m", "astra_runtime", "worker", "--rank", "1", "--peers", peers]
-        + model_options(home),
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-    )
+    peers = ",".join(f"127.0.0.1:{port}" for port in free_ports(2))
+    asked = ["worker", "--rank", "1", "--peers", peers, *model_options(home)]
+    worker = Fork(lambda: main(asked))
     try:
         out, _ = here(
             "run", *model_options(home), "--rank", "0", "--peers", peers, "--prompt", PROMPT,
             "--json",
         )  # fmt: skip
         assert json.loads(out)["world_size"] == 2
-        assert worker.wait(20) == 0
+        worker.end()
     finally:
         worker.kill()
-        worker.communicate()
 
 
 def test_a_run_leaves_a_timeline(home: Path, here: Callable[..., tuple[str, str]]) -> None:
@@ -341,12 +344,12 @@ def test_differential_codes_are_fitted_evaluated_and_run(
     assert found["bits_per_token_block"] == pytest.approx(bits)
 
 
-def test_demo_gives_the_table_as_json(home: Path) -> None:
-    done = astra(
-        home, "demo", *model_options(home), "--text", str(home / "text.txt"), "--tokens", "60",
+def test_demo_gives_the_table_as_json(home: Path, here: Callable[..., tuple[str, str]]) -> None:
+    out, _ = here(
+        "demo", *model_options(home), "--text", str(home / "text.txt"), "--tokens", "60",
         "--world-size", "2", "--mbit", "100", "--repeats", "1", "--json",
     )  # fmt: skip
-    found: dict[str, Any] = json.loads(done.stdout)
+    found: dict[str, Any] = json.loads(out)
     assert [run["method"] for run in found["runs"]] == ["single", "dense", "astra"]
     assert found["link"]["mbit_per_s"] == 100
     assert found["runs"][0]["speedup"] == 1
@@ -433,40 +436,44 @@ def test_a_port_in_use_is_named(home: Path, here: Callable[..., tuple[str, str]]
 
 
 @pytest.mark.parametrize("blow", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
-def test_no_worker_outlives_its_leader(home: Path, blow: signal.Signals) -> None:
-    leader = subprocess.Popen(
-        [sys.executable, "-m", "astra_runtime", "run", *model_options(home), "--prompt", PROMPT]
-        + ["--world-size", "2", "--max-new-tokens", "200", "--timeout", "30"],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
+def test_no_worker_outlives_its_leader(
+    home: Path, here: Callable[..., tuple[str, str]], tmp_path: Path, blow: signal.Signals
+) -> None:
+    asked = ["run", *model_options(home), "--prompt", PROMPT, "--world-size", "2"]
+    asked += ["--max-new-tokens", "200", "--timeout", "30"]
+    with open(tmp_path / "stderr", "w+") as stderr:
+        leader = Fork(lambda: main(asked), stderr)
+        deadline = time.monotonic() + 60
+        while not (workers := children(leader.pid)) and time.monotonic() < deadline:
+            time.sleep(0.05)
+        assert len(workers) == 1
+        time.sleep(1.0)
+        leader.send_signal(blow)
+        ends = {signal.SIGINT: 130, signal.SIGTERM: 143, signal.SIGKILL: -9}
+        assert leader.wait(30) == ends[blow]
+        leader.stdout.close()
+        while any(map(runs, workers)) and time.monotonic() < deadline:
+            time.sleep(0.05)
+        assert not any(map(runs, workers))
+        stderr.seek(0)
+        assert "Traceback" not in stderr.read()
 
-    def workers() -> list[str]:
-        found = []
-        for entry in Path("/proc").iterdir():
-            if entry.name.isdigit():
-                try:
-                    command = (entry / "cmdline").read_bytes().split(b"\0")
-                except OSError:
-                    continue
-                if b"worker" in command and str(leader.pid).encode() in command:
-                    found.append(entry.name)
-        return found
 
-    deadline = time.monotonic() + 60
-    while not workers() and time.monotonic() < deadline:
-        time.sleep(0.1)
-    assert len(workers()) == 1
-    time.sleep(1.0)
-    leader.send_signal(blow)
-    _, words = leader.communicate(timeout=30)
-    ends = {signal.SIGINT: 130, signal.SIGTERM: 143, signal.SIGKILL: -9}
-    assert leader.returncode == ends[blow]
-    while workers() and time.monotonic() < deadline:
-        time.sleep(0.1)
-    assert not workers()
-    assert "Traceback" not in words
+def status(process: int | str) -> list[str]:
+    """What the kernel says of a process, from its state on; nothing if it is gone."""
+    try:
+        return Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()
+    except OSError:
+        return []
+
+
+def children(parent: int) -> list[int]:
+    processes = (entry.name for entry in Path("/proc").iterdir() if entry.name.isdigit())
+    return [int(process) for process in processes if status(process)[1:2] == [str(parent)]]
+
+
+def runs(process: int) -> bool:
+    return status(process)[:1] not in ([], ["Z"])
 
 
 @pytest.mark.parametrize("domain", DOMAINS)
