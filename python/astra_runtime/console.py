@@ -2,18 +2,56 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
 from typing import Any
+
+SILENCE = 8.0  # seconds after which `working` says what is still going on
+_last_line = time.monotonic()
+_tasks: list[object] = []  # what is going on, the innermost last
 
 
 def say(text: str) -> None:
     """A line for people: on stderr, so that stdout holds results only."""
+    global _last_line
+    _last_line = time.monotonic()
     print(text, file=sys.stderr, flush=True)
 
 
+@contextlib.contextmanager
+def working(what: str | Callable[[], str], *, silence: float = SILENCE) -> Iterator[None]:
+    """While the block runs, says `what` it is at whenever `silence` seconds passed without a line.
+
+    Args:
+        what: a few words, or a function that gives them at the time.
+    """
+    begun, over = time.monotonic(), threading.Event()
+    _tasks.append(over)
+
+    def remind() -> None:
+        while not over.wait(max(0.05, _last_line + silence - time.monotonic())):
+            if _tasks[-1] is over and time.monotonic() - _last_line >= silence:
+                words = what if isinstance(what, str) else what()
+                say(f"{words} … {time.monotonic() - begun:.0f} s")
+
+    reminder = threading.Thread(target=remind, name="astra-working", daemon=True)
+    reminder.start()
+    try:
+        yield
+    finally:
+        _tasks.remove(over)
+        over.set()
+        reminder.join()
+
+
 def show_json(value: Any) -> None:
+    """`value` as one JSON object on stdout, in ASCII escapes where stdout is not UTF-8."""
+
     def finite(item: Any) -> Any:
         """JSON has no word for nan and infinity."""
         if isinstance(item, dict):
@@ -22,4 +60,5 @@ def show_json(value: Any) -> None:
             return [finite(inner) for inner in item]
         return None if isinstance(item, float) and not math.isfinite(item) else item
 
-    print(json.dumps(finite(value), ensure_ascii=False, allow_nan=False), flush=True)
+    ascii_only = (getattr(sys.stdout, "encoding", None) or "utf-8").lower() not in ("utf-8", "utf8")
+    print(json.dumps(finite(value), ensure_ascii=ascii_only, allow_nan=False), flush=True)

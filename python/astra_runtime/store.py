@@ -188,6 +188,15 @@ def read_text(file: str | os.PathLike[str]) -> str:
         raise AstraError(f"text {os.fspath(file)!r} cannot be read: {error}") from error
 
 
+def token_limit(model: Any) -> int | None:
+    """How many tokens a text model reads at most; None: any number, or as many as its images have.
+
+    A vision model reads images of one size.
+    """
+    limit = getattr(model.config, "max_position_embeddings", None)
+    return None if limit is None else int(limit)
+
+
 def token_windows(tokenizer: Any, text: str, tokens: int, windows: int) -> list[Tensor]:
     """`windows` windows of `tokens` token ids, evenly spaced over the text, not overlapping.
 

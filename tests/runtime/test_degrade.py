@@ -611,11 +611,11 @@ def test_a_job_tells_what_is_missing() -> None:
             model, Codebook.none(), slow, None, [1, 1, 1], None, "degrade", deadline_ms=DEADLINE
         )
         if mesh.rank:
-            return ranks.follow(20)
+            return ranks.worker_loop(20)
         ids = inputs["input_ids"].tolist()
         job = {"do": "generate", "input_ids": ids, "space": "codes", "max_new_tokens": 3}
-        found = [ranks.lead(**job), ranks.lead(**job)]
-        ranks.lead(do="stop")
+        found = [ranks.submit(**job), ranks.submit(**job)]
+        ranks.submit(do="stop")
         return found
 
     (first, second), *jobs = as_ranks(local_mesh(3), work)

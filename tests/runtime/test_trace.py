@@ -144,19 +144,19 @@ def test_the_leader_gets_all_ranks_on_its_own_clock(tmp_path: Path) -> None:
     def work(mesh: Mesh) -> dict[int, list[Span]]:
         ranks = Ranks(model, book, mesh)
         if mesh.rank:
-            ranks.follow(idle=30)
+            ranks.worker_loop(idle=30)
             ranks.close()
             return {}
         job = {"do": "prefill", "input_ids": ids.tolist(), "space": "codes", "repeats": 1}
-        ranks.lead(**job)
+        ranks.submit(**job)
         ranks.tracing = True
         start = time.perf_counter_ns()
-        ranks.lead(**job)
+        ranks.submit(**job)
         stop = time.perf_counter_ns()
         ranks.tracing = False
-        ranks.lead(**job)
-        found: dict[int, list[Span]] = ranks.lead(do="timeline")
-        ranks.lead(do="stop")
+        ranks.submit(**job)
+        found: dict[int, list[Span]] = ranks.submit(do="timeline")
+        ranks.submit(do="stop")
         ranks.close()
         slack = 50_000_000  # threads share the interpreter
         for spans in found.values():

@@ -11,23 +11,28 @@ from typing import Any
 from ..console import say
 from ..deploy.launch import WorkerFailed, Workers, free_ports
 from ..errors import AstraError
-from .options import connect_options, missing_of, weights_of
+from .options import connect_options
 
 READY_SECONDS = 120.0
 
 
 def traced(options: argparse.Namespace, ranks: Any, work: Callable[[], Any]) -> Any:
-    """What `work` gives; with --trace, a timeline of what all ranks did in it is written."""
+    """What `work` returns; with --trace, all ranks record what they do in it."""
+    ranks.tracing = bool(options.trace)
+    try:
+        return work()
+    finally:
+        ranks.tracing = False
+
+
+def write_trace(options: argparse.Namespace, ranks: Any) -> None:
+    """With --trace: collects what all ranks recorded, and writes it as one timeline."""
     from ..trace import write_timeline
 
-    ranks.tracing = bool(options.trace)
-    found = work()
     if options.trace:
-        ranks.tracing = False
-        spans = ranks.lead(do="timeline")
+        spans = ranks.submit(do="timeline")
         write_timeline(options.trace, spans, model=options.model, command=options.command)
         say(f"timeline of {len(spans)} ranks: {options.trace}")
-    return found
 
 
 @contextlib.contextmanager
@@ -46,6 +51,24 @@ def local_keys(options: argparse.Namespace, world_size: int) -> Iterator[str | N
         yield None
 
 
+def _worker_arguments(
+    options: argparse.Namespace, peers: list[str], folder: Path, settings: dict[str, Any], link: Any
+) -> list[str]:
+    """Of `astra worker`, all but its rank and keys: whatever has to be alike on all ranks."""
+    arguments = ["--peers", ",".join(peers), "--model", options.model, "--codebook", str(folder)]
+    arguments += ["--threads", str(options.threads), "--timeout", str(options.timeout)]
+    arguments += ["--on-missing", settings["on_missing"]]
+    arguments += ["--transport", getattr(options, "transport", "tcp")]
+    if options.weights:
+        arguments += ["--weights", options.weights]
+    for name in ("halo", "deadline_ms"):
+        if settings[name] is not None:
+            arguments += [f"--{name.replace('_', '-')}", str(settings[name])]
+    if link is not None:
+        arguments += ["--mbit", str(link.mbit_per_s or 0), "--delay-ms", str(link.delay_ms)]
+    return arguments
+
+
 @contextlib.contextmanager
 def cluster(
     options: argparse.Namespace,
@@ -53,9 +76,13 @@ def cluster(
     folder: Path,
     model: Any,
     codebook: Any,
+    settings: dict[str, Any],
     link: Any = None,
 ) -> Iterator[Any]:
-    """This process as rank 0 of `world_size` local ones: gives the `Ranks` to lead."""
+    """This process as rank 0 of `world_size` local ones: gives the `Ranks` that it leads.
+
+    `settings`: keyword arguments of `Ranks`.
+    """
     import torch
 
     from ..deploy.jobs import Ranks
@@ -64,19 +91,8 @@ def cluster(
 
     torch.set_num_threads(options.threads)
     peers = [f"127.0.0.1:{port}" for port in free_ports(world_size)]
-    arguments = ["--peers", ",".join(peers), "--model", options.model, "--codebook", str(folder)]
-    arguments += ["--threads", str(options.threads), "--timeout", str(options.timeout)]
-    if options.weights:
-        arguments += ["--weights", options.weights]
-    if options.halo is not None:
-        arguments += ["--halo", str(options.halo)]
-    missing = missing_of(options)
-    if missing["deadline_ms"] is not None:
-        arguments += ["--deadline-ms", str(missing["deadline_ms"])]
+    arguments = _worker_arguments(options, peers, folder, settings, link)
     transport: Any = getattr(options, "transport", "tcp")
-    arguments += ["--on-missing", missing["on_missing"], "--transport", transport]
-    if link is not None:
-        arguments += ["--mbit", str(link.mbit_per_s or 0), "--delay-ms", str(link.delay_ms)]
     lent = contextlib.ExitStack()
     keys = lent.enter_context(local_keys(options, world_size))
     arguments += ["--keys", keys] if keys else ["--insecure"]
@@ -84,16 +100,23 @@ def cluster(
         workers.wait_ready(READY_SECONDS)
         try:
             # every process is there: one that does not come now has died
-            changes = {"backend": transport, "keys": keys, "insecure": not keys}
             mesh = open_mesh(
-                connect_options(options, 0, world_size, peers, connect_timeout=15.0, **changes)
+                connect_options(
+                    options,
+                    0,
+                    world_size,
+                    peers,
+                    backend=transport,
+                    connect_timeout=15.0,
+                    keys=keys,
+                    insecure=not keys,
+                )
             )
             lent.close()  # all have read their keys; whoever is killed now leaves none
             with mesh if link is None or link.is_free else PacedMesh(mesh, link) as timed:
-                weights = weights_of(options, world_size)
-                ranks = Ranks(model, codebook, mesh, timed, weights, options.halo, **missing)
+                ranks = Ranks(model, codebook, mesh, timed, **settings)
                 yield ranks
-                ranks.lead(do="stop")
+                ranks.submit(do="stop")
                 ranks.close()
         except AstraError as error:
             cause = workers.first_failed(getattr(error, "rank", None))

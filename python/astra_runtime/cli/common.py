@@ -1,10 +1,14 @@
-"""What every command does: load a model."""
+"""What every command does: load a model, and find how long its inputs are."""
 
 from __future__ import annotations
 
+import argparse
 from typing import Any
 
+from ..console import say, working
 from ..errors import AstraError
+
+TOKENS = 1024  # of an input or a window, where nobody says how many and the model reads so many
 
 
 def quiet_transformers() -> None:
@@ -21,7 +25,28 @@ def load(name: str, *, decoder: bool = False) -> tuple[Any, Any]:
     from ..store import load_model, load_tokenizer
 
     quiet_transformers()
-    model = load_model(name)
+    with working(f"loading {name}"):
+        model = load_model(name)
     if not (adapt(model).causal and hasattr(model, "lm_head")) and decoder:
         raise AstraError(f"model {name!r}: expected a language model that continues texts")
     return model, load_tokenizer(name)
+
+
+def window_tokens(options: argparse.Namespace, model: Any, *, shorten: bool = False) -> int:
+    """--tokens, by default `TOKENS` or as many as the model reads, if these are fewer.
+
+    More than it reads are refused; `shorten`: are made as many, where windows only cut a text.
+    """
+    from ..store import token_limit
+
+    limit = token_limit(model)
+    if options.tokens is None:
+        return TOKENS if limit is None else min(TOKENS, limit)
+    if limit is None or options.tokens <= limit:
+        return int(options.tokens)
+    if not shorten:
+        raise AstraError(
+            f"--tokens: expected at most {limit}, the model's limit, got {options.tokens}"
+        )
+    say(f"--tokens: windows of {limit} tokens, the model's limit, in place of {options.tokens}")
+    return limit

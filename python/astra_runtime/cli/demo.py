@@ -7,20 +7,23 @@ import math
 import os
 import statistics
 import time
+from dataclasses import dataclass
 from typing import Any
 
 from ..console import say, show_json
-from .cluster import cluster, traced
-from .common import load
+from .cluster import cluster, traced, write_trace
+from .common import load, window_tokens
 from .fitting import ensure_codebook
 from .options import (
     add_fit_options,
     add_mesh_options,
     add_model,
+    add_tokens,
     add_trace,
+    check_trace,
+    engine_options,
     positive,
     two_or_more,
-    weights_of,
 )
 from .run import check_prompt
 
@@ -39,7 +42,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
         help="processes (default: the cores, 2 to 4)",
     )
     parser.add_argument("--text", metavar="FILE", help="prompt (default: built-in prose)")
-    parser.add_argument("--tokens", type=two_or_more, default=1024, help="of the prompt (1024)")
+    add_tokens(parser, "of the prompt", two_or_more)
     parser.add_argument("--mbit", type=float, default=10.0, help="link rate (10); 0: not limited")
     parser.add_argument("--delay-ms", type=float, default=0.0, help="one-way delay of the link")
     parser.add_argument("--repeats", type=positive, default=3, help="timed runs, median reported")
@@ -54,107 +57,127 @@ def run(options: argparse.Namespace) -> int:
 
     begun = time.perf_counter()
     world_size = options.world_size
+    link = Link(options.mbit or None, options.delay_ms)
+    settings = engine_options(options, world_size)
+    check_trace(options)
+    text = builtin_text()[1] if options.text is None else read_text(options.text)
     say(
-        f"ASTRA demo: {options.model} reads {options.tokens} tokens on {world_size} processes, "
+        f"ASTRA demo: {options.model} reads a prompt on {world_size} processes, "
         f"{options.threads} thread each. With the model and codebook cached this takes about a "
         "minute and a half; the first run fits the codebook, a few minutes more."
     )
-    link = Link(options.mbit or None, options.delay_ms)
-    weights_of(options, world_size)
     model, tokenizer = load(options.model, decoder=True)
-    text = builtin_text()[1] if options.text is None else read_text(options.text)
-    ids = token_windows(tokenizer, text, options.tokens, 1)[0][None]
+    ids = token_windows(tokenizer, text, window_tokens(options, model), 1)[0][None]
+    say(f"the prompt has {ids.shape[1]} tokens")
     check_prompt(ids.shape[1], world_size)
     codebook, folder = ensure_codebook(options, model, tokenizer)
     torch.set_num_threads(options.threads)
     new_tokens = min(CONTINUED, model.config.max_position_embeddings - ids.shape[1] + 1)
     say(f"starting {world_size - 1} worker processes")
-    with cluster(options, world_size, folder, model, codebook, link) as ranks:
+    with cluster(options, world_size, folder, model, codebook, settings, link) as ranks:
         result = traced(options, ranks, lambda: _measure(options, model, ranks, ids))
-        found = ranks.lead(
-            do="generate",
-            input_ids=ids.tolist(),
-            space="codes",
-            max_new_tokens=new_tokens,
+        answer = ranks.submit(
+            do="generate", input_ids=ids.tolist(), space="codes", max_new_tokens=new_tokens
         )
-    result["continuation"] = tokenizer.decode(found["ids"][0], skip_special_tokens=True)
-    result["seconds_per_token"] = (found["times"][-1] - found["times"][0]) / max(
-        1, len(found["times"]) - 1
-    )
-    result["seconds"] = time.perf_counter() - begun
-    if options.json:
-        show_json(result)
-    else:
-        show(result)
+        times = answer["times"]
+        result["continuation"] = tokenizer.decode(answer["ids"][0], skip_special_tokens=True)
+        result["seconds_per_token"] = (times[-1] - times[0]) / max(1, len(times) - 1)
+        result["seconds"] = time.perf_counter() - begun
+        (show_json if options.json else show)(result)
+        write_trace(options, ranks)
     return 0
+
+
+@dataclass(frozen=True)
+class Method:
+    """One row of the table; `samples` are seconds to the first token, of each run."""
+
+    name: str
+    samples: list[float]
+    bits_per_token_block: float
+    perplexity: float
+
+    def row(self, baseline: float) -> dict[str, Any]:
+        """As JSON shows it; `baseline`: seconds of a single device."""
+        median = statistics.median(self.samples)
+        return {
+            "method": self.name,
+            "seconds_to_first_token": median,
+            "speedup": baseline / median,
+            "bits_per_token_block": self.bits_per_token_block,
+            "perplexity": self.perplexity,
+            "seconds": self.samples,
+        }
 
 
 def _measure(options: argparse.Namespace, model: Any, ranks: Any, ids: Any) -> dict[str, Any]:
     """Times and perplexities of the three methods, and of the local-only control."""
-    import torch
-
-    given = ids.tolist()
+    prompt = ids.tolist()
     say("ASTRA: codes on the link")
-    ranks.lead(do="prefill", input_ids=given, space="codes", repeats=1)  # warms every rank up
-    astra = ranks.lead(do="prefill", input_ids=given, space="codes", repeats=options.repeats)
+    # warms every rank up
+    ranks.submit(do="prefill", input_ids=prompt, space="codes", repeats=1)
+    astra = ranks.submit(do="prefill", input_ids=prompt, space="codes", repeats=options.repeats)
     say("single device: the model alone, in this process")
-    with torch.inference_mode():
-        logits = model(input_ids=ids, use_cache=False).logits  # warms up, and tells the perplexity
-        single = []
-        for _ in range(options.repeats):
-            start = time.perf_counter()
-            model(input_ids=ids, logits_to_keep=1, use_cache=False)
-            single.append(time.perf_counter() - start)
+    logits, single = _alone(model, ids, options.repeats)
     say("dense sequence parallel: keys and values in fp32 on the same link (be patient)")
-    dense = ranks.lead(do="prefill", input_ids=given, space="none", repeats=1)
+    dense = ranks.submit(do="prefill", input_ids=prompt, space="none", repeats=1)
     say("perplexity of the prompt after the first shard, link not limited")
     first = astra["sizes"][0] if ranks.mesh.world_size > 1 else 0
-    exact = torch.nn.functional.cross_entropy(logits[0, first:-1].float(), ids[0, first + 1 :])
-    losses = {
-        space: ranks.lead(do="loss", input_ids=given, space=space)
-        for space in ("codes", "none", "drop")
+    perplexity = {"single": _perplexity(logits, ids, first)}
+    for space in ("codes", "none", "drop"):
+        total, count = ranks.submit(do="loss", input_ids=prompt, space=space)
+        perplexity[space] = math.exp(total / count)
+    methods = (
+        Method("single", single, 0.0, perplexity["single"]),
+        Method("dense", dense["seconds"], dense["bits_per_token_block"], perplexity["none"]),
+        Method("astra", astra["seconds"], astra["bits_per_token_block"], perplexity["codes"]),
+    )
+    baseline = statistics.median(single)
+    return {
+        **_setting(options, ranks, tokens=ids.shape[1], shards=astra["sizes"]),
+        "runs": [method.row(baseline) for method in methods],
+        "local_only_perplexity": perplexity["drop"],
     }
-    perplexity = {space: math.exp(total / count) for space, (total, count) in losses.items()}
-    samples = {"single": single, "dense": dense["seconds"], "astra": astra["seconds"]}
-    seconds = {method: statistics.median(values) for method, values in samples.items()}
-    bits = {
-        "single": 0.0,
-        "dense": dense["bits_per_token_block"],
-        "astra": astra["bits_per_token_block"],
-    }
-    accuracy = {
-        "single": math.exp(float(exact)),
-        "dense": perplexity["none"],
-        "astra": perplexity["codes"],
-    }
+
+
+def _alone(model: Any, ids: Any, repeats: int) -> tuple[Any, list[float]]:
+    """All logits of the single device, and seconds to the last token's, of each of `repeats`."""
+    import torch
+
+    samples = []
+    with torch.inference_mode():
+        logits = model(input_ids=ids, use_cache=False).logits  # this run also warms it up
+        for _ in range(repeats):
+            start = time.perf_counter()
+            model(input_ids=ids, logits_to_keep=1, use_cache=False)
+            samples.append(time.perf_counter() - start)
+    return logits, samples
+
+
+def _perplexity(logits: Any, ids: Any, first: int) -> float:
+    """Of the tokens after position `first`; logits [1, T, V], ids [1, T]."""
+    import torch.nn.functional as F
+
+    return math.exp(float(F.cross_entropy(logits[0, first:-1].float(), ids[0, first + 1 :])))
+
+
+def _setting(
+    options: argparse.Namespace, ranks: Any, *, tokens: int, shards: list[int]
+) -> dict[str, Any]:
+    """What was measured with what."""
+    codebook = ranks.codebook
     return {
         "model": options.model,
         "world_size": ranks.mesh.world_size,
-        "tokens": ids.shape[1],
-        "shards": astra["sizes"],
+        "tokens": tokens,
+        "shards": shards,
         "threads": options.threads,
-        "codebook": {
-            "space": ranks.codebook.space,
-            "groups": ranks.codebook.groups,
-            "codewords": ranks.codebook.codewords,
-        },
+        "codebook": {name: getattr(codebook, name) for name in ("space", "groups", "codewords")},
         "link": {
             "mbit_per_s": options.mbit or None,
             "delay_ms": options.delay_ms,
             "emulator": "in-process pacing of each sender, no burst credit",
         },
-        "runs": [
-            {
-                "method": method,
-                "seconds_to_first_token": seconds[method],
-                "speedup": seconds["single"] / seconds[method],
-                "bits_per_token_block": bits[method],
-                "perplexity": accuracy[method],
-                "seconds": samples[method],
-            }
-            for method in ("single", "dense", "astra")
-        ],
-        "local_only_perplexity": perplexity["drop"],
     }
 
 

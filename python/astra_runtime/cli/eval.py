@@ -7,9 +7,9 @@ import math
 from typing import Any
 
 from ..console import say, show_json
-from .common import load
+from .common import load, window_tokens
 from .fitting import ensure_codebook, progress_bar
-from .options import add_fit_options, add_halo, add_model, positive, two_or_more
+from .options import add_fit_options, add_halo, add_model, add_tokens, positive, two_or_more
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
@@ -22,64 +22,78 @@ def configure(parser: argparse.ArgumentParser) -> None:
     add_halo(parser)
     parser.add_argument("--text", metavar="FILE", help="evaluation text (default: built-in)")
     parser.add_argument("--world-size", type=two_or_more, default=4, help="simulated ranks (4)")
-    parser.add_argument("--tokens", type=positive, default=1024, help="tokens a window (1024)")
+    add_tokens(parser, "tokens a window")
     parser.add_argument("--windows", type=positive, default=4, help="windows over the text (4)")
 
 
 def run(options: argparse.Namespace) -> int:
-    from ..codes.codebook import geometry
     from ..evaluate import measure
-    from ..models import adapt
     from ..store import builtin_text, read_text, token_windows
     from ..train.calibration import as_windows
 
-    model, tokenizer = load(options.model)
     text = builtin_text()[1] if options.text is None else read_text(options.text)
-    windows = token_windows(tokenizer, text, options.tokens, options.windows)
+    model, tokenizer = load(options.model)
+    tokens = window_tokens(options, model)
+    windows = token_windows(tokenizer, text, tokens, options.windows)
     codebook, _ = ensure_codebook(options, model, tokenizer)
     with progress_bar() as progress:
-
-        def step(done: int, steps: int) -> None:
-            progress("evaluating", done, steps)
-
-        found = measure(
+        measured = measure(
             model,
             codebook,
             as_windows(windows),
             world_size=options.world_size,
             halo=options.halo,
-            progress=step,
+            progress=lambda done, steps: progress("evaluating", done, steps),
         )
-    sizes = geometry(adapt(model))
-    dense = 2 * sizes["num_key_value_heads"] * sizes["head_dim"] * 32
-    if codebook.space in ("hidden", "differential"):
-        dense = sizes["hidden_size"] * 32
-    result: dict[str, Any] = {
-        found.metric: {
-            "exact": found.exact,
-            "astra": found.astra,
-            "local_only": found.local_only,
-        },
-        "gap_recovered": found.gap_recovered,
-        "bits_per_token_block": found.bits_per_token_block,
-        "compression": dense / (found.bits_per_token_block or math.nan),
-        "world_size": options.world_size,
-        "windows": len(windows),
-        "tokens": options.tokens,
-    }
-    if found.local_overlap is not None:  # remote tokens dropped but for those computed everywhere
-        result[found.metric]["local_overlap"] = found.local_overlap
+    result = _result(options, model, codebook, measured, windows=len(windows), tokens=tokens)
     if options.json:
         show_json(result)
-        return 0
-    print(f"{'':14}{found.metric:>12}")
-    for name, value in result[found.metric].items():
+    else:
+        _show(result, measured)
+    return 0
+
+
+def _result(
+    options: argparse.Namespace, model: Any, codebook: Any, measured: Any, **sizes: int
+) -> dict[str, Any]:
+    dense = _dense_bits(model, codebook)
+    result: dict[str, Any] = {
+        measured.metric: {
+            "exact": measured.exact,
+            "astra": measured.astra,
+            "local_only": measured.local_only,
+        },
+        "gap_recovered": measured.gap_recovered,
+        "bits_per_token_block": measured.bits_per_token_block,
+        "compression": dense / (measured.bits_per_token_block or math.nan),
+        "world_size": options.world_size,
+        **sizes,
+    }
+    if measured.local_overlap is not None:
+        # remote tokens dropped but for those computed everywhere
+        result[measured.metric]["local_overlap"] = measured.local_overlap
+    return result
+
+
+def _dense_bits(model: Any, codebook: Any) -> int:
+    """Bits of a token and block in fp32: of what the codes stand for."""
+    from ..codes.codebook import geometry
+    from ..models import adapt
+
+    sizes = geometry(adapt(model))
+    if codebook.space in ("hidden", "differential"):
+        return sizes["hidden_size"] * 32
+    return 2 * sizes["num_key_value_heads"] * sizes["head_dim"] * 32
+
+
+def _show(result: dict[str, Any], measured: Any) -> None:
+    print(f"{'':14}{measured.metric:>12}")
+    for name, value in result[measured.metric].items():
         print(f"{name:14}{value:12.4f}")
     print(
-        f"kept of the gap: {found.gap_recovered:.2f}   "
-        f"bits a token and block: {found.bits_per_token_block:.1f}   "
+        f"gap recovered: {measured.gap_recovered:.2f}   "
+        f"bits a token and block: {measured.bits_per_token_block:.1f}   "
         f"compression of the fp32 tensors: {result['compression']:.0f}×"
     )
-    if found.astra >= found.local_only:
+    if measured.astra >= measured.local_only:
         say("these codes are worse than dropping the remote tokens")
-    return 0

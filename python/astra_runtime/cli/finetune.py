@@ -4,16 +4,14 @@ from __future__ import annotations
 
 import argparse
 import math
-import os
 import time
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..console import say, show_json
+from ..console import say, show_json, working
 from ..errors import AstraError
-from .common import load
+from .common import load, window_tokens
 from .fitting import verdict
-from .options import add_model, positive, two_or_more
+from .options import add_model, add_tokens, not_negative, output_folder, positive, two_or_more
 
 if TYPE_CHECKING:
     from ..evaluate import Measured
@@ -39,9 +37,11 @@ def configure(parser: argparse.ArgumentParser) -> None:
         "--output", metavar="DIR", required=True, help="folder for model and codebook"
     )
     parser.add_argument("--text", metavar="FILE", help="text to train on (default: built-in)")
-    parser.add_argument("--tokens", type=positive, default=1024, help="tokens a window (1024)")
+    add_tokens(parser, "tokens a window")
     parser.add_argument("--windows", type=positive, default=1000, help="at most so many (1000)")
-    parser.add_argument("--held-back", type=int, default=2, help="windows to look at (2)")
+    parser.add_argument(
+        "--held-back", type=not_negative, default=2, help="windows held out to look at (2)"
+    )
     parser.add_argument("--steps", type=positive, default=300, help="optimizer steps (300)")
     parser.add_argument("--batch", type=positive, default=4, help="windows a step (4)")
     parser.add_argument("--lr", type=float, default=5e-5, help="highest learning rate (5e-5)")
@@ -68,47 +68,46 @@ def run(options: argparse.Namespace) -> int:
     from ..store import builtin_text, read_text, token_windows
     from ..train.finetune import finetune, save_result
 
-    folder = Path(options.output)
-    folder.mkdir(parents=True, exist_ok=True)  # before hours are spent
-    if not os.access(folder, os.W_OK):
-        raise AstraError(f"--output: {folder} cannot be written to")
+    device, settings = device_of(options), settings_of(options)
     control = CONTROLS.get(options.control or "")
     codebook = Codebook(control) if control else Codebook.from_pretrained(options.codebook)
-    model, tokenizer = load(options.model)
-    model = model.to(device_of(options))
     text = builtin_text()[0] if options.text is None else read_text(options.text)
-    length = min(options.tokens, getattr(model.config, "max_position_embeddings", options.tokens))
+    folder = output_folder(options)
+    model, tokenizer = load(options.model)
+    model = model.to(device)
+    length = window_tokens(options, model, shorten=True)
     windows = token_windows(tokenizer, text, length, options.windows)
     begun, log = time.perf_counter(), _Log()
-    made = finetune(
-        model,
-        codebook,
-        windows,
-        settings_of(options),
-        folder=folder,
-        resume=options.resume,
-        held_back=options.held_back,
-        world_size=options.world_size,
-        evaluate_every=options.evaluate_every,
-        checkpoint_every=options.checkpoint_every,
-        report=log,
-    )
+    with working(log.describe):
+        adapted = finetune(
+            model,
+            codebook,
+            windows,
+            settings,
+            folder=folder,
+            resume=options.resume,
+            held_back=options.held_back,
+            world_size=options.world_size,
+            evaluate_every=options.evaluate_every,
+            checkpoint_every=options.checkpoint_every,
+            report=log,
+        )
     tokenizer.save_pretrained(folder)
-    save_result(model, made, folder)
+    save_result(model, adapted, folder)
     seconds = time.perf_counter() - begun
-    held_back = made.notes.get("held_back")
-    if made.coded:
+    held_back = adapted.notes.get("held_back")
+    if adapted.coded:
         say(verdict(held_back))
     say(f"written to {options.output} after {seconds:.0f} s")
     if options.json:
         show_json(
             {
                 "output": str(folder),
-                "digest": made.digest,
+                "digest": adapted.digest,
                 "steps": options.steps,
                 "loss": log.losses,
                 "held_back": held_back,
-                "measured": made.notes.get("measured"),
+                "measured": adapted.notes.get("measured"),
                 "seconds": seconds,
             }
         )
@@ -145,29 +144,36 @@ class _Log:
 
     def __init__(self) -> None:
         self.losses: list[float] = []
-        self.told, self.at = 0, time.perf_counter()
+        self._shown = 0  # losses that a line has told of
+        self._seconds = 0.0  # that the steps since then took, evaluations left out
+        self._last = time.perf_counter()
+
+    def describe(self) -> str:
+        return f"after {len(self.losses)} steps" if self.losses else "evaluating the start"
 
     def __call__(self, step: Step) -> None:
+        now = time.perf_counter()
+        elapsed, self._last = now - self._last, now
         if step.measured is not None:
             say(f"step {step.step}/{step.steps}: {_figures(step.measured)}")
             return
         self.losses.append(step.loss)
-        now = time.perf_counter()
-        if step.step < step.steps and now - self.at < 5:
+        self._seconds += elapsed
+        if step.step < step.steps and self._seconds < 5:
             return
-        recent = self.losses[self.told :]
+        recent = self.losses[self._shown :]
         say(
             f"step {step.step}/{step.steps}: loss {sum(recent) / len(recent):.4f}, "
-            f"commitment {step.commitment:.2g}, {(now - self.at) / len(recent):.2f} s a step"
+            f"commitment {step.commitment:.2g}, {self._seconds / len(recent):.2f} s a step"
         )
-        self.told, self.at = len(self.losses), now
+        self._shown, self._seconds = len(self.losses), 0.0
 
 
-def _figures(found: Measured) -> str:
+def _figures(measured: Measured) -> str:
     figures = (
-        f"held back: {found.metric} {found.astra:.4g} "
-        f"(exact {found.exact:.4g}, remote tokens dropped {found.local_only:.4g})"
+        f"held out: {measured.metric} {measured.astra:.4g} "
+        f"(exact {measured.exact:.4g}, remote tokens dropped {measured.local_only:.4g})"
     )
-    if math.isnan(found.gap_recovered):
+    if math.isnan(measured.gap_recovered):
         return figures
-    return f"{figures}, {100 * found.gap_recovered:.0f} % of the gap recovered"
+    return f"{figures}, {100 * measured.gap_recovered:.0f} % of the gap recovered"

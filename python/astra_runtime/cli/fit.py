@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import os
 import time
 from functools import partial
 from pathlib import Path
@@ -11,9 +10,9 @@ from typing import Any
 
 from ..console import say, show_json
 from ..errors import AstraError
-from .common import load
+from .common import load, window_tokens
 from .fitting import SAMPLED, WINDOWS, fit_builtin, fit_text, verdict
-from .options import add_model, positive, two_or_more
+from .options import add_model, add_tokens, output_folder, positive, two_or_more
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
@@ -37,7 +36,8 @@ def configure(parser: argparse.ArgumentParser) -> None:
         "--target-gap",
         type=share,
         metavar="SHARE",
-        help="the fewest bits that keep this share of what remote tokens are worth (transform)",
+        help="the fewest bits that recover this share of the gap (transform): of what remote "
+        "tokens are worth",
     )
     size.add_argument("--groups", type=positive, help="codes a token and block")
     parser.add_argument(
@@ -47,9 +47,12 @@ def configure(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--shared", action="store_true", help="kv: one set of codes for all heads")
     parser.add_argument("--text", metavar="FILE", help="calibration text (default: built-in)")
-    parser.add_argument("--tokens", type=positive, default=1024, help="tokens a window (1024)")
+    add_tokens(parser, "tokens a window")
     parser.add_argument(
-        "--windows", type=positive, default=WINDOWS, help=f"windows, two held back ({WINDOWS})"
+        "--windows",
+        type=positive,
+        default=WINDOWS,
+        help=f"windows, two of them held out ({WINDOWS})",
     )
     parser.add_argument(
         "--sampled",
@@ -89,41 +92,46 @@ def groups_within(bits: int, space: str, shared: bool, model: Any, codewords: in
     )
 
 
-def run(options: argparse.Namespace) -> int:
-    from ..store import read_text
+def size_of(options: argparse.Namespace) -> dict[str, Any]:
+    """The space and the size of the codes as options of a fit; refuses contradictions.
 
-    folder = Path(options.output)
-    folder.mkdir(parents=True, exist_ok=True)  # before minutes are spent
-    if not os.access(folder, os.W_OK):
-        raise AstraError(f"--output: {folder} cannot be written to")
-    model, tokenizer = load(options.model)
+    Groups are None where they are to be chosen by --bits once the model is known.
+    """
     space = options.space or ("kv" if options.groups or options.shared else "transform")
-    size: dict[str, Any] = {"codewords": options.codewords}
+    size: dict[str, Any] = {"space": space, "codewords": options.codewords}
     if space == "transform":
         if options.groups or options.shared:
             raise AstraError(
                 "--space transform chooses groups itself: expected --bits or --target-gap"
             )
-        size |= {"bits": options.bits, "target_gap": options.target_gap}
-    else:
-        if options.target_gap:
-            raise AstraError(f"--target-gap: expected with --space transform, got {space}")
+        return size | {"bits": options.bits, "target_gap": options.target_gap}
+    if options.target_gap:
+        raise AstraError(f"--target-gap: expected with --space transform, got {space}")
+    return size | {"groups": options.groups, "shared": True if options.shared else None}
+
+
+def run(options: argparse.Namespace) -> int:
+    from ..store import read_text
+
+    size = size_of(options)
+    text = None if options.text is None else read_text(options.text)
+    folder = output_folder(options)
+    model, tokenizer = load(options.model)
+    if "groups" in size and size["groups"] is None:
         codewords = options.codewords or 1024
-        groups = options.groups
-        if groups is None:
-            groups = groups_within(options.bits or 30, space, options.shared, model, codewords)
-            say(f"{groups} codes a token and block, of {codewords} codewords each")
-        size |= {"groups": groups, "shared": True if options.shared else None}
+        size["groups"] = groups_within(
+            options.bits or 30, size["space"], options.shared, model, codewords
+        )
+        say(f"{size['groups']} codes a token and block, of {codewords} codewords each")
     start = time.perf_counter()
     fitting = (
         partial(fit_builtin, model, tokenizer)
-        if options.text is None
-        else partial(fit_text, model, tokenizer, read_text(options.text))
+        if text is None
+        else partial(fit_text, model, tokenizer, text)
     )
     codebook = fitting(
-        tokens=options.tokens,
+        tokens=window_tokens(options, model, shorten=True),
         windows=options.windows,
-        space=space,
         sampled=options.sampled,
         **size,
         iterations=options.iterations,
@@ -131,10 +139,17 @@ def run(options: argparse.Namespace) -> int:
         world_size=options.world_size,
     )
     codebook.save_pretrained(folder)
-    seconds = time.perf_counter() - start
+    _report(options, folder, codebook, time.perf_counter() - start)
+    return 0
+
+
+def _report(options: argparse.Namespace, folder: Path, codebook: Any, seconds: float) -> None:
     bits = f"{codebook.bits:.5g} bits a token and block"
     for tried in codebook.notes.get("tried", []):
-        say(f"tried {tried['bits']:.4g} bits: {100 * tried['gap_recovered']:.0f} % kept")
+        say(
+            f"tried {tried['bits']:.4g} bits: {100 * tried['gap_recovered']:.0f} % of the gap "
+            "recovered"
+        )
     say(f"written to {options.output} after {seconds:.0f} s: {bits}")
     if options.json:
         held_back = codebook.notes.get("held_back")
@@ -153,4 +168,3 @@ def run(options: argparse.Namespace) -> int:
                 "verdict": verdict(held_back),
             }
         )
-    return 0

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from ..console import say
+from ..console import say, working
 from ..errors import AstraError
 from .options import DENSE
 
@@ -18,10 +18,22 @@ SAMPLED, SAMPLED_TOKENS = 24, 512  # windows that a model writes, and the length
 WINDOWS, OTHERS = 26, 10  # of the text given; of the built-in text's second domain
 
 
-def ensure_codebook(options: argparse.Namespace, model: Any, tokenizer: Any) -> tuple[Any, Path]:
-    """The codebook asked for, or the cached default, fitted now if there is none."""
+def cached_codebook(name: str, model: Any) -> Path | None:
+    """The folder of the default codebook for the model `name`, if it was fitted before."""
+    folder = _cache_folder(name, model)
+    return folder if (folder / "astra_config.json").is_file() else None
+
+
+def _cache_folder(name: str, model: Any) -> Path:
     from astra_kernels._cache import cache_folder
 
+    from ..models import adapt
+
+    return cache_folder() / "codebooks" / f"{Path(name).name}-{adapt(model).digest()}-transform"
+
+
+def ensure_codebook(options: argparse.Namespace, model: Any, tokenizer: Any) -> tuple[Any, Path]:
+    """The codebook asked for, or the cached default, fitted now if there is none."""
     from ..codes.codebook import Codebook
     from ..models import adapt
 
@@ -29,17 +41,19 @@ def ensure_codebook(options: argparse.Namespace, model: Any, tokenizer: Any) -> 
         return Codebook.none(), Path(DENSE)
     if options.codebook:
         folder = Path(options.codebook)
-        return Codebook.from_pretrained(folder), folder
-    name = f"{Path(options.model).name}-{adapt(model).digest()}-transform"
-    folder = cache_folder() / "codebooks" / name
+        codebook = Codebook.from_pretrained(folder)
+        codebook.check_model(adapt(model))
+        return codebook, folder
+    folder = _cache_folder(options.model, model)
     folder.parent.mkdir(parents=True, exist_ok=True)
-    with open(folder.parent / f"{name}.lock", "w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)  # of several ranks on one machine, one fits
+    with open(folder.parent / f"{folder.name}.lock", "w") as lock:
+        with working("waiting for another process, which fits the codebook"):
+            fcntl.flock(lock, fcntl.LOCK_EX)  # of several ranks on one machine, one fits
         if not (folder / "astra_config.json").is_file():
             say(f"no codebook for {options.model} yet: fitting one, once, into {folder}")
             # quick: a text of two kinds, and nothing that the model writes; `astra fit` does more
-            made = fit_builtin(model, tokenizer, space="transform", windows=14, sampled=0)
-            made.save_pretrained(folder)
+            codebook = fit_builtin(model, tokenizer, space="transform", windows=14, sampled=0)
+            codebook.save_pretrained(folder)
     return Codebook.from_pretrained(folder), folder
 
 
@@ -71,11 +85,11 @@ def fit_text(
     None: as many as serve its space well.
     """
     from ..models import is_language_model
-    from ..store import token_windows
+    from ..store import token_limit, token_windows
     from ..train.fit import fit
     from ..train.sample import BATCH, document_token, sampled_windows
 
-    length = min(tokens, getattr(model.config, "max_position_embeddings", tokens))
+    length = min(tokens, token_limit(model) or tokens)
     calibration = token_windows(tokenizer, text, length, windows)
     writes = is_language_model(model)
     if sampled is None:
@@ -100,11 +114,14 @@ def fit_text(
 
 @contextlib.contextmanager
 def progress_bar() -> Iterator[Any]:
-    """A `fit.Progress` for people: a bar on stderr if it is a terminal, else a line a stage."""
+    """A `fit.Progress` for people: a bar on stderr if it is a terminal, else lines.
+
+    A line begins each stage, and one says how far it is where nothing else was said for a while.
+    """
     from tqdm import tqdm
 
     bar: Any = None
-    stage = ""
+    stage, terminal = "", sys.stderr.isatty()
 
     def show(what: str, done: int, steps: int) -> None:
         nonlocal bar, stage
@@ -112,25 +129,31 @@ def progress_bar() -> Iterator[Any]:
             if bar is not None:
                 bar.close()
             stage = what
-            bar = tqdm(total=steps, desc=what, file=sys.stderr, disable=not sys.stderr.isatty())
-            if not sys.stderr.isatty():
-                print(f"{what} ({steps} steps)", file=sys.stderr, flush=True)
+            bar = tqdm(total=steps, desc=what, file=sys.stderr, disable=not terminal)
+            if not terminal:
+                say(f"{what} ({steps} steps)")
         bar.update(done - bar.n)
+        bar.n = done  # also where the bar is not shown, for the reminders
 
+    def far() -> str:
+        return "preparing" if bar is None else f"{stage}: {bar.n} of {bar.total}"
+
+    reminders = contextlib.nullcontext() if terminal else working(far)
     try:
-        yield show
+        with reminders:
+            yield show
     finally:
         if bar is not None:
             bar.close()
 
 
 def verdict(held_back: dict[str, Any] | None) -> str:
-    """What a codebook is worth on the windows held back from its fit, in a sentence."""
+    """What a codebook is worth on the windows held out of its fit, in a sentence."""
     if held_back is None:
-        return "not evaluated: too few windows to hold one back"
+        return "not evaluated: too few windows to hold one out"
     exact, astra, dropped = (held_back[key] for key in ("exact", "astra", "local_only"))
     figures = (
-        f"{held_back['metric']} on {held_back['windows']} windows held back, "
+        f"{held_back['metric']} on {held_back['windows']} windows held out, "
         f"{held_back['world_size']} ranks: exact {exact:.4g}, "
         f"ASTRA {astra:.4g}, remote tokens dropped {dropped:.4g}"
     )
@@ -141,5 +164,5 @@ def verdict(held_back: dict[str, Any] | None) -> str:
         )
     if dropped <= exact:
         return f"{figures}: remote tokens are worth nothing on these windows, so neither are codes"
-    kept = held_back["gap_recovered"]
-    return f"{figures}; {100 * kept:.0f} % of what remote tokens are worth is kept"
+    recovered = held_back["gap_recovered"]
+    return f"{figures}; {100 * recovered:.0f} % of the gap that remote tokens close is recovered"

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import argparse
 import math
+import os
+import tempfile
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 from ..errors import AstraError
@@ -44,6 +47,13 @@ def add_model(parser: argparse.ArgumentParser) -> None:
         "(default: %(default)s)",
     )
     parser.add_argument("--json", action="store_true", help="one JSON object on stdout")
+
+
+def add_tokens(
+    parser: argparse.ArgumentParser, what: str, count: Callable[[str], int] = positive
+) -> None:
+    """--tokens; `window_tokens` reads it."""
+    parser.add_argument("--tokens", type=count, help=f"{what} (1024, or the model's limit)")
 
 
 def add_fit_options(parser: argparse.ArgumentParser) -> None:
@@ -121,17 +131,23 @@ def add_missing(parser: argparse.ArgumentParser) -> None:
 
 
 def missing_of(options: argparse.Namespace) -> dict[str, Any]:
-    """What --on-missing and --deadline-ms say, for `Ranks`; a command may have neither."""
-    found: dict[str, Any] = {"on_missing": "raise", "deadline_ms": None}
-    found |= {name: getattr(options, name, value) for name, value in found.items()}
-    deadline = found["deadline_ms"]
-    if found["on_missing"] == "degrade" and deadline is None:
+    """--on-missing and --deadline-ms as keyword arguments; a command may have neither."""
+    settings: dict[str, Any] = {"on_missing": "raise", "deadline_ms": None}
+    settings |= {name: getattr(options, name, value) for name, value in settings.items()}
+    deadline = settings["deadline_ms"]
+    if settings["on_missing"] == "degrade" and deadline is None:
         raise AstraError("--on-missing degrade: expected --deadline-ms beside it")
     if deadline is not None and not 0 < deadline <= 1e9:
         raise AstraError(f"--deadline-ms: expected above 0, at most 1e9, got {deadline:g}")
-    if getattr(options, "transport", "tcp") == "datagram" and found["on_missing"] == "raise":
+    if getattr(options, "transport", "tcp") == "datagram" and settings["on_missing"] == "raise":
         raise AstraError("--transport datagram: expected --on-missing degrade beside it")
-    return found
+    return settings
+
+
+def engine_options(options: argparse.Namespace, world_size: int) -> dict[str, Any]:
+    """--weights, --halo, --on-missing and --deadline-ms, judged: keyword arguments of `Ranks`."""
+    weights = weights_of(options, world_size)
+    return {"weights": weights, "halo": options.halo, **missing_of(options)}
 
 
 def add_trace(parser: argparse.ArgumentParser) -> None:
@@ -140,6 +156,27 @@ def add_trace(parser: argparse.ArgumentParser) -> None:
         metavar="FILE",
         help="write a timeline of every rank's stages, for chrome://tracing or ui.perfetto.dev",
     )
+
+
+def output_folder(options: argparse.Namespace) -> Path:
+    """The folder that --output names, made, and found to take files before hours are spent."""
+    folder = Path(options.output)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise AstraError(f"--output: {folder} cannot be written to: {error.strerror}") from error
+    return folder
+
+
+def check_trace(options: argparse.Namespace) -> None:
+    """Refuses a --trace file that could not be written after the run."""
+    if options.trace:
+        path = Path(options.trace)
+        existing = path if path.exists() else path.parent
+        if path.is_dir() or not existing.exists() or not os.access(existing, os.W_OK):
+            raise AstraError(f"--trace: expected a file that can be written, got {path}")
 
 
 def weights_of(options: argparse.Namespace, world_size: int) -> list[float] | None:

@@ -4,16 +4,26 @@ from __future__ import annotations
 
 import argparse
 import math
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ..console import say, show_json
+from ..console import say, show_json, working
 from ..errors import AstraError
-from .common import load
-from .options import add_connection, check_keys, connect_options, peers_of, positive
+from .common import TOKENS, load, window_tokens
+from .fitting import cached_codebook, ensure_codebook
+from .options import (
+    DENSE,
+    add_connection,
+    add_tokens,
+    check_keys,
+    connect_options,
+    peers_of,
+    positive,
+)
 
 WORLDS = (2, 3, 4, 8)
-DENSE_DTYPES = ("float32", "float16", "int8")
+MBIT, RTT_MS = 10.0, 1.0  # of the links, where nobody gives or measures them
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
@@ -32,7 +42,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
         "vit-base, gpt2, gpt2-medium, llama-3-8b",
     )
     parser.add_argument("--json", action="store_true", help="one JSON object on stdout")
-    parser.add_argument("--tokens", type=positive, default=1024, help="of the input (1024)")
+    add_tokens(parser, "of the input")
     parser.add_argument("--mbit", type=float, help="rate of each device's link (10, or measured)")
     parser.add_argument("--rtt-ms", type=float, help="round trip of two devices (1, or measured)")
     parser.add_argument(
@@ -44,7 +54,11 @@ def configure(parser: argparse.ArgumentParser) -> None:
         "measured; the other devices run `astra worker` with the same codebook",
     )
     parser.add_argument(
-        "--codebook", nargs="*", default=[], metavar="DIR", help="codebooks fitted for this model"
+        "--codebook",
+        nargs="*",
+        metavar="DIR",
+        help="codebooks fitted for this model (default: the cached one, if there is one; none: "
+        "dense tensors only)",
     )
     parser.add_argument(
         "--flops", type=float, help="FLOP/s of a device; default: this machine is measured"
@@ -59,73 +73,95 @@ def configure(parser: argparse.ArgumentParser) -> None:
     add_connection(parser)
 
 
+@dataclass(frozen=True)
+class Devices:
+    """The links, and every rank's rates by codes."""
+
+    mbit_per_s: float
+    rtt_ms: float
+    rates: dict[str, list[Any]]
+
+
 def run(options: argparse.Namespace) -> int:
     import torch
 
-    from ..deploy.predict import single
     from ..models import adapt
     from ..models.shapes import SHAPES, shaped
 
-    if options.model in SHAPES and options.flops is None:
+    shape = options.model in SHAPES
+    if shape and options.flops is None:
         raise AstraError(f"--flops: expected with the shape {options.model}, which has no weights")
-    peers = None if options.peers is None else _peers(options)
+    peers = None if options.peers is None else _check_peers(options)
     if peers is None and options.world_size is None:
         options.world_size = list(WORLDS)
     speeds = _speeds(options)
+    books = _read_books(options.codebook or [])
     torch.set_num_threads(options.threads)
-    model = shaped(options.model) if options.model in SHAPES else load(options.model)[0]
+    model, tokenizer = (shaped(options.model), None) if shape else load(options.model)
     adapter = adapt(model)
-    books = _books(options, adapter)
+    options.tokens = (options.tokens or TOKENS) if shape else window_tokens(options, model)
+    # beside the class token, which every rank of an encoder computes
+    tokens = options.tokens - (adapter.class_tokens if adapter.token_ids else 0)
     if peers is None:
-        mbit = 10.0 if options.mbit is None else options.mbit
-        rtt_ms = 1.0 if options.rtt_ms is None else options.rtt_ms
-        rates = _rates_here(options, model, books)
-        most = max(options.world_size)
-        of_ranks = {
-            name: [found.slower(1 / speed) for speed in speeds or [1.0] * most]
-            for name, found in rates.items()
-        }
+        books = _books(options, books, model, shape)
+        devices = _this_machine(options, model, books, tokens, speeds)
     else:
-        (name,) = [name for name, book in books.items() if book.coded]
-        mbit, rtt_ms, of_ranks = _measured(options, peers, model, name, books[name])
+        if not options.codebook:
+            books = {"codes": ensure_codebook(options, model, tokenizer)[0]}
+        name, book = next(iter(books.items()), (DENSE, None))
+        books = _checked(books, adapter) | _dense_books()
+        devices = _measured(options, peers, model, tokens, name, book)
         options.world_size = options.world_size or range(2, len(peers) + 1)
-    rows = []
-    alone = min(single(adapter, found[0], options.tokens) for found in of_ranks.values())
-    for name, found in of_ranks.items():
-        worlds = [n for n in options.world_size if 1 < n <= min(options.tokens, len(found))]
-        rows += [
-            {"codes": name, **row(adapter, books[name], found[:n], (mbit, rtt_ms), options.tokens)}
-            for n in worlds
-        ]
-    for each in rows:
-        each["speedup"] = alone / each["seconds"]
-    best = min(rows, key=lambda each: each["seconds"], default=None)
-    if best is not None and best["speedup"] <= 1:
-        best = None
-    result = {
-        "model": options.model,
-        "tokens": options.tokens,
-        "mbit_per_s": mbit or None,
-        "rtt_ms": rtt_ms,
-        "flops": options.flops,
-        "single_seconds": alone,
-        "rows": sorted(rows, key=lambda each: each["seconds"]),
-        "recommended": best,
-    }
-    if options.json:
-        show_json(result)
-    else:
-        show(result)
+    rows = _rows(options, adapter, books, devices, tokens)
+    result = _result(options, adapter, devices, tokens, rows)
+    (show_json if options.json else show)(result)
     return 0
 
 
-def _peers(options: argparse.Namespace) -> list[str]:
+def _rows(
+    options: argparse.Namespace, adapter: Any, books: dict[str, Any], devices: Devices, tokens: int
+) -> list[dict[str, Any]]:
+    link = (devices.mbit_per_s, devices.rtt_ms)
+    return [
+        {"codes": name, **row(adapter, books[name], rates[:world], link, tokens)}
+        for name, rates in devices.rates.items()
+        for world in options.world_size
+        if 1 < world <= min(tokens, len(rates))
+    ]
+
+
+def _result(
+    options: argparse.Namespace,
+    adapter: Any,
+    devices: Devices,
+    tokens: int,
+    rows: list[dict[str, Any]],
+) -> dict[str, Any]:
+    from ..deploy.predict import single
+
+    alone = min(single(adapter, rates[0], tokens) for rates in devices.rates.values())
+    for each in rows:
+        each["speedup"] = alone / each["seconds"]
+    rows = sorted(rows, key=lambda each: each["seconds"])
+    return {
+        "model": options.model,
+        "tokens": options.tokens,
+        "mbit_per_s": devices.mbit_per_s or None,
+        "rtt_ms": devices.rtt_ms,
+        "flops": options.flops,
+        "single_seconds": alone,
+        "rows": rows,
+        "recommended": rows[0] if rows and rows[0]["speedup"] > 1 else None,
+    }
+
+
+def _check_peers(options: argparse.Namespace) -> list[str]:
     options.rank = 0
     peers = peers_of(options)
     for name in ("flops", "speeds"):
         if getattr(options, name) is not None:
             raise AstraError(f"--{name}: expected without --peers, which are measured")
-    if len(options.codebook) != 1:
+    if len(options.codebook or []) > 1:
         raise AstraError(
             f"--codebook: expected one with --peers, the workers' own, got {len(options.codebook)}"
         )
@@ -135,57 +171,112 @@ def _peers(options: argparse.Namespace) -> list[str]:
     return peers
 
 
-def _books(options: argparse.Namespace, adapter: Any) -> dict[str, Any]:
-    """What to predict: fitted codebooks, or codes as wide as fitted ones, and dense exchange."""
+def _read_books(folders: list[str]) -> dict[str, Any]:
+    """The codebooks of --codebook, by the names of their folders; of one name, by their paths."""
     from ..codes.codebook import Codebook
 
-    books = {Path(at).name: Codebook.from_pretrained(at) for at in options.codebook}
+    paths = list(dict.fromkeys(Path(folder) for folder in folders if folder != DENSE))
+    names = [path.resolve().name for path in paths]
+    return {
+        str(path) if names.count(name) > 1 else name: Codebook.from_pretrained(path)
+        for path, name in zip(paths, names, strict=True)
+    }
+
+
+def _books(
+    options: argparse.Namespace, books: dict[str, Any], model: Any, shape: bool
+) -> dict[str, Any]:
+    """What to predict: fitted codebooks, or codes as wide as fitted ones, and dense exchange."""
+    from ..codes.codebook import Codebook
+    from ..models import adapt
+
+    adapter = adapt(model)
+    if options.codebook is None:
+        cached = None if shape else cached_codebook(options.model, model)
+        if cached is not None:
+            books = {cached.name: Codebook.from_pretrained(cached)}
+        if options.flops is not None:
+            books |= nominal(adapter)
+        elif not books:
+            say(
+                f"codes were not looked at: there is no codebook for {options.model} yet. "
+                f"`astra fit --model {options.model} --output DIR` makes one for --codebook DIR; "
+                "--flops predicts without one"
+            )
+    return _checked(books, adapter) | _dense_books()
+
+
+def _checked(books: dict[str, Any], adapter: Any) -> dict[str, Any]:
     for book in books.values():
-        book.check_model(adapter)
-    books |= nominal(adapter) if not books else {}
-    return books | {f"dense {dtype}": Codebook.none(dtype) for dtype in DENSE_DTYPES}
+        if book.model:  # fitted, and for which model
+            book.check_model(adapter)
+    return books
 
 
-def _rates_here(options: argparse.Namespace, model: Any, books: dict[str, Any]) -> dict[str, Any]:
-    """This machine's rates, or those of --flops."""
+def _dense_books() -> dict[str, Any]:
+    from ..codes.codebook import DENSE_DTYPES, Codebook
+
+    return {f"dense {dtype}": Codebook.none(dtype) for dtype in DENSE_DTYPES}
+
+
+def _this_machine(
+    options: argparse.Namespace,
+    model: Any,
+    books: dict[str, Any],
+    tokens: int,
+    speeds: list[float] | None,
+) -> Devices:
+    """As many devices as are asked for, each like this machine or as --flops and --speeds say."""
     from ..deploy.predict import measured, of_flops
     from ..models import adapt
 
-    found = {}
+    by_codes = {}
     for name, book in books.items():
         if options.flops is not None:
-            found[name] = of_flops(adapt(model), book, options.flops)
-        elif book.coded and book.tables is None and not book.transforms:
-            continue  # nothing to measure: only --flops can tell of codes that are not fitted
+            rates = of_flops(adapt(model), book, options.flops)
         else:
-            say(f"measuring {name} on this machine, {options.threads} thread(s)")
-            found[name] = measured(model, book, options.tokens)
-    return found
+            what = f"measuring {name} on this machine, {options.threads} thread(s)"
+            say(what)
+            with working(what):
+                rates = measured(model, book, tokens)
+        count = max(options.world_size)
+        by_codes[name] = [rates.slower(1 / speed) for speed in speeds or [1.0] * count]
+    mbit = MBIT if options.mbit is None else options.mbit
+    return Devices(mbit, RTT_MS if options.rtt_ms is None else options.rtt_ms, by_codes)
 
 
 def _measured(
-    options: argparse.Namespace, peers: list[str], model: Any, name: str, book: Any
-) -> tuple[float, float, dict[str, Any]]:
-    """Joins the workers: Mbit/s and round trip of the slowest link, every rank's rates by codes."""
+    options: argparse.Namespace, peers: list[str], model: Any, tokens: int, name: str, book: Any
+) -> Devices:
+    """Joins the workers: the slowest of their links, and every rank's rates with `book`.
+
+    None: the workers were started with --codebook none.
+    """
+    from ..codes.codebook import Codebook
     from ..deploy.jobs import Ranks
     from ..transport import open_mesh
 
+    book = Codebook.none() if book is None else book
     with open_mesh(connect_options(options, 0, len(peers), peers)) as mesh:
-        say(f"measuring {len(peers)} devices and the links between them")
+        what = f"measuring {len(peers)} devices and the links between them"
+        say(what)
         ranks = Ranks(model, book, mesh)
-        found = ranks.lead(do="probe", tokens=options.tokens, codebook=book.digest)
-        ranks.lead(do="stop")
+        with working(what):
+            answer = ranks.submit(do="probe", tokens=tokens, codebook=book.digest)
+        ranks.submit(do="stop")
         ranks.close()
     for peer in range(1, len(peers)):
         say(
-            f"rank {peer}: round trip {found.rtt_ms[peer]:.2f} ms, "
-            f"{found.up_mbit[peer]:.1f} Mbit/s to it, {found.down_mbit[peer]:.1f} back"
+            f"rank {peer}: round trip {answer.rtt_ms[peer]:.2f} ms, "
+            f"{answer.up_mbit[peer]:.1f} Mbit/s to it, {answer.down_mbit[peer]:.1f} back"
         )
-    link = found.link()
-    rates = {name if told == "codes" else told: of for told, of in found.rates.items()}
+    link, rates = answer.link(), dict(answer.rates)
+    of_codes = rates.pop("codes")
+    if book.coded:
+        rates = {name: of_codes} | rates
     mbit = link.mbit_per_s if options.mbit is None else options.mbit
     rtt_ms = 2 * link.delay_ms if options.rtt_ms is None else options.rtt_ms
-    return mbit, rtt_ms, rates
+    return Devices(mbit, rtt_ms, rates)
 
 
 def nominal(adapter: Any) -> dict[str, Any]:
@@ -217,14 +308,14 @@ def row(
     if max(seconds) > min(seconds):  # shares by pace, on top of the balance of equal ones
         sizes = [plan.size(n) / seconds[n] for n in range(world)]
         plan = engine_plan(adapter, book, tokens, world, shard_weights=sizes)
-    found = first_token(adapter, book, plan, rates, Link(mbit or None, rtt_ms / 2))
+    prediction = first_token(adapter, book, plan, rates, Link(mbit or None, rtt_ms / 2))
     held_back = book.notes.get("held_back") or {}
     return {
         "world_size": world,
-        "seconds": found.seconds,
+        "seconds": prediction.seconds,
         "waiting_share": max(
             waiting / (waiting + busy) if waiting else 0.0
-            for waiting, busy in zip(found.waiting, found.busy, strict=True)
+            for waiting, busy in zip(prediction.waiting, prediction.busy, strict=True)
         ),
         "shards": [plan.size(n) for n in range(world)],
         "halo": plan.halo,
@@ -264,16 +355,17 @@ def show(result: dict[str, Any]) -> None:
         f"\n{result['model']}, {result['tokens']} tokens, link {rate}, "
         f"round trip {result['rtt_ms']:g} ms; one device alone: {result['single_seconds']:.3f} s\n"
     )
+    wide = max([23, *(len(row["codes"]) for row in result["rows"])]) + 1
     print(
-        f"{'':24}{'devices':>8}{'seconds':>10}{'speedup':>9}{'waiting':>9}"
-        f"{'bits/token/block':>18}{'gap kept':>10}"
+        f"{'':{wide}}{'devices':>8}{'seconds':>10}{'speedup':>9}{'waiting':>9}"
+        f"{'bits/token/block':>18}{'recovered':>11}"
     )
     for row in result["rows"]:
-        kept = "" if row["gap_recovered"] is None else f"{row['gap_recovered']:.2f}"
+        recovered = "" if row["gap_recovered"] is None else f"{row['gap_recovered']:.2f}"
         print(
-            f"{row['codes'][:24]:24}{row['world_size']:8}{row['seconds']:10.3f}"
+            f"{row['codes']:{wide}}{row['world_size']:8}{row['seconds']:10.3f}"
             f"{row['speedup']:8.2f}×{row['waiting_share']:9.0%}"
-            f"{row['bits_per_token_block']:18.0f}{kept:>10}"
+            f"{row['bits_per_token_block']:18.0f}{recovered:>11}"
         )
     best = result["recommended"]
     if best is None:

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import os
+from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import Any
 
 from ..console import say, show_json
 from ..errors import AstraError
-from .cluster import cluster, traced
+from .cluster import cluster, traced, write_trace
 from .common import load
 from .fitting import ensure_codebook
 from .options import (
@@ -19,11 +22,11 @@ from .options import (
     add_model,
     add_trace,
     check_keys,
+    check_trace,
     connect_options,
-    missing_of,
+    engine_options,
     peers_of,
     positive,
-    weights_of,
 )
 
 
@@ -51,7 +54,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
         help="what to send: the codebook's codes, dense tensors, or nothing (default: codes)",
     )
     parser.add_argument("--world-size", type=positive, help="processes on this machine")
-    parser.add_argument("--rank", type=int, help="with --peers: 0, the rank that leads")
+    parser.add_argument("--rank", type=int, help="with --peers: 0, the leader")
     parser.add_argument("--peers", help="host:port of every rank, by rank")
     parser.add_argument(
         "--backend", choices=("tcp", "gloo"), default="tcp", help="under torchrun only"
@@ -59,39 +62,74 @@ def configure(parser: argparse.ArgumentParser) -> None:
     add_trace(parser)
 
 
+@dataclass(frozen=True)
+class Place:
+    """This process among the ranks, and who started the others.
+
+    Attributes:
+        peers: "host:port" of every rank, where the others are `astra worker`s of other devices.
+        torchrun: it started all ranks alike. Where it did not and there are no `peers`, this
+            process starts the others itself.
+    """
+
+    rank: int
+    world_size: int
+    peers: list[str] | None = None
+    torchrun: bool = False
+
+    @property
+    def local(self) -> bool:
+        return self.peers is None and not self.torchrun
+
+
+def place_of(options: argparse.Namespace) -> Place:
+    """Where the options and torchrun's variables place this process; refuses contradictions."""
+    from ..transport.rendezvous import from_environment
+
+    if options.peers is not None:
+        peers = peers_of(options)
+        if options.rank != 0:
+            raise AstraError(
+                "--rank: expected 0 with --peers; the other devices run `astra worker`"
+            )
+        if options.world_size not in (None, len(peers)):
+            raise AstraError(
+                f"--world-size: expected {len(peers)}, the addresses of --peers, or none, "
+                f"got {options.world_size}"
+            )
+        place = Place(0, len(peers), peers)
+        check_keys(options, peers)
+    elif options.rank is not None:
+        raise AstraError("--rank: expected together with --peers")
+    elif (started := from_environment()) is None:
+        place = Place(0, options.world_size or 1)
+    elif options.world_size is not None:
+        raise AstraError("--world-size: torchrun has said how many ranks there are; leave it out")
+    elif options.trace:
+        raise AstraError("--trace: not under torchrun, where no rank leads the others")
+    else:
+        place = Place(*started, torchrun=True)
+    if options.backend != "tcp" and options.transport != "tcp":
+        raise AstraError(f"--backend {options.backend}: expected without --transport datagram")
+    if options.backend != "tcp" and not place.torchrun:
+        raise AstraError(f"--backend {options.backend}: expected under torchrun only")
+    return place
+
+
 def run(options: argparse.Namespace) -> int:
     import torch
 
     from ..store import read_text
-    from ..transport.rendezvous import from_environment
 
     prompt = options.prompt if options.text is None else read_text(options.text)
-    place = None
-    if options.peers is None:
-        place = from_environment()
-    if place is not None and options.world_size is not None:
-        raise AstraError("--world-size: torchrun has said how many ranks there are; leave it out")
-    if place is not None and options.trace:
-        raise AstraError("--trace: not under torchrun, where no rank leads the others")
-    if options.rank is not None and options.peers is None:
-        raise AstraError("--rank: expected together with --peers")
-    if options.backend != "tcp" and options.transport != "tcp":
-        raise AstraError(f"--backend {options.backend}: expected without --transport datagram")
-    if options.backend != "tcp" and place is None:
-        raise AstraError(f"--backend {options.backend}: expected under torchrun only")
-    peers = None if options.peers is None else peers_of(options)
-    if peers is not None and options.rank != 0:
-        raise AstraError("--rank: expected 0 with --peers; the other devices run `astra worker`")
-    if peers is not None:
-        check_keys(options, peers)
-    world_size = place[1] if place else len(peers) if peers else options.world_size or 1
-    weights_of(options, world_size)
-    missing_of(options)
+    place = place_of(options)
+    settings = engine_options(options, place.world_size)
+    check_trace(options)
     torch.set_num_threads(options.threads)
     model, tokenizer = load(options.model, decoder=True)
     ids = tokenizer(prompt, return_tensors="pt", verbose=False).input_ids
-    check_prompt(ids.shape[1], world_size)
-    if options.codebook is None and (options.space != "codes" or world_size == 1):
+    check_prompt(ids.shape[1], place.world_size)
+    if options.codebook is None and (options.space != "codes" or place.world_size == 1):
         options.codebook = DENSE  # no codes are wanted, so none are fitted
     codebook, folder = ensure_codebook(options, model, tokenizer)
     torch.set_num_threads(options.threads)  # fitting used every core
@@ -101,13 +139,19 @@ def run(options: argparse.Namespace) -> int:
         "space": options.space,
         "max_new_tokens": options.max_new_tokens,
     }
-    if place is None and peers is None:
-        with cluster(options, world_size, folder, model, codebook) as ranks:
-            found, rank = traced(options, ranks, lambda: ranks.lead(**job)), 0
+    if place.local:
+        ranks_of = cluster(options, place.world_size, folder, model, codebook, settings)
     else:
-        rank, found = _joined(options, place, peers, model, codebook, job)
-    if rank == 0:
-        report(options, tokenizer, found, world_size)
+        ranks_of = connected(options, place, model, codebook, settings)
+    with ranks_of as ranks:
+        if place.torchrun:
+            answer = ranks.run(job)
+        else:
+            answer = traced(options, ranks, lambda: ranks.submit(**job))
+        if place.rank == 0:
+            report(options, tokenizer, answer, place.world_size)
+        if not place.torchrun:
+            write_trace(options, ranks)
     return 0
 
 
@@ -122,40 +166,31 @@ def check_prompt(tokens: int, world_size: int) -> None:
         )
 
 
-def _joined(
-    options: argparse.Namespace,
-    place: tuple[int, int] | None,
-    peers: list[str] | None,
-    model: Any,
-    codebook: Any,
-    job: dict[str, Any],
-) -> tuple[int, Any]:
-    """Runs the job in a mesh that others started too: this rank and its result.
+@contextlib.contextmanager
+def connected(
+    options: argparse.Namespace, place: Place, model: Any, codebook: Any, settings: dict[str, Any]
+) -> Iterator[Any]:
+    """This rank's `Ranks` in a mesh that others started too.
 
-    Under torchrun every rank was started alike and knows the job; else rank 0 tells the workers.
+    Under torchrun every rank was started alike and knows the job; else rank 0 sends it.
     """
     from ..deploy.jobs import Ranks
     from ..transport import open_mesh
 
-    rank, world_size = place or (0, len(peers or ()))
     backend = options.backend if options.transport == "tcp" else options.transport
+    rank, world_size, peers = place.rank, place.world_size, place.peers
     with open_mesh(connect_options(options, rank, world_size, peers, backend=backend)) as mesh:
-        weights = weights_of(options, world_size)
-        ranks = Ranks(model, codebook, mesh, None, weights, options.halo, **missing_of(options))
-        if peers is None:
-            found = ranks.run(job)
-        else:
-            found = traced(options, ranks, lambda: ranks.lead(**job))
-        if peers is not None:
-            ranks.lead(do="stop")
+        ranks = Ranks(model, codebook, mesh, **settings)
+        yield ranks
+        if not place.torchrun:
+            ranks.submit(do="stop")
         ranks.close()
-    return rank, found
 
 
-def report(options: argparse.Namespace, tokenizer: Any, found: Any, world_size: int) -> None:
+def report(options: argparse.Namespace, tokenizer: Any, answer: Any, world_size: int) -> None:
     """The continuation on stdout, figures on stderr; or all as one JSON object."""
-    text = tokenizer.decode(found["ids"][0], skip_special_tokens=True)
-    times = found["times"]
+    text = tokenizer.decode(answer["ids"][0], skip_special_tokens=True)
+    times = answer["times"]
     each = (times[-1] - times[0]) / (len(times) - 1) if len(times) > 1 else None
     if options.json:
         show_json(
@@ -164,19 +199,19 @@ def report(options: argparse.Namespace, tokenizer: Any, found: Any, world_size: 
                 "world_size": world_size,
                 "seconds_to_first_token": times[0],
                 "seconds_per_token": each,
-                "bits_per_token_block": found["bits_per_token_block"],
-                "degraded": found["degraded"],
-                "missing": {str(rank): blocks for rank, blocks in found["missing"].items()},
+                "bits_per_token_block": answer["bits_per_token_block"],
+                "degraded": answer["degraded"],
+                "missing": {str(rank): blocks for rank, blocks in answer["missing"].items()},
             }
         )
         return
     print(text)
-    if found["degraded"]:
-        say(f"WARNING: a degraded answer, without {without(found['missing'])}")
+    if answer["degraded"]:
+        say(f"WARNING: a degraded answer, without {without(answer['missing'])}")
     pace = "" if each is None else f", then {each:.3f} s a token"
     say(
         f"{world_size} rank{'s' if world_size > 1 else ''}, "
-        f"{found['bits_per_token_block']:.0f} bits a token and block: first token after "
+        f"{answer['bits_per_token_block']:.0f} bits a token and block: first token after "
         f"{times[0]:.2f} s{pace} ({os.path.basename(options.model)})"
     )
 
@@ -185,8 +220,8 @@ def without(missing: dict[int, list[int]]) -> str:
     """Whose tokens were left out where, in words."""
     parts = []
     for rank, blocks in missing.items():
-        cuts = [i for i in range(len(blocks)) if i == 0 or blocks[i] != blocks[i - 1] + 1]
-        runs = [blocks[a:b] for a, b in zip(cuts, [*cuts[1:], len(blocks)], strict=True)]
-        told = ", ".join(str(r[0]) if len(r) == 1 else f"{r[0]} to {r[-1]}" for r in runs)
-        parts.append(f"rank {rank} in block{'s' if len(blocks) > 1 else ''} {told}")
+        starts = [i for i in range(len(blocks)) if i == 0 or blocks[i] != blocks[i - 1] + 1]
+        runs = [blocks[a:b] for a, b in zip(starts, [*starts[1:], len(blocks)], strict=True)]
+        ranges = ", ".join(str(r[0]) if len(r) == 1 else f"{r[0]} to {r[-1]}" for r in runs)
+        parts.append(f"rank {rank} in block{'s' if len(blocks) > 1 else ''} {ranges}")
     return "; ".join(parts)

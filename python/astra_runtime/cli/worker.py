@@ -1,10 +1,12 @@
-"""`astra worker`: one rank that follows rank 0."""
+"""`astra worker`: one rank, which runs the jobs of rank 0, the leader."""
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import signal
 import time
+from collections.abc import Iterator
 from typing import Any
 
 from ..console import say, show_json
@@ -19,13 +21,12 @@ from .options import (
     add_model,
     check_keys,
     connect_options,
-    missing_of,
+    engine_options,
     peers_of,
-    weights_of,
 )
 
 DAY = 86_400.0
-PAUSE = 0.2  # seconds before a rank that lost the others listens again
+PAUSE, LONGEST_PAUSE = 0.2, 30.0  # seconds before a rank that lost the others listens again
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
@@ -33,7 +34,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
         "example, with the keys of `astra keys init --ranks 2`, on the second of two devices:\n"
         "  astra worker --rank 1 --peers 10.0.0.1:7000,10.0.0.2:7000 --keys rank-1/ "
         "--codebook DIR\n"
-        "and on the first, which leads:\n"
+        "and on the first, the leader:\n"
         "  astra run --rank 0 --peers 10.0.0.1:7000,10.0.0.2:7000 --keys rank-0/ --codebook DIR "
         "--prompt TEXT"
     )
@@ -58,8 +59,7 @@ def run(options: argparse.Namespace) -> int:
         die_with(options.parent)
         signal.signal(signal.SIGTERM, signal.SIG_DFL)  # the leader says why, not this process
     peers = peers_of(options)
-    weights = weights_of(options, len(peers))
-    missing_of(options)
+    settings = engine_options(options, len(peers))
     if options.rank == 0:
         raise AstraError("--rank: expected 1 or more; rank 0 leads, with `astra run --rank 0`")
     check_keys(options, peers)
@@ -73,43 +73,84 @@ def run(options: argparse.Namespace) -> int:
         print(READY, flush=True)
     else:
         say(f"rank {options.rank} of {len(peers)} waits for the others at {peers[options.rank]}")
-    arguments: dict[str, Any] = missing_of(options) | {"weights": weights, "halo": options.halo}
-    jobs = 0
-    while True:
-        try:
-            jobs += _follow(options, peers, model, codebook, arguments)
-        except AstraError as error:
-            if not options.rejoin:
-                raise
-            say(f"rank {options.rank}: {error}")
-        if not options.rejoin:
-            break
-        time.sleep(PAUSE)
-        say(f"rank {options.rank} of {len(peers)} waits for the others again")
+    worker = _Worker(options, peers, model, codebook, settings)
+    jobs = worker.serve() if options.rejoin else worker.join_once()
     if options.json:
         show_json({"rank": options.rank, "world_size": len(peers), "jobs": jobs})
     return 0
 
 
-def _follow(
-    options: argparse.Namespace,
-    peers: list[str],
-    model: Any,
-    codebook: Any,
-    arguments: dict[str, Any],
-) -> int:
-    """Joins the others and does what rank 0 says until it says stop: how many jobs that were."""
-    from ..deploy.jobs import Ranks
-    from ..transport import Link, open_mesh
-    from ..transport.pacing import PacedMesh
+class _Worker:
+    """A rank that joins the leader's mesh, and with --rejoin the next one, whatever ended the last.
 
-    link = Link(options.mbit or None, options.delay_ms)
-    rank, backend = options.rank, options.transport
-    mesh = open_mesh(connect_options(options, rank, len(peers), peers, backend=backend))
-    with mesh if link.is_free else PacedMesh(mesh, link) as timed:
-        ranks = Ranks(model, codebook, mesh, timed, **arguments)
-        say(f"rank {mesh.rank} of {mesh.world_size} follows rank 0")
-        try:
-            return ranks.follow(idle=DAY)
-        finally:
-            ranks.close()
+    Args:
+        settings: keyword arguments of `Ranks`.
+    """
+
+    def __init__(
+        self,
+        options: argparse.Namespace,
+        peers: list[str],
+        model: Any,
+        codebook: Any,
+        settings: dict[str, Any],
+    ) -> None:
+        self.options, self.peers, self.settings = options, peers, settings
+        self.model, self.codebook = model, codebook
+        self.meshes = 0  # joined so far
+
+    @contextlib.contextmanager
+    def _mesh(self) -> Iterator[tuple[Any, Any]]:
+        """The mesh of all ranks, and the same one behind the emulated link, if there is one."""
+        from ..transport import Link, open_mesh
+        from ..transport.pacing import PacedMesh
+
+        options = self.options
+        link = Link(options.mbit or None, options.delay_ms)
+        rank, backend = options.rank, options.transport
+        mesh = open_mesh(
+            connect_options(options, rank, len(self.peers), self.peers, backend=backend)
+        )
+        with mesh if link.is_free else PacedMesh(mesh, link) as timed:
+            yield mesh, timed
+
+    def join_once(self) -> int:
+        """Runs the leader's jobs until it says stop: how many there were."""
+        from ..deploy.jobs import Ranks
+
+        with self._mesh() as (mesh, timed):
+            self.meshes += 1
+            ranks = Ranks(self.model, self.codebook, mesh, timed, **self.settings)
+            say(f"rank {mesh.rank} of {mesh.world_size} has joined; rank 0 leads")
+            try:
+                return ranks.worker_loop(idle=DAY)
+            finally:
+                ranks.close()
+
+    def serve(self) -> int:
+        """Joins mesh after mesh; ends only by an error that no waiting cures."""
+        place, pause, jobs = f"rank {self.options.rank}", PAUSE, 0
+        while True:
+            joined = self.meshes
+            try:
+                jobs += self.join_once()
+                trouble = f"{place} is done"
+            except Exception as error:  # a leader's request, however absurd, ends no worker
+                if self.meshes == joined and self._is_permanent(error):
+                    raise
+                trouble = f"{place}: {error or type(error).__name__}"
+            pause = PAUSE if self.meshes > joined else min(2 * pause, LONGEST_PAUSE)
+            say(f"{trouble}; waits for the others again in {pause:g} s")
+            time.sleep(pause)
+
+    def _is_permanent(self, error: Exception) -> bool:
+        """Whether joining can never succeed: this rank's own keys, address or arguments are bad.
+
+        A port that was free for an earlier mesh may become free again.
+        """
+        from ..errors import ConnectFailed
+        from ..transport.certificates import KeysError
+
+        if isinstance(error, KeysError) or not isinstance(error, AstraError):
+            return True
+        return isinstance(error, ConnectFailed) and not error.missing and self.meshes == 0

@@ -1,4 +1,4 @@
-"""Work that all ranks of a running mesh do together: rank 0 leads, the others follow.
+"""Jobs that all ranks of a running mesh do together: rank 0 is the leader, the others are workers.
 
 The leader sends each job as one JSON frame; every rank, the leader too, then calls `Ranks.run`.
 Jobs name what to send ("codes", "none", "drop"), never a file: a worker's codebook is its own.
@@ -6,7 +6,6 @@ Jobs name what to send ("codes", "none", "drop"), never a file: a worker's codeb
 
 from __future__ import annotations
 
-import itertools
 import json
 import struct
 import time
@@ -15,7 +14,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from ..codes.codebook import Codebook
+from ..codes.codebook import DENSE_DTYPES, Codebook
 from ..control import Control
 from ..engine import Engine
 from ..errors import WireError
@@ -26,8 +25,7 @@ from ..transport.messages import receive_json, send_json
 from .probe import probe
 
 MAX_JOB, MAX_TRACE = 16 << 20, 64 << 20  # bytes of their JSON
-PROBED = ("float32", "float16", "int8")  # dense exchanges, beside the codes
-CLOCK_TRIPS = 8  # round trips, of which the shortest tells how far apart two ranks' clocks are
+CLOCK_TRIPS = 8  # round trips, of which the shortest gives the offset of two ranks' clocks
 
 
 class Ranks:
@@ -84,35 +82,40 @@ class Ranks:
             mesh.flush()  # nothing held by the link may be overtaken on the other mesh
         return self._engines[key]
 
-    def lead(self, **job: Any) -> Any:
-        """On rank 0: has every rank run `job`, and returns rank 0's result."""
+    def submit(self, **job: Any) -> Any:
+        """On the leader: has every rank run `job`, and returns the leader's result."""
         job |= {"trace": self.tracing}
         data = json.dumps(job).encode()
-        others = range(1, self.mesh.world_size)
+        workers = range(1, self.mesh.world_size)
         size = struct.pack("<Q", len(data))
-        self.mesh.send(size, block=Control.JOB_SIZE, plan=0, to=others, partial=self.partial)
-        self.mesh.send(data, block=Control.JOB, plan=0, to=others, partial=self.partial)
+        self.mesh.send(size, block=Control.JOB_SIZE, plan=0, to=workers, partial=self.partial)
+        self.mesh.send(data, block=Control.JOB, plan=0, to=workers, partial=self.partial)
         return self.run(job)
 
-    def follow(self, idle: float) -> int:
-        """On the other ranks: runs jobs until told to stop, and counts them.
+    def worker_loop(self, idle: float) -> int:
+        """On a worker: runs the leader's jobs until one is "stop", and counts them.
 
         `idle`: seconds to wait for a job; a leader that is gone is noticed at once.
         """
-        for jobs in itertools.count():
-            size = struct.unpack("<Q", self._told(8, Control.JOB_SIZE, idle))[0]
-            if size > MAX_JOB:
-                raise WireError("job size", f"at most {MAX_JOB}", size, 0)
-            job = json.loads(bytes(self._told(size, Control.JOB, self.mesh.timeout)))
-            if job["do"] == "stop":
-                return jobs
+        jobs = 0
+        while (job := self._receive_job(idle))["do"] != "stop":
             self.run(job)
-        raise AssertionError("endless")
+            jobs += 1
+        return jobs
 
-    def _told(self, size: int, block: int, seconds: float) -> memoryview:
-        """What rank 0 says."""
-        place: dict[str, Any] = {"block": block, "plan": 0, "timeout": seconds}
-        views = self.mesh.receive({0: size}, **place, partial=self.partial)
+    def _receive_job(self, idle: float) -> dict[str, Any]:
+        size = struct.unpack("<Q", self._from_leader(8, Control.JOB_SIZE, idle))[0]
+        if size > MAX_JOB:
+            raise WireError("job size", f"at most {MAX_JOB}", size, 0)
+        job = json.loads(bytes(self._from_leader(size, Control.JOB, self.mesh.timeout)))
+        if not isinstance(job, dict) or "do" not in job:
+            raise WireError("job", 'a JSON object with "do"', type(job).__name__, 0)
+        return job
+
+    def _from_leader(self, size: int, block: int, seconds: float) -> memoryview:
+        views = self.mesh.receive(
+            {0: size}, block=block, plan=0, timeout=seconds, partial=self.partial
+        )
         require(self.mesh, views, [0], block, seconds)
         return views[0]
 
@@ -128,7 +131,7 @@ class Ranks:
 
     def _work(self, kind: str, job: dict[str, Any]) -> Any:
         if kind == "probe":
-            dense = {f"dense {dtype}": Codebook.none(dtype) for dtype in PROBED}
+            dense = {f"dense {dtype}": Codebook.none(dtype) for dtype in DENSE_DTYPES}
             if job["codebook"] != self.codebook.digest:
                 raise WireError("codebook", self.codebook.digest, job["codebook"], 0)
             books = dense | {"codes": self.codebook}
@@ -145,17 +148,17 @@ class Ranks:
     def timeline(self) -> dict[int, list[Span]]:
         """On rank 0: every rank's spans, in ns of rank 0's clock; on the others nothing."""
         mesh = self.mesh
-        found = {0: self.trace.spans} if mesh.rank == 0 else {}
+        spans = {0: self.trace.spans} if mesh.rank == 0 else {}
         for peer in range(1, mesh.world_size):
             if mesh.rank == 0:
-                found[peer] = self._spans_of(peer)
+                spans[peer] = self._receive_spans(peer)
             elif mesh.rank == peer:
-                self._tell_spans()
+                self._send_spans()
             self.barrier()
-        return found
+        return spans
 
-    def _spans_of(self, peer: int) -> list[Span]:
-        """Its clock is read in the middle of the shortest of a few round trips."""
+    def _receive_spans(self, peer: int) -> list[Span]:
+        """The peer's clock is read in the middle of the shortest of a few round trips."""
         mesh, trips = self.mesh, []
         for _ in range(CLOCK_TRIPS):
             start = time.perf_counter_ns()
@@ -170,7 +173,7 @@ class Ranks:
         spans = receive_json(mesh, peer, blocks=blocks, limit=MAX_TRACE, what="trace")
         return [(name, block, start - behind, stop - behind) for name, block, start, stop in spans]
 
-    def _tell_spans(self) -> None:
+    def _send_spans(self) -> None:
         mesh = self.mesh
         for _ in range(CLOCK_TRIPS):
             mesh.receive({0: 8}, block=Control.CLOCK, plan=0)
@@ -190,11 +193,11 @@ class Ranks:
         return [values[n] for n in range(self.mesh.world_size)]
 
     def _exchange(self, value: float, timeout: float | None) -> dict[int, float]:
-        """The values of all ranks, or of those that told theirs where some may be left out."""
+        """The values of all ranks, or of those that sent theirs where some may be left out."""
         mesh, partial = self.mesh, self.partial
         others = [n for n in range(mesh.world_size) if n != mesh.rank]
-        told = struct.pack("<d", value)
-        mesh.send(told, block=Control.REPORT, plan=0, to=others, partial=partial)
+        packed = struct.pack("<d", value)
+        mesh.send(packed, block=Control.REPORT, plan=0, to=others, partial=partial)
         sizes = dict.fromkeys(others, 8)
         views = mesh.receive(sizes, block=Control.REPORT, plan=0, timeout=timeout, partial=partial)
         return {n: struct.unpack("<d", view)[0] for n, view in views.items()} | {mesh.rank: value}

@@ -12,13 +12,22 @@ import sys
 import tempfile
 import time
 from collections.abc import Sequence
-from types import TracebackType
+from pathlib import Path
 from typing import IO, Any
 
+import astra_kernels
+
+from ..console import say
 from ..errors import AstraError
 
 READY = "ready"
 FAILURE = "astra: error: "
+PASSED_ON = 40  # lines of what a worker wrote before it ended without giving a reason
+# `-P`: the working folder is no place to import from; the first argument is where to import from.
+_CHILD = """import sys
+sys.path[:] = sys.argv.pop(1).split("\\n")
+from astra_runtime.cli import main
+sys.exit(main())"""
 _PR_SET_PDEATHSIG = 1
 
 
@@ -45,6 +54,27 @@ def die_with(parent: int) -> None:
         os._exit(1)
 
 
+def import_path() -> list[str]:
+    """Where a child process finds what this one imports, and nothing of the working folder.
+
+    Python puts that folder first for `python -m` and interactive use; a file of somebody's own
+    there, called random.py for example, must not become a module of the workers. It stays where
+    PYTHONPATH names it, and behind everything else where these packages themselves are in it.
+    """
+    working = os.path.realpath(os.getcwd())
+    named = {os.path.realpath(p) for p in os.environ.get("PYTHONPATH", "").split(os.pathsep) if p}
+    path = [
+        os.path.abspath(entry)
+        for entry in sys.path
+        if os.path.realpath(entry or working) != working or working in named
+    ]
+    roots = Path(str(astra_kernels.__file__)).resolve().parents[1], Path(__file__).parents[2]
+    for root in map(os.path.realpath, roots):
+        if root not in map(os.path.realpath, path):
+            path.append(root)
+    return path
+
+
 def _ending(code: int | None) -> str:
     if code is None:
         return "still runs"
@@ -60,12 +90,14 @@ class Workers:
         self.processes: dict[int, subprocess.Popen[str]] = {}
         self.errors: dict[int, IO[str]] = {}
         environment = os.environ | {"OMP_NUM_THREADS": str(threads)}
+        command = [sys.executable, "-P", "-c", _CHILD, "\n".join(import_path()), "worker"]
         for rank in range(1, world_size):
-            # seekable, so that the last words can be read after the end
-            self.errors[rank] = tempfile.TemporaryFile("w+")  # noqa: SIM115 - closed by stop
-            command = [sys.executable, "-m", "astra_runtime", "worker", "--rank", str(rank)]
+            # seekable, so that it can be read after the end
+            self.errors[rank] = tempfile.TemporaryFile(  # noqa: SIM115 - closed by stop
+                "w+", encoding="utf-8", errors="replace"
+            )
             self.processes[rank] = subprocess.Popen(
-                [*command, "--parent", str(os.getpid()), *arguments],
+                [*command, "--rank", str(rank), "--parent", str(os.getpid()), *arguments],
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.PIPE,
                 stderr=self.errors[rank],
@@ -90,26 +122,31 @@ class Workers:
                 stream: Any = key.fileobj
                 if stream.readline().strip() != READY:
                     self.processes[key.data].wait(5)
-                    raise WorkerFailed(self.last_words(key.data))
+                    raise WorkerFailed(self.exit_report(key.data))
                 waiting.unregister(key.fileobj)
 
-    def last_words(self, rank: int) -> str:
-        """How a worker ended, and what it said last."""
+    def exit_report(self, rank: int) -> str:
+        """How a worker ended, and why. Where it gave no reason, its output is passed on."""
         code = self.processes[rank].poll()
         self.errors[rank].seek(0)
-        lines = self.errors[rank].read().splitlines()
-        said = [line.removeprefix(FAILURE) for line in lines if line.startswith(FAILURE)]
-        return f"rank {rank} {_ending(code)}" + (f": {said[-1]}" if said else "")
+        lines = [line for line in self.errors[rank].read().splitlines() if line.strip()]
+        reasons = [line.removeprefix(FAILURE) for line in lines if line.startswith(FAILURE)]
+        crashed = any(line.startswith(("Traceback", "Fatal Python error")) for line in lines)
+        if not reasons and lines and (crashed or code):
+            for line in lines[-PASSED_ON:]:
+                say(f"rank {rank} wrote: {line}")
+            reasons = lines[-1:] if crashed and code and code > 0 else []
+        return f"rank {rank} {_ending(code)}" + (f": {reasons[-1]}" if reasons else "")
 
     def first_failed(self, named: int | None = None) -> str | None:
-        """The last words of the worker that ended by itself with an error: of rank `named`, whom
-        the others blame, or else of the first."""
+        """The report of the worker that ended by itself with an error: of rank `named`, whom the
+        others blame, or else of the first."""
         time.sleep(0.2)  # a peer's loss is noticed before its exit status is
         if named in self.processes:
-            return self.last_words(named) if self.processes[named].poll() else None
+            return self.exit_report(named) if self.processes[named].poll() else None
         for rank, process in self.processes.items():
             if process.poll() not in (None, 0):
-                return self.last_words(rank)
+                return self.exit_report(rank)
         return None
 
     def stop(self) -> None:
@@ -130,12 +167,7 @@ class Workers:
     def __enter__(self) -> Workers:
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         if kind is not None:  # an error or Ctrl-C: nobody will tell them to stop
             for process in self.processes.values():
                 process.terminate()

@@ -394,8 +394,8 @@ ONE_WORD = ["--prompt", "w1"]
         (["fit", "{model}", "--output", "{home}/text.txt"], "File exists"),
         (["eval", "{model}", "{book}", "--tokens", "3", "--world-size", "3"], "more than 3 tokens"),
         (["run", *LONG_TEXT], "at most 256 tokens, the model's limit, got 600"),
-        (["eval", *LONG_TEXT], "at least 1024 tokens, got 600"),
-        (["demo", *LONG_TEXT], "at least 1024 tokens, got 600"),
+        (["eval", *LONG_TEXT, "--tokens", "1024"], "--tokens: expected at most 256, the model's"),
+        (["demo", *LONG_TEXT, "--tokens", "1024"], "--tokens: expected at most 256, the model's"),
         (
             ["fit", "{model}", "--space", "kv", "--bits", "3", "--output", "{home}/x"],
             "expected at least 10, one",

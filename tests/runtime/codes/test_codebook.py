@@ -99,7 +99,9 @@ def test_fit_evaluates_itself_and_says_when_codes_are_worse() -> None:
     assert told["metric"] == "perplexity"
     assert told["exact"] > 1
     figures = {"exact": 10.0, "local_only": 20.0, "gap_recovered": 0.4}
-    assert "40 % of what remote tokens are worth is kept" in verdict(told | figures | {"astra": 15})
+    assert "40 % of the gap that remote tokens close is recovered" in verdict(
+        told | figures | {"astra": 15}
+    )
     assert "worse than dropping the remote tokens" in verdict(told | figures | {"astra": 20.1})
     useless = figures | {"astra": 9.0, "local_only": 9.5}
     assert "remote tokens are worth nothing" in verdict(told | useless)

@@ -87,7 +87,7 @@ def test_the_plan_of_connected_devices(tmp_path: Path, capsys: pytest.CaptureFix
     ("asked", "message"),
     [
         (["--flops", "1e9", "--codebook", "x"], "--flops: expected without --peers"),
-        ([], "--codebook: expected one with --peers"),
+        (["--codebook", "x", "y"], "--codebook: expected one with --peers"),
         (["--codebook", "x", "--world-size", "3"], "--world-size: expected at most the 2"),
     ],
 )
