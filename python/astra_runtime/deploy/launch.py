@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import importlib.util
 import os
 import selectors
 import signal
@@ -14,8 +15,6 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import IO, Any
-
-import astra_kernels
 
 from ..console import say
 from ..errors import AstraError
@@ -68,8 +67,12 @@ def import_path() -> list[str]:
         for entry in sys.path
         if os.path.realpath(entry or working) != working or working in named
     ]
-    roots = Path(str(astra_kernels.__file__)).resolve().parents[1], Path(__file__).parents[2]
-    for root in map(os.path.realpath, roots):
+    kernels = importlib.util.find_spec("astra_kernels")  # found, not imported: it needs torch
+    packages = [
+        Path(__file__).parents[1],
+        *(kernels.submodule_search_locations or () if kernels else ()),
+    ]
+    for root in (os.path.realpath(Path(package).parent) for package in packages):
         if root not in map(os.path.realpath, path):
             path.append(root)
     return path
