@@ -149,7 +149,7 @@ class _Worker:
         A port that was free for an earlier mesh may become free again.
         """
         from ..errors import ConnectFailed
-        from ..transport.certificates import KeysError
+        from ..transport.credentials import KeysError
 
         if isinstance(error, KeysError) or not isinstance(error, AstraError):
             return True

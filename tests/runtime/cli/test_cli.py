@@ -162,14 +162,14 @@ def test_processes_of_one_command_speak_tls_unless_told_otherwise(
     meshes: list[Any] = []
     folders: list[Path] = []
 
-    def connect(*arguments: Any, **options: Any) -> Any:
-        folders.extend(Path(folder) for folder in [options["keys"]] if folder)
+    def open_mesh(options: transport.ConnectOptions) -> Any:
+        folders.extend(Path(str(folder)) for folder in [options.keys] if folder)
         assert all(folder.stat().st_mode & 0o777 == 0o700 for folder in folders)
-        meshes.append(real(*arguments, **options))
+        meshes.append(real(options))
         return meshes[-1]
 
-    real = transport.connect
-    monkeypatch.setattr(transport, "connect", connect)
+    real = transport.open_mesh
+    monkeypatch.setattr(transport, "open_mesh", open_mesh)
     here(
         "run", *model_options(home), "--prompt", PROMPT, "--world-size", "2", "--max-new-tokens",
         "1", *asked,
