@@ -13,7 +13,7 @@ import argparse
 from typing import Any
 
 from astra_runtime import Codebook
-from astra_runtime.codes.codebook import geometry
+from astra_runtime.codes.base import geometry
 from astra_runtime.deploy.predict import of_flops, on_paper, single
 from astra_runtime.models import adapt
 from astra_runtime.models.shapes import shaped

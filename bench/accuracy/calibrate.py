@@ -18,7 +18,7 @@ from astra_runtime.cli.fitting import progress_bar
 from astra_runtime.console import say
 from astra_runtime.models import adapt
 from astra_runtime.store import load_model, load_tokenizer, token_windows
-from astra_runtime.train.budgets import Settings, TransformFit, default_rank
+from astra_runtime.train.budgets import TransformFit, TransformOptions, default_rank
 from astra_runtime.train.calibration import as_windows
 from bench.accuracy.corpora import corpus
 from bench.report import quiet_transformers
@@ -61,7 +61,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
             continue
         drawn = windows(tokenizer, options.text, seed)
         with progress_bar() as progress:
-            settings = Settings(prefix=1, codewords=None, rank=rank, iterations=8, seed=seed)
+            settings = TransformOptions(
+                prefix=1, codewords=None, rank=rank, iterations=8, seed=seed
+            )
             fit = TransformFit(model, as_windows(drawn), settings, progress)
             for bits in missing:
                 codebook = fit.codebook(bits)

@@ -34,7 +34,8 @@ from torch import Tensor, nn
 
 import astra_kernels as ak
 from astra_runtime import Codebook
-from astra_runtime.codes.codebook import geometry
+from astra_runtime.codes.base import geometry
+from astra_runtime.codes.kv import KeyValueCodes
 from astra_runtime.console import say
 from astra_runtime.models import adapt
 from astra_runtime.parallel import map_cores
@@ -249,8 +250,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     model, tokenizer = load_model("smollm2"), load_tokenizer("smollm2")
     adapter = adapt(model)
     drawn = as_windows(calibrate.windows(tokenizer, TEXT, 0))
-    recorded = record(adapter, "kv", drawn, lambda what, done, steps: None, 1)
-    vectors = [recorded.vectors(block, 1, True) for block in range(len(adapter.blocks))]
+    recorded = record(adapter, KeyValueCodes.early, drawn, lambda what, done, steps: None, 1)
+    blocks = range(len(adapter.blocks))
+    vectors = [recorded.vectors(KeyValueCodes, block, 1, True) for block in blocks]
     windows = {
         domain: token_windows(tokenizer, corpus(domain)[1], calibrate.TOKENS, options.windows)
         for domain in DOMAINS

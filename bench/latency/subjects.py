@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from astra_runtime import Codebook
-from astra_runtime.codes.codebook import geometry
+from astra_runtime.codes.base import geometry
 from astra_runtime.models import adapt
 from astra_runtime.models.shapes import SHAPES, gpt2, llama
 from astra_runtime.store import load_model

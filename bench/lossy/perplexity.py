@@ -11,8 +11,7 @@ import torch
 from torch import Tensor
 
 from astra_runtime import Codebook
-from astra_runtime.codes.base import arrived
-from astra_runtime.codes.spaces import make_space
+from astra_runtime.codes.base import received_mask
 from astra_runtime.console import say
 from astra_runtime.missing import Missing
 from astra_runtime.plan import Plan
@@ -49,12 +48,12 @@ class LossyDatagrams(Simulation):
     ) -> None:
         super().__init__(model, book, plan, inputs, **losses)
         self.parity = parity
-        self.space = make_space(book, self.adapter)
+        self.channel = book.make_codec(self.adapter)
         self.trailer = Missing(plan.world_size, 0).width
 
-    def _came(self, block: int) -> Tensor | None:
+    def _received(self, block: int) -> Tensor | None:
         ranks = range(self.plan.world_size)
-        if not self.losing or not self.space.payload_bytes(block, 1, 1):
+        if not self.losing or not self.channel.payload_bytes(block, 1, 1):
             return None
         return torch.stack([torch.cat([self._whole(block, n, m) for m in ranks]) for n in ranks])
 
@@ -63,12 +62,12 @@ class LossyDatagrams(Simulation):
         whole = torch.ones(self.plan.size(sender), dtype=torch.bool)
         num_sent = self.plan.num_sent(sender)
         if num_sent:
-            size = self.space.payload_bytes(block, 1, num_sent)
+            size = self.channel.payload_bytes(block, 1, num_sent)
             count, step = fragment_layout(size + self.trailer)
             missing = self.missing(block, receiver, sender, count)
             gaps = [(n * step, (n + 1) * step) for n in missing]
-            strips = self.space.strips(block, 1, num_sent)
-            whole[:num_sent] = arrived(strips, 1, num_sent, gaps)[0]
+            layout = self.channel.token_layout(block, 1, num_sent)
+            whole[:num_sent] = received_mask(layout, 1, num_sent, gaps)[0]
         return whole
 
     def missing(self, block: int, receiver: int, sender: int, count: int) -> list[int]:

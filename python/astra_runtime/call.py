@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import Tensor
 
-from .codes.base import Space
+from .codes.base import Codec
 from .errors import CallEnded
 from .inputs import Views
 from .last_tokens import LastTokens
@@ -38,7 +38,7 @@ class Sizes:
     sent_slice: slice
 
     @classmethod
-    def of(cls, codec: Space, blocks: int, rank: int, plan: Plan, batch: int) -> Sizes:
+    def of(cls, codec: Codec, blocks: int, rank: int, plan: Plan, batch: int) -> Sizes:
         sources, leading = plan.sources(rank), plan.num_leading(rank)
         senders = [n for n in range(plan.world_size) if plan.receivers(n)]
         num_sent = {n: plan.num_sent(n) for n in senders}
@@ -105,7 +105,7 @@ class Call:
 
     rank: int
     plan: Plan
-    codec: Space
+    codec: Codec
     sizes: Sizes
     mesh: Mesh
     batch: int

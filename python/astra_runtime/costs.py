@@ -7,11 +7,10 @@ counts the pairs of a query and a key that it sees, so a causal square is half o
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 
+from .codes.base import CodeCosts
 from .codes.codebook import Codebook
-from .codes.search import search_macs
 from .models import Adapter
 from .plan import Plan, balanced_weights
 
@@ -19,68 +18,6 @@ HALO = 32  # tokens
 # How much longer than a projection's a FLOP of attention takes, in a probe on one CPU. Shares of
 # the tokens are balanced by time; FLOPs are reported as they are.
 ATTENTION_PACE = 1.3
-
-
-@dataclass(frozen=True)
-class CodeCosts:
-    """What a space adds to a block's FLOPs, on average over the blocks.
-
-    Attributes:
-        code: of coding one own token, on a rank that others receive from.
-        receive: of one remote token received, before attention reads it.
-        attended: remote tokens are attended to.
-    """
-
-    code: float = 0.0
-    receive: float = 0.0
-    attended: bool = True
-
-
-def _search(codebook: Codebook, width: int) -> float:
-    """FLOPs of finding the codewords of a token: G searches of K codewords of width/G channels."""
-    groups = codebook.groups
-    return 2.0 * groups * search_macs(codebook.codewords, width // groups)
-
-
-def _projection(adapter: Adapter) -> float:
-    """FLOPs of a token's keys and values from its block input."""
-    return 2.0 * adapter.hidden_size * 2 * adapter.num_key_value_heads * adapter.head_dim
-
-
-def _key_value(adapter: Adapter, codebook: Codebook) -> CodeCosts:
-    width = 2 * adapter.num_key_value_heads * adapter.head_dim
-    return CodeCosts(_search(codebook, width))
-
-
-def _hidden(adapter: Adapter, codebook: Codebook) -> CodeCosts:
-    """With one group the tables were projected when they were loaded."""
-    receive = 0.0 if codebook.groups == 1 else _projection(adapter)
-    return CodeCosts(_search(codebook, adapter.hidden_size), receive)
-
-
-def _differential(adapter: Adapter, codebook: Codebook) -> CodeCosts:
-    """Block 0 codes nothing, but its remote keys and values are projected too."""
-    blocks = len(adapter.blocks)
-    code = _search(codebook, adapter.hidden_size) * (blocks - 1) / blocks
-    return CodeCosts(code, _projection(adapter))
-
-
-def _transform(adapter: Adapter, codebook: Codebook) -> CodeCosts:
-    """The predictor and the way back for every token; the search and the way there for own ones."""
-    macs = [t.macs for t in codebook.transforms]
-    code, receive = (sum(parts) / len(macs) for parts in zip(*macs, strict=True))
-    return CodeCosts(2.0 * code, 2.0 * receive)
-
-
-# One line a space; another space needs no more than its own.
-SPACE_COSTS: dict[str, Callable[[Adapter, Codebook], CodeCosts]] = {
-    "kv": _key_value,
-    "hidden": _hidden,
-    "differential": _differential,
-    "transform": _transform,
-    "none": lambda adapter, codebook: CodeCosts(),
-    "drop": lambda adapter, codebook: CodeCosts(attended=False),
-}
 
 
 def engine_plan(
@@ -142,10 +79,8 @@ def default_halo(adapter: Adapter, codebook: Codebook, tokens: int, world_size: 
 
 
 def costs_of(adapter: Adapter, codebook: Codebook) -> CodeCosts:
-    """What the codebook's space adds to the model's own work."""
-    if codebook.space not in SPACE_COSTS:
-        raise ValueError(f"space: expected one of {', '.join(SPACE_COSTS)}, got {codebook.space!r}")
-    return SPACE_COSTS[codebook.space](adapter, codebook)
+    """What the codebook's codec adds to the model's own work."""
+    return codebook.codec.costs(codebook, adapter)
 
 
 def single_flops(adapter: Adapter, tokens: int) -> float:
@@ -191,7 +126,7 @@ def flops_over_ideal(
         plan: another cut than the engine's own.
 
     Raises:
-        ValueError: a space whose costs are not known, a plan of other tokens or ranks.
+        ValueError: a plan of other tokens or ranks.
     """
     plan = plan or engine_plan(adapter, codebook, tokens, world_size)
     whole = plan.tokens + (plan.copies if plan.causal else 0)

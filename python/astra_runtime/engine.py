@@ -14,7 +14,6 @@ from torch import Tensor, nn
 from . import decoding
 from .call import Call, Sizes
 from .codes.codebook import Codebook
-from .codes.spaces import make_space
 from .costs import engine_plan
 from .errors import CallEnded, ModelChanged, WireError
 from .exchange import send_picture
@@ -40,7 +39,7 @@ class Engine:
 
     Args:
         model: a Hugging Face ViT, GPT-2, Llama, Mistral, Qwen2 or BERT, with or without a head.
-        codebook: what to send. None: dense keys and values, `Codebook.none()`.
+        codebook: what to send. None: dense keys and values, `Codebook.dense()`.
         mesh: the other ranks, from `astra_runtime.connect`. None: this process alone.
         weights: shares of the tokens, one a rank; None: shares with which ranks of equal speed
             finish together.
@@ -91,7 +90,7 @@ class Engine:
     ) -> None:
         self.model = model
         self.adapter = adapt(model)
-        self.codebook = Codebook.none() if codebook is None else codebook
+        self.codebook = Codebook.dense() if codebook is None else codebook
         self.mesh = local_mesh(1)[0] if mesh is None else mesh
         self.shard_weights = None if weights is None else tuple(float(w) for w in weights)
         if self.shard_weights is not None:  # refuses weights that no plan can have
@@ -110,7 +109,7 @@ class Engine:
         check_runnable(model)
         check_attention(self.adapter.attentions)
         self._watch = Watch(model)
-        self.codec = make_space(self.codebook, self.adapter)
+        self.codec = self.codebook.make_codec(self.adapter)
         self._plan = functools.lru_cache(_SHAPES)(
             functools.partial(
                 engine_plan,

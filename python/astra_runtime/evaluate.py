@@ -161,13 +161,13 @@ def measure(
 
         return run_ranks(world_size, work)
 
-    exact, astra, dropped = run(Codebook.none()), run(codebook, halo), run(Codebook.drop())
+    exact, astra, dropped = run(Codebook.dense()), run(codebook, halo), run(Codebook.local_only())
     if not language:
         coded, alone = (_error(found[0], exact[0]) for found in (astra, dropped))
         return Measured("error", 0.0, coded, alone, bits)
     overlap = None
     if overlaps:
-        overlap = _perplexity(run(replace(Codebook.drop(), prefix=codebook.prefix), halo))
+        overlap = _perplexity(run(replace(Codebook.local_only(), prefix=codebook.prefix), halo))
     of_exact, coded, alone = map(_perplexity, (exact, astra, dropped))
     return Measured("perplexity", of_exact, coded, alone, bits, overlap)
 

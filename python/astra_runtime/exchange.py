@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from .call import Call
-from .codes.base import Payload, arrived
+from .codes.base import Payload, received_mask
 from .control import Control
 from .errors import InputsDiffer
 from .last_tokens import LastTokens
@@ -217,8 +217,8 @@ def _receive_codes(
             view[start:stop] = bytes(stop - start)
         if ranges:
             tokens = call.sizes.num_sent[n]
-            layout = call.codec.strips(block, call.batch, tokens)
-            received[n] = arrived(layout, call.batch, tokens, ranges)
+            layout = call.codec.token_layout(block, call.batch, tokens)
+            received[n] = received_mask(layout, call.batch, tokens, ranges)
         missing.read_recent(block, view[size:], n)
         views[n] = view[:size]
     missing.leave_out(block, received)

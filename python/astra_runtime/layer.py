@@ -21,7 +21,7 @@ from torch import Tensor
 import astra_kernels as ak
 
 from .call import Call
-from .codes.base import seen
+from .codes.base import visible_tokens
 from .errors import NotFinite
 from .exchange import compare_pictures, gather, receive_payloads
 from .trace import stage
@@ -116,8 +116,8 @@ class Layer:
         payloads = receive_payloads(call, block)
         with stage("unpack", block):
             remote = call.codec.decode(block, payloads, call.batch, call.views.remote_rope)
-        mask = seen(payloads, call.batch, call.views.remote_mask)
-        lacking = any(payload.came is not None for payload in payloads)
+        mask = visible_tokens(payloads, call.batch, call.views.remote_mask)
+        lacking = any(payload.received is not None for payload in payloads)
         if lacking and mask is not None and not bool(mask.any()):
             remote, mask = NOTHING  # nobody's codes arrived
         if call.keeps:

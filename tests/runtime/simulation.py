@@ -13,7 +13,7 @@ from torch import Tensor
 
 import astra_kernels as ak
 from astra_runtime.codes.codebook import Codebook
-from astra_runtime.codes.layouts import joint, split_tables
+from astra_runtime.codes.layouts import split_groups, split_tables
 from astra_runtime.codes.rotary import rotate
 from astra_runtime.models import adapt
 from astra_runtime.plan import Plan
@@ -85,7 +85,7 @@ class Simulation:
         assert book.scales is not None
         key, value = self.adapter.project(block, x)
         heads, scales = key.shape[1], book.scales[block]
-        vectors = joint(key, value, scales, book.groups, book.shared)
+        vectors = split_groups(key, value, scales, book.groups, book.shared)
         codes = ak.encode(vectors, book.tables[block], impl="reference")
         self.codes[block] = codes
         tables = split_tables(book.tables[block], scales, heads, book.shared)
@@ -116,7 +116,7 @@ class Simulation:
                 if block
                 else x[..., :0]
             )
-            p = features @ (code.squeeze @ code.spread) + code.offset
+            p = features @ (code.down @ code.up) + code.offset
             z = ((y - p) @ code.analysis).unflatten(-1, code.tables.shape[::2])
             codes = torch.cdist(z.transpose(0, 2).flatten(1, 2), code.tables).argmin(-1)  # [C, T·B]
             words = (

@@ -11,7 +11,7 @@ import transformers
 from torch.utils.flop_counter import FlopCounterMode
 
 from astra_runtime import Codebook, Engine
-from astra_runtime.codes.codebook import geometry
+from astra_runtime.codes.base import geometry
 from astra_runtime.costs import engine_plan, flops_over_ideal, rank_flops, single_flops
 from astra_runtime.evaluate import run_ranks
 from astra_runtime.models import Adapter, adapt

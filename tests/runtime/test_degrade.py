@@ -13,8 +13,7 @@ from torch import Tensor
 
 from astra_runtime import Codebook, Engine, errors
 from astra_runtime.cli.run import without
-from astra_runtime.codes.base import Strip, arrived
-from astra_runtime.codes.spaces import make_space
+from astra_runtime.codes.base import TokenBits, received_mask
 from astra_runtime.deploy.jobs import Ranks
 from astra_runtime.missing import Missing
 from astra_runtime.models import adapt
@@ -444,10 +443,10 @@ def test_a_peer_that_never_reads_is_not_waited_for(monkeypatch: pytest.MonkeyPat
 
 def test_tokens_with_a_bit_in_a_gap_are_missing() -> None:
     """20 tokens of 10 bits, 25 bytes a row: by hand, bit by bit."""
-    strips = [Strip(0, 10, 0), Strip(25, 10, 1)]
+    strips = [TokenBits(0, 10, 0), TokenBits(25, 10, 1)]
     for start in range(50):
         for stop in range(start, 50):
-            found = arrived(strips, 2, 20, [(start, stop)])
+            found = received_mask(strips, 2, 20, [(start, stop)])
             for row in range(2):
                 bits = torch.zeros(400, dtype=torch.bool)
                 bits[8 * start : 8 * stop] = True
@@ -460,7 +459,7 @@ def test_a_token_depends_on_its_own_bits_only(name: str) -> None:
     """Zeros in the strips of other tokens change nothing of what is read of a token."""
     model, batch, tokens = tiny("llama"), 2, 7
     book = Codebook.none("int8") if name == "int8" else book_for("llama", name, model)
-    space = make_space(book, adapt(model))
+    space = book.make_codec(adapt(model))
     generator = torch.Generator().manual_seed(0)
     key, value = torch.randn(2, batch, 3, tokens, 16, generator=generator)
     what = torch.randn(batch, tokens, 48, generator=generator) if space.early else (key, value)
@@ -477,11 +476,11 @@ def test_a_token_depends_on_its_own_bits_only(name: str) -> None:
             else torch.cat([kept.key, kept.value], 1).transpose(1, 2)
         )
 
-    whole, strips = read(data), space.strips(1, batch, tokens)
+    whole, strips = read(data), space.token_layout(1, batch, tokens)
     for start, stop in [(0, 1), (3, 9), (size // 2, size // 2 + 5), (size - 2, size)]:
         broken = bytearray(data)
         broken[start:stop] = bytes(stop - start)
-        came = arrived(strips, batch, tokens, [(start, stop)])
+        came = received_mask(strips, batch, tokens, [(start, stop)])
         assert not bool(came.all())
         assert bool(came.any())
         assert torch.equal(read(broken)[came], whole[came])
@@ -511,7 +510,7 @@ def test_gaps_leave_out_tokens_and_no_more(name: str) -> None:
     """Rank 1 hears half of rank 0's tokens in block 1: as if the others' were masked."""
     model, inputs = tiny("llama"), inputs_for("llama", 24)
     book = book_for("llama", name, model)
-    space = make_space(book, adapt(model))
+    space = book.make_codec(adapt(model))
     weights = (1, 1)
 
     def work(mesh: Mesh) -> Any:
@@ -524,7 +523,7 @@ def test_gaps_leave_out_tokens_and_no_more(name: str) -> None:
         masks = []
         options: dict[str, Any] = {"on_missing": "degrade", "deadline_ms": 5000.0}
         with Engine(model, book, gappy, weights=weights, **options) as engine:
-            attend = engine.space.attend if name != "transform" else None
+            attend = engine.codec.attend if name != "transform" else None
             if attend is not None:
 
                 def watched(
@@ -533,7 +532,7 @@ def test_gaps_leave_out_tokens_and_no_more(name: str) -> None:
                     masks.append((block, mask))
                     return attend(block, q, kept, rope, mask, scale)
 
-                engine.space.attend = watched  # type: ignore[method-assign]
+                engine.codec.attend = watched  # type: ignore[method-assign]
             output = engine(**inputs)
         return output.logits, output.missing, masks, told, half
 
@@ -544,7 +543,7 @@ def test_gaps_leave_out_tokens_and_no_more(name: str) -> None:
         by_block = dict(masks)
         assert by_block[0] is None
         assert by_block[2] is None
-        expected = arrived(space.strips(1, 1, told), 1, told, [(half, half + 3)])
+        expected = received_mask(space.token_layout(1, 1, told), 1, told, [(half, half + 3)])
         assert torch.equal(by_block[1], expected)
         assert 0 < int(expected.sum()) < told
 

@@ -77,13 +77,10 @@ def _result(
 
 def _dense_bits(model: Any, codebook: Any) -> int:
     """Bits of a token and block in fp32: of what the codes stand for."""
-    from ..codes.codebook import geometry
+    from ..codes.base import geometry
     from ..models import adapt
 
-    sizes = geometry(adapt(model))
-    if codebook.space in ("hidden", "differential"):
-        return sizes["hidden_size"] * 32
-    return 2 * sizes["num_key_value_heads"] * sizes["head_dim"] * 32
+    return 32 * int(codebook.codec.coded_width(geometry(adapt(model))))
 
 
 def _show(result: dict[str, Any], measured: Any) -> None:

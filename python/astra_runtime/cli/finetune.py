@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from ..evaluate import Measured
     from ..train.finetune import Step
 
-CONTROLS = {"exact": "none", "local-only": "drop"}
+CONTROLS = ("exact", "local-only")
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
@@ -69,8 +69,10 @@ def run(options: argparse.Namespace) -> int:
     from ..train.finetune import finetune, save_result
 
     device, settings = device_of(options), settings_of(options)
-    control = CONTROLS.get(options.control or "")
-    codebook = Codebook(control) if control else Codebook.from_pretrained(options.codebook)
+    if options.control is None:
+        codebook = Codebook.from_pretrained(options.codebook)
+    else:
+        codebook = Codebook.dense() if options.control == "exact" else Codebook.local_only()
     text = builtin_text()[0] if options.text is None else read_text(options.text)
     folder = output_folder(options)
     model, tokenizer = load(options.model)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import time
+from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,18 @@ from ..errors import AstraError
 from .common import load, window_tokens
 from .fitting import SAMPLED, WINDOWS, fit_builtin, fit_text, verdict
 from .options import add_model, add_tokens, output_folder, positive, two_or_more
+
+
+class CodedKeys:
+    """The values of --space: the codecs that are fitted. They need torch, and help does not."""
+
+    def __iter__(self) -> Iterator[str]:
+        from ..codes.registry import coded_keys
+
+        return iter(coded_keys())
+
+    def __contains__(self, key: object) -> bool:
+        return key in list(self)
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
@@ -27,7 +40,8 @@ def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--output", metavar="DIR", required=True, help="folder for the codebook")
     parser.add_argument(
         "--space",
-        choices=("kv", "hidden", "differential", "transform"),
+        choices=CodedKeys(),
+        metavar="SPACE",
         help="what is coded (transform; with --groups or --shared: kv)",
     )
     size = parser.add_mutually_exclusive_group()
@@ -75,15 +89,16 @@ def share(text: str) -> float:
 
 def groups_within(bits: int, space: str, shared: bool, model: Any, codewords: int) -> int:
     """The most groups that the model can be cut into and that fit `bits`."""
-    from ..codes.codebook import check_groups, geometry
+    from ..codes.base import geometry
+    from ..codes.registry import codec_named
     from ..models import adapt
 
-    sizes = geometry(adapt(model))
+    codec, sizes = codec_named(space), geometry(adapt(model))
     width = max(1, (codewords - 1).bit_length())
     for groups in range(bits // width, 0, -1):
-        alone = shared or groups % sizes["num_key_value_heads"] != 0
+        together = codec.can_share_heads and (shared or codec.shares_heads(groups, sizes))
         try:
-            check_groups(space, groups, space == "kv" and alone, sizes)
+            codec.check_groups(groups, together, sizes)
         except ValueError:
             continue
         return groups
@@ -97,12 +112,14 @@ def size_of(options: argparse.Namespace) -> dict[str, Any]:
 
     Groups are None where they are to be chosen by --bits once the model is known.
     """
-    space = options.space or ("kv" if options.groups or options.shared else "transform")
+    from ..codes.registry import codec_named, default_space
+
+    space = options.space or default_space(bool(options.groups or options.shared))
     size: dict[str, Any] = {"space": space, "codewords": options.codewords}
-    if space == "transform":
+    if codec_named(space).allots_bits:
         if options.groups or options.shared:
             raise AstraError(
-                "--space transform chooses groups itself: expected --bits or --target-gap"
+                f"--space {space} chooses groups itself: expected --bits or --target-gap"
             )
         return size | {"bits": options.bits, "target_gap": options.target_gap}
     if options.target_gap:

@@ -38,7 +38,7 @@ def ensure_codebook(options: argparse.Namespace, model: Any, tokenizer: Any) -> 
     from ..models import adapt
 
     if options.codebook == DENSE:
-        return Codebook.none(), Path(DENSE)
+        return Codebook.dense(), Path(DENSE)
     if options.codebook:
         folder = Path(options.codebook)
         codebook = Codebook.from_pretrained(folder)
@@ -52,20 +52,24 @@ def ensure_codebook(options: argparse.Namespace, model: Any, tokenizer: Any) -> 
         if not (folder / "astra_config.json").is_file():
             say(f"no codebook for {options.model} yet: fitting one, once, into {folder}")
             # quick: a text of two kinds, and nothing that the model writes; `astra fit` does more
-            codebook = fit_builtin(model, tokenizer, space="transform", windows=14, sampled=0)
+            codebook = fit_builtin(model, tokenizer, windows=14, sampled=0)
             codebook.save_pretrained(folder)
     return Codebook.from_pretrained(folder), folder
 
 
-def fit_builtin(model: Any, tokenizer: Any, **options: Any) -> Any:
+def fit_builtin(model: Any, tokenizer: Any, *, space: str | None = None, **options: Any) -> Any:
     """A codebook fitted on the calibration part of the built-in text.
 
-    That is documentation; in space "transform", which gains by it, also source code.
+    That is documentation; for a codec that gains by it, also source code. `space` None: the
+    codec that is fitted where nobody names one.
     """
+    from ..codes.registry import codec_named, default_space
     from ..store import builtin_text
 
-    others = builtin_text("source")[0] if options.get("space") == "transform" else None
-    return fit_text(model, tokenizer, builtin_text()[0], others=others, **options)
+    space = space or default_space(groups=False)
+    others = builtin_text("source")[0] if codec_named(space).gains_by_variety else None
+    text = builtin_text()[0]
+    return fit_text(model, tokenizer, text, space=space, others=others, **options)
 
 
 def fit_text(
@@ -73,6 +77,7 @@ def fit_text(
     tokenizer: Any,
     text: str,
     *,
+    space: str,
     tokens: int = 1024,
     windows: int = WINDOWS,
     sampled: int | None = None,
@@ -82,8 +87,9 @@ def fit_text(
     """A codebook fitted on windows of a text, with progress and a plain word on its worth.
 
     A few windows more are of the text `others`. `sampled` ones are written by the model itself;
-    None: as many as serve its space well.
+    None: as many as serve the codec well.
     """
+    from ..codes.registry import codec_named
     from ..models import is_language_model
     from ..store import token_limit, token_windows
     from ..train.fit import fit
@@ -93,7 +99,7 @@ def fit_text(
     calibration = token_windows(tokenizer, text, length, windows)
     writes = is_language_model(model)
     if sampled is None:
-        sampled = SAMPLED if writes and options.get("space") == "transform" else 0
+        sampled = SAMPLED if writes and codec_named(space).gains_by_variety else 0
     if sampled and not writes:
         raise AstraError("--sampled: expected a language model, which writes text, or 0 windows")
     with progress_bar() as progress:
@@ -107,7 +113,7 @@ def fit_text(
             seed=options.get("seed", 0),
             progress=lambda done: progress("sampling", done, -(-sampled // BATCH) * size),
         )
-        codebook = fit(model, calibration, progress=progress, **options)
+        codebook = fit(model, calibration, space=space, progress=progress, **options)
     say(verdict(codebook.notes.get("held_back")))
     return codebook
 

@@ -214,9 +214,10 @@ def _checked(books: dict[str, Any], adapter: Any) -> dict[str, Any]:
 
 
 def _dense_books() -> dict[str, Any]:
-    from ..codes.codebook import DENSE_DTYPES, Codebook
+    from ..codes.codebook import Codebook
+    from ..codes.fields import DENSE_DTYPES
 
-    return {f"dense {dtype}": Codebook.none(dtype) for dtype in DENSE_DTYPES}
+    return {f"dense {dtype}": Codebook.dense(dtype) for dtype in DENSE_DTYPES}
 
 
 def _this_machine(
@@ -256,7 +257,7 @@ def _measured(
     from ..deploy.jobs import Ranks
     from ..transport import open_mesh
 
-    book = Codebook.none() if book is None else book
+    book = Codebook.dense() if book is None else book
     with open_mesh(connect_options(options, 0, len(peers), peers)) as mesh:
         what = f"measuring {len(peers)} devices and the links between them"
         say(what)
@@ -281,15 +282,18 @@ def _measured(
 
 def nominal(adapter: Any) -> dict[str, Any]:
     """Codes as wide as fitted ones, without tables: what can be predicted before any fit."""
-    from ..codes.codebook import Codebook, geometry
+    from ..codes.base import geometry
+    from ..codes.codebook import Codebook
+    from ..codes.hidden import HiddenCodes
+    from ..codes.kv import KeyValueCodes
 
     sizes = geometry(adapter)
     heads = sizes["num_key_value_heads"]
     return {
-        "kv, one code": Codebook("kv", 1, 1024, True, geometry=sizes),
-        "kv, one code a head": Codebook("kv", heads, 1024, geometry=sizes),
-        "hidden, one code": Codebook("hidden", 1, 1024, geometry=sizes),
-        "hidden, 16 codes": Codebook("hidden", 16, 1024, geometry=sizes),
+        "kv, one code": Codebook(KeyValueCodes.key, 1, 1024, True, geometry=sizes),
+        "kv, one code a head": Codebook(KeyValueCodes.key, heads, 1024, geometry=sizes),
+        "hidden, one code": Codebook(HiddenCodes.key, 1, 1024, geometry=sizes),
+        "hidden, 16 codes": Codebook(HiddenCodes.key, 16, 1024, geometry=sizes),
     }
 
 
@@ -319,16 +323,9 @@ def row(
         ),
         "shards": [plan.size(n) for n in range(world)],
         "halo": plan.halo,
-        "bits_per_token_block": _bits(adapter, book),
+        "bits_per_token_block": book.token_bits(adapter),
         "gap_recovered": held_back.get("gap_recovered"),
     }
-
-
-def _bits(adapter: Any, book: Any) -> float:
-    from ..deploy.predict import bits_of
-
-    blocks = len(adapter.blocks)
-    return sum(bits_of(adapter, book, block) for block in range(blocks)) / blocks
 
 
 def _speeds(options: argparse.Namespace) -> list[float] | None:

@@ -1,1 +1,1 @@
-"""What bits mean, on both sides: codebooks, and the spaces that turn tokens into codes and back."""
+"""What bits mean, on both sides: codebooks, and the codecs that turn tokens into codes and back."""

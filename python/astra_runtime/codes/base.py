@@ -2,7 +2,9 @@
 
 A codec turns this rank's keys and values (or block inputs) into payload bytes, turns the payloads
 of other ranks into what this rank keeps of their tokens, and attends to that. `layer.py` calls it
-once a block; everything here is on the hot path and allocates only what it returns.
+once a block; what does so is on the hot path and allocates only what it returns. The class itself
+knows what a codebook of its kind sends, costs and looks like in a simulation, so that nobody else
+compares codecs by name: whoever has a codebook asks `codebook.codec`.
 """
 
 from __future__ import annotations
@@ -15,28 +17,31 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
+from ..models import Adapter
 from ..plan import Plan
+from .fields import CodebookFields
 from .rotary import Rope
+from .simulated import Quantize, SimulatedCodec
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Payload:
     """The bytes of one rank's shard.
 
     Attributes:
         tokens: how many they stand for.
         num_received: how many of them, from the first on, are of use here.
-        came: which tokens' bytes are there, bool [B, tokens]; the others' are zeros. None: all.
+        received: which tokens' bytes are there, bool [B, tokens]; the others' are zeros. None: all.
     """
 
     view: memoryview
     tokens: int
     num_received: int
-    came: Tensor | None = None
+    received: Tensor | None = None
 
 
 @dataclass(frozen=True)
-class Strip:
+class TokenBits:
     """Where a payload has something of each token of sequence `row`: `bits` of the first token from
     byte `start` on, then as many of the next."""
 
@@ -45,47 +50,173 @@ class Strip:
     row: int
 
 
-def arrived(
-    strips: Sequence[Strip], batch: int, tokens: int, gaps: Sequence[tuple[int, int]]
+def received_mask(
+    layout: Sequence[TokenBits], batch: int, tokens: int, missing: Sequence[tuple[int, int]]
 ) -> Tensor:
     """Which tokens of a payload are whole, bool [batch, tokens]: all of whose bits lie outside of
     the missing byte ranges [start, stop)."""
     whole = torch.ones(batch, tokens, dtype=torch.bool)
-    holes = [(start, stop) for start, stop in gaps if start < stop]
-    for strip in strips:
-        for start, stop in holes:
+    ranges = [(start, stop) for start, stop in missing if start < stop]
+    for strip in layout:
+        for start, stop in ranges:
             first = 8 * (start - strip.start) // strip.bits
             last = -(8 * (strip.start - stop) // strip.bits)  # the first one behind it
             whole[strip.row, max(first, 0) : max(last, 0)] = False
     return whole
 
 
-def seen(payloads: Sequence[Payload], batch: int, visible: Tensor | None) -> Tensor | None:
-    """Which tokens heard of attention may see, bool [batch, N]: those that came and that are
+def visible_tokens(
+    payloads: Sequence[Payload], batch: int, visible: Tensor | None
+) -> Tensor | None:
+    """Which received tokens attention may see, bool [batch, N]: those that arrived and that are
     `visible`, no padding. None: all."""
-    if all(payload.came is None for payload in payloads):
+    if all(payload.received is None for payload in payloads):
         return visible
     parts = [
         torch.ones(batch, p.num_received, dtype=torch.bool)
-        if p.came is None
-        else p.came[:, : p.num_received]
+        if p.received is None
+        else p.received[:, : p.num_received]
         for p in payloads
     ]
-    came = torch.cat(parts, 1)
-    return came if visible is None else came.to(visible.device) & visible
+    received = torch.cat(parts, 1)
+    return received if visible is None else received.to(visible.device) & visible
 
 
-class Space(ABC):
+@dataclass(frozen=True)
+class CodeCosts:
+    """What a codec adds to a block's FLOPs, on average over the blocks.
+
+    Attributes:
+        code: of coding one own token, on a rank that others receive from.
+        receive: of one remote token received, before attention reads it.
+        attended: remote tokens are attended to.
+    """
+
+    code: float = 0.0
+    receive: float = 0.0
+    attended: bool = True
+
+
+def geometry(adapter: Adapter) -> dict[str, int]:
+    """The sizes of a model that a codebook depends on."""
+    return {
+        "num_blocks": len(adapter.blocks),
+        "num_heads": adapter.num_heads,
+        "num_key_value_heads": adapter.num_key_value_heads,
+        "head_dim": adapter.head_dim,
+        "hidden_size": adapter.hidden_size,
+    }
+
+
+class Codec(ABC):
     """One choice of what to send.
 
     Attributes:
-        early: what is sent is known from the block's input, before its projections.
+        key: its name, the field `space` of `astra_config.json`.
+        coded: it sends codes of codewords that a fit found for the model.
+        sends: it sends something.
+        early: what is sent is known from the block's input, before its projections. Calibration
+            records block inputs where `early`, else keys and values.
+        accumulates: blocks build on each other, so that codes that did not come are missed in later
+            blocks, too.
+        predicts: where a block's codes did not come, receivers go on from a prediction.
+        needs_token_ids: of the model, so that every rank embeds the tokens of all.
+        can_share_heads: one set of codes may stand for all KV heads.
+        allots_bits: a fit is given a budget of bits, and finds the groups of each block itself.
+        gains_by_variety: calibration text of several kinds serves it well.
     """
 
+    key: ClassVar[str]
+    coded: ClassVar[bool] = True
+    sends: ClassVar[bool] = True
     early: ClassVar[bool] = False
+    accumulates: ClassVar[bool] = False
+    predicts: ClassVar[bool] = False
+    needs_token_ids: ClassVar[bool] = False
+    can_share_heads: ClassVar[bool] = False
+    allots_bits: ClassVar[bool] = False
+    gains_by_variety: ClassVar[bool] = False
 
-    def begin(self, inputs: Mapping[str, Tensor], plan: Plan, rank: int) -> Space:
-        """The space of one forward pass of `rank`: another one where blocks build on each other."""
+    # What is known of a codebook without a device. `sizes` are those of `geometry`.
+
+    @classmethod
+    @abstractmethod
+    def token_bits(cls, codebook: CodebookFields, sizes: Mapping[str, int], block: int) -> float:
+        """Bits of a token in one block."""
+
+    @classmethod
+    def mean_bits(cls, codebook: CodebookFields, sizes: Mapping[str, int]) -> float:
+        """Bits of a token and block, on average over the blocks."""
+        return cls.token_bits(codebook, sizes, 0)  # where blocks are alike
+
+    @classmethod
+    def coded_width(cls, sizes: Mapping[str, int]) -> int:
+        """How many numbers of a token and block the payload stands for."""
+        return sizes["hidden_size"] if cls.early else key_value_width(sizes)
+
+    @classmethod
+    @abstractmethod
+    def costs(cls, codebook: CodebookFields, adapter: Adapter) -> CodeCosts:
+        """What it adds to the model's own work."""
+
+    @classmethod
+    @abstractmethod
+    def simulate(
+        cls, codebook: CodebookFields, adapter: Adapter, quantize: Quantize, receivers: int
+    ) -> SimulatedCodec:
+        """Its part of one pass of `train.simulate`; see `SimulatedCodec`."""
+
+    # What a fit and a training ask.
+
+    @classmethod
+    def check_model(cls, adapter: Adapter) -> None:
+        """Refuses a model that cannot be coded so, with a ValueError."""
+        if cls.needs_token_ids and not adapter.token_ids:
+            raise ValueError(
+                f"space: {cls.key} codes need token ids, from which every rank embeds the others' "
+                f"tokens; a model of type {adapter.model.config.model_type!r} has none: "
+                "use 'kv' or 'hidden'"
+            )
+
+    @classmethod
+    def trainable(cls, codebook: CodebookFields) -> bool:
+        """Whether a model can be adapted to the codebook: gradients pass what it sends."""
+        return True
+
+    @classmethod
+    def default_prefix(cls, adapter: Adapter) -> int:
+        """Leading tokens of a decoder that every rank computes itself, where nobody says."""
+        return 0
+
+    @classmethod
+    def shares_heads(cls, groups: int, sizes: Mapping[str, int]) -> bool:
+        """Whether so many groups code all heads together, where nobody says."""
+        return False
+
+    @classmethod
+    def possible_groups(cls, shared: bool, sizes: Mapping[str, int]) -> list[int]:
+        """The numbers of groups that the model's channels can be split into."""
+        return [g for g in range(1, 257) if sizes["hidden_size"] % g == 0]
+
+    @classmethod
+    def check_groups(cls, groups: int, shared: bool, sizes: Mapping[str, int]) -> None:
+        """Refuses a number of groups that the model's channels cannot be split into."""
+        possible = cls.possible_groups(shared, sizes)
+        if groups not in possible:
+            raise ValueError(
+                f"groups: expected one of {', '.join(map(str, possible))} for space {cls.key!r}"
+                f"{' with shared codes' if shared else ''} and this model, got {groups}"
+            )
+
+    # What a rank of a call does.
+
+    @classmethod
+    def create(cls, codebook: CodebookFields, adapter: Adapter) -> Codec:
+        """The codec of `codebook`, with its tables on the model's device and dtype."""
+        return cls(codebook, adapter)  # type: ignore[call-arg]
+
+    def begin(self, inputs: Mapping[str, Tensor], plan: Plan, rank: int) -> Codec:
+        """The codec of one forward pass of `rank`: another one where blocks build on each other."""
         return self
 
     @abstractmethod
@@ -93,7 +224,7 @@ class Space(ABC):
         """Bytes of a shard of `tokens` tokens; nothing is sent or awaited where there are none."""
 
     @abstractmethod
-    def strips(self, block: int, batch: int, tokens: int) -> list[Strip]:
+    def token_layout(self, block: int, batch: int, tokens: int) -> list[TokenBits]:
         """Where each token's bits lie in the payload of `tokens` tokens."""
 
     @abstractmethod
@@ -110,9 +241,19 @@ class Space(ABC):
 
     @abstractmethod
     def attend(
-        self, block: int, query: Tensor, kept: Any, rope: Rope, mask: Tensor | None, scale: float
+        self, block: int, query: Tensor, remote: Any, rope: Rope, mask: Tensor | None, scale: float
     ) -> tuple[Tensor, Tensor]:
-        """Attention of `query` [B, H, M, d] over the kept tokens: (out, lse).
+        """Attention of `query` [B, H, M, d] over the remote tokens that `decode` kept: (out, lse).
 
         `rope` and `mask` (bool [B, N]) belong to the remote tokens.
         """
+
+
+def key_value_width(sizes: Mapping[str, int]) -> int:
+    """Numbers of a token's keys and values in a block: 2·Hkv·d."""
+    return 2 * sizes["num_key_value_heads"] * sizes["head_dim"]
+
+
+def projection_flops(adapter: Adapter) -> float:
+    """FLOPs of a token's keys and values from its block input."""
+    return 2.0 * adapter.hidden_size * key_value_width(geometry(adapter))

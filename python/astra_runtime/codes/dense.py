@@ -1,8 +1,8 @@
-"""Dense exchange, exact or in 8 bits, and the control that exchanges nothing."""
+"""Dense exchange: the keys and values themselves, exact or in fewer bits."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,11 +12,13 @@ from torch import Tensor
 import astra_kernels as ak
 
 from ..models import Adapter
-from .base import Payload, Space, Strip
+from .base import Codec, CodeCosts, Payload, TokenBits, key_value_width
+from .fields import CodebookFields
 from .rotary import Rope
+from .simulated import Pair, Quantize, SentTokens, SimulatedCodec
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class DenseTokens:
     """Remote keys (rotated) and values, [B, Hkv, N, d]."""
 
@@ -24,13 +26,13 @@ class DenseTokens:
     value: Tensor
 
 
-class DenseAttention(Space):
+class DenseAttention(Codec):
     """Attention over keys and values that this rank has as tensors."""
 
     def attend(
-        self, block: int, query: Tensor, kept: Any, rope: Rope, mask: Tensor | None, scale: float
+        self, block: int, query: Tensor, remote: Any, rope: Rope, mask: Tensor | None, scale: float
     ) -> tuple[Tensor, Tensor]:
-        return ak.attention(query, kept.key, kept.value, key_mask=mask, scale=scale)
+        return ak.attention(query, remote.key, remote.value, key_mask=mask, scale=scale)
 
 
 def int8(vectors: Tensor) -> tuple[Tensor, Tensor]:
@@ -40,75 +42,89 @@ def int8(vectors: Tensor) -> tuple[Tensor, Tensor]:
     return codes.to(torch.int8), step
 
 
-class Dense(DenseAttention):
-    """The keys and values themselves: exact in float32, a strong baseline in int8."""
+class DenseExchange(DenseAttention):
+    """Every rank receives the keys and values: exact in float32, a strong baseline in int8."""
 
-    def __init__(self, dtype: str, adapter: Adapter) -> None:
-        self.dtype: torch.dtype = getattr(torch, dtype)
+    key = "none"
+    coded = False
+
+    def __init__(self, codebook: CodebookFields, adapter: Adapter) -> None:
+        self.dtype: torch.dtype = getattr(torch, codebook.dtype)
         self.model_dtype, self.device = adapter.dtype, adapter.device
         self.heads, self.head_dim = adapter.num_key_value_heads, adapter.head_dim
+
+    @classmethod
+    def token_bits(cls, codebook: CodebookFields, sizes: Mapping[str, int], block: int) -> float:
+        bits = 8.0 * getattr(torch, codebook.dtype).itemsize
+        if codebook.dtype == "int8":
+            bits += 16.0 / sizes["head_dim"]  # an fp16 step a vector
+        return key_value_width(sizes) * bits
+
+    @classmethod
+    def costs(cls, codebook: CodebookFields, adapter: Adapter) -> CodeCosts:
+        return CodeCosts()
+
+    @classmethod
+    def simulate(
+        cls, codebook: CodebookFields, adapter: Adapter, quantize: Quantize, receivers: int
+    ) -> SimulatedCodec:
+        return _Simulated(codebook, adapter, quantize, receivers)
+
+    @classmethod
+    def trainable(cls, codebook: CodebookFields) -> bool:
+        return codebook.dtype == "float32"
 
     def payload_bytes(self, block: int, batch: int, tokens: int) -> int:
         vectors = 2 * batch * self.heads * tokens
         step = 2 if self.dtype == torch.int8 else 0  # an fp16 step a vector
         return vectors * (self.head_dim * self.dtype.itemsize + step)
 
-    def strips(self, block: int, batch: int, tokens: int) -> list[Strip]:
+    def token_layout(self, block: int, batch: int, tokens: int) -> list[TokenBits]:
         """Keys, then values, each [B, Hkv, T, d]; behind them int8's steps, [2, B, Hkv, T]."""
-        found, start = [], 0
+        layout, start = [], 0
         for size in (self.head_dim * self.dtype.itemsize, 2 if self.dtype == torch.int8 else 0):
             for number in range(2 * batch * self.heads if size else 0):
-                found.append(Strip(start, 8 * size, number // self.heads % batch))
+                layout.append(TokenBits(start, 8 * size, number // self.heads % batch))
                 start += size * tokens
-        return found
+        return layout
 
     def encode(self, block: int, what: Any, rope: Rope, out: memoryview) -> None:
         pair = torch.stack(what)  # [2, B, Hkv, T, d]
         flat = torch.frombuffer(out, dtype=torch.uint8)
         if self.dtype != torch.int8:
-            top = torch.finfo(self.dtype).max  # a few massive activations exceed fp16
-            fitting = pair.float().clamp(-top, top).to("cpu", self.dtype)
+            largest = torch.finfo(self.dtype).max  # a few massive activations exceed fp16
+            fitting = pair.float().clamp(-largest, largest).to("cpu", self.dtype)
             flat.copy_(fitting.contiguous().view(-1).view(torch.uint8))
             return
         codes, step = int8(pair)
-        cut = codes.numel()
-        flat[:cut].copy_(codes.cpu().view(-1).view(torch.uint8))
-        flat[cut:].copy_(step.cpu().view(-1).view(torch.uint8))
+        size = codes.numel()
+        flat[:size].copy_(codes.cpu().view(-1).view(torch.uint8))
+        flat[size:].copy_(step.cpu().view(-1).view(torch.uint8))
 
-    def _one(self, payload: Payload, batch: int) -> Tensor:
+    def _pair(self, payload: Payload, batch: int) -> Tensor:
         flat = torch.frombuffer(payload.view, dtype=torch.uint8).to(self.device, copy=True)
-        shape, heard = (2, batch, self.heads, payload.tokens), slice(payload.num_received)
+        shape, first = (2, batch, self.heads, payload.tokens), slice(payload.num_received)
         if self.dtype != torch.int8:
             pair = flat.view(self.dtype).view(*shape, self.head_dim)
-            return pair[..., heard, :].to(self.model_dtype)
-        cut = flat.numel() * self.head_dim // (self.head_dim + 2)
-        codes, step = flat[:cut].view(torch.int8), flat[cut:].view(torch.float16)
+            return pair[..., first, :].to(self.model_dtype)
+        size = flat.numel() * self.head_dim // (self.head_dim + 2)
+        codes, step = flat[:size].view(torch.int8), flat[size:].view(torch.float16)
         pair = codes.view(*shape, self.head_dim).float() * step.view(*shape, 1)
-        return pair[..., heard, :].to(self.model_dtype)
+        return pair[..., first, :].to(self.model_dtype)
 
     def decode(
         self, block: int, payloads: Sequence[Payload], batch: int, rope: Rope
     ) -> DenseTokens:
-        key, value = torch.cat([self._one(p, batch) for p in payloads], 3)
+        key, value = torch.cat([self._pair(p, batch) for p in payloads], 3)
         return DenseTokens(key, value)
 
 
-class Nothing(Space):
-    """The local-only control: no rank hears of another's tokens."""
-
-    def payload_bytes(self, block: int, batch: int, tokens: int) -> int:
-        return 0
-
-    def strips(self, block: int, batch: int, tokens: int) -> list[Strip]:
-        return []
-
-    def encode(self, block: int, what: Any, rope: Rope, out: memoryview) -> None:
-        raise AssertionError("nothing is sent")
-
-    def decode(self, block: int, payloads: Sequence[Payload], batch: int, rope: Rope) -> None:
-        return None
-
-    def attend(
-        self, block: int, query: Tensor, kept: Any, rope: Rope, mask: Tensor | None, scale: float
-    ) -> tuple[Tensor, Tensor]:
-        raise AssertionError("nothing is attended to")
+class _Simulated(SimulatedCodec):
+    def remote_pairs(self, block: int, sent: SentTokens, received: Tensor | None) -> list[Pair]:
+        pair = torch.stack([sent.key, sent.value])
+        if self.codebook.dtype == "int8":
+            codes, step = int8(pair)
+            pair = codes * step.to(pair.dtype)
+        elif self.codebook.dtype == "float16":
+            pair = pair.half().to(pair.dtype)
+        return [(pair[0], pair[1])]

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 
-def joint(key: Tensor, value: Tensor, scales: Tensor, groups: int, shared: bool) -> Tensor:
+def split_groups(key: Tensor, value: Tensor, scales: Tensor, groups: int, shared: bool) -> Tensor:
     """Keys and values [B, Hkv, T, d] as the vectors that are coded, [B, T, C, w].
 
     Group s of a head takes channels s·d/S to (s + 1)·d/S of its key and of its value, scaled; with
@@ -21,8 +21,20 @@ def joint(key: Tensor, value: Tensor, scales: Tensor, groups: int, shared: bool)
     return pair.permute(0, 2, 1, 4, 3, 5).flatten(4).flatten(2, 3)
 
 
+def merge_groups(
+    vectors: Tensor, scales: Tensor, heads: int, shared: bool
+) -> tuple[Tensor, Tensor]:
+    """The inverse of `split_groups`: [B, T, C, w] -> keys and values [B, Hkv, T, d]."""
+    if shared:
+        pair = vectors.unflatten(-1, (heads, 2, -1)).permute(0, 3, 1, 4, 2, 5)
+    else:
+        pair = vectors.unflatten(-1, (2, -1)).unflatten(2, (heads, -1)).permute(0, 2, 1, 4, 3, 5)
+    pair = pair.flatten(4) / scales[:, None, :, None]  # [B, Hkv, T, 2, d]
+    return pair[..., 0, :], pair[..., 1, :]
+
+
 def split_tables(table: Tensor, scales: Tensor, heads: int, shared: bool) -> tuple[Tensor, Tensor]:
-    """The inverse for one block's codewords: [C, K, w] -> key and value tables [Hkv, S, K, d/S]."""
+    """The same for one block's codewords: [C, K, w] -> key and value tables [Hkv, S, K, d/S]."""
     if shared:
         pair = table.unflatten(-1, (heads, 2, -1)).permute(2, 0, 1, 3, 4)
     else:
@@ -31,22 +43,12 @@ def split_tables(table: Tensor, scales: Tensor, heads: int, shared: bool) -> tup
     return pair[..., 0, :].contiguous(), pair[..., 1, :].contiguous()
 
 
-def flat(key: Tensor, value: Tensor) -> Tensor:
+def merge_heads(key: Tensor, value: Tensor) -> Tensor:
     """Keys and values [B, Hkv, T, d] as y, [B, T, E]: all keys, then all values."""
     return torch.cat([key, value], 1).transpose(1, 2).flatten(2)
 
 
-def heads(y: Tensor, count: int) -> tuple[Tensor, Tensor]:
-    """The inverse of `flat`."""
-    both = y.unflatten(-1, (2 * count, -1)).transpose(1, 2)
-    return both[:, :count], both[:, count:]
-
-
-def parted(vectors: Tensor, scales: Tensor, heads: int, shared: bool) -> tuple[Tensor, Tensor]:
-    """The inverse of `joint`: [B, T, C, w] -> keys and values [B, Hkv, T, d]."""
-    if shared:
-        pair = vectors.unflatten(-1, (heads, 2, -1)).permute(0, 3, 1, 4, 2, 5)
-    else:
-        pair = vectors.unflatten(-1, (2, -1)).unflatten(2, (heads, -1)).permute(0, 2, 1, 4, 3, 5)
-    pair = pair.flatten(4) / scales[:, None, :, None]  # [B, Hkv, T, 2, d]
-    return pair[..., 0, :], pair[..., 1, :]
+def split_heads(y: Tensor, heads: int) -> tuple[Tensor, Tensor]:
+    """The inverse of `merge_heads`."""
+    both = y.unflatten(-1, (2 * heads, -1)).transpose(1, 2)
+    return both[:, :heads], both[:, heads:]

@@ -8,7 +8,7 @@ codewords themselves. With m their mean and U the r axes along which they differ
 and a search of K codewords of w channels, K·w multiplications, becomes w·r + K·r. Codewords stay as
 wide as they are, so whoever looks one up gets all of it; only the choice among near ones is less
 than exact. (Codewords that lie in the subspace themselves are no substitute: what they lack is the
-same in every stand-in, and adds up.)
+same in every codeword, and adds up.)
 """
 
 from __future__ import annotations

@@ -1,159 +1,167 @@
-"""Predictive transform codes of keys and values: one scheme from 10 to 1,500 bits a token.
-
-Write y for a token's keys (before rotation) and values in one block, all heads side by side, and ŷ
-for what the other ranks know of them. Block by block, sender and receivers compute alike
-
-    p = b + [ŷ of the block before, ê]·P          what ŷ is expected to be; costs no bits
-    z = (y − p)·A                                 few coordinates, those that matter
-    i_c = argmin_k ‖z_c − t_ck‖²                  sent: one code for each of C groups of coordinates
-    ŷ = p + [t_1,i_1 … t_C,i_C]·S                 what the receivers attend to
-
-ê is the token's embedding over its root mean square, which every rank has from the token ids; for
-the same reason ŷ of block 0 is exact, and free. As the sender predicts from ŷ, not from y, what one
-block's codes miss the next block's codes make good.
-
-P is low-rank, and A turns the error of the prediction into the principal axes of what it costs: an
-error δ of a token's keys and values costs about ½·δᵀFδ nats, F the Fisher information of the
-model's output (`sensitivity` in `fit_transform.py`; KVQuant, arXiv 2401.18079, and CQ, arXiv
-2405.03917, weigh scalars and channel groups by its diagonal). The number of groups of a block
-follows from reverse water-filling (Cover & Thomas, ch. 10) over all blocks at once, so that bits go
-where they buy most: a block may get none, or ten times the mean.
-"""
+"""Predictive transform codes of keys and values; their formulas are in `predictive.py`."""
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
-from dataclasses import dataclass, fields, replace
+from collections.abc import Mapping, Sequence
+from typing import Any
 
-import torch
 from torch import Tensor
 
 import astra_kernels as ak
 
+from ..models import Adapter
+from ..plan import Plan
+from .base import CodeCosts, Payload
+from .dense import DenseAttention, DenseTokens
+from .fields import CodebookFields
+from .layouts import merge_heads, split_heads
+from .packed import PackedCodes
+from .predictive import DecoderState, rms_normalized
+from .rotary import Rope, rotate, unrotate
+from .simulated import Pair, Quantize, SentTokens, SimulatedCodec
 
-@dataclass(frozen=True)
-class Transform:
-    """The code of one block; fp32. E = 2·Hkv·d, F features, C codes a token.
+
+class TransformCodes(PackedCodes, DenseAttention):
+    """Each block has a predictor, a transform and a number of codes of its own.
+
+    Where a block's codes did not come, a receiver goes on from the prediction alone, which keeps
+    far more than leaving the shard out of all later blocks (`bench.lossy.degraded`).
 
     Attributes:
-        squeeze, spread: [F, r] and [r, E], P = squeeze·spread.
-        offset: [E], b.
-        analysis, synthesis: [E, C·w] and [C·w, E], A and S. A group of fewer than w coordinates has
-            zeros in the rest.
-        tables: [C, K, w], the codewords.
+        own: what the others know of this rank's tokens; of one pass, see `begin`.
+        remote: what this rank knows of the tokens that it sees.
     """
 
-    squeeze: Tensor
-    spread: Tensor
-    offset: Tensor
-    analysis: Tensor
-    synthesis: Tensor
-    tables: Tensor
+    key = "transform"
+    accumulates = True
+    predicts = True
+    allots_bits = True
+    gains_by_variety = True
 
-    @property
-    def codes(self) -> int:
-        """Codes a token."""
-        return len(self.tables)
+    own: DecoderState
+    remote: DecoderState
 
-    @property
-    def macs(self) -> tuple[int, int]:
-        """Multiplications for a token: of who sends it, and of each rank that hears of it."""
-        predict, restore = self.squeeze.numel() + self.spread.numel(), self.synthesis.numel()
-        return predict + 2 * restore + self.tables.numel(), predict + restore
+    def __init__(self, codebook: CodebookFields, adapter: Adapter) -> None:
+        super().__init__(codebook, adapter)
+        self.adapter = adapter
+        self.transforms = [t.to(adapter.device) for t in codebook.transforms]
 
     @classmethod
-    def silent(cls, width: int, codewords: int) -> Transform:
-        """A block of which nothing is sent, and nothing predicted; `width` is E."""
-        none = torch.zeros(0, 0)
-        return cls(
-            none,
-            torch.zeros(0, width),
-            torch.zeros(width),
-            torch.zeros(width, 0),
-            torch.zeros(0, width),
-            torch.zeros(0, codewords, 1),
+    def token_bits(cls, codebook: CodebookFields, sizes: Mapping[str, int], block: int) -> float:
+        return codebook.transforms[block].codes * codebook.code_bits
+
+    @classmethod
+    def mean_bits(cls, codebook: CodebookFields, sizes: Mapping[str, int]) -> float:
+        transforms = codebook.transforms
+        return sum(t.codes for t in transforms) * codebook.code_bits / len(transforms)
+
+    @classmethod
+    def costs(cls, codebook: CodebookFields, adapter: Adapter) -> CodeCosts:
+        """The predictor and the way back for every token; search and the way there for own ones."""
+        macs = [t.macs for t in codebook.transforms]
+        code, receive = (sum(parts) / len(macs) for parts in zip(*macs, strict=True))
+        return CodeCosts(2.0 * code, 2.0 * receive)
+
+    @classmethod
+    def simulate(
+        cls, codebook: CodebookFields, adapter: Adapter, quantize: Quantize, receivers: int
+    ) -> SimulatedCodec:
+        return _Simulated(codebook, adapter, quantize, receivers)
+
+    @classmethod
+    def default_prefix(cls, adapter: Adapter) -> int:
+        return 1 if adapter.causal else 0
+
+    def begin(self, inputs: Mapping[str, Tensor], plan: Plan, rank: int) -> TransformCodes:
+        this = copy.copy(self)  # the tensors stay shared
+        if not self.adapter.token_ids:
+            this.own, this.remote = (DecoderState(self.transforms, None, None) for _ in range(2))
+            return this
+        embedded = self.adapter.embed(inputs)
+        first = merge_heads(*self.adapter.project(0, embedded)).float()
+        embedding = rms_normalized(embedded)
+
+        sent = plan.sent_slice(rank)
+        this.own = DecoderState(self.transforms, first[:, sent], embedding[:, sent])
+        this.remote = DecoderState(
+            self.transforms, plan.remote_tokens(first, rank), plan.remote_tokens(embedding, rank)
         )
+        return this
 
-    def tensors(self) -> dict[str, Tensor]:
-        return {field.name: getattr(self, field.name) for field in fields(self)}
+    def encode(self, block: int, what: Any, rope: Rope, out: memoryview) -> None:
+        key, value = what
+        y = merge_heads(unrotate(key.float(), rope), value.float())
+        transform, predicted = self.transforms[block], self.own.predict(block, y)
+        codes = self.write(block, transform.coordinates(y - predicted), out)
+        self.own.update(block, predicted, ak.decode(codes, transform.tables))
 
-    def to(self, device: torch.device | str) -> Transform:
-        return replace(self, **{name: t.to(device) for name, t in self.tensors().items()})
+    def decode(
+        self, block: int, payloads: Sequence[Payload], batch: int, rope: Rope
+    ) -> DenseTokens:
+        state, transform = self.remote, self.transforms[block]
+        if block == 0 and state.reached == 0:  # every rank computed it
+            assert state.estimate is not None
+            return self._tokens(state.estimate, rope)
+        tokens, codewords = sum(payload.num_received for payload in payloads), None
+        if transform.codes:
+            codewords = self.read_codewords(block, payloads, batch)
+        shape = transform.offset.expand(batch, tokens, -1)
+        return self._tokens(state.update(block, state.predict(block, shape), codewords), rope)
 
-    def predict(self, features: Tensor) -> Tensor:
-        """p, [..., E], of features [..., F]."""
-        return self.offset + (features @ self.squeeze) @ self.spread
-
-    def coordinates(self, missing: Tensor) -> Tensor:
-        """z, [..., C, w], of y − p, [..., E]."""
-        return (missing @ self.analysis).unflatten(-1, (self.codes, self.tables.shape[-1]))
-
-    def restored(self, words: Tensor) -> Tensor:
-        """What codewords [..., C, w] add to the prediction, [..., E]."""
-        return words.flatten(-2) @ self.synthesis
+    def _tokens(self, estimate: Tensor, rope: Rope) -> DenseTokens:
+        key, value = split_heads(estimate, self.adapter.num_key_value_heads)
+        dtype = self.adapter.dtype
+        return DenseTokens(rotate(key, rope).to(dtype), value.to(dtype))
 
 
-class Known:
-    """What other ranks know of some tokens, block after block.
-
-    Args:
-        transforms: one a block.
-        first: [B, N, E], keys and values of block 0 where every rank computes them itself; None:
-            block 0 is coded as well.
-        embedding: ê, [B, N, D]; None without token ids.
+class _Simulated(SimulatedCodec):
+    """Attributes:
+    state: what all know of the tokens sent, had nothing been lost.
+    states: and each receiver.
     """
 
     def __init__(
-        self, transforms: Sequence[Transform], first: Tensor | None, embedding: Tensor | None
+        self, codebook: CodebookFields, adapter: Adapter, quantize: Quantize, receivers: int
     ) -> None:
-        self.transforms, self.embedding = transforms, embedding
-        self.estimate = first  # ŷ of block `reached`
-        self.reached = -1 if first is None else 0
+        super().__init__(codebook, adapter, quantize, receivers)
+        self.transforms = [t.to(adapter.device) for t in codebook.transforms]
+        self.state: DecoderState
+        self.states: list[DecoderState] = []
 
-    def features(self) -> Tensor | None:
-        """[ŷ of the last block reached, ê]; None: there are none."""
-        present = [t for t in (self.estimate, self.embedding) if t is not None]
-        return torch.cat(present, -1) if present else None
+    def remote_pairs(self, block: int, sent: SentTokens, received: Tensor | None) -> list[Pair]:
+        y = merge_heads(unrotate(sent.key.float(), sent.rope), sent.value.float())
+        if not block:
+            first = embedding = None
+            if self.adapter.token_ids:
+                first, embedding = y.detach(), rms_normalized(sent.hidden.detach())
+            self.state = DecoderState(self.transforms, first, embedding)
+            self.states = [self.state.fork() for _ in range(self.receivers)]
+            if first is not None:
+                return [self._pair(y, sent)]
+        return [self._pair(found, sent) for found in self._estimates(block, y, received)]
 
-    def predict(self, block: int, like: Tensor | None = None) -> Tensor:
-        """p of `block`. Blocks in between that sent nothing are as they were predicted.
+    def _pair(self, y: Tensor, sent: SentTokens) -> Pair:
+        key, value = split_heads(y, sent.key.shape[1])
+        return rotate(key, sent.rope), value
 
-        `like` gives the shape [B, N, E] where nothing is known yet.
-        """
-        while self.reached < block - 1:
-            self.estimate = self._next()
-            self.reached += 1
-        if self.features() is None:
-            assert like is not None, "the first block of a model without token ids"
-            return self.transforms[block].offset.expand_as(like)
-        return self._next()
-
-    def _next(self) -> Tensor:
-        features = self.features()
-        assert features is not None
-        return self.transforms[self.reached + 1].predict(features)
-
-    def learn(self, block: int, predicted: Tensor, words: Tensor | None) -> Tensor:
-        """ŷ of `block`, after codewords [B, N, C, w] (None: none came), which is remembered."""
-        found = predicted
-        if words is not None and self.transforms[block].codes:
-            found = predicted + self.transforms[block].restored(words)
-        self.estimate, self.reached = found, block
+    def _estimates(self, block: int, y: Tensor, received: Tensor | None) -> list[Tensor]:
+        """Keys and values y [B, S, E] as the others know them, with the gradient of y itself."""
+        transform, predicted = self.transforms[block], self.state.predict(block, y)
+        codewords, step = None, y.new_zeros(())
+        if transform.codes:
+            z = transform.coordinates(y - predicted)
+            estimate, output = self.quantize(block, z)
+            codewords, step = estimate.detach(), transform.synthesize(output.detach())
+        # free of noise: the quantizer's loop is exact
+        self.state.update(block, predicted, codewords)
+        if self.receivers == 1:
+            return [y + (predicted + step - y).detach()]
+        found = []
+        for receiver, state in enumerate(self.states):
+            there = codewords
+            if codewords is not None and received is not None:
+                there = codewords * received[receiver][:, None, None]
+            known = state.update(block, state.predict(block, y), there)
+            found.append(y + (known - y).detach())
         return found
-
-    def fork(self) -> Known:
-        """Another one, as it is now."""
-        return copy.copy(self)
-
-
-def unit(embedding: Tensor) -> Tensor:
-    """ê: embeddings [..., D] over their root mean square."""
-    x = embedding.float()
-    return x * torch.rsqrt(x.square().mean(-1, keepdim=True) + 1e-8)
-
-
-def quantized(transform: Transform, missing: Tensor) -> Tensor:
-    """The codewords [..., C, w] nearest to the coordinates of y − p, [..., E]."""
-    codes = ak.encode(transform.coordinates(missing), transform.tables)
-    return ak.decode(codes, transform.tables)

@@ -14,7 +14,8 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from ..codes.codebook import DENSE_DTYPES, Codebook
+from ..codes.codebook import Codebook
+from ..codes.fields import DENSE_DTYPES
 from ..control import Control
 from ..engine import Engine
 from ..errors import WireError
@@ -64,7 +65,8 @@ class Ranks:
         """The engine for "codes", "none" or "drop"; made at its first use, on all ranks."""
         key = (space, timed, tokens)
         if key not in self._engines:
-            books = {"codes": self.codebook, "none": Codebook.none(), "drop": Codebook.drop()}
+            controls = (Codebook.dense(), Codebook.local_only())
+            books = {"codes": self.codebook} | {book.space: book for book in controls}
             mesh, weights = self.timed if timed else self.mesh, self.weights
             if space != "codes" and weights is None:  # compared with the codes on the same shards
                 of_codes = self.engine("codes", timed, tokens)
@@ -131,7 +133,7 @@ class Ranks:
 
     def _work(self, kind: str, job: dict[str, Any]) -> Any:
         if kind == "probe":
-            dense = {f"dense {dtype}": Codebook.none(dtype) for dtype in DENSE_DTYPES}
+            dense = {f"dense {dtype}": Codebook.dense(dtype) for dtype in DENSE_DTYPES}
             if job["codebook"] != self.codebook.digest:
                 raise WireError("codebook", self.codebook.digest, job["codebook"], 0)
             books = dense | {"codes": self.codebook}

@@ -22,7 +22,6 @@ import astra_kernels as ak
 
 from ..codes.base import Payload
 from ..codes.codebook import Codebook
-from ..codes.spaces import make_space
 from ..costs import attention_pairs, costs_of
 from ..models import Adapter, adapt
 from ..plan import Plan
@@ -107,7 +106,7 @@ def measured(model: nn.Module, codebook: Codebook, tokens: int) -> Rates:
         code=0.0,
         receive=0.0,
     )
-    if codebook.space == "drop":
+    if not codebook.codec.sends:
         return rates
     return replace(rates, **_exchange_rates(adapter, codebook, own, remote, random))
 
@@ -116,11 +115,8 @@ def _exchange_rates(
     adapter: Adapter, codebook: Codebook, own: int, remote: int, random: Callable[..., torch.Tensor]
 ) -> dict[str, float]:
     """code, receive and far: means over all blocks, each of which may have other codes."""
-    space, heads, blocks = (
-        make_space(codebook, adapter),
-        adapter.num_key_value_heads,
-        adapter.blocks,
-    )
+    codec, heads = codebook.make_codec(adapter), adapter.num_key_value_heads
+    blocks = adapter.blocks
     total = own + remote
     inputs = _inputs(adapter, total) if adapter.token_ids else {}
     copies = adapter.class_tokens
@@ -132,15 +128,15 @@ def _exchange_rates(
         return None if rope is None else tuple(t[:, plan.shard(rank)] for t in rope)
 
     # rank 0 codes `remote` tokens, rank 1 hears of them and asks with `own` queries
-    sender, hearer = (space.begin(inputs, plan, rank) for rank in (0, 1))
+    sender, hearer = (codec.begin(inputs, plan, rank) for rank in (0, 1))
     hidden = torch.randn(1, remote, adapter.hidden_size, device=adapter.device)
     what: Any = hidden.to(adapter.dtype)
-    if not space.early:
+    if not codec.early:
         what = (random(remote, heads), random(remote, heads))
     query, scale = random(own, adapter.num_heads), adapter.head_dim**-0.5
     spent = {"code": 0.0, "receive": 0.0, "far": 0.0}
     for block in range(len(blocks)):
-        out = bytearray(space.payload_bytes(block, 1, remote))
+        out = bytearray(codec.payload_bytes(block, 1, remote))
         view = memoryview(out)
         start = time.perf_counter()
         if out:
@@ -232,9 +228,8 @@ def first_token(
     world, causal = plan.world_size, plan.causal
     if len(rates) != world:
         raise ValueError(f"rates: expected those of {world} ranks, got {len(rates)}")
-    early = codebook.space in ("hidden", "differential")
-    before = 0.0 if early else _projected_first(adapter)
-    bytes_of = payload or (lambda block, tokens: bits_of(adapter, codebook, block) * tokens / 8)
+    before = 0.0 if codebook.codec.early else _projected_first(adapter)
+    bytes_of = payload or (lambda block, tokens: codebook.token_bits(adapter, block) * tokens / 8)
     ready, busy, waiting = [0.0] * world, [0.0] * world, [0.0] * world
     uplink, downlink = [0.0] * world, [0.0] * world
     for block in range(len(adapter.blocks)):
@@ -290,20 +285,6 @@ def _projected_first(adapter: Adapter) -> float:
     return 2.0 * adapter.hidden_size * width / linear
 
 
-def bits_of(adapter: Adapter, codebook: Codebook, block: int) -> float:
-    """Bits of a token in one block."""
-    if codebook.space == "transform":
-        return float(codebook.transforms[block].codes * codebook.code_bits)
-    if codebook.space == "differential":
-        return float(codebook.groups * codebook.code_bits if block else 0)
-    if codebook.coded:
-        return float(codebook.bits)
-    if codebook.space == "drop":
-        return 0.0
-    each = {"float32": 32.0, "float16": 16.0, "int8": 8.0 + 16.0 / adapter.head_dim}[codebook.dtype]
-    return 2 * adapter.num_key_value_heads * adapter.head_dim * each
-
-
 def on_paper(
     adapter: Adapter,
     codebook: Codebook,
@@ -337,7 +318,7 @@ def on_paper(
     work += rates.code * own + rates.receive * received + rates.far * count * received
     total = rates.once
     for block in range(len(adapter.blocks)):
-        size = bits_of(adapter, codebook, block) * own / 8
+        size = codebook.token_bits(adapter, block) * own / 8
         exchange = 0.0
         if size:
             delay = link.delay_ms / 1e3

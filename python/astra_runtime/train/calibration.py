@@ -9,7 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..codes.layouts import flat, joint
+from ..codes.layouts import merge_heads
+from ..codes.packed import PackedCodes
 from ..codes.rotary import Rope, unrotate
 from ..models import Adapter, Inputs
 from ..parallel import map_cores
@@ -28,45 +29,48 @@ def as_windows(calibration: Tensor | Sequence[Tensor]) -> list[Inputs]:
 
 
 def record(
-    adapter: Adapter, space: str, windows: list[Inputs], progress: Progress, prefix: int = 0
+    adapter: Adapter, inputs: bool, windows: list[Inputs], progress: Progress, prefix: int = 0
 ) -> Recorded:
-    """Runs the model by itself on every window, keeping what the space codes."""
+    """Runs the model by itself on every window, keeping each block's inputs or its keys and values.
+
+    `inputs` says which: `Codec.early`.
+    """
 
     def run(window: Inputs) -> list[Any]:
-        recorder = _Recorder(adapter, space, window, prefix)
+        recorder = _Recorder(adapter, inputs, window, prefix)
         with torch.inference_mode(), adapter.listening(recorder):
             adapter.model(**window)
-        return recorder.kept
+        return recorder.blocks
 
     progress("calibrating", 0, len(windows))
-    kept: list[list[Any]] = []
+    by_window: list[list[Any]] = []
     with adapter.installed():
-        for of_window in map_cores(run, windows):
-            kept.append(of_window)
-            progress("calibrating", len(kept), len(windows))
-    return Recorded(adapter, space, kept)
+        for blocks in map_cores(run, windows):
+            by_window.append(blocks)
+            progress("calibrating", len(by_window), len(windows))
+    return Recorded(adapter, by_window)
 
 
 class _Recorder:
     """A listener of one window: the block inputs, or the keys (not rotated) and values."""
 
-    def __init__(self, adapter: Adapter, space: str, window: Inputs, prefix: int) -> None:
-        self.copies, self.space = adapter.class_tokens + prefix, space
+    def __init__(self, adapter: Adapter, inputs: bool, window: Inputs, prefix: int) -> None:
+        self.copies, self.inputs = adapter.class_tokens + prefix, inputs
         positions = adapter.positions(window)
         self.rope: Rope = None if positions is None else adapter.rope(positions)
-        self.kept: list[Any] = [None] * len(adapter.blocks)
+        self.blocks: list[Any] = [None] * len(adapter.blocks)
 
     def embedded(self, hidden: Tensor) -> Tensor:
         return hidden
 
     def before_block(self, block: int, hidden: Tensor) -> None:
-        if self.space != "kv":
-            self.kept[block] = hidden[:, self.copies :].float()
+        if self.inputs:
+            self.blocks[block] = hidden[:, self.copies :].float()
 
     def attend(self, block: int, query: Tensor, key: Tensor, value: Tensor, scale: float) -> None:
-        if self.space == "kv":
+        if not self.inputs:
             plain = unrotate(key.float(), self.rope)
-            self.kept[block] = (plain[:, :, self.copies :], value[:, :, self.copies :].float())
+            self.blocks[block] = (plain[:, :, self.copies :], value[:, :, self.copies :].float())
 
     def finish(self, hidden: Tensor) -> Tensor:
         return hidden[:, :1]  # the head's work is not needed
@@ -74,50 +78,35 @@ class _Recorder:
 
 @dataclass
 class Recorded:
-    """What was kept, by window and block. A block's part is freed when it is taken."""
+    """What was recorded, by window and block. A block's part is freed when it is taken."""
 
     adapter: Adapter
-    space: str
-    kept: list[list[Any]]
+    by_window: list[list[Any]]
+
+    def take(self, block: int) -> list[Any]:
+        """Of each window: the block's input [1, T, D], or its keys and values [1, Hkv, T, d]."""
+        taken = [blocks[block] for blocks in self.by_window]
+        for blocks in self.by_window:
+            blocks[block] = None
+        return taken
 
     def pairs(self, block: int) -> Tensor:
-        """Keys and values of a block, side by side as `transform.flat` puts them: [n, E]."""
-        kept = [of_window[block] for of_window in self.kept]
-        for of_window in self.kept:
-            of_window[block] = None
-        found = torch.cat([flat(key, value).flatten(0, 1) for key, value in kept])
-        finite(found, block)
-        return found
+        """Keys and values of a block, side by side as `merge_heads` puts them: [n, E]."""
+        y = torch.cat([merge_heads(key, value).flatten(0, 1) for key, value in self.take(block)])
+        check_finite(y, block)
+        return y
 
-    def vectors(self, block: int, groups: int, shared: bool) -> tuple[Tensor, Tensor]:
+    def vectors(
+        self, codec: type[PackedCodes], block: int, groups: int, shared: bool
+    ) -> tuple[Tensor, Tensor | None]:
         """The vectors [n, C, w] of a block, and the scales [Hkv, 2] they were multiplied with."""
-        kept = [of_window[block] for of_window in self.kept]
-        for of_window in self.kept:
-            of_window[block] = None
-        scales = torch.ones(self.adapter.num_key_value_heads, 2, device=self.adapter.device)
-        if self.space != "kv":
-            found = torch.cat([h.flatten(0, 1) for h in kept]).unflatten(-1, (groups, -1))
-        else:
-            key = torch.cat([k for k, _ in kept], 2)
-            value = torch.cat([v for _, v in kept], 2)
-            scales = balance(key, value)
-            found = joint(key, value, scales, groups, shared).flatten(0, 1)
-        finite(found, block)
-        return found.contiguous(), scales
+        vectors, scales = codec.training_vectors(self.take(block), groups, shared)
+        check_finite(vectors, block)
+        return vectors.contiguous(), scales
 
 
-def finite(found: Tensor, block: int) -> None:
-    if not bool(found.isfinite().all()):
+def check_finite(vectors: Tensor, block: int) -> None:
+    if not bool(vectors.isfinite().all()):
         raise ValueError(
             f"model: activations of block {block} are not finite on the calibration data"
         )
-
-
-def balance(key: Tensor, value: Tensor) -> Tensor:
-    """Scales [Hkv, 2] that give a head's keys and values the same total variance."""
-
-    def deviation(tensor: Tensor) -> Tensor:
-        flat = tensor.transpose(0, 1).flatten(1, 2)  # [Hkv, n, d]
-        return (flat - flat.mean(1, keepdim=True)).square().sum(-1).mean(-1).sqrt()
-
-    return 1 / torch.stack([deviation(key), deviation(value)], -1).clamp(min=1e-6)

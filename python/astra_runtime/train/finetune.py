@@ -29,6 +29,7 @@ from ..evaluate import Measured, measure
 from ..models import Adapter, Inputs, adapt, is_language_model
 from ..plan import Plan
 from .calibration import as_windows
+from .navq import NAVQ
 from .simulate import Simulation, quantizers
 
 CHECKPOINT = "checkpoint.pt"
@@ -128,8 +129,8 @@ def finetune(
     Args:
         model: a supported Hugging Face model in fp32, in evaluation mode, which it stays in: NAVQ's
             noise is the only one. On CUDA the passes run in bf16 by autocast.
-        codebook: where the codewords start. `Codebook.none()` and `Codebook.drop()` train the
-            controls: exact attention, and shards that do not hear of each other.
+        codebook: where the codewords start. `Codebook.dense()` and `Codebook.local_only()` train
+            the controls: exact attention, and shards that do not know of each other.
         data: token windows int64 [W, T], or a list of [T], all of one length; or images
             [W, C, h, w]. Never what is evaluated on.
         labels: int64 [W], the class of each window: the loss is the classifier's cross entropy.
@@ -273,13 +274,12 @@ class _Training:
         """The codewords as they are now, for the model as it is now."""
         if not self.start.coded:
             return self.start
-        made = replace(self.start, model=self.adapter.digest(), notes={})
-        tables = [getattr(layer, "tables", None) for layer in self.quantizers]
-        if not self.start.transforms:
-            return replace(made, tables=torch.stack(tables).cpu())  # type: ignore[arg-type]
-        pairs = zip(self.start.transforms, tables, strict=True)
-        trained = (t if table is None else replace(t, tables=table.cpu()) for t, table in pairs)
-        return replace(made, transforms=tuple(trained))
+        tables = [
+            layer.tables.cpu() if isinstance(layer, NAVQ) else table  # nothing of the block is sent
+            for layer, table in zip(self.quantizers, self.start.block_tables, strict=True)
+        ]
+        trained = self.start.with_tables(tables)
+        return replace(trained, model=self.adapter.digest(), notes={})
 
     def measure(self, world_size: int, report: Report) -> None:
         """Runs the windows held back through the engine itself, beside both controls."""
@@ -405,7 +405,7 @@ def _check_model(model: nn.Module, codebook: Codebook, adapter: Adapter) -> None
         raise ValueError("model: expected evaluation mode, got training: call model.eval()")
     if adapter.dtype != torch.float32:
         raise ValueError(f"model: expected fp32 weights to train, got {adapter.dtype}")
-    if codebook.space == "none" and codebook.dtype != "float32":
+    if not codebook.codec.trainable(codebook):
         raise ValueError(f"codebook: expected codes, or dense fp32, got dense {codebook.dtype}")
     codebook.check_model(adapter)
     broken = [name for name, w in model.named_parameters() if not bool(w.isfinite().all())]

@@ -1,6 +1,6 @@
 """Fitting predictive transform codes: what an error costs, where bits go, then block by block.
 
-The formulas are those of `transform.py`. Three steps:
+The formulas are those of `codes/predictive.py`. Three steps:
 
 1. `sensitivity`: F of every block, from gradients of the model's own, sampled answers with respect
    to the keys and values that other ranks see. Two backward passes' worth of work a window.
@@ -22,9 +22,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..codes.codebook import Codebook
-from ..codes.layouts import flat, heads
+from ..codes.layouts import merge_heads, split_heads
+from ..codes.predictive import DecoderState, Transform, nearest_codewords, rms_normalized
 from ..codes.rotary import rotate, unrotate
-from ..codes.transform import Known, Transform, quantized, unit
 from ..models import Adapter, Inputs, adapt, is_language_model
 from ..parallel import map_cores
 from ..plan import Plan
@@ -47,16 +47,18 @@ class _Probe(Simulation):
     """Exact exchange, with the keys and values that other ranks see as leaves of the graph."""
 
     def __init__(self, model: nn.Module, plan: Plan, inputs: Inputs) -> None:
-        super().__init__(model, Codebook.none(), plan, inputs)
+        super().__init__(model, Codebook.dense(), plan, inputs)
         self.leaves: dict[int, Tensor] = {}
 
-    def _stand_ins(self, block: int, key: Tensor, value: Tensor, *given: Any) -> Any:
+    def _remote_pairs(
+        self, block: int, key: Tensor, value: Tensor, received: Tensor | None
+    ) -> list[tuple[Tensor, Tensor]]:
         sent = self.layout.sent
         plain = unrotate(key[:, :, sent].float(), self.rope)
-        y = flat(plain, value[:, :, sent].float()).detach().requires_grad_()
+        y = merge_heads(plain, value[:, :, sent].float()).detach().requires_grad_()
         self.leaves[block] = y
-        far_key, far_value = heads(y, key.shape[1])
-        return [(rotate(far_key, self.rope), far_value)]
+        remote_key, remote_value = split_heads(y, key.shape[1])
+        return [(rotate(remote_key, self.rope), remote_value)]
 
 
 def sensitivity(
@@ -138,10 +140,10 @@ class Rows:
     blocks: list[Tensor]
     embedding: Tensor | None
 
-    def known(self, transforms: Sequence[Transform]) -> Known:
+    def known(self, transforms: Sequence[Transform]) -> DecoderState:
         first = None if self.embedding is None else self.blocks[0][None]
         embedding = None if self.embedding is None else self.embedding[None]
-        return Known(transforms, first, embedding)
+        return DecoderState(transforms, first, embedding)
 
 
 def regression(gram: Tensor, cross: Tensor, count: int) -> Tensor:
@@ -337,7 +339,7 @@ def fit_blocks(
     known = rows.known(made)
     for block, y in enumerate(rows.blocks):
         if block == 0 and known.reached == 0:
-            made.append(Transform.silent(y.shape[1], codewords))
+            made.append(Transform.zero_codes(y.shape[1], codewords))
         else:
             features = known.features()
             x = y.new_zeros(len(y), 0) if features is None else features[0]
@@ -349,11 +351,11 @@ def fit_blocks(
                 place = seed + block * 1000
                 coded = coder(left, *weights, counts[block], codewords, iterations, place)
             else:
-                silent = Transform.silent(y.shape[1], codewords)
-                coded = silent.analysis, silent.synthesis, silent.tables
+                empty = Transform.zero_codes(y.shape[1], codewords)
+                coded = empty.analysis, empty.synthesis, empty.tables
             made.append(Transform(*parts, *coded))
-            words = quantized(made[block], left[None]) if counts[block] else None
-            known.learn(block, (y - left)[None], words)
+            words = nearest_codewords(made[block], left[None]) if counts[block] else None
+            known.update(block, (y - left)[None], words)
         progress(block)
     return tuple(made)
 
@@ -361,4 +363,4 @@ def fit_blocks(
 def embedding_of(adapter: Adapter, inputs: Inputs) -> Tensor:
     """ê of a window, [1, T, D]."""
     with torch.inference_mode():
-        return unit(adapter.embed(inputs))
+        return rms_normalized(adapter.embed(inputs))

@@ -14,10 +14,10 @@ import torch
 import astra_kernels as ak
 from astra_runtime import Codebook, Engine
 from astra_runtime.cli.fitting import verdict
-from astra_runtime.codes.layouts import joint, split_tables
+from astra_runtime.codes.kv import balance
+from astra_runtime.codes.layouts import split_groups, split_tables
 from astra_runtime.codes.rotary import rotate, unrotate
 from astra_runtime.models import adapt
-from astra_runtime.train.calibration import balance
 from astra_runtime.train.kmeans import kmeans
 
 from ..models import inputs_for, tiny, windows_for
@@ -28,7 +28,7 @@ def test_tables_undo_joint(groups: int, shared: bool) -> None:
     """A codebook that holds the vectors themselves gives the keys and values back."""
     key, value = torch.randn(2, 1, 3, 5, 16)
     scales = torch.rand(3, 2) + 0.5
-    vectors = joint(key, value, scales, groups, shared)
+    vectors = split_groups(key, value, scales, groups, shared)
     assert vectors.shape == (1, 5, groups, 2 * 16 * 3 // groups)
     table = vectors[0].transpose(0, 1)  # [C, K=5, w]: token t is codeword t
     keys, values = split_tables(table, scales, 3, shared)
@@ -76,7 +76,7 @@ def test_dead_codewords_come_back() -> None:
 
 def test_balance_gives_keys_and_values_equal_weight() -> None:
     key, value = torch.randn(1, 3, 400, 16) * 7 + 100, torch.randn(1, 3, 400, 16) * 0.2
-    vectors = joint(key, value, balance(key, value), 3, False)
+    vectors = split_groups(key, value, balance(key, value), 3, False)
     spread = vectors.var(1).sum(0).unflatten(-1, (2, 16)).sum(-1)
     torch.testing.assert_close(spread, torch.ones_like(spread), rtol=0.02, atol=0)
 

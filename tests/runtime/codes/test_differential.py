@@ -12,8 +12,8 @@ from torch import Tensor
 
 import astra_kernels as ak
 from astra_runtime import Codebook, Engine
-from astra_runtime.codes.codebook import geometry
-from astra_runtime.codes.spaces import DifferentialCodes
+from astra_runtime.codes.base import geometry
+from astra_runtime.codes.differential import DifferentialCodes
 from astra_runtime.evaluate import run_ranks
 from astra_runtime.models import adapt
 from astra_runtime.plan import Plan
@@ -140,7 +140,7 @@ def test_every_call_starts_anew(kind: str) -> None:
                 found.append(logits_of(engine(**inputs, logits="all")))
                 if kind != "bert":
                     engine.generate(inputs["input_ids"], max_new_tokens=3)
-            assert not hasattr(engine.space, "own")
+            assert not hasattr(engine.codec, "own")
         return found
 
     outputs = run_ranks(3, work)[0]

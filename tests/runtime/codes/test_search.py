@@ -7,7 +7,6 @@ import torch
 
 import astra_kernels as ak
 from astra_runtime.codes.search import DIMENSIONS, Search, search_dimensions, search_macs
-from astra_runtime.codes.spaces import make_space
 from astra_runtime.costs import costs_of
 from astra_runtime.models import adapt
 from astra_runtime.train.simulate import frozen
@@ -63,7 +62,7 @@ def test_engine_simulation_and_costs_search_alike(monkeypatch: pytest.MonkeyPatc
     book = fitted("gpt2", model, space="hidden", groups=1)
     assert search_dimensions(book.codewords, 48) == 6
     adapter = adapt(model)
-    space, quantizer = make_space(book, adapter), frozen(book, "cpu")[1]
+    space, quantizer = book.make_codec(adapter), frozen(book, "cpu")[1]
     hidden = model.transformer.wte(inputs_for("gpt2")["input_ids"])[..., None, :].detach()
     codes = quantizer(hidden).codes
     assert torch.equal(space.searches[1](hidden), codes)  # type: ignore[attr-defined]

@@ -10,8 +10,6 @@ import torch
 import astra_kernels as ak
 from astra_runtime import Codebook, WireError
 from astra_runtime.codes.base import Payload
-from astra_runtime.codes.dense import Dense
-from astra_runtime.codes.spaces import make_space
 from astra_runtime.models import adapt
 
 from ..models import tiny, windows_for
@@ -25,7 +23,7 @@ def pair(batch: int = 2, tokens: int = 5) -> tuple[torch.Tensor, torch.Tensor]:
 @pytest.mark.parametrize(("dtype", "error"), [("float32", 0.0), ("float16", 2e-3), ("int8", 0.02)])
 def test_dense_tensors_cross(dtype: str, error: float) -> None:
     model = tiny("llama")
-    space = Dense(dtype, adapt(model))
+    space = Codebook.dense(dtype).make_codec(adapt(model))
     shards = [pair(tokens=5), pair(tokens=3)]
     payloads = []
     for shard in shards:
@@ -42,7 +40,7 @@ def test_dense_tensors_cross(dtype: str, error: float) -> None:
 
 def test_int8_survives_zeros_and_extremes() -> None:
     model = tiny("llama")
-    space = Dense("int8", adapt(model))
+    space = Codebook.dense("int8").make_codec(adapt(model))
     key, value = torch.zeros(1, 3, 2, 16), torch.full((1, 3, 2, 16), 3e4)
     buffer = bytearray(space.payload_bytes(0, 1, 2))
     space.encode(0, (key, value), None, memoryview(buffer))
@@ -58,7 +56,7 @@ def test_int8_survives_zeros_and_extremes() -> None:
 def test_codes_cross_with_rows_of_whole_bytes(options: dict[str, Any]) -> None:
     model = tiny("llama")
     book = Codebook.fit(model, windows_for("llama"), codewords=32, held_back=0, **options)
-    space: Any = make_space(book, adapt(model))
+    space: Any = book.make_codec(adapt(model))
     groups = options["groups"]
     codes = torch.randint(0, 32, (2, 5, groups), dtype=torch.int32)
     vectors = ak.decode(codes, book.tables[1])  # type: ignore[index]
@@ -74,7 +72,7 @@ def test_codes_cross_with_rows_of_whole_bytes(options: dict[str, Any]) -> None:
 def test_codes_that_no_codeword_has_are_refused() -> None:
     model = tiny("llama")
     book = Codebook.fit(model, windows_for("llama"), groups=3, codewords=21, held_back=0)
-    space: Any = make_space(book, adapt(model))
+    space: Any = book.make_codec(adapt(model))
     forged = ak.pack(torch.tensor([0, 20, 21], dtype=torch.int32), 5).numpy().tobytes()
     with pytest.raises(WireError, match="wrong code: expected below 21, got 21"):
         space.read(0, [Payload(memoryview(bytearray(forged)), 1, 1)], 1)

@@ -11,9 +11,9 @@ import torch
 from torch import Tensor, nn
 
 from astra_runtime import Codebook, Engine
-from astra_runtime.codes.layouts import flat, heads
+from astra_runtime.codes.layouts import merge_heads, split_heads
+from astra_runtime.codes.predictive import DecoderState, Transform, nearest_codewords
 from astra_runtime.codes.rotary import rotate
-from astra_runtime.codes.transform import Known, Transform, quantized
 from astra_runtime.evaluate import measure, run_ranks
 from astra_runtime.models import adapt
 from astra_runtime.plan import Plan
@@ -227,10 +227,10 @@ def test_sensitivity_is_what_an_error_costs() -> None:
             delta[:, plan.bounds[1] :] = 0
 
             class Off(Package):
-                def _stand_ins(self, at: int, key: Tensor, value: Tensor, *given: Any) -> Any:
-                    ((far, far_value),) = super()._stand_ins(at, key, value, *given)
+                def _remote_pairs(self, at: int, key: Tensor, value: Tensor, *given: Any) -> Any:
+                    ((far, far_value),) = super()._remote_pairs(at, key, value, *given)
                     if at == block:  # noqa: B023
-                        rows = heads(delta, key.shape[1])  # noqa: B023
+                        rows = split_heads(delta, key.shape[1])  # noqa: B023
                         far, far_value = far + rotate(rows[0], self.rope), far_value + rows[1]
                     return [(far, far_value)]
 
@@ -332,7 +332,7 @@ def test_coordinates_and_back_are_the_coded_axes() -> None:
     code = Transform(
         torch.zeros(0, 1), torch.zeros(1, 6), torch.zeros(6), analysis, synthesis, tables
     )
-    back = code.restored(code.coordinates(missing))
+    back = code.synthesize(code.coordinates(missing))
     torch.testing.assert_close(back, missing, rtol=1e-3, atol=1e-3)  # all axes are coded
 
 
@@ -344,23 +344,23 @@ def test_the_loop_is_closed() -> None:
     cost = Cost.of(torch.eye(4).repeat(3, 1, 1))
     options: dict[str, Any] = {"codewords": 16, "rank": 4, "iterations": 4, "seed": 0}
     made = fit_blocks(rows, cost, [1, 1, 1], **options)
-    known = Known(made, None, None)
+    known = DecoderState(made, None, None)
     errors = []
     for block, code in enumerate(made):
         predicted = known.predict(block, y[None])
-        found = known.learn(block, predicted, quantized(code, y[None] - predicted))
+        found = known.update(block, predicted, nearest_codewords(code, y[None] - predicted))
         errors.append(float((found - y).square().mean()))
     assert errors[2] < 0.5 * errors[1] < 0.25 * errors[0]  # four bits more each time
 
 
-def test_silent_blocks_are_as_predicted() -> None:
+def test_blocks_of_zero_codes_are_as_predicted() -> None:
     """A receiver and a sender that skipped a block agree on what follows."""
     model = tiny("llama")
     book = fitted(model, "llama")
-    silent = Transform.silent(book.transforms[1].offset.numel(), 16)
+    empty = Transform.zero_codes(book.transforms[1].offset.numel(), 16)
     kept = book.transforms[1]
     quiet = Transform(
-        kept.squeeze, kept.spread, kept.offset, silent.analysis, silent.synthesis, silent.tables
+        kept.down, kept.up, kept.offset, empty.analysis, empty.synthesis, empty.tables
     )
     changed = replace(book, transforms=(book.transforms[0], quiet, book.transforms[2]))
     inputs = inputs_for("llama", 23)
@@ -372,7 +372,7 @@ def test_silent_blocks_are_as_predicted() -> None:
 
 def test_flat_and_heads_are_inverse() -> None:
     key, value = torch.randn(2, 3, 5, 4), torch.randn(2, 3, 5, 4)
-    back = heads(flat(key, value), 3)
+    back = split_heads(merge_heads(key, value), 3)
     assert torch.equal(torch.stack(back), torch.stack([key, value]))
 
 

@@ -12,11 +12,10 @@ import torch
 
 from astra_runtime import Codebook
 from astra_runtime.cli import main
-from astra_runtime.codes.codebook import geometry
+from astra_runtime.codes.base import geometry
 from astra_runtime.costs import engine_plan, flops_over_ideal, single_flops
 from astra_runtime.deploy.predict import (
     Rates,
-    bits_of,
     first_token,
     measured,
     of_flops,
@@ -165,10 +164,10 @@ def test_every_space_is_measured(kind: str, space: str) -> None:
 def test_bits_are_those_of_the_engine(dtype: str) -> None:
     adapter = adapter_of(tiny("llama"))  # three KV heads of 16 channels
     each = {"float32": 32, "float16": 16, "int8": 9}[dtype]
-    assert bits_of(adapter, Codebook.none(dtype), 1) == 2 * 3 * 16 * each
-    assert bits_of(adapter, Codebook.drop(), 0) == 0
+    assert Codebook.none(dtype).token_bits(adapter, 1) == 2 * 3 * 16 * each
+    assert Codebook.drop().token_bits(adapter, 0) == 0
     differential = replace(kv(adapter), space="differential")
-    assert [bits_of(adapter, differential, block) for block in (0, 1)] == [0, 10]
+    assert [differential.token_bits(adapter, block) for block in (0, 1)] == [0, 10]
 
 
 def test_flops_that_cannot_be_are_refused() -> None:

@@ -9,7 +9,9 @@ import torch
 from torch import Tensor
 
 from astra_runtime import Codebook
-from astra_runtime.codes.layouts import joint, parted
+from astra_runtime.codes.differential import SimulatedDifferential
+from astra_runtime.codes.layouts import merge_groups, split_groups
+from astra_runtime.codes.rotary import rotate
 from astra_runtime.models import adapt
 from astra_runtime.plan import Plan
 from astra_runtime.train.simulate import Layout, Simulation, quantizers
@@ -81,7 +83,7 @@ def test_dense_tensors_of_few_bits_equal_the_engine(kind: str, dtype: str) -> No
 
 @pytest.mark.parametrize("single", [False, True])
 @pytest.mark.parametrize("kind", FAMILIES)
-def test_exact_stand_ins_equal_the_plain_model(kind: str, single: bool) -> None:
+def test_exact_exchange_equals_the_plain_model(kind: str, single: bool) -> None:
     model, inputs = tiny(kind), inputs_for(kind, 23, batch=2)
     plain, tolerance = rounding(model, inputs)
     found = simulated(model, Codebook.none(), inputs, (5, 1, 3), single_class_token=single)
@@ -169,11 +171,11 @@ def test_remote_tokens_carry_gradient_to_their_keys() -> None:
 
 
 @pytest.mark.parametrize(("groups", "shared"), [(3, False), (12, False), (1, True), (4, True)])
-def test_parted_is_the_inverse_of_joint(groups: int, shared: bool) -> None:
+def test_merging_is_the_inverse_of_splitting(groups: int, shared: bool) -> None:
     key, value = torch.randn(2, 2, 3, 5, 16).unbind()
     scales = torch.rand(3, 2) + 0.5
-    vectors = joint(key, value, scales, groups, shared)
-    found = parted(vectors, scales, 3, shared)
+    vectors = split_groups(key, value, scales, groups, shared)
+    found = merge_groups(vectors, scales, 3, shared)
     torch.testing.assert_close(found[0], key)
     torch.testing.assert_close(found[1], value)
 
@@ -246,7 +248,7 @@ class Deaf(Simulation):
     to: int
     blocks: tuple[int, ...]
 
-    def _arrivals(self, block: int) -> Tensor | None:
+    def _frames_received(self, block: int) -> Tensor | None:
         if block not in self.blocks:
             return None
         arrived = torch.ones(self.plan.world_size, self.plan.world_size, dtype=torch.bool)
@@ -260,15 +262,20 @@ class Estimates(Simulation):
     to: int
     blocks: tuple[int, ...]
 
-    def _inputs_seen(self, block: int, hidden: Tensor, arrived: Tensor | None) -> list[Tensor]:
-        before = self.known
-        (seen,) = super()._inputs_seen(block, hidden, arrived)
-        step = torch.zeros_like(seen) if before is None else seen - before
+    def _remote_pairs(
+        self, block: int, key: Tensor, value: Tensor, received: Tensor | None
+    ) -> list[tuple[Tensor, Tensor]]:
+        assert isinstance(self.codec, SimulatedDifferential)
+        before = self.codec.estimate
+        super()._remote_pairs(block, key, value, received)
+        estimate = self.codec.estimate
+        assert estimate is not None
         if before is None:
-            self.mine = seen
+            self.mine = estimate
         elif block not in self.blocks:
-            self.mine = self.mine + step
-        return [self.mine]
+            self.mine = self.mine + (estimate - before)
+        remote_key, remote_value = self.adapter.project(block, self.mine)
+        return [(rotate(remote_key, self.rope), remote_value)]
 
     def attend(self, block: int, query: Tensor, *others: Any) -> Tensor:
         whole = self.mask
@@ -308,10 +315,12 @@ def test_one_differential_receiver_s_loss_is_its_own() -> None:
     run.to, run.blocks = 1, (1,)
     with torch.no_grad():
         run.run()
-    assert run.behind is not None
-    assert run.behind.shape == (3, 1, 24, 48)
-    assert float(run.behind[1].abs().min(-1).values.max()) > 0
-    assert not bool(run.behind[::2].any())
+    assert isinstance(run.codec, SimulatedDifferential)
+    lacking = run.codec.lacking
+    assert lacking is not None
+    assert lacking.shape == (3, 1, 24, 48)
+    assert float(lacking[1].abs().min(-1).values.max()) > 0
+    assert not bool(lacking[::2].any())
 
 
 @pytest.mark.parametrize(("name", "options"), SPACES_OF_LOSS, ids=LOSS_IDS)
@@ -321,13 +330,13 @@ def test_the_right_share_is_lost(name: str, options: dict[str, Any]) -> None:
     plan = plan_for(model, inputs, (1,) * 6)
     generator = torch.Generator().manual_seed(5)
     run = Simulation(model, book, plan, inputs, lost=0.05, generator=generator)
-    drawn = [run._arrivals(1) for _ in range(2000)]
+    drawn = [run._frames_received(1) for _ in range(2000)]
     arrived = torch.stack([found for found in drawn if found is not None])
     assert arrived.shape == (2000, 6, 6)
     off = (~arrived).float().mean(0) - 0.05  # of each pair, ±4.5 standard deviations
     assert float(off.abs().max()) < 0.022
     assert abs(float(off.mean())) < 0.004
-    assert (run._arrivals(0) is None) is (name == "differential")  # sends nothing to lose
+    assert (run._frames_received(0) is None) is (name == "differential")  # sends nothing to lose
 
 
 def test_losses_depend_on_the_generator_only() -> None:

@@ -1,0 +1,90 @@
+"""The keywords of `Codebook.fit`, and what every way of fitting is given."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor, nn
+
+from ..codes.base import Codec
+from ..codes.codebook import Codebook
+from ..models import Adapter, Inputs
+from .calibration import Progress
+
+
+@dataclass(frozen=True)
+class FitOptions:
+    """The keywords of `Codebook.fit`.
+
+    Attributes:
+        space: "kv" codes keys and values jointly, before rotation; "hidden" codes block inputs;
+            "differential" codes what a block's input adds to the estimate of the block before;
+            "transform" codes keys and values with all that is known of them
+            (`codes/predictive.py`): the most accurate, and the only one that says itself how many
+            bits each block is worth.
+        groups: codes a token and block. Space "kv": a multiple of the KV heads, each coded on its
+            own, or fewer, shared by all heads. Else channel groups (the paper's G).
+        codewords: codewords of a group (the paper's K); None: 1024, in space "transform" 256 up to
+            200 bits, above that 64.
+        bits: space "transform", which has no `groups`: at most so many bits a token and block, on
+            average over the blocks; None: 100.
+        target_gap: space "transform": in place of `bits`, the share of the gap between dropping
+            remote tokens and having them exactly that is to be recovered on the held-out windows.
+            Tries budgets that double, or halve, and takes the smallest that suffices;
+            `notes["tried"]` has them all.
+        extra: more windows to calibrate on, never held out: `sampled_windows` of the model.
+        prefix: leading tokens of a decoder's input that every rank computes itself; None: 1 in
+            space "transform", else 0.
+        rank: space "transform", of its predictor; None: an eighth of the hidden size, at most 64.
+        shared: one set of codes for all heads; None: where `groups` is no multiple of the KV heads.
+        iterations: Lloyd iterations.
+        seed: makes the result deterministic, whatever the number of threads.
+        held_back: windows kept out of the fit, on which the result is evaluated as `world_size`
+            ranks. `notes["held_back"]` of the codebook tells; with 0, nothing is evaluated.
+        progress: hears what is done, the steps done and the steps in all.
+    """
+
+    space: str = "kv"
+    groups: int = 1
+    codewords: int | None = None
+    bits: float | None = None
+    target_gap: float | None = None
+    extra: Sequence[Tensor] = ()
+    prefix: int | None = None
+    rank: int | None = None
+    shared: bool | None = None
+    iterations: int = 8
+    seed: int = 0
+    held_back: int = 2
+    world_size: int = 4
+    progress: Progress = lambda what, done, steps: None
+
+    def prefix_for(self, codec: type[Codec], adapter: Adapter) -> int:
+        """Leading tokens that every rank computes itself. ValueError: an encoder's, or below 0."""
+        prefix = codec.default_prefix(adapter) if self.prefix is None else self.prefix
+        if prefix < 0 or (prefix and not adapter.causal):
+            raise ValueError(
+                "prefix: expected 0 or more, and 0 for an encoder, whose first tokens see all "
+                f"others, got {prefix}"
+            )
+        return prefix
+
+
+@dataclass(frozen=True)
+class FitData:
+    """A model and its calibration windows.
+
+    Attributes:
+        windows: to calibrate on; `vectors` is the number of their tokens.
+        evaluate: measures a codebook on the held-out windows, for its notes; None: there are none.
+    """
+
+    model: nn.Module
+    adapter: Adapter
+    codec: type[Codec]
+    windows: list[Inputs]
+    vectors: int
+    evaluate: Callable[[Codebook], dict[str, Any]] | None
+    progress: Progress
