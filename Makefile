@@ -18,11 +18,14 @@ SANITIZED := tests/kernels/test_pack.py tests/kernels/test_encode.py tests/runti
   tests/runtime/test_wire_decoder.py tests/runtime/codes/test_spaces.py tests/runtime/transport/test_transport.py \
   tests/runtime/transport/test_tcp.py tests/faults/test_frames.py
 SANITIZED_TESTS := $(if $(FULL),tests/kernels tests/runtime tests/faults,$(SANITIZED))
+LOWEST_TESTS := tests/kernels/test_pack.py tests/kernels/test_encode.py tests/kernels/test_library.py \
+  tests/runtime/test_engine.py tests/runtime/test_heads.py tests/runtime/test_model_hooks.py \
+  tests/runtime/codes/test_codebook.py tests/runtime/train/test_sample.py tests/runtime/transport/test_certificates.py
 SOAK_EXCHANGES ?= 3000000
 FAULTS ?= bench/results/cpu-$(shell nproc)core/faults.json
 SOURCES := $(shell find csrc -type f) CMakeLists.txt setup.py pyproject.toml $(CONSTRAINTS)
 
-.PHONY: help setup demo test test-core test-slow test-aot aot-table test-faults test-sanitized soak fuzz test-install lint format docs bench clean
+.PHONY: help setup demo test test-core test-slow test-aot aot-table test-faults test-sanitized soak fuzz test-install test-lowest lint format docs bench clean
 
 help:
 	@echo "make demo    one device, dense exchange and ASTRA side by side (real model, processes, sockets)"
@@ -34,6 +37,7 @@ help:
 	@echo "make fuzz    the wire's decoder under libFuzzer, ASan and UBSan; needs clang"
 	@echo "make test-sanitized  Python tests on a sanitized build of the extension; FULL=1 for all"
 	@echo "make test-install  wheel and sdist in an environment of their own; about five minutes"
+	@echo "make test-lowest  the core of the tests on the lowest versions that pyproject.toml allows"
 	@echo "make docs    the documents and the API reference as a site, in build/site"
 	@echo "make lint    ruff, mypy, clang-format, whether the tables are what the results say"
 	@echo "make bench   benchmarks, results and tables; its first lines say what it runs and leaves out"
@@ -116,6 +120,15 @@ test-sanitized: $(STAMP)
 	  ASAN_OPTIONS=detect_leaks=0:abort_on_error=1 UBSAN_OPTIONS=print_stacktrace=1 \
 	  LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libstdc++.so)" \
 	  $(abspath $(BIN))/python -m pytest -m "not slow and not gpu and not faults" --timeout 600 $(SANITIZED_TESTS)
+
+.venv-lowest/.set-up: constraints-lowest.txt
+	test -x .venv-lowest/bin/python || $(PYTHON) -m venv .venv-lowest
+	.venv-lowest/bin/python -m pip install --quiet "$(TORCH)" -r constraints-lowest.txt
+	@touch $@
+
+test-lowest: $(STAMP) .venv-lowest/.set-up
+	@echo "== the core of the tests on the lowest versions: about 4 minutes =="
+	OMP_NUM_THREADS=1 PYTHONPATH=python:. .venv-lowest/bin/python -m pytest -q -n 2 -p no:cacheprovider $(LOWEST_TESTS)
 
 test-install: $(STAMP)
 	@echo "== wheel and sdist in an environment with the base dependencies only: about 5 minutes =="
