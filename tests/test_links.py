@@ -23,6 +23,21 @@ def test_links_lead_to_files_and_headings(page: Path) -> None:
             assert heading in anchors(file), f"{page.name}: {target} leads to no heading"
 
 
+def test_files_that_pages_name_exist() -> None:
+    """In backquotes, by their whole path or by its end."""
+    folders = ("astra_kernels", "bench", "csrc", "docs", "examples", "python", "tests")
+    files = [file for folder in folders for file in (ROOT / folder).rglob("*.*")]
+    paths = [f"/{file.relative_to(ROOT)}" for file in [*files, *ROOT.glob("*.*")]]
+    named = {
+        (page.name, name)
+        for page in pages()
+        if page.name != "CHANGELOG.md"
+        for name in re.findall(r"`([\w./-]+\.(?:py|cpp|hpp|md|toml))`", page.read_text("utf-8"))
+    }
+    absent = [it for it in named if not any(path.endswith(f"/{it[1]}") for path in paths)]
+    assert not absent
+
+
 @pytest.mark.parametrize("package", [astra_kernels, astra_runtime], ids=lambda p: p.__name__)
 def test_the_reference_has_every_exported_name(package: ModuleType) -> None:
     page = ROOT / "docs/reference" / f"{package.__name__.removeprefix('astra_')}.md"
