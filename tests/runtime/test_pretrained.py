@@ -68,7 +68,9 @@ def test_smollm2_continues_and_keeps_its_order_of_perplexities() -> None:
             return engine.generate(ids, max_new_tokens=8)
 
     assert torch.equal(run_ranks(2, work)[0], expected)
-    book = fit_builtin(model, tokenizer, groups=3, windows=16, codewords=512, held_back=0)
+    book = fit_builtin(
+        model, tokenizer, space="kv", groups=3, windows=16, codewords=512, held_back=0
+    )
     windows = as_windows(token_windows(tokenizer, builtin_text()[1], 1024, 2))
     found = measure(model, book, windows, world_size=2)
     assert found.exact < found.astra < found.local_only

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import time
-from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -16,16 +15,14 @@ from .fitting import SAMPLED, WINDOWS, fit_builtin, fit_text, verdict
 from .options import add_model, add_tokens, output_folder, positive, two_or_more
 
 
-class CodedKeys:
-    """The values of --space: the codecs that are fitted. They need torch, and help does not."""
+def coded_key(text: str) -> str:
+    """A value of --space. The codecs know theirs, and need torch, which --help does without."""
+    from ..codes.registry import coded_keys
 
-    def __iter__(self) -> Iterator[str]:
-        from ..codes.registry import coded_keys
-
-        return iter(coded_keys())
-
-    def __contains__(self, key: object) -> bool:
-        return key in list(self)
+    if text not in coded_keys():
+        names = ", ".join(coded_keys())
+        raise argparse.ArgumentTypeError(f"expected one of {names}, got {text!r}")
+    return text
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
@@ -40,7 +37,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--output", metavar="DIR", required=True, help="folder for the codebook")
     parser.add_argument(
         "--space",
-        choices=CodedKeys(),
+        type=coded_key,
         metavar="SPACE",
         help="what is coded (transform; with --groups or --shared: kv)",
     )
