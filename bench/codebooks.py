@@ -45,8 +45,8 @@ def budgeted(name: str) -> bool:
 
 def after_loss(book: Codebook) -> tuple[str, ...]:
     """What a receiver can do after it missed a block's codes, as `Simulation` takes it."""
-    ways = {"differential": ("stale", "out"), "transform": ("stale", "out", "predicted")}
-    return ways.get(book.space, ("stale",))
+    choices = {"differential": ("stale", "out"), "transform": ("stale", "out", "predicted")}
+    return choices.get(book.space, ("stale",))
 
 
 def exact(book: Codebook) -> bool:

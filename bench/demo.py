@@ -2,8 +2,8 @@
 
     python -m bench.demo
 
-Runs `astra demo --json` at several link rates and writes latency_demo.json. The floor is the single
-device's time over the number of ranks.
+Runs `astra demo --json` at several link rates and writes latency_demo.json. The roofline is the
+single device's time over the number of ranks.
 """
 
 import argparse

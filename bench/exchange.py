@@ -10,7 +10,7 @@ the others; `connect_ms` is what joining costs the rank that dials all others, e
 Every rank is a process. All three run in the same processes, in rounds that take turns, so that
 whatever else the machine does meets them alike. An exchange is timed on every rank from the first
 send to the last received byte, and all ranks' samples are pooled. Correctness is checked first.
-The floor is half a round trip of the payload between two processes over plain blocking sockets.
+The roofline is half a round trip of the payload between two processes over plain blocking sockets.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ if __package__ in (None, ""):
 from bench.report import Case, Times, command_line, write
 
 ROUNDS = 20
-PEERS = ("gloo", "zeromq")
+BASELINES = ("gloo", "zeromq")
 CONNECTS = 21  # times that a mesh is made to be timed; the first, which loads modules, not counted
 WARM_UP = 10  # exchanges at the start of a round that are not counted
 
@@ -51,7 +51,7 @@ class Tailed(Times):
 
 @dataclass(frozen=True)
 class Exchange(Case):
-    """A case with the peers' tails."""
+    """A case with the baselines' tails."""
 
     peers_p99: Mapping[str, float] = field(default_factory=dict)
 
@@ -171,9 +171,9 @@ def check(system: Any, rank: int, world_size: int, size: int) -> None:
     """Every payload arrives whole, block by block; raises where it does not."""
     for block in range(3):
         system.payload[:] = np.frombuffer(pattern(rank, block, size), np.uint8)
-        came = system.exchange(block)
+        received = system.exchange(block)
         for other in set(range(world_size)) - {rank}:
-            if bytes(came[other]) != pattern(other, block, size):
+            if bytes(received[other]) != pattern(other, block, size):
                 raise AssertionError(f"{system.name}: wrong payload of rank {other}")
 
 
@@ -187,7 +187,7 @@ def measure(system: Any, exchanges: int) -> list[int]:
     return samples[WARM_UP:]
 
 
-def floor(rank: int, port: int, size: int, exchanges: int) -> list[int]:
+def round_trips(rank: int, port: int, size: int, exchanges: int) -> list[int]:
     """Nanoseconds of round trips between ranks 0 and 1 over plain blocking sockets."""
     if rank > 1:
         return []
@@ -252,7 +252,8 @@ def run_rank(
 
     torch.set_num_threads(1)
     world_size = len(ports["astra"])
-    samples: dict[str, list[int]] = {"floor": floor(rank, ports["floor"][0], size, 1000)}
+    trips = round_trips(rank, ports["roofline"][0], size, 1000)
+    samples: dict[str, list[int]] = {"roofline": trips}
     kinds: list[Any] = [Astra, Gloo, ZeroMQ]
     if keys is not None:
         AstraTls.keys = keys
@@ -289,7 +290,7 @@ def run_case(world_size: int, size: int, exchanges: int, keys: str | None) -> Ex
         "astra_tls": [numbers.pop() for _ in range(world_size)],
         "astra": numbers[:world_size],
         "gloo": numbers[world_size : world_size + 1],
-        "floor": numbers[world_size + 1 : world_size + 2],
+        "roofline": numbers[world_size + 1 : world_size + 2],
         "zeromq": numbers[world_size + 2 :],
     }
     context = multiprocessing.get_context("spawn")
@@ -316,22 +317,22 @@ def run_case(world_size: int, size: int, exchanges: int, keys: str | None) -> Ex
         if name.startswith("connect ")
     }
     ours = Astra.name if keys is None else AstraTls.name
-    peers = PEERS if keys is None else (Astra.name, *PEERS)
+    baselines = BASELINES if keys is None else (Astra.name, *BASELINES)
     return Exchange(
         name=f"exchange_{size}B_{world_size}ranks" + ("" if keys is None else "_tls"),
         shape={"world_size": world_size, "N": size},
         dtype="uint8",
         impl=ours,
         ms=ms(ours),
-        floor_ms=ms("floor").p50 / 2,
-        peers={name: ms(name).p50 for name in peers},
-        peers_p99={name: ms(name).p99 for name in peers},
+        floor_ms=ms("roofline").p50 / 2,
+        peers={name: ms(name).p50 for name in baselines},
+        peers_p99={name: ms(name).p99 for name in baselines},
         extra={} if keys is None else {"connect_ms": connect_ms},
     )
 
 
 def summary(case: Exchange) -> str:
-    """One line: our median and tail, and how many times longer each peer takes."""
+    """One line: our median and tail, and how many times longer each baseline takes."""
     ours = case.ms
     assert isinstance(ours, Tailed)
     parts = [f"{case.name:24} p50 {ours.p50:.3f} p99 {ours.p99:.3f} ms"]
@@ -340,7 +341,7 @@ def summary(case: Exchange) -> str:
         times = f"{p50 / ours.p50:.1f}x {p99 / ours.p99:.1f}x"
         parts.append(f"{name} {p50:.3f} {p99:.3f} ({times})")
     parts += [f"connect {name} {p50:.1f}" for name, p50 in case.extra.get("connect_ms", {}).items()]
-    return " | ".join([*parts, f"floor {case.floor_ms:.3f}"])
+    return " | ".join([*parts, f"roofline {case.floor_ms:.3f}"])
 
 
 def main() -> None:

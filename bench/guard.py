@@ -1,9 +1,10 @@
-"""What has become slower: ratios to the best peer, beside those of a commit.
+"""What has become slower: ratios to the best baseline, beside those of a commit.
 
     python -m bench.guard [--against HEAD] [--strict]
 
-A ratio is measured side by side with its peers in one run, so it may be compared between runs where
-times may not. Lists every case whose ratio fell by more than 10 %; with --strict it then fails.
+A ratio is measured side by side with its baselines in one run, so it may be compared between runs
+where times may not. Lists every case whose ratio fell by more than 10 %; with --strict it then
+fails.
 """
 
 from __future__ import annotations
@@ -57,7 +58,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--against", default="HEAD", metavar="REVISION")
     parser.add_argument("--strict", action="store_true", help="fail if anything is slower")
     options = parser.parse_args(arguments)
-    found: list[Slower] = []
+    fallen: list[Slower] = []
     compared = 0
     for path in sorted(RESULTS.glob("*/*.json")):
         before = committed(path, options.against)
@@ -65,14 +66,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
             continue
         now = json.loads(path.read_text())
         compared += len(ratios(now).keys() & ratios(before).keys())
-        found += slower(before, now, path.relative_to(RESULTS).as_posix())
-    for case in found:
+        fallen += slower(before, now, path.relative_to(RESULTS).as_posix())
+    for case in fallen:
         print(
             f"SLOWER {case.file}: {case.name} ({case.impl}): {case.before:.3g}× before, "
             f"{case.now:.3g}× now ({case.now / case.before - 1:+.0%})"
         )
-    print(f"{len(found)} of {compared} ratios fell by more than {TOLERANCE:.0%}")
-    return int(bool(found) and options.strict)
+    print(f"{len(fallen)} of {compared} ratios fell by more than {TOLERANCE:.0%}")
+    return int(bool(fallen) and options.strict)
 
 
 if __name__ == "__main__":

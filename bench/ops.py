@@ -4,11 +4,11 @@
     python -m bench.ops --choices       # ops_choices.json: what the constants of cpu.py rest on
 
 Shapes are those of one block on one of a few devices: SmolLM2-135M (9 query heads, 3 KV heads) and
-ViT-Base (12 heads), one batch row. The peer `sdpa` attends to keys and values that are dense
-already; `index_select_sdpa` looks them up first, as one would without this package. The floor of
+ViT-Base (12 heads), one batch row. The baseline `sdpa` attends to keys and values that are dense
+already; `index_select_sdpa` looks them up first, as one would without this package. The roofline of
 attention is its two matrix products alone, that of encode its one, that of merge_state an addition
 of the same tensors, that of decode a copy of its output. `overhead_*` are calls so small that only
-the call itself counts; their floor is the implementation called directly, without checks and op
+the call itself counts; their roofline is the implementation called directly, without checks and op
 boundary.
 """
 
@@ -34,13 +34,13 @@ K = 1024
 
 
 def timed(name: str, shape: Mapping[str, object], calls: Calls, dtype: str = "float32") -> Case:
-    """`calls` holds `ours`, maybe `floor`, and the peers."""
+    """`calls` holds `ours`, maybe `roofline`, and the baselines."""
     times = measure(calls)
-    peers = {peer: t.p50 for peer, t in times.items() if peer not in ("ours", "floor")}
-    floor = times["floor"].p50 if "floor" in times else None
+    baselines = {n: t.p50 for n, t in times.items() if n not in ("ours", "roofline")}
+    roofline = times["roofline"].p50 if "roofline" in times else None
     full = f"{name}_{torch.get_num_threads()}threads"
-    case = Case(full, shape, dtype, "auto", times["ours"], floor, peers)
-    others = "  ".join(f"{peer} {t.p50:.3f}" for peer, t in times.items() if peer != "ours")
+    case = Case(full, shape, dtype, "auto", times["ours"], roofline, baselines)
+    others = "  ".join(f"{n} {t.p50:.3f}" for n, t in times.items() if n != "ours")
     print(f"{full:32s} {dict(shape)}\n    ours {case.ms.p50:.3f} ms  {others}", flush=True)
     return case
 
@@ -75,7 +75,7 @@ def attention_case(model: str, rows: int, causal: bool) -> Case:
         {"model": model, "B": 1, "M": rows, "H": heads, "Hkv": kv_heads, "d": dim},
         {
             "ours": lambda: ak.attention(query, key, value, is_causal=causal),
-            "floor": products(query, key, value),
+            "roofline": products(query, key, value),
             "reference": lambda: ak.attention(
                 query, key, value, is_causal=causal, impl="reference"
             ),
@@ -102,7 +102,7 @@ def coded_case(name: str, model: str, rows: int, tokens: int, shared: bool, turn
         | {"K": K, "S": 1},
         {
             "ours": lambda: ak.coded_attention(query, codes, *tables, rope=rope),
-            "floor": products(query, *dense),
+            "roofline": products(query, *dense),
             "reference": lambda: ak.coded_attention(
                 query, codes, *tables, rope=rope, impl="reference"
             ),
@@ -131,7 +131,7 @@ def mixed_case(model: str, rows: int, tokens: int, causal: bool) -> Case:
             "ours": lambda: ak.mixed_attention(
                 query, key, value, codes, *tables, is_causal=causal, rope=rope
             ),
-            "floor": products(query, *both),
+            "roofline": products(query, *both),
             "sdpa": lambda: sdpa(
                 query, *both, attn_mask=visible if causal else None, enable_gqa=True
             ),
@@ -150,7 +150,7 @@ def merge_case(model: str, rows: int) -> Case:
         {"model": model, "B": 1, "M": rows, "H": heads, "d": dim},
         {
             "ours": lambda: ak.merge_state(*state),
-            "floor": lambda: torch.add(outs[0], outs[1], out=target),
+            "roofline": lambda: torch.add(outs[0], outs[1], out=target),
             "reference": lambda: ak.merge_state(*state, impl="reference"),
         },
     )
@@ -170,7 +170,7 @@ def encode_case(rows: int, groups: int, width: int) -> Case:
         {"T": rows, "groups": groups, "d": width, "K": K},
         {
             "ours": lambda: ak.encode(vectors, codebook, half_norms=norms),
-            "floor": matmul,
+            "roofline": matmul,
             "matmul_argmin": lambda: (norms.unsqueeze(1) - matmul()).argmin(dim=-1),
         },
     )
@@ -185,7 +185,7 @@ def decode_case(rows: int, groups: int, width: int) -> Case:
         {"T": rows, "groups": groups, "d": width, "K": K},
         {
             "ours": lambda: ak.decode(codes, codebook),
-            "floor": lambda: vectors.clone(),
+            "roofline": lambda: vectors.clone(),
             "reference": lambda: ak.decode(codes, codebook, impl="reference"),
         },
     )
@@ -208,7 +208,7 @@ def overhead_cases() -> Iterator[Case]:
         shape,
         {
             "ours": lambda: ak.attention(query, key, value),
-            "floor": lambda: dense(query, key, value),
+            "roofline": lambda: dense(query, key, value),
         },
     )
     yield timed(
@@ -216,7 +216,7 @@ def overhead_cases() -> Iterator[Case]:
         shape,
         {
             "ours": lambda: ak.coded_attention(query, codes, *tables, rope=rope),
-            "floor": lambda: coded(query, codes, *tables, rope=rope),
+            "roofline": lambda: coded(query, codes, *tables, rope=rope),
         },
     )
     yield timed(
@@ -224,7 +224,7 @@ def overhead_cases() -> Iterator[Case]:
         shape,
         {
             "ours": lambda: ak.merge_state(*state, *state),
-            "floor": lambda: merge(*state, *state),
+            "roofline": lambda: merge(*state, *state),
         },
     )
 
@@ -269,7 +269,7 @@ def set_and(
 
 
 def choice_cases() -> Iterator[Case]:
-    """One case a choice; `ours` is the choice made, the peers are the others."""
+    """One case a choice; `ours` is the choice made, the baselines are the others."""
     torch.set_num_threads(1)
     for rows in (256, 512, 1024):
         query, (key, value) = torch.randn(1, 9, rows, 64), torch.randn(2, 1, 3, rows, 64)
@@ -348,7 +348,7 @@ def _halves(rows: int, tokens: int, causal: bool) -> Case:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--choices", action="store_true", help="measure the constants' rivals")
+    parser.add_argument("--choices", action="store_true", help="measure other constants")
     parser.add_argument("--no-write", action="store_true", help="print only")
     args = parser.parse_args()
     torch.manual_seed(0)

@@ -1,11 +1,11 @@
-"""Packing and unpacking beside memcpy of the int32 codes (the floor), numpy and faiss.
+"""Packing and unpacking beside memcpy of the int32 codes (the roofline), numpy and faiss.
 
     python -m bench.pack                # writes bench/results/<device>/pack.json; about two minutes
     python -m bench.pack --isa portable --no-write
 
 One thread, all in the same run; ours and faiss's write to buffers allocated beforehand. "15360" is
 what 512 tokens of 30 codes make, one exchange of a Transformer block; our time includes the Python
-call. The peer "numpy" is the layout written down in numpy; "numpy_tuned" is the quickest we found.
+call. The baseline "numpy" is the layout written down in numpy; "numpy_tuned" is the fastest known.
 A vector kernel is bound by memory, so its rate is nearly the same at every width, while a codec
 that goes bit by bit is the slower the wider the code: at 1 or 2 bits nothing is 100 times numpy.
 """
@@ -125,7 +125,7 @@ def bench_width(bits: int, label: str, count: int) -> list[Case]:
             impl=f"native {_C.isa()}",
             ms=times["ours"],
             floor_ms=times["memcpy"].p50,
-            peers={peer: times[peer].p50 for peer in ("numpy", "numpy_tuned", "faiss")},
+            peers={name: times[name].p50 for name in ("numpy", "numpy_tuned", "faiss")},
         )
         cases.append(case)
         rates = {name: count / time.p50 / 1e3 for name, time in times.items()}

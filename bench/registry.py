@@ -14,13 +14,13 @@ FEW = "--methods sp_int8 bp_ag_nb1 bp_sp_nb1 segment_means"  # the fastest basel
 
 @dataclass(frozen=True)
 class Run:
-    """A command and the result that it writes, DEVICE/NAME; what only prepares others writes none.
+    """A command and the results that it writes, DEVICE/NAME; what prepares others writes none.
 
     `command` is what follows `python -m`, or begins with `make`.
     """
 
     command: str
-    writes: str = ""
+    writes: tuple[str, ...] = ()
 
     @property
     def line(self) -> str:
@@ -47,7 +47,11 @@ class Bench:
 
 
 def _cpu(command: str, result: str) -> Run:
-    return Run(command, f"cpu-2core/{result}")
+    return Run(command, (f"cpu-2core/{result}",))
+
+
+def _gpu(*results: str) -> tuple[str, ...]:
+    return tuple(f"{device}/{result}" for device in ("h100", "h200") for result in results)
 
 
 def _latency(model: str, arguments: str, tokens: int = 1024, name: str = "") -> Run:
@@ -247,9 +251,12 @@ OTHERS = (
     ),
     Bench(
         "gpu",
-        "all that needs a GPU; its kernels.json goes into bench/results/<device>",
-        8,
-        (Run("bench.gpu", "h100/kernels"),),
+        "all that needs a GPU; what it writes goes into bench/results/<device>",
+        10,
+        (
+            Run("bench.gpu --part A", _gpu("kernels", "engine")),
+            Run("bench.gpu --part B", _gpu("kernels", "kernels_tuned")),
+        ),
         ("GPU",),
     ),
     Bench(
@@ -278,4 +285,4 @@ def chosen(names: Sequence[str]) -> list[Bench]:
 
 def writers(result: str) -> Iterator[Run]:
     """The commands that write a result, DEVICE/NAME, or add to it."""
-    return (run for bench in BENCHES for run in bench.runs if run.writes == result)
+    return (run for bench in BENCHES for run in bench.runs if result in run.writes)

@@ -1,4 +1,4 @@
-"""Where more devices stop paying, on paper: to 1,024 devices and a million tokens.
+"""Where more devices stop paying, by closed forms: to 1,024 devices and a million tokens.
 
     python -m bench.scaling [--flops 50e9] [--mbit 10]
 
@@ -30,7 +30,7 @@ def rows(model_name: str, flops: float, link: Link) -> list[dict[str, Any]]:
     adapter = adapt(model)
     book = Codebook("kv", 1, 1024, True, geometry=geometry(adapter))
     rates = of_flops(adapter, book, flops)
-    found = []
+    of_model = []
     for tokens in TOKENS:
         alone = single(adapter, rates, tokens)
         for world in WORLDS:
@@ -40,7 +40,7 @@ def rows(model_name: str, flops: float, link: Link) -> list[dict[str, Any]]:
                 name: on_paper(adapter, book, rates, link, tokens, world, two_level=name != "full")
                 for name in ("full", "two_level")
             }
-            found.append(
+            of_model.append(
                 {
                     "model": model_name,
                     "tokens": tokens,
@@ -53,7 +53,7 @@ def rows(model_name: str, flops: float, link: Link) -> list[dict[str, Any]]:
                     **{f"{name}_speedup": alone / seconds for name, seconds in times.items()},
                 }
             )
-    return found
+    return of_model
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -63,7 +63,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--mbit", nargs="+", type=float, default=[10.0, 100.0])
     parser.add_argument("--rtt-ms", type=float, default=2.0)
     options = parser.parse_args(arguments)
-    found = [
+    every = [
         row
         for model in options.models
         for flops in options.flops
@@ -75,7 +75,7 @@ def main(arguments: list[str] | None = None) -> None:
         [],
         command=command_line("bench.scaling", arguments),
         packages=("torch", "transformers"),
-        extra={"rows": found, "executed": False},
+        extra={"rows": every, "executed": False},
     )
 
 

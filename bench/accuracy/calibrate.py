@@ -38,9 +38,9 @@ def windows(tokenizer, text: Sequence[str], seed: int) -> list[Tensor]:
         domain, _, count = item.partition(":")
         if domain in UNSEEN:
             raise ValueError(f"text: expected no domain that is to be unseen, got {domain}")
-        found = token_windows(tokenizer, corpus(domain)[0][:CHARACTERS], TOKENS, CANDIDATES)
-        order = torch.randperm(len(found), generator=generator)[: int(count)]
-        drawn += [found[i] for i in order.tolist()]
+        candidates = token_windows(tokenizer, corpus(domain)[0][:CHARACTERS], TOKENS, CANDIDATES)
+        order = torch.randperm(len(candidates), generator=generator)[: int(count)]
+        drawn += [candidates[i] for i in order.tolist()]
     return [drawn[i] for i in torch.randperm(len(drawn), generator=generator).tolist()]
 
 

@@ -70,9 +70,9 @@ class Code(nn.Module):
 
     def forward(self, vectors: Tensor, counted: Tensor | None = None) -> Quantized:
         """As a `NAVQ` of one group, [B, S, 1, 384]."""
-        found = self.of(vectors.flatten(0, -2)).view_as(vectors)
+        estimate = self.of(vectors.flatten(0, -2)).view_as(vectors)
         none = torch.zeros(vectors.shape[:-1], dtype=torch.int32)
-        return Quantized(none, found, found, vectors.new_zeros(()))
+        return Quantized(none, estimate, estimate, vectors.new_zeros(()))
 
 
 def parts_of(vectors: Tensor, count: int) -> Tensor:
@@ -91,16 +91,16 @@ def product(vectors: Tensor, count: int, seed: int) -> Code:
 
 
 def residual(vectors: Tensor, stages: int, seed: int) -> Code:
-    left, tables = vectors[:, None].clone(), []
+    residuals, tables = vectors[:, None].clone(), []
     for stage in range(stages):
-        tables.append(kmeans(left, CODEWORDS, iterations=ITERATIONS, seed=seed + stage))
-        left -= nearest(left, tables[-1])
+        tables.append(kmeans(residuals, CODEWORDS, iterations=ITERATIONS, seed=seed + stage))
+        residuals -= nearest(residuals, tables[-1])
 
     def estimate(x: Tensor) -> Tensor:
-        found = torch.zeros_like(x[:, None])
+        total = torch.zeros_like(x[:, None])
         for table in tables:
-            found = found + nearest((x[:, None] - found).contiguous(), table)
-        return found[:, 0]
+            total = total + nearest((x[:, None] - total).contiguous(), table)
+        return total[:, 0]
 
     return Code(estimate, 10 * stages)
 
@@ -155,21 +155,22 @@ def principal(vectors: Tensor, bits: float, seed: int) -> Code:
     """Bits go one by one to the axis with the largest error, which a bit divides by four."""
     mean = vectors.mean(0)
     variance, axes = torch.linalg.eigh((vectors - mean).T @ (vectors - mean) / len(vectors))
-    left, spent = variance.clamp(min=1e-12).clone(), torch.zeros(len(variance), dtype=torch.int64)
+    error = variance.clamp(min=1e-12).clone()
+    spent = torch.zeros(len(variance), dtype=torch.int64)
     for _ in range(int(bits)):
-        axis = int(torch.where(spent < 8, left, 0.0).argmax())
+        axis = int(torch.where(spent < 8, error, 0.0).argmax())
         spent[axis] += 1
-        left[axis] /= 4
+        error[axis] /= 4
     deviation = variance.clamp(min=1e-12).sqrt()
     levels = {b: gaussian_levels(b) for b in spent.unique().tolist() if b}
 
     def estimate(x: Tensor) -> Tensor:
         z = ((x - mean) @ axes) / deviation
-        found = torch.zeros_like(z)
+        levels_of_z = torch.zeros_like(z)
         for b, of_bits in levels.items():
             chosen = spent == b
-            found[:, chosen] = quantized(z[:, chosen].contiguous(), of_bits)
-        return mean + (found * deviation) @ axes.T
+            levels_of_z[:, chosen] = quantized(z[:, chosen].contiguous(), of_bits)
+        return mean + (levels_of_z * deviation) @ axes.T
 
     return Code(estimate, int(spent.sum()))
 
@@ -257,7 +258,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         domain: token_windows(tokenizer, corpus(domain)[1], calibrate.TOKENS, options.windows)
         for domain in DOMAINS
     }
-    controls = {name: control_losses(model, found, RANKS) for name, found in windows.items()}
+    controls = {name: control_losses(model, of_text, RANKS) for name, of_text in windows.items()}
     rows = Rows(
         "codes",
         command=command_line("bench.accuracy codes", arguments),
@@ -274,10 +275,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
         if quantizers is not None:
             bits = statistics.fmean(code.bits for code in quantizers)
         measured: dict[str, Any] = {"bits_per_token_block": bits}
-        for domain, found in windows.items():
-            ours = losses(model, book, found, world_size=RANKS, quantizers=quantizers)
-            of_text = figures(model, book, ours, controls[domain])
-            measured[domain] = {key: of_text[key] for key in FIGURES}
+        for domain, of_text in windows.items():
+            ours = losses(model, book, of_text, world_size=RANKS, quantizers=quantizers)
+            all_figures = figures(model, book, ours, controls[domain])
+            measured[domain] = {key: all_figures[key] for key in FIGURES}
         return measured
 
     for name in options.codes:

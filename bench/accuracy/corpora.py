@@ -52,10 +52,12 @@ def corpus(domain: str) -> tuple[str, str]:
 
 def split(documents: Sequence[str]) -> tuple[str, str]:
     """(calibration, evaluation) of documents in order, no paragraph in both or twice."""
-    aside = dict.fromkeys(p for text in documents[::5] for p in _paragraphs(text))
+    evaluation = dict.fromkeys(p for text in documents[::5] for p in _paragraphs(text))
     rest = (text for i, text in enumerate(documents) if i % 5)
-    kept = dict.fromkeys(p for text in rest for p in _paragraphs(text) if p not in aside)
-    return "\n\n".join(kept), "\n\n".join(aside)
+    calibration = dict.fromkeys(
+        p for text in rest for p in _paragraphs(text) if p not in evaluation
+    )
+    return "\n\n".join(calibration), "\n\n".join(evaluation)
 
 
 def available(domain: str) -> bool:

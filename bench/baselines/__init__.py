@@ -1,4 +1,4 @@
-"""The rivals: what else one can do with several devices and a model that fits one of them.
+"""The baselines: what else one can do with several devices and a model that fits one of them.
 
 Each method is a function `run(model, inputs, comm, **options)`, called by every rank with the same
 whole inputs, an unmodified Hugging Face ViT, GPT-2 or Llama and its own `Comm`. It really computes
@@ -56,7 +56,7 @@ __all__ = [
 
 @dataclass(frozen=True)
 class Method:
-    """One rival.
+    """One baseline.
 
     Attributes:
         run: see the package's docstring.
@@ -71,8 +71,8 @@ class Method:
 
 
 def methods() -> dict[str, Method]:
-    """All rivals by the names that reports use, the single device first."""
-    found = [
+    """All baselines by the names that reports use, the single device first."""
+    every = [
         Method("single", single, True, "one device, the model's own forward pass"),
         Method("tp", tp, True, "tensor parallel (Megatron-LM)"),
         Method("sp", sp, True, "sequence parallel (Voltage), fp32 activations"),
@@ -84,7 +84,7 @@ def methods() -> dict[str, Method]:
         for blocks in (1, 2, 4):
             run = partial(bp, blocks=blocks, sequence_parallel=sequence_parallel)
             about = f"block parallel with {what} (DeTransformer), Nb={blocks}; needs training"
-            found.append(Method(f"bp_{name}_nb{blocks}", run, False, about))
+            every.append(Method(f"bp_{name}_nb{blocks}", run, False, about))
     about = "segment means of 128 tokens (PRISM); needs fine-tuning"
-    found.append(Method("segment_means", segment_means, False, about))
-    return {method.name: method for method in found}
+    every.append(Method("segment_means", segment_means, False, about))
+    return {method.name: method for method in every}

@@ -60,10 +60,10 @@ def segment_means(
     shapes = [(len(x), len(sizes[n]), x.shape[2]) for n in ranks]
     for index, block in enumerate(transformer.blocks):
         if index == 0:
-            told = [means(everything[:, plan.shard(n)], sizes[n]) for n in ranks]
+            remote_means = [means(everything[:, plan.shard(n)], sizes[n]) for n in ranks]
         else:
-            told = comm.all_gather(means(x, sizes[comm.rank]), shapes)
-        normed = block.norm1(torch.cat([*(told[n] for n in sources), x], 1))
+            remote_means = comm.all_gather(means(x, sizes[comm.rank]), shapes)
+        normed = block.norm1(torch.cat([*(remote_means[n] for n in sources), x], 1))
         here = slice(len(counts), None)
         query = block.queries(normed[:, here], cut_rope(rope, here))
         key, value = block.keys_values(normed, rope)

@@ -98,19 +98,19 @@ def gather(comm: Comm, x: Tensor, shapes: Sequence[Shape], dtype: str) -> list[T
     if dtype == "float16":
         top = torch.finfo(torch.float16).max  # a few massive activations exceed it
         received = comm.all_gather(x.clamp(-top, top).half(), shapes)
-        found = [half.to(x.dtype) for half in received]
+        gathered = [half.to(x.dtype) for half in received]
     else:
         counts = [torch.Size(shape).numel() for shape in shapes]
         sizes = [(count + 2 * (count // x.shape[-1]),) for count in counts]
         codes, step = int8(x)
         message = torch.cat([part.reshape(-1).view(torch.uint8) for part in (codes, step)])
         received = comm.all_gather(message, sizes)
-        found = [
+        gathered = [
             _restored(data, count, shape).to(x.dtype)
             for data, count, shape in zip(received, counts, shapes, strict=True)
         ]
-    found[comm.rank] = x
-    return found
+    gathered[comm.rank] = x
+    return gathered
 
 
 def _restored(data: Tensor, count: int, shape: Shape) -> Tensor:

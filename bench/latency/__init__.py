@@ -1,1 +1,1 @@
-"""Time to first token of ASTRA and its rivals, by model, ranks, tokens and link."""
+"""Time to first token of ASTRA and its baselines, by model, ranks, tokens and link."""

@@ -1,11 +1,11 @@
-"""Who is first? Time to first token of ASTRA and its rivals on the virtual clock.
+"""Time to first token of ASTRA and its baselines on the virtual clock.
 
     python -m bench.latency [--models vit-base smollm2 …] [--ranks 2 4] [--tokens 1024]
 
 Every method really computes what each of its ranks computes, one rank at a time on one core, and is
 timed by CPU time; on each link only waiting is computed (`bench.link.virtual`). Writes
 latency_<model>_<tokens>.json, a case for each of ASTRA's settings, number of ranks and link, with
-the rivals beside it: `peers` are their medians, `floor_ms` the single device's over N. The clock
+the baselines beside it: `peers` are their medians, `floor_ms` the single device's over N. The clock
 starts with the input on every rank and stops when one has the last token's (the class token's)
 logits. Ranks have N times the memory bandwidth that one core has here; no link is shared.
 
@@ -30,7 +30,7 @@ from astra_runtime import Codebook
 from astra_runtime.console import say
 from astra_runtime.models import adapt
 from bench.baselines import methods
-from bench.latency.record import Recording, astra, median_stages, rival
+from bench.latency.record import Recording, astra, baseline, median_stages
 from bench.latency.subjects import MODELS, Subject
 from bench.link.model import Link
 from bench.link.virtual import SocketCosts
@@ -55,7 +55,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--tokens", nargs="+", type=int, default=[1024])
     parser.add_argument("--settings", nargs="+", help="of ASTRA: SPACE:GROUPS, transform:BITS")
     parser.add_argument(
-        "--methods", nargs="*", default=[n for n in methods() if n != "single"], help="rivals"
+        "--methods", nargs="*", default=[n for n in methods() if n != "single"], help="baselines"
     )
     parser.add_argument("--mbit", nargs="+", type=float, default=MBIT)
     parser.add_argument("--rtt-ms", nargs="+", type=float, default=RTT_MS)
@@ -69,11 +69,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
     line = command_line("bench.latency", arguments)
     for model, tokens in itertools.product(options.models, options.tokens):
         subject = Subject.make(model, tokens)
-        found = measured(subject, options, costs)
+        cases = measured(subject, options, costs)
         name = options.name or f"latency_{model}_{tokens}"
         write(
             name,
-            found,
+            cases,
             command=line,
             packages=("torch", "numpy", "transformers"),
             link={"emulator": "virtual clock", **asdict(Link(10.0)), "mbit_per_s": None},
@@ -84,25 +84,25 @@ def main(arguments: Sequence[str] | None = None) -> None:
 def recorded(
     subject: Subject, options: argparse.Namespace, ranks: int, books: Mapping[str, Codebook]
 ) -> dict[str, list[Recording]]:
-    """Recordings of every method by as many ranks: "single", ASTRA's settings, the rivals."""
+    """Recordings of every method by as many ranks: "single", ASTRA's settings, the baselines."""
     every, started = methods(), time.perf_counter()
     passes: dict[str, Callable[[], list[Recording]]] = {
-        "single": lambda: rival(subject, every["single"], 1, 1)
+        "single": lambda: baseline(subject, every["single"], 1, 1)
     }
     for setting, book in books.items():
         passes[setting] = partial(astra, subject, book, ranks, 1)
     for name in options.methods:
         if ranks <= heads_of(subject) or not name.startswith(("tp", "bp")):
-            passes[name] = partial(rival, subject, every[name], ranks, 1)
-    found: dict[str, list[Recording]] = {name: [] for name in passes}
+            passes[name] = partial(baseline, subject, every[name], ranks, 1)
+    recordings: dict[str, list[Recording]] = {name: [] for name in passes}
     for _ in range(options.repeats):  # all methods in turns: the machine's pace drifts
         for name, record in passes.items():
-            found[name] += record()
-    for name, recordings in found.items():
-        busiest = statistics.median_low(max(recording.computing) for recording in recordings)
+            recordings[name] += record()
+    for name, of_method in recordings.items():
+        busiest = statistics.median_low(max(recording.computing) for recording in of_method)
         say(f"  {subject.name} {subject.tokens} N={ranks} {name}: busiest rank {busiest:.3f} s")
     say(f"  in {time.perf_counter() - started:.0f} s")
-    return found
+    return recordings
 
 
 def measured(
@@ -113,8 +113,8 @@ def measured(
     settings = options.settings or SETTINGS[subject.name]
     books = {setting: subject.codebook(setting) for setting in settings}
     for ranks in options.ranks:
-        theirs = recorded(subject, options, ranks, books)
-        alone, ours = theirs.pop("single"), {s: (book, theirs.pop(s)) for s, book in books.items()}
+        others = recorded(subject, options, ranks, books)
+        alone, ours = others.pop("single"), {s: (book, others.pop(s)) for s, book in books.items()}
         for speed, mbit, rtt_ms in itertools.product(options.speeds, options.mbit, options.rtt_ms):
             link = Link(mbit, rtt_ms=rtt_ms)
 
@@ -122,7 +122,7 @@ def measured(
                 return percentiles([1e3 * r.finish(link, costs, speed) for r in recordings])
 
             single = times(alone)
-            peers = {"single": single} | {name: times(them) for name, them in theirs.items()}
+            peers = {"single": single} | {name: times(them) for name, them in others.items()}
             for setting, (book, recordings) in ours.items():
                 cases.append(
                     Case(
@@ -142,8 +142,8 @@ def measured(
                         impl=f"astra {setting}",
                         ms=times(recordings),
                         floor_ms=single.p50 / ranks,
-                        peers={name: found.p50 for name, found in peers.items()},
-                        extra=extra_of(subject, recordings, theirs, peers, speed),
+                        peers={name: taken.p50 for name, taken in peers.items()},
+                        extra=extra_of(subject, recordings, others, peers, speed),
                     )
                 )
     return cases
@@ -157,16 +157,16 @@ def heads_of(subject: Subject) -> int:
 def extra_of(
     subject: Subject,
     recordings: list[Recording],
-    theirs: dict[str, list[Recording]],
+    others: dict[str, list[Recording]],
     peers: dict[str, Any],
     speed: float,
 ) -> dict[str, Any]:
-    """What the schema has no place for: spread and bytes of the rivals, our stages."""
+    """What the schema has no place for: spread and bytes of the baselines, our stages."""
     blocks, tokens = len(adapt(subject.model).blocks), subject.tokens
-    every = {"astra": recordings} | theirs
+    every = {"astra": recordings} | others
     return {
         "speed": speed,
-        "peers_spread": {name: [found.p20, found.p80] for name, found in peers.items()},
+        "peers_spread": {name: [taken.p20, taken.p80] for name, taken in peers.items()},
         "busy_ms": {name: 1e3 * max(them[0].computing) / speed for name, them in every.items()},
         # of all ranks together, over the wire's fan-out
         "sent_bits_per_token_block": {

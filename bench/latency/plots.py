@@ -35,14 +35,14 @@ def chosen(report: Mapping[str, Any]) -> list[Case]:
 
 def curves(cases: Sequence[Case], axis: str) -> dict[str, list[tuple[float, float]]]:
     """Speedup over one device of each method along an axis of `shape`, sorted."""
-    found: dict[str, dict[float, float]] = {}
+    speedups: dict[str, dict[float, float]] = {}
     for case in cases:
         at, single = float(case["shape"][axis]), case["peers"]["single"]
-        found.setdefault(case["impl"], {})[at] = single / case["ms"]["p50"]
+        speedups.setdefault(case["impl"], {})[at] = single / case["ms"]["p50"]
         for name, ms in case["peers"].items():
             if name in BASELINES:
-                found.setdefault(BASELINES[name], {})[at] = single / ms
-    return {name: sorted(points.items()) for name, points in found.items()}
+                speedups.setdefault(BASELINES[name], {})[at] = single / ms
+    return {name: sorted(points.items()) for name, points in speedups.items()}
 
 
 def draw(report: Mapping[str, Any], path: Path) -> Path:
@@ -60,11 +60,11 @@ def draw(report: Mapping[str, Any], path: Path) -> Path:
     figure, (of_rate, of_ranks, of_stages) = pyplot.subplots(1, 3, figsize=(15, 4.4))
     at_ranks = [case for case in cases if case["shape"]["world_size"] == most]
     at_rate = [case for case in cases if case["shape"]["mbit_per_s"] == rates[0]]
-    for axis, found, title in (
+    for axis, lines, title in (
         (of_rate, curves(at_ranks, "mbit_per_s"), f"{most} ranks"),
         (of_ranks, curves(at_rate, "world_size"), f"{rates[0]:g} Mbit/s"),
     ):
-        for name, points in found.items():
+        for name, points in lines.items():
             ours = name.startswith("astra ")
             style = "o-" if ours else "s--"
             axis.plot(*zip(*points, strict=True), style, ms=4, lw=2 if ours else 1, label=name)
@@ -107,12 +107,12 @@ def draw(report: Mapping[str, Any], path: Path) -> Path:
     return path
 
 
-def main(given: Sequence[str] | None = None) -> int:
+def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="bench.latency.plots", description=__doc__.splitlines()[0]
     )
     parser.add_argument("--results", type=Path, default=RESULTS)
-    options = parser.parse_args(given)
+    options = parser.parse_args(arguments)
     for path in sorted(options.results.glob("*/latency_*.json")):
         if path.stem.endswith(MANY):
             continue

@@ -3,11 +3,12 @@
     python -m bench.latency.real [--models vit-base smollm2] [--ranks 2] [--mbit 10] [--rtt-ms 2]
 
 Each rank is a process with one thread, on a core of its own, in a network namespace of its own;
-ASTRA's frames (TLS) and the rivals' (gloo, in plain) cross the same switch (`bench.link.switch`),
-which takes its part of the cores. All methods run in one set of processes, in turns. The clock
-starts at a moment that rank 0 names, with the input on every rank, and stops when a rank has the
-answer. The single device is rank 0 alone, the others asleep. Writes latency_real_<model>.json, with
-what the virtual clock says of the same methods beside it (`virtual_ms`).
+ASTRA's frames (TLS) and the baselines' (gloo, in plain) cross the same switch
+(`bench.link.switch`), which takes its part of the cores. All methods run in one set of processes,
+in turns. The clock starts at a moment that rank 0 names, with the input on every rank, and stops
+when a rank has the answer. The single device is rank 0 alone, the others asleep. Writes
+latency_real_<model>.json, with what the virtual clock says of the same methods beside it
+(`virtual_ms`).
 """
 
 from __future__ import annotations
@@ -49,56 +50,56 @@ PATIENCE = 1800.0
 
 @dataclass(frozen=True)
 class Settings:
-    """What one rank is told."""
+    """What one rank runs."""
 
     rank: int
     addresses: list[str]
     model: str
     tokens: int
     settings: list[str]
-    rivals: list[str]
+    baselines: list[str]
     repeats: int
     keys: str = ""
 
 
-def rank_main(told: Settings) -> dict[str, list[float | None]]:
+def rank_main(setup: Settings) -> dict[str, list[float | None]]:
     """Seconds of each pass by method; None where this rank had no answer."""
     import torch.distributed as dist
 
     cores = sorted(os.sched_getaffinity(0))
-    os.sched_setaffinity(0, {cores[told.rank % len(cores)]})
+    os.sched_setaffinity(0, {cores[setup.rank % len(cores)]})
     torch.set_num_threads(1)
-    subject = Subject.make(told.model, told.tokens)
-    world = len(told.addresses)
-    host = told.addresses[0].rpartition(":")[0]
+    subject = Subject.make(setup.model, setup.tokens)
+    world = len(setup.addresses)
+    host = setup.addresses[0].rpartition(":")[0]
     dist.init_process_group(
         "gloo",
         init_method=f"tcp://{host}:5900",
-        rank=told.rank,
+        rank=setup.rank,
         world_size=world,
         timeout=datetime.timedelta(seconds=PATIENCE),
     )
-    found: dict[str, list[float | None]] = {}
+    seconds: dict[str, list[float | None]] = {}
     every = methods()
     with contextlib.ExitStack() as stack:
         mesh = stack.enter_context(
             astra_runtime.connect(
-                told.rank, world, told.addresses, timeout=PATIENCE, keys=told.keys
+                setup.rank, world, setup.addresses, timeout=PATIENCE, keys=setup.keys
             )
         )
         group = GlooComm(dist.distributed_c10d._get_default_group())
         only_first, single = dist.new_group([0]), every["single"].run
-        alone = GlooComm(only_first) if told.rank == 0 else None
+        alone = GlooComm(only_first) if setup.rank == 0 else None
         passes: dict[str, Any] = {
             "single": lambda: alone and single(subject.model, subject.inputs, alone)
         }
-        for setting in told.settings:
+        for setting in setup.settings:
             engine = stack.enter_context(Engine(subject.model, subject.codebook(setting), mesh))
             passes[f"astra {setting}"] = lambda e=engine: e(outputs="one", **subject.inputs)
-        for name in told.rivals:
+        for name in setup.baselines:
             run = every[name].run
             passes[name] = lambda run=run: run(subject.model, subject.inputs, group)
-        for repeat in range(1 + told.repeats):  # all methods in turns: the machine's pace drifts
+        for repeat in range(1 + setup.repeats):  # all methods in turns: the machine's pace drifts
             for name, once in list(passes.items()):
                 moment = begin(mesh)
                 has = once() is not None
@@ -109,16 +110,19 @@ def rank_main(told: Settings) -> dict[str, list[float | None]]:
                 dist.all_reduce(slowest, dist.ReduceOp.MAX)
                 slow = float(slowest) > SLOW
                 if repeat or slow:
-                    found.setdefault(name, []).append(taken if has else None)
+                    seconds.setdefault(name, []).append(taken if has else None)
                 if slow:
                     del passes[name]  # one pass is all there is
-        if told.rank == 0:
-            say(f"  {told.model}: " + ", ".join(f"{name} {times}" for name, times in found.items()))
+        if setup.rank == 0:
+            say(
+                f"  {setup.model}: "
+                + ", ".join(f"{name} {times}" for name, times in seconds.items())
+            )
     dist.destroy_process_group()
-    return found
+    return seconds
 
 
-def measured(told: Settings, link: Link, world: int) -> tuple[dict[str, list[float]], Any]:
+def measured(shared: Settings, link: Link, world: int) -> tuple[dict[str, list[float]], Any]:
     """Seconds by method, of the first rank that had the answer; and the switch's report."""
     with Namespaces(world, link) as net, ephemeral_keys(world) as keys:
         addresses = [f"{address}:5000" for address in net.addresses]
@@ -127,7 +131,7 @@ def measured(told: Settings, link: Link, world: int) -> tuple[dict[str, list[flo
         processes = []
         for rank in range(world):
             own = Settings(
-                **{**asdict(told), "rank": rank, "addresses": addresses, "keys": str(keys)}
+                **{**asdict(shared), "rank": rank, "addresses": addresses, "keys": str(keys)}
             )
             command = [
                 sys.executable,
@@ -140,22 +144,22 @@ def measured(told: Settings, link: Link, world: int) -> tuple[dict[str, list[flo
         outputs = outputs_of(processes, PATIENCE)
         report = net.report()
     of_ranks = [json.loads(output) for output in outputs]
-    found = {
+    seconds = {
         name: [
             min(t for t in times if t is not None)
             for times in zip(*(of_rank[name] for of_rank in of_ranks), strict=True)
         ]
         for name in of_ranks[0]
     }
-    return found, report
+    return seconds, report
 
 
 def cases_of(options: argparse.Namespace, model: str) -> tuple[list[Case], Any]:
     link = Link(options.mbit, rtt_ms=options.rtt_ms)
     settings = options.settings or list(SETTINGS[model])
-    told = Settings(0, [], model, options.tokens, settings, options.methods, options.repeats)
-    found, report = measured(told, link, options.ranks)
-    ms = {name: percentiles([1e3 * t for t in times]) for name, times in found.items()}
+    shared = Settings(0, [], model, options.tokens, settings, options.methods, options.repeats)
+    seconds, report = measured(shared, link, options.ranks)
+    ms = {name: percentiles([1e3 * t for t in times]) for name, times in seconds.items()}
     virtual = on_virtual(options, model, settings, link)
     planned = on_plan(options, model, settings)
     single = ms["single"].p50
@@ -204,15 +208,15 @@ def on_virtual(
     """Median milliseconds of the same methods on the virtual clock."""
     torch.set_num_threads(1)
     subject, costs, every = Subject.make(model, options.tokens), SocketCosts.measured(), methods()
-    found = {"single": record.rival(subject, every["single"], 1, options.repeats)}
+    of_methods = {"single": record.baseline(subject, every["single"], 1, options.repeats)}
     for setting in settings:
         book = subject.codebook(setting)
-        found[f"astra {setting}"] = record.astra(subject, book, options.ranks, options.repeats)
+        of_methods[f"astra {setting}"] = record.astra(subject, book, options.ranks, options.repeats)
     for name in options.methods:
-        found[name] = record.rival(subject, every[name], options.ranks, 1)
+        of_methods[name] = record.baseline(subject, every[name], options.ranks, 1)
     return {
         name: percentiles([1e3 * r.finish(link, costs) for r in recordings]).p50
-        for name, recordings in found.items()
+        for name, recordings in of_methods.items()
     }
 
 
@@ -220,16 +224,16 @@ def on_plan(options: argparse.Namespace, model: str, settings: Sequence[str]) ->
     """Milliseconds that `astra plan` predicts, from measuring this machine."""
     torch.set_num_threads(1)
     subject = Subject.make(model, options.tokens)
-    adapter, found = adapt(subject.model), {}
+    adapter, planned = adapt(subject.model), {}
     link = PacedLink(options.mbit, options.rtt_ms / 2)
     for setting in settings:
         book = subject.codebook(setting)
         rates = predict.measured(subject.model, book, options.tokens)
         plan = engine_plan(adapter, book, options.tokens, options.ranks)
-        told = predict.first_token(adapter, book, plan, [rates] * options.ranks, link)
-        found[f"astra {setting}"] = 1e3 * told.seconds
-        found["single"] = 1e3 * predict.single(adapter, rates, options.tokens)
-    return found
+        prediction = predict.first_token(adapter, book, plan, [rates] * options.ranks, link)
+        planned[f"astra {setting}"] = 1e3 * prediction.seconds
+        planned["single"] = 1e3 * predict.single(adapter, rates, options.tokens)
+    return planned
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

@@ -41,7 +41,7 @@ class Recording:
 
     Attributes:
         payload: bytes that ranks sent, for each token of the input; headers not counted.
-        stages: seconds by stage, of the rank that is busy longest; empty for rivals.
+        stages: seconds by stage, of the rank that is busy longest; empty for baselines.
     """
 
     ranks: list[list[Event]]
@@ -120,7 +120,7 @@ def _execute(
 
     def work(mesh: VirtualMesh) -> list[tuple[list[Event], bool, int, dict[str, float]]]:
         closing, once, sent = prepare(mesh)
-        found = []
+        passes = []
         try:
             for _ in range(1 + repeats):
                 mesh.start()
@@ -131,11 +131,11 @@ def _execute(
                     world.note(mesh.state)
                     # the end of the pass, before the next start empties the list
                     events = list(world.events[mesh.rank])
-                found.append((events, has, sent() - before, trace.seconds()))
+                passes.append((events, has, sent() - before, trace.seconds()))
         finally:
             if closing is not None:
                 closing.close()
-        return found[1:]
+        return passes[1:]
 
     results = world.run(work).results
     recordings = []
@@ -165,7 +165,7 @@ def astra(
     return _execute(world_size, prepare, repeats, clock)
 
 
-def rival(
+def baseline(
     subject: Subject, method: Method, world_size: int, repeats: int, clock: Any = "cpu"
 ) -> list[Recording]:
     def prepare(mesh: VirtualMesh) -> tuple[None, Pass, Callable[[], int]]:

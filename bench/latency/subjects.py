@@ -28,14 +28,14 @@ CODEWORDS = 1024
 def _int8(make: Callable[[int], Any]) -> Callable[[int], Any]:
     """8-bit weights, activations quantized at each layer's input: torch's dynamic quantization."""
 
-    def made(tokens: int) -> Any:
+    def quantized(tokens: int) -> Any:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # torchao is to take its place, and needs a compiler
             return torch.ao.quantization.quantize_dynamic(
                 make(tokens).eval(), {torch.nn.Linear}, dtype=torch.qint8
             )
 
-    return made
+    return quantized
 
 
 MODELS: dict[str, Callable[[int], Any]] = {

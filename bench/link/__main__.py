@@ -215,14 +215,14 @@ def comparison(link: Link, space: str, tokens: int, repeats: int) -> Case:
 
 
 def summary(case: Case) -> str:
-    told = [f"{case.name:22} {case.impl} {case.ms.p50:.3f} ms"]
+    parts = [f"{case.name:22} {case.impl} {case.ms.p50:.3f} ms"]
     if case.floor_ms is not None:
-        told.append(f"floor {case.floor_ms:.3f}")
+        parts.append(f"roofline {case.floor_ms:.3f}")
     for name, ms in case.peers.items():
         median, least = case.extra["agreement"][name], case.extra["agreement_of_fastest"][name]
-        told.append(f"{name} {ms:.3f} ({median:.3f}x, fastest {least:.3f}x)")
-    told += [f"{key} {case.extra[key]}" for key in ("bulk", "computing_ms") if key in case.extra]
-    return " | ".join(told)
+        parts.append(f"{name} {ms:.3f} ({median:.3f}x, fastest {least:.3f}x)")
+    parts += [f"{key} {case.extra[key]}" for key in ("bulk", "computing_ms") if key in case.extra]
+    return " | ".join(parts)
 
 
 def main(arguments: Sequence[str] | None = None) -> list[Case]:

@@ -66,7 +66,7 @@ class VirtualComm(Collectives):
         size = self.world_size
         none = parts[0][:0]
         sent = [none] * size
-        came: list[Sequence[int]] = [(0,)] * size
+        shapes: list[Sequence[int]] = [(0,)] * size
         sent[(self.rank + 1) % size] = parts[index % size]
-        came[(self.rank - 1) % size] = parts[(index - 1) % size].shape
-        return self.all_to_all(sent, came)[(self.rank - 1) % size]
+        shapes[(self.rank - 1) % size] = parts[(index - 1) % size].shape
+        return self.all_to_all(sent, shapes)[(self.rank - 1) % size]

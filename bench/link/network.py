@@ -58,30 +58,30 @@ class _Queue:
             return
         arrivals, seconds = [self.arrivals], [self.seconds]
         sources, owners = [self.sources], [self.owners]
-        for came, each, message in self.fresh:
-            arrivals.append(came)
+        for of_message, each, message in self.fresh:
+            arrivals.append(of_message)
             seconds.append(each)
-            sources.append(np.full(len(came), message.source, np.int64))
-            owners.append(np.full(len(came), len(self.messages), np.int64))
+            sources.append(np.full(len(of_message), message.source, np.int64))
+            owners.append(np.full(len(of_message), len(self.messages), np.int64))
             self.messages.append(message)
         self.fresh.clear()
-        came, source = np.concatenate(arrivals), np.concatenate(sources)
-        order = np.lexsort((source, came))  # stable: a sender's own packets keep their order
-        came, source = came[order], source[order]
+        arrival, source = np.concatenate(arrivals), np.concatenate(sources)
+        order = np.lexsort((source, arrival))  # stable: a sender's own packets keep their order
+        arrival, source = arrival[order], source[order]
         each, owner = np.concatenate(seconds)[order], np.concatenate(owners)[order]
-        gone = departures(came, each, self.busy_until)
+        departure = departures(arrival, each, self.busy_until)
         last = np.zeros(len(self.messages))
-        last[owner] = gone  # times rise, and of several the last one stays
+        last[owner] = departure  # times rise, and of several the last one stays
         for message, done in zip(self.messages, last.tolist(), strict=True):
             message.done = max(message.done, done)
         # what is gone by now stays as it is, whatever is sent from now on
-        past = int(np.searchsorted(gone, now, side="right"))
+        past = int(np.searchsorted(departure, now, side="right"))
         if past:
-            self.busy_until = float(gone[past - 1])
-        kept, owner = np.unique(owner[past:], return_inverse=True)
-        self.messages = [self.messages[i] for i in kept.tolist()]
+            self.busy_until = float(departure[past - 1])
+        waiting, owner = np.unique(owner[past:], return_inverse=True)
+        self.messages = [self.messages[i] for i in waiting.tolist()]
         self.owners = owner.reshape(-1).astype(np.int64)
-        self.arrivals, self.seconds, self.sources = came[past:], each[past:], source[past:]
+        self.arrivals, self.seconds, self.sources = arrival[past:], each[past:], source[past:]
 
 
 class Network:

@@ -107,10 +107,10 @@ def begin(mesh: Mesh) -> float:
     else:
         mesh.send(b"", block=_READY, plan=0, to=[0])
         moment = struct.unpack("<d", mesh.receive({0: 8}, block=_GO, plan=0)[0])[0]
-    left = moment - time.monotonic()
-    if left < 0:
-        raise RuntimeError(f"the start came {-left:.3f} s late: the link is too slow for this")
-    time.sleep(max(0.0, left - 1e-3))
+    remaining = moment - time.monotonic()
+    if remaining < 0:
+        raise RuntimeError(f"the start came {-remaining:.3f} s late: the link is too slow for this")
+    time.sleep(max(0.0, remaining - 1e-3))
     while time.monotonic() < moment:  # a sleep would end late
         pass
     return moment
@@ -141,11 +141,11 @@ def run(settings: Settings) -> list[tuple[float, float]]:
 def outputs_of(processes: Sequence[subprocess.Popen[bytes]], patience: float) -> list[bytes]:
     """What every rank printed; whatever happens, no process is left."""
     try:
-        told = [process.communicate(timeout=patience)[0] for process in processes]
+        outputs = [process.communicate(timeout=patience)[0] for process in processes]
         failed = [rank for rank, process in enumerate(processes) if process.returncode]
         if failed:
             raise RuntimeError(f"ranks {failed} failed; what they said stands above")
-        return told
+        return outputs
     finally:
         for process in processes:
             process.kill()

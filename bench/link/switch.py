@@ -92,11 +92,11 @@ def build() -> Path:
         BUILD.mkdir(parents=True, exist_ok=True)
         fresh = program.with_suffix(f".{os.getpid()}")  # others may build at the same time
         options = ["-std=c++17", "-O2", "-Wall", "-Wextra", "-Werror"]
-        made = subprocess.run(
+        compiled = subprocess.run(
             [compiler(), *options, str(SOURCE), "-o", str(fresh)], capture_output=True, text=True
         )
-        if made.returncode:
-            raise LinkUnavailable(f"the switch does not compile: {made.stderr.strip()}")
+        if compiled.returncode:
+            raise LinkUnavailable(f"the switch does not compile: {compiled.stderr.strip()}")
         fresh.replace(program)
     return program
 
@@ -203,14 +203,14 @@ class Namespaces:
             if not part:
                 raise LinkUnavailable("the switch has stopped")
             line += part
-        told: dict[str, Any] = json.loads(line)
-        return told
+        answer: dict[str, Any] = json.loads(line)
+        return answer
 
     def report(self) -> Report:
         """What crossed the switch so far; subtract two of them."""
-        told = self._ask()
-        wall = told.pop("clock") - self._started
-        return Report(**told, wall=wall)
+        counters = self._ask()
+        wall = counters.pop("clock") - self._started
+        return Report(**counters, wall=wall)
 
     def cut(self) -> None:
         """From now on every packet is lost, in all directions, and nobody is told."""

@@ -6,7 +6,7 @@
 latency: two processes exchange a frame a block over the user-space switch (`bench.link.switch`),
 inside TLS, or as sealed datagrams. Between two blocks a rank sleeps as long as its computing would
 take. TCP waits for everything; "tcp_deadline" and the datagrams go on after `--deadline-ms`, and
-the report says how much they then lacked ("datagram_plain" sends no parity parts). Times are seen
+the report says how much they then lacked ("datagram_plain" sends no FEC fragments). Times are seen
 by each rank, from handing over its frame to having what it will have of the other's.
 
 perplexity: SmolLM2 on four ranks, simulated in one pass (`astra_runtime.train.simulate`), each

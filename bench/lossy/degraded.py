@@ -75,8 +75,8 @@ class Study:
             measured = {"losses": rounded(ours), "mean_loss": statistics.fmean(ours)}
             return measured | (figures(self.model, book, ours, controls) if controls else {})
 
-        found: Losses = self.rows.measured(place, row)["losses"]
-        return found
+        of_row: Losses = self.rows.measured(place, row)["losses"]
+        return of_row
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

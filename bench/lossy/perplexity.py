@@ -71,7 +71,7 @@ class LossyDatagrams(Simulation):
         return whole
 
     def missing(self, block: int, receiver: int, sender: int, count: int) -> list[int]:
-        """Which of a frame's parts are lost, and not made good by parity."""
+        """Which of a frame's fragments are lost, and not recovered by FEC."""
         groups = num_fec_fragments(count, self.parity)
         lost = (torch.rand(count + groups, generator=self.generator) < self.lost).tolist()
         of_group = [sum(lost[j:count:groups]) + lost[count + j] for j in range(groups)]

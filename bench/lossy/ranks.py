@@ -31,12 +31,12 @@ from bench.report import Case, percentiles
 METHODS: Final = ("tcp", "tcp_deadline", "datagram_plain", "datagram")
 PATIENCE: Final = 600.0  # seconds: TCP's for one block (it backs off for up to 120), and to join
 
-Call = Sequence[tuple[float, float]]  # of each block: seconds, share of the other's bytes that came
+Call = Sequence[tuple[float, float]]  # of each block: seconds, share of the other's bytes received
 
 
 @dataclass(frozen=True)
 class Settings:
-    """What a rank is told. `size`: bytes of a frame; `pause`, `deadline`: seconds."""
+    """What a rank runs. `size`: bytes of a frame; `pause`, `deadline`: seconds."""
 
     rank: int
     hosts: list[str]
@@ -47,15 +47,15 @@ class Settings:
     deadline: float
 
 
-def rank_main(told: Settings) -> None:
+def rank_main(setup: Settings) -> None:
     """Makes a mesh for each method, then takes orders from standard input, one call a line:
     a method and the moment to begin. Answers with a line of JSON: per block seconds and the share
-    of the other's bytes that came."""
+    of the other's bytes received."""
     meshes: dict[str, Mesh] = {}
     for port, method in enumerate(METHODS, 5000):
-        peers = [f"{host}:{port}" for host in told.hosts]
+        peers = [f"{host}:{port}" for host in setup.hosts]
         mesh = connect(
-            told.rank, 2, peers, keys=told.keys, timeout=PATIENCE, connect_timeout=PATIENCE
+            setup.rank, 2, peers, keys=setup.keys, timeout=PATIENCE, connect_timeout=PATIENCE
         )
         if method.startswith("datagram"):
             assert isinstance(mesh, TcpMesh)
@@ -66,8 +66,8 @@ def rank_main(told: Settings) -> None:
     for line in sys.stdin:
         method, moment = line.split()
         wait_until(float(moment))
-        deadline = None if method == "tcp" else told.deadline
-        print(json.dumps(one_call(meshes[method], told, deadline)), flush=True)
+        deadline = None if method == "tcp" else setup.deadline
+        print(json.dumps(one_call(meshes[method], setup, deadline)), flush=True)
     for mesh in meshes.values():
         mesh.close()
 
@@ -76,19 +76,19 @@ def wait_until(moment: float) -> None:
     time.sleep(max(0.0, moment - time.monotonic()))
 
 
-def one_call(mesh: Mesh, told: Settings, deadline: float | None) -> Call:
-    """All blocks: (seconds of the exchange, share of the bytes that came)."""
-    other, frame, found = 1 - told.rank, mesh.buffer(told.size), []
-    for block in range(told.blocks):
-        time.sleep(told.pause)
+def one_call(mesh: Mesh, setup: Settings, deadline: float | None) -> Call:
+    """All blocks: (seconds of the exchange, share of the bytes received)."""
+    other, frame, taken = 1 - setup.rank, mesh.buffer(setup.size), []
+    for block in range(setup.blocks):
+        time.sleep(setup.pause)
         partial, start = deadline is not None, time.perf_counter()
         mesh.send(frame, block=block, plan=1, to=[other], partial=partial)
-        sizes = {other: told.size}
+        sizes = {other: setup.size}
         views = mesh.receive(sizes, block=block, plan=1, timeout=deadline, partial=partial)
         seconds = time.perf_counter() - start
         missing = sum(stop - start for start, stop in mesh.missing_ranges.get(other, ()))
-        found.append((seconds, 1 - missing / told.size if other in views else 0.0))
-    return found
+        taken.append((seconds, 1 - missing / setup.size if other in views else 0.0))
+    return taken
 
 
 def latency(options: argparse.Namespace) -> list[Case]:
@@ -96,8 +96,7 @@ def latency(options: argparse.Namespace) -> list[Case]:
     for rtt in options.rtt_ms:
         for loss in options.losses:
             link = Link(options.mbit, rtt_ms=rtt, loss=loss, seed=options.seed)
-            found = exchanged(link, options)
-            cases.append(case_of(link, found, options))
+            cases.append(case_of(link, exchanged(link, options), options))
             say(f"rtt {rtt:g} ms, loss {loss:.0%}: {json.dumps(cases[-1].as_dict())}")
     return cases
 
@@ -107,7 +106,7 @@ def exchanged(link: Link, options: argparse.Namespace) -> dict[str, list[Call]]:
     with Namespaces(2, link) as net, ephemeral_keys(2) as keys:
         ranks = []
         for rank in range(2):
-            told = Settings(
+            setup = Settings(
                 rank,
                 net.addresses,
                 str(keys),
@@ -116,12 +115,12 @@ def exchanged(link: Link, options: argparse.Namespace) -> dict[str, list[Call]]:
                 options.pause_ms * 1e-3,
                 options.deadline_ms * 1e-3,
             )
-            command = [sys.executable, "-m", "bench.lossy.ranks", json.dumps(asdict(told))]
+            command = [sys.executable, "-m", "bench.lossy.ranks", json.dumps(asdict(setup))]
             pipes = {**popen_options(), "stdin": subprocess.PIPE, "text": True}
             ranks.append(net.launch(rank, command, **pipes))
         for process in ranks:
             answer(process)
-        found: dict[str, list[Call]] = {method: [] for method in METHODS}
+        calls: dict[str, list[Call]] = {method: [] for method in METHODS}
         spent = dict.fromkeys(METHODS, 0.0)
         for _ in range(1 + options.calls):
             for method in METHODS:
@@ -132,11 +131,11 @@ def exchanged(link: Link, options: argparse.Namespace) -> dict[str, list[Call]]:
                     assert process.stdin is not None
                     process.stdin.write(f"{method} {moment!r}\n")
                     process.stdin.flush()
-                found[method] += [json.loads(answer(process)) for process in ranks]
+                calls[method] += [json.loads(answer(process)) for process in ranks]
                 spent[method] += time.monotonic() - moment
         for process in ranks:
             process.communicate(timeout=PATIENCE)  # the end of their orders
-    return {method: calls[2:] for method, calls in found.items()}  # the first call warms up
+    return {method: of_method[2:] for method, of_method in calls.items()}  # the first call warms up
 
 
 def answer(process: subprocess.Popen[str]) -> str:
@@ -147,11 +146,11 @@ def answer(process: subprocess.Popen[str]) -> str:
     return line
 
 
-def case_of(link: Link, found: dict[str, list[Call]], options: argparse.Namespace) -> Case:
+def case_of(link: Link, calls: dict[str, list[Call]], options: argparse.Namespace) -> Case:
     """Milliseconds of a block's exchange, over blocks, calls and ranks."""
-    told = {method: summary(calls) for method, calls in found.items()}
-    ms = told["datagram"]["ms"]
-    rivals = [method for method in METHODS if method != "datagram"]
+    figures = {method: summary(of_method) for method, of_method in calls.items()}
+    ms = figures["datagram"]["ms"]
+    baselines = [method for method in METHODS if method != "datagram"]
     return Case(
         f"lossy_exchange_rtt{link.rtt_ms:g}_loss{100 * link.loss:g}",
         {
@@ -164,15 +163,15 @@ def case_of(link: Link, found: dict[str, list[Call]], options: argparse.Namespac
         },
         "uint8",
         "astra datagram",
-        percentiles([1e3 * seconds for call in found["datagram"] for seconds, _ in call]),
+        percentiles([1e3 * seconds for call in calls["datagram"] for seconds, _ in call]),
         floor_ms=1e3 * (link.seconds(options.size) + link.delay),
-        peers={name: told[name]["ms"]["p50"] for name in rivals},
+        peers={name: figures[name]["ms"]["p50"] for name in baselines},
         extra={
             "ms": ms,
-            "peers_p99": {name: told[name]["ms"]["p99"] for name in rivals},
-            "call_ms": {name: told[name]["call_ms"] for name in METHODS},
-            "came": {name: told[name]["came"] for name in METHODS},
-            "calls": {name: len(found[name]) for name in METHODS},
+            "peers_p99": {name: figures[name]["ms"]["p99"] for name in baselines},
+            "call_ms": {name: figures[name]["call_ms"] for name in METHODS},
+            "came": {name: figures[name]["came"] for name in METHODS},
+            "calls": {name: len(calls[name]) for name in METHODS},
             "pause_ms": options.pause_ms,
             "deadline_ms": options.deadline_ms,
             "seed": link.seed,
@@ -182,7 +181,7 @@ def case_of(link: Link, found: dict[str, list[Call]], options: argparse.Namespac
 
 def summary(calls: Sequence[Call]) -> dict[str, Any]:
     """Percentiles of a block's milliseconds, a call's p50 and p99 without its pauses, and the share
-    of all bytes that came."""
+    of all bytes received."""
     blocks = sorted(1e3 * seconds for call in calls for seconds, _ in call)
     whole = sorted(1e3 * sum(seconds for seconds, _ in call) for call in calls)
     return {

@@ -1,8 +1,8 @@
 """Timing and the result file that every benchmark writes.
 
 A file is one run: what was run, of which commit, on what, and its cases. A case has our times, the
-floor (the least time that the hardware allows, as far as it can be measured) and the peers'
-medians.
+roofline (`floor_ms`, the least time that the hardware allows, as far as it can be measured) and the
+baselines' medians (`peers`).
 """
 
 import importlib.metadata
@@ -32,7 +32,7 @@ class Times:
 
 @dataclass(frozen=True)
 class Case:
-    """One thing measured. `ratio` is the best peer's median over ours, None without a peer.
+    """One thing measured. `ratio` is the best baseline's median over ours, None without one.
 
     `extra` adds keys to the case in the file.
     """
@@ -120,9 +120,9 @@ def commit() -> str:
 
     A copy of the tree without its history has it from `$BENCH_COMMIT`, else it is "unknown".
     """
-    told = os.environ.get("BENCH_COMMIT")
-    if told:
-        return told
+    named = os.environ.get("BENCH_COMMIT")
+    if named:
+        return named
 
     def git(*arguments: str) -> str:
         command = ["git", "-C", str(ROOT), *arguments]

@@ -71,8 +71,8 @@ def test_the_engine_is_recorded(subject, setting):
 
 
 @pytest.mark.parametrize("name", ["tp", "sp", "bp_ag_nb1", "segment_means"])
-def test_rivals_are_recorded(subject, name):
-    (found,) = record.rival(subject, methods()[name], 2, 1, clock=ticking())
+def test_baselines_are_recorded(subject, name):
+    (found,) = record.baseline(subject, methods()[name], 2, 1, clock=ticking())
     assert found.answers
     assert sum(e.size for events in found.ranks for e in events) == found.payload
     assert not found.stages

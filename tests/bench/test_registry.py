@@ -32,7 +32,7 @@ def ran(monkeypatch):
     """Stands in for three benchmarks; returns what was run. The second one fails."""
     commands: list[str] = []
     benches = (
-        Bench("one", "first", 1, (Run("bench.one"), Run("bench.more", "cpu/x"))),
+        Bench("one", "first", 1, (Run("bench.one"), Run("bench.more", ("cpu/x",)))),
         Bench("two", "fails", 2, (Run("make two"), Run("bench.never"))),
         Bench("three", "needs", 3, (Run("bench.three"),), ("root",)),
     )
