@@ -87,9 +87,9 @@ class Fork:
 
 
 def started(command: list[str], stderr: IO[str] | None = None, **_: Any) -> Fork:
-    """In place of `subprocess.Popen`, for `python -m astra_runtime …`."""
-    assert command[:3] == [sys.executable, "-m", "astra_runtime"]
-    return Fork(lambda: main(command[3:]), stderr)
+    """In place of `subprocess.Popen`, for the workers that `astra` starts."""
+    arguments = command[command.index("worker") :]
+    return Fork(lambda: main(arguments), stderr)
 
 
 def fork_workers(monkeypatch: pytest.MonkeyPatch) -> None:

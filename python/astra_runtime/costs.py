@@ -15,6 +15,9 @@ from .models import Adapter
 from .plan import Plan, balanced_weights
 
 HALO = 32  # tokens
+# A decoder's input of so many tokens is computed from its start on every rank: exact, at no bits.
+# Reading the weights takes as long for few tokens as for one, and each block is spared an exchange.
+EXACT_TOKENS = 64
 # How much longer than a projection's a FLOP of attention takes, in a probe on one CPU. Shares of
 # the tokens are balanced by time; FLOPs are reported as they are.
 ATTENTION_PACE = 1.3
@@ -37,13 +40,16 @@ def engine_plan(
             together.
         padding: in front of the text. Where the codebook has every rank compute the first tokens
             itself, padding is taken along.
-        halo: see `Plan`; None: `default_halo`.
+        halo: see `Plan`; None: all before the shard in inputs of up to `EXACT_TOKENS` tokens, else
+            `default_halo`.
     """
     copies = adapter.class_tokens
     if adapter.causal and world_size > 1 and codebook.prefix:
         copies = max(0, min(padding + codebook.prefix, tokens - world_size))
         tokens -= copies
-    if halo is None:
+    if halo is None and adapter.causal and codebook.coded and copies + tokens <= EXACT_TOKENS:
+        halo = tokens
+    elif halo is None:
         halo = default_halo(adapter, codebook, tokens, world_size)
     if shard_weights is None:
         linear, attention = adapter.block_flops()

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import codecs
 import fcntl
 import importlib
 import importlib.util
+import json
 import os
 import shutil
 import sys
@@ -30,6 +32,10 @@ PACKAGED = {
 
 class ModelNotFound(AstraError):
     """No model of that name here. The sentence says how to get one."""
+
+
+class DamagedModel(ModelNotFound):
+    """The model is here, and files of it are broken or absent."""
 
 
 def _packaged(name: str) -> Path:
@@ -63,11 +69,39 @@ def model_folder(name: str) -> str:
 
 
 def at_hand(name: str) -> str:
-    """Where a packaged model is, or that its first use will convert it."""
+    """Where a packaged model is, or that its first use will convert it; its files are looked at.
+
+    Raises:
+        ModelNotFound: the package is absent, or files are damaged.
+    """
     folder = cache_folder() / "models" / name
     if (folder / "config.json").is_file():
+        _check_files(name, folder)
         return str(folder)
-    return f"{_packaged(name).name}, to be converted at its first use"
+    source = _packaged(name)
+    if source.suffix == ".gguf":
+        if not source.is_file() or source.open("rb").read(4) != b"GGUF":
+            raise DamagedModel(f"model {name!r}: {source} is absent or damaged")
+        return f"{source.name}, to be converted at its first use"
+    _check_files(name, source)
+    return str(source)
+
+
+def _check_files(name: str, folder: Path) -> None:
+    """Whether configuration and weights are whole: the weights' header gives their size."""
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        for file in folder.glob("*.json"):
+            json.loads(file.read_text(encoding="utf-8"))
+        weights = sorted(folder.glob("*.safetensors"))
+        for file in weights:
+            with safe_open(file, "pt") as opened:
+                opened.keys()
+    except (OSError, ValueError, SafetensorError) as error:
+        raise DamagedModel(f"model {name!r}: {folder} is damaged: {error}") from error
+    if not weights or not (folder / "tokenizer.json").is_file():
+        raise DamagedModel(f"model {name!r}: {folder} lacks weights or its tokenizer")
 
 
 def _convert(gguf: Path, folder: Path) -> None:
@@ -96,13 +130,27 @@ def _write_converted(gguf: Path, folder: Path) -> None:
         model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
         model.load_state_dict(loaded.state_dict())
         model.save_pretrained(part)
+        _open_to_others(part)
         part.rename(folder)
     finally:
         shutil.rmtree(part, ignore_errors=True)
 
 
+def _open_to_others(folder: Path) -> None:
+    """Gives a temporary folder and its files the modes that the umask leaves, as any others."""
+    umask = os.umask(0)
+    os.umask(umask)
+    folder.chmod(0o777 & ~umask)
+    for file in folder.iterdir():
+        file.chmod(0o666 & ~umask)
+
+
 def load_model(name: str, dtype: torch.dtype = torch.float32) -> Any:
-    """The Hugging Face model that goes by `name`, in evaluation mode; never downloads."""
+    """The Hugging Face model that goes by `name`, in evaluation mode; never downloads.
+
+    Raises:
+        ModelNotFound: there is none, or its files do not hold every weight.
+    """
     import transformers
     from safetensors import SafetensorError
 
@@ -110,13 +158,22 @@ def load_model(name: str, dtype: torch.dtype = torch.float32) -> Any:
     try:
         config = transformers.AutoConfig.from_pretrained(folder, local_files_only=True)
         kind = getattr(transformers, (config.architectures or ["AutoModel"])[0])
-        model = kind.from_pretrained(folder, dtype=dtype, local_files_only=True)
+        model, loading = kind.from_pretrained(
+            folder, dtype=dtype, local_files_only=True, output_loading_info=True
+        )
     except (OSError, ValueError, AttributeError, SafetensorError) as error:
         known = ", ".join(sorted(PACKAGED))
         raise ModelNotFound(
             f"model {name!r} is not here, or damaged: expected {known}, a folder, or a Hugging "
             f"Face model in the local cache ({str(error).splitlines()[0]})"
         ) from error
+    # transformers gives random values to what the files lack; outputs may do without the pooler
+    absent = sorted(key for key in loading["missing_keys"] if "pooler" not in key)
+    absent += [key for key, weight in model.state_dict().items() if weight.is_meta]
+    if absent:
+        raise DamagedModel(
+            f"model {name!r} is damaged: its files lack {len(absent)} weights, {absent[0]} first"
+        )
     return model.eval()
 
 
@@ -181,11 +238,36 @@ def builtin_text(domain: str = "documentation") -> tuple[str, str]:
 
 
 def read_text(file: str | os.PathLike[str]) -> str:
-    """A text file as UTF-8."""
+    """A text file in UTF-8, with or without a byte order mark; lines may end in CR LF.
+
+    Raises:
+        AstraError: it cannot be read, or is in another encoding.
+    """
+    name = f"text {os.fspath(file)!r}"
     try:
-        return Path(file).read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise AstraError(f"text {os.fspath(file)!r} cannot be read: {error}") from error
+        data = Path(file).read_bytes()
+    except OSError as error:
+        raise AstraError(f"{name} cannot be read: {error}") from error
+    try:
+        text = data.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise AstraError(
+            f"{name} cannot be read: expected UTF-8, got {_encoding(data)} ({error}); "
+            "`iconv -t utf-8` converts a text"
+        ) from error
+    if "\0" in text:
+        raise AstraError(f"{name} cannot be read: expected UTF-8, got {_encoding(data)}")
+    return text.replace("\r\n", "\n").replace("\r", "\n")
+
+
+def _encoding(data: bytes) -> str:
+    """A guess at what is no UTF-8 text."""
+    marks = {codecs.BOM_UTF32_LE: "UTF-32", codecs.BOM_UTF32_BE: "UTF-32"}
+    marks |= {codecs.BOM_UTF16_LE: "UTF-16", codecs.BOM_UTF16_BE: "UTF-16"}
+    for mark, encoding in marks.items():
+        if data.startswith(mark):
+            return encoding
+    return "NUL bytes, as in UTF-16 or a binary file" if b"\0" in data else "another encoding"
 
 
 def token_limit(model: Any) -> int | None:

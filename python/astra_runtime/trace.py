@@ -16,7 +16,6 @@ import os
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextvars import ContextVar
-from types import TracebackType
 from typing import Any
 
 import torch
@@ -103,12 +102,7 @@ class _Stage:
     def __enter__(self) -> None:
         self.start = self.trace.mark()
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self.trace.add(self.name, self.block, self.start, self.trace.mark())
 
 
@@ -134,7 +128,7 @@ def tracing(trace: Trace | None) -> Iterator[None]:
 
 def exclusive(spans: Sequence[Span]) -> dict[str, float]:
     """Seconds by stage, each without the stages inside it."""
-    found = dict.fromkeys(STAGES, 0.0)
+    seconds = dict.fromkeys(STAGES, 0.0)
     # a span lies within the last one that began before it and has not ended
     open_spans: list[Span] = []
     for span in sorted(spans, key=lambda span: (span[2], -span[3])):
@@ -142,16 +136,18 @@ def exclusive(spans: Sequence[Span]) -> dict[str, float]:
         while open_spans and open_spans[-1][3] <= start:
             open_spans.pop()
         if open_spans:
-            found[open_spans[-1][0]] -= (stop - start) / 1e9
-        found[name] = found.get(name, 0.0) + (stop - start) / 1e9
+            seconds[open_spans[-1][0]] -= (stop - start) / 1e9
+        seconds[name] = seconds.get(name, 0.0) + (stop - start) / 1e9
         open_spans.append(span)
-    return found
+    return seconds
 
 
 def write_timeline(
     path: str | os.PathLike[str], ranks: Mapping[int, Sequence[Span]], **about: Any
 ) -> None:
-    """One timeline of all ranks, in Chrome's Trace Event format, whole or not at all.
+    """One timeline of all ranks, in Chrome's Trace Event format.
+
+    A file is written whole or not at all; a pipe or a device gets it as it comes.
 
     Args:
         ranks: each rank's spans, in ns of one clock.
@@ -169,7 +165,10 @@ def write_timeline(
             event |= {"ts": (start - first) / 1e3, "dur": (stop - start) / 1e3}  # µs
             events.append(event | ({"args": {"block": block}} if block >= 0 else {}))
     content = {"traceEvents": events, "displayTimeUnit": "ms", "otherData": about}
-    part = f"{os.fspath(path)}.part"
+    target = os.path.realpath(path)
+    regular = os.path.isfile(target) or not os.path.exists(target)
+    part = f"{target}.part" if regular else target
     with open(part, "w") as file:
         json.dump(content, file)
-    os.replace(part, path)
+    if regular:
+        os.replace(part, target)

@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from ..console import say
+from ..console import say, working
 from ..deploy.launch import WorkerFailed, Workers, free_ports
 from ..errors import AstraError
 from .options import connect_options
-
-READY_SECONDS = 120.0
+from .waiting import Waiting
 
 
 def traced(options: argparse.Namespace, ranks: Any, work: Callable[[], Any]) -> Any:
@@ -57,6 +57,7 @@ def _worker_arguments(
     """Of `astra worker`, all but its rank and keys: whatever has to be alike on all ranks."""
     arguments = ["--peers", ",".join(peers), "--model", options.model, "--codebook", str(folder)]
     arguments += ["--threads", str(options.threads), "--timeout", str(options.timeout)]
+    arguments += ["--connect-timeout", str(options.connect_timeout)]
     arguments += ["--on-missing", settings["on_missing"]]
     arguments += ["--transport", getattr(options, "transport", "tcp")]
     if options.weights:
@@ -96,10 +97,17 @@ def cluster(
     lent = contextlib.ExitStack()
     keys = lent.enter_context(local_keys(options, world_size))
     arguments += ["--keys", keys] if keys else ["--insecure"]
+    deadline = time.monotonic() + options.connect_timeout
     with lent, Workers(world_size, arguments, options.threads) as workers:
-        workers.wait_ready(READY_SECONDS)
+        with working(lambda: f"waiting for ranks {workers.loading} to load their models"):
+            workers.wait_ready(options.connect_timeout)
+        waiting = Waiting(0, peers)
+
+        def on_wait(missing: tuple[int, ...]) -> None:
+            workers.check(missing)
+            waiting(missing)
+
         try:
-            # every process is there: one that does not come now has died
             mesh = open_mesh(
                 connect_options(
                     options,
@@ -107,7 +115,8 @@ def cluster(
                     world_size,
                     peers,
                     backend=transport,
-                    connect_timeout=15.0,
+                    connect_timeout=max(1.0, deadline - time.monotonic()),
+                    on_wait=on_wait,
                     keys=keys,
                     insecure=not keys,
                 )
@@ -118,6 +127,8 @@ def cluster(
                 yield ranks
                 ranks.submit(do="stop")
                 ranks.close()
+        except WorkerFailed:
+            raise
         except AstraError as error:
             cause = workers.first_failed(getattr(error, "rank", None))
             if cause is None:

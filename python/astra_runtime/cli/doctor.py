@@ -3,15 +3,21 @@
 from __future__ import annotations
 
 import argparse
+import datetime
+import glob
 import importlib.metadata
 import importlib.util
 import os
 import platform
+import tempfile
 import time
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 from ..console import show_json
 
+BASE = ("torch", "numpy", "safetensors")
 PACKAGES = ("torch", "numpy", "triton", "transformers", "gguf", "safetensors", "cryptography")
 
 
@@ -21,19 +27,8 @@ def configure(parser: argparse.ArgumentParser) -> None:
 
 
 def run(options: argparse.Namespace) -> int:
-    checks = {
-        "bit packing": _check_codec,
-        "ops": _check_ops,
-        "exchange on loopback": _check_exchange,
-        "model smollm2": _check_model,
-    }
-    facts = _facts()
-    results: dict[str, dict[str, Any]] = {}
-    for name, check in checks.items():
-        try:
-            results[name] = {"ok": True, "detail": check()}
-        except Exception as error:  # a doctor reports whatever is wrong
-            results[name] = {"ok": False, "detail": f"{type(error).__name__}: {error}"}
+    facts = {name: _fact(find) for name, find in FACTS.items()}
+    results = {name: _result(check) for name, check in CHECKS.items()}
     healthy = all(result["ok"] for result in results.values())
     if options.json:
         show_json({"facts": facts, "checks": results, "healthy": healthy})
@@ -45,25 +40,62 @@ def run(options: argparse.Namespace) -> int:
     return 0 if healthy else 1
 
 
-def _facts() -> dict[str, Any]:
+def _fact(find: Callable[[], Any]) -> Any:
+    try:
+        return find()
+    except Exception as error:  # the check of what is broken fails; the other facts are told
+        return f"unknown ({type(error).__name__}: {error})"
+
+
+def _result(check: Callable[[], str]) -> dict[str, Any]:
+    try:
+        return {"ok": True, "detail": check()}
+    except Exception as error:  # a doctor reports whatever is wrong
+        return {"ok": False, "detail": f"{type(error).__name__}: {error}"}
+
+
+def _is_installed(package: str) -> bool:
+    try:
+        return importlib.util.find_spec(package) is not None
+    except ModuleNotFoundError:
+        return False
+
+
+def _version(package: str) -> str:
+    if not _is_installed(package):
+        return "absent"
+    return importlib.metadata.version(package)
+
+
+def _simd() -> str:
+    import astra_kernels._C as core
+
+    return core.isa()
+
+
+def _gpu() -> str:
     import torch
 
-    import astra_kernels._C as core
+    return torch.cuda.get_device_name(0) if torch.cuda.is_available() else "none"
+
+
+def _cache() -> str:
     from astra_kernels._cache import cache_folder
 
-    versions = {
-        name: importlib.metadata.version(name) if importlib.util.find_spec(name) else "absent"
-        for name in PACKAGES
-    }
-    gpu = torch.cuda.get_device_name(0) if torch.cuda.is_available() else "none"
-    return {
-        "python": platform.python_version(),
-        **versions,
-        "cores": os.cpu_count(),
-        "simd of the codec": core.isa(),
-        "gpu": gpu,
-        "cache": str(cache_folder()),
-    }
+    return str(cache_folder())
+
+
+def _check_packages() -> str:
+    """What is installed can be imported; what the base installation lacks may be absent."""
+    absent = []
+    for package in PACKAGES:
+        if not _is_installed(package):
+            if package in BASE:
+                raise ModuleNotFoundError(f"{package}, without which nothing works, is absent")
+            absent.append(package)
+        else:
+            importlib.import_module(package)
+    return "all import" + (f"; without {', '.join(absent)}" if absent else "")
 
 
 def _check_codec() -> str:
@@ -79,22 +111,53 @@ def _check_codec() -> str:
 
 
 def _check_ops() -> str:
+    return _compare_ops("cpu")
+
+
+def _compare_ops(device: str) -> str:
+    """Coded attention and the search for codewords beside their references."""
     import torch
 
     import astra_kernels as ak
 
     generator = torch.Generator().manual_seed(0)
     query, tables = (
-        torch.randn(1, 4, 8, 64, generator=generator),
-        torch.randn(2, 2, 1, 16, 64, generator=generator),
+        torch.randn(1, 4, 8, 64, generator=generator).to(device),
+        torch.randn(2, 2, 1, 16, 64, generator=generator).to(device),
     )
-    codes = torch.randint(0, 16, (1, 32, 2), generator=generator, dtype=torch.int32)
+    codes = torch.randint(0, 16, (1, 32, 2), generator=generator, dtype=torch.int32).to(device)
     quick, _ = ak.coded_attention(query, codes, tables[0], tables[1])
     obvious, _ = ak.coded_attention(query, codes, tables[0], tables[1], impl="reference")
     error = float((quick - obvious).abs().max())
     if not error < 1e-4:
         raise RuntimeError(f"coded attention is {error:.2g} away from its reference")
+    codebook = tables[0].squeeze(1)
+    if not bool((torch.arange(16) == ak.encode(codebook.transpose(0, 1), codebook).cpu().T).all()):
+        raise RuntimeError("codewords are not found where they are")
     return f"coded attention within {error:.1g} of its reference"
+
+
+def _check_gpu() -> str:
+    """A GPU that is there computes what the CPU does, or is broken."""
+    import torch
+
+    if torch.cuda.is_available():
+        return _compare_ops("cuda")
+    devices = glob.glob("/dev/nvidia[0-9]*")
+    if devices and torch.version.cuda is not None:
+        raise RuntimeError(f"{devices[0]} is there, and torch cannot use it: see nvidia-smi")
+    return "none that this torch is built for" if devices else "none"
+
+
+def _check_cache() -> str:
+    from astra_kernels._cache import cache_folder
+
+    folder = cache_folder()
+    folder.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryFile(dir=folder) as file:
+        file.write(bytes(1 << 20))
+        file.flush()
+    return f"{folder} takes files"
 
 
 def _check_exchange() -> str:
@@ -103,18 +166,94 @@ def _check_exchange() -> str:
 
     def work(mesh: Mesh) -> float:
         other, start = 1 - mesh.rank, time.perf_counter()
+        payload = bytes(range(256)) + bytes(64)
         for block in range(100):
-            mesh.send(bytes(320), block=block, plan=0, to=[other])
-            mesh.receive({other: 320}, block=block, plan=0)
+            mesh.send(payload, block=block, plan=0, to=[other])
+            if bytes(mesh.receive({other: 320}, block=block, plan=0)[other]) != payload:
+                raise RuntimeError("a frame came otherwise than it was sent")
         return (time.perf_counter() - start) / 100
 
     return f"{1e3 * max(run_ranks(2, work, timeout=10.0)):.3f} ms an exchange of 320 bytes"
 
 
+def _check_keys() -> str:
+    """Keys can be made and read again, and those of ASTRA_KEYS are good."""
+    from ..transport import credentials
+    from ..transport.certificates import EXTRA, can_make_keys, ephemeral_keys, show_keys
+
+    named = os.environ.get(credentials.ENVIRONMENT)
+    if not can_make_keys():
+        if named:
+            raise RuntimeError(f'{credentials.ENVIRONMENT} is set: pip install "{EXTRA}"')
+        return "no TLS without the package cryptography"
+    with ephemeral_keys(2) as folder:
+        credentials.Keys(folder).contexts(1)
+    if not named:
+        return "made and read"
+    now = datetime.datetime.now(datetime.UTC)
+    expired = [one.rank for one in show_keys(named) if one.expires <= now]
+    if expired:
+        raise RuntimeError(f"{credentials.ENVIRONMENT}: the keys of ranks {expired} have expired")
+    return f"made and read; those of {credentials.ENVIRONMENT} are valid"
+
+
+def _check_engine() -> str:
+    """Two ranks of a tiny random model give what the model alone gives."""
+    import torch
+
+    if not _is_installed("transformers"):
+        return "no models without the package transformers"
+    import transformers
+
+    from .. import Engine
+    from ..evaluate import run_ranks
+    from ..transport import Mesh
+
+    sizes: dict[str, Any] = {"hidden_size": 32, "intermediate_size": 32, "vocab_size": 50}
+    config = transformers.LlamaConfig(num_hidden_layers=2, num_attention_heads=2, **sizes)
+    model = transformers.LlamaForCausalLM(config).eval()
+    ids = torch.arange(12)[None]
+
+    def work(mesh: Mesh) -> torch.Tensor:
+        with Engine(model, None, mesh) as engine:
+            logits: torch.Tensor = engine(input_ids=ids).logits
+            return logits[0, -1]
+
+    with torch.inference_mode():
+        alone = model(ids).logits[0, -1]
+    error = max(float((logits - alone).abs().max()) for logits in run_ranks(2, work, timeout=30.0))
+    if not error < 1e-4:
+        raise RuntimeError(f"two ranks are {error:.2g} away from one")
+    return f"two ranks within {error:.1g} of one"
+
+
 def _check_model() -> str:
-    from ..store import ModelNotFound, at_hand
+    from ..store import DamagedModel, ModelNotFound, at_hand
 
     try:
         return at_hand("smollm2")
+    except DamagedModel:
+        raise
     except ModelNotFound as absent:
         return str(absent)  # only the demo needs it
+
+
+FACTS: dict[str, Callable[[], Any]] = {
+    "python": platform.python_version,
+    **{package: partial(_version, package) for package in PACKAGES},
+    "cores": os.cpu_count,
+    "simd of the codec": _simd,
+    "gpu": _gpu,
+    "cache": _cache,
+}
+CHECKS = {
+    "packages": _check_packages,
+    "bit packing": _check_codec,
+    "ops": _check_ops,
+    "gpu": _check_gpu,
+    "cache": _check_cache,
+    "exchange on loopback": _check_exchange,
+    "keys": _check_keys,
+    "engine": _check_engine,
+    "model smollm2": _check_model,
+}

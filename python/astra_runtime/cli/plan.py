@@ -21,6 +21,7 @@ from .options import (
     peers_of,
     positive,
 )
+from .waiting import Waiting
 
 WORLDS = (2, 3, 4, 8)
 MBIT, RTT_MS = 10.0, 1.0  # of the links, where nobody gives or measures them
@@ -258,7 +259,9 @@ def _measured(
     from ..transport import open_mesh
 
     book = Codebook.dense() if book is None else book
-    with open_mesh(connect_options(options, 0, len(peers), peers)) as mesh:
+    say(f"rank 0 of {len(peers)} waits for the others at {peers[0]}")
+    waiting = Waiting(0, peers)
+    with open_mesh(connect_options(options, 0, len(peers), peers, on_wait=waiting)) as mesh:
         what = f"measuring {len(peers)} devices and the links between them"
         say(what)
         ranks = Ranks(model, book, mesh)

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from ..console import say, show_json
+from ..console import say, show_json, working
 from ..errors import AstraError
 from .cluster import cluster, traced, write_trace
 from .common import load
@@ -28,6 +28,7 @@ from .options import (
     peers_of,
     positive,
 )
+from .waiting import Waiting
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
@@ -46,6 +47,11 @@ def configure(parser: argparse.ArgumentParser) -> None:
     where = parser.add_mutually_exclusive_group(required=True)
     where.add_argument("--prompt", help="the text to continue")
     where.add_argument("--text", metavar="FILE", help="a file with the text to continue")
+    parser.add_argument(
+        "--raw",
+        action="store_true",
+        help="take the prompt as it stands, also where the model has a chat template",
+    )
     parser.add_argument("--max-new-tokens", type=positive, default=40)
     parser.add_argument(
         "--space",
@@ -119,16 +125,15 @@ def place_of(options: argparse.Namespace) -> Place:
 def run(options: argparse.Namespace) -> int:
     import torch
 
-    from ..store import read_text
-
-    prompt = options.prompt if options.text is None else read_text(options.text)
+    prompt = prompt_of(options)
     place = place_of(options)
     settings = engine_options(options, place.world_size)
     check_trace(options)
     torch.set_num_threads(options.threads)
     model, tokenizer = load(options.model, decoder=True)
-    ids = tokenizer(prompt, return_tensors="pt", verbose=False).input_ids
+    ids = encode_prompt(options, tokenizer, prompt, speak=place.rank == 0)
     check_prompt(ids.shape[1], place.world_size)
+    check_length(model, ids.shape[1], options.max_new_tokens)
     if options.codebook is None and (options.space != "codes" or place.world_size == 1):
         options.codebook = DENSE  # no codes are wanted, so none are fitted
     codebook, folder = ensure_codebook(options, model, tokenizer)
@@ -150,9 +155,60 @@ def run(options: argparse.Namespace) -> int:
             answer = traced(options, ranks, lambda: ranks.submit(**job))
         if place.rank == 0:
             report(options, tokenizer, answer, place.world_size)
+            say_exactness(options, codebook, answer)
         if not place.torchrun:
             write_trace(options, ranks)
     return 0
+
+
+def prompt_of(options: argparse.Namespace) -> str:
+    """The text of --prompt or --text, judged before a model is loaded."""
+    from ..store import read_text
+
+    if options.text is not None:
+        text = read_text(options.text)
+    else:
+        try:
+            text = str(options.prompt)
+            text.encode()
+        except UnicodeEncodeError as error:
+            given = os.fsencode(options.prompt)
+            raise AstraError(
+                f"--prompt: expected text in UTF-8, got the bytes {given!r}"
+            ) from error
+    if not text:
+        raise AstraError("prompt: expected at least one token, got an empty text")
+    return text
+
+
+def encode_prompt(options: argparse.Namespace, tokenizer: Any, prompt: str, *, speak: bool) -> Any:
+    """Token ids [1, T], with the model's chat template around the prompt if it has one."""
+    if options.raw or not getattr(tokenizer, "chat_template", None):
+        return tokenizer(prompt, return_tensors="pt", verbose=False).input_ids
+    if speak:
+        say("the prompt is put into the model's chat template (--raw: taken as it stands)")
+    return tokenizer.apply_chat_template(
+        [{"role": "user", "content": prompt}],
+        add_generation_prompt=True,
+        return_tensors="pt",
+        return_dict=True,
+    )["input_ids"]
+
+
+def check_length(model: Any, tokens: int, new_tokens: int) -> None:
+    """Refuses what the engine would refuse on every rank, before any other rank is asked."""
+    from ..store import token_limit
+
+    limit = token_limit(model)
+    if limit is not None and tokens > limit:
+        raise AstraError(
+            f"prompt: expected at most {limit} tokens, the model's limit, got {tokens}"
+        )
+    if limit is not None and tokens + new_tokens - 1 > limit:
+        raise AstraError(
+            f"--max-new-tokens: expected at most {limit - tokens + 1} after a prompt of {tokens} "
+            f"tokens, as the model's limit is {limit}, got {new_tokens}"
+        )
 
 
 def check_prompt(tokens: int, world_size: int) -> None:
@@ -175,16 +231,31 @@ def connected(
     Under torchrun every rank was started alike and knows the job; else rank 0 sends it.
     """
     from ..deploy.jobs import Ranks
-    from ..transport import open_mesh
 
-    backend = options.backend if options.transport == "tcp" else options.transport
-    rank, world_size, peers = place.rank, place.world_size, place.peers
-    with open_mesh(connect_options(options, rank, world_size, peers, backend=backend)) as mesh:
+    with _open_mesh(options, place) as mesh:
         ranks = Ranks(model, codebook, mesh, **settings)
         yield ranks
         if not place.torchrun:
             ranks.submit(do="stop")
         ranks.close()
+
+
+def _open_mesh(options: argparse.Namespace, place: Place) -> Any:
+    """The mesh of `place`; rank 0 says for whom it waits."""
+    from ..transport import open_mesh
+
+    backend = options.backend if options.transport == "tcp" else options.transport
+    changes: dict[str, Any] = {"backend": backend}
+    others: contextlib.AbstractContextManager[None] = contextlib.nullcontext()
+    if place.peers is not None:
+        say(f"rank 0 of {place.world_size} waits for the others at {place.peers[0]}")
+        changes["on_wait"] = Waiting(0, place.peers)
+    elif place.rank == 0:
+        others = working("rank 0 waits for the ranks that torchrun starts")
+    with others:
+        return open_mesh(
+            connect_options(options, place.rank, place.world_size, place.peers, **changes)
+        )
 
 
 def report(options: argparse.Namespace, tokenizer: Any, answer: Any, world_size: int) -> None:
@@ -214,6 +285,19 @@ def report(options: argparse.Namespace, tokenizer: Any, answer: Any, world_size:
         f"{answer['bits_per_token_block']:.0f} bits a token and block: first token after "
         f"{times[0]:.2f} s{pace} ({os.path.basename(options.model)})"
     )
+
+
+def say_exactness(options: argparse.Namespace, codebook: Any, answer: Any) -> None:
+    """Says when the answer is not what one device would give."""
+    if not answer["bits_per_token_block"] and options.space != "drop":
+        return
+    if options.space == "drop":
+        say("the ranks computed without each other's tokens (--space drop)")
+    elif options.space == "codes" and codebook.coded:
+        say(
+            "the answer rests on codes: ranks read each other's tokens as codewords, so it may "
+            "differ from one device's (--space none: exact)"
+        )
 
 
 def without(missing: dict[int, list[int]]) -> str:

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import math
 import signal
 import time
 from collections.abc import Iterator
 from typing import Any
 
-from ..console import say, show_json
+from ..console import SILENCE, say, show_json
 from ..deploy.launch import READY, die_with
 from ..errors import AstraError
 from .common import load
@@ -24,6 +25,7 @@ from .options import (
     engine_options,
     peers_of,
 )
+from .waiting import Waiting
 
 DAY = 86_400.0
 PAUSE, LONGEST_PAUSE = 0.2, 30.0  # seconds before a rank that lost the others listens again
@@ -107,9 +109,17 @@ class _Worker:
 
         options = self.options
         link = Link(options.mbit or None, options.delay_ms)
-        rank, backend = options.rank, options.transport
+        # the leader of local workers says for whom it waits; a standing worker may wait for days
+        silence = math.inf if options.rejoin else SILENCE
         mesh = open_mesh(
-            connect_options(options, rank, len(self.peers), self.peers, backend=backend)
+            connect_options(
+                options,
+                options.rank,
+                len(self.peers),
+                self.peers,
+                backend=options.transport,
+                on_wait=None if options.parent else Waiting(options.rank, self.peers, silence),
+            )
         )
         with mesh if link.is_free else PacedMesh(mesh, link) as timed:
             yield mesh, timed

@@ -12,7 +12,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import IO, Any
 
@@ -92,6 +92,7 @@ class Workers:
     def __init__(self, world_size: int, arguments: Sequence[str], threads: int) -> None:
         self.processes: dict[int, subprocess.Popen[str]] = {}
         self.errors: dict[int, IO[str]] = {}
+        self.loading = list(range(1, world_size))  # ranks that are not ready yet
         environment = os.environ | {"OMP_NUM_THREADS": str(threads)}
         command = [sys.executable, "-P", "-c", _CHILD, "\n".join(import_path()), "worker"]
         for rank in range(1, world_size):
@@ -119,14 +120,20 @@ class Workers:
         while waiting.get_map():
             events = waiting.select(max(0.0, deadline - time.monotonic()))
             if not events:
-                late = sorted(key.data for key in waiting.get_map().values())
-                raise WorkerFailed(f"ranks {late} were not ready within {seconds:g} s")
+                raise WorkerFailed(f"ranks {self.loading} were not ready within {seconds:g} s")
             for key, _ in events:
                 stream: Any = key.fileobj
                 if stream.readline().strip() != READY:
                     self.processes[key.data].wait(5)
                     raise WorkerFailed(self.exit_report(key.data))
                 waiting.unregister(key.fileobj)
+                self.loading.remove(key.data)
+
+    def check(self, ranks: Iterable[int]) -> None:
+        """Raises WorkerFailed if one of these ranks has ended."""
+        for rank in ranks:
+            if self.processes[rank].poll() is not None:
+                raise WorkerFailed(self.exit_report(rank))
 
     def exit_report(self, rank: int) -> str:
         """How a worker ended, and why. Where it gave no reason, its output is passed on."""

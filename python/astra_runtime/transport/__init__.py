@@ -204,7 +204,7 @@ def _connect_tcp(options: ConnectOptions, contexts: Contexts | None) -> TcpMesh:
                 require_loopback(host for host, _ in addresses.values())
         own_hello = Hello(world_size, rank, NOBODY, run)
         bootstrap = MeshBootstrap(own_hello, listener, addresses, contexts)
-        streams = bootstrap.run(options.connect_timeout)
+        streams = bootstrap.run(options.connect_timeout, options.on_wait)
     del store
     return TcpMesh(rank, world_size, streams, timeout=timeout, handshake=bootstrap.stats)
 

@@ -19,12 +19,14 @@ from astra_runtime.transport.abort import error_at_end
 from astra_runtime.transport.acceptor import KEPT_REFUSALS, Acceptor
 from astra_runtime.transport.credentials import Contexts
 from astra_runtime.transport.dialer import RETRY_SECONDS, Dialer
+from astra_runtime.transport.options import OnWait
 from astra_runtime.transport.pending import Members
 from astra_runtime.transport.stats import Stats
 from astra_runtime.transport.stream import Stream
 from astra_runtime.wire import Hello
 
 ACCEPTED_AT_ONCE: Final = 16  # before pending connections are served again
+NOTICE_SECONDS: Final = 1.0  # between two calls of `on_wait`
 
 
 class MeshBootstrap:
@@ -51,8 +53,10 @@ class MeshBootstrap:
         """What the handshakes have cost, of the peers that joined."""
         return self._members.stats
 
-    def run(self, seconds: float) -> dict[int, Stream]:
-        deadline = time.monotonic() + seconds
+    def run(self, seconds: float, on_wait: OnWait | None = None) -> dict[int, Stream]:
+        """Waits for every rank, `seconds` at most; `on_wait`: see `ConnectOptions`."""
+        begun = time.monotonic()
+        deadline, notice = begun + seconds, begun + NOTICE_SECONDS
         members = self._members
         try:
             members.watch.register(self._listener, select.EPOLLIN)
@@ -64,6 +68,9 @@ class MeshBootstrap:
                 self._acceptor.expire(now)
                 self._dialer.expire(now)
                 self._serve(min(deadline - now, RETRY_SECONDS))
+                if on_wait is not None and now >= notice:
+                    notice = now + NOTICE_SECONDS
+                    on_wait(self._absent())
         except BaseException:
             for stream in members.joined.values():
                 stream.close()
@@ -94,9 +101,12 @@ class MeshBootstrap:
                 if not self._acceptor.accept():
                     break
 
-    def _missing(self, seconds: float) -> ConnectFailed:
+    def _absent(self) -> tuple[int, ...]:
         present = {self._own.rank, *self._members.joined}
-        missing = tuple(rank for rank in range(self._own.world_size) if rank not in present)
+        return tuple(rank for rank in range(self._own.world_size) if rank not in present)
+
+    def _missing(self, seconds: float) -> ConnectFailed:
+        missing = self._absent()
         details = [self._dialer.trouble(rank) or f"rank {rank} did not call" for rank in missing]
         text = f"within {seconds:g} s " + ", ".join(details)
         refusals = self._acceptor.refusals

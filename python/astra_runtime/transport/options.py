@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Final, Literal, get_args
 
@@ -12,11 +13,16 @@ from astra_runtime.transport.link import Link
 Backend = Literal["tcp", "datagram", "gloo", "nccl"]
 BACKENDS: Final[tuple[Backend, ...]] = get_args(Backend)
 MAX_SECONDS: Final = 1e6
+OnWait = Callable[[tuple[int, ...]], None]
 
 
 @dataclass(frozen=True)
 class ConnectOptions:
     """The arguments of `connect`, see there; `rank` and `world_size` are known by now.
+
+    Attributes:
+        on_wait: called about once a second with the ranks that have not joined yet, over TCP where
+            the peers' addresses are known; what it raises ends the wait.
 
     Raises ValueError or KeysError for arguments that no mesh can have.
     """
@@ -31,6 +37,7 @@ class ConnectOptions:
     link: Link | None = None
     keys: Keys | str | os.PathLike[str] | None = None
     insecure: bool = False
+    on_wait: OnWait | None = None
 
     def __post_init__(self) -> None:
         if not 1 <= self.world_size <= 0xFFFF:

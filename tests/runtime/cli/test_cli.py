@@ -145,7 +145,7 @@ def test_run_prints_one_json_object(home: Path, here: Callable[..., tuple[str, s
 def test_run_sends_codes(home: Path, here: Callable[..., tuple[str, str]]) -> None:
     out, _ = here(
         "run", *model_options(home), "--prompt", PROMPT, "--world-size", "2", "--json",
-        "--max-new-tokens", "2", "--weights", "1,1",
+        "--max-new-tokens", "2", "--weights", "1,1", "--halo", "0",
     )  # fmt: skip
     found = json.loads(out)
     assert 15 <= found["bits_per_token_block"] < 16  # rows are padded to whole bytes
@@ -220,7 +220,7 @@ def test_a_worker_follows_a_leader_on_given_addresses(
 def test_a_run_leaves_a_timeline(home: Path, here: Callable[..., tuple[str, str]]) -> None:
     path = home / "timeline.json"
     asked = ["--prompt", PROMPT, "--max-new-tokens", "2", "--trace", str(path)]
-    here("run", *model_options(home), *asked, "--world-size", "2")
+    here("run", *model_options(home), *asked, "--world-size", "2", "--halo", "0")
     events = json.loads(path.read_text())["traceEvents"]
     names = {rank: {e["name"] for e in events if e["tid"] == rank} for rank in (0, 1)}
     assert {"compute", "encode", "pack", "send", "attend"} <= names[0]
@@ -337,7 +337,7 @@ def test_differential_codes_are_fitted_evaluated_and_run(
     assert found["compression"] == pytest.approx(48 * 32 / bits)
     out, _ = here(
         "run", *model, "--codebook", book, "--prompt", PROMPT, "--world-size", "2",
-        "--max-new-tokens", "3", "--json",
+        "--max-new-tokens", "3", "--halo", "0", "--json",
     )  # fmt: skip
     found = json.loads(out)
     assert len(found["text"].split()) == 3

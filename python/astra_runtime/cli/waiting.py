@@ -1,0 +1,29 @@
+"""Saying for whom a rank waits while the ranks connect."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+
+from ..console import SILENCE, say
+
+
+class Waiting:
+    """An `on_wait` of `ConnectOptions`: a line for each change, and one after each silence.
+
+    Args:
+        silence: seconds; infinite for a worker that stands by for days.
+    """
+
+    def __init__(self, rank: int, peers: Sequence[str], silence: float = SILENCE) -> None:
+        self.rank, self.peers, self.silence = rank, peers, silence
+        self.begun = self.last_line = time.monotonic()
+        self.missing: tuple[int, ...] = ()
+
+    def __call__(self, missing: tuple[int, ...]) -> None:
+        now = time.monotonic()
+        if missing == self.missing and now - self.last_line < self.silence:
+            return
+        self.missing, self.last_line = missing, now
+        ranks = ", ".join(f"rank {rank} at {self.peers[rank]}" for rank in missing)
+        say(f"rank {self.rank} waits for {ranks} … {now - self.begun:.0f} s")
