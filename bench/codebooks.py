@@ -6,23 +6,30 @@ dense exchange, or "drop" for local-only.
 
 from __future__ import annotations
 
-import statistics
-from typing import Any, Final
+from typing import Any, Final, Literal
 
 from astra_runtime import Codebook
-from astra_runtime.deploy.predict import bits_of
+from astra_runtime.codes.dense import DenseExchange
+from astra_runtime.codes.local_only import LocalOnly
+from astra_runtime.codes.registry import codec_named
 from astra_runtime.models import Adapter
 
-CONTROLS: Final = {"exact": Codebook.none(), "local_only": Codebook.drop()}
-BUDGETED: Final = ("transform",)
+CONTROLS: Final = {"exact": Codebook.dense(), "local_only": Codebook.local_only()}
+AfterLoss = Literal["stale", "out", "predicted"]
 
 
 def control(name: str) -> Codebook | None:
     """The codebook of a name that needs no fit; None where one has to be fitted."""
     space, _, dtype = name.partition(":")
-    if space == "none":
-        return Codebook.none(dtype or "float32")
-    return Codebook.drop() if space == "drop" else None
+    codec = codec_named(space)
+    if codec is DenseExchange:
+        return Codebook.dense(dtype or "float32")
+    return Codebook.local_only() if codec is LocalOnly else None
+
+
+def budgeted(name: str) -> bool:
+    """Whether a name gives a budget of bits."""
+    return codec_named(name.partition(":")[0]).allots_bits
 
 
 def size_of(name: str) -> dict[str, Any]:
@@ -33,30 +40,29 @@ def size_of(name: str) -> dict[str, Any]:
         ({'space': 'kv', 'groups': 3}, {'space': 'transform', 'bits': 100.0})
     """
     space, _, size = name.partition(":")
-    if space in BUDGETED:
+    if budgeted(name):
         return {"space": space, "bits": float(size)}
     return {"space": space, "groups": int(size)}
 
 
-def budgeted(name: str) -> bool:
-    """Whether a name gives a budget of bits."""
-    return name.partition(":")[0] in BUDGETED
-
-
-def after_loss(book: Codebook) -> tuple[str, ...]:
+def after_loss(book: Codebook) -> tuple[AfterLoss, ...]:
     """What a receiver can do after it missed a block's codes, as `Simulation` takes it."""
-    choices = {"differential": ("stale", "out"), "transform": ("stale", "out", "predicted")}
-    return choices.get(book.space, ("stale",))
+    choices: list[AfterLoss] = ["stale"]
+    if book.codec.accumulates:
+        choices.append("out")
+    if book.codec.predicts:
+        choices.append("predicted")
+    return tuple(choices)
 
 
 def exact(book: Codebook) -> bool:
     """Every rank computes what one device would."""
-    return book.space == "none" and book.dtype == "float32"
+    return book.codec is DenseExchange and book.dtype == "float32"
 
 
 def local_only(book: Codebook) -> bool:
-    """No rank hears of another's tokens."""
-    return book.space == "drop"
+    """No rank receives anything of another's tokens."""
+    return book.codec is LocalOnly
 
 
 def label(book: Codebook) -> str:
@@ -66,5 +72,4 @@ def label(book: Codebook) -> str:
 
 def bits_per_token_block(book: Codebook, adapter: Adapter) -> float:
     """On average over the blocks; of dense exchange those of its keys and values."""
-    blocks = range(len(adapter.blocks))
-    return statistics.fmean(bits_of(adapter, book, block) for block in blocks)
+    return book.token_bits(adapter)

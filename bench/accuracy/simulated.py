@@ -60,7 +60,7 @@ def losses(
     lost: float = 0.0,
     seed: int = 0,
     quantizers: Any = None,
-    after_loss: str = "stale",
+    after_loss: codebooks.AfterLoss = "stale",
 ) -> Losses:
     """`window_losses` of a codebook. The same frames are lost with the same seed, whatever codes.
 
@@ -124,7 +124,7 @@ def rounded(values: Losses) -> Losses:
 
 def codebook_of(name: str, seed: int, model: Any, tokenizer: Any) -> Codebook:
     """The codebook of a name: a control, one of `bench.accuracy.calibrate`, or fitted now."""
-    book = codebooks.control(name) or codebooks.CONTROLS.get(name)
+    book = codebooks.CONTROLS.get(name) or codebooks.control(name)
     if book is not None:
         return book
     size = codebooks.size_of(name)

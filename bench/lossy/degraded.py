@@ -45,7 +45,7 @@ class Study:
         name: str,
         book: Codebook,
         missing: float = 0.0,
-        afterwards: str = "stale",
+        afterwards: codebooks.AfterLoss = "stale",
         controls: dict[str, Losses] | None = None,
     ) -> Losses:
         """Of a row, which is measured where it is not there yet."""
