@@ -390,7 +390,6 @@ class VirtualMesh(PeerMesh[Channel]):
         self._leave(f"it failed: {type(error).__name__}: {error}")
 
     def _leave(self, reason: str) -> None:
-        if not self._closed:
-            self._closed = True
+        if self._lifetime.end(reason):
             self.state.read()
             self.state.gone, self.state.reason = self.state.clock, reason

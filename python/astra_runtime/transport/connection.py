@@ -33,6 +33,7 @@ class Connection(Channel):
         self.send_closed = False  # what it sent can still be read
         self.unsent: deque[memoryview] = deque()
         self.unsent_bytes = 0
+        self.writing = False  # in the middle of a frame, or cut off there by an exception
         self.watched = 0  # poll events registered
         self.slots = [memoryview(bytearray(HEADER_SIZE))] * 3  # even, odd, control
         self.frame = self.slots[0]
@@ -41,6 +42,7 @@ class Connection(Channel):
 
     def transmit(self, data: memoryview) -> None:
         """Sends now what the kernel takes and keeps the rest, in order, in memory of its own."""
+        self.writing = True
         for part in self.stream.seal(data):
             taken = 0
             if not self.unsent:
@@ -53,21 +55,26 @@ class Connection(Channel):
                 rest = part[taken:]
                 self.unsent.append(rest if self.stream.encrypted else memoryview(bytes(rest)))
                 self.unsent_bytes += len(rest)
+        self.writing = False
 
     def flush(self) -> bool:
         """Sends what it can of the unsent bytes; True when none are left."""
         while self.unsent:
             rest = self.unsent[0]
+            self.writing = True
             try:
                 taken = self.sock.send(rest)
             except BlockingIOError:
+                self.writing = False
                 return False
             self.stats.bytes_sent_total += taken
             self.unsent_bytes -= taken
             if taken < len(rest):
                 self.unsent[0] = rest[taken:]
+                self.writing = False
                 return False
             self.unsent.popleft()
+            self.writing = False
         return True
 
     def expect(self, size: int, block: int, plan: int) -> None:

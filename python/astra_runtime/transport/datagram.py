@@ -45,6 +45,7 @@ MAX_UNSENT: Final = 1 << 20  # bytes kept for a peer while the kernel takes none
 PROBES: Final = 8  # datagrams that test the path before it is relied on
 PROBE_SECONDS: Final = 0.01  # between two of them
 PAUSE: Final = 0.25  # of a wait: so long after its last fragment a begun frame is given up
+FLUSH_SECONDS: Final = 2.0  # for datagrams that are unsent when the mesh is closed
 _TURN: Final = 1024  # datagrams of one peer read before another's
 _OFFER: Final = struct.Struct(f"<HB{SECRET_SIZE}s")  # see `_exchange_secrets`
 
@@ -157,6 +158,8 @@ class DatagramMesh(PeerMesh[_Peer]):
         self._missing_ranges: dict[int, list[ByteRange]] = {}
         self._lost: dict[int, AstraError] = {}
         self._by_fd = {peer.fd: peer for peer in peers}
+        self._lifetime = control.lifetime
+        self._lifetime.resources += [peer.sock for peer in peers]
 
     def _exchange_secrets(self, fec_group: int) -> None:
         """Each sends each, over their connection: the port to send to, the FEC group it will send
@@ -235,6 +238,12 @@ class DatagramMesh(PeerMesh[_Peer]):
         if is_control(block):
             self._control.send(payload, block=block, plan=plan, to=to, partial=partial)
             return
+        with self._lifetime:
+            self._send(payload, block, plan, to, partial)
+
+    def _send(
+        self, payload: Payload, block: int, plan: int, to: Sequence[int], partial: bool
+    ) -> None:
         self._control.block = block  # for its abort frame
         content = payload.payload if isinstance(payload, Frame) else memoryview(payload).cast("B")
         for rank in to:
@@ -260,11 +269,17 @@ class DatagramMesh(PeerMesh[_Peer]):
             return self._control.receive(
                 sizes, block=block, plan=plan, timeout=timeout, partial=partial
             )
+        with self._lifetime:
+            seconds = self.timeout if timeout is None else timeout
+            return self._receive(sizes, block, plan, seconds, partial)
+
+    def _receive(
+        self, sizes: Mapping[int, int], block: int, plan: int, seconds: float, partial: bool
+    ) -> dict[int, memoryview]:
         self._control.block = block
         wanted = {rank: self._living(rank, partial) for rank in sizes}
         for rank, peer in wanted.items():
             peer.inbox.expect(sizes[rank], block, plan)
-        seconds = self.timeout if timeout is None else timeout
         left = self._wait(list(wanted.values()), block, seconds, partial)
         if left and not partial:
             ranks = tuple(sorted(peer.rank for peer in left))
@@ -290,6 +305,7 @@ class DatagramMesh(PeerMesh[_Peer]):
             until = time.perf_counter_ns() + YIELD_NANOSECONDS
             while waiting and time.perf_counter_ns() < until:
                 os.sched_yield()
+                self._lifetime.check()
                 waiting = self._still_missing(waiting, partial, pause)
         while waiting:
             left = deadline - time.monotonic()
@@ -340,26 +356,24 @@ class DatagramMesh(PeerMesh[_Peer]):
 
     def flush(self) -> None:
         deadline = time.monotonic() + self.timeout
+        with self._lifetime:
+            self._flush_datagrams(deadline)
+        self._control.flush()
+
+    def _flush_datagrams(self, deadline: float) -> None:
+        """What the kernel takes no datagram of by the deadline is lost."""
         for peer in self._peers.values():
             while not peer.flush() and time.monotonic() < deadline:
                 select.select([], [peer.fd], [], 0.01)
-        self._control.flush()
+                self._lifetime.check()
 
     def close(self) -> None:
-        if not self._closed:
-            with contextlib.suppress(AstraError, OSError):
-                self.flush()
-        self._close_sockets()
+        with contextlib.suppress(AstraError, OSError), self._lifetime:
+            self._flush_datagrams(time.monotonic() + min(self.timeout, FLUSH_SECONDS))
         self._control.close()
 
     def abort(self, error: BaseException) -> None:
-        self._close_sockets()
         self._control.abort(error)
-
-    def _close_sockets(self) -> None:
-        self._closed = True
-        for peer in self._peers.values():
-            peer.sock.close()
 
 
 def _bound_beside(connection: socket.socket) -> socket.socket:

@@ -11,11 +11,14 @@ the buffer posted for it, so buffers are posted with room to spare and the heade
 
 from __future__ import annotations
 
+import contextlib
 import math
+import threading
 import time
 from collections import deque
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from datetime import timedelta
+from queue import Empty, SimpleQueue
 from typing import Any, Final, NamedTuple
 
 import torch
@@ -25,20 +28,64 @@ from torch.distributed import P2POp, ProcessGroup
 
 from astra_runtime.errors import AstraError, ConnectFailed, DeadlineExceeded, PeerLost
 from astra_runtime.transport import process_group
+from astra_runtime.transport.buffers import BufferPool
+from astra_runtime.transport.lifetime import CLOSED, aborted_by
 from astra_runtime.transport.mesh import Mesh, Payload, refuse_partial
-from astra_runtime.transport.options import ConnectOptions
+from astra_runtime.transport.options import MAX_SECONDS, ConnectOptions
 from astra_runtime.transport.peers import Channel, PeerMesh, slot
 from astra_runtime.wire import HEADER_SIZE, Frame
 
 ROOM: Final = 1 << 20  # bytes of the smallest buffer posted to gloo
+MAX_SENDING: Final = 16 << 20  # bytes on their way to peers that do not read before `send` waits
+GRACE: Final = 1.0  # seconds that gloo has to say what went wrong, after a deadline
+END_SECONDS: Final = 0.05
 
 
 class _Transfer(NamedTuple):
-    """A tensor on its way. `work` has torch.distributed's `wait` and `is_completed`."""
+    """A tensor on its way. `work` has torch.distributed's `wait`."""
 
     work: Any
     tensor: Tensor
     rank: int
+
+
+class _Waiter:
+    """Waits for transfers, in order, in a thread of its own.
+
+    gloo's waits cannot be woken, a signal handler does not run in them, and one that ends before
+    its transfer breaks the connection. `ended(transfer, error)` is called in the thread.
+    """
+
+    def __init__(self, ended: Callable[[_Transfer, RuntimeError | None], None]) -> None:
+        self._ended = ended
+        self._queue: SimpleQueue[tuple[_Transfer, float] | None] = SimpleQueue()
+        self._thread: threading.Thread | None = None
+
+    def add(self, transfer: _Transfer, deadline: float) -> None:
+        if self._thread is None:
+            name = "astra-torch-wait"
+            self._thread = threading.Thread(target=self._run, name=name, daemon=True)
+            self._thread.start()
+        self._queue.put((transfer, deadline))
+
+    def stop(self) -> None:
+        self._queue.put(None)
+
+    def _run(self) -> None:
+        while (item := self._queue.get()) is not None:
+            transfer, deadline = item
+            try:
+                _wait(transfer, deadline)
+            except RuntimeError as error:
+                self._ended(transfer, error)
+            else:
+                self._ended(transfer, None)
+            del item, transfer  # a buffer must not live until the next transfer
+
+
+def _wait(transfer: _Transfer, deadline: float) -> None:
+    left = min(max(deadline - time.monotonic(), 1e-3), MAX_SECONDS)
+    transfer.work.wait(timedelta(milliseconds=math.ceil(left * 1000)))
 
 
 class DistributedMesh(PeerMesh[Channel]):
@@ -65,27 +112,35 @@ class DistributedMesh(PeerMesh[Channel]):
         self._batched = batched
         self._owned = owned
         self._staged: list[tuple[Tensor, int]] = []
+        self._changed = threading.Condition()  # guards what follows
         self._sending: deque[_Transfer] = deque()
-        self._free: dict[int, list[Tensor]] = {}
+        self._sending_bytes = 0
+        self._send_failure: tuple[int, RuntimeError] | None = None
+        self._pool = BufferPool(self._empty)
         self._slots: dict[tuple[int, int], Tensor] = {}
+        self._received: SimpleQueue[tuple[_Transfer, RuntimeError | None] | None] = SimpleQueue()
+        received = self._received
+        self._receives = _Waiter(lambda transfer, error: received.put((transfer, error)))
+        self._sends = _Waiter(self._sent)
 
     def send(
         self, payload: Payload, *, block: int, plan: int, to: Sequence[int], partial: bool = False
     ) -> None:
         refuse_partial(partial)
         frame = payload if isinstance(payload, Frame) else Frame.of(payload)
-        self._reap()
-        self._launch([])
-        for rank in to:
-            channel = self._peer(rank)
-            pool = self._free.setdefault(len(frame.data), [])
-            tensor = pool.pop() if pool else self._empty(len(frame.data))
-            data = channel.stamp(frame, block, plan)
-            tensor.copy_(torch.frombuffer(data, dtype=torch.uint8))
-            self._staged.append((tensor, rank))
-            channel.stats.bytes_sent_total += len(data)
-        if not self._batched:
+        with self._lifetime:
             self._launch([])
+            for rank in to:
+                channel = self._peer(rank)
+                with self._changed:
+                    self._wait_for_sends(MAX_SENDING, block)
+                    tensor = self._pool.take(len(frame.data))
+                data = channel.stamp(frame, block, plan)
+                tensor.copy_(torch.frombuffer(data, dtype=torch.uint8))
+                self._staged.append((tensor, rank))
+                channel.stats.bytes_sent_total += len(data)
+            if not self._batched:
+                self._launch([])
 
     def receive(
         self,
@@ -97,19 +152,47 @@ class DistributedMesh(PeerMesh[Channel]):
         partial: bool = False,
     ) -> dict[int, memoryview]:
         refuse_partial(partial)
-        wanted: list[tuple[Tensor, int]] = []
-        for rank, size in sizes.items():
-            self._peer(rank)
-            wanted.append((self._slot(rank, slot(block), HEADER_SIZE + size), rank))
-        transfers = self._launch(wanted)
-        seconds = self.timeout if timeout is None else timeout
+        with self._lifetime:
+            wanted: list[tuple[Tensor, int]] = []
+            for rank, size in sizes.items():
+                self._peer(rank)
+                wanted.append((self._slot(rank, slot(block), HEADER_SIZE + size), rank))
+            seconds = self.timeout if timeout is None else timeout
+            views = {}
+            for transfer in self._await(self._launch(wanted), block, seconds):
+                views[transfer.rank] = self._accept(transfer, sizes[transfer.rank], block, plan)
+            return {rank: views[rank] for rank in sizes}
+
+    def _await(
+        self, transfers: Sequence[_Transfer], block: int, seconds: float
+    ) -> Iterator[_Transfer]:
+        """The transfers, as they end."""
         deadline = time.monotonic() + seconds
-        views = {}
+        if self._batched:  # NCCL waits by the stream of the thread that calls, without blocking it
+            for transfer in transfers:
+                try:
+                    _wait(transfer, deadline)
+                except RuntimeError as error:
+                    raise self._failure(transfer.rank, block, error, seconds) from error
+                yield transfer
+            return
+        waiting = {transfer.rank: transfer for transfer in transfers}
         for transfer in transfers:
-            self._wait(transfer, block, deadline, seconds)
-            views[transfer.rank] = self._accept(transfer, sizes[transfer.rank], block, plan)
-        self._reap()
-        return views
+            self._receives.add(transfer, deadline)
+        while waiting:
+            try:
+                item = self._received.get(timeout=max(deadline + GRACE - time.monotonic(), 0.0))
+            except Empty:
+                ranks = tuple(sorted(waiting))
+                raise DeadlineExceeded(ranks[0], block, seconds, ranks) from None
+            self._lifetime.check()
+            if item is None:
+                continue
+            transfer, failure = item
+            if failure is not None:
+                raise self._failure(transfer.rank, block, failure, seconds) from failure
+            del waiting[transfer.rank]
+            yield transfer
 
     def _accept(self, transfer: _Transfer, size: int, block: int, plan: int) -> memoryview:
         """Checks the header of a frame that arrived and returns its payload."""
@@ -141,17 +224,39 @@ class DistributedMesh(PeerMesh[Channel]):
             _Transfer(work, tensor, rank)
             for work, (tensor, rank) in zip(works, (*sends, *receives), strict=True)
         ]
-        self._sending.extend(transfers[: len(sends)])
+        with self._changed:
+            for transfer in transfers[: len(sends)]:
+                self._sending.append(transfer)
+                self._sending_bytes += transfer.tensor.numel()
+                self._sends.add(transfer, math.inf)
         return transfers[len(sends) :]
 
-    def _wait(
-        self, transfer: _Transfer, block: int | None, deadline: float, seconds: float
-    ) -> None:
-        left = max(deadline - time.monotonic(), 1e-3)
-        try:
-            transfer.work.wait(timedelta(milliseconds=math.ceil(left * 1000)))
-        except RuntimeError as error:
-            raise self._failure(transfer.rank, block, error, seconds) from error
+    def _sent(self, transfer: _Transfer, error: RuntimeError | None) -> None:
+        """A send has ended, and its buffer is free: in the order in which they were launched."""
+        with self._changed:
+            if self._sending:
+                self._sending.popleft()
+            size = transfer.tensor.numel()
+            self._sending_bytes -= size
+            if error is None:
+                self._pool.give(transfer.tensor, size)
+            elif self._send_failure is None:
+                self._send_failure = transfer.rank, error
+            self._changed.notify_all()
+
+    def _wait_for_sends(self, most: int, block: int | None) -> None:
+        """Waits until no more than `most` bytes are on their way; the lock is held."""
+        if self._sending_bytes > most:
+            done = self._changed.wait_for(
+                lambda: self._sending_bytes <= most or self._send_failure or self.ended,
+                self.timeout,
+            )
+            self._lifetime.check()
+            if not done:
+                raise DeadlineExceeded(self._sending[0].rank, block, self.timeout)
+        if self._send_failure is not None:
+            rank, error = self._send_failure
+            raise self._failure(rank, block, error, self.timeout) from error
 
     def _failure(
         self, rank: int, block: int | None, error: RuntimeError, seconds: float
@@ -161,12 +266,6 @@ class DistributedMesh(PeerMesh[Channel]):
         if "imed out" in text or "timeout" in text:
             return DeadlineExceeded(rank, block, seconds)
         return PeerLost(rank, block, process_group.first_line(error))
-
-    def _reap(self) -> None:
-        """Takes back the buffers of sends that have completed."""
-        while self._sending and self._sending[0].work.is_completed():
-            tensor = self._sending.popleft().tensor
-            self._free[tensor.numel()].append(tensor)
 
     def _slot(self, rank: int, index: int, total: int) -> Tensor:
         tensor = self._slots.get((rank, index))
@@ -180,19 +279,20 @@ class DistributedMesh(PeerMesh[Channel]):
             return torch.zeros(total, dtype=torch.uint8, device=self._device)
 
     def flush(self) -> None:
-        self._launch([])
-        deadline = time.monotonic() + self.timeout
-        while self._sending:
-            self._wait(self._sending[0], None, deadline, self.timeout)
-            transfer = self._sending.popleft()
-            self._free[transfer.tensor.numel()].append(transfer.tensor)
+        with self._lifetime:
+            self._launch([])
+            with self._changed:
+                self._wait_for_sends(0, None)
 
     def close(self) -> None:
-        self._close(deliver=True)
+        if self.ended is None:
+            with contextlib.suppress(AstraError):  # the peer is gone or does not read
+                self.flush()
+        self._end(CLOSED)
 
     def abort(self, error: BaseException) -> None:
         """torch.distributed has no way to say why: peers see a loss, or wait for their deadline."""
-        self._close(deliver=False)
+        self._end(aborted_by(error))
 
     def reconnect(self, connect_timeout: float | None = None) -> Mesh:
         """As `Mesh.reconnect`; the process group is destroyed and made again.
@@ -206,20 +306,22 @@ class DistributedMesh(PeerMesh[Channel]):
                 "before: destroy it and make it again on every rank, then give the engine a new "
                 "mesh, engine.rejoin(connect(backend=...))"
             )
-        self._close(deliver=False)
+        self._end(CLOSED)
         return super().reconnect(connect_timeout)
 
-    def _close(self, *, deliver: bool) -> None:
-        if self._closed:
+    def _end(self, reason: str) -> None:
+        if not self._lifetime.end(reason):
             return
-        self._closed = True
-        if deliver:
+        self._received.put(None)  # wakes a wait of `receive`
+        self._receives.stop()
+        self._sends.stop()
+        if self._changed.acquire(timeout=END_SECONDS):
             try:
-                self.flush()
-            except AstraError:
-                self._sending.clear()  # the peer is gone or does not read: nothing more to do
+                self._changed.notify_all()
+            finally:
+                self._changed.release()
+        self._lifetime.finish()
         if self._owned:
-            self._sending.clear()
             self._group.abort()  # whoever waits for this rank need not wait for the deadline
             del self._group  # its connections end with the last reference
             dist.destroy_process_group()

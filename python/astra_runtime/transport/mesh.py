@@ -58,6 +58,11 @@ class Mesh(ABC):
     keeper: _C.Keeper | None = None
 
     @property
+    def ended(self) -> str | None:
+        """Why this mesh can do nothing any more; None while it is open."""
+        return None
+
+    @property
     def missing_ranges(self) -> Mapping[int, Sequence[tuple[int, int]]]:
         return {}
 
@@ -150,7 +155,11 @@ class Mesh(ABC):
 
     @abstractmethod
     def close(self) -> None:
-        """Says BYE, delivers what is unsent, frees everything. Never raises; may be repeated."""
+        """Says BYE, delivers what is unsent, frees everything. Never raises; may be repeated.
+
+        May be called by any thread or signal handler: calls that run there or elsewhere end with an
+        AstraError. Takes at most `timeout` for all peers together.
+        """
 
     @abstractmethod
     def abort(self, error: BaseException) -> None:
@@ -158,6 +167,7 @@ class Mesh(ABC):
 
         An error of this rank alone is a PeerLost(this rank) there. Never raises, takes no longer
         than 0.2 s, and does nothing on a closed mesh. A `with` block left by an exception does it.
+        May be called by any thread or signal handler, as `close` may.
         """
 
     def reconnect(self, connect_timeout: float | None = None) -> Mesh:

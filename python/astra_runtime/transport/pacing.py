@@ -22,12 +22,16 @@ from collections import deque
 from collections.abc import Mapping, Sequence
 from typing import Final, NamedTuple
 
+from astra_runtime.core import _C
 from astra_runtime.errors import AstraError, DeadlineExceeded
+from astra_runtime.transport.buffers import BufferPool
+from astra_runtime.transport.lifetime import CLOSED, aborted_by
 from astra_runtime.transport.link import Link
 from astra_runtime.transport.mesh import Mesh, Payload
 from astra_runtime.transport.stats import Stats
 from astra_runtime.wire import Frame
 
+STOP_SECONDS: Final = 0.05  # for the thread to end
 MAX_QUEUED: Final = 64 << 20  # payload bytes held back before `send` waits
 _PR_SET_TIMERSLACK: Final = 29
 
@@ -56,7 +60,7 @@ class PacedMesh(Mesh):
         self._busy_until = 0.0  # when the uplink has sent its last queued bit
         self._held: deque[_Held] = deque()
         self._held_bytes = 0
-        self._free: dict[int, list[Frame]] = {}
+        self._pool = BufferPool(mesh.buffer)
         self._changed = threading.Condition()
         self._closing = False
         self._failure: AstraError | None = None
@@ -72,6 +76,14 @@ class PacedMesh(Mesh):
         self._mesh.timeout = seconds
 
     @property
+    def keeper(self) -> _C.Keeper | None:
+        return self._mesh.keeper
+
+    @keeper.setter
+    def keeper(self, keeper: _C.Keeper | None) -> None:
+        self._mesh.keeper = keeper
+
+    @property
     def encrypted(self) -> bool:
         return self._mesh.encrypted
 
@@ -82,6 +94,10 @@ class PacedMesh(Mesh):
     @property
     def peer_stats(self) -> dict[int, Stats]:
         return self._mesh.peer_stats
+
+    @property
+    def ended(self) -> str | None:
+        return self._mesh.ended
 
     @property
     def missing_ranges(self) -> Mapping[int, Sequence[tuple[int, int]]]:
@@ -106,8 +122,7 @@ class PacedMesh(Mesh):
             if self._held_bytes > MAX_QUEUED:
                 self._wait_for_room(block)
                 start = time.monotonic()
-            pool = self._free.setdefault(size, [])
-            frame = pool.pop() if pool else self._mesh.buffer(size)
+            frame = self._pool.take(size)
             frame.payload[:] = content
             for position, rank in enumerate(to, 1):
                 self._busy_until = max(self._busy_until, start) + crossing
@@ -120,15 +135,19 @@ class PacedMesh(Mesh):
 
     def _wait_for_room(self, block: int) -> None:
         if not self._changed.wait_for(
-            lambda: self._held_bytes <= MAX_QUEUED or self._failure is not None, self.timeout
+            lambda: self._held_bytes <= MAX_QUEUED or self._closing or self._failure is not None,
+            self.timeout,
         ):
             raise DeadlineExceeded(self._held[0].rank, block, self.timeout)
+        self._raise_failure()
 
     def _raise_failure(self) -> None:
+        if self._mesh.ended is not None:
+            raise AstraError(self._mesh.ended)
         if self._failure is not None:
             raise self._failure
         if self._closing:
-            raise AstraError("the mesh is closed")
+            raise AstraError(CLOSED)
 
     def _deliver(self) -> None:
         """The thread: sleeps until the first held frame has crossed, and hands it on."""
@@ -156,7 +175,7 @@ class PacedMesh(Mesh):
                 self._held.popleft()
                 self._held_bytes -= held.frame.size
                 if held.last:
-                    self._free[held.frame.size].append(held.frame)
+                    self._pool.give(held.frame, held.frame.size)
                 self._changed.notify_all()
 
     def _fail(self, error: AstraError) -> None:
@@ -181,30 +200,36 @@ class PacedMesh(Mesh):
         """Waits until everything sent has crossed the link."""
         with self._changed:
             crossing = max(0.0, self._busy_until + self.link.delay_ms * 1e-3 - time.monotonic())
-            if not self._changed.wait_for(lambda: not self._held, crossing + self.timeout):
+            if not self._changed.wait_for(
+                lambda: not self._held or self._closing, crossing + self.timeout
+            ):
                 raise DeadlineExceeded(self._held[0].rank, None, self.timeout)
         self._raise_failure()
 
     def close(self) -> None:
-        self._stop(deliver=True)
+        if self._mesh.ended is None:  # of a fork the thread and what its lock protects are no use
+            with contextlib.suppress(AstraError):
+                self.flush()
+            self._stop()
         self._mesh.close()
 
     def abort(self, error: BaseException) -> None:
-        self._stop(deliver=False, seconds=0.05)
+        if self._mesh.ended is None:
+            self._failure = self._failure or AstraError(aborted_by(error))
+            self._stop()
         self._mesh.abort(error)
 
-    def _stop(self, *, deliver: bool, seconds: float | None = None) -> None:
-        if deliver and not self._closing:
+    def _stop(self, seconds: float = STOP_SECONDS) -> None:
+        """Has the thread end, without delivering what it still holds."""
+        self._closing = True
+        if self._changed.acquire(timeout=seconds):
             try:
-                self.flush()
-            except AstraError:
-                deliver = False
-        with self._changed:
-            self._closing = True
-            if not deliver:
                 self._held.clear()
-            self._changed.notify_all()
-        self._thread.join(self.timeout if seconds is None else seconds)
+                self._changed.notify_all()
+            finally:
+                self._changed.release()
+        if self._thread is not threading.current_thread():
+            self._thread.join(seconds)
 
 
 def _sharpen_timer() -> None:

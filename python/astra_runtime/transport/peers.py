@@ -7,7 +7,8 @@ from typing import Generic, TypeVar
 
 from astra_runtime import wire
 from astra_runtime.control import is_control
-from astra_runtime.errors import AstraError
+from astra_runtime.core import _C
+from astra_runtime.transport.lifetime import Lifetime
 from astra_runtime.transport.mesh import Mesh
 from astra_runtime.transport.stats import Stats
 from astra_runtime.wire import Frame, Header
@@ -64,7 +65,7 @@ class PeerMesh(Mesh, Generic[P]):
         self.world_size = world_size
         self.timeout = timeout
         self._peers = {peer.rank: peer for peer in peers}
-        self._closed = False
+        self._lifetime = Lifetime()
 
     @property
     def stats(self) -> Stats:
@@ -74,9 +75,20 @@ class PeerMesh(Mesh, Generic[P]):
     def peer_stats(self) -> dict[int, Stats]:
         return {rank: peer.stats + Stats() for rank, peer in self._peers.items()}
 
+    @property
+    def ended(self) -> str | None:
+        return self._lifetime.reason
+
+    @property
+    def keeper(self) -> _C.Keeper | None:
+        return self._lifetime.keeper
+
+    @keeper.setter
+    def keeper(self, keeper: _C.Keeper | None) -> None:
+        self._lifetime.keeper = keeper
+
     def _check_open(self) -> None:
-        if self._closed:
-            raise AstraError("the mesh is closed")
+        self._lifetime.check()
 
     def _peer(self, rank: int) -> P:
         self._check_open()

@@ -69,6 +69,8 @@ class Stream:
 class TlsStream(Stream):
     """A connected, non-blocking socket inside TLS. One thread may read while another seals.
 
+    Its locks are reentrant, since a signal handler may seal an abort frame wherever it interrupts.
+
     Failures of TLS are `ssl.SSLError`, which is an OSError: catch it first.
     """
 
@@ -78,10 +80,10 @@ class TlsStream(Stream):
         super().__init__(sock)
         self._incoming, self._outgoing = ssl.MemoryBIO(), ssl.MemoryBIO()
         self._tls = context.wrap_bio(self._incoming, self._outgoing, server_side=accepting)
-        self._lock = threading.Lock()  # OpenSSL allows one call at a time on a connection
+        self._lock = threading.RLock()  # OpenSSL allows one call at a time on a connection
         self._chunk = memoryview(bytearray(_PART))
         self._early = bytearray()  # decrypted ahead of time, by `tail`
-        self._reading = threading.Lock()  # a link emulator's thread may ask for the tail
+        self._reading = threading.RLock()  # a link emulator's thread may ask for the tail
         self._complete = False
 
     def handshake(self) -> bool:

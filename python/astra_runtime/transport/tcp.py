@@ -9,22 +9,20 @@ written and read is the business of `connection.py`, whether it is encrypted tha
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import math
 import os
 import select
 import socket
-import struct
-import termios
-import threading
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Final
 
 from astra_runtime import wire
 from astra_runtime.errors import AstraError, DeadlineExceeded
 from astra_runtime.transport import abort
+from astra_runtime.transport.closing import deliver, shut_down
 from astra_runtime.transport.connection import Connection
+from astra_runtime.transport.lifetime import CLOSED, Lifetime, WriteTurn, aborted_by
 from astra_runtime.transport.mesh import Payload
 from astra_runtime.transport.peers import PeerMesh
 from astra_runtime.transport.stats import Stats
@@ -35,7 +33,6 @@ MAX_UNSENT: Final = 64 << 20  # bytes kept for a peer that does not read before 
 MAX_OUTSTANDING: Final = 1 << 16  # frames that a peer may be behind before it is given up
 ABORT_SECONDS: Final = 0.2  # for telling all peers why this rank fails
 YIELD_NANOSECONDS: Final = 20_000  # how long a wait yields its core before it sleeps
-_TCP_CLOSE: Final = 7  # the state of a connection that was reset, in Linux's tcp_states.h
 _ENDED: Final = select.POLLRDHUP | select.POLLHUP | select.POLLERR
 
 
@@ -67,8 +64,10 @@ class TcpMesh(PeerMesh[Connection]):
         peers = (Connection(rank, peer, stream) for peer, stream in streams.items())
         super().__init__(rank, world_size, timeout, peers)
         self._by_fd = {peer.fd: peer for peer in self._peers.values()}
-        self._sending = threading.Lock()  # a link emulator sends from a thread of its own
+        self._turn = WriteTurn()  # a link emulator sends from a thread of its own
+        self._end_deadline = math.inf
         self._poll = select.poll()
+        self._poll.register(self._lifetime.wake, select.POLLIN)
         self._handshake = handshake or Stats()
         self._lost: dict[int, AstraError] = {}
         self.block: int | None = None
@@ -79,6 +78,11 @@ class TcpMesh(PeerMesh[Connection]):
             peer.sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, unacknowledged)
             self._poll.register(peer.fd, _ENDED)
             peer.watched = _ENDED
+            self._lifetime.resources.append(peer.sock)
+
+    @property
+    def lifetime(self) -> Lifetime:
+        return self._lifetime
 
     @property
     def connections(self) -> Mapping[int, Connection]:
@@ -100,23 +104,27 @@ class TcpMesh(PeerMesh[Connection]):
         self, payload: Payload, *, block: int, plan: int, to: Sequence[int], partial: bool = False
     ) -> None:
         frame = payload if isinstance(payload, Frame) else Frame.of(payload)
-        self.block = block
-        for rank in to:
-            peer = self._peer(rank)
-            if partial and peer.unsent_bytes > MAX_UNSENT:
-                peer.close_send_side()  # one that has not read for so long is not waited for
-            if partial and peer.send_closed:
-                continue
-            if peer.unsent_bytes > MAX_UNSENT:
-                self._flush([peer], block, self.timeout)
-            with self._sending:
-                data = peer.stamp(frame, block, plan)
-                try:
-                    peer.transmit(data)
-                except OSError as error:
-                    if not partial:
-                        raise peer.broken(block, error) from error
-                    peer.close_send_side()
+        with self._lifetime:
+            self.block = block
+            for rank in to:
+                self._send(self._peer(rank), frame, block, plan, partial)
+
+    def _send(self, peer: Connection, frame: Frame, block: int, plan: int, partial: bool) -> None:
+        if partial and peer.unsent_bytes > MAX_UNSENT:
+            peer.close_send_side()  # one that has not read for so long is not waited for
+        if partial and peer.send_closed:
+            return
+        if peer.unsent_bytes > MAX_UNSENT:
+            self._flush([peer], block, self.timeout)
+        with self._turn:
+            self._lifetime.check()
+            data = peer.stamp(frame, block, plan)
+            try:
+                peer.transmit(data)
+            except OSError as error:
+                if not partial:
+                    raise peer.broken(block, error) from error
+                peer.close_send_side()
 
     def receive(
         self,
@@ -126,6 +134,14 @@ class TcpMesh(PeerMesh[Connection]):
         plan: int,
         timeout: float | None = None,
         partial: bool = False,
+    ) -> dict[int, memoryview]:
+        with self._lifetime:
+            return self._receive(
+                sizes, block, plan, self.timeout if timeout is None else timeout, partial
+            )
+
+    def _receive(
+        self, sizes: Mapping[int, int], block: int, plan: int, seconds: float, partial: bool
     ) -> dict[int, memoryview]:
         self.block = block
         waiting: dict[int, Connection] = {}
@@ -141,7 +157,7 @@ class TcpMesh(PeerMesh[Connection]):
             if not self._advance(peer, partial):
                 waiting[peer.fd] = peer
         if waiting:
-            self._wait(waiting, block, self.timeout if timeout is None else timeout, partial)
+            self._wait(waiting, block, seconds, partial)
         views = {}
         for peer in awaited:
             if peer.outstanding or peer.error is not None:
@@ -189,6 +205,7 @@ class TcpMesh(PeerMesh[Connection]):
                 self._too_late(waiting, block, seconds, partial)
                 return
             for fd, events in self._poll.poll(math.ceil(left * 1000)):
+                self._lifetime.check()
                 self._serve(self._by_fd[fd], events, waiting, block, partial)
 
     def _too_late(
@@ -208,6 +225,7 @@ class TcpMesh(PeerMesh[Connection]):
         until = time.perf_counter_ns() + YIELD_NANOSECONDS
         while waiting and time.perf_counter_ns() < until:
             os.sched_yield()
+            self._lifetime.check()
             for peer in list(waiting.values()):
                 if self._advance(peer, partial):
                     del waiting[peer.fd]
@@ -230,6 +248,7 @@ class TcpMesh(PeerMesh[Connection]):
         finally:
             for fd in others:
                 self._poll.unregister(fd)
+        self._lifetime.check()
         ready, ended = [], []
         for fd, events in ready_now:
             if fd in others:
@@ -278,14 +297,15 @@ class TcpMesh(PeerMesh[Connection]):
             peer.watched = events
 
     def flush(self) -> None:
-        self._flush(list(self._peers.values()), None, self.timeout)
+        with self._lifetime:
+            self._flush(list(self._peers.values()), None, self.timeout)
 
     def _flush_now(
         self, peers: Sequence[Connection], block: int | None, partial: bool = False
     ) -> list[Connection]:
         """Sends what the kernel takes; returns the peers with bytes left."""
         left = []
-        with self._sending:
+        with self._turn:
             for peer in peers:
                 try:
                     if not peer.flush():
@@ -304,60 +324,48 @@ class TcpMesh(PeerMesh[Connection]):
                 ranks = tuple(sorted(peer.rank for peer in left))
                 raise DeadlineExceeded(ranks[0], block, seconds, ranks)
             writable = select.poll()
+            writable.register(self._lifetime.wake, select.POLLIN)
             for peer in left:
                 writable.register(peer.fd, select.POLLOUT)
             writable.poll(math.ceil(rest * 1000))
+            self._lifetime.check()
 
     def close(self) -> None:
-        """Every wait for a peer is a wait of its own, as long as any other."""
-        if self._closed:
-            return
-        self._closed = True
-        for peer in self._peers.values():
-            if not peer.send_closed:
-                self._end(peer, wire.bye(peer.num_sent, self.rank), time.monotonic() + self.timeout)
-        for peer in self._peers.values():
-            peer.sock.close()
+        """Waits for all peers together as long as for a frame, and only some seconds for one whose
+        kernel answers no more."""
+        self._end(CLOSED, lambda peer: wire.bye(peer.num_sent, self.rank), self.timeout)
 
     def abort(self, error: BaseException) -> None:
-        if self._closed:
-            return
-        self._closed = True
-        deadline = time.monotonic() + ABORT_SECONDS
-        reached = [peer for peer in self._peers.values() if not peer.send_closed]
-        for peer in reached:  # all are told before any is waited for
-            frame = abort.abort_frame(
+        def frame(peer: Connection) -> memoryview:
+            return abort.abort_frame(
                 error, sequence=peer.num_sent, source=self.rank, block=self.block
             )
-            with self._sending, contextlib.suppress(OSError):
-                peer.transmit(frame)
-                if not peer.unsent:
-                    peer.sock.shutdown(socket.SHUT_WR)
-        for peer in reached:
-            self._end(peer, None, deadline)
-        for peer in self._peers.values():
-            peer.sock.close()
 
-    def _end(self, peer: Connection, last: memoryview | None, deadline: float) -> None:
-        """Ends one connection so that nothing sent is lost: a close with unread input resets it,
-        and a reset discards what the peer's kernel has not acknowledged yet."""
+        self._end(aborted_by(error), frame, ABORT_SECONDS)
+
+    def _end(
+        self, reason: str, last_frame: Callable[[Connection], memoryview], seconds: float
+    ) -> None:
+        if not self._lifetime.end(reason):
+            # an abort need not wait for a close in another thread, nor in what a signal interrupted
+            self._end_deadline = min(self._end_deadline, time.monotonic() + seconds)
+            return
+        self._end_deadline = time.monotonic() + seconds
+        if not self._turn.defer(lambda: self._take_leave(last_frame)):
+            self._take_leave(last_frame)
+
+    def _take_leave(self, last_frame: Callable[[Connection], memoryview]) -> None:
+        reached = []
         try:
-            if last is not None:
-                with self._sending:
-                    peer.transmit(last)
-            self._flush([peer], None, max(0.0, deadline - time.monotonic()))
-            peer.sock.shutdown(socket.SHUT_WR)
-            self._drain(peer.sock, deadline)
-        except (AstraError, OSError):
-            return  # the peer is gone, and so is the need to take leave of it
-
-    def _drain(self, sock: socket.socket, deadline: float) -> None:
-        """Waits until the peer's kernel has acknowledged every byte, or is gone."""
-        pause = 1e-4
-        while time.monotonic() < deadline:
-            (left,) = struct.unpack("i", fcntl.ioctl(sock, termios.TIOCOUTQ, bytes(4)))
-            state = sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 1)[0]
-            if not left or state == _TCP_CLOSE:
-                return
-            time.sleep(pause)
-            pause = min(2 * pause, 0.02)
+            with self._turn.within(self._end_deadline - time.monotonic()) as taken:
+                for peer in self._peers.values() if taken else ():
+                    # where an exception has cut a frame short, a further one would be taken for it
+                    if peer.send_closed or peer.writing:
+                        continue
+                    with contextlib.suppress(OSError):  # the peer is gone
+                        peer.transmit(last_frame(peer))
+                        reached.append(peer)
+            deliver(reached, self._turn, lambda: self._end_deadline)
+        finally:
+            shut_down(self._peers.values())
+            self._lifetime.finish()

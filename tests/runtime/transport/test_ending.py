@@ -1,0 +1,365 @@
+"""A mesh ends once: by any thread, signal handler or fork, whatever it does at the moment."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from astra_runtime.errors import AstraError, PeerLost
+from astra_runtime.transport import Mesh, local_mesh
+from astra_runtime.transport.buffers import BufferPool
+from astra_runtime.transport.lifetime import WriteTurn
+
+from ..ranks import MAKERS, PLAN, as_ranks, environment, free_ports, together
+from .test_datagram import datagram_mesh
+
+GIVEN_UP = TimeoutError("the request was given up")
+LONG = 60.0  # of a wait that nothing but the mesh's end can end: longer than a test may take
+WAITS: dict[str, Callable[[Mesh], object]] = {
+    "receive": lambda mesh: mesh.receive({1: 8}, block=0, plan=PLAN, timeout=LONG),
+    "control": lambda mesh: mesh.receive({1: 8}, block=0xFF00, plan=PLAN, timeout=LONG),
+    "send": lambda mesh: [
+        mesh.send(bytes(8 << 20), block=n, plan=PLAN, to=[1]) for n in range(100)
+    ],
+}
+
+
+def makers() -> dict[str, Callable[..., list[Mesh]]]:
+    return {**MAKERS, "datagram": datagram_mesh}
+
+
+def asleep(thread: threading.Thread) -> None:
+    """Until a thread has been in one place for a while, so in its wait."""
+    before = None
+    while thread.is_alive():
+        frame = sys._current_frames().get(thread.ident or 0)
+        place = frame and (frame.f_code, frame.f_lasti)
+        if place == before and place is not None:
+            return
+        before = place
+        time.sleep(0.1)
+
+
+@pytest.mark.parametrize("end", ["abort", "close"])
+@pytest.mark.parametrize("wait", WAITS)
+@pytest.mark.parametrize("maker", ["tcp", "gloo", "paced", "datagram"])
+def test_another_thread_ends_every_wait(maker: str, wait: str, end: str) -> None:
+    if wait == "send" and maker == "datagram":
+        pytest.skip("datagrams wait for nobody")
+    mesh, other = makers()[maker](2, timeout=1.0 if end == "close" else LONG)
+    mesh.timeout = LONG
+    errors: list[BaseException] = []
+
+    def call() -> None:
+        try:
+            WAITS[wait](mesh)
+        except BaseException as error:
+            errors.append(error)
+
+    thread = threading.Thread(target=call, daemon=True)
+    thread.start()
+    asleep(thread)
+    mesh.timeout = 1.0
+    mesh.abort(GIVEN_UP) if end == "abort" else mesh.close()
+    thread.join(20)
+    assert not thread.is_alive()
+    words = "the request was given up" if end == "abort" else "the mesh is closed"
+    assert isinstance(errors[0], AstraError)
+    assert words in str(errors[0])
+    assert mesh.ended is not None
+    with pytest.raises(AstraError, match=words):
+        mesh.send(b"", block=0, plan=PLAN, to=[1])
+    other.close()
+
+
+def send_for_ever(mesh: Mesh, to: int) -> None:
+    for block in range(1 << 16):
+        mesh.send(bytes(2_000_000), block=block & 1, plan=PLAN, to=[to])
+
+
+@pytest.mark.parametrize("maker", [name for name in ("tcp", "tls", "paced") if name in MAKERS])
+@pytest.mark.parametrize("end", ["abort", "close"])
+def test_a_signal_handler_ends_the_mesh_wherever_it_comes(maker: str, end: str) -> None:
+    """Large frames, so that the signal comes while one is being written."""
+    for n in range(4):
+        here, there = MAKERS[maker](2, timeout=5)
+        received: list[BaseException] = []
+
+        def listen(
+            here: Mesh = here, there: Mesh = there, received: list[BaseException] = received
+        ) -> None:
+            try:
+                for block in range(1 << 16):
+                    there.receive({here.rank: 2_000_000}, block=block & 1, plan=PLAN)
+            except BaseException as error:
+                received.append(error)
+
+        thread = threading.Thread(target=listen, daemon=True)
+        thread.start()
+        finish = here.close if end == "close" else functools.partial(here.abort, GIVEN_UP)
+        previous = signal.signal(signal.SIGALRM, lambda *_, finish=finish: finish())
+        signal.setitimer(signal.ITIMER_REAL, 0.1 + 0.013 * n)
+        try:
+            words = "given up" if end == "abort" else "is closed"
+            with pytest.raises(AstraError, match=words):
+                send_for_ever(here, there.rank)
+        finally:
+            signal.setitimer(signal.ITIMER_REAL, 0)
+            signal.signal(signal.SIGALRM, previous)
+        thread.join(20)
+        assert isinstance(received[0], PeerLost)
+        words = "TimeoutError: the request was given up" if end == "abort" else "said BYE"
+        assert maker == "paced" or words in str(received[0])
+        there.close()
+
+
+def test_a_handler_that_interrupts_a_writer_leaves_its_work_to_it() -> None:
+    turn, order = WriteTurn(), []
+    assert not turn.defer(lambda: order.append("too early"))
+    with turn:
+        assert turn.defer(lambda: order.append("deferred"))
+        order.append("written")
+    assert order == ["written", "deferred"]
+    with turn.within(1.0) as taken:
+        assert taken
+
+
+def test_a_turn_is_not_waited_for_longer_than_asked() -> None:
+    turn = WriteTurn()
+    with turn:
+        taken = together([lambda: turn.within(0.01).__enter__()])
+    assert taken == [False]
+
+
+def test_a_frame_cut_short_by_an_exception_is_no_other_frame() -> None:
+    """Otherwise what is sent last would fill up the frame that the peer is reading."""
+    here, there = local_mesh(2, timeout=5)
+    connection = here.connections[1]  # type: ignore[attr-defined]
+
+    class Interrupted(BaseException):
+        pass
+
+    class Cut:
+        """A socket that sends a part, and then the program is interrupted."""
+
+        def __getattr__(self, name: str) -> object:
+            return getattr(connection.stream.sock, name)
+
+        def send(self, data: memoryview) -> int:
+            connection.stream.sock.send(data[:100])
+            raise Interrupted
+
+    connection.sock = Cut()
+    with pytest.raises(Interrupted):
+        here.send(bytes(4000), block=0, plan=PLAN, to=[1])
+    here.abort(Interrupted())
+    with pytest.raises(PeerLost):
+        there.receive({0: 4000}, block=0, plan=PLAN)
+    there.close()
+
+
+def test_an_abort_hastens_a_close_that_waits() -> None:
+    mesh, other = local_mesh(2, timeout=LONG)
+    for block in range(8):  # more than the kernels hold
+        mesh.send(bytes(8 << 20), block=block, plan=PLAN, to=[1])
+    thread = threading.Thread(target=mesh.close, daemon=True)
+    thread.start()
+    asleep(thread)
+    mesh.abort(GIVEN_UP)
+    thread.join(20)
+    assert not thread.is_alive()
+    other.close()
+
+
+def test_an_end_gives_back_all_descriptors() -> None:
+    def count() -> int:
+        return len(os.listdir("/proc/self/fd"))
+
+    before = count()
+    for maker in ("tcp", "paced", "datagram"):
+        meshes = makers()[maker](3)
+        assert count() > before
+        together([mesh.close for mesh in meshes])
+        assert count() == before
+
+
+def test_a_pool_keeps_a_bounded_number_of_bytes() -> None:
+    pool = BufferPool(bytearray, max_free=1000)
+    buffers = [pool.take(100) for _ in range(4)]
+    for buffer in buffers:
+        pool.give(buffer, 100)
+    assert pool.take(100) is buffers[-1]
+    for size in range(200, 400, 10):
+        pool.give(pool.take(size), size)
+        assert pool.free_bytes <= 1000
+    again = pool.take(100)
+    assert not any(again is buffer for buffer in buffers)
+    pool.give(bytearray(2000), 2000)
+    assert pool.free_bytes == 0
+
+
+@pytest.mark.parametrize("maker", ["gloo", "paced"])
+def test_nothing_is_kept_of_what_was_sent(maker: str) -> None:
+    """Of other sizes each time, as prompts have them."""
+
+    def work(mesh: Mesh) -> None:
+        other = 1 - mesh.rank
+        for block in range(60):
+            size = (1 << 20) + block
+            mesh.send(bytes(size), block=block, plan=PLAN, to=[other])
+            mesh.receive({other: size}, block=block, plan=PLAN)
+        mesh.flush()
+        if maker == "gloo":
+            assert not mesh._sending  # type: ignore[attr-defined]
+        assert mesh._pool.free_bytes <= 8 << 20  # type: ignore[attr-defined]
+
+    as_ranks(MAKERS[maker](2), work)
+
+
+# --- processes
+
+JOIN = """
+import os, sys, time
+import astra_runtime as astra
+from astra_runtime.transport import connect
+rank, peers = int(sys.argv[1]), sys.argv[2].split(",")
+mesh = connect(rank, 2, peers, timeout=30, **eval(sys.argv[3]))
+"""
+
+
+@contextlib.contextmanager
+def ranks(*scripts: str, options: str = "{}") -> Iterator[list[subprocess.Popen[str]]]:
+    peers = ",".join(free_ports(len(scripts)))
+    processes = [
+        subprocess.Popen(
+            [sys.executable, "-c", JOIN + script, str(rank), peers, options],
+            stdout=subprocess.PIPE,
+            text=True,
+            env=environment(),
+        )
+        for rank, script in enumerate(scripts)
+    ]
+    try:
+        yield processes
+    finally:
+        for process in processes:
+            process.kill()
+            process.wait()
+            if process.stdout is not None:
+                process.stdout.close()
+
+
+def line(process: subprocess.Popen[str]) -> str:
+    assert process.stdout is not None
+    return process.stdout.readline().strip()
+
+
+LISTEN = """
+print("up", flush=True)
+try:
+    mesh.receive({0: 8}, block=0, plan=0)
+except astra.AstraError as error:
+    print(f"{type(error).__name__}: {error}", flush=True)
+"""
+
+
+@pytest.mark.parametrize("backend", ["tcp", "datagram"])
+def test_a_death_is_noticed_beside_a_forked_child(backend: str) -> None:
+    fork = """
+child = os.fork()
+if child == 0:
+    time.sleep(60)
+    os._exit(0)
+print(child, flush=True)
+time.sleep(60)
+"""
+    with ranks(fork, LISTEN, options=repr({"backend": backend})) as (killed, listener):
+        child = int(line(killed))
+        try:
+            assert line(listener) == "up"
+            killed.kill()
+            assert line(listener).startswith("PeerLost: rank 0 was lost")  # not DeadlineExceeded
+        finally:
+            os.kill(child, signal.SIGKILL)
+
+
+@pytest.mark.parametrize("link", ["None", "Link(1000, 0.1)"])
+def test_a_forked_child_refuses_and_says_nothing(link: str) -> None:
+    fork = """
+read, write = os.pipe()
+if os.fork() == 0:
+    words = []
+    for act in (
+        lambda: mesh.send(b"child", block=0, plan=0, to=[1]),
+        lambda: mesh.receive({1: 8}, block=0, plan=0),
+        mesh.flush,
+    ):
+        try:
+            act()
+        except astra.AstraError as error:
+            words.append(str(error))
+    mesh.abort(RuntimeError("of the child"))
+    mesh.close()
+    os.write(write, repr(len(words) == 3 and all("fork" in word for word in words)).encode())
+    os._exit(0)
+print(os.read(read, 10).decode(), flush=True)
+os.wait()
+mesh.send(b"8 bytes.", block=0, plan=0, to=[1])
+mesh.close()
+"""
+    answer = "print(bytes(mesh.receive({0: 8}, block=0, plan=0)[0]).decode(), flush=True)\n"
+    options = f'{{"link": astra.transport.Link(1000, 0.1) if {link != "None"} else None}}'
+    with ranks(fork, answer, options=options) as (parent, listener):
+        assert line(parent) == "True"
+        assert line(listener) == "8 bytes."
+
+
+def holders(pid: int) -> list[int]:
+    """KiB that each living helper task of a process holds."""
+    sizes = []
+    for status in Path("/proc").glob("[0-9]*/status"):
+        with contextlib.suppress(OSError):
+            text = status.read_text()
+            if text.startswith("Name:\tastra-keeper") and f"PPid:\t{pid}\n" in text:
+                sizes.append(int(text.split("VmRSS:")[1].split()[0]))
+    return sizes
+
+
+def test_exec_frees_the_old_memory() -> None:
+    replace = """
+memory = bytearray(b"1") * (200 << 20)
+print("up", flush=True)
+time.sleep(1)
+new = "print('new', flush=True); import time; time.sleep(60)"
+os.execv(sys.executable, [sys.executable, "-c", new])
+"""
+    with ranks(replace, "time.sleep(60)") as (process, _):
+        assert line(process) == "up"
+        assert max(holders(process.pid)) > 200 << 10
+        assert line(process) == "new"
+        deadline = time.monotonic() + 20
+        while holders(process.pid):
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
+
+
+def test_close_ends_the_helper_task_without_the_collector() -> None:
+    script = """
+import gc
+gc.disable()
+pid = mesh.keeper.pid
+mesh.close()
+print(mesh.keeper, os.path.exists(f"/proc/{pid}"), flush=True)
+"""
+    with ranks(script, script) as processes:
+        assert [line(process) for process in processes] == ["None False"] * 2
