@@ -13,6 +13,8 @@ The model itself is unmodified: it calls `before_block`, `attend` and `finish` t
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -21,10 +23,12 @@ from torch import Tensor
 import astra_kernels as ak
 
 from .call import Call
-from .codes.base import visible_tokens
+from .codes.base import Pending, visible_tokens
+from .codes.staging import read_later
 from .errors import NotFinite
 from .exchange import compare_pictures, gather, receive_payloads
 from .trace import stage
+from .transport import Frame
 
 NOTHING = (None, None)  # nothing is known of remote tokens
 
@@ -34,6 +38,7 @@ class Layer:
 
     def __init__(self, call: Call) -> None:
         self.call = call
+        self._unsent: Callable[[], None] | None = None  # sends codes that are still being made
 
     def embedded(self, hidden: Tensor) -> Tensor:
         """The class token's copy and this rank's shard of all embeddings."""
@@ -53,6 +58,7 @@ class Layer:
             sent = call.sizes.sent_slice
             self.send_codes(block, (key[:, :, sent], value[:, :, sent]))
         local, local_lse = self._attend_locally(block, query, key, value, scale)
+        self._send_made()
         remote, mask = (
             call.state.remote.get(block, NOTHING) if decoding else self.receive_codes(block)
         )
@@ -97,14 +103,37 @@ class Layer:
         with stage("encode", block):
             finite = torch.stack([tensor.isfinite().all() for tensor in tensors]).all()
             what: Any = tensors[0] if call.codec.early else tensors
-            call.codec.encode(block, what, call.views.local_rope, frame.payload[:size])
-            if not bool(finite):  # read behind the codes, which a device has computed by then
-                raise NotFinite(call.rank, f"its tokens hold NaN or infinity in block {block}")
-        if call.missing:
-            call.missing.write_recent(frame.payload[size:])
-        partial, to = call.missing is not None, call.sizes.receivers
+            out = frame.payload[:size]
+            pending = call.codec.encode(block, what, call.views.local_rope, out)
+            is_finite = read_later(finite)
+        self._unsent = partial(self._send, block, frame, size, pending, is_finite)
+        if pending is None:
+            self._send_made()
+
+    def _send_made(self) -> None:
+        """Sends the codes that a GPU was making while this rank queued its next work."""
+        unsent, self._unsent = self._unsent, None
+        if unsent is not None:
+            unsent()
+
+    def _send(
+        self,
+        block: int,
+        frame: Frame,
+        size: int,
+        pending: Pending | None,
+        is_finite: Callable[[], bool],
+    ) -> None:
+        call = self.call
         with stage("send", block):
-            call.mesh.send(frame, block=block, plan=call.tag, to=to, partial=partial)
+            if pending is not None:
+                pending()
+            if not is_finite():
+                raise NotFinite(call.rank, f"its tokens hold NaN or infinity in block {block}")
+            if call.missing:
+                call.missing.write_recent(frame.payload[size:])
+            best_effort, to = call.missing is not None, call.sizes.receivers
+            call.mesh.send(frame, block=block, plan=call.tag, to=to, partial=best_effort)
 
     def receive_codes(self, block: int) -> tuple[Any, Tensor | None]:
         """This block's codes of every rank whose shard is visible here, and which of their tokens
@@ -117,8 +146,8 @@ class Layer:
         with stage("unpack", block):
             remote = call.codec.decode(block, payloads, call.batch, call.views.remote_rope)
         mask = visible_tokens(payloads, call.batch, call.views.remote_mask)
-        lacking = any(payload.received is not None for payload in payloads)
-        if lacking and mask is not None and not bool(mask.any()):
+        # known on the host: a look at the mask would wait for the device
+        if all(p.received is not None and not bool(p.received.any()) for p in payloads):
             remote, mask = NOTHING  # nobody's codes arrived
         if call.keeps:
             call.state.remote[block] = remote, mask

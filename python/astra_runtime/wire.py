@@ -222,3 +222,17 @@ def read_codes(
     if verdict:
         size = f"{_C.packed_size(count, bits)} bytes with zeros behind the last code"
         raise WireError("payload", size, f"{len(data)} bytes with something else")
+
+
+def check_codes(
+    data: bytes | bytearray | memoryview, bits: int, codewords: int, count: int
+) -> None:
+    """The errors of `read_codes`, for codes that stay packed.
+
+    Where any `bits` bits are a code, only the size and the bits behind the last code can be wrong.
+    """
+    behind = count * bits % 8
+    whole = codewords == 1 << bits and len(data) == _C.packed_size(count, bits)
+    if whole and not (behind and data[-1] >> behind):
+        return
+    read_codes(data, bits, codewords, memoryview(bytearray(4 * count)).cast("i"), count)

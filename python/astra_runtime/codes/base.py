@@ -10,7 +10,7 @@ compares codecs by name: whoever has a codebook asks `codebook.codec`.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -22,6 +22,9 @@ from ..plan import Plan
 from .fields import CodebookFields
 from .rotary import Rope
 from .simulated import Quantize, SimulatedCodec
+
+# Waits until a payload is where it was to be written.
+Pending = Callable[[], None]
 
 
 @dataclass(frozen=True, eq=False)
@@ -228,8 +231,11 @@ class Codec(ABC):
         """Where each token's bits lie in the payload of `tokens` tokens."""
 
     @abstractmethod
-    def encode(self, block: int, what: Any, rope: Rope, out: memoryview) -> None:
+    def encode(self, block: int, what: Any, rope: Rope, out: memoryview) -> Pending | None:
         """Writes the payload of this rank's shard into `out`.
+
+        On a GPU this only begins: what is returned waits until the bytes are there, and is called
+        before the next block is encoded. None: they are there.
 
         `what` is the block input [B, T, D] where `early`, else the keys and values of the shard,
         [B, Hkv, T, d] each, the keys rotated by `rope`.

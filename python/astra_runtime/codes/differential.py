@@ -12,7 +12,7 @@ import astra_kernels as ak
 
 from ..models import Adapter
 from ..plan import Plan
-from .base import Codec, CodeCosts, Payload, projection_flops
+from .base import Codec, CodeCosts, Payload, Pending, projection_flops
 from .dense import DenseTokens
 from .fields import CodebookFields
 from .hidden import HiddenCodes, SimulatedInputs
@@ -79,10 +79,11 @@ class DifferentialCodes(HiddenCodes):
     def payload_bytes(self, block: int, batch: int, tokens: int) -> int:
         return super().payload_bytes(block, batch, tokens) if block else 0
 
-    def encode(self, block: int, what: Any, rope: Rope, out: memoryview) -> None:
+    def encode(self, block: int, what: Any, rope: Rope, out: memoryview) -> Pending | None:
         missing = (what.float() - self.own).unflatten(-1, (self.groups, -1))
-        codes = self.write(block, missing, out)
+        codes, pending = self.write(block, missing, out)
         self.own = self.own + ak.decode(codes, self.tables[block]).flatten(2)
+        return pending
 
     def decode(
         self, block: int, payloads: Sequence[Payload], batch: int, rope: Rope

@@ -11,7 +11,7 @@ from torch import Tensor
 import astra_kernels as ak
 
 from ..models import Adapter
-from .base import Codec, CodeCosts, Payload, projection_flops
+from .base import Codec, CodeCosts, Payload, Pending, projection_flops
 from .dense import DenseAttention, DenseTokens
 from .fields import CodebookFields
 from .packed import PackedCodes, TableLookup, search_flops
@@ -41,8 +41,8 @@ class HiddenEncoder(PackedCodes):
     ) -> SimulatedCodec:
         return _Simulated(codebook, adapter, quantize, receivers)
 
-    def encode(self, block: int, what: Any, rope: Rope, out: memoryview) -> None:
-        self.write(block, what.float().unflatten(-1, (self.groups, -1)), out)
+    def encode(self, block: int, what: Any, rope: Rope, out: memoryview) -> Pending | None:
+        return self.write_only(block, what.float().unflatten(-1, (self.groups, -1)), out)
 
 
 class ProjectedHiddenCodes(HiddenEncoder, TableLookup):

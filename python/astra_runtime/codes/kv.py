@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ..models import Adapter
-from .base import CodeCosts, geometry, key_value_width
+from .base import CodeCosts, Pending, geometry, key_value_width
 from .fields import CodebookFields
 from .layouts import merge_groups, split_groups, split_tables
 from .packed import TableLookup, search_flops
@@ -63,11 +63,11 @@ class KeyValueCodes(TableLookup):
         scales = balance(key, value)
         return split_groups(key, value, scales, groups, shared).flatten(0, 1), scales
 
-    def encode(self, block: int, what: Any, rope: Rope, out: memoryview) -> None:
+    def encode(self, block: int, what: Any, rope: Rope, out: memoryview) -> Pending | None:
         key, value = what
         key, scales = unrotate(key.float(), rope), self.scales[block]
         vectors = split_groups(key, value.float(), scales, self.groups, self.shared)
-        self.write(block, vectors, out)
+        return self.write_only(block, vectors, out)
 
 
 class _Simulated(SimulatedCodec):

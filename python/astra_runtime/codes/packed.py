@@ -13,10 +13,11 @@ import astra_kernels as ak
 from .. import wire
 from ..models import Adapter
 from ..trace import stage
-from .base import Codec, Payload, TokenBits, visible_tokens
+from .base import Codec, Payload, Pending, TokenBits, visible_tokens
 from .fields import CodebookFields
 from .rotary import Rope
 from .search import Search, search_macs
+from .staging import ReceivedCodes, Staging, stays_packed
 
 
 class PackedCodes(Codec):
@@ -28,6 +29,8 @@ class PackedCodes(Codec):
     def __init__(self, codebook: CodebookFields, adapter: Adapter) -> None:
         self.groups, self.bits = codebook.groups, codebook.code_bits
         self.codewords, self.device = codebook.codewords, adapter.device
+        # None: codes are packed and unpacked on the host
+        self.staging = Staging(self.device) if stays_packed(self.device) else None
         tables = codebook.block_tables
         self.tables = [table.to(adapter.device, torch.float32) for table in tables]
         self.searches = [Search(table) for table in self.tables]
@@ -57,14 +60,28 @@ class PackedCodes(Codec):
         row = ak.packed_size(tokens * groups, self.bits)
         return [TokenBits(b * row, groups * self.bits, b) for b in range(batch)]
 
-    def write(self, block: int, vectors: Tensor, out: memoryview) -> Tensor:
-        """Writes the nearest codewords of vectors [B, T, C, w] into `out`, packed; the codes."""
+    def write(self, block: int, vectors: Tensor, out: memoryview) -> tuple[Tensor, Pending | None]:
+        """Writes the nearest codewords of vectors [B, T, C, w] into `out`, packed.
+
+        Returns the codes, and what waits for the bytes, see `Codec.encode`.
+        """
         codes = self.searches[block](vectors)
-        row = len(out) // len(codes)
         with stage("pack", block):
+            if self.staging is not None:
+                packed = torch.stack([ak.pack(row, self.bits) for row in codes])
+                return codes, self.staging.download(packed, out)
+            row = len(out) // len(codes)
             for b, codes_of_row in enumerate(codes.cpu()):
                 ak.pack(codes_of_row, self.bits, out=out[b * row : (b + 1) * row])
-        return codes
+        return codes, None
+
+    def write_only(self, block: int, vectors: Tensor, out: memoryview) -> Pending | None:
+        """`write` where the sender has no use for its codes: found and packed in one."""
+        if self.staging is None:
+            return self.write(block, vectors, out)[1]
+        packed = self.searches[block].packed(vectors, self.bits)
+        with stage("pack", block):
+            return self.staging.download(packed, out)
 
     def read_codewords(self, block: int, payloads: Sequence[Payload], batch: int) -> Tensor:
         """The codewords of payloads, [B, N, C, w]; zeros where a token's codes did not come."""
@@ -76,6 +93,8 @@ class PackedCodes(Codec):
 
     def read(self, block: int, payloads: Sequence[Payload], batch: int) -> Tensor:
         """Unpacks and joins payloads: codes [B, N, C]. WireError: not as any rank packs them."""
+        if self.staging is not None:
+            return self.receive(block, payloads, batch).unpacked()
         parts, groups = [], len(self.tables[block])
         for payload in payloads:
             view, row = payload.view, len(payload.view) // batch
@@ -87,6 +106,20 @@ class PackedCodes(Codec):
             parts.append(codes[:, : payload.num_received])
         return torch.cat(parts, 1).to(self.device)
 
+    def receive(self, block: int, payloads: Sequence[Payload], batch: int) -> ReceivedCodes:
+        """Checks payloads and brings them to the device as they are."""
+        assert self.staging is not None
+        groups = len(self.tables[block])
+        rows: list[list[memoryview]] = [[] for _ in range(batch)]
+        for payload in payloads:
+            size = len(payload.view) // batch
+            for b, row in enumerate(rows):
+                part = payload.view[b * size : (b + 1) * size]
+                wire.check_codes(part, self.bits, self.codewords, payload.tokens * groups)
+                row.append(part[: ak.packed_size(payload.num_received * groups, self.bits)])
+        counts = tuple(payload.num_received for payload in payloads)
+        return ReceivedCodes(self.staging.upload(rows), counts, groups, self.bits)
+
 
 class TableLookup(PackedCodes):
     """Remote keys and values are table rows, [Hkv, S, K, d/S] a block: no projection."""
@@ -94,20 +127,28 @@ class TableLookup(PackedCodes):
     keys: list[Tensor]
     values: list[Tensor]
 
-    def decode(self, block: int, payloads: Sequence[Payload], batch: int, rope: Rope) -> Tensor:
-        return self.read(block, payloads, batch)
+    def decode(
+        self, block: int, payloads: Sequence[Payload], batch: int, rope: Rope
+    ) -> Tensor | ReceivedCodes:
+        if self.staging is None:
+            return self.read(block, payloads, batch)
+        codes = self.receive(block, payloads, batch)
+        return codes if codes.joined else codes.unpacked()
 
     def attend(
         self, block: int, query: Tensor, remote: Any, rope: Rope, mask: Tensor | None, scale: float
     ) -> tuple[Tensor, Tensor]:
+        packed = isinstance(remote, ReceivedCodes)
         return ak.coded_attention(
             query,
-            remote,
+            remote.data if packed else remote,
             self.keys[block],
             self.values[block],
             scale=scale,
             rope=rope,
             code_mask=mask,
+            code_bits=remote.bits if packed else None,
+            num_tokens=remote.tokens if packed else None,
         )
 
 

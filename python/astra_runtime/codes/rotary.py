@@ -21,6 +21,6 @@ def unrotate(keys: Tensor, rope: Rope) -> Tensor:
     """The inverse of `rotate`: the rotation by the negative angle, over its squared length."""
     if rope is None:
         return keys
-    cos, sin = rope
+    cos, sin = (t.to(keys.dtype) for t in rope)  # of fewer bits, they have to be undone exactly
     norm = cos * cos + sin * sin
     return rotate(keys, (cos / norm, -sin / norm))

@@ -51,8 +51,16 @@ class Search:
 
     def __call__(self, vectors: Tensor) -> Tensor:
         """int32 [..., C] of vectors [..., C, w]."""
+        return ak.encode(self._coordinates(vectors), self.tables)
+
+    def packed(self, vectors: Tensor, bits: int) -> Tensor:
+        """The codes of vectors [B, T, C, w] as they are sent, uint8 [B, bytes]."""
+        return ak.encode_packed(self._coordinates(vectors), self.tables, bits)
+
+    def _coordinates(self, vectors: Tensor) -> Tensor:
+        """[..., C, r] of vectors [..., C, w]."""
         if self.axes is None:
-            return ak.encode(vectors, self.tables)
+            return vectors
         flat = vectors.reshape(-1, *vectors.shape[-2:]).transpose(0, 1)
         coordinates = torch.baddbmm(self.shift, flat, self.axes).transpose(0, 1)
-        return ak.encode(coordinates.contiguous(), self.tables).view(vectors.shape[:-1])
+        return coordinates.contiguous().view(*vectors.shape[:-1], -1)

@@ -12,7 +12,7 @@ import astra_kernels as ak
 
 from ..models import Adapter
 from ..plan import Plan
-from .base import CodeCosts, Payload
+from .base import CodeCosts, Payload, Pending
 from .dense import DenseAttention, DenseTokens
 from .fields import CodebookFields
 from .layouts import merge_heads, split_heads
@@ -89,12 +89,13 @@ class TransformCodes(PackedCodes, DenseAttention):
         )
         return this
 
-    def encode(self, block: int, what: Any, rope: Rope, out: memoryview) -> None:
+    def encode(self, block: int, what: Any, rope: Rope, out: memoryview) -> Pending | None:
         key, value = what
         y = merge_heads(unrotate(key.float(), rope), value.float())
         transform, predicted = self.transforms[block], self.own.predict(block, y)
-        codes = self.write(block, transform.coordinates(y - predicted), out)
+        codes, pending = self.write(block, transform.coordinates(y - predicted), out)
         self.own.update(block, predicted, ak.decode(codes, transform.tables))
+        return pending
 
     def decode(
         self, block: int, payloads: Sequence[Payload], batch: int, rope: Rope

@@ -150,7 +150,8 @@ class Llama(_Decoder):
         return embedded
 
     def rope(self, positions: Tensor) -> tuple[Tensor, Tensor]:
-        like = torch.empty(0, dtype=torch.float32, device=positions.device)
+        # in the model's dtype, as its own queries and keys are rotated
+        like = torch.empty(0, dtype=self.dtype, device=positions.device)
         cos, sin = self.base.rotary_emb(like, positions)
         return cos, sin
 
