@@ -34,8 +34,9 @@ def working(what: str | Callable[[], str], *, silence: float = SILENCE) -> Itera
     _tasks.append(over)
 
     def remind() -> None:
-        while not over.wait(max(0.05, _last_line + silence - time.monotonic())):
-            if _tasks[-1] is over and time.monotonic() - _last_line >= silence:
+        while not over.wait(max(0.05, max(begun, _last_line) + silence - time.monotonic())):
+            quiet = time.monotonic() - max(begun, _last_line)
+            if _tasks[-1] is over and quiet >= silence:
                 words = what if isinstance(what, str) else what()
                 say(f"{words} … {time.monotonic() - begun:.0f} s")
 

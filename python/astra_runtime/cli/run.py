@@ -134,8 +134,8 @@ def run(options: argparse.Namespace) -> int:
     ids = encode_prompt(options, tokenizer, prompt, speak=place.rank == 0)
     check_prompt(ids.shape[1], place.world_size)
     check_length(model, ids.shape[1], options.max_new_tokens)
-    if options.codebook is None and (options.space != "codes" or place.world_size == 1):
-        options.codebook = DENSE  # no codes are wanted, so none are fitted
+    if options.codebook is None:
+        _without_codes(options, place, ids.shape[1], settings)
     codebook, folder = ensure_codebook(options, model, tokenizer)
     torch.set_num_threads(options.threads)  # fitting used every core
     job = {
@@ -220,6 +220,18 @@ def check_prompt(tokens: int, world_size: int) -> None:
             f"the prompt has {tokens} tokens for {world_size} ranks: expected at least one token "
             "a rank; give a longer prompt or a smaller --world-size"
         )
+
+
+def _without_codes(
+    options: argparse.Namespace, place: Place, tokens: int, settings: dict[str, Any]
+) -> None:
+    """Spares a fit where no codes are wanted, or none would be sent of so short a prompt."""
+    from ..costs import EXACT_TOKENS
+
+    if options.space != "codes" or place.world_size == 1:
+        options.codebook = DENSE
+    elif place.local and settings["halo"] is None and tokens <= EXACT_TOKENS:
+        options.codebook, settings["halo"] = DENSE, tokens
 
 
 @contextlib.contextmanager

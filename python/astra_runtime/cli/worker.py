@@ -148,7 +148,8 @@ class _Worker:
             except Exception as error:  # a leader's request, however absurd, ends no worker
                 if self.meshes == joined and self._is_permanent(error):
                     raise
-                trouble = f"{place}: {error or type(error).__name__}"
+                known = isinstance(error, AstraError | ValueError | OSError)
+                trouble = f"{place}: {error if known else f'{type(error).__name__}: {error}'}"
             pause = PAUSE if self.meshes > joined else min(2 * pause, LONGEST_PAUSE)
             say(f"{trouble}; waits for the others again in {pause:g} s")
             time.sleep(pause)

@@ -20,6 +20,7 @@ from ..control import Control
 from ..engine import Engine
 from ..errors import WireError
 from ..evaluate import shard_loss
+from ..store import token_limit
 from ..trace import Span, trace_of, tracing
 from ..transport import Mesh, require
 from ..transport.messages import receive_json, send_json
@@ -137,6 +138,7 @@ class Ranks:
             if job["codebook"] != self.codebook.digest:
                 raise WireError("codebook", self.codebook.digest, job["codebook"], 0)
             books = dense | {"codes": self.codebook}
+            check_tokens(self.model, job["tokens"])
             return probe(self.mesh, self.timed, self.model, books, job["tokens"])
         ids = torch.tensor(job["input_ids"])
         if kind == "prefill":
@@ -260,6 +262,13 @@ class Ranks:
         for engine in self._engines.values():
             engine.close()
         self._engines.clear()
+
+
+def check_tokens(model: nn.Module, tokens: int) -> None:
+    """Refuses more tokens than the model reads, on every rank alike."""
+    limit = token_limit(model)
+    if limit is not None and not 1 <= tokens <= limit:
+        raise ValueError(f"tokens: expected 1 to {limit}, the model's limit, got {tokens}")
 
 
 def _sizes(engine: Engine, tokens: int) -> list[int]:

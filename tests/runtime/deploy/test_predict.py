@@ -280,3 +280,72 @@ def threads() -> Any:
     before = torch.get_num_threads()
     yield
     torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="module")
+def own(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a tiny model, and codebooks for it of one name and of another."""
+    folder = tmp_path_factory.mktemp("own")
+    model = tiny("llama")
+    model.save_pretrained(folder / "model")
+    _tokenizer().save_pretrained(folder / "model")
+    for at, groups in (("a/codes", 3), ("b/codes", 6), ("other", 3)):
+        fitted("llama", model, space="kv", groups=groups).save_pretrained(folder / at)
+    return folder
+
+
+def test_codebooks_of_one_name_are_told_apart(
+    own: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    books = [str(own / at) for at in ("a/codes", "b/codes", "other", "other")]
+    asked = ["--model", str(own / "model"), "--flops", "1e9", "--tokens", "100"]
+    found = planned(capsys, *asked, "--world-size", "2", "--codebook", *books)
+    bits = {row["codes"]: row["bits_per_token_block"] for row in found["rows"]}
+    named = {name: value for name, value in bits.items() if not name.startswith("dense")}
+    assert set(named) == {*books[:2], "other"}
+    assert named[books[1]] == 2 * named[books[0]]
+
+
+def test_codes_are_looked_at_or_the_plan_says_that_they_were_not(
+    own: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    from astra_runtime import Codebook
+
+    monkeypatch.setenv("ASTRA_CACHE", str(tmp_path))
+    asked = ["plan", "--json", "--model", str(own / "model"), "--world-size", "2"]
+    assert main([*asked, "--tokens", "30"]) == 0
+    said = capsys.readouterr()
+    assert "codes were not looked at" in said.err
+    assert all(row["codes"].startswith("dense") for row in json.loads(said.out)["rows"])
+    assert main([*asked, "--tokens", "30", "--codebook", "none"]) == 0
+    assert "codes were not looked at" not in capsys.readouterr().err
+    book = Codebook.from_pretrained(own / "other")
+    name = f"model-{book.model}-transform"
+    book.save_pretrained(tmp_path / "codebooks" / name)
+    assert main([*asked, "--flops", "1e9"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert name in {row["codes"] for row in found["rows"]}
+    assert found["tokens"] == 256  # what the model reads
+
+
+@pytest.mark.parametrize("more", [[], ["--peers", "127.0.0.1:1,127.0.0.1:2"]])
+def test_more_tokens_than_the_model_reads_are_refused(
+    own: Path, more: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    asked = ["plan", "--model", str(own / "model"), "--codebook", str(own / "other")]
+    assert main([*asked, "--tokens", "257", *more]) == 1
+    last = capsys.readouterr().err.strip().splitlines()[-1]
+    assert last == "astra: error: --tokens: expected at most 256, the model's limit, got 257"
+
+
+def test_an_encoders_tokens_count_its_class_token(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    tiny("bert").save_pretrained(tmp_path)
+    _tokenizer().save_pretrained(tmp_path)
+    found = planned(capsys, "--model", str(tmp_path), "--world-size", "2", "--codebook", "none")
+    assert found["tokens"] == 128
+    assert sum(found["rows"][0]["shards"]) == 127
