@@ -3,7 +3,7 @@
 ``auto`` takes the fastest that the device has: on a CPU the torch paths in ``cpu.py``, chosen by
 measurement; on CUDA the Triton kernels, but for fp64, which they do not take; elsewhere the
 reference. An explicit choice never falls back. Every implementation of an op takes the arguments of
-its reference; those that have ``takes_packed`` also read packed codes.
+its reference; the Triton ones take more, see ``Implementation``.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ import functools
 import importlib
 import importlib.util
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -39,6 +40,16 @@ from astra_kernels.mixed_attention import cpu as mixed_attention_cpu
 from astra_kernels.mixed_attention import reference as mixed_attention_reference
 
 Kernel = Callable[..., Any]
+
+
+@dataclass(frozen=True)
+class Implementation:
+    """``extended``: reads packed codes where they lie and knows what only helps a GPU: the
+    arguments code_bits and what goes with it, rope_consecutive."""
+
+    run: Kernel
+    extended: bool = False
+
 
 IMPLS = ("auto", "reference", "triton", "native")
 
@@ -72,6 +83,7 @@ _CPU: dict[str, Kernel] = {
 _NATIVE: dict[str, Kernel] = {"encode": encode_native.encode}
 
 # Op -> module holding a launcher of the op's name; imported on first use, as Triton is optional.
+EXTENDED = ("coded_attention", "count_codes", "lookup_linear", "mixed_attention")
 _TRITON: dict[str, str] = {
     op: f"astra_kernels.{op}.kernel"
     for op in (
@@ -89,22 +101,22 @@ _TRITON: dict[str, str] = {
 }
 
 
-def choose(op: str, impl: str, device: torch.device, dtype: torch.dtype) -> Kernel:
+def choose(op: str, impl: str, device: torch.device, dtype: torch.dtype) -> Implementation:
     """The implementation of ``op`` to run on tensors of ``device``, the first one of ``dtype``."""
     if impl == "auto":
         if device.type == "cpu":
-            return _CPU[op]
-        if device.type == "cuda" and op in _TRITON and dtype != torch.float64 and has_triton():
+            return Implementation(_CPU[op])
+        if op in _TRITON and dtype != torch.float64 and runs_triton(device):
             return _triton(op)
-        return _REFERENCE[op]
+        return Implementation(_REFERENCE[op])
     if impl == "reference":
-        return _REFERENCE[op]
+        return Implementation(_REFERENCE[op])
     if impl == "native":
         if op not in _NATIVE:
             raise RuntimeError(_unavailable(op, impl, f"there is no C++ kernel for {op}"))
         if device.type != "cpu":
             raise RuntimeError(_unavailable(op, impl, f"it runs on a CPU, not on {device}"))
-        return _NATIVE[op]
+        return Implementation(_NATIVE[op])
     if impl == "triton":
         if op not in _TRITON:
             raise RuntimeError(_unavailable(op, impl, f"there is no Triton kernel for {op}"))
@@ -115,7 +127,7 @@ def choose(op: str, impl: str, device: torch.device, dtype: torch.dtype) -> Kern
             raise RuntimeError(_unavailable(op, impl, why))
         launch = importlib.import_module("astra_kernels._triton.launch")
         if not launch.runnable(device):
-            why = f"the kernels run on CUDA devices, and the tensors are on {device}"
+            why = f"the kernels run on NVIDIA GPUs from sm_80 on, and the tensors are on {device}"
             raise RuntimeError(_unavailable(op, impl, why))
         return _triton(op)
     raise ValueError(f"astra_kernels.{op}: impl must be one of {', '.join(IMPLS)}, got {impl!r}")
@@ -126,17 +138,30 @@ def has_triton() -> bool:
     return importlib.util.find_spec("triton") is not None
 
 
+def runs_triton(device: torch.device) -> bool:
+    """NVIDIA GPUs from sm_80 on, which the kernels' tiles and options are made for.
+
+    ROCm calls its devices "cuda" too; older GPUs have less shared memory and no bf16.
+    """
+    return device.type == "cuda" and has_triton() and _supported(device.index)
+
+
+@functools.cache
+def _supported(index: int | None) -> bool:
+    return torch.version.cuda is not None and torch.cuda.get_device_capability(index) >= (8, 0)
+
+
 def packing(device: torch.device) -> Any:
     """The module that packs and unpacks tensors which are not on the CPU."""
-    if device.type == "cuda" and has_triton():
+    if runs_triton(device):
         return importlib.import_module("astra_kernels.pack.kernel")
     return importlib.import_module("astra_kernels.pack.reference")
 
 
 @functools.cache
-def _triton(op: str) -> Kernel:
+def _triton(op: str) -> Implementation:
     launcher: Kernel = getattr(importlib.import_module(_TRITON[op]), op)
-    return launcher
+    return Implementation(launcher, op in EXTENDED)
 
 
 def _unavailable(op: str, impl: str, why: str) -> str:

@@ -10,19 +10,20 @@ arguments under no_grad, CPU time on a 2.4 GHz Zen 3).
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
 from astra_kernels import _checks as checks
 from astra_kernels._checks import CodedInput
-from astra_kernels._dispatch import Kernel, choose, packing
+from astra_kernels._dispatch import Implementation, choose, packing
 from astra_kernels.attention.cpu import new_state
 from astra_kernels.lookup_linear import _checks as lookup_linear_checks
 from astra_kernels.pack.native import pack_tensor, unpack_tensor
 
 State = tuple[Tensor, Tensor]
+T = TypeVar("T")
 
 _library = torch.library.Library("astra", "DEF")
 
@@ -38,6 +39,12 @@ def _register(schema: str, kernel: Callable[..., Any], fake: Callable[..., Any])
 def _wants_check(check: bool | None, tensor: Tensor) -> bool:
     """Reading codes costs a device sync, so it is done unasked on the CPU only."""
     return tensor.device.type == "cpu" if check is None else check
+
+
+def _split(kind: Callable[..., T], args: tuple[Any, ...]) -> tuple[T, tuple[Any, ...]]:
+    """The fields of a NamedTuple, which a schema lists one by one, and the arguments after them."""
+    count = len(kind._fields)  # type: ignore[attr-defined]
+    return kind(*args[:count]), args[count:]
 
 
 def _stored_as_query(state: State) -> State:
@@ -87,7 +94,7 @@ def _check_encode(vectors: Tensor, codebook: Tensor, half_norms: Tensor | None) 
 def _encode(vectors: Tensor, codebook: Tensor, half_norms: Tensor | None, impl: str) -> Tensor:
     _check_encode(vectors, codebook, half_norms)
     dtype = torch.promote_types(vectors.dtype, codebook.dtype)
-    codes: Tensor = choose("encode", impl, vectors.device, dtype)(vectors, codebook, half_norms)
+    codes: Tensor = choose("encode", impl, vectors.device, dtype).run(vectors, codebook, half_norms)
     return codes
 
 
@@ -109,7 +116,7 @@ def _encode_packed(
     _check_encode_packed(vectors, codebook, code_bits, half_norms)
     dtype = torch.promote_types(vectors.dtype, codebook.dtype)
     kernel = choose("encode_packed", impl, vectors.device, dtype)
-    packed: Tensor = kernel(vectors, codebook, code_bits, half_norms)
+    packed: Tensor = kernel.run(vectors, codebook, code_bits, half_norms)
     return packed
 
 
@@ -125,7 +132,7 @@ def _decode(codes: Tensor, codebook: Tensor, impl: str, check: bool | None) -> T
     checks.check_decode(codes, codebook)
     if _wants_check(check, codes):
         checks.check_code_values("decode", "codes", codes, codebook.shape[1])
-    vectors: Tensor = choose("decode", impl, codes.device, codebook.dtype)(codes, codebook)
+    vectors: Tensor = choose("decode", impl, codes.device, codebook.dtype).run(codes, codebook)
     return vectors
 
 
@@ -176,7 +183,7 @@ def _attention(
     _check_attention(query, key, value, is_causal, key_mask)
     kernel = choose("attention", impl, query.device, query.dtype)
     return _stored_as_query(
-        kernel(query, key, value, is_causal=is_causal, key_mask=key_mask, scale=scale)
+        kernel.run(query, key, value, is_causal=is_causal, key_mask=key_mask, scale=scale)
     )
 
 
@@ -230,7 +237,7 @@ def _check_coded(op: str, query: Tensor, coded: CodedInput) -> checks.CodedShape
 
 def _coded_arguments(
     op: str,
-    kernel: Kernel,
+    kernel: Implementation,
     coded: CodedInput,
     shape: checks.CodedShape,
     scale: float | None,
@@ -239,7 +246,7 @@ def _coded_arguments(
     """What the implementation takes; values of codes are checked if they are to be."""
     codes, value_codes, mask = coded.codes, coded.value_codes, coded.code_mask
     checked = _wants_check(check, codes)
-    packed = coded.code_bits is not None and getattr(kernel, "takes_packed", False)
+    packed = coded.code_bits is not None and kernel.extended
     if coded.code_bits is not None and (checked or not packed):
         bits, tokens = coded.code_bits, shape.tokens
         codes = _unpack_rows(codes, bits, tokens, shape.key_codes)
@@ -261,28 +268,30 @@ def _coded_arguments(
     if packed:
         arguments |= {"codes": coded.codes, "value_codes": coded.value_codes}
         arguments |= {"code_bits": coded.code_bits, "shape": shape}
+    if kernel.extended:
+        arguments["rope_consecutive"] = coded.consecutive
     return arguments
 
 
 _CODED = (
     "Tensor codes, Tensor key_codebook, Tensor value_codebook, Tensor? value_codes, "
-    "int? code_bits, SymInt? num_tokens, Tensor? cos, Tensor? sin, Tensor? code_mask"
+    "int? code_bits, SymInt? num_tokens, Tensor? cos, Tensor? sin, bool consecutive, "
+    "Tensor? code_mask"
 )
 
 
 def _coded_attention(query: Tensor, *args: Any) -> State:
     op = "coded_attention"
-    coded = CodedInput(*args[:-3])
-    scale, impl, check = args[-3:]
+    coded, (scale, impl, check) = _split(CodedInput, args)
     shape = _check_coded(op, query, coded)
     kernel = choose(op, impl, query.device, query.dtype)
     return _stored_as_query(
-        kernel(query, **_coded_arguments(op, kernel, coded, shape, scale, check))
+        kernel.run(query, **_coded_arguments(op, kernel, coded, shape, scale, check))
     )
 
 
 def _coded_attention_fake(query: Tensor, *args: Any) -> State:
-    _check_coded("coded_attention", query, CodedInput(*args[:-3]))
+    _check_coded("coded_attention", query, _split(CodedInput, args)[0])
     return new_state(query)
 
 
@@ -321,13 +330,12 @@ def _mixed_attention(
     *args: Any,
 ) -> State:
     op = "mixed_attention"
-    coded = CodedInput(*args[:-3])
-    scale, impl, check = args[-3:]
+    coded, (scale, impl, check) = _split(CodedInput, args)
     shape = _check_mixed(query, key, value, is_causal, key_mask, coded)
     kernel = choose(op, impl, query.device, query.dtype)
     arguments = _coded_arguments(op, kernel, coded, shape, scale, check)
     return _stored_as_query(
-        kernel(query, key, value, is_causal=is_causal, key_mask=key_mask, **arguments)
+        kernel.run(query, key, value, is_causal=is_causal, key_mask=key_mask, **arguments)
     )
 
 
@@ -339,7 +347,7 @@ def _mixed_attention_fake(
     key_mask: Tensor | None,
     *args: Any,
 ) -> State:
-    _check_mixed(query, key, value, is_causal, key_mask, CodedInput(*args[:-3]))
+    _check_mixed(query, key, value, is_causal, key_mask, _split(CodedInput, args)[0])
     return new_state(query)
 
 
@@ -376,7 +384,7 @@ def _codeword_attention(
     if _wants_check(check, counts):
         checks.check_counts(op, counts)
     kernel = choose(op, impl, query.device, query.dtype)
-    return _stored_as_query(kernel(query, counts, key_codebook, value_codebook, scale=scale))
+    return _stored_as_query(kernel.run(query, counts, key_codebook, value_codebook, scale=scale))
 
 
 def _codeword_attention_fake(
@@ -416,7 +424,7 @@ def _count_codes(
     )
     kernel = choose(op, impl, codes.device, torch.int32)
     checked = _wants_check(check, codes)
-    packed = code_bits is not None and getattr(kernel, "takes_packed", False)
+    packed = code_bits is not None and kernel.extended
     integers = codes
     if code_bits is not None and (checked or not packed):
         integers = _unpack_rows(codes, code_bits, *shape)
@@ -426,7 +434,7 @@ def _count_codes(
     if packed:
         integers = codes
         options = {"code_bits": code_bits, "num_tokens": shape[0], "codes_per_token": shape[1]}
-    counts: Tensor = kernel(integers, codewords, code_mask=code_mask, **options)
+    counts: Tensor = kernel.run(integers, codewords, code_mask=code_mask, **options)
     return counts
 
 
@@ -463,7 +471,7 @@ def _check_merge(out_a: Tensor, lse_a: Tensor, out_b: Tensor, lse_b: Tensor) -> 
 def _merge_state(out_a: Tensor, lse_a: Tensor, out_b: Tensor, lse_b: Tensor, impl: str) -> State:
     _check_merge(out_a, lse_a, out_b, lse_b)
     dtype = torch.promote_types(out_a.dtype, lse_a.dtype)
-    out, lse = choose("merge_state", impl, out_a.device, dtype)(out_a, lse_a, out_b, lse_b)
+    out, lse = choose("merge_state", impl, out_a.device, dtype).run(out_a, lse_a, out_b, lse_b)
     stored = torch.empty_like(out_a)
     return (out if out.stride() == stored.stride() else stored.copy_(out)), lse
 
@@ -499,13 +507,12 @@ def _check_lookup_linear(given: lookup_linear_checks.Input) -> tuple[int, ...]:
 
 def _lookup_linear(*args: Any) -> State:
     op = "lookup_linear"
-    given = lookup_linear_checks.Input(*args[:-2])
-    impl, check = args[-2:]
+    given, (impl, check) = _split(lookup_linear_checks.Input, args)
     lead = _check_lookup_linear(given)
     kernel = choose(op, impl, given.codes.device, lookup_linear_checks.widest(given))
     codes, bits = given.codes, given.code_bits
     checked = _wants_check(check, codes)
-    packed = bits is not None and getattr(kernel, "takes_packed", False)
+    packed = bits is not None and kernel.extended
     if bits is not None and (checked or not packed):
         codes = _unpack_rows(codes, bits, lead[1], lookup_linear_checks.codes_per_token(given))
     if checked:
@@ -514,12 +521,12 @@ def _lookup_linear(*args: Any) -> State:
     if packed:
         codes = given.codes
         options |= {"code_bits": bits, "num_tokens": lead[1]}
-    y, x = kernel(codes, given.codebook, given.weight, given.bias, **options)
+    y, x = kernel.run(codes, given.codebook, given.weight, given.bias, **options)
     return y.contiguous(), y.new_empty(0) if x is None else x.contiguous()
 
 
 def _lookup_linear_fake(*args: Any) -> State:
-    given = lookup_linear_checks.Input(*args[:-2])
+    given, _ = _split(lookup_linear_checks.Input, args)
     lead = _check_lookup_linear(given)
     y = given.weight.new_empty((*lead, given.weight.shape[0]))
     x = given.estimate

@@ -1,4 +1,4 @@
-"""Launches the attention kernel: which tile, how many shares of the keys, and the arguments.
+"""Launches the attention kernel: which tile, how many splits of the keys, and the arguments.
 
 The launchers of the ops (``kernel.py`` in their folders) say what the keys are; this file knows the
 kernel's signature.
@@ -12,11 +12,10 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
-import triton
 from torch import Tensor
 
 from astra_kernels._triton import attend as kernels
-from astra_kernels._triton.launch import capability, launch, processors
+from astra_kernels._triton.launch import capability, cdiv, launch, next_power_of_2, processors
 from astra_kernels._triton.tiles import Problem, Tile, choose
 
 State = tuple[Tensor, Tensor]
@@ -24,15 +23,22 @@ State = tuple[Tensor, Tensor]
 # Up to this many rows (queries times query heads of a KV head) reading keys is what takes time.
 FEW_ROWS = 64
 
-# Programs of few rows that one multiprocessor runs side by side, and the most shares ``combine``
+# Programs of few rows that one multiprocessor runs side by side, and the most splits ``combine``
 # takes in at once.
 PROGRAMS_OF_FEW_ROWS = 4
-MOST_SHARES = 64
+MOST_SPLITS = 64
+
+# Up to this many rows rotating queries, once a tile, costs less than reading a tile's angles.
+ROWS_TO_ROTATE = 16
+
+# Rows and programs beyond which a tile's speed no longer depends on how many more there are.
+MOST_ROWS, MOST_PAIRS = 1024, 256
 
 # Partial rows a program of ``combine`` reads at a time.
 COMBINED_AT_ONCE = 32
 
 LARGEST_OFFSET = 2**31
+SMALLEST_SCALE = 2.0**-126
 
 
 class Dense(NamedTuple):
@@ -48,6 +54,7 @@ class Coded(NamedTuple):
     """Tokens known by codes: integers [B, N, C], or with ``bits`` packed rows uint8 [B, bytes].
 
     Tables are [R, Hkv, S, K, d/S]; ``shared`` says that all KV heads have one set of codes.
+    ``consecutive`` promises that the angles of ``rope`` grow by the same step from row to row.
     """
 
     tokens: int
@@ -60,6 +67,7 @@ class Coded(NamedTuple):
     bits: int | None = None
     rope: tuple[Tensor, Tensor] | None = None
     mask: Tensor | None = None
+    consecutive: bool = False
 
 
 class Counted(NamedTuple):
@@ -75,12 +83,17 @@ class AttendProblem(Problem):
     """The attention kernel; ``channels`` is d, padded, by halves where it is rotary."""
 
     channels: int
-    staged: int  # itemsize of what is read: the widest of query, tables and angles
+    staged: int  # itemsize of rows: the wider of query and tables
     rotary: bool
     composed: bool  # rows of several sub-vectors, put together in registers
     summed: int  # additive stages
     mixed: bool  # dense and coded keys in one launch
     few_rows: int  # rows where they are few, padded; 0: many
+    angles: int = 0  # itemsize of the angles that are read for every key
+    packed: bool = False
+    causal: bool = False
+    rows: int = MOST_ROWS  # of a KV head, padded; as many or more
+    pairs: int = MOST_PAIRS  # batch rows times KV heads, padded; as many or more
 
     def tiles(self) -> Sequence[Tile]:
         size = 64 if self.channels <= 64 else min(self.channels, 256)
@@ -100,7 +113,9 @@ class AttendProblem(Problem):
         waiting = 2 * tile.stages * (self.summed if tile.stages > 1 else 1)
         # Rows that were turned, put together or split into two tf32 pass through once more.
         again = 2 if self.rotary or self.composed or self.itemsize == 4 else 0
-        return (tile.rows + (waiting + again) * tile.columns) * row + 2048
+        # Angles as wide as rows fit what is left of so many buffers; what they have more is added.
+        wider = max(0, self.channels * self.angles - row) * max(1, tile.stages - 1)
+        return tile.rows * row + tile.columns * ((waiting + again) * row + wider) + 2048
 
     def registers(self, tile: Tile) -> int:
         threads = 32 * tile.warps
@@ -167,46 +182,75 @@ def attend(
     dense: Dense | None = None,
     coded: Coded | None = None,
     counted: Counted | None = None,
-    shares: int | None = None,
+    splits: int | None = None,
     tile: Tile | None = None,
 ) -> State:
     """One softmax over the dense keys and the coded (or counted) ones.
 
-    query [B, H, M, d] gives out [B, H, M, d], stored [B, M, H, d], and lse [B, H, M]. ``shares``
+    query [B, H, M, d] gives out [B, H, M, d], stored [B, M, H, d], and lse [B, H, M]. ``splits``
     and ``tile`` override what is chosen.
     """
-    batch, heads, rows, dim = query.shape
+    batch, heads, num_queries, dim = query.shape
     kv_heads = _kv_heads(dense, coded, counted)
-    fold = heads // kv_heads
-    out = query.new_empty((batch, rows, heads, dim))
-    lse = query.new_empty((batch, heads, rows), dtype=torch.float32)
+    group = heads // kv_heads
+    out = query.new_empty((batch, num_queries, heads, dim))
+    lse = query.new_empty((batch, heads, num_queries), dtype=torch.float32)
     keys = _longest(dense, coded, counted)
     if keys == 0 or query.numel() == 0:
         return out.zero_().transpose(1, 2), lse.fill_(-math.inf)
-    folded = rows * fold
-    rotary = coded is not None and coded.rope is not None
-    problem = AttendProblem(
+    rows, pairs = num_queries * group, batch * kv_heads
+    problem = problem_of(query, dense, coded, counted)
+    tile = tile or choose(problem)
+    grid_rows = cdiv(rows, tile.rows)
+    if splits is None:
+        splits = _splits(query.device, grid_rows * pairs, cdiv(keys, tile.columns), problem)
+    if splits == 1:
+        _run(query, scale, dense, coded, counted, out, lse, (grid_rows, 1, pairs), tile)
+    else:
+        parts = query.new_empty((splits, pairs, rows, dim), dtype=torch.float32)
+        part_lse = query.new_empty((splits, pairs, rows), dtype=torch.float32)
+        grid = (grid_rows, splits, pairs)
+        _run(query, scale, dense, coded, counted, parts, part_lse, grid, tile)
+        _combine(parts, part_lse, out, lse, group)
+    return out.transpose(1, 2), lse
+
+
+def problem_of(
+    query: Tensor, dense: Dense | None, coded: Coded | None, counted: Counted | None
+) -> AttendProblem:
+    """What the choice of a tile depends on."""
+    batch, heads, num_queries, dim = query.shape
+    kv_heads = _kv_heads(dense, coded, counted)
+    rows = num_queries * heads // kv_heads
+    rotary = _rotary(query, coded)
+    angles = 0
+    if coded is not None and coded.rope is not None and rotary == kernels.ANGLES:
+        angles = max(table.element_size() for table in coded.rope)
+    return AttendProblem(
         capability(query.device),
         query.element_size(),
         channels=max(_padded(dim), 2 * _padded(dim // 2)) if rotary else _padded(dim),
         staged=_staged(query, coded, counted),
-        rotary=rotary,
+        rotary=bool(rotary),
         **_composition(coded),
         mixed=dense is not None and (coded is not None or counted is not None),
-        few_rows=_padded(folded) if folded <= FEW_ROWS else 0,
+        few_rows=_padded(rows) if rows <= FEW_ROWS else 0,
+        angles=angles,
+        packed=coded is not None and coded.bits is not None,
+        causal=dense is not None and dense.is_causal,
+        rows=min(MOST_ROWS, _padded(rows)),
+        pairs=min(MOST_PAIRS, next_power_of_2(batch * kv_heads)),
     )
-    tile = tile or choose(problem)
-    grid_rows, pairs = triton.cdiv(folded, tile.rows), batch * kv_heads
-    if shares is None:
-        shares = _shares(query.device, grid_rows * pairs, triton.cdiv(keys, tile.columns), problem)
-    if shares == 1:
-        _run(query, scale, dense, coded, counted, out, lse, (grid_rows, 1, pairs), tile)
-    else:
-        parts = query.new_empty((shares, pairs, folded, dim), dtype=torch.float32)
-        part_lse = query.new_empty((shares, pairs, folded), dtype=torch.float32)
-        _run(query, scale, dense, coded, counted, parts, part_lse, (grid_rows, shares, pairs), tile)
-        _combine(parts, part_lse, out, lse, fold)
-    return out.transpose(1, 2), lse
+
+
+def _rotary(query: Tensor, coded: Coded | None) -> int:
+    """How looked-up keys are rotated, as the kernel's ROTARY says it."""
+    if coded is None or coded.rope is None:
+        return int(kernels.UNROTATED)
+    rows = query.shape[2] * query.shape[1] // coded.key_table.shape[1]
+    if coded.consecutive and rows <= ROWS_TO_ROTATE:
+        return int(kernels.CONSECUTIVE)
+    return int(kernels.ANGLES)
 
 
 def _kv_heads(dense: Dense | None, coded: Coded | None, counted: Counted | None) -> int:
@@ -221,7 +265,7 @@ def _kv_heads(dense: Dense | None, coded: Coded | None, counted: Counted | None)
 def _staged(query: Tensor, coded: Coded | None, counted: Counted | None) -> int:
     read = [query]
     if coded is not None:
-        read += [coded.key_table, coded.value_table, *(coded.rope or ())]
+        read += [coded.key_table, coded.value_table]
     if counted is not None:
         read += [counted.key_table, counted.value_table]
     return max(tensor.element_size() for tensor in read)
@@ -238,7 +282,7 @@ def _composition(coded: Coded | None) -> dict[str, Any]:
 
 
 def _longest(dense: Dense | None, coded: Coded | None, counted: Counted | None) -> int:
-    """Keys of the longer source: it says into how many shares keys may be split."""
+    """Keys of the longer source: it says into how many parts keys may be split."""
     return max(
         dense.key.shape[2] if dense is not None else 0,
         coded.tokens if coded is not None else 0,
@@ -246,10 +290,10 @@ def _longest(dense: Dense | None, coded: Coded | None, counted: Counted | None) 
     )
 
 
-def _shares(device: torch.device, programs: int, key_tiles: int, problem: AttendProblem) -> int:
-    """Into how many shares the keys are split, so that there are programs for the whole chip."""
+def _splits(device: torch.device, programs: int, key_tiles: int, problem: AttendProblem) -> int:
+    """Into how many parts the keys are split, so that there are programs for the whole chip."""
     slots = processors(device) * (PROGRAMS_OF_FEW_ROWS if problem.few_rows else 1)
-    return max(1, min(slots // programs, key_tiles, MOST_SHARES))
+    return max(1, min(slots // programs, key_tiles, MOST_SPLITS))
 
 
 def _run(
@@ -263,11 +307,11 @@ def _run(
     grid: tuple[int, int, int],
     tile: Tile,
 ) -> None:
-    _, heads, rows, dim = query.shape
+    _, heads, num_queries, dim = query.shape
     query = _rows_contiguous(query)
     _check_offsets(query)
     kv_heads = _kv_heads(dense, coded, counted)
-    fold = heads // kv_heads
+    group = heads // kv_heads
     remote, tables = _remote_arguments(coded, counted)
     codewords = tables[0].shape[3] if tables else 0
     value_codewords = tables[1].shape[3] if tables else 0
@@ -277,23 +321,35 @@ def _run(
         *(query, *query.stride()[:3], out, lse),
         *_dense_arguments(dense),
         *remote,
-        *(fold, kv_heads, rows, 0 if dense is None else dense.key.shape[2]),
+        *(group, kv_heads, num_queries, 0 if dense is None else dense.key.shape[2]),
         *(0 if coded is None else coded.tokens, codewords, value_codewords),
-        (dim**-0.5 if scale is None else scale) * math.log2(math.e),
+        *_scale_and_sign(dim**-0.5 if scale is None else scale),
         device=query.device,
         warps=tile.warps,
         stages=tile.stages,
         all_registers=_needs_registers(query, dense, coded),
         **_constants(dense, coded, counted),
+        ROTARY=_rotary(query, coded),
         HEAD=dim,
         BLOCK=_padded(dim),
         HALF_BLOCK=_padded((dim + 1) // 2),
         ROWS=tile.rows,
         KEYS=tile.columns,
-        WHOLE=rows * fold > FEW_ROWS and (dense is None or not tables),
+        WHOLE=num_queries * group > FEW_ROWS and (dense is None or not tables),
         PARTIAL=grid[1] > 1,
         PRECISION="tf32x3" if query.dtype == torch.float32 else "ieee",
     )
+
+
+def _scale_and_sign(scale: float) -> tuple[float, float]:
+    """A positive scale in base 2, by which the largest score stays the largest, and its sign.
+
+    Zero becomes the smallest normal number, which no hidden key's score of -inf turns into NaN.
+    """
+    base_2 = abs(scale) * math.log2(math.e)
+    if not math.isnan(base_2):  # which stays what it is
+        base_2 = max(base_2, SMALLEST_SCALE)
+    return base_2, math.copysign(1.0, scale)
 
 
 def _needs_registers(query: Tensor, dense: Dense | None, coded: Coded | None) -> bool:
@@ -315,14 +371,15 @@ def _dense_arguments(dense: Dense | None) -> tuple[Any, ...]:
 def _remote_arguments(
     coded: Coded | None, counted: Counted | None
 ) -> tuple[tuple[Any, ...], tuple[Tensor, ...]]:
-    """The kernel's arguments from ``codes`` to ``counts_h``, and the two tables."""
+    """The kernel's arguments from ``codes`` to ``bias_h``, and the two tables."""
     if counted is not None:
         tables = [table.contiguous().unsqueeze(0) for table in counted[1:]]
         _check_offsets(*tables, axes=5)
-        counts = counted.counts.contiguous()
-        per_head = counts.stride(1) if counts.shape[1] > 1 else 0
-        counts_arguments = (counts, counts.stride(0), per_head)
-        return (None, 0, None, 0, *tables, None, None, 0, None, *counts_arguments), tuple(tables)
+        # Once for all programs: in the kernel a logarithm costs as much as all else on a score.
+        bias = counted.counts.new_empty(counted.counts.shape, dtype=torch.float32)
+        torch.log2(counted.counts, out=bias)
+        bias_arguments = (bias, bias.stride(0), bias.stride(1) if bias.shape[1] > 1 else 0)
+        return (None, 0, None, 0, *tables, None, None, 0, None, *bias_arguments), tuple(tables)
     if coded is None:
         return (None, 0, None, 0, None, None, None, None, 0, None, None, 0, 0), ()
     codes = coded.codes.contiguous()
@@ -359,7 +416,6 @@ def _constants(
         "CAUSAL": dense is not None and dense.is_causal,
         "KEY_MASK": dense is not None and dense.mask is not None,
         "REMOTE": int(remote),
-        "ROTARY": coded is not None and coded.rope is not None,
         "CODE_MASK": coded is not None and coded.mask is not None,
         "BITS": 0 if coded is None or coded.bits is None else coded.bits,
         "SHARED": coded is not None and coded.shared,
@@ -371,27 +427,27 @@ def _constants(
     }
 
 
-def _combine(parts: Tensor, part_lse: Tensor, out: Tensor, lse: Tensor, fold: int) -> None:
-    shares, pairs, rows, dim = parts.shape
-    padded = triton.next_power_of_2(shares)
+def _combine(parts: Tensor, part_lse: Tensor, out: Tensor, lse: Tensor, group: int) -> None:
+    splits, pairs, rows, dim = parts.shape
+    padded = next_power_of_2(splits)
     at_once = max(1, COMBINED_AT_ONCE // padded)
     launch(
         kernels.combine,
-        (triton.cdiv(rows, at_once), pairs),
-        *(parts, part_lse, out, lse, fold, out.shape[2] // fold, rows // fold, shares, pairs),
+        (cdiv(rows, at_once), pairs),
+        *(parts, part_lse, out, lse, group, out.shape[2] // group, rows // group, splits, pairs),
         device=out.device,
         warps=4,
         stages=1,
         HEAD=dim,
         BLOCK=_padded(dim),
-        SHARES=padded,
+        SPLITS=padded,
         ROWS=at_once,
     )
 
 
 def _padded(channels: int) -> int:
     """Matrix instructions take powers of two, from 16 on."""
-    return max(16, triton.next_power_of_2(channels))
+    return max(16, next_power_of_2(channels))
 
 
 def _rows_contiguous(x: Tensor) -> Tensor:

@@ -1,7 +1,8 @@
 """Building blocks of the kernels: reading codes, looking codewords up, the running softmax.
 
-Names: a kernel's pointers are called after their tensors, ``BLOCK_*`` are tile sizes, and sizes in
-capitals are compile-time constants.
+Names: a kernel's pointers are called after their tensors, and names in capitals are compile-time
+constants: HEAD, WIDTH, BITS … sizes of the problem, ROWS, KEYS, COLUMNS, DEPTH those of a tile,
+BLOCK a number of channels or items, padded to a power of two.
 """
 
 import triton
@@ -31,21 +32,21 @@ def read_codes(codes, index, mask, codewords, BITS: tl.constexpr):
 
 
 @triton.jit
-def load_rows(rows, seen, CHANNELS: tl.constexpr, BLOCK: tl.constexpr):
-    """CHANNELS contiguous channels from each of the pointers ``rows`` [n]; 0 where not seen."""
+def load_rows(rows, row_mask, CHANNELS: tl.constexpr, BLOCK: tl.constexpr):
+    """CHANNELS contiguous channels from each of the pointers ``rows`` [n]; 0 where masked."""
     channel = tl.arange(0, BLOCK)
-    mask = seen[:, None]
+    mask = row_mask[:, None]
     if CHANNELS != BLOCK:
         mask = mask & (channel < CHANNELS)[None, :]
     return tl.load(rows[:, None] + channel[None, :], mask=mask, other=0.0)
 
 
 @triton.jit
-def unhidden(seen, mask, place, MASK: tl.constexpr):
-    """``seen`` [n], less what the boolean ``mask`` hides, if there is one (MASK)."""
+def visible(token_mask, mask, offset, MASK: tl.constexpr):
+    """``token_mask`` [n], less what the boolean ``mask`` hides, if there is one (MASK)."""
     if MASK:
-        seen = seen & (tl.load(mask + place, mask=seen, other=0) != 0)
-    return seen
+        token_mask = token_mask & (tl.load(mask + offset, mask=token_mask, other=0) != 0)
+    return token_mask
 
 
 @triton.jit
@@ -78,10 +79,10 @@ def look_up(
     else:
         codes_per_stage = GROUPS * kv_heads
         first_code = head * GROUPS
-    place = token * (STAGES * codes_per_stage) + first_code
+    offset = token * (STAGES * codes_per_stage) + first_code
     row = head * (GROUPS * codewords)
     vectors = look_up_stage(
-        codes, table, place, row, mask, codewords,
+        codes, table, offset, row, mask, codewords,
         FIRST, CHANNELS, BLOCK, GROUPS, WIDTH, BITS,
     )  # fmt: skip
     if STAGES == 1:
@@ -89,10 +90,10 @@ def look_up(
     else:  # the compiler wants one type of all returns that it sees
         total = vectors.to(tl.float32)
         for _ in tl.static_range(STAGES - 1):
-            place += codes_per_stage
+            offset += codes_per_stage
             row += kv_heads * (GROUPS * codewords)
             vectors = look_up_stage(
-                codes, table, place, row, mask, codewords,
+                codes, table, offset, row, mask, codewords,
                 FIRST, CHANNELS, BLOCK, GROUPS, WIDTH, BITS,
             )  # fmt: skip
             total += vectors.to(tl.float32)
@@ -103,7 +104,7 @@ def look_up(
 def look_up_stage(
     codes,
     table,
-    place,
+    offset,
     row,
     mask,
     codewords,
@@ -114,21 +115,21 @@ def look_up_stage(
     WIDTH: tl.constexpr,
     BITS: tl.constexpr,
 ):
-    """One stage of ``look_up``: a token's codes start at ``place``, the table's rows at ``row``."""
+    """One stage of ``look_up``: codes start at ``offset``, the table's rows at ``row``."""
     if GROUPS == 1:
-        code = read_codes(codes, place, mask, codewords, BITS)
+        code = read_codes(codes, offset, mask, codewords, BITS)
         return load_rows(table + (row + code) * WIDTH + FIRST, mask, CHANNELS, BLOCK)
     else:  # runs of VECTOR channels lie within one sub-vector: each is one contiguous read
         VECTOR: tl.constexpr = run_length(FIRST, CHANNELS, WIDTH)
         run = tl.arange(0, BLOCK // VECTOR) * VECTOR
         group = (FIRST + run) // WIDTH
-        seen = mask[:, None] & (run < CHANNELS)[None, :]
-        code = read_codes(codes, place[:, None] + group[None, :], seen, codewords, BITS)
+        run_mask = mask[:, None] & (run < CHANNELS)[None, :]
+        code = read_codes(codes, offset[:, None] + group[None, :], run_mask, codewords, BITS)
         rows = (row + (group * codewords)[None, :] + code) * WIDTH
         start = table + rows + ((FIRST + run) % WIDTH)[None, :]
         channel = tl.arange(0, VECTOR)
-        vectors = tl.load(start[:, :, None] + channel, mask=seen[:, :, None], other=0.0)
-        return vectors.reshape(place.shape[0], BLOCK)
+        vectors = tl.load(start[:, :, None] + channel, mask=run_mask[:, :, None], other=0.0)
+        return vectors.reshape(offset.shape[0], BLOCK)
 
 
 @triton.constexpr_function
@@ -141,8 +142,8 @@ def run_length(first, channels, width):
 
 
 @triton.jit
-def turned(one, two, cos, sin, DTYPE: tl.constexpr):
-    """Rotate-half positions for the two halves of vectors, computed in fp32."""
+def rotated(one, two, cos, sin, DTYPE: tl.constexpr):
+    """The two halves of vectors after rotate-half positions, computed in fp32."""
     one, two = one.to(tl.float32), two.to(tl.float32)
     cos, sin = cos.to(tl.float32), sin.to(tl.float32)
     return (one * cos - two * sin).to(DTYPE), (two * cos + one * sin).to(DTYPE)
@@ -158,23 +159,32 @@ def interleaved(one, two):
 
 
 @triton.jit
-def take_in(scores, values, top, total, acc, PRECISION: tl.constexpr):
-    """The running softmax takes in a tile: scores [m, n] in base 2, values [n, d].
+def online_softmax(
+    scores, values, m_i, l_i, acc, scale, SCALED: tl.constexpr, PRECISION: tl.constexpr
+):
+    """The online softmax takes in a tile: scores [m, n] in base 2, values [n, d].
 
-    top [m] is the largest score so far, total [m] the sum of exp2(score - top), acc [m, d] the same
-    sum weighted by the values. A row that has seen nothing keeps top -inf and total 0.
+    m_i [m] is the largest score so far, l_i [m] the sum of exp2(score - m_i), acc [m, d] the same
+    sum weighted by the values. A row that has seen nothing keeps m_i -inf and l_i 0. Not SCALED,
+    scores and m_i are still to be multiplied by ``scale``, which is positive: in one instruction
+    with the difference.
     """
-    new_top = tl.maximum(top, tl.max(scores, 1))
-    base = tl.where(new_top == float("-inf"), 0.0, new_top)
-    weights = tl.exp2(scores - base[:, None])
-    fade = tl.exp2(top - base)
-    total = total * fade + tl.sum(weights, 1)
-    acc = tl.dot(weights.to(values.dtype), values, acc * fade[:, None], input_precision=PRECISION)
-    return new_top, total, acc
+    m_new = tl.maximum(m_i, tl.max(scores, 1))
+    base = tl.where(m_new == float("-inf"), 0.0, m_new)
+    if SCALED:
+        weights = tl.exp2(scores - base[:, None])
+        alpha = tl.exp2(m_i - base)
+    else:
+        base *= scale
+        weights = tl.exp2(scores * scale - base[:, None])
+        alpha = tl.exp2(m_i * scale - base)
+    l_i = l_i * alpha + tl.sum(weights, 1)
+    acc = tl.dot(weights.to(values.dtype), values, acc * alpha[:, None], input_precision=PRECISION)
+    return m_new, l_i, acc
 
 
 @triton.jit
-def share_of(tokens, TILE: tl.constexpr):
+def split_of(tokens, TILE: tl.constexpr):
     """This program's part [first, last) of ``tokens`` keys, in whole tiles, on grid axis 1."""
     size = tl.cdiv(tl.cdiv(tokens, TILE), tl.num_programs(1)) * TILE
     first = tl.minimum(tl.program_id(1) * size, tokens)

@@ -14,8 +14,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from astra_kernels._triton.blocks import read_codes, turned
-from astra_kernels._triton.launch import launch
+from astra_kernels._triton.blocks import read_codes, rotated
+from astra_kernels._triton.launch import cdiv, launch
 
 WARPS = 4
 THREADS = 32 * WARPS
@@ -92,7 +92,7 @@ def expand_codes(
         turn_cos = tl.load(cos + batch * cos_b + angle, mask=mask, other=0.0)
         turn_sin = tl.load(sin + batch * sin_b + angle, mask=mask, other=0.0)
         place_out = (item // RUNS * HEAD + channel)[:, None] + lane
-        one, two = turned(one, two, turn_cos, turn_sin, DTYPE)
+        one, two = rotated(one, two, turn_cos, turn_sin, DTYPE)
         tl.store(target + place_out, one, mask=there[:, None])
         tl.store(target + place_out + REACH, two, mask=there[:, None])
     else:  # items are written one after the other
@@ -131,7 +131,7 @@ def expand(
     (cos, cos_b), (sin, sin_b) = (_angles(x) for x in rope or (None, None))
     launch(
         expand_codes,
-        (triton.cdiv(tokens * heads * runs, block), batch),
+        (cdiv(tokens * heads * runs, block), batch),
         codes,
         codes.stride(0),
         table,

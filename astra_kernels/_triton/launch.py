@@ -17,6 +17,8 @@ from typing import Any
 import torch
 import triton
 
+from astra_kernels._dispatch import runs_triton
+
 # The compiler fuses multiplications and additions; said aloud because the default changes.
 OPTIONS = {"enable_fp_fusion": True}
 
@@ -56,8 +58,8 @@ def interpreted() -> bool:
 
 
 def runnable(device: torch.device) -> bool:
-    """Kernels run on CUDA devices, and on the CPU in the interpreter."""
-    return device.type == "cuda" or interpreted() or _recording.capability is not None
+    """Kernels run on NVIDIA GPUs from sm_80 on, and on the CPU in the interpreter."""
+    return runs_triton(device) or interpreted() or _recording.capability is not None
 
 
 def capability(device: torch.device) -> int:
@@ -81,6 +83,16 @@ def _device_processors(index: int | None) -> int:
 def processors(device: torch.device) -> int:
     """Streaming multiprocessors; 132, an H100's, where there is no device."""
     return _device_processors(device.index) if device.type == "cuda" else 132
+
+
+def cdiv(size: int, part: int) -> int:
+    """Parts that hold ``size``; Triton's own are functions of the compiler's, and cost 0.5 µs."""
+    return -(-size // part)
+
+
+def next_power_of_2(size: int) -> int:
+    """The smallest power of two that is not smaller; 0 of 0."""
+    return 1 << (size - 1).bit_length() if size > 0 else 0
 
 
 @contextlib.contextmanager

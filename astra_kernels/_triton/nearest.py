@@ -19,7 +19,7 @@ instructions a score, 12 % of the matmul at w = 768.
 import triton
 import triton.language as tl
 
-from astra_kernels._triton.blocks import share_of
+from astra_kernels._triton.blocks import split_of
 
 LAST_INDEX = tl.constexpr(2**31 - 1)
 
@@ -137,7 +137,7 @@ def nearest(
     rows_at = tl.minimum(tl.arange(0, ROWS), rows - 1 - first_row) * row_stride
     codebook += group * codewords * CHANNELS
     half_norms += group * codewords
-    first, last = share_of(codewords, COLUMNS)
+    first, last = split_of(codewords, COLUMNS)
     if CHANNELS <= DEPTH:
         best, code = nearest_narrow(
             vectors, rows_at, codebook, half_norms, first, last, codewords,

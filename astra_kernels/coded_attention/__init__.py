@@ -21,6 +21,7 @@ def coded_attention(
     num_tokens: int | None = None,
     scale: float | None = None,
     rope: tuple[Tensor, Tensor] | None = None,
+    rope_consecutive: bool = False,
     code_mask: Tensor | None = None,
     impl: str = "auto",
     check: bool | None = None,
@@ -47,6 +48,11 @@ def coded_attention(
         scale: of the scores; None: 1/sqrt(d).
         rope: (cos, sin), each [N, d] or [B, N, d]: key = key*cos + rotate_half(key)*sin, after
             the lookup; rotate_half pairs channel i with i + d/2. d must be even.
+        rope_consecutive: a promise that rows of ``rope`` belong to consecutive positions: every
+            channel's angle grows by one and the same step from row to row, also at hidden tokens.
+            With few queries the Triton kernel then reads one row of angles for a tile of tokens;
+            best in fp32, which costs no more there. It is not checked; a broken promise gives
+            wrong results.
         code_mask: bool [B, N], True = visible. What hidden tokens hold never matters, not even
             codes out of range.
         impl: "auto", "reference", "triton" or "native"; an explicit choice never falls back.
@@ -77,6 +83,7 @@ def coded_attention(
         num_tokens,
         cos,
         sin,
+        rope_consecutive,
         code_mask,
         scale,
         impl,

@@ -29,21 +29,20 @@ def coded_attention(
     code_mask: Tensor | None = None,
     code_bits: int | None = None,
     shape: CodedShape | None = None,
+    rope_consecutive: bool = False,
     strategy: str | None = None,
 ) -> State:
     """``shape`` is needed where codes are packed; ``strategy`` overrides the choice."""
     coded = describe(
-        codes, key_codebook, value_codebook, value_codes, rope, code_mask, code_bits, shape
-    )
+        codes, key_codebook, value_codebook, value_codes, rope, code_mask, code_bits, shape,
+        rope_consecutive,
+    )  # fmt: skip
     strategy = strategy or choose_strategy(query, coded, value_codes is None)
     if strategy == COUNTED:
         return attend(query, scale, counted=count(coded))
     if strategy == EXPANDED:
         return attend(query, scale, dense=look_up(query, coded))
     return attend(query, scale, coded=coded)
-
-
-coded_attention.takes_packed = True  # type: ignore[attr-defined]
 
 
 def describe(
@@ -55,6 +54,7 @@ def describe(
     code_mask: Tensor | None,
     code_bits: int | None,
     shape: CodedShape | None,
+    rope_consecutive: bool = False,
 ) -> Coded:
     """The coded side of a call as the launchers take it."""
     keys = key_codebook if key_codebook.ndim == 5 else key_codebook.unsqueeze(0)
@@ -71,6 +71,7 @@ def describe(
         bits=code_bits,
         rope=rope,
         mask=code_mask,
+        consecutive=rope_consecutive,
     )
 
 

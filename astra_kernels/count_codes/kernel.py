@@ -12,8 +12,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from astra_kernels._triton.blocks import read_codes, share_of
-from astra_kernels._triton.launch import launch, processors
+from astra_kernels._triton.blocks import read_codes, split_of
+from astra_kernels._triton.launch import cdiv, launch, next_power_of_2, processors
 
 TOKENS = 1024  # read at a time
 WARPS = 4
@@ -33,7 +33,7 @@ def count_shares(
     """BINS is K padded, 0: add every code to memory at once."""
     batch = (tl.program_id(0) // codes_per_token).to(tl.int64)
     place = tl.program_id(0) % codes_per_token
-    first, last = share_of(tokens, TOKENS)
+    first, last = split_of(tokens, TOKENS)
     codes += batch * codes_b
     counts += tl.program_id(0).to(tl.int64) * codewords
     if BINS:
@@ -71,11 +71,11 @@ def count_codes(
     counts = codes.new_zeros((batch, places, codewords), dtype=torch.int32)
     if tokens == 0 or counts.numel() == 0:
         return counts
-    bins = max(triton.next_power_of_2(codewords), FEWEST_BINS)
-    wanted = triton.cdiv(PROGRAMS * processors(codes.device), batch * places)
+    bins = max(next_power_of_2(codewords), FEWEST_BINS)
+    wanted = cdiv(PROGRAMS * processors(codes.device), batch * places)
     launch(
         count_shares,
-        (batch * places, min(wanted, triton.cdiv(tokens, TOKENS))),
+        (batch * places, min(wanted, cdiv(tokens, TOKENS))),
         codes,
         codes.stride(0),
         None if code_mask is None else code_mask.contiguous(),
@@ -92,6 +92,3 @@ def count_codes(
         TOKENS=TOKENS,
     )
     return counts
-
-
-count_codes.takes_packed = True  # type: ignore[attr-defined]

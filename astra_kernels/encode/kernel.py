@@ -8,11 +8,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
-import triton
 from torch import Tensor
 
 from astra_kernels._triton import nearest as kernels
-from astra_kernels._triton.launch import capability, launch, processors
+from astra_kernels._triton.launch import capability, cdiv, launch, next_power_of_2, processors
 from astra_kernels._triton.tiles import Problem, Tile, choose
 
 # Most of the channels that a program of narrow groups holds of its rows at once.
@@ -150,9 +149,9 @@ def problem_of(vectors: Tensor, codebook: Tensor) -> EncodeProblem:
     return EncodeProblem(
         capability(vectors.device),
         2 if _exact(vectors, codebook) else 4,
-        width=max(16, triton.next_power_of_2(width)),
+        width=max(16, next_power_of_2(width)),
         whole=width % WHOLE == 0,
-        rows=min(256, max(16, triton.next_power_of_2(count))),
+        rows=min(256, max(16, next_power_of_2(count))),
         area=1 << max(0, round(math.log2(max(1, scores)))),
     )
 
@@ -165,9 +164,7 @@ def _shares(vectors: Tensor, codebook: Tensor, tile: Tile) -> int:
     groups, codewords, width = codebook.shape
     count = vectors.numel() // (groups * width)
     slots = processors(vectors.device) * (BESIDE if tile.warps <= 4 else 1)
-    return _even_shares(
-        triton.cdiv(count, tile.rows) * groups, triton.cdiv(codewords, tile.columns), slots
-    )
+    return _even_shares(cdiv(count, tile.rows) * groups, cdiv(codewords, tile.columns), slots)
 
 
 @functools.lru_cache(maxsize=1024)
@@ -179,8 +176,8 @@ def _even_shares(programs: int, tiles: int, slots: int) -> int:
     """
 
     def time(shares: int) -> int:
-        rounds = triton.cdiv(programs * shares, slots)
-        return rounds * (triton.cdiv(tiles, shares) + 1) + (FINISH_TILES if shares > 1 else 0)
+        rounds = cdiv(programs * shares, slots)
+        return rounds * (cdiv(tiles, shares) + 1) + (FINISH_TILES if shares > 1 else 0)
 
     return min(range(1, min(tiles, MOST_SHARES) + 1), key=lambda shares: (time(shares), shares))
 
@@ -211,14 +208,14 @@ def search(
     unit = math.gcd(*rows.stride()[:2], 16)
     launch(
         kernels.nearest,
-        (triton.cdiv(rows.shape[0], tile.rows), codes.shape[0], groups),
+        (cdiv(rows.shape[0], tile.rows), codes.shape[0], groups),
         *(rows, *(stride // unit for stride in rows.stride()[:2]), codebook, half_norms),
         *(scores, codes, rows.shape[0], codewords),
         device=rows.device,
         warps=tile.warps,
         stages=tile.stages,
         CHANNELS=width,
-        DEPTH=tile.depth or max(16, triton.next_power_of_2(width)),
+        DEPTH=tile.depth or max(16, next_power_of_2(width)),
         ROWS=tile.rows,
         COLUMNS=tile.columns,
         EXACT=_exact(vectors, codebook),
@@ -233,13 +230,13 @@ def half_norms_of(codebook: Tensor) -> Tensor:
     norms = codebook.new_empty((groups, codewords), dtype=torch.float32)
     launch(
         kernels.half_norm,
-        (triton.cdiv(norms.numel(), NORMS_AT_ONCE),),
+        (cdiv(norms.numel(), NORMS_AT_ONCE),),
         *(codebook, norms, norms.numel()),
         device=codebook.device,
         warps=4,
         stages=1,
         CHANNELS=width,
-        DEPTH=min(256, max(16, triton.next_power_of_2(width))),
+        DEPTH=min(256, max(16, next_power_of_2(width))),
         ROWS=NORMS_AT_ONCE,
     )
     return norms
@@ -250,7 +247,7 @@ def run_finish(scores: Tensor, codes: Tensor, out: Tensor, bits: int = 0) -> Non
     batch, size = out.shape
     launch(
         kernels.finish,
-        (triton.cdiv(size, FINISHED_AT_ONCE), batch),
+        (cdiv(size, FINISHED_AT_ONCE), batch),
         *(scores, codes, out, codes.shape[1] // max(1, batch), size, codes.shape[0]),
         device=out.device,
         warps=4,

@@ -27,7 +27,7 @@ import triton.language as tl
 from torch import Tensor
 
 from astra_kernels._triton.blocks import read_codes, run_length
-from astra_kernels._triton.launch import capability, launch, processors
+from astra_kernels._triton.launch import capability, cdiv, launch, next_power_of_2, processors
 from astra_kernels._triton.tiles import Problem, Tile, choose
 
 # Tiles of outputs that run beside each other: they gather the same tokens, which then come from L2.
@@ -190,7 +190,7 @@ class LookupLinear(Problem):
         return [*filling, *reversed(idle), _LAST_RESORT]
 
     def _programs(self, tile: Tile) -> int:
-        return triton.cdiv(self.tokens, tile.rows) * triton.cdiv(self.outputs, tile.columns)
+        return cdiv(self.tokens, tile.rows) * cdiv(self.outputs, tile.columns)
 
     def shared_bytes(self, tile: Tile) -> int:
         """As many buffers a load as steps it runs ahead, and one more of what the dot reads.
@@ -266,14 +266,14 @@ def lookup_linear(
         capability(weight.device), weight.itemsize, codebook.itemsize,
         0 if estimate is None else estimate.itemsize, stages, bool(code_bits), norm is not None,
         width & -width,  # the lowest bit
-        triton.next_power_of_2(tokens), triton.next_power_of_2(outputs), processors(weight.device),
+        next_power_of_2(tokens), next_power_of_2(outputs), processors(weight.device),
     )  # fmt: skip
     tile = choose(problem)
     codes = codes.contiguous()
     launch(
         lookup_linear_kernel,
         # Without outputs there may still be an estimate to refine.
-        (triton.cdiv(tokens, tile.rows) * max(triton.cdiv(outputs, tile.columns), 1),),
+        (cdiv(tokens, tile.rows) * max(cdiv(outputs, tile.columns), 1),),
         codes, codes.stride(0) if code_bits else 0, codebook.contiguous(), weight,
         weight if bias is None else bias.contiguous(), weight_sum,
         weight if estimate is None else estimate.contiguous(),
@@ -286,6 +286,3 @@ def lookup_linear(
         device=weight.device, warps=tile.warps, stages=tile.stages,
     )  # fmt: skip
     return out, new_estimate
-
-
-lookup_linear.takes_packed = True  # type: ignore[attr-defined]

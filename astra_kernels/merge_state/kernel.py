@@ -8,7 +8,7 @@ import triton.language as tl
 from torch import Tensor
 
 from astra_kernels._checks import fail_value
-from astra_kernels._triton.launch import launch
+from astra_kernels._triton.launch import cdiv, launch, next_power_of_2
 
 WARPS = 4
 CHANNELS = 1024  # of one program at most
@@ -68,11 +68,11 @@ def merge_state(
     axes += [(1, 0)] * (3 - len(axes))
     (_, outer_stride), (middle, middle_stride), (inner, inner_stride) = axes
     head = out.shape[-1]
-    block = min(triton.next_power_of_2(head), CHANNELS)
+    block = min(next_power_of_2(head), CHANNELS)
     rows = max(ELEMENTS // block, 1)
     launch(
         merge_rows,
-        (triton.cdiv(lse.numel(), rows), triton.cdiv(head, block)),
+        (cdiv(lse.numel(), rows), cdiv(head, block)),
         _stored_like(out_a, out),
         lse_a.contiguous(),
         _stored_like(out_b, out),

@@ -30,6 +30,7 @@ def mixed_attention(
     code_bits: int | None = ...,
     num_tokens: int | None = ...,
     rope: Rope | None = ...,
+    rope_consecutive: bool = ...,
     code_mask: Tensor | None = ...,
     return_lse: Literal[False] = ...,
     impl: str = ...,
@@ -51,6 +52,7 @@ def mixed_attention(
     code_bits: int | None = ...,
     num_tokens: int | None = ...,
     rope: Rope | None = ...,
+    rope_consecutive: bool = ...,
     code_mask: Tensor | None = ...,
     return_lse: Literal[True],
     impl: str = ...,
@@ -71,6 +73,7 @@ def mixed_attention(
     code_bits: int | None = None,
     num_tokens: int | None = None,
     rope: Rope | None = None,
+    rope_consecutive: bool = False,
     code_mask: Tensor | None = None,
     return_lse: bool = False,
     impl: str = "auto",
@@ -85,9 +88,9 @@ def mixed_attention(
     Args:
         query: [B, H, M, d], fp32, fp64, fp16 or bf16.
         key, value: [B, Hkv, L, d] of query's dtype; see ``attention``.
-        codes, key_codebook, value_codebook, value_codes, code_bits, num_tokens, rope, code_mask,
-            check: the coded tokens; see ``coded_attention``. ``rope`` turns the looked-up keys
-            only; query and key come rotated already.
+        codes, key_codebook, value_codebook, value_codes, code_bits, num_tokens, rope,
+            rope_consecutive, code_mask, check: the coded tokens; see ``coded_attention``. ``rope``
+            turns the looked-up keys only; query and key come rotated already.
         is_causal: among the dense tokens query m sees keys 0..L-M+m (bottom-right aligned; needs
             M <= L); coded tokens are all visible.
         key_mask: bool [B, L], True = visible.
@@ -123,6 +126,7 @@ def mixed_attention(
         num_tokens,
         cos,
         sin,
+        rope_consecutive,
         code_mask,
         scale,
         impl,

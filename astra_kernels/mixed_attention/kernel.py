@@ -31,13 +31,15 @@ def mixed_attention(
     code_mask: Tensor | None = None,
     code_bits: int | None = None,
     shape: CodedShape | None = None,
+    rope_consecutive: bool = False,
     strategy: str | None = None,
 ) -> State:
     """``shape`` is needed where codes are packed; ``strategy`` overrides the choice."""
     dense = Dense(key, value, is_causal, key_mask)
     coded = describe(
-        codes, key_codebook, value_codebook, value_codes, rope, code_mask, code_bits, shape
-    )
+        codes, key_codebook, value_codebook, value_codes, rope, code_mask, code_bits, shape,
+        rope_consecutive,
+    )  # fmt: skip
     if coded.tokens == 0:
         return attend(query, scale, dense=dense)
     strategy = strategy or choose_strategy(query, coded, value_codes is None)
@@ -47,6 +49,3 @@ def mixed_attention(
         local = attend(query, scale, dense=dense)
         return merge_state(*local, *attend(query, scale, dense=look_up(query, coded)))
     return attend(query, scale, dense=dense, coded=coded)
-
-
-mixed_attention.takes_packed = True  # type: ignore[attr-defined]

@@ -12,7 +12,7 @@ import triton.language as tl
 from torch import Tensor
 
 from astra_kernels._triton.blocks import read_codes
-from astra_kernels._triton.launch import launch
+from astra_kernels._triton.launch import cdiv, launch
 
 BLOCK = 1024  # bytes that a program packs, codes that it unpacks
 WARPS = 4
@@ -66,7 +66,7 @@ def pack(codes: Tensor, bits: int) -> Tensor:
     out = codes.new_empty(size, dtype=torch.uint8)
     launch(
         pack_bytes,
-        (triton.cdiv(size, BLOCK),),
+        (cdiv(size, BLOCK),),
         codes,
         out,
         count,
@@ -91,7 +91,7 @@ def unpack_rows(data: Tensor, bits: int, count: int) -> Tensor:
     data = data.contiguous()
     rows, row_bytes = data.shape
     out = data.new_empty((rows, count), dtype=torch.int32)
-    blocks = triton.cdiv(count, BLOCK)
+    blocks = cdiv(count, BLOCK)
     launch(
         unpack_codes,
         (rows * blocks,),

@@ -44,9 +44,9 @@ class Call:
 def attention(
     d: int, dtype: torch.dtype, *, m: int = 512, near: int = 0, rope: bool = False,
     causal: bool = False, groups: int = 1, stages: int = 1, bits: int | None = None,
-    code_mask: bool = False, counted: bool = False, shares: int | None = None,
+    code_mask: bool = False, counted: bool = False, splits: int | None = None,
     heads: int = HEADS, kv_heads: int = KV_HEADS, tokens: int = TOKENS, name: str = "",
-    angles_dtype: torch.dtype | None = None,
+    angles_dtype: torch.dtype | None = None, consecutive: bool = False,
 ) -> Call:  # fmt: skip
     """Mixed attention; without local tokens (``near``) attention over codes alone."""
     options = {
@@ -78,9 +78,9 @@ def attention(
             return codeword_attention(query, counts, *tables[:, 0])
         coded = Coded(
             *(tokens, codes, tables[0], False, codes, tables[1], False, bits),
-            *(options["rope"], options["code_mask"]),
+            *(options["rope"], options["code_mask"], consecutive),
         )
-        return attend(query, None, coded=coded, shares=shares)
+        return attend(query, None, coded=coded, splits=splits)
 
     return Call(name or f"attention d={d} {short(dtype)} {said}", d, run)
 
@@ -195,6 +195,14 @@ def decisive() -> list[Call]:
         attention(128, BF16, m=256, groups=4, **_FULL, name="sub-vectors"),
         attention(128, BF16, rope=True, **decode, name="decode rotary"),
         attention(128, BF16, rope=True, bits=10, **decode, name="decode rotary packed"),
+        attention(
+            128, BF16, rope=True, consecutive=True, angles_dtype=FLOAT, **decode,
+            name="decode rotary, consecutive",
+        ),
+        attention(
+            128, BF16, rope=True, bits=10, consecutive=True, angles_dtype=FLOAT, **decode,
+            name="decode rotary packed, consecutive",
+        ),
         attention(128, BF16, **decode, name="decode plain"),
         attention(128, BF16, groups=4, **decode, name="decode sub-vectors"),
         attention(
@@ -231,8 +239,8 @@ def all_calls() -> Iterator[Call]:
         yield attention(d, BF16, rope=True, bits=bits)
         yield attention(d, BF16, m=1, rope=True, bits=bits)
     for d in (64, 128):
-        yield attention(d, BF16, m=128, rope=True, shares=4)
-        yield attention(d, BF16, m=512, shares=2)
+        yield attention(d, BF16, m=128, rope=True, splits=4)
+        yield attention(d, BF16, m=512, splits=2)
     for (width, groups), dtype in itertools.product(
         ((768, 1), (4096, 1), (128, 32), (24, 32), (64, 8), (16, 3)), dtypes
     ):

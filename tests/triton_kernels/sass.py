@@ -17,8 +17,11 @@ import triton
 
 BIN = Path(triton.__file__).parent / "backends/nvidia/bin"
 
+# Behind the opcode of a copy that only some of the threads make, as the data are fewer than they.
+PARTIAL = ".PARTIAL"
+
 _LABEL = re.compile(r"^(\.L_\w+):")
-_INSTRUCTION = re.compile(r"^\s*/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9_.]*)(.*)")
+_INSTRUCTION = re.compile(r"^\s*/\*[0-9a-f]{4,}\*/\s+(@!?U?P\w+\s+)?([A-Z][A-Z0-9_.]*)(.*)")
 _TARGET = re.compile(r"`\((\.L_\w+)\)")
 _WIDTH = re.compile(r"\.(?:[US](8|16)|(64|128|256))\b")
 
@@ -26,7 +29,8 @@ _WIDTH = re.compile(r"\.(?:[US](8|16)|(64|128|256))\b")
 @dataclass(frozen=True)
 class Loop:
     """opcodes: with their modifiers; copies: asynchronous ones to shared memory, and loads: from
-    global memory to registers, each by bytes a thread moves at a time."""
+    global memory to registers, each by bytes a thread moves at a time; partial copies are those of
+    fewer bytes than the threads could copy at once."""
 
     instructions: int
     opcodes: Counter[str]
@@ -40,6 +44,10 @@ class Loop:
         return self._widths("LDGSTS")
 
     @property
+    def partial_copies(self) -> dict[int, int]:
+        return self._widths("LDGSTS", partial=True)
+
+    @property
     def loads(self) -> dict[int, int]:
         return self._widths("LDG")
 
@@ -47,10 +55,10 @@ class Loop:
     def matrix(self) -> int:
         return self.count("HGMMA", "HMMA", "QGMMA", "UTCHMMA", "UTCQMMA")
 
-    def _widths(self, name: str) -> dict[int, int]:
+    def _widths(self, name: str, partial: bool = False) -> dict[int, int]:
         widths: Counter[int] = Counter()
         for code, count in self.opcodes.items():
-            if code.partition(".")[0] == name:
+            if code.partition(".")[0] == name and code.endswith(PARTIAL) == partial:
                 found = _WIDTH.search(code)
                 bits = next(filter(None, found.groups()), None) if found else 32
                 widths[int(bits) // 8] += count
@@ -75,8 +83,9 @@ def loops_of(listing: str) -> list[Loop]:
         if label := _LABEL.match(line):
             labels[label[1]] = len(opcodes)
         elif instruction := _INSTRUCTION.match(line):
-            opcodes.append(instruction[1])
-            target = _TARGET.search(instruction[2])
+            guard, opcode, operands = instruction.groups()
+            opcodes.append(opcode + PARTIAL if guard and opcode.startswith("LDGSTS") else opcode)
+            target = _TARGET.search(operands)
             # A branch to itself is how the assembler fills up what comes after the end.
             if target and labels.get(target[1], len(opcodes)) < len(opcodes) - 1:
                 spans.append((labels[target[1]], len(opcodes)))

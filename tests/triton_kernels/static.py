@@ -11,6 +11,7 @@ Of each loop:
     row_bytes      that the program copies, more than 4 at a time, for each of the tile's columns:
                    for attend bytes of key, value and angles of a token
     copies, loads  of a thread, asynchronous to shared memory and to registers, by width in bytes
+    partial        copies that only some threads make: of codes, of one row of angles
     multiply_adds  FFMA: a polynomial in the loop shows here
 """
 
@@ -70,6 +71,7 @@ def figures(loop: Loop, outcome: Outcome) -> Row:
         "instructions": loop.instructions,
         "row_bytes": round(wide / outcome.columns),
         "copies": {str(width): n for width, n in loop.copies.items()},
+        "partial": {str(width): n for width, n in loop.partial_copies.items()},
         "loads": {str(width): n for width, n in loop.loads.items()},
         "multiply_adds": loop.count("FFMA"),
     }

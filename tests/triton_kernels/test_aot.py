@@ -65,8 +65,8 @@ LISTING = """
 .text.attend:
         /*0000*/                   LDC R1, c[0x0][0x28] ;
 .L_x_1:
-        /*0010*/               @P5 LDGSTS.E.BYPASS.128 [R4], desc[UR8][R2.64] ;
 .L_x_2:
+        /*0018*/                   LDGSTS.E.BYPASS.128 [R4], desc[UR8][R2.64], P1 ;
         /*0020*/                   LDG.E.U16 R5, desc[UR8][R2.64] ;
         /*0030*/                   LDG.E R5, desc[UR8][R2.64] ;
         /*0040*/              @!P3 LDGSTS.E [R4], desc[UR8][R2.64] ;
@@ -80,12 +80,24 @@ LISTING = """
 
 def test_loops_are_read_from_a_listing():
     (loop,) = sass.loops_of(LISTING)
-    assert loop.instructions == 5
-    assert (loop.copies, loop.loads, loop.matrix) == ({4: 1}, {2: 1, 4: 1}, 1)
-    assert "2 loads of 2 or 4 bytes" in aot.judge_loops([loop])
+    assert loop.instructions == 6
+    assert (loop.copies, loop.partial_copies) == ({16: 1}, {4: 1})
+    assert (loop.loads, loop.matrix) == ({2: 1, 4: 1}, 1)
+    assert "1 loads of 2 or 4 bytes" in aot.judge_loops([loop])
     good = sass.Loop(2, Counter({"LDGSTS.E.BYPASS.128": 1, "HGMMA.64x64x16.F32.BF16": 1}))
     assert aot.judge_loops([good]) == ""
     assert "no asynchronous" in aot.judge_loops([sass.Loop(1, Counter(["HMMA.16816.F32"]))])
+
+
+def test_the_table_says_what_the_changes_were_for():
+    """No logarithm's polynomial on every score; no angles of every key where positions follow."""
+    rows = static.read().values()
+    loops = {(r["triton"], r["case"]): r["loops"][0] for r in rows}
+    for version in {row["triton"] for row in rows}:
+        for case in ("codeword d=128", "codeword d=64", "codeword decode"):
+            assert loops[version, case]["multiply_adds"] < 60
+        assert loops[version, "decode rotary, consecutive"]["row_bytes"] == 512
+        assert loops[version, "decode rotary"]["row_bytes"] == 768
 
 
 def test_what_is_slower_than_the_table_is_said():

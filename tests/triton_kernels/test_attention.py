@@ -8,6 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import astra_kernels as ak
+from astra_kernels._triton import attend as kernels
 from astra_kernels._triton import attention as launcher
 from astra_kernels._triton.launch import record
 from astra_kernels._triton.strategies import STRATEGIES
@@ -116,16 +117,16 @@ def test_the_largest_codebook():
     assert_as_exact_as_torch(coded(case, strategy="fused"), case)
 
 
-@pytest.mark.parametrize(("shares", "m"), [(1, 1), (2, 20), (3, 20), (7, 1), (64, 1)])
+@pytest.mark.parametrize(("splits", "m"), [(1, 1), (2, 20), (3, 20), (7, 1), (64, 1)])
 @pytest.mark.parametrize("rope", [False, True])
-def test_any_number_of_shares(dtype, shares, m, rope):
+def test_any_number_of_splits(dtype, splits, m, rope):
     case = make(kv=1, m=m, near=m + 20, n=60, rope=rope, causal=True, dtype=dtype)
     got = launcher.attend(
         case.query,
         None,
         dense=launcher.Dense(case.key, case.value, is_causal=True),
         coded=described(case),
-        shares=shares,
+        splits=splits,
         tile=Tile(16, 16, 4, 2),
     )
     assert_as_exact_as_torch(got, case)
@@ -227,6 +228,28 @@ def test_rope_tables_for_one_and_for_all_batch_rows():
         case.coded["rope"] = rope
         assert_as_exact_as_torch(coded(case, strategy="fused"), case)
         assert_as_exact_as_torch(coded(case, strategy="expanded"), case)
+
+
+@pytest.mark.parametrize("m", [1, FEW, MANY])
+@pytest.mark.parametrize("masked", [False, True])
+def test_consecutive_positions(dtype, m, masked):
+    """One row of angles a tile and steps from it, for few rows; tables may carry a factor."""
+    case = make(b=2, m=m, n=150, d=20, code_mask=masked, dtype=dtype)
+    angle = (7 + torch.arange(150))[:, None] * 10.0 ** -torch.arange(10)
+    angle = angle.repeat(1, 2).double()
+    case.coded["rope"] = ((1.2 * angle.cos()).float(), (1.2 * angle.sin()).float())
+    got = coded(case, strategy="fused", rope_consecutive=True)
+    assert_as_exact_as_torch(got, case)
+    with record(90) as launches:
+        coded(case, strategy="fused", rope_consecutive=True)
+    assert launches[0].constants["ROTARY"] == (kernels.ANGLES if m == MANY else kernels.CONSECUTIVE)
+
+
+@pytest.mark.parametrize("scale", [-0.4, 0.0, -0.0])
+def test_scales_that_are_not_positive(scale):
+    for case in (make(near=20, rope=True, code_mask=True, scale=scale), make(n=150, scale=scale)):
+        assert_as_exact_as_torch(mixed(case, strategy="fused"), case)
+    assert_as_exact_as_torch(coded(case, strategy="counted"), case)
 
 
 def test_views_of_much_memory_are_copied_and_larger_rows_refused():
