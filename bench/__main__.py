@@ -15,7 +15,7 @@ import shlex
 import shutil
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from bench import tables
 from bench.accuracy import corpora
@@ -31,7 +31,7 @@ def lacking(bench: Bench) -> str:
     """What a benchmark needs and this machine has not; an empty string where it has all."""
     import torch
 
-    checks = {
+    checks: dict[str, Callable[[], str]] = {
         "root": switch.unavailable,
         "GPU": lambda: "" if torch.cuda.is_available() else "no GPU",
         "clang": lambda: "" if any(map(shutil.which, CLANG)) else "no clang++",

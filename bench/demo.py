@@ -10,17 +10,21 @@ import argparse
 import json
 import subprocess
 import sys
+from typing import Any
 
 from bench.report import Case, command_line, percentiles, write
 
 
-def run(mbit: float, delay_ms: float, world_size: int) -> dict:
+def run(mbit: float, delay_ms: float, world_size: int) -> dict[str, Any]:
     command = [sys.executable, "-m", "astra_runtime", "demo", "--json", "--repeats", "5"]
     command += ["--mbit", str(mbit), "--delay-ms", str(delay_ms), "--world-size", str(world_size)]
-    return json.loads(subprocess.run(command, check=True, stdout=subprocess.PIPE).stdout)
+    result: dict[str, Any] = json.loads(
+        subprocess.run(command, check=True, stdout=subprocess.PIPE).stdout
+    )
+    return result
 
 
-def case(result: dict) -> Case:
+def case(result: dict[str, Any]) -> Case:
     runs = {row["method"]: row for row in result["runs"]}
     single = 1e3 * runs["single"]["seconds_to_first_token"]
     link = result["link"]

@@ -139,7 +139,7 @@ class ZeroMQ:
     def __init__(self, rank: int, ports: dict[str, list[int]], size: int) -> None:
         import zmq
 
-        self.context = zmq.Context()
+        self.context = zmq.Context()  # type: ignore[attr-defined]
         self.copy = size < zmq.COPY_THRESHOLD
         self.data = bytearray(size)
         self.payload = np.frombuffer(self.data, np.uint8)
@@ -148,7 +148,7 @@ class ZeroMQ:
         for other in range(world_size):
             if other == rank:
                 continue
-            self.sockets[other] = link = self.context.socket(zmq.PAIR)
+            self.sockets[other] = link = self.context.socket(zmq.PAIR)  # type: ignore[attr-defined]
             low, high = sorted((rank, other))
             address = f"tcp://127.0.0.1:{ports['zeromq'][low * world_size + high]}"
             if rank == low:

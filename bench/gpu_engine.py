@@ -29,6 +29,7 @@ from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -36,12 +37,12 @@ import torch
 from torch import nn
 
 from astra_runtime import Codebook, Engine
-from astra_runtime.codes.codebook import geometry
+from astra_runtime.codes.base import geometry
 from astra_runtime.evaluate import run_ranks
 from astra_runtime.models import adapt
 from astra_runtime.trace import Trace, stage, trace_of, tracing
 from astra_runtime.transport import Frame, Link, Mesh
-from astra_runtime.transport.mesh import Stats
+from astra_runtime.transport.stats import Stats
 from bench.gpu.environment import device_folder
 from bench.report import Case, Times, cores, cpu_name, percentiles, write
 
@@ -437,7 +438,7 @@ def measure(args: argparse.Namespace, report: Report) -> bool:
             return False
         ids = torch.randint(0, shape.vocabulary, (1, tokens), device=device)
         with torch.inference_mode():
-            single = watch.time(lambda ids=ids: model(ids, use_cache=False, logits_to_keep=1))
+            single = watch.time(partial(model, ids, use_cache=False, logits_to_keep=1))
         sizes = {**about, "tokens": tokens}
         report.add(Case(f"engine_single_T{tokens}", sizes, kind, "transformers sdpa", single))
         for world_size in args.world_sizes:

@@ -24,6 +24,7 @@ from astra_kernels._dispatch import choose
 from astra_kernels.attention import cpu as attention_cpu
 from astra_kernels.coded_attention import cpu as coded_cpu
 from astra_kernels.codeword_attention import cpu as codeword_cpu
+from astra_kernels.count_codes.cpu import count as count_codes
 from astra_kernels.encode import cpu as encode_cpu
 from astra_kernels.merge_state import cpu as merge_cpu
 from bench.report import Case, measure, write
@@ -91,23 +92,28 @@ def coded_case(name: str, model: str, rows: int, tokens: int, shared: bool, turn
     codes = torch.randint(0, K, (1, tokens, 1 if shared else kv_heads), dtype=torch.int32)
     rope = rotary(tokens, dim) if turned else None
 
-    def look_up() -> list[Tensor]:
+    def look_up() -> tuple[Tensor, Tensor]:
         key, value = expanded(codes, tables)
-        return [key if rope is None else coded_cpu.rotate(key, rope), value]
+        return (key if rope is None else coded_cpu.rotate(key, rope)), value
 
-    dense = [x.contiguous() for x in look_up()]
+    dense_key, dense_value = (x.contiguous() for x in look_up())
+
+    def look_up_and_attend() -> Tensor:
+        key, value = look_up()
+        return sdpa(query, key, value, enable_gqa=True)
+
     return timed(
         name,
         {"model": model, "B": 1, "M": rows, "N": tokens, "H": heads, "Hkv": kv_heads, "d": dim}
         | {"K": K, "S": 1},
         {
             "ours": lambda: ak.coded_attention(query, codes, *tables, rope=rope),
-            "roofline": products(query, *dense),
+            "roofline": products(query, dense_key, dense_value),
             "reference": lambda: ak.coded_attention(
                 query, codes, *tables, rope=rope, impl="reference"
             ),
-            "sdpa": lambda: sdpa(query, *dense, enable_gqa=True),
-            "index_select_sdpa": lambda: sdpa(query, *look_up(), enable_gqa=True),
+            "sdpa": lambda: sdpa(query, dense_key, dense_value, enable_gqa=True),
+            "index_select_sdpa": look_up_and_attend,
         },
     )
 
@@ -120,7 +126,7 @@ def mixed_case(model: str, rows: int, tokens: int, causal: bool) -> Case:
     codes = torch.randint(0, K, (1, tokens, kv_heads), dtype=torch.int32)
     rope = rotary(tokens, dim)
     far = torch.randn(2, 1, kv_heads, tokens, dim)
-    both = [torch.cat(pair, dim=2) for pair in ((key, far[0]), (value, far[1]))]
+    keys, values = torch.cat((key, far[0]), dim=2), torch.cat((value, far[1]), dim=2)
     visible = torch.ones(rows, rows + tokens, dtype=torch.bool)
     if causal:
         visible[:, :rows].tril_()
@@ -131,9 +137,9 @@ def mixed_case(model: str, rows: int, tokens: int, causal: bool) -> Case:
             "ours": lambda: ak.mixed_attention(
                 query, key, value, codes, *tables, is_causal=causal, rope=rope
             ),
-            "roofline": products(query, *both),
+            "roofline": products(query, keys, values),
             "sdpa": lambda: sdpa(
-                query, *both, attn_mask=visible if causal else None, enable_gqa=True
+                query, keys, values, attn_mask=visible if causal else None, enable_gqa=True
             ),
         },
     )
@@ -319,7 +325,7 @@ def _crossover(heads: int, kv_heads: int, rows: int, tokens: int, shared: bool) 
         return attention_cpu.flash(query, key, value, None)
 
     def count() -> object:
-        return codeword_cpu.codeword_attention(query, coded_cpu.count(codes, K), *tables)
+        return codeword_cpu.codeword_attention(query, count_codes(codes, K), *tables)
 
     shape = {"M": rows, "N": tokens, "H": heads, "Hkv": kv_heads, "K": K}
     ours = _partial(coded_cpu.coded_attention, query, codes, *tables)

@@ -10,6 +10,7 @@ folder a seed and budget to build/codebooks; what is there already is not fitted
 import argparse
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -31,7 +32,7 @@ CANDIDATES = 200  # windows of a domain, evenly spread over its text, that a see
 CHARACTERS = 3_000_000  # at most, of a domain
 
 
-def windows(tokenizer, text: Sequence[str], seed: int) -> list[Tensor]:
+def windows(tokenizer: Any, text: Sequence[str], seed: int) -> list[Tensor]:
     """Windows int64 [1024] of DOMAIN:COUNT each, in an order of the seed."""
     generator, drawn = torch.Generator().manual_seed(seed), []
     for item in text:

@@ -252,8 +252,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
     adapter = adapt(model)
     drawn = as_windows(calibrate.windows(tokenizer, TEXT, 0))
     recorded = record(adapter, KeyValueCodes.early, drawn, lambda what, done, steps: None, 1)
-    blocks = range(len(adapter.blocks))
-    vectors = [recorded.vectors(KeyValueCodes, block, 1, True) for block in blocks]
+    vectors = []
+    for block in range(len(adapter.blocks)):
+        of_block, scales = recorded.vectors(KeyValueCodes, block, 1, True)
+        assert scales is not None, "key/value codes are scaled"
+        vectors.append((of_block, scales))
     windows = {
         domain: token_windows(tokenizer, corpus(domain)[1], calibrate.TOKENS, options.windows)
         for domain in DOMAINS

@@ -16,8 +16,9 @@ import subprocess
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+from astra_kernels._cache import cache_folder
 from astra_runtime.errors import AstraError
-from astra_runtime.store import builtin_text, cache_folder
+from astra_runtime.store import builtin_text
 
 BUILTIN = {
     "documentation": "Python's language reference: English technical prose",

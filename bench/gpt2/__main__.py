@@ -94,7 +94,10 @@ QUICK = Size(
 def tasks(size: Size) -> list[Task]:
     """All groups of rows, the most wanted first."""
     wanted, revised, base = size.bits[: size.first], {"kinds": ["revised"]}, size.base
-    short = {"steps": size.sweep_steps, "options": revised}
+
+    def setting(group: str, codes: Codes, **changes: float) -> Task:
+        return Task(group, codes, steps=size.sweep_steps, changes=changes, options=revised)
+
     rows = [
         Task("control", book, adapted=adapted)
         for book in (Codebook.none(), Codebook.drop())
@@ -105,12 +108,9 @@ def tasks(size: Size) -> list[Task]:
         return rows + [Task("ranks", codes, options={"ranks": 2}) for codes in wanted[:1]]
     rows += [Task("lost", codes, options={**revised, "lost": 0.05}) for codes in wanted]
     rows += [Task("ranks", base, options={**revised, "ranks": n}) for n in size.ranks]
-    rows += [Task("noise", base, changes={"noise": noise}, **short) for noise in size.noise]
-    rows += [
-        Task("commitment", base, changes={"commitment": weight}, **short)
-        for weight in size.commitment
-    ]
-    rows += [Task("codewords", replace(base, codewords=k), **short) for k in size.codewords]
+    rows += [setting("noise", base, noise=noise) for noise in size.noise]
+    rows += [setting("commitment", base, commitment=weight) for weight in size.commitment]
+    rows += [setting("codewords", replace(base, codewords=k)) for k in size.codewords]
     for codes in size.bits[size.first :]:
         rows += [Task("bits", codes, adapted=adapted) for adapted in (False, True)]
     rows += [Task("bits", codes, adapted=False) for codes in size.plain]

@@ -23,7 +23,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from astra_runtime.store import cache_folder
+from astra_kernels._cache import cache_folder
 from bench.accuracy.corpora import corpus
 from bench.gpt2 import KINDS
 

@@ -48,7 +48,7 @@ def _codes(row: Row) -> str:
 
 def gpt2_bits(report: Report) -> str:
     """Perplexity against bits: a line for codes, before and after adaptation."""
-    seen: dict[tuple, Row] = {}
+    firsts: dict[tuple[Any, ...], Row] = {}
     for row in report["rows"]:
         if row["group"] in ("control", "bits"):
             key = (
@@ -58,8 +58,8 @@ def gpt2_bits(report: Report) -> str:
                 row.get("codewords"),
                 row["adapted"],
             )
-            seen.setdefault(key, row)
-    order = sorted(seen.items(), key=lambda item: -(item[1]["bits_per_token_block"]))
+            firsts.setdefault(key, row)
+    order = sorted(firsts.items(), key=lambda item: -(item[1]["bits_per_token_block"]))
     rows = []
     for (group, space, groups, codewords, adapted), first in order:
         cells = [

@@ -34,7 +34,7 @@ from typing import Any
 
 from bench.gpu import plan, prepare
 from bench.gpu.plan import CACHE, PARTS, Group, Setup
-from bench.gpu.running import Result, run_group, skipped
+from bench.gpu.running import Result, Stage, run_group, skipped
 from bench.report import ROOT, commit
 
 KEPT_OF_LOG = 2_000_000  # characters of a process's output in log.txt
@@ -115,7 +115,7 @@ def run_part(name: str, args: argparse.Namespace, output: Path) -> list[Result]:
         left = seconds - (time.monotonic() - began)
         later = sum(max(stage.least for stage in group) for group in groups[place + 1 :])
         limit = left - scale * later
-        run: list[tuple[plan.Stage, float]] = []
+        run: list[tuple[Stage, float]] = []
         for stage in group:
             record.began.append(stage.name)
             if stage.missing is not None or limit < LEAST_LIMIT:

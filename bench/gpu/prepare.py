@@ -36,7 +36,7 @@ def prepare(version: str) -> int:
 
 def download(version: str) -> bool:
     WHEELS.mkdir(parents=True, exist_ok=True)
-    words = (sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--dest", str(WHEELS))
+    words = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--dest", str(WHEELS)]
     words += ("--only-binary=:all:", "--python-version", version, *PACKAGES)
     status = subprocess.run(words).returncode
     print(f"{len(list(WHEELS.glob('*.whl')))} wheels in {WHEELS.relative_to(ROOT)}")

@@ -101,6 +101,7 @@ class Report:
         self.cases: list[dict[str, Any]] = []
         self.failed: list[dict[str, Any]] = []
         self.extra: dict[str, Any] = {}
+        self.device: str | None
         if args.device == "cuda":
             name = torch.cuda.get_device_name()
             self.folder, self.device = device_folder(name), name

@@ -24,7 +24,7 @@ from bench.kernels.timing import Call
 CHECKED_ROWS = 8  # of the queries, against float64
 # (M, N) at which compiled flex_attention is a baseline: each shape costs seconds to compile.
 FLEX_SHAPES = frozenset({(1024, 32768), (256, 8192), (1, 131072)})
-NEVER = math.inf
+NEVER: Any = math.inf  # also where a number of rows is expected
 INTERPRETED = 90  # the compute capability that kernels are interpreted for
 FORCED = {
     "fused": strategies.Crossover(NEVER, NEVER, NEVER),
@@ -123,7 +123,8 @@ def make(shape: Shape, dtype: torch.dtype, device: torch.device, rotary: bool) -
     options: dict[str, Any] = {"dtype": dtype, "device": device}
     heads, groups, dim, tokens = (shape[key] for key in ("Hkv", "S", "d", "N"))
     query = torch.randn(1, shape["H"], shape["M"], dim, **options)
-    tables = tuple(torch.randn(heads, groups, shape["K"], dim // groups, **options) for _ in "kv")
+    of_table = (heads, groups, shape["K"], dim // groups)
+    tables = torch.randn(of_table, **options), torch.randn(of_table, **options)
     size = (1, tokens, heads * groups)
     codes = torch.randint(0, shape["K"], size, dtype=torch.int32, device=device)
     rope = None
@@ -200,7 +201,8 @@ def backend(name: SDPBackend, call: Call) -> Call:
 def chosen_backend(query: Tensor, key: Tensor, value: Tensor) -> str:
     """The backend that torch's attention takes for these tensors when none is asked for."""
     number = torch._fused_sdp_choice(query, key, value, enable_gqa=True)
-    names = {int(member): name for name, member in SDPBackend.__members__.items()}
+    members: dict[str, Any] = dict(SDPBackend.__members__)
+    names = {int(member): name for name, member in members.items()}
     return names.get(int(number), f"unknown ({number})").removesuffix("_ATTENTION").lower()
 
 
@@ -326,8 +328,8 @@ def mixed(shape: Shape, dtype: torch.dtype, device: torch.device) -> Calls:
     key, value = (torch.cat(pair, dim=2) for pair in zip(case.dense, near, strict=True))
 
     def select() -> Tensor:
-        both = [torch.cat(pair, dim=2) for pair in zip(case.expanded(), near, strict=True)]
-        return sdpa(query, *both, attn_mask=visible, enable_gqa=True)
+        keys, values = (torch.cat(pair, dim=2) for pair in zip(case.expanded(), near, strict=True))
+        return sdpa(query, keys, values, attn_mask=visible, enable_gqa=True)
 
     def keys_values(head: int) -> tuple[Tensor, Tensor]:
         far = case.dense_head(head)

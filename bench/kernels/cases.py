@@ -186,7 +186,7 @@ def decode_specs() -> Iterator[Spec]:
     for kind in ("rotary", "plain"):
         for tokens in (4096, 32768, 131072, 1048576):
             shape = {"B": 1, "M": 1, "N": tokens, **FULL, "K": K, "S": 1}
-            impls = ("fused", "fused_packed")
+            impls: tuple[str, ...] = ("fused", "fused_packed")
             if kind == "plain":
                 impls = ("counts", "counted", "counted_packed", *impls)
             variants = {impl: named(f"decode_{kind}_{impl}", shape) for impl in impls}

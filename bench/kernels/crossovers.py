@@ -63,7 +63,8 @@ def summary(cases: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     """The three constants of a Crossover, and every series that they come from."""
     looked_up = series(cases, "expanded", "fused", ("fused_lookup", "expanded_lookup"), "M")
     counted = series(cases, "counted", "fused", ("plain_",), "N")
-    few, many = {}, {}
+    few: dict[Any, Any] = {}
+    many: dict[Any, Any] = {}
     for key, points in counted.items():
         sizes = dict(key[1:])
         rows = sizes["M"] * sizes["H"] / sizes["Hkv"]

@@ -57,17 +57,16 @@ def panels(cases: Sequence[Case], prefixes: tuple[str, ...]) -> dict[str, list[C
 
 def lines(cases: Sequence[Case]) -> tuple[Lines, Lines, Lines]:
     """Ours by variant, the baselines, the roofline: points (tokens, milliseconds)."""
-    ours, baselines, roofline = defaultdict(dict), defaultdict(dict), defaultdict(dict)
+    groups: list[dict[str, dict[int, float]]] = [defaultdict(dict) for _ in range(3)]
+    ours, baselines, roofline = groups
     for case in cases:
         tokens = case["shape"]["N"]
         ours[case["impl"]][tokens] = case["ms"]["p50"]
         roofline[case.get("floor_of", "roofline")][tokens] = case["floor_ms"]
         for name, milliseconds in case["peers"].items():
             baselines[name][tokens] = milliseconds
-    return tuple(
-        {name: sorted(points.items()) for name, points in group.items()}
-        for group in (ours, baselines, roofline)
-    )
+    ordered = [{name: sorted(points.items()) for name, points in of.items()} for of in groups]
+    return ordered[0], ordered[1], ordered[2]
 
 
 def _sizes(cases: Sequence[Case]) -> int:

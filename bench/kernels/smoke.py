@@ -155,6 +155,11 @@ def plain_calls(
     )
 
 
+def of_impl(op: Callable[..., Any], *operands: Any, **options: Any) -> Call:
+    """The op on these operands, whatever the loop around it does to its variables afterwards."""
+    return lambda impl: op(*operands, impl=impl, **options)
+
+
 def code_calls(dtype: torch.dtype, device: str) -> Iterator[tuple[str, Call]]:
     options: dict[str, Any] = {"dtype": dtype, "device": device}
     kind = str(dtype).removeprefix("torch.")
@@ -167,21 +172,19 @@ def code_calls(dtype: torch.dtype, device: str) -> Iterator[tuple[str, Call]]:
         shape = f"w={width} {kind}"
         yield (
             f"encode {shape}",
-            lambda impl, a=(vectors, codebook): ak.encode(*a, impl=impl),
+            of_impl(ak.encode, vectors, codebook),
         )
         yield (
             f"encode_packed {shape}",
-            lambda impl, a=(vectors, codebook, 7): ak.encode_packed(*a, impl=impl),
+            of_impl(ak.encode_packed, vectors, codebook, 7),
         )
-        yield f"decode {shape}", lambda impl, a=(truth, codebook): ak.decode(*a, impl=impl)
+        yield f"decode {shape}", of_impl(ak.decode, truth, codebook)
         weight = torch.randn(45, groups * width, **options) / (groups * width) ** 0.5
         known = torch.randn(1, 33, groups * width, **options)
         for norm in (None, "layer"):
             yield (
                 f"lookup_linear norm={norm} {shape}",
-                lambda impl, a=(truth, codebook, weight), e=known, n=norm: ak.lookup_linear(
-                    *a, estimate=e, norm=n, impl=impl
-                ),
+                of_impl(ak.lookup_linear, truth, codebook, weight, estimate=known, norm=norm),
             )
 
 

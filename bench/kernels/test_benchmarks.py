@@ -10,6 +10,7 @@ Not part of the tests (pyproject's testpaths). The figures that are reported com
 from __future__ import annotations
 
 import re
+from typing import Any
 
 import pytest
 
@@ -43,7 +44,7 @@ def chosen() -> list[tuple[str, str, Spec]]:
 @pytest.mark.parametrize(
     ("impl", "spec"), [(impl, spec) for _, impl, spec in chosen()], ids=[n for n, _, _ in chosen()]
 )
-def test_speed(benchmark, device: str, impl: str, spec: Spec) -> None:
+def test_speed(benchmark: Any, device: str, impl: str, spec: Spec) -> None:
     if device == "cuda" and not torch.cuda.is_available():
         pytest.skip("there is no CUDA device")
     if device == "cpu":

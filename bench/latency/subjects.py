@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from astra_runtime import Codebook
 from astra_runtime.codes.base import geometry
@@ -55,7 +54,7 @@ class Subject:
     name: str
     tokens: int
     model: Any
-    inputs: dict[str, Tensor]
+    inputs: dict[str, Any]  # of tensors
 
     @classmethod
     def make(cls, name: str, tokens: int) -> Subject:

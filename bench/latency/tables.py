@@ -231,8 +231,10 @@ def _demo_rows(result: dict[str, Any]) -> list[list[str]]:
     return [*rows, ["local-only", "", "", "0", f"{result['local_only_perplexity']:.2f}"]]
 
 
-OTHERS = ("vit-base_256", "vit-base_4096", "vit-base-int8_1024", "gpt2_1024", "gpt2-medium_1024")
-OTHERS += ("llama_1024", "vit-base_1024_many")
+OTHERS = (
+    *("vit-base_256", "vit-base_4096", "vit-base-int8_1024", "gpt2_1024", "gpt2-medium_1024"),
+    *("llama_1024", "vit-base_1024_many"),
+)
 
 
 def _of(name: str) -> tuple[str]:

@@ -108,7 +108,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     for name in options.codes:
         book = codebook_of(name, 0, model, tokenizer)
         for share in options.shares:
-            for afterwards in codebooks.after_loss(book) if share else ("stale",):
+            choices = codebooks.after_loss(book)
+            for afterwards in choices if share else choices[:1]:
                 study.losses(name, book, share, afterwards, controls)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 from bench.report.markdown import Table, source, table
@@ -99,7 +100,7 @@ def vision_wide(report: dict[str, Any]) -> str:
 
 def vision_training(report: dict[str, Any]) -> str:
     """What one setting of the training does: noise, commitment, codewords, the class token."""
-    names = {
+    names: dict[str, Callable[[dict[str, Any]], str]] = {
         "noise": lambda row: f"λ = {row['noise']:g}",
         "commitment": lambda row: f"β = {row['commitment']:g}",
         "codewords": lambda row: f"K = {row['codewords']}",

@@ -319,8 +319,9 @@ GLOO_HEADERS = 3 * 48  # bytes a message: its own header, and both sides announc
 
 def gloo_rank(rank: int, world_size: int, folder: str, results: Any) -> None:
     """One process: every method over gloo, what it says it sent, and what its sockets sent."""
-    import torch.distributed as dist
+    import torch.distributed
 
+    dist: Any = torch.distributed  # of whose names it does not export some
     torch.set_num_threads(1)
     store = dist.FileStore(f"{folder}/store", world_size)
     options = dist.ProcessGroupGloo._Options()

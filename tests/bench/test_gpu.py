@@ -51,8 +51,8 @@ def test_both_parts_are_planned(capsys):
 @pytest.mark.parametrize("part", gpu.PLANS)
 def test_least_times_fit_a_part(part, tmp_path):
     groups = gpu.PLANS[part](Setup(tmp_path, 16))
-    assert sum(max(stage.least for stage in group) for group in groups) < gpu.PARTS[part] / 1.5
-    assert gpu.PARTS[part] + running.GRACE <= 300
+    assert sum(max(stage.least for stage in group) for group in groups) < plan.PARTS[part] / 1.5
+    assert plan.PARTS[part] + running.GRACE <= 300
 
 
 def test_a_stage_that_does_not_exist_is_refused(capsys):

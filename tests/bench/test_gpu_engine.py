@@ -12,6 +12,7 @@ pytest.importorskip("transformers")
 
 from astra_runtime import Engine
 from astra_runtime.trace import Trace
+from astra_runtime.transport import Link
 from bench import gpu_engine
 from bench.gpu_engine import Rank, Replaying, Stopwatch, linked, record, stages_of
 from bench.report import Times
@@ -69,7 +70,7 @@ def test_what_a_link_adds():
     fast = Rank(Times(20.0, 20.0, 20.0), stages, {0: 10_000, 1: 10_000}, 8)
     slow = Rank(Times(25.0, 25.0, 25.0), stages, {}, 8)
     assert linked([fast, slow], 1e9, 0.0) == pytest.approx(3 + 3 + 25 - 6 - 1, abs=1e-3)
-    crossing = 1e3 * gpu_engine.Link(10, 0.0).seconds(10_000)
+    crossing = 1e3 * Link(10, 0.0).seconds(10_000)
     assert crossing > 8
     assert linked([fast, slow], 10, 0.0) == pytest.approx(2 * crossing + 25 - 6 - 1)
     assert linked([fast, slow], 10, 2.0) == pytest.approx(2 * (crossing + 2) + 25 - 6 - 1)

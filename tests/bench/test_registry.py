@@ -65,7 +65,7 @@ def test_it_says_what_it_runs_and_leaves_out_and_goes_on_after_a_failure(ran, ca
 
 @pytest.mark.parametrize(("reason", "status"), [("", 0), ("needs root", 1)])
 def test_what_a_benchmark_lacks_is_told(ran, capsys, monkeypatch, reason, status):
-    monkeypatch.setattr(program.switch, "unavailable", lambda: reason)
+    monkeypatch.setattr("bench.link.switch.unavailable", lambda: reason)
     assert program.main(["three"]) == status
     assert ("python -m bench.three" in ran) == (status == 0)
     assert ("three cannot run here: needs root" in capsys.readouterr().out) is bool(status)

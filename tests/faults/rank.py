@@ -111,7 +111,7 @@ def _send_part(
                 way.transmit(datagram)
             continue
         peer = mesh._peers[number]
-        data = b"".join(peer.stream.seal(frame.stamp(peer.sent, plan, block, mesh.rank)))
+        data = b"".join(peer.stream.seal(frame.stamp(peer.num_sent, plan, block, mesh.rank)))
         peer.sock.send(data[: draw.randrange(1, len(data))])
 
 

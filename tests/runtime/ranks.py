@@ -26,10 +26,11 @@ PLAN = 0x1234
 
 def gloo_mesh(world_size: int, *, timeout: float = 30.0) -> list[Mesh]:
     """All ranks of a gloo mesh in this process: process groups of their own, over one store."""
-    import torch.distributed as dist
+    import torch.distributed
 
     from astra_runtime.transport.distributed import DistributedMesh
 
+    dist: Any = torch.distributed  # of whose names it does not export some
     store = dist.HashStore()
 
     def join(rank: int) -> Mesh:
