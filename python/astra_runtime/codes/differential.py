@@ -88,6 +88,14 @@ class DifferentialCodes(HiddenCodes):
     def decode(
         self, block: int, payloads: Sequence[Payload], batch: int, rope: Rope
     ) -> DenseTokens:
+        projection = self.projections[block]
+        whole = all(payload.received is None for payload in payloads)
+        if block and whole and projection is not None:
+            codes = self.receive(block, payloads, batch)
+            tokens, refined = self.look_up(block, codes, projection, rope, self.remote)
+            assert refined is not None
+            self.remote = refined
+            return tokens
         if block:
             self.remote = self.remote + self.read_codewords(block, payloads, batch).flatten(2)
         return self.project(block, self.remote, rope)

@@ -11,12 +11,14 @@ from torch import Tensor
 import astra_kernels as ak
 
 from ..models import Adapter
+from ..models.projection import Projection
 from .base import Codec, CodeCosts, Payload, Pending, projection_flops
 from .dense import DenseAttention, DenseTokens
 from .fields import CodebookFields
 from .packed import PackedCodes, TableLookup, search_flops
 from .rotary import Rope, rotate
 from .simulated import Pair, Quantize, SentTokens, SimulatedCodec
+from .staging import ReceivedCodes
 
 
 class HiddenEncoder(PackedCodes):
@@ -64,12 +66,47 @@ class HiddenCodes(HiddenEncoder, DenseAttention):
     def __init__(self, codebook: CodebookFields, adapter: Adapter) -> None:
         super().__init__(codebook, adapter)
         self.adapter = adapter
+        self.projections: list[Projection | None] = [None] * len(self.tables)
+        if self.staging is not None:
+            self.projections = [adapter.projection(block) for block in range(len(self.tables))]
 
     def decode(
         self, block: int, payloads: Sequence[Payload], batch: int, rope: Rope
     ) -> DenseTokens:
+        projection = self.projections[block]
+        if projection is not None:
+            codes = self.receive(block, payloads, batch)
+            return self.look_up(block, codes, projection, rope)[0]
         estimate = ak.decode(self.read(block, payloads, batch), self.tables[block]).flatten(2)
         return self.project(block, estimate, rope)
+
+    def look_up(
+        self,
+        block: int,
+        codes: ReceivedCodes,
+        projection: Projection,
+        rope: Rope,
+        estimate: Tensor | None = None,
+    ) -> tuple[DenseTokens, Tensor | None]:
+        """Keys and values straight from codes, of block inputs that are never written down.
+
+        With an estimate [B, N, D] of them the codes refine it; it is returned as it is then.
+        """
+        options: dict[str, Any] = {"norm": projection.norm, "eps": projection.eps}
+        if codes.joined:
+            options |= {"code_bits": codes.bits, "num_tokens": codes.tokens}
+        both: Any = ak.lookup_linear(
+            codes.data if codes.joined else codes.unpacked(),
+            self.tables[block],
+            projection.weight,
+            projection.bias,
+            estimate=estimate,
+            **options,
+        )
+        projected, refined = (both, None) if estimate is None else both
+        heads = projected.unflatten(-1, (2, self.adapter.num_key_value_heads, -1))
+        key, value = heads.permute(2, 0, 3, 1, 4)
+        return DenseTokens(rotate(key, rope), value), refined
 
     def project(self, block: int, estimate: Tensor, rope: Rope) -> DenseTokens:
         """The block's own keys and values of estimated inputs [B, N, D]."""

@@ -25,6 +25,7 @@ from torch import Tensor, nn
 from ..plan import Plan
 from .heads import head_reads
 from .hooks import Hooks, Listener
+from .projection import Projection
 
 # What a configuration says besides the function that the model computes.
 _NOT_THE_MODEL = {
@@ -161,6 +162,10 @@ class Adapter(ABC):
     @abstractmethod
     def project(self, block: int, hidden: Tensor) -> tuple[Tensor, Tensor]:
         """Keys and values, not rotated, [B, Hkv, N, d], of block inputs [B, N, D]."""
+
+    def projection(self, block: int) -> Projection | None:
+        """`project` as one product; None where the modules do more than that."""
+        return None
 
     @abstractmethod
     def count(self, inputs: Mapping[str, Tensor]) -> tuple[int, int]:

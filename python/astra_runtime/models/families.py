@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from ..plan import Plan
 from .base import Adapter, adapters, adapters_lock
 from .heads import ROW, check_head
+from .projection import Projection, folded, is_plain, joined
 
 
 def _heads(flat: Tensor, head_dim: int) -> Tensor:
@@ -145,6 +146,11 @@ class Llama(_Decoder):
             _heads(attention.v_proj(normed), self.head_dim),
         )
 
+    def projection(self, block: int) -> Projection | None:
+        layer: Any = self.blocks[block]
+        product = joined([layer.self_attn.k_proj, layer.self_attn.v_proj])
+        return product and folded(layer.input_layernorm, *product)
+
     def embed(self, inputs: Mapping[str, Tensor]) -> Tensor:
         embedded: Tensor = self.base.embed_tokens(inputs["input_ids"])
         return embedded
@@ -160,12 +166,7 @@ def _is_plain(projection: nn.Module) -> bool:
     """Whether a GPT-2 projection is its weight and bias alone: no adapter, no hook, no patch."""
     from transformers.pytorch_utils import Conv1D
 
-    return (
-        type(projection) is Conv1D
-        and not projection._forward_hooks
-        and not projection._forward_pre_hooks
-        and "forward" not in projection.__dict__
-    )
+    return is_plain(projection, Conv1D)
 
 
 class GPT2(_Decoder):
@@ -186,6 +187,13 @@ class GPT2(_Decoder):
         else:
             key, value = projection(normed)[..., width:].split(width, -1)
         return _heads(key, self.head_dim), _heads(value, self.head_dim)
+
+    def projection(self, block: int) -> Projection | None:
+        layer: Any = self.blocks[block]
+        both, width = layer.attn.c_attn, self.hidden_size
+        if not _is_plain(both):
+            return None
+        return folded(layer.ln_1, both.weight[:, width:].T, both.bias[width:])
 
     def embed(self, inputs: Mapping[str, Tensor]) -> Tensor:
         embedded: Tensor = self.base.wte(inputs["input_ids"])
@@ -217,6 +225,11 @@ class ViT(Adapter):
             _heads(attention.k_proj(normed), self.head_dim),
             _heads(attention.v_proj(normed), self.head_dim),
         )
+
+    def projection(self, block: int) -> Projection | None:
+        layer: Any = self.blocks[block]
+        product = joined([layer.attention.k_proj, layer.attention.v_proj])
+        return product and folded(layer.layernorm_before, *product)
 
     def count(self, inputs: Mapping[str, Tensor]) -> tuple[int, int]:
         config: Any = self.model.config
@@ -264,6 +277,11 @@ class Bert(Adapter):
             _heads(attention.key(hidden), self.head_dim),
             _heads(attention.value(hidden), self.head_dim),
         )
+
+    def projection(self, block: int) -> Projection | None:
+        layer: Any = self.blocks[block]
+        product = joined([layer.attention.self.key, layer.attention.self.value])
+        return product and Projection(*product, norm=None)
 
     def count(self, inputs: Mapping[str, Tensor]) -> tuple[int, int]:
         ids = _take_ids(inputs, {"input_ids", "attention_mask", "token_type_ids"})

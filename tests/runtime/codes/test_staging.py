@@ -16,10 +16,11 @@ from astra_runtime.codes.staging import ReceivedCodes, Staging, read_later
 from astra_runtime.core import _C
 from astra_runtime.errors import NotFinite, PeerLost, WireError
 from astra_runtime.evaluate import run_ranks
+from astra_runtime.models import adapt
 from astra_runtime.trace import Trace, tracing
 from astra_runtime.transport import Mesh
 
-from ..models import inputs_for, tiny
+from ..models import KINDS, inputs_for, tiny
 from ..test_engine import fitted
 
 CASES = {
@@ -27,7 +28,11 @@ CASES = {
     "kv-shared": ("gpt2", {"space": "kv", "groups": 1, "shared": True}),
     "hidden-1": ("llama", {"space": "hidden", "groups": 1}),
     "hidden-4": ("vit", {"space": "hidden", "groups": 4}),
+    "hidden-4-rms": ("qwen2", {"space": "hidden", "groups": 4}),
+    "hidden-4-no-norm": ("bert", {"space": "hidden", "groups": 4}),
+    "hidden-4-conv": ("gpt2", {"space": "hidden", "groups": 4}),
     "differential": ("gpt2", {"space": "differential", "groups": 4}),
+    "differential-rms": ("llama", {"space": "differential", "groups": 4}),
     "transform": ("llama", {"space": "transform", "bits": 40}),
 }
 
@@ -62,9 +67,43 @@ def run(model: Any, book: Any, inputs: dict[str, Any], world_size: int = 3) -> l
         sent = Sent(mesh)
         with Engine(model, book, mesh) as engine:
             sent.frames.clear()
-            return engine(**inputs, logits="all").logits, sent.frames
+            output = engine(**inputs, logits="all")
+            name = "logits" if "logits" in output else "last_hidden_state"  # BERT's, without a head
+            return output[name], sent.frames
 
     return run_ranks(world_size, work, timeout=60)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_projection_as_one_product(kind: str) -> None:
+    import astra_kernels as ak
+
+    model = tiny(kind)
+    adapter = adapt(model)
+    for tensor in model.parameters():  # gains and shifts as well
+        tensor.data += 0.1 * torch.randn_like(tensor)
+    table, codes = torch.randn(2, 7, 24), torch.randint(0, 7, (1, 5, 2), dtype=torch.int32)
+    for block in range(3):
+        projection = adapter.projection(block)
+        assert projection is not None
+        y = ak.lookup_linear(
+            *(codes, table, projection.weight, projection.bias),
+            norm=projection.norm,
+            eps=projection.eps,
+        )
+        key, value = adapter.project(block, ak.decode(codes, table).flatten(2))
+        both = torch.cat([key, value], 1).transpose(1, 2).flatten(2)
+        torch.testing.assert_close(y, both, rtol=1e-4, atol=1e-4)
+
+
+def test_a_projection_that_does_more_is_left_to_the_model() -> None:
+    model = tiny("llama")
+    layers = model.model.layers
+    layers[0].self_attn.k_proj.register_forward_hook(lambda module, args, output: output * 2)
+    layers[1].input_layernorm = torch.nn.Identity()
+    layers[2].self_attn.v_proj = torch.nn.Sequential(layers[2].self_attn.v_proj)
+    adapter = adapt(model)
+    assert [adapter.projection(block) for block in range(3)] == [None] * 3
 
 
 @pytest.mark.parametrize("batch", [1, 2])
