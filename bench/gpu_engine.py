@@ -12,6 +12,7 @@ Writes <output>/<device>/engine.json after every case:
 
     engine_single_T…         the model alone, to the logits of the last token
     engine_rank_T…_N…_r…     one rank of N; `stages`: milliseconds of a block, in the median
+    engine_graphs_T…_N…_r…   the same as CUDA graphs between its exchanges
     engine_T…_N…_…mbit       N such devices on links of that rate, from the ranks' stages
 
 Before that it checks, on a smaller model in fp32, that ranks as threads on this device give the
@@ -38,12 +39,12 @@ from torch import nn
 
 from astra_runtime import Codebook, Engine
 from astra_runtime.codes.base import geometry
-from astra_runtime.evaluate import run_ranks
 from astra_runtime.models import adapt
 from astra_runtime.trace import Trace, stage, trace_of, tracing
-from astra_runtime.transport import Frame, Link, Mesh
-from astra_runtime.transport.stats import Stats
+from astra_runtime.transport import Link
 from bench.gpu.environment import device_folder
+from bench.gpu.graphs import capture
+from bench.gpu.ranks import Received, Replaying, record
 from bench.report import Case, Times, cores, cpu_name, percentiles, write
 
 RATES = (10, 100, 1000, 10_000)  # Mbit/s
@@ -113,105 +114,6 @@ def make_codebook(model: nn.Module, shape: Shape) -> Codebook:
         tables=torch.randn(size, generator=generator),
         scales=torch.ones(shape.layers, shape.kv_heads, 2),
     )
-
-
-# Meshes: one that writes down what it receives, one that has it ready.
-
-
-Key = tuple[int, int]  # block or control number, sender
-
-
-class Recording(Mesh):
-    """A mesh that keeps what its rank receives."""
-
-    def __init__(self, mesh: Mesh) -> None:
-        self.mesh, self.rank, self.world_size = mesh, mesh.rank, mesh.world_size
-        self.timeout = mesh.timeout
-        self.received: dict[Key, bytes] = {}
-
-    @property
-    def stats(self) -> Stats:
-        return self.mesh.stats
-
-    @property
-    def peer_stats(self) -> dict[int, Stats]:
-        return self.mesh.peer_stats
-
-    def send(self, payload: Any, **how: Any) -> None:
-        self.mesh.send(payload, **how)
-
-    def receive(
-        self, sizes: Mapping[int, int], *, block: int, plan: int, **how: Any
-    ) -> dict[int, memoryview]:
-        views = self.mesh.receive(sizes, block=block, plan=plan, **how)
-        self.received |= {(block, n): bytes(view) for n, view in views.items()}
-        return views
-
-    def flush(self) -> None:
-        self.mesh.flush()
-
-    def close(self) -> None:
-        self.mesh.close()
-
-    def abort(self, error: BaseException) -> None:
-        self.mesh.abort(error)
-
-
-class Replaying(Mesh):
-    """A rank alone: what it receives lies ready, and what it sends goes nowhere."""
-
-    timeout = 60.0
-
-    def __init__(self, rank: int, world_size: int, received: Mapping[Key, bytes]) -> None:
-        self.rank, self.world_size = rank, world_size
-        self.received = {key: memoryview(bytearray(data)) for key, data in received.items()}
-        self.sent: dict[int, int] = {}  # payload bytes of each block, to all receivers
-
-    @property
-    def stats(self) -> Stats:
-        return Stats()
-
-    @property
-    def peer_stats(self) -> dict[int, Stats]:
-        return {}
-
-    def agree(self, fields: Mapping[str, str]) -> None:
-        """The ranks agreed when they were recorded."""
-
-    def send(
-        self, payload: Any, *, block: int, plan: int, to: Sequence[int], partial: bool = False
-    ) -> None:
-        size = payload.size if isinstance(payload, Frame) else len(payload)
-        self.sent[block] = size * len(to)
-
-    def receive(
-        self, sizes: Mapping[int, int], *, block: int, plan: int, **how: Any
-    ) -> dict[int, memoryview]:
-        return {n: self.received[block, n] for n in sizes}
-
-    def flush(self) -> None:
-        pass
-
-    def close(self) -> None:
-        pass
-
-    def abort(self, error: BaseException) -> None:
-        pass
-
-
-def record(
-    model: nn.Module, codebook: Codebook, ids: torch.Tensor, world_size: int
-) -> tuple[list[dict[Key, bytes]], torch.Tensor]:
-    """What every rank receives in one call, and the call's logits [B, 1, V]."""
-
-    def work(mesh: Mesh) -> tuple[dict[Key, bytes], torch.Tensor]:
-        recording = Recording(mesh)
-        with Engine(model, codebook, recording) as engine:
-            output = engine(input_ids=ids)
-        return recording.received, output.logits
-
-    ranks = run_ranks(world_size, work)
-    return [received for received, _ in ranks], ranks[0][1]
 
 
 # Times of one device.
@@ -397,7 +299,7 @@ class Report:
         self.write(complete=False)
 
 
-def codes_of(received: Mapping[Key, bytes], blocks: int) -> bytes:
+def codes_of(received: Received, blocks: int) -> bytes:
     return b"".join(data for (block, _), data in sorted(received.items()) if block < blocks)
 
 
@@ -473,6 +375,7 @@ def cases_of(
         name = f"engine_rank_T{tokens}_N{world_size}_r{n}"
         peers = {"single": single.p50}
         yield Case(name, {**shape, "rank": n}, dtype, "astra kv", rank.ms, None, peers, extra)
+    yield from graph_cases(model, codebook, ids, watch, received, shape, dtype, ranks)
     for rate in RATES:
         ms = linked(ranks, rate, DELAY_MS)
         name = f"engine_T{tokens}_N{world_size}_{rate}mbit"
@@ -480,6 +383,35 @@ def cases_of(
         extra = {"from": "the ranks alone and the link model"}
         peers = {"single": single.p50}
         yield Case(name, sizes, dtype, "astra kv", Times(ms, ms, ms), None, peers, extra)
+
+
+def graph_cases(
+    model: nn.Module,
+    codebook: Codebook,
+    ids: torch.Tensor,
+    watch: Stopwatch,
+    received: Sequence[Received],
+    shape: Mapping[str, Any],
+    dtype: str,
+    ranks: Sequence[Rank],
+) -> Iterator[Case]:
+    """The first and the last rank as graphs; where something cannot be captured, none, and why."""
+    tokens, world_size = shape["tokens"], shape["world_size"]
+    for n in (0, world_size - 1):
+        mesh = Replaying(n, world_size, received[n])
+        name = f"engine_graphs_T{tokens}_N{world_size}_r{n}"
+        try:
+            with Engine(model, codebook, mesh) as engine:
+                pieces = capture(engine, watch.device, ids)
+            ms = watch.time(pieces.replay)
+            error = float((pieces.hidden - pieces.want).norm() / pieces.want.norm())
+        except RuntimeError as reason:
+            print(f"{name}: {type(reason).__name__}: {reason}"[:300], flush=True)
+            if watch.device.type == "cuda":
+                torch.cuda.synchronize(watch.device)
+            continue
+        extra = {"graphs": pieces.num_graphs, "error": error, "eager_ms": ranks[n].ms.p50}
+        yield Case(name, {**shape, "rank": n}, dtype, "astra kv, graphs", ms, None, {}, extra)
 
 
 def arguments(given: Sequence[str] | None) -> argparse.Namespace:

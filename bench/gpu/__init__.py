@@ -6,4 +6,6 @@ running.py      stages as processes with limits
 environment.py  what machine this is
 prepare.py      what a machine without a network needs brought along
 pytest_log.py   a pytest plugin: failures are told when they happen
+ranks.py        one device as every rank in turn, for bench.gpu_engine
+graphs.py       a rank's call as CUDA graphs
 """

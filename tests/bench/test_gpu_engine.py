@@ -14,7 +14,9 @@ from astra_runtime import Engine
 from astra_runtime.trace import Trace
 from astra_runtime.transport import Link
 from bench import gpu_engine
-from bench.gpu_engine import Rank, Replaying, Stopwatch, linked, record, stages_of
+from bench.gpu import graphs
+from bench.gpu.ranks import Replaying, record
+from bench.gpu_engine import Rank, Stopwatch, linked, stages_of
 from bench.report import Times
 
 CPU = torch.device("cpu")
@@ -46,6 +48,56 @@ def test_a_rank_alone_does_what_it_did_among_the_others():
     spoiled = {key: bytes(len(data)) for key, data in received[2].items()}
     with Engine(model, codebook, Replaying(2, 3, spoiled)) as engine:
         assert not torch.allclose(engine(input_ids=ids).logits, logits)
+
+
+@pytest.mark.parametrize("rank", [0, 1, 2])
+def test_a_call_in_pieces_is_the_call(rank):
+    """What would be captured runs once here, in the order of a replay."""
+    shape = gpu_engine.TINY
+    model = gpu_engine.make_model(shape, CPU)
+    codebook = gpu_engine.make_codebook(model, shape)
+    ids = torch.randint(0, shape.vocabulary, (1, 40))
+    received, logits = record(model, codebook, ids, 3)
+    with Engine(model, codebook, Replaying(rank, 3, received[rank])) as engine:
+        pieces = graphs.capture(engine, CPU, ids)
+        alone = engine(input_ids=ids).logits  # nothing is left of the capture
+    torch.testing.assert_close(alone, logits)
+    last = model.lm_head(pieces.hidden[:, -1:]) if rank == 2 else logits
+    torch.testing.assert_close(last, logits)
+    # two graphs a block where codes are sent, one where they are not, and one behind the last
+    assert pieces.num_graphs == 1 + shape.layers * (2 if rank < 2 else 1)
+    assert torch.equal(pieces.hidden, pieces.want)
+    pieces.replay()
+
+
+def test_the_order_of_a_replay(monkeypatch):
+    shape, order = gpu_engine.TINY, []
+
+    class Noted(graphs.NoGraphs):
+        def begin(self):
+            order.append("begin")
+
+        def end(self):
+            order.append("end")
+            return lambda: order.append("graph")
+
+    monkeypatch.setattr(graphs, "NoGraphs", Noted)
+    model = gpu_engine.make_model(shape, CPU)
+    codebook = gpu_engine.make_codebook(model, shape)
+    ids = torch.randint(0, shape.vocabulary, (1, 40))
+    received, _ = record(model, codebook, ids, 3)
+    with Engine(model, codebook, Replaying(1, 3, received[1])) as engine:
+        pieces = graphs.capture(engine, CPU, ids)
+    assert order == ["begin", "end"] * 2 * pieces.num_graphs  # once for a call that is compared
+    for use in ("download", "upload"):
+        plain = getattr(pieces.staging, use)
+        monkeypatch.setattr(
+            pieces.staging, use, lambda *a, use=use, plain=plain: (order.append(use), plain(*a))[1]
+        )
+    order.clear()
+    pieces.replay()
+    block = ["graph", "download", "graph", "upload"]
+    assert order == block * shape.layers + ["graph"]
 
 
 def test_stages_by_block():
@@ -91,7 +143,8 @@ def test_the_file(tmp_path):
     assert report["equality"]["passed"]
     names = [case["name"] for case in report["cases"]]
     assert names[:3] == ["engine_single_T24", "engine_rank_T24_N2_r0", "engine_rank_T24_N2_r1"]
-    assert [name.rpartition("_")[2] for name in names[3:]] == [f"{r}mbit" for r in gpu_engine.RATES]
+    assert names[3:5] == ["engine_graphs_T24_N2_r0", "engine_graphs_T24_N2_r1"]
+    assert [name.rpartition("_")[2] for name in names[5:]] == [f"{r}mbit" for r in gpu_engine.RATES]
     first, last = report["cases"][1:3]
     assert {"encode", "attend_near", "mlp", "project"} <= set(first["stages"])
     assert {"unpack", "attend_far", "merge"} <= set(last["stages"])
