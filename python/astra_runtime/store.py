@@ -80,11 +80,19 @@ def at_hand(name: str) -> str:
         return str(folder)
     source = _packaged(name)
     if source.suffix == ".gguf":
-        if not source.is_file() or source.open("rb").read(4) != b"GGUF":
+        if not _begins_as_gguf(source):
             raise DamagedModel(f"model {name!r}: {source} is absent or damaged")
         return f"{source.name}, to be converted at its first use"
     _check_files(name, source)
     return str(source)
+
+
+def _begins_as_gguf(file: Path) -> bool:
+    try:
+        with file.open("rb") as opened:
+            return opened.read(4) == b"GGUF"
+    except OSError:
+        return False
 
 
 def _check_files(name: str, folder: Path) -> None:
