@@ -201,11 +201,11 @@ std::int64_t field(py::handle value) {
 }
 
 int check_header(py::handle data, const py::tuple& expected) {
-  if (expected.size() != 5) throw py::type_error("expected must be a header of five fields");
+  if (expected.size() != 7) throw py::type_error("expected must be a header of seven fields");
   const auto at = [&](std::size_t i) {
     return field(PyTuple_GET_ITEM(expected.ptr(), static_cast<py::ssize_t>(i)));
   };
-  const astra::wire::Expected header{at(0), at(1), at(2), at(3), at(4)};
+  const astra::wire::Expected header{at(0), at(1), at(2), at(3), at(4), at(5), at(6)};
   const Bytes bytes(data);
   return static_cast<int>(astra::wire::check_header(bytes.data(), bytes.size(), header));
 }

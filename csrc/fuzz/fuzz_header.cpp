@@ -1,4 +1,4 @@
-// Frame headers. Input: the 16 bytes that have to come, then what comes.
+// Frame headers. Input: the header that has to come, then what comes.
 //
 // Promised: what is accepted is what had to come, bit for bit (no forgery), what had to come is
 // accepted, and the field that is named differs while those named before it do not.
@@ -15,11 +15,12 @@ namespace {
 
 void check_name(const Header& came, const Expected& expected, Field named) {
   const bool same[] = {came.source == expected.source, came.sequence == expected.sequence,
+                       came.call == expected.call, came.request == expected.request,
                        came.plan == expected.plan, came.block == expected.block,
                        came.length == expected.length};
   const auto* first = std::find(std::begin(same), std::end(same), false);
   const auto place = static_cast<int>(first - std::begin(same));
-  PROMISE(place < 5 && static_cast<int>(named) == static_cast<int>(Field::kSource) + place);
+  PROMISE(place < 7 && static_cast<int>(named) == static_cast<int>(Field::kSource) + place);
 }
 
 }  // namespace
@@ -30,7 +31,8 @@ int LLVMFuzzerTestOneInput(const std::uint8_t* data, std::size_t size) {
     return 0;
   }
   const Header wanted = read_header(data);
-  const Expected expected{wanted.length, wanted.sequence, wanted.plan, wanted.block, wanted.source};
+  const Expected expected{wanted.length, wanted.sequence, wanted.plan,   wanted.block,
+                          wanted.source, wanted.call,     wanted.request};
   std::uint8_t written[kHeaderSize];
   write_header(wanted, written);
   PROMISE(std::memcmp(written, data, kHeaderSize) == 0);

@@ -31,6 +31,17 @@ void write32(std::uint32_t value, std::uint8_t* out) noexcept {
   write16(static_cast<std::uint16_t>(value >> 16), out + 2);
 }
 
+std::int64_t read64(const std::uint8_t* data) noexcept {
+  return static_cast<std::int64_t>(read32(data) |
+                                   static_cast<std::uint64_t>(read32(data + 4)) << 32);
+}
+
+void write64(std::int64_t value, std::uint8_t* out) noexcept {
+  const auto bits = static_cast<std::uint64_t>(value);
+  write32(static_cast<std::uint32_t>(bits), out);
+  write32(static_cast<std::uint32_t>(bits >> 32), out + 4);
+}
+
 // Bytes of the character that begins with `lead`, and its least code point; 0: none begins so.
 struct Shape {
   std::size_t bytes;
@@ -55,7 +66,8 @@ bool ascending(const std::uint8_t* data, const Text& first, const Text& second) 
 }  // namespace
 
 Header read_header(const std::uint8_t* data) noexcept {
-  return {read32(data), read32(data + 4), read32(data + 8), read16(data + 12), read16(data + 14)};
+  return {read32(data),      read32(data + 4),  read32(data + 8), read16(data + 12),
+          read16(data + 14), read32(data + 16), read64(data + 20)};
 }
 
 void write_header(const Header& header, std::uint8_t* out) noexcept {
@@ -64,6 +76,8 @@ void write_header(const Header& header, std::uint8_t* out) noexcept {
   write32(header.plan, out + 8);
   write16(header.block, out + 12);
   write16(header.source, out + 14);
+  write32(header.call, out + 16);
+  write64(header.request, out + 20);
 }
 
 Field check_header(const std::uint8_t* data, std::size_t size, const Expected& expected) noexcept {
@@ -71,6 +85,8 @@ Field check_header(const std::uint8_t* data, std::size_t size, const Expected& e
   const Header came = read_header(data);
   if (came.source != expected.source) return Field::kSource;
   if (came.sequence != expected.sequence) return Field::kSequence;
+  if (came.call != expected.call) return Field::kCall;
+  if (came.request != expected.request) return Field::kRequest;
   if (came.plan != expected.plan) return Field::kPlan;
   if (came.block != expected.block) return Field::kBlock;
   if (came.length != expected.length) return Field::kLength;
@@ -80,7 +96,8 @@ Field check_header(const std::uint8_t* data, std::size_t size, const Expected& e
 bool is_bye(const std::uint8_t* data, std::size_t size, std::int64_t source) noexcept {
   if (size < kHeaderSize) return false;
   const Header came = read_header(data);
-  return came.block == kBye && came.source == source && came.length == 0 && came.plan == 0;
+  return came.block == kBye && came.source == source && came.length == 0 && came.plan == 0 &&
+         came.call == 0 && came.request == kNoRequest;
 }
 
 Greeting judge_prefix(const std::uint8_t* data, std::size_t size) noexcept {

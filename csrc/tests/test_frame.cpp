@@ -24,32 +24,34 @@ void expect(bool ok, const char* what) {
 }
 
 void headers() {
-  const Header sent{3, 5, 0xDEADBEEF, 3, 1};
-  const Expected expected{3, 5, 0xDEADBEEF, 3, 1};
+  const Header sent{3, 5, 0xDEADBEEF, 3, 1, 7, 9};
+  const Expected expected{3, 5, 0xDEADBEEF, 3, 1, 7, 9};
   std::array<std::uint8_t, kHeaderSize> data{};
   write_header(sent, data.data());
   expect(check_header(data.data(), data.size(), expected) == Field::kNone, "the header expected");
-  expect(check_header(data.data(), 15, expected) == Field::kSize, "15 bytes are no header");
+  expect(check_header(data.data(), 27, expected) == Field::kSize, "27 bytes are no header");
   expect(check_header(nullptr, 0, expected) == Field::kSize, "nothing is no header");
-  const Field of_byte[] = {Field::kLength, Field::kSequence, Field::kPlan, Field::kBlock};
+  const Field of_byte[] = {Field::kLength, Field::kSequence, Field::kPlan,   Field::kBlock,
+                           Field::kCall,   Field::kRequest,  Field::kRequest};
   for (std::size_t i = 0; i < kHeaderSize; ++i) {
     for (int bit = 0; bit < 8; ++bit) {
       auto changed = data;
       changed[i] = static_cast<std::uint8_t>(changed[i] ^ 1 << bit);
-      const Field named = i < 14 ? of_byte[i / 4] : Field::kSource;
-      expect(check_header(changed.data(), 16, expected) == named, "the field that changed");
+      const Field named = i == 14 || i == 15 ? Field::kSource : of_byte[i / 4];
+      expect(check_header(changed.data(), kHeaderSize, expected) == named, "the field that changed");
     }
   }
-  expect(check_header(data.data(), 16, {3, 5 + (std::int64_t{1} << 32), 0xDEADBEEF, 3, 1}) ==
-             Field::kSequence,
+  expect(check_header(data.data(), kHeaderSize,
+                      {3, 5 + (std::int64_t{1} << 32), 0xDEADBEEF, 3, 1, 7, 9}) == Field::kSequence,
          "a sequence number behind the last one is no frame's");
 }
 
 void byes() {
   std::array<std::uint8_t, kHeaderSize> data{};
   write_header({0, 9, 0, kBye, 2}, data.data());
-  expect(is_bye(data.data(), 16, 2), "BYE of rank 2");
-  expect(!is_bye(data.data(), 16, 1) && !is_bye(data.data(), 15, 2), "no BYE of rank 1, no part");
+  expect(is_bye(data.data(), kHeaderSize, 2), "BYE of rank 2");
+  expect(!is_bye(data.data(), kHeaderSize, 1), "no BYE of rank 1");
+  expect(!is_bye(data.data(), kHeaderSize - 1, 2), "a part of a BYE is none");
 }
 
 void hellos() {
@@ -69,7 +71,7 @@ void hellos() {
   expect(read_hello(data.data(), 29, back) == Greeting::kSize, "a HELLO cut short");
   data[12] = 1;  // 513
   expect(read_hello(data.data(), 30, back) == Greeting::kReason, "too long a reason");
-  data[4] = 2;
+  data[4] = 1;
   expect(read_hello(data.data(), 30, back) == Greeting::kVersion, "another version");
   data[3] = 'A';
   expect(read_hello(data.data(), 30, back) == Greeting::kForeign, "something else");

@@ -16,18 +16,19 @@ class Control(IntEnum):
 
     HEAD = 0xFF00  # final hidden states that the head reads
     TOKEN = 0xFF01  # a generated token, from the rank that decodes
-    PICTURE = 0xFF08  # means of the picture that a rank was given
     JOB_SIZE = 0xFF02  # leader to workers: bytes of the job that follows
     JOB = 0xFF03  # its JSON
     REPORT = 0xFF04  # one float64 of each rank, also a barrier
     CLOCK = 0xFF05  # a rank's clock in ns, for timelines
     TRACE_SIZE = 0xFF06  # bytes of the timeline that follows
     TRACE = 0xFF07  # its JSON
+    PICTURE = 0xFF08  # means of the picture that a rank was given
     PING = 0xFF10  # link probe: a round trip
     BULK = 0xFF11  # link probe: frames that double in size
     RATES_SIZE = 0xFF12  # bytes of the measured rates that follow
     RATES = 0xFF13  # their JSON
     LAST_OF_ENGINE = 0xFFEF
+    CANCEL = 0xFFFB  # why a rank ends the call that runs; later calls are as good as before
     DATAGRAMS = 0xFFFC  # agrees UDP port and secret
     ABORT = 0xFFFD  # the error that ends a rank, so that all ranks raise the same
     FINGERPRINT = 0xFFFE  # `Mesh.agree`: the configuration that every rank must have alike
@@ -40,3 +41,11 @@ FIRST_CONTROL = 0xFF00
 def is_control(block: int) -> bool:
     """Whether `block` is a control message's number and no Transformer block's."""
     return block >= FIRST_CONTROL
+
+
+_OF_CALLS = frozenset((Control.HEAD, Control.TOKEN, Control.PICTURE, Control.CANCEL))
+
+
+def is_of_a_call(block: int) -> bool:
+    """Whether such a frame belongs to one call, and to no other when that has ended."""
+    return block < FIRST_CONTROL or block in _OF_CALLS

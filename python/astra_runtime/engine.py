@@ -211,8 +211,9 @@ class Engine:
         """
         _check_choice("logits", logits, ANSWERS)
         _check_choice("outputs", outputs, ("every", "one"))
+        request = _check_request(request)
         with torch.no_grad(), self._turn():
-            call, kwargs, _ = self._prepare(inputs, logits, outputs == "every")
+            call, kwargs, _ = self._prepare(inputs, logits, outputs == "every", request)
             with (
                 self._ending_together(call, request),
                 self.adapter.listening(Layer(call)),
@@ -234,10 +235,7 @@ class Engine:
     @contextlib.contextmanager
     def _ending_together(self, call: Call, request: int | None) -> Iterator[None]:
         """Whatever ends a call on this rank ends it on every rank, with one cause."""
-        number = None
-        if request is not None:
-            number = check_integer("request", request, 0, LARGEST_REQUEST)
-        self.mesh.begin(number)
+        self.mesh.begin(request)
         self._running = call
         try:
             self._check_model()
@@ -283,7 +281,12 @@ class Engine:
         self.bits_per_token_block = call.sizes.bits_per_token_block(call.batch, trailer)
 
     def _prepare(
-        self, inputs: dict[str, Any], answer: str, everywhere: bool, *options: object
+        self,
+        inputs: dict[str, Any],
+        answer: str,
+        everywhere: bool,
+        request: int | None,
+        *options: object,
     ) -> tuple[Call, dict[str, Any], dict[str, Tensor]]:
         """The call, the model's arguments and the checked inputs.
 
@@ -306,7 +309,7 @@ class Engine:
             self._sizes(plan, batch),
             self.mesh,
             batch,
-            plan.tag([*contents(given), repr(options).encode()]),
+            plan.tag([*contents(given), repr((options, request)).encode()]),
             Views.of(adapter, given, plan, rank),
             "last" if pooled else answer,
             None if last is None else LastTokens.of(last, plan),
@@ -371,6 +374,7 @@ class Engine:
         if not (self.adapter.causal and hasattr(self.model, "lm_head")):
             raise ValueError("generate: expected a decoder with a language-model head")
         max_new_tokens = check_integer("max_new_tokens", max_new_tokens, 1)
+        request = _check_request(request)
         for name, function in (("choose", choose), ("on_token", on_token)):
             if function is not None and not callable(function):
                 raise TypeError(f"{name}: expected a function, got {type(function).__name__}")
@@ -378,7 +382,9 @@ class Engine:
             config: Any = self.model.config
             ends = decoding.end_tokens(self.model, eos_token_id, int(config.vocab_size))
             inputs = {"input_ids": input_ids, "attention_mask": attention_mask}
-            call, kwargs, given = self._prepare(inputs, "last", False, max_new_tokens, ends)
+            call, kwargs, given = self._prepare(
+                inputs, "last", False, request, max_new_tokens, ends
+            )
             _check_length(given["input_ids"].shape[1], max_new_tokens, config)
             if call.last_tokens is not None:
                 raise ValueError(
@@ -429,6 +435,12 @@ def _ends_the_call_alone(error: BaseException) -> bool:
 
 def _named(value: float | None) -> str:
     return "default" if value is None else str(value)
+
+
+def _check_request(request: Any) -> int | None:
+    if request is None:
+        return None
+    return check_integer("request", request, 0, LARGEST_REQUEST)
 
 
 def _check_choice(name: str, value: object, choices: Sequence[str]) -> None:

@@ -1,7 +1,7 @@
 """The bytes ranks exchange: encoding and checking them, no I/O. `docs/wire.md` is the contract.
 
 A connection opens with one HELLO each way (30 bytes; the reply may carry a reason to refuse) and
-then carries frames: a 16-byte header and the payload. The reader always knows which frame to
+then carries frames: a 28-byte header and the payload. The reader always knows which frame to
 expect, so a header is checked for equality and its length never decides how much is allocated.
 
 What other ranks sent is checked in C++ (`csrc/include/astra/frame.hpp`), where it can be fuzzed
@@ -22,11 +22,13 @@ from astra_runtime.errors import HandshakeRefused, WireError
 if TYPE_CHECKING:
     from astra_kernels._C import Memory
 
-PROTOCOL_VERSION: Final = 1
+PROTOCOL_VERSION: Final = 2
 MAGIC: Final = b"ASTR"
 
-_HEADER: Final = struct.Struct("<IIIHH")  # payload length, sequence, plan, block, source
+# payload length, sequence, plan, block, source, call, request
+_HEADER: Final = struct.Struct("<IIIHHIq")
 HEADER_SIZE: Final = _HEADER.size
+NO_REQUEST: Final = -1  # of a call that was given no number, and outside of calls
 
 # magic, version, world size, rank, rank addressed, length of the reason, run
 _HELLO: Final = struct.Struct("<4sHHHHH16s")
@@ -39,7 +41,7 @@ NOBODY: Final = 0xFFFF  # the rank addressed by a reply to bytes that were no HE
 FIELDS_SIZE: Final = 2048
 
 # The decoder's verdicts, in the order of frame.hpp; 0: nothing is wrong.
-_FIELDS: Final = ("", "size", "source", "sequence", "plan", "block", "length")
+_FIELDS: Final = ("", "size", "source", "sequence", "call", "request", "plan", "block", "length")
 _FOREIGN, _OTHER_VERSION, _WRONG_SIZE, _LONG_REASON = 1, 2, 3, 4
 _FIELDS_FAULTS: Final = (
     "",
@@ -53,22 +55,32 @@ _WRONG_CODE: Final = 3
 
 
 class Header(NamedTuple):
-    """The first 16 bytes of a frame. `length`: payload bytes; `plan`: tag of what is computed."""
+    """The first bytes of a frame.
+
+    `length`: of the payload. `plan`: tag of what is computed. `call`: counts the calls of a mesh.
+    `request`: the host's own number for it. Frames outside of calls have 0 and `NO_REQUEST`.
+    """
 
     length: int
     sequence: int
     plan: int
     block: int
     source: int
+    call: int = 0
+    request: int = NO_REQUEST
 
 
 class Frame:
-    """A reusable frame: `payload` is a writable view of `size` bytes, the header lies before it."""
+    """A reusable frame: `payload` is a writable view of `size` bytes, the header lies before it.
 
-    __slots__ = ("data", "payload", "size")
+    `moment`: call and request that it belongs to, where it is sent later; None: those at sending.
+    """
+
+    __slots__ = ("data", "moment", "payload", "size")
 
     def __init__(self, size: int) -> None:
         self.size = size
+        self.moment: tuple[int, int] | None = None
         self.data = memoryview(bytearray(HEADER_SIZE + size))
         self.payload = self.data[HEADER_SIZE:]
 
@@ -80,18 +92,27 @@ class Frame:
         frame.payload[:] = content
         return frame
 
-    def stamp(self, sequence: int, plan: int, block: int, source: int) -> memoryview:
+    def stamp(
+        self,
+        sequence: int,
+        plan: int,
+        block: int,
+        source: int,
+        call: int = 0,
+        request: int = NO_REQUEST,
+    ) -> memoryview:
         """Writes the header and returns the whole frame, ready for one system call."""
+        header = (self.size, sequence, plan, block, source, call, request)
         try:
-            _HEADER.pack_into(self.data, 0, self.size, sequence, plan, block, source)
+            _HEADER.pack_into(self.data, 0, *header)
         except struct.error as error:
-            header = Header(self.size, sequence, plan, block, source)
+            header = Header(*header)
             raise WireError("header", "fields within their widths", header) from error
         return self.data
 
 
 def parse_header(data: bytes | bytearray | memoryview) -> Header:
-    """Reads the header at the start of `data`, which holds at least 16 bytes."""
+    """Reads the header at the start of `data`, which holds at least a whole one."""
     if len(data) < HEADER_SIZE:
         raise WireError("header size", HEADER_SIZE, len(data))
     return Header._make(_HEADER.unpack_from(data))

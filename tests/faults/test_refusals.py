@@ -95,7 +95,7 @@ def refusals(folder: Path) -> list[Refusal]:
         Refusal(
             "another version",
             [first, second | {"version": 7}],
-            same("protocol version 7 came, this rank speaks 1"),
+            same("protocol version 7 came, this rank speaks 2"),
         ),
         Refusal(
             "another world",

@@ -17,21 +17,28 @@ RUN = bytes(range(16))
 GOLDEN_FRAMES = {
     "block 3 of rank 1": (
         (b"\xaa\xbb\xcc", 5, 0xDEADBEEF, 3, 1),
-        "03000000 05000000 efbeadde 0300 0100 aabbcc",
+        "03000000 05000000 efbeadde 0300 0100 00000000 ffffffffffffffff aabbcc",
     ),
-    "empty payload": ((b"", 0, 0, 0, 0), "00000000 00000000 00000000 0000 0000"),
+    "the same in call 9, request 7": (
+        (b"\xaa\xbb\xcc", 5, 0xDEADBEEF, 3, 1, 9, 7),
+        "03000000 05000000 efbeadde 0300 0100 09000000 0700000000000000 aabbcc",
+    ),
+    "empty payload": (
+        (b"", 0, 0, 0, 0, 0, 0),
+        "00000000 00000000 00000000 0000 0000 00000000 0000000000000000",
+    ),
     "largest fields": (
-        (b"\x01", 0xFFFFFFFF, 0xFFFFFFFF, 0xFFEF, 0xFFFF),
-        "01000000 ffffffff ffffffff efff ffff 01",
+        (b"\x01", 0xFFFFFFFF, 0xFFFFFFFF, 0xFFEF, 0xFFFF, 0xFFFFFFFF, 2**63 - 1),
+        "01000000 ffffffff ffffffff efff ffff ffffffff ffffffffffffff7f 01",
     ),
 }
-GOLDEN_HELLO = "41535452 0100 0400 0200 0000 0000 000102030405060708090a0b0c0d0e0f"
-GOLDEN_REFUSAL = "41535452 0100 0400 0000 0200 0600 000102030405060708090a0b0c0d0e0f 6e6f206f6e65"
-GOLDEN_BYE = "00000000 09000000 00000000 ffff 0200"
+GOLDEN_HELLO = "41535452 0200 0400 0200 0000 0000 000102030405060708090a0b0c0d0e0f"
+GOLDEN_REFUSAL = "41535452 0200 0400 0000 0200 0600 000102030405060708090a0b0c0d0e0f 6e6f206f6e65"
+GOLDEN_BYE = "00000000 09000000 00000000 ffff 0200 00000000 ffffffffffffffff"
 
 
-def stamped(payload: bytes, sequence: int, plan: int, block: int, source: int) -> bytes:
-    return bytes(Frame.of(payload).stamp(sequence, plan, block, source))
+def stamped(payload: bytes, *fields: int) -> bytes:
+    return bytes(Frame.of(payload).stamp(*fields))
 
 
 @pytest.mark.parametrize("name", GOLDEN_FRAMES)
@@ -39,7 +46,7 @@ def test_golden_frame(name: str) -> None:
     fields, golden = GOLDEN_FRAMES[name]
     assert stamped(*fields) == bytes.fromhex(golden)
     payload, *rest = fields
-    assert wire.parse_header(bytes.fromhex(golden)) == (len(payload), *rest)
+    assert wire.parse_header(bytes.fromhex(golden)) == Header(len(payload), *rest)
 
 
 def test_golden_hello_refusal_and_bye() -> None:
@@ -50,7 +57,7 @@ def test_golden_hello_refusal_and_bye() -> None:
 
 
 def test_sizes() -> None:
-    assert wire.HEADER_SIZE == 16
+    assert wire.HEADER_SIZE == 28
     assert wire.HELLO_SIZE == 30
     assert len(wire.encode_fields({})) == wire.FIELDS_SIZE == 2048
 
@@ -58,20 +65,28 @@ def test_sizes() -> None:
 def test_frame_payload_is_in_place() -> None:
     frame = Frame(4)
     frame.payload[:] = b"\x01\x02\x03\x04"
-    assert bytes(frame.stamp(0, 0, 0, 0)[16:]) == b"\x01\x02\x03\x04"
+    assert bytes(frame.stamp(0, 0, 0, 0)[28:]) == b"\x01\x02\x03\x04"
     frame.payload[0] = 9
-    assert frame.data[16] == 9
+    assert frame.data[28] == 9
 
 
 @pytest.mark.parametrize(
-    "fields", [(2**32, 0, 0, 0), (0, 2**32, 0, 0), (0, 0, 2**16, 0), (0, 0, 0, -1)]
+    "fields",
+    [
+        (2**32, 0, 0, 0),
+        (0, 2**32, 0, 0),
+        (0, 0, 2**16, 0),
+        (0, 0, 0, -1),
+        (0, 0, 0, 0, 2**32),
+        (0, 0, 0, 0, 0, 2**63),
+    ],
 )
-def test_a_field_too_wide_is_refused(fields: tuple[int, int, int, int]) -> None:
+def test_a_field_too_wide_is_refused(fields: tuple[int, ...]) -> None:
     with pytest.raises(errors.WireError, match="header"):
         Frame(0).stamp(*fields)
 
 
-EXPECTED = Header(length=3, sequence=5, plan=0xDEADBEEF, block=3, source=1)
+EXPECTED = Header(length=3, sequence=5, plan=0xDEADBEEF, block=3, source=1, call=9, request=7)
 
 
 @pytest.mark.parametrize(
@@ -84,6 +99,8 @@ EXPECTED = Header(length=3, sequence=5, plan=0xDEADBEEF, block=3, source=1)
         ("sequence", 6, "expected 5, got 6"),
         ("plan", 1, "rank 1 runs another plan: its tag is 0x00000001, expected 0xdeadbeef"),
         ("block", 2, "rank 1 sent a wrong block: expected 3, got 2"),
+        ("call", 8, "rank 1 sent a wrong call: expected 9, got 8"),
+        ("request", -1, "rank 1 sent a wrong request: expected 7, got -1"),
         ("source", 2, "rank 1 sent a wrong source: expected 1, got 2"),
     ],
 )
@@ -99,10 +116,10 @@ def test_a_wrong_field_is_named(field: str, wrong: int, words: str) -> None:
 
 def test_another_plan_is_named_before_its_consequences() -> None:
     with pytest.raises(errors.WireError, match="another plan"):
-        wire.check_header(stamped(b"12345", 5, 7, 9, 1), EXPECTED)
+        wire.check_header(stamped(b"12345", 5, 7, 9, 1, 9, 7), EXPECTED)
 
 
-@given(position=st.integers(0, 15), value=st.integers(0, 255))
+@given(position=st.integers(0, 27), value=st.integers(0, 255))
 def test_every_mutation_of_a_header_is_refused(position: int, value: int) -> None:
     data = bytearray(stamped(b"abc", *EXPECTED[1:]))
     unchanged = data[position] == value
@@ -116,7 +133,7 @@ def test_every_mutation_of_a_header_is_refused(position: int, value: int) -> Non
 
 @given(st.binary(max_size=40))
 def test_any_bytes_as_header_give_a_typed_error(data: bytes) -> None:
-    if data[:16] != stamped(b"abc", *EXPECTED[1:])[:16]:
+    if data[:28] != stamped(b"abc", *EXPECTED[1:])[:28]:
         with pytest.raises(errors.WireError):
             wire.check_header(data, EXPECTED)
 
@@ -145,7 +162,7 @@ def test_a_mutated_hello_never_passes_for_the_same_rank(position: int, value: in
     [
         (b"GET / HTTP/1.1\r\n", "b'GET ' are something else"),
         (b"\x16\x03\x01\x02\x00", "something else"),
-        (b"ASTR\x02\x00", "protocol version 2 came, this rank speaks 1"),
+        (b"ASTR\x03\x00", "protocol version 3 came, this rank speaks 2"),
         (b"ASTA", "something else"),
     ],
 )

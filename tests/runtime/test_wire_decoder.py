@@ -18,10 +18,11 @@ from astra_runtime.wire import Frame, Header, Hello
 from . import wire_reference as reference
 
 RUN = bytes(range(16))
-EXPECTED = Header(length=3, sequence=5, plan=0xDEADBEEF, block=3, source=1)
+EXPECTED = Header(length=3, sequence=5, plan=0xDEADBEEF, block=3, source=1, call=9, request=7)
 wide = st.integers(0, 2**32 - 1)
 narrow = st.integers(0, 2**16 - 1)
-headers = st.builds(Header, wide, wide, wide, narrow, narrow)
+requests = st.integers(-(2**63), 2**63 - 1)
+headers = st.builds(Header, wide, wide, wide, narrow, narrow, wide, requests)
 
 
 @st.composite
@@ -42,7 +43,7 @@ def judged(call: Callable[[], Any]) -> Any:
         return error
 
 
-HEADER = bytes(Frame(3).stamp(*EXPECTED[1:]))[:16]
+HEADER = bytes(Frame(3).stamp(*EXPECTED[1:]))[:28]
 FACTS = wire.encode_fields({"model": "ab12", "plan": "Grüße, 三 ranks", "a": ""})[:60]
 
 

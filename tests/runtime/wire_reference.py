@@ -7,25 +7,25 @@ import struct
 
 import numpy as np
 
-MAGIC, VERSION, BYE = b"ASTR", 1, 0xFFFF
-FIELDS = ("length", "sequence", "plan", "block", "source")
+MAGIC, VERSION, BYE = b"ASTR", 2, 0xFFFF
+FIELDS = ("length", "sequence", "plan", "block", "source", "call", "request")
 
 
 def header_fault(data: bytes, expected: tuple[int, ...]) -> str | None:
     """The field to name, or None."""
-    if len(data) < 16:
+    if len(data) < 28:
         return "header size"
-    got = dict(zip(FIELDS, struct.unpack_from("<IIIHH", data), strict=True))
+    got = dict(zip(FIELDS, struct.unpack_from("<IIIHHIq", data), strict=True))
     want = dict(zip(FIELDS, expected, strict=True))
-    order = ("source", "sequence", "plan", "block", "length")
+    order = ("source", "sequence", "call", "request", "plan", "block", "length")
     return next((name for name in order if got[name] != want[name]), None)
 
 
 def is_bye(data: bytes, source: int) -> bool:
-    if len(data) < 16:
+    if len(data) < 28:
         return False
-    length, _, plan, block, came = struct.unpack_from("<IIIHH", data)
-    return (length, plan, block, came) == (0, 0, BYE, source)
+    length, _, *fields = struct.unpack_from("<IIIHHIq", data)
+    return (length, *fields) == (0, 0, BYE, source, 0, -1)
 
 
 def prefix_fault(data: bytes) -> str | None:

@@ -12,21 +12,40 @@ from typing import Final
 
 from astra_runtime import wire
 from astra_runtime.control import Control
-from astra_runtime.errors import AstraError, DeadlineExceeded, HandshakeRefused, PeerLost, WireError
+from astra_runtime.errors import (
+    AstraError,
+    CallEnded,
+    DeadlineExceeded,
+    HandshakeRefused,
+    InputsDiffer,
+    InvalidChoice,
+    ModelChanged,
+    NotFinite,
+    PeerLost,
+    RequestMismatch,
+    WireError,
+)
 from astra_runtime.transport.stream import Stream
-from astra_runtime.wire import FIELDS_SIZE, HEADER_SIZE, Frame
+from astra_runtime.wire import FIELDS_SIZE, HEADER_SIZE, Frame, Header
 
 ABORT_SIZE: Final = HEADER_SIZE + FIELDS_SIZE  # bytes of the whole frame
 _MAX_TEXT: Final = 400  # bytes of each text: three of them fit beside the numbers
 _MAX_RANKS: Final = 50
+_ENDED_CALLS: Final = {
+    kind.__name__: kind for kind in (CallEnded, InputsDiffer, InvalidChoice, NotFinite)
+}
 
 
 def abort_frame(
     error: BaseException, *, sequence: int, source: int, block: int | None
 ) -> memoryview:
     """The frame by which rank `source` reports that `error` ends it, `block` being its last."""
-    frame = Frame.of(wire.encode_fields(_fields(error, source, block)))
-    return frame.stamp(sequence, 0, Control.ABORT, source)
+    return encode_error(error, source, block).stamp(sequence, 0, Control.ABORT, source)
+
+
+def encode_error(error: BaseException, source: int, block: int | None) -> Frame:
+    """A frame that `decode_error` reads, to be stamped."""
+    return Frame.of(wire.encode_fields(_fields(error, source, block)))
 
 
 def is_abort(data: bytes | bytearray | memoryview, source: int) -> bool:
@@ -34,13 +53,13 @@ def is_abort(data: bytes | bytearray | memoryview, source: int) -> bool:
     if len(data) < HEADER_SIZE:
         return False
     header = wire.parse_header(data)
-    return header == (FIELDS_SIZE, header.sequence, 0, Control.ABORT, source)
+    return header == Header(FIELDS_SIZE, header.sequence, 0, Control.ABORT, source)
 
 
 def decode_error(
     payload: bytes | bytearray | memoryview, source: int, block: int | None
 ) -> AstraError:
-    """The error to raise for the payload of an ABORT of rank `source`.
+    """The error to raise for the payload of an ABORT or CANCEL of rank `source`.
 
     `block`: where this rank is, for a rank that failed before any block.
 
@@ -63,6 +82,11 @@ def decode_error(
             )
         if kind == "HandshakeRefused":
             return HandshakeRefused(text["reason"])
+        if kind == "RequestMismatch":
+            first, second = (_request(n) for n in text["requests"].split(" ", 1))
+            return RequestMismatch(rank, _number(text["other"]), (first, second))
+        if kind in _ENDED_CALLS:
+            return _ENDED_CALLS[kind](rank, text["reason"])
     except (KeyError, ValueError) as error:
         raise WireError("abort", "an error and its fields", text, source) from error
     raise WireError("abort", "the name of an error", kind, source)
@@ -92,6 +116,15 @@ def _number(text: str, least: int = 0) -> int:
     return number
 
 
+def _request(text: str) -> int | None:
+    if text == "none":
+        return None
+    number = int(text)
+    if not 0 <= number < 2**63:
+        raise ValueError(f"request: expected 0..2^63-1, got {text}")
+    return number
+
+
 def _seconds(text: str) -> float:
     seconds = float(text)
     if not 0 <= seconds < math.inf:
@@ -111,6 +144,14 @@ def _fields(error: BaseException, source: int, block: int | None) -> dict[str, s
         details = {name: str(getattr(error, name)) for name in ("field", "expected", "got")}
     elif isinstance(error, HandshakeRefused):
         rank, details = source, {"reason": error.reason}
+    elif isinstance(error, RequestMismatch):
+        rank, block = error.rank, None
+        requests = " ".join("none" if n is None else str(n) for n in error.requests)
+        details = {"other": str(error.other), "requests": requests}
+    elif isinstance(error, CallEnded):
+        rank, block, details = error.rank, None, {"reason": error.reason}
+    elif isinstance(error, ModelChanged):
+        return _texts("CallEnded", source, None, {"reason": f"ModelChanged: {error}"})
     else:
         rank, details = source, {"detail": f"{type(error).__name__}: {error}".removesuffix(": ")}
         return _texts("PeerLost", rank, block, details)

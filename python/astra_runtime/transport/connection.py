@@ -10,13 +10,17 @@ import contextlib
 import socket
 import ssl
 from collections import deque
+from typing import Final
 
 from astra_runtime import wire
-from astra_runtime.errors import AstraError, PeerLost, WireError
+from astra_runtime.control import Control, is_of_a_call
+from astra_runtime.errors import AstraError, CallEnded, PeerLost, RequestMismatch, WireError
 from astra_runtime.transport import abort
 from astra_runtime.transport.peers import Channel, slot
 from astra_runtime.transport.stream import Stream
-from astra_runtime.wire import HEADER_SIZE, Header
+from astra_runtime.wire import FIELDS_SIZE, HEADER_SIZE, NO_REQUEST, Header
+
+_STALE_PART: Final = 1 << 16  # bytes dropped at a time
 
 
 class Connection(Channel):
@@ -38,7 +42,10 @@ class Connection(Channel):
         self.slots = [memoryview(bytearray(HEADER_SIZE))] * 3  # even, odd, control
         self.frame = self.slots[0]
         self.filled = 0
-        self.reading_abort = False
+        self.reading_error: Control | None = None  # ABORT or CANCEL, if that is being read
+        self.unread = b""  # bytes that were read too early
+        self.stale = 0  # bytes still to come of a frame of a call that has ended
+        self.last_ended = 0  # the last call that ended early here
 
     def transmit(self, data: memoryview) -> None:
         """Sends now what the kernel takes and keeps the rest, in order, in memory of its own."""
@@ -84,8 +91,8 @@ class Connection(Channel):
             self._begin()
 
     def _begin(self) -> None:
-        size, _, _, block, _ = self.outstanding[0]
-        index, total = slot(block), HEADER_SIZE + size
+        header = self.outstanding[0]
+        index, total = slot(header.block), HEADER_SIZE + header.length
         if len(self.slots[index]) < total:
             self.slots[index] = memoryview(bytearray(total))
         self.frame = self.slots[index][:total]
@@ -106,11 +113,41 @@ class Connection(Channel):
 
     def _read(self) -> bool:
         """Reads what has arrived of the first outstanding frame; True when that is whole."""
+        while self.stale:
+            room = memoryview(bytearray(min(self.stale, _STALE_PART)))
+            count = self._read_into(room)
+            if not count:
+                return False
+            self.stale -= count
         before = self.filled
-        try:
-            count = self.stream.read_into(self.frame[before:] if before else self.frame)
-        except BlockingIOError:
+        count = self._read_into(self.frame[before:] if before else self.frame)
+        if not count:
             return False
+        self.filled = filled = before + count
+        if filled < HEADER_SIZE:
+            return False
+        if before < HEADER_SIZE:
+            try:
+                wire.check_header(self.frame, self.outstanding[0])
+            except WireError as error:
+                return self._read_other(error)
+        if filled < len(self.frame):
+            return False
+        if self.reading_error:
+            raise self._peers_error()
+        return True
+
+    def _read_into(self, room: memoryview) -> int:
+        """Bytes read; 0: none are here at the moment."""
+        if self.unread:
+            count = min(len(self.unread), len(room))
+            room[:count] = self.unread[:count]
+            self.unread = self.unread[count:]
+            return count
+        try:
+            count = self.stream.read_into(room)
+        except BlockingIOError:
+            return 0
         except ssl.SSLError as error:  # nothing that was not sealed by the peer gets any further
             reason = (error.reason or str(error)).lower().replace("_", " ")
             raise WireError("TLS record", "one that it sealed", reason, self.rank) from error
@@ -119,38 +156,96 @@ class Connection(Channel):
         if count == 0:
             raise self.lost("it closed the connection")
         self.stats.bytes_received_total = self.stream.received
-        self.filled = filled = before + count
-        if filled < HEADER_SIZE:
-            return False
-        if before < HEADER_SIZE:
-            try:
-                wire.check_header(self.frame, self.outstanding[0])
-            except WireError:
-                if wire.is_bye(self.frame, self.rank):
-                    raise self.lost("it had finished and said BYE") from None
-                if not abort.is_abort(self.frame, self.rank):
-                    raise
-                return self._read_abort()
-        if filled < len(self.frame):
-            return False
-        if self.reading_abort:
-            raise self._abort_error()
-        return True
+        return count
 
-    def _read_abort(self) -> bool:
-        """Goes on reading an ABORT, which has begun in place of the frame expected."""
+    def _read_other(self, error: WireError) -> bool:
+        """Another frame than the one expected: the end of the peer, of its call, or a fault."""
+        if wire.is_bye(self.frame, self.rank):
+            raise self.lost("it had finished and said BYE") from None
+        if abort.is_abort(self.frame, self.rank):
+            return self._read_error(Control.ABORT)
+        header, expected = wire.parse_header(self.frame), self.outstanding[0]
+        numbered = (header.source, header.sequence) == (expected.source, expected.sequence)
+        if not (numbered and is_of_a_call(header.block)):
+            raise error
+        cancels = header.block == Control.CANCEL and header.length == FIELDS_SIZE
+        awaited = expected.call if is_of_a_call(expected.block) else None
+        if cancels and header.call == awaited == self.moment[0]:
+            return self._read_error(Control.CANCEL)
+        ended = self.moment[0] if cancels else self.last_ended
+        if header.call <= ended if awaited is None else header.call < self.moment[0]:
+            self._drop(header)
+            return self._read() if self.outstanding else True
+        if awaited is None:
+            raise error
+        self._keep_unread()
+        if header.call > awaited:
+            reason = f"rank {self.rank} is at call {header.call}, this rank at call {awaited}"
+            raise CallEnded(self.own, reason) from None
+        if header.call == awaited and header.request != expected.request:
+            requests = (_number_or_none(expected.request), _number_or_none(header.request))
+            raise RequestMismatch(self.own, self.rank, requests) from None
+        raise error
+
+    def _drop(self, header: Header) -> None:
+        """Passes over a frame of a call that has ended, and with a CANCEL over what it replaces."""
+        total = HEADER_SIZE + header.length
+        self.stale = max(0, total - self.filled)
+        self.unread = bytes(self.frame[total : self.filled]) + self.unread
+        replaced = 0
+        if header.block == Control.CANCEL:
+            while self.outstanding and self._ends_with(header.call, self.outstanding[0]):
+                self.outstanding.popleft()
+                replaced += 1
+        self._renumber(1 - replaced)
+        if self.outstanding:
+            self._begin()
+
+    @staticmethod
+    def _ends_with(call: int, header: Header) -> bool:
+        return is_of_a_call(header.block) and header.call <= call
+
+    def _renumber(self, count: int) -> None:
+        """`count` frames more than expected have come before those outstanding."""
+        self.num_expected += count
+        self.outstanding = deque(
+            header._replace(sequence=header.sequence + count) for header in self.outstanding
+        )
+
+    def _keep_unread(self) -> None:
+        """What has been read of a frame is to be read again."""
+        self.unread = bytes(self.frame[: self.filled]) + self.unread
+        self.filled = 0
+
+    def expect_nothing(self) -> None:
+        """The call that runs ends early: what is left of it will be dropped when it arrives."""
+        if self.outstanding and not self.reading_error:
+            self._keep_unread()
+        self.last_ended = self.moment[0]
+        self.num_expected -= len(self.outstanding)
+        self.outstanding.clear()
+
+    def _read_error(self, kind: Control) -> bool:
+        """Goes on reading an ABORT or CANCEL, which has begun in place of the frame expected."""
         whole = memoryview(bytearray(abort.ABORT_SIZE))
+        self.unread = bytes(self.frame[len(whole) : self.filled]) + self.unread
         self.filled = min(self.filled, len(whole))
         whole[: self.filled] = self.frame[: self.filled]
-        self.frame, self.reading_abort = whole, True
+        self.frame, self.reading_error = whole, kind
         if self.filled < len(whole):
             return self._read()
-        raise self._abort_error()
+        raise self._peers_error()
 
-    def _abort_error(self) -> AstraError:
+    def _peers_error(self) -> AstraError:
         payload, block = self.frame[HEADER_SIZE:], self.outstanding[-1].block
-        self.error = abort.decode_error(payload, self.rank, block)
-        return self.error
+        error = abort.decode_error(payload, self.rank, block)
+        if self.reading_error == Control.ABORT:
+            self.error = error
+        else:
+            self.reading_error = None
+            self._renumber(1)
+            self._begin()
+        return error
 
     def lost(self, detail: str) -> PeerLost:
         self.error = PeerLost(self.rank, self.outstanding[-1].block, detail)
@@ -169,3 +264,7 @@ class Connection(Channel):
         self.unsent_bytes = 0
         with contextlib.suppress(OSError):
             self.sock.shutdown(socket.SHUT_WR)
+
+
+def _number_or_none(request: int) -> int | None:
+    return None if request == NO_REQUEST else request

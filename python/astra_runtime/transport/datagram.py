@@ -232,6 +232,10 @@ class DatagramMesh(PeerMesh[_Peer]):
         """A snapshot of what became of the datagrams so far."""
         return sum((peer.inbox.stats for peer in self._peers.values()), DatagramStats())
 
+    def begin(self, request: int | None = None) -> None:
+        super().begin(request)
+        self._control.begin(request)
+
     def send(
         self, payload: Payload, *, block: int, plan: int, to: Sequence[int], partial: bool = False
     ) -> None:

@@ -34,6 +34,8 @@ class Mesh(ABC):
         timeout: seconds; the deadline of every wait that names none.
         partial: whether this transport has best-effort calls, which can leave peers out.
         lossy: whether frames may be lost on their way although nobody failed.
+        resumes: whether calls go on after one that was ended by `cancel`.
+        call, request: how many calls have begun, and the host's number for the last one.
         missing_ranges: after a partial `receive`, of each rank whose frame arrived in part: the
             missing bytes [start, stop) of its payload, whose values mean nothing. Empty where
             frames arrive whole or not at all.
@@ -52,6 +54,9 @@ class Mesh(ABC):
     timeout: float
     partial: bool = False
     lossy: bool = False
+    resumes: bool = False
+    call: int = 0
+    request: int | None = None
     options: ConnectOptions | None = None
     reconnect_factory: Callable[[ConnectOptions, Any], Mesh] | None = None
     store: Any = None
@@ -142,12 +147,24 @@ class Mesh(ABC):
         frame did not come in that time, or never will, are not in the answer.
         """
 
-    def begin(self, request: int | None = None) -> None:  # noqa: B027
-        """A new call begins, `request` being the host's own number for it."""
+    def begin(self, request: int | None = None) -> None:
+        """A new call begins; collective. `request`: the host's own number for it, 0 … 2⁶³ − 1.
+
+        Every frame names the call and the request. What is left of an earlier call that ended early
+        is read and dropped, a rank at another request raises RequestMismatch.
+        """
+        self.call += 1
+        self.request = request
 
     def cancel(self, error: BaseException) -> None:
-        """Ends the call that runs, on every rank, because of `error`."""
+        """Ends the call that runs, on every rank, with the cause. Never raises.
+
+        The mesh is as good as before where it `resumes`; where it does not, this is `abort`.
+        """
         self.abort(error)
+
+    def end_early(self) -> None:  # noqa: B027
+        """What is left of the call that runs will be dropped; `cancel` does it."""
 
     @abstractmethod
     def flush(self) -> None:

@@ -22,14 +22,16 @@ from collections import deque
 from collections.abc import Mapping, Sequence
 from typing import Final, NamedTuple
 
+from astra_runtime.control import Control
 from astra_runtime.core import _C
 from astra_runtime.errors import AstraError, DeadlineExceeded
+from astra_runtime.transport import abort
 from astra_runtime.transport.buffers import BufferPool
 from astra_runtime.transport.lifetime import CLOSED, aborted_by
 from astra_runtime.transport.link import Link
-from astra_runtime.transport.mesh import Mesh, Payload
+from astra_runtime.transport.mesh import Mesh, Payload, peers_of
 from astra_runtime.transport.stats import Stats
-from astra_runtime.wire import Frame
+from astra_runtime.wire import NO_REQUEST, Frame
 
 STOP_SECONDS: Final = 0.05  # for the thread to end
 MAX_QUEUED: Final = 64 << 20  # payload bytes held back before `send` waits
@@ -57,6 +59,7 @@ class PacedMesh(Mesh):
         self.rank = mesh.rank
         self.world_size = mesh.world_size
         self.partial, self.lossy, self.store = mesh.partial, mesh.lossy, mesh.store
+        self.resumes, self.call, self.request = mesh.resumes, mesh.call, mesh.request
         self._busy_until = 0.0  # when the uplink has sent its last queued bit
         self._held: deque[_Held] = deque()
         self._held_bytes = 0
@@ -107,6 +110,24 @@ class PacedMesh(Mesh):
     def lost(self) -> Mapping[int, AstraError]:
         return self._mesh.lost
 
+    def begin(self, request: int | None = None) -> None:
+        super().begin(request)
+        self._mesh.begin(request)
+
+    def cancel(self, error: BaseException) -> None:
+        """The cause crosses the link behind what was sent before."""
+        if not self.resumes:
+            self.abort(error)
+            return
+        payload = abort.encode_error(error, self.rank, None).payload
+        with contextlib.suppress(AstraError):
+            to, partial = peers_of(self), self.partial
+            self.send(payload, block=Control.CANCEL, plan=0, to=to, partial=partial)
+        self.end_early()
+
+    def end_early(self) -> None:
+        self._mesh.end_early()
+
     def buffer(self, size: int) -> Frame:
         return self._mesh.buffer(size)
 
@@ -124,6 +145,7 @@ class PacedMesh(Mesh):
                 start = time.monotonic()
             frame = self._pool.take(size)
             frame.payload[:] = content
+            frame.moment = (self.call, NO_REQUEST if self.request is None else self.request)
             for position, rank in enumerate(to, 1):
                 self._busy_until = max(self._busy_until, start) + crossing
                 due = self._busy_until + self.link.delay_ms * 1e-3

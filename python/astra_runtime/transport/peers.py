@@ -6,12 +6,12 @@ from collections.abc import Iterable
 from typing import Generic, TypeVar
 
 from astra_runtime import wire
-from astra_runtime.control import is_control
+from astra_runtime.control import is_control, is_of_a_call
 from astra_runtime.core import _C
 from astra_runtime.transport.lifetime import Lifetime
 from astra_runtime.transport.mesh import Mesh
 from astra_runtime.transport.stats import Stats
-from astra_runtime.wire import Frame, Header
+from astra_runtime.wire import NO_REQUEST, Frame, Header
 
 
 class Peer:
@@ -20,6 +20,7 @@ class Peer:
     def __init__(self, rank: int) -> None:
         self.rank = rank
         self.stats = Stats()
+        self.moment = (0, NO_REQUEST)  # the call that runs, and the host's number for it
 
 
 class Channel(Peer):
@@ -36,14 +37,16 @@ class Channel(Peer):
 
     def stamp(self, frame: Frame, block: int, plan: int) -> memoryview:
         """The whole frame, ready to be the next one sent; counts it, as yet not in the total."""
-        data = frame.stamp(self.num_sent, plan, block, self.own)
+        moment = (frame.moment or self.moment) if is_of_a_call(block) else ()
+        data = frame.stamp(self.num_sent, plan, block, self.own, *moment)
         self.num_sent += 1
         self.stats.count_sent(frame.size, block)
         return data
 
     def next_header(self, size: int, block: int, plan: int) -> Header:
         """The header of the next frame to expect."""
-        header = Header(size, self.num_expected, plan, block, self.rank)
+        moment = self.moment if is_of_a_call(block) else ()
+        header = Header(size, self.num_expected, plan, block, self.rank, *moment)
         self.num_expected += 1
         return header
 
@@ -86,6 +89,12 @@ class PeerMesh(Mesh, Generic[P]):
     @keeper.setter
     def keeper(self, keeper: _C.Keeper | None) -> None:
         self._lifetime.keeper = keeper
+
+    def begin(self, request: int | None = None) -> None:
+        super().begin(request)
+        moment = (self.call, NO_REQUEST if request is None else request)
+        for peer in self._peers.values():
+            peer.moment = moment
 
     def _check_open(self) -> None:
         self._lifetime.check()

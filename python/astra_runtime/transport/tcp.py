@@ -18,6 +18,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Final
 
 from astra_runtime import wire
+from astra_runtime.control import Control
 from astra_runtime.errors import AstraError, DeadlineExceeded
 from astra_runtime.transport import abort
 from astra_runtime.transport.closing import deliver, shut_down
@@ -46,7 +47,7 @@ class TcpMesh(PeerMesh[Connection]):
             for a time slice.
     """
 
-    partial = True
+    partial, resumes = True, True
 
     def __init__(
         self,
@@ -334,6 +335,21 @@ class TcpMesh(PeerMesh[Connection]):
         """Waits for all peers together as long as for a frame, and only some seconds for one whose
         kernel answers no more."""
         self._end(CLOSED, lambda peer: wire.bye(peer.num_sent, self.rank), self.timeout)
+
+    def cancel(self, error: BaseException) -> None:
+        if self._closed:
+            return
+        frame = abort.encode_error(error, self.rank, self.block)
+        for peer in self._peers.values():
+            if not peer.send_closed:
+                with self._sending, contextlib.suppress(OSError):
+                    peer.transmit(peer.stamp(frame, Control.CANCEL, 0))
+        self.end_early()
+
+    def end_early(self) -> None:
+        """The call that runs is over on this rank, before all of its frames have arrived."""
+        for peer in self._peers.values():
+            peer.expect_nothing()
 
     def abort(self, error: BaseException) -> None:
         def frame(peer: Connection) -> memoryview:

@@ -115,7 +115,7 @@ def test_another_version_is_refused_on_both_sides() -> None:
             return read_all(sock)
 
     refused, reply = together([lambda: connect(0, 2, peers), newer], errors_too=True)
-    reason = "protocol version 7 came, this rank speaks 1"
+    reason = "protocol version 7 came, this rank speaks 2"
     assert isinstance(refused, errors.HandshakeRefused)
     assert reason in str(refused)
     assert reply[wire.HELLO_SIZE :].decode() == reason

@@ -422,7 +422,7 @@ def test_another_version_ends_both_sides() -> None:
             return read_all(tls)
 
     refused, reply = together([lambda: connect(0, 2, peers, keys=ours), newer], errors_too=True)
-    reason = "protocol version 7 came, this rank speaks 1"
+    reason = "protocol version 7 came, this rank speaks 2"
     assert isinstance(refused, errors.HandshakeRefused)
     assert reason in refused.reason
     assert reply[wire.HELLO_SIZE :].decode() == reason

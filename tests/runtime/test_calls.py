@@ -1,0 +1,500 @@
+"""Calls that are refused, or end early: the mesh stays open, and the next answer is right."""
+
+from __future__ import annotations
+
+import threading
+import time
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from astra_runtime import Codebook, Engine
+from astra_runtime.errors import (
+    AstraError,
+    CallEnded,
+    InputsDiffer,
+    InvalidChoice,
+    NotFinite,
+    RequestMismatch,
+    WireError,
+)
+from astra_runtime.evaluate import run_ranks
+from astra_runtime.transport import Link, Mesh, local_mesh
+
+from .models import inputs_for, tiny
+from .ranks import as_ranks
+from .test_engine import fitted
+
+IDS = {"llama": "input_ids", "gpt2": "input_ids", "bert": "input_ids", "vit": "pixel_values"}
+
+
+def answer_of(engine: Engine, inputs: dict[str, Tensor], **options: Any) -> Tensor:
+    output = engine(**inputs, **options)
+    return output.logits if "logits" in output else output.last_hidden_state
+
+
+# Requests that are out of step
+
+
+@pytest.mark.parametrize("requests", [(6, 5), (5, 6), (5, None), (None, 5), (5, 5, 6), (6, 5, 5)])
+@pytest.mark.parametrize("kind", ["llama", "vit"])
+def test_ranks_out_of_step_find_out_and_go_on(kind: str, requests: tuple[int | None, ...]) -> None:
+    model, inputs = tiny(kind), inputs_for(kind, 24)
+    book = fitted(kind, model, space="kv", groups=6)
+
+    def work(mesh: Mesh) -> Any:
+        with Engine(model, book, mesh) as engine:
+            before = answer_of(engine, inputs, request=4)
+            with pytest.raises(RequestMismatch) as caught:
+                engine(**inputs, request=requests[mesh.rank])
+            after = [answer_of(engine, inputs, request=n) for n in (7, 8)]
+            return before, after, caught.value
+
+    for before, after, error in run_ranks(len(requests), work, timeout=20):
+        assert all(torch.equal(before, again) for again in after)
+        assert set(error.requests) == {requests[error.rank], requests[error.other]}
+        assert len(set(error.requests)) == 2
+        for number in error.requests:
+            assert ("no request" if number is None else f"request {number}") in str(error)
+
+
+def test_prompts_of_other_lengths_and_requests() -> None:
+    """Frames of other sizes are left over, of every block, and are dropped."""
+    model = tiny("llama")
+    prompts = [inputs_for("llama", length)["input_ids"] for length in (60, 12, 33)]
+
+    def work(mesh: Mesh) -> Any:
+        rank, found = mesh.rank, []
+        with Engine(model, None, mesh, weights=(1, 1, 1)) as engine:
+            for turn in range(6):
+                with pytest.raises(CallEnded):
+                    engine(input_ids=prompts[(rank + turn) % 3], request=rank)
+                found.append(engine(input_ids=prompts[turn % 3]).logits)
+        return found
+
+    with torch.no_grad():
+        single = [model(prompt).logits[:, -1:] for prompt in prompts]
+    for found in run_ranks(3, work, timeout=20):
+        for turn, logits in enumerate(found):
+            torch.testing.assert_close(logits, single[turn % 3], rtol=2e-4, atol=2e-4)
+
+
+def test_other_prompts_end_the_call_alone() -> None:
+    model = tiny("llama")
+
+    def work(mesh: Mesh) -> Any:
+        inputs = inputs_for("llama", 24)
+        with Engine(model, None, mesh) as engine:
+            before = engine(**inputs).logits
+            with pytest.raises(WireError, match="runs another plan"):
+                engine(**inputs_for("llama", 24 + mesh.rank, seed=mesh.rank))
+            return before, engine(**inputs).logits
+
+    for before, after in run_ranks(2, work, timeout=20):
+        assert torch.equal(before, after)
+
+
+@pytest.mark.parametrize("request_", [-1, 2**63, 1.0, True, "7"])
+def test_a_request_is_an_integer(request_: Any) -> None:
+    with Engine(tiny("llama")) as engine:
+        kind = ValueError if type(request_) is int else TypeError
+        with pytest.raises(kind, match="request: expected"):
+            engine(**inputs_for("llama"), request=request_)
+        assert answer_of(engine, inputs_for("llama"), request=2**63 - 1).isfinite().all()
+
+
+def test_over_an_emulated_link() -> None:
+    """Frames wait for the link when the call that they belong to has ended."""
+    from astra_runtime.transport.pacing import PacedMesh
+
+    model, inputs = tiny("bert"), inputs_for("bert", 24)
+
+    def work(mesh: Mesh) -> Any:
+        paced = PacedMesh(mesh, Link(mbit_per_s=20.0, delay_ms=1.0))
+        with Engine(model, None, paced) as engine:
+            before = answer_of(engine, inputs, request=1)
+            for turn in range(3):
+                with pytest.raises(RequestMismatch):
+                    engine(**inputs, request=mesh.rank + turn)
+            return before, answer_of(engine, inputs, request=1)
+
+    for before, after in run_ranks(3, work, timeout=20):
+        assert torch.equal(before, after)
+
+
+def test_where_ranks_may_be_left_out() -> None:
+    model, inputs = tiny("bert"), inputs_for("bert", 24)
+    options: dict[str, Any] = {"on_missing": "degrade", "deadline_ms": 20_000.0}
+
+    def work(mesh: Mesh) -> Any:
+        with Engine(model, None, mesh, **options) as engine:
+            before = answer_of(engine, inputs)
+            for _ in range(2):
+                with pytest.raises(RequestMismatch):
+                    engine(**inputs, request=mesh.rank)
+            return before, answer_of(engine, inputs), engine.degraded
+
+    for before, after, degraded in run_ranks(3, work, timeout=20):
+        assert torch.equal(before, after)
+        assert not degraded
+
+
+# What the ranks find during a call
+
+
+def test_other_pictures_are_refused() -> None:
+    model, inputs = tiny("vit"), inputs_for("vit")
+
+    def work(mesh: Mesh) -> Any:
+        mine = inputs_for("vit", seed=mesh.rank)
+        with Engine(model, None, mesh) as engine:
+            before = answer_of(engine, inputs)
+            with pytest.raises(InputsDiffer, match="pixel_values: expected the same picture"):
+                engine(**mine)
+            generator = torch.Generator().manual_seed(mesh.rank)
+            noise = torch.empty_like(inputs["pixel_values"]).uniform_(generator=generator)
+            rounded = inputs["pixel_values"] + 0.004 * noise  # of each rank's own preprocessing
+            return before, answer_of(engine, {"pixel_values": rounded})
+
+    for before, after in run_ranks(3, work, timeout=20):
+        torch.testing.assert_close(before, after, rtol=0, atol=0.05)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+@pytest.mark.parametrize("space", ["kv", "hidden", "differential", "none"])
+def test_what_is_not_finite_is_never_coded(space: str, value: float) -> None:
+    inputs, book = inputs_for("llama", 24), None
+    if space != "none":
+        book = fitted("llama", tiny("llama"), space=space, groups=6)
+    models = [tiny("llama") for _ in range(3)]
+    spoiled = threading.Event()
+    spoiled.set()
+
+    def spoil(module: Any, args: Any, output: Tensor) -> Tensor:
+        return output * value if spoiled.is_set() else output
+
+    models[0].model.layers[0].mlp.register_forward_hook(spoil)
+
+    def work(mesh: Mesh) -> Any:
+        with Engine(models[mesh.rank], book, mesh, halo=0) as engine:
+            with pytest.raises(NotFinite, match="rank 0 ended the call: .* NaN or infinity"):
+                engine(**inputs)
+            mesh.agree({"now": "mended"})
+            spoiled.clear()
+            return engine(**inputs).logits
+
+    for logits in run_ranks(3, work, timeout=20):
+        assert logits.isfinite().all()
+
+
+WRONG_CHOICES = {
+    "shape": lambda ids, scores: scores.argmax(-1)[:1].expand(3),
+    "floats": lambda ids, scores: scores.argmax(-1).float(),
+    "a list": lambda ids, scores: scores.argmax(-1).tolist(),
+    "nothing": lambda ids, scores: None,
+    "beyond the vocabulary": lambda ids, scores: scores.argmax(-1) + 1000,
+    "negative": lambda ids, scores: -scores.argmax(-1) - 1,
+}
+
+
+@pytest.mark.parametrize("name", WRONG_CHOICES)
+def test_a_wrong_choice_ends_the_call_alone(name: str) -> None:
+    model, ids = tiny("llama"), inputs_for("llama", 12, batch=2)["input_ids"]
+
+    def work(mesh: Mesh) -> Any:
+        with Engine(model, None, mesh) as engine:
+            with pytest.raises(InvalidChoice, match="choose: expected") as caught:
+                engine.generate(ids, max_new_tokens=3, choose=WRONG_CHOICES[name])
+            return engine.generate(ids, max_new_tokens=3), str(caught.value)
+
+    with Engine(model) as engine:
+        want = engine.generate(ids, max_new_tokens=3)
+    for made, words in run_ranks(2, work, timeout=20):
+        assert torch.equal(made, want)
+        assert words.startswith("rank 1 ended the call: choose: expected")
+
+
+def test_a_choice_may_write_to_what_it_is_given() -> None:
+    model, ids = tiny("llama"), inputs_for("llama", 12)["input_ids"]
+
+    def choose(given: Tensor, scores: Tensor) -> Tensor:
+        token = scores.argmax(-1)
+        given.zero_()
+        scores.zero_()
+        return token
+
+    def work(mesh: Mesh) -> Tensor:
+        with Engine(model, None, mesh) as engine:
+            return engine.generate(
+                ids, max_new_tokens=4, choose=choose, on_token=lambda token: token.zero_()
+            )
+
+    with Engine(model) as engine:
+        want = engine.generate(ids, max_new_tokens=4)
+    assert all(torch.equal(made, want) for made in run_ranks(2, work, timeout=20))
+
+
+def test_finished_rows_keep_the_end_that_they_have() -> None:
+    model, ids = tiny("llama"), inputs_for("llama", 12, batch=2)["input_ids"]
+    script = [[8, 9], [1, 5], [1, 1], [7, 1]]
+
+    def work(mesh: Mesh) -> Tensor:
+        steps = iter(script)
+        with Engine(model, None, mesh) as engine:
+            return engine.generate(
+                ids,
+                max_new_tokens=4,
+                eos_token_id=[7, 5],
+                choose=lambda ids, scores: torch.tensor(next(steps)),
+            )
+
+    for made in run_ranks(2, work, timeout=20):
+        assert made[:, 12:].tolist() == [[8, 1, 1, 7], [9, 5, 5, 5]]
+
+
+# Threads
+
+
+def test_closing_from_another_thread_ends_the_call_everywhere() -> None:
+    inputs = inputs_for("llama", 24)
+    models = [tiny("llama") for _ in range(2)]
+
+    def work(mesh: Mesh) -> Any:
+        model = models[mesh.rank]
+        engine = Engine(model, None, mesh)
+        if mesh.rank == 1:
+
+            def close(*_: Any) -> None:
+                thread = threading.Thread(target=engine.close)
+                thread.start()
+                thread.join()
+
+            model.model.layers[0].mlp.register_forward_pre_hook(close)
+        start = time.monotonic()
+        with pytest.raises(CallEnded, match="rank 1 ended the call: the engine was closed"):
+            engine(**inputs)
+        assert time.monotonic() - start < 15
+        models[1].model.layers[0].mlp._forward_pre_hooks.clear()
+        with Engine(model, None, mesh) as again:
+            return again(**inputs).logits
+
+    for logits in run_ranks(2, work, timeout=30):
+        assert logits.isfinite().all()
+
+
+def test_threads_take_turns() -> None:
+    model = tiny("llama")
+    prompts = [inputs_for("llama", length)["input_ids"] for length in (20, 33)]
+    with torch.no_grad():
+        single = [model(prompt).logits[:, -1:] for prompt in prompts]
+    with Engine(model) as engine:
+        found: list[tuple[int, Tensor]] = []
+
+        def ask(which: int) -> None:
+            found.extend((which, engine(input_ids=prompts[which]).logits) for _ in range(10))
+
+        threads = [threading.Thread(target=ask, args=(which,)) for which in (0, 1)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+    assert len(found) == 20
+    for which, logits in found:
+        torch.testing.assert_close(logits, single[which], rtol=2e-4, atol=2e-4)
+
+
+def test_threads_in_other_orders_leave_the_mesh_whole() -> None:
+    model = tiny("llama")
+    prompts = [inputs_for("llama", length)["input_ids"] for length in (20, 33)]
+
+    def work(mesh: Mesh) -> Tensor:
+        with Engine(model, None, mesh) as engine:
+
+            def ask(which: int) -> None:
+                try:
+                    for _ in range(5):
+                        engine(input_ids=prompts[which])
+                except AstraError:
+                    pass
+
+            order = (0, 1) if mesh.rank else (1, 0)
+            threads = [threading.Thread(target=ask, args=(which,)) for which in order]
+            for thread in threads:
+                thread.start()
+            for thread in threads:
+                thread.join()
+            mesh.agree({"now": "all have asked"})
+            return engine(input_ids=prompts[0]).logits
+
+    with torch.no_grad():
+        want = model(prompts[0]).logits[:, -1:]
+    for logits in run_ranks(2, work, timeout=20):
+        torch.testing.assert_close(logits, want, rtol=2e-4, atol=2e-4)
+
+
+def test_a_call_within_a_call_is_refused() -> None:
+    model, ids = tiny("llama"), inputs_for("llama", 12)["input_ids"]
+    with Engine(model) as engine:
+
+        def on_token(token: Tensor) -> None:
+            with pytest.raises(RuntimeError, match="runs in this thread already"):
+                engine(input_ids=ids)
+
+        assert engine.generate(ids, max_new_tokens=2, on_token=on_token).shape == (1, 14)
+
+
+# Bad requests between good ones
+
+
+def _bad_calls() -> dict[str, Any]:
+    ids = inputs_for("llama", 24, batch=2)["input_ids"]
+    ones = torch.ones_like(ids)
+    beyond, negative = ids.clone(), ids.clone()
+    beyond[0, 3], negative[1, 0] = 10**6, -1
+    half = ones.float()
+    half[0, 0] = 0.5
+    return {
+        "an id beyond the vocabulary": {"input_ids": beyond},
+        "a negative id": {"input_ids": negative},
+        "no sequence": {"input_ids": ids[:0]},
+        "no token": {"input_ids": ids[:, :0]},
+        "one token for two ranks": {"input_ids": ids[:, :1]},
+        "ids as floats": {"input_ids": ids.float()},
+        "ids as booleans": {"input_ids": ids.bool()},
+        "one dimension": {"input_ids": ids[0]},
+        "a list": {"input_ids": ids.tolist()},
+        "nothing": {"input_ids": None},
+        "an array": {"input_ids": ids.numpy()},
+        "sparse": {"input_ids": ids.to_sparse()},
+        "meta": {"input_ids": ids.to("meta")},
+        "a mask of twos": {"input_ids": ids, "attention_mask": 2 * ones},
+        "a mask of halves": {"input_ids": ids, "attention_mask": half},
+        "a mask of NaN": {"input_ids": ids, "attention_mask": half * float("nan")},
+        "a mask of another shape": {"input_ids": ids, "attention_mask": ones[:, :5]},
+        "a mask that hides a row": {"input_ids": ids, "attention_mask": ones * 0},
+        "a picture": {"pixel_values": torch.zeros(1, 1, 4, 4)},
+        "an unknown name": {"input_ids": ids, "position_ids": ids},
+        "no such answer": {"input_ids": ids, "logits": "first"},
+        "no such outputs": {"input_ids": ids, "outputs": "none"},
+        "more tokens than the model's": {"input_ids": ids.repeat(1, 100)},
+    }
+
+
+BAD_CALLS = _bad_calls()
+BAD_GENERATIONS: dict[str, Any] = {
+    "tokens as a float": {"max_new_tokens": 2.0},
+    "no tokens": {"max_new_tokens": 0},
+    "tokens as a truth": {"max_new_tokens": True},
+    "an end that is text": {"eos_token_id": "5"},
+    "an end beyond the vocabulary": {"eos_token_id": [5, 10**6]},
+    "an end that is a float": {"eos_token_id": 5.0},
+    "a choice that is none": {"choose": 5},
+    "a callback that is none": {"on_token": "print"},
+    "a mask with a hole at the end": {"attention_mask": torch.tensor([[1] * 23 + [0]] * 2)},
+}
+
+
+@settings(max_examples=5, deadline=None, suppress_health_check=list(HealthCheck))
+@given(st.permutations(sorted(BAD_CALLS)), st.permutations(sorted(BAD_GENERATIONS)))
+def test_good_answers_between_bad_requests_are_the_same(
+    calls: list[str], generations: list[str]
+) -> None:
+    model, inputs = tiny("llama"), inputs_for("llama", 24, batch=2)
+
+    def work(mesh: Mesh) -> None:
+        with Engine(model, None, mesh) as engine:
+            good = engine(**inputs).logits
+            made = engine.generate(inputs["input_ids"], max_new_tokens=2)
+            for number, name in enumerate(calls):
+                with pytest.raises((TypeError, ValueError), match="expected") as caught:
+                    engine(**BAD_CALLS[name])
+                assert "got" in str(caught.value), name
+                if number % 5 == 0:
+                    assert torch.equal(engine(**inputs).logits, good)
+            for name in generations:
+                with pytest.raises((TypeError, ValueError), match="expected"):
+                    engine.generate(inputs["input_ids"], **BAD_GENERATIONS[name])
+            assert torch.equal(engine.generate(inputs["input_ids"], max_new_tokens=2), made)
+            assert torch.equal(engine(**inputs).logits, good)
+
+    run_ranks(2, work, timeout=30)
+
+
+@pytest.mark.parametrize(
+    "pixels",
+    [
+        torch.zeros(1, 1, 4, 4),
+        torch.zeros(0, 1, 20, 20),
+        torch.zeros(1, 3, 20, 20),
+        torch.zeros(1, 1, 20, 20, dtype=torch.uint8),
+        torch.full((1, 1, 20, 20), float("nan")),
+    ],
+    ids=["size", "none", "channels", "bytes", "NaN"],
+)
+def test_pictures_that_the_model_cannot_take(pixels: Tensor) -> None:
+    model, inputs = tiny("vit"), inputs_for("vit")
+
+    def work(mesh: Mesh) -> None:
+        with Engine(model, None, mesh) as engine:
+            good = answer_of(engine, inputs)
+            with pytest.raises(ValueError, match="pixel_values: expected"):
+                engine(pixel_values=pixels)
+            assert torch.equal(answer_of(engine, inputs), good)
+
+    run_ranks(2, work, timeout=20)
+
+
+def test_token_types_that_the_model_does_not_have() -> None:
+    model, inputs = tiny("bert"), inputs_for("bert", 24)
+    ids = inputs["input_ids"]
+    with Engine(model) as engine:
+        for types in (ids * 0 + 7, ids * 0 - 1, ids.float()):
+            with pytest.raises(ValueError, match="token_type_ids: expected"):
+                engine(input_ids=ids, token_type_ids=types)
+        engine(input_ids=ids, token_type_ids=None)
+
+
+def test_autocast_is_refused() -> None:
+    with Engine(tiny("llama")) as engine, torch.autocast("cpu", dtype=torch.bfloat16):
+        with pytest.raises(ValueError, match="autocast: expected"):
+            engine(**inputs_for("llama"))
+        with pytest.raises(ValueError, match="autocast: expected"):
+            engine.generate(inputs_for("llama")["input_ids"])
+
+
+def test_answers_are_ordinary_tensors() -> None:
+    model, inputs = tiny("llama"), inputs_for("llama", 12)
+
+    def work(mesh: Mesh) -> None:
+        with Engine(model, Codebook.none(), mesh) as engine:
+            logits = engine(**inputs).logits
+            made = engine.generate(inputs["input_ids"], max_new_tokens=2)
+        logits[..., 0] = -float("inf")
+        made[made == 5] = 0
+        assert not logits.requires_grad
+        assert not logits.is_inference()
+        assert not made.is_inference()
+
+    run_ranks(2, work)
+
+
+def test_a_transport_that_cannot_resume_ends_the_mesh() -> None:
+    """As over datagrams and torch.distributed: the error is the same, and the mesh is closed."""
+    model, inputs = tiny("llama"), inputs_for("llama", 24)
+
+    def work(mesh: Mesh) -> str:
+        mesh.cancel = mesh.abort  # type: ignore[method-assign]
+        with Engine(model, None, mesh) as engine:
+            with pytest.raises(RequestMismatch) as caught:
+                engine(**inputs, request=mesh.rank)
+            with pytest.raises(AstraError, match="closed"):
+                engine(**inputs)
+        return str(caught.value)
+
+    for words in as_ranks(local_mesh(2), work):
+        assert "request 0" in words
+        assert "request 1" in words
