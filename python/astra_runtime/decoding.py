@@ -35,6 +35,20 @@ class Generation:
     choose: Choose | None
     on_token: Callable[[Tensor], None] | None
 
+    def check_prompt(self, call: Call, ids: Tensor, config: Any) -> None:
+        """Refuses a prompt that nothing can be generated behind, with a ValueError."""
+        tokens, limit = ids.shape[1], int(config.max_position_embeddings)
+        if tokens + self.max_new_tokens - 1 > limit:
+            raise ValueError(
+                f"max_new_tokens: expected at most {limit - tokens + 1} after {tokens} tokens, as "
+                f"the model's limit is {limit}, got {self.max_new_tokens}"
+            )
+        if call.last_tokens is not None:
+            raise ValueError(
+                "attention_mask: expected the last column to be a token of every row, as "
+                "generation goes on behind it; pad shorter rows on the left"
+            )
+
 
 def end_tokens(model: Any, eos_token_id: Any, vocabulary: int) -> tuple[int, ...]:
     """The tokens that end a sequence; None: the model's own."""

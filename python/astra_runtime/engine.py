@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import functools
 from collections.abc import Callable, Iterator, Sequence
-from types import TracebackType
 from typing import Any, Literal
 
 import torch
@@ -17,11 +16,21 @@ from .codes.codebook import Codebook
 from .costs import engine_plan
 from .errors import CallEnded, ModelChanged, WireError
 from .exchange import send_picture
-from .inputs import LARGEST_REQUEST, Views, check_inputs, check_integer, contents, num_padding
+from .inputs import (
+    Views,
+    check_answer,
+    check_choice,
+    check_function,
+    check_inputs,
+    check_integer,
+    check_request,
+    contents,
+    num_padding,
+)
 from .last_tokens import LastTokens
 from .layer import Layer
-from .missing import Missing, check_deadlines
-from .models import EVERY, ROW, Watch, adapt, check_attention, check_runnable
+from .missing import Missing, check_deadlines, waiting_limits
+from .models import Watch, adapt, check_attention, check_runnable
 from .plan import Plan, check_halo
 from .trace import stage
 from .transport import Mesh, local_mesh
@@ -93,18 +102,14 @@ class Engine:
         self.codebook = Codebook.dense() if codebook is None else codebook
         self.mesh = local_mesh(1)[0] if mesh is None else mesh
         self.shard_weights = None if weights is None else tuple(float(w) for w in weights)
-        if self.shard_weights is not None:  # refuses weights that no plan can have
-            Plan.make(
-                len(self.shard_weights),
-                self.mesh.world_size,
-                causal=True,
-                shard_weights=self.shard_weights,
-            )
+        if self.shard_weights is not None:  # refuses those that no plan can have
+            number, ranks = len(self.shard_weights), self.mesh.world_size
+            Plan.make(number, ranks, causal=True, shard_weights=self.shard_weights)
         check_halo(halo or 0, self.adapter.causal)
         self.halo = halo
         check_deadlines(on_missing, deadline_ms, self.mesh)
         self.deadline_ms, self.on_missing = deadline_ms, on_missing
-        self.degraded = False
+        self.degraded, self.bits_per_token_block = False, 0.0
         self.missing: dict[int, list[int]] = {}
         check_runnable(model)
         check_attention(self.adapter.attentions)
@@ -123,7 +128,6 @@ class Engine:
         self._sizes = functools.lru_cache(_SHAPES)(
             functools.partial(Sizes.of, self.codec, len(self.adapter.blocks), self.mesh.rank)
         )
-        self.bits_per_token_block = 0.0
         self._running: Call | None = None
         self._agree()
         self._open = True
@@ -149,8 +153,7 @@ class Engine:
             mesh: the ranks, connected again by the caller; None: as `connect` did it before.
             connect_timeout: seconds to wait for the other ranks; None: as before.
 
-        Raises what `connect` raises, and HandshakeRefused as the engine did at first. `rejoin` may
-        then be called again.
+        Raises what `connect` raises, and HandshakeRefused. It may then be called again.
         """
         if not self._open:
             raise RuntimeError("the engine is closed")
@@ -180,8 +183,7 @@ class Engine:
     def plan(self, tokens: int, padding: int = 0) -> Plan:
         """The cut of an input of `tokens` tokens, the class token not counted.
 
-        Where the codebook has every rank compute the first tokens itself, `padding`
-        tokens in front of them are taken along.
+        Where the codebook has attention-sink tokens, `padding` in front of them is taken along.
         """
         return self._plan(tokens, padding=padding)
 
@@ -209,9 +211,9 @@ class Engine:
         Returns:
             The model's own output class.
         """
-        _check_choice("logits", logits, ANSWERS)
-        _check_choice("outputs", outputs, ("every", "one"))
-        request = _check_request(request)
+        check_choice("logits", logits, ANSWERS)
+        check_choice("outputs", outputs, ("every", "one"))
+        request = check_request(request)
         with torch.no_grad(), self._turn():
             call, kwargs, _ = self._prepare(inputs, logits, outputs == "every", request)
             with (
@@ -258,21 +260,6 @@ class Engine:
                 "and make another"
             )
 
-    def _check_answer(self, logits: str) -> bool:
-        """Refuses an answer that the model's head cannot give; whether the head picks a row's last
-        token itself."""
-        head, name = self.adapter.head, type(self.model).__name__
-        if head == EVERY and logits != "all":
-            raise ValueError(
-                f"logits: expected 'all' for {name}, whose head reads every token, got {logits!r}"
-            )
-        if head == ROW and logits == "local":
-            raise ValueError(
-                f"logits: expected 'last' or 'all' for {name}, whose head reads the last token of "
-                "a row, got 'local'"
-            )
-        return head == ROW
-
     def _report(self, call: Call) -> None:
         """What is known when a call has ended, for the host."""
         self.missing = call.missing.by_rank() if call.missing else {}
@@ -296,12 +283,13 @@ class Engine:
         self.degraded, self.missing = False, {}
         check_runnable(self.model)
         check_attention(adapter.attentions)
-        pooled = self._check_answer(answer)
+        pooled = check_answer(adapter, answer)
         given = check_inputs(adapter, inputs)
         batch, tokens = adapter.count(given)
         last = adapter.last_tokens(given)
         plan = self.plan(tokens, num_padding(adapter.visible(given)))
-        deadline, patience, missing = self._limits()
+        blocks, mesh = len(adapter.blocks), self.mesh
+        deadline, patience = waiting_limits(self.on_missing, self.deadline_ms, mesh, blocks)
         call = Call(
             rank,
             plan,
@@ -318,7 +306,7 @@ class Engine:
             keeps=bool(options) and rank == plan.owner,
             deadline=deadline,
             patience=patience,
-            missing=missing,
+            missing=Missing(mesh.world_size, blocks) if self.on_missing == "degrade" else None,
         )
         kwargs = adapter.local_inputs(given, plan, rank)
         # a shard's hidden states or attentions would pass for the sequence's
@@ -326,18 +314,6 @@ class Engine:
         if adapter.causal:
             kwargs["use_cache"] = False
         return call, kwargs, given
-
-    def _limits(self) -> tuple[float | None, float, Missing | None]:
-        """Seconds of a block's exchange, seconds to wait for the answer, who may be left out."""
-        deadline = None if self.deadline_ms is None else self.deadline_ms / 1000
-        longest = self.mesh.timeout if deadline is None else deadline
-        # whoever waits for an answer must not give up before the rank that makes it has done so
-        patience = max(self.mesh.timeout, 2 * longest)
-        if self.on_missing != "degrade":
-            return deadline, patience, None
-        blocks = len(self.adapter.blocks)
-        patience += blocks * longest  # it may have waited in each block
-        return deadline, patience, Missing(self.mesh.world_size, blocks)
 
     def generate(
         self,
@@ -374,10 +350,9 @@ class Engine:
         if not (self.adapter.causal and hasattr(self.model, "lm_head")):
             raise ValueError("generate: expected a decoder with a language-model head")
         max_new_tokens = check_integer("max_new_tokens", max_new_tokens, 1)
-        request = _check_request(request)
-        for name, function in (("choose", choose), ("on_token", on_token)):
-            if function is not None and not callable(function):
-                raise TypeError(f"{name}: expected a function, got {type(function).__name__}")
+        request = check_request(request)
+        check_function("choose", choose)
+        check_function("on_token", on_token)
         with torch.no_grad(), self._turn():
             config: Any = self.model.config
             ends = decoding.end_tokens(self.model, eos_token_id, int(config.vocab_size))
@@ -385,13 +360,8 @@ class Engine:
             call, kwargs, given = self._prepare(
                 inputs, "last", False, request, max_new_tokens, ends
             )
-            _check_length(given["input_ids"].shape[1], max_new_tokens, config)
-            if call.last_tokens is not None:
-                raise ValueError(
-                    "attention_mask: expected the last column to be a token of every row, as "
-                    "generation goes on behind it; pad shorter rows on the left"
-                )
             asked = decoding.Generation(max_new_tokens, ends, choose, on_token)
+            asked.check_prompt(call, given["input_ids"], config)
             with self._ending_together(call, request), self.adapter.installed():
                 ids = decoding.generate(self.model, self.adapter, call, given, kwargs, asked)
             self._report(call)
@@ -407,51 +377,31 @@ class Engine:
             self._open = False
             self._end_running("the engine was closed")
 
+    def cancel(self) -> None:
+        """Ends the call that runs, on every rank, with CallEnded; engine and mesh stay as they are.
+
+        May come from any thread or signal handler. Without a call it does nothing.
+        """
+        self._end_running("it was cancelled")
+
     def _end_running(self, reason: str) -> None:
-        running = self._running
-        if running is not None:
-            running.state.ended = reason
+        call = self._running
+        if call is not None:
+            call.state.ended = reason
+            call.mesh.interrupt(reason)
 
     def __enter__(self) -> Engine:
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self.close()
 
 
 def _ends_the_call_alone(error: BaseException) -> bool:
-    """Whether the mesh is as good as before: nobody failed, and frames can be told from later ones.
-
-    A plan's tag that differs means other inputs, not another protocol.
-    """
+    """Whether the mesh is as good as before. A tag that differs means other inputs, no fault."""
     other_inputs = isinstance(error, WireError) and error.field == "plan"
     return other_inputs or isinstance(error, CallEnded | ModelChanged)
 
 
 def _named(value: float | None) -> str:
     return "default" if value is None else str(value)
-
-
-def _check_request(request: Any) -> int | None:
-    if request is None:
-        return None
-    return check_integer("request", request, 0, LARGEST_REQUEST)
-
-
-def _check_choice(name: str, value: object, choices: Sequence[str]) -> None:
-    if value not in choices:
-        raise ValueError(f"{name}: expected one of {', '.join(choices)}, got {value!r}")
-
-
-def _check_length(tokens: int, max_new_tokens: int, config: Any) -> None:
-    limit = int(config.max_position_embeddings)
-    if tokens + max_new_tokens - 1 > limit:
-        raise ValueError(
-            f"max_new_tokens: expected at most {limit - tokens + 1} after {tokens} tokens, as "
-            f"the model's limit is {limit}, got {max_new_tokens}"
-        )

@@ -8,7 +8,7 @@ frame (`contents`), pictures by a few means (`picture_means`).
 from __future__ import annotations
 
 import operator
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,11 +17,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .codes.rotary import Rope
-from .models import Adapter
+from .models import EVERY, ROW, Adapter
 from .plan import Plan
 
 NAMES = ("input_ids", "attention_mask", "token_type_ids", "pixel_values")
-LARGEST_REQUEST = 2**63 - 1
+_LARGEST_REQUEST = 2**63 - 1
 _GRID = 4  # a picture's means are those of so many parts each way
 
 
@@ -144,6 +144,22 @@ class Views:
         )
 
 
+def check_answer(adapter: Adapter, logits: str) -> bool:
+    """Refuses an answer that the model's head cannot give; whether the head picks a row's last
+    token itself."""
+    name = type(adapter.model).__name__
+    if adapter.head == EVERY and logits != "all":
+        raise ValueError(
+            f"logits: expected 'all' for {name}, whose head reads every token, got {logits!r}"
+        )
+    if adapter.head == ROW and logits == "local":
+        raise ValueError(
+            f"logits: expected 'last' or 'all' for {name}, whose head reads the last token of "
+            "a row, got 'local'"
+        )
+    return adapter.head == ROW
+
+
 def contents(inputs: Mapping[str, Tensor]) -> list[bytes]:
     """What must be the same on every rank: shapes, and token ids to the last one.
 
@@ -182,3 +198,17 @@ def check_integer(name: str, value: Any, least: int, most: int | None = None) ->
     if number < least or (most is not None and number > most):
         raise ValueError(f"{name}: expected {wanted}, got {number}")
     return number
+
+
+def check_request(request: Any) -> int | None:
+    return None if request is None else check_integer("request", request, 0, _LARGEST_REQUEST)
+
+
+def check_choice(name: str, value: object, choices: Sequence[str]) -> None:
+    if value not in choices:
+        raise ValueError(f"{name}: expected one of {', '.join(choices)}, got {value!r}")
+
+
+def check_function(name: str, value: object) -> None:
+    if value is not None and not callable(value):
+        raise TypeError(f"{name}: expected a function, got {type(value).__name__}")

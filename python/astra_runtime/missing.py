@@ -77,6 +77,19 @@ class Missing:
         return dict(sorted(blocks.items()))
 
 
+def waiting_limits(
+    on_missing: str, deadline_ms: float | None, mesh: Mesh, blocks: int
+) -> tuple[float | None, float]:
+    """Seconds that a block's exchange may take (None: as long as the mesh waits), and an answer."""
+    deadline = None if deadline_ms is None else deadline_ms / 1000
+    longest = mesh.timeout if deadline is None else deadline
+    # whoever waits for an answer must not give up before the rank that makes it has done so
+    patience = max(mesh.timeout, 2 * longest)
+    if on_missing == "degrade":
+        patience += blocks * longest  # it may have waited in each block
+    return deadline, patience
+
+
 def check_deadlines(on_missing: str, deadline_ms: float | None, mesh: Mesh) -> None:
     if on_missing not in ("raise", "degrade"):
         raise ValueError(f"on_missing: expected 'raise' or 'degrade', got {on_missing!r}")

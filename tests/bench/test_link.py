@@ -23,7 +23,7 @@ from bench.link.virtual import Lap, SocketCosts, Span, VirtualMesh, World
 from tests.runtime.models import inputs_for, tiny, windows_for
 from tests.runtime.ranks import all_to_all
 
-HEADER = 16 + IP_TCP + 18  # of a mesh's frame, TCP, IP, Ethernet
+HEADER = 28 + IP_TCP + 18  # of a mesh's frame, TCP, IP, Ethernet
 
 
 @pytest.fixture(autouse=True)
@@ -62,7 +62,7 @@ def test_a_message_below_a_packet_takes_its_bits_and_the_delay() -> None:
     run = world(2, link).run(work)
     expected = 0.5 + wire(320, link) + 1e-3
     assert run.results == [pytest.approx((expected, 0.5, expected - 0.5))] * 2
-    assert wire(320, link) == pytest.approx(0.3248e-3)  # 406 bytes at 10 Mbit/s
+    assert wire(320, link) == pytest.approx(0.3344e-3)  # 418 bytes at 10 Mbit/s
     assert run.laps == run.results
 
 
@@ -291,9 +291,9 @@ def test_socket_costs_are_charged_by_message_and_byte() -> None:
 
     def work(mesh: VirtualMesh) -> Lap:
         if mesh.rank == 0:
-            mesh.send(bytes(84), block=0, plan=1, to=[1, 2])
+            mesh.send(bytes(72), block=0, plan=1, to=[1, 2])
         else:
-            mesh.receive({0: 84}, block=0, plan=1)
+            mesh.receive({0: 72}, block=0, plan=1)
         return mesh.lap()
 
     run = world(3, Link(10), costs=costs, speed=2).run(work)
@@ -313,9 +313,9 @@ def test_spans_tell_stages_and_waits() -> None:
             mesh.spend(0.25)
             mesh.spend(0.25)
         if mesh.rank == 0:
-            mesh.send(bytes(14), block=0, plan=1, to=[1])
+            mesh.send(bytes(2), block=0, plan=1, to=[1])
         else:
-            mesh.receive({0: 14}, block=0, plan=1)
+            mesh.receive({0: 2}, block=0, plan=1)
             mesh.spend(1.0, "attend")
 
     run = world(2, link, spans=True).run(work)
@@ -371,7 +371,7 @@ def test_the_mesh_keeps_its_contract() -> None:
     stats = World(3, Link(100)).run(work).results[0]
     assert stats.messages_sent == 2 * 7
     assert stats.bytes_sent_payload == 2 * (5 * 700 + 4)
-    assert stats.bytes_sent_total == 2 * (5 * 716 + 20 + 2048 + 16)
+    assert stats.bytes_sent_total == 2 * (5 * 728 + 32 + 2048 + 28)
     assert stats.bytes_received_total == stats.bytes_sent_total
 
 

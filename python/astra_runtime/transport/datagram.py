@@ -232,6 +232,9 @@ class DatagramMesh(PeerMesh[_Peer]):
         """A snapshot of what became of the datagrams so far."""
         return sum((peer.inbox.stats for peer in self._peers.values()), DatagramStats())
 
+    def interrupt(self, reason: str) -> None:
+        self._control.interrupt(reason)
+
     def begin(self, request: int | None = None) -> None:
         super().begin(request)
         self._control.begin(request)

@@ -123,6 +123,35 @@ def _after_fork() -> None:
 os.register_at_fork(after_in_child=_after_fork)
 
 
+class Interrupt:
+    """Has a wait of the call that runs end early, from any thread or signal handler.
+
+    Attributes:
+        reason: why; None: nobody has asked for it.
+        fd: readable from then on.
+    """
+
+    def __init__(self) -> None:
+        self.reason: str | None = None
+        self.fd = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
+
+    def set(self, reason: str) -> None:
+        self.reason = reason
+        with contextlib.suppress(OSError):  # closed: there is nobody to wake
+            os.eventfd_write(self.fd, 1)
+
+    def clear(self) -> None:
+        if self.reason is not None:
+            self.reason = None
+            with contextlib.suppress(OSError):
+                os.eventfd_read(self.fd)
+
+    def close(self) -> None:
+        if self.fd >= 0:
+            os.close(self.fd)
+            self.fd = -1
+
+
 class WriteTurn:
     """The right to write to the connections: one thread at a time.
 

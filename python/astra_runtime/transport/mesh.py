@@ -163,6 +163,10 @@ class Mesh(ABC):
         """
         self.abort(error)
 
+    def interrupt(self, reason: str) -> None:  # noqa: B027
+        """Has the wait that a call is in end with CallEnded, where this transport can; from any
+        thread or signal handler. The next call is not concerned."""
+
     def end_early(self) -> None:  # noqa: B027
         """What is left of the call that runs will be dropped; `cancel` does it."""
 

@@ -125,6 +125,9 @@ class PacedMesh(Mesh):
             self.send(payload, block=Control.CANCEL, plan=0, to=to, partial=partial)
         self.end_early()
 
+    def interrupt(self, reason: str) -> None:
+        self._mesh.interrupt(reason)
+
     def end_early(self) -> None:
         self._mesh.end_early()
 

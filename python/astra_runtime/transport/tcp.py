@@ -18,12 +18,12 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Final
 
 from astra_runtime import wire
-from astra_runtime.control import Control
-from astra_runtime.errors import AstraError, DeadlineExceeded
+from astra_runtime.control import Control, is_of_a_call
+from astra_runtime.errors import AstraError, CallEnded, DeadlineExceeded
 from astra_runtime.transport import abort
 from astra_runtime.transport.closing import deliver, shut_down
 from astra_runtime.transport.connection import Connection
-from astra_runtime.transport.lifetime import CLOSED, Lifetime, WriteTurn, aborted_by
+from astra_runtime.transport.lifetime import CLOSED, Interrupt, Lifetime, WriteTurn, aborted_by
 from astra_runtime.transport.mesh import Payload
 from astra_runtime.transport.peers import PeerMesh
 from astra_runtime.transport.stats import Stats
@@ -71,6 +71,9 @@ class TcpMesh(PeerMesh[Connection]):
         self._poll.register(self._lifetime.wake, select.POLLIN)
         self._handshake = handshake or Stats()
         self._lost: dict[int, AstraError] = {}
+        self._interrupt = Interrupt()
+        self._poll.register(self._interrupt.fd, select.POLLIN)
+        self._lifetime.resources.append(self._interrupt)
         self.block: int | None = None
         self.may_yield = world_size <= len(os.sched_getaffinity(0))
         # Far behind the deadline, so that a wait of ours ends first and can say whom it waited for.
@@ -196,8 +199,9 @@ class TcpMesh(PeerMesh[Connection]):
     ) -> None:
         """Serves every socket until all frames in `waiting` are whole or the deadline passes."""
         deadline = time.monotonic() + seconds
+        self._check_interrupt(block)
         if self.may_yield:
-            self._yield_for(waiting, partial)
+            self._yield_for(waiting, block, partial)
         for peer in self._peers.values():
             self._watch(peer, peer.fd in waiting)
         while waiting:
@@ -207,7 +211,10 @@ class TcpMesh(PeerMesh[Connection]):
                 return
             for fd, events in self._poll.poll(math.ceil(left * 1000)):
                 self._lifetime.check()
-                self._serve(self._by_fd[fd], events, waiting, block, partial)
+                if fd != self._interrupt.fd:
+                    self._serve(self._by_fd[fd], events, waiting, block, partial)
+                else:
+                    self._check_interrupt(block)
 
     def _too_late(
         self, waiting: dict[int, Connection], block: int, seconds: float, partial: bool
@@ -220,13 +227,14 @@ class TcpMesh(PeerMesh[Connection]):
             if len(peer.outstanding) > MAX_OUTSTANDING:
                 self._give_up(peer, late)
 
-    def _yield_for(self, waiting: dict[int, Connection], partial: bool) -> None:
+    def _yield_for(self, waiting: dict[int, Connection], block: int, partial: bool) -> None:
         """Most frames of an exchange come within microseconds: to give the core to whoever sends
         them is quicker than to sleep and be woken. Looking without yielding starves the senders."""
         until = time.perf_counter_ns() + YIELD_NANOSECONDS
         while waiting and time.perf_counter_ns() < until:
             os.sched_yield()
             self._lifetime.check()
+            self._check_interrupt(block)
             for peer in list(waiting.values()):
                 if self._advance(peer, partial):
                     del waiting[peer.fd]
@@ -250,10 +258,11 @@ class TcpMesh(PeerMesh[Connection]):
             for fd in others:
                 self._poll.unregister(fd)
         self._lifetime.check()
+        self._check_interrupt(block)
         ready, ended = [], []
         for fd, events in ready_now:
-            if fd in others:
-                ready.append(fd)
+            if fd in others or fd == self._interrupt.fd:
+                ready.extend({fd} & others.keys())
                 continue
             self._serve(self._by_fd[fd], events, {}, block, partial)
             if events & _ENDED:
@@ -336,14 +345,25 @@ class TcpMesh(PeerMesh[Connection]):
         kernel answers no more."""
         self._end(CLOSED, lambda peer: wire.bye(peer.num_sent, self.rank), self.timeout)
 
+    def begin(self, request: int | None = None) -> None:
+        super().begin(request)
+        self._interrupt.clear()
+
+    def interrupt(self, reason: str) -> None:
+        self._interrupt.set(reason)
+
+    def _check_interrupt(self, block: int) -> None:
+        reason = self._interrupt.reason
+        if reason is not None and is_of_a_call(block):
+            raise CallEnded(self.rank, reason)
+
     def cancel(self, error: BaseException) -> None:
-        if self._closed:
+        if self.ended is not None:
             return
         frame = abort.encode_error(error, self.rank, self.block)
         for peer in self._peers.values():
-            if not peer.send_closed:
-                with self._sending, contextlib.suppress(OSError):
-                    peer.transmit(peer.stamp(frame, Control.CANCEL, 0))
+            with contextlib.suppress(AstraError, OSError):
+                self._send(peer, frame, Control.CANCEL, 0, True)
         self.end_early()
 
     def end_early(self) -> None:

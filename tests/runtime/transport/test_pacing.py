@@ -19,10 +19,10 @@ from ..ranks import (
 @pytest.mark.parametrize(
     ("link", "payload", "seconds"),
     [
-        (Link(10), 320, (320 + 16 + 52) * 8e-7),
-        (Link(10), 1432, (1448 + 52) * 8e-7),
-        (Link(10), 1433, (1449 + 104) * 8e-7),
-        (Link(100, 5), 0, (16 + 52) * 8e-8),
+        (Link(10), 320, (320 + 28 + 52) * 8e-7),
+        (Link(10), 1420, (1448 + 52) * 8e-7),
+        (Link(10), 1421, (1449 + 104) * 8e-7),
+        (Link(100, 5), 0, (28 + 52) * 8e-8),
         (Link(None, 5), 10**6, 0),
     ],
 )
@@ -32,8 +32,8 @@ def test_time_on_the_link(link: Link, payload: int, seconds: float) -> None:
 
 def test_tls_takes_time_on_the_link_too() -> None:
     link = Link(10)
-    assert link.seconds(320, encrypted=True) == pytest.approx((336 + 22 + 52) * 8e-7)
-    frame = 16 + 20_000 + 2 * 22  # two records
+    assert link.seconds(320, encrypted=True) == pytest.approx((348 + 22 + 52) * 8e-7)
+    frame = 28 + 20_000 + 2 * 22  # two records
     assert link.seconds(20_000, encrypted=True) == pytest.approx((frame + 14 * 52) * 8e-7)
 
 
