@@ -88,6 +88,7 @@ def generate(
     for _ in range(asked.max_new_tokens):
         call.check_running()
         if decoder is not None:
+            call.mesh.check_cancelled()
             token = _next_token(call.rank, ids, decoder.scores(ids), asked.choose)
             token = torch.where(done, last, token)
             send_tensor(call, token, block=Control.TOKEN, to=others)

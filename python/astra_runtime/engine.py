@@ -223,6 +223,7 @@ class Engine:
             ):
                 send_picture(call)
                 output = self.model(**kwargs)
+                self.mesh.check_cancelled()
             self._report(call)
             output.degraded, output.missing = self.degraded, self.missing
             return output if call.has_answer else None

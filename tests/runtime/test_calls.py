@@ -109,20 +109,18 @@ def test_a_request_is_an_integer(request_: Any) -> None:
 
 def test_over_an_emulated_link() -> None:
     """Frames wait for the link when the call that they belong to has ended."""
-    from astra_runtime.transport.pacing import PacedMesh
-
     model, inputs = tiny("bert"), inputs_for("bert", 24)
 
     def work(mesh: Mesh) -> Any:
-        paced = PacedMesh(mesh, Link(mbit_per_s=20.0, delay_ms=1.0))
-        with Engine(model, None, paced) as engine:
+        with Engine(model, None, mesh) as engine:
             before = answer_of(engine, inputs, request=1)
             for turn in range(3):
                 with pytest.raises(RequestMismatch):
                     engine(**inputs, request=mesh.rank + turn)
             return before, answer_of(engine, inputs, request=1)
 
-    for before, after in run_ranks(3, work, timeout=20):
+    meshes = local_mesh(3, timeout=20, link=Link(mbit_per_s=20.0, delay_ms=1.0))
+    for before, after in as_ranks(meshes, work):
         assert torch.equal(before, after)
 
 
@@ -345,6 +343,55 @@ def test_a_call_within_a_call_is_refused() -> None:
                 engine(input_ids=ids)
 
         assert engine.generate(ids, max_new_tokens=2, on_token=on_token).shape == (1, 14)
+
+
+@pytest.mark.parametrize("kind", ["llama", "vit"])
+def test_cancelling_wakes_whoever_waits(kind: str) -> None:
+    """Rank 0 waits for rank 1, which comes late; somebody cancels on rank 0 meanwhile."""
+    model, inputs = tiny(kind), inputs_for(kind, 24)
+
+    def work(mesh: Mesh) -> Any:
+        with Engine(model, None, mesh) as engine:
+            good = answer_of(engine, inputs)
+            start = time.monotonic()
+            if mesh.rank == 0:
+                threading.Timer(0.3, engine.cancel).start()
+            else:
+                time.sleep(1.5)
+            with pytest.raises(CallEnded, match="rank 0 ended the call: it was cancelled"):
+                engine(**inputs)
+            if mesh.rank == 0:
+                assert time.monotonic() - start < 1.2
+            engine.cancel()  # no call runs
+            return good, answer_of(engine, inputs)
+
+    for good, again in run_ranks(2, work, timeout=20):
+        assert torch.equal(good, again)
+
+
+def test_cancelling_ends_generation() -> None:
+    """The owner of the text waits for nobody, and hears of it before its next token."""
+    model, ids = tiny("llama"), inputs_for("llama", 12)["input_ids"]
+
+    def work(mesh: Mesh) -> Any:
+        with Engine(model, None, mesh) as engine:
+            columns: list[Tensor] = []
+
+            def on_token(token: Tensor) -> None:
+                columns.append(token)
+                if len(columns) == 3 and mesh.rank == 0:
+                    engine.cancel()
+                time.sleep(0.05)
+
+            with pytest.raises(CallEnded, match="rank 0 ended the call: it was cancelled"):
+                engine.generate(ids, max_new_tokens=100, on_token=on_token)
+            return len(columns), engine.generate(ids, max_new_tokens=3)
+
+    with Engine(model) as engine:
+        want = engine.generate(ids, max_new_tokens=3)
+    for columns, made in run_ranks(2, work, timeout=20):
+        assert columns < 40
+        assert torch.equal(made, want)
 
 
 # Bad requests between good ones

@@ -217,6 +217,27 @@ class Connection(Channel):
         self.unread = bytes(self.frame[: self.filled]) + self.unread
         self.filled = 0
 
+    def check_cancelled(self) -> None:
+        """Raises the cause where the next that the peer has sent is CANCEL of the call that runs.
+
+        Nothing is waited for, and whatever else has arrived is read later.
+        """
+        while not (self.outstanding or self.stale):
+            room = memoryview(bytearray(max(0, abort.ABORT_SIZE - len(self.unread))))
+            with contextlib.suppress(BlockingIOError, OSError):  # an end is the next wait's to tell
+                self.unread += room[: self.stream.read_into(room)] if room else b""
+            if len(self.unread) < abort.ABORT_SIZE:
+                return
+            header = wire.parse_header(self.unread)
+            cancels = (header.length, header.block) == (FIELDS_SIZE, Control.CANCEL)
+            if not cancels or header.sequence != self.num_expected or header.call > self.moment[0]:
+                return
+            payload = self.unread[HEADER_SIZE : abort.ABORT_SIZE]
+            self.unread = self.unread[abort.ABORT_SIZE :]
+            self.num_expected += 1
+            if header.call == self.moment[0]:
+                raise abort.decode_error(payload, self.rank, None)
+
     def expect_nothing(self) -> None:
         """The call that runs ends early: what is left of it will be dropped when it arrives."""
         if self.outstanding and not self.reading_error:

@@ -163,6 +163,10 @@ class Mesh(ABC):
         """
         self.abort(error)
 
+    def check_cancelled(self) -> None:  # noqa: B027
+        """Raises the cause where a peer is known to have ended the call that runs; waits for
+        nothing. For ranks that have all they need of their peers, and so read nothing of them."""
+
     def interrupt(self, reason: str) -> None:  # noqa: B027
         """Has the wait that a call is in end with CallEnded, where this transport can; from any
         thread or signal handler. The next call is not concerned."""

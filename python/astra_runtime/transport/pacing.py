@@ -125,6 +125,9 @@ class PacedMesh(Mesh):
             self.send(payload, block=Control.CANCEL, plan=0, to=to, partial=partial)
         self.end_early()
 
+    def check_cancelled(self) -> None:
+        self._mesh.check_cancelled()
+
     def interrupt(self, reason: str) -> None:
         self._mesh.interrupt(reason)
 

@@ -259,7 +259,8 @@ class TcpMesh(PeerMesh[Connection]):
                 self._poll.unregister(fd)
         self._lifetime.check()
         self._check_interrupt(block)
-        ready, ended = [], []
+        ready: list[int] = []
+        ended: list[Connection] = []
         for fd, events in ready_now:
             if fd in others or fd == self._interrupt.fd:
                 ready.extend({fd} & others.keys())
@@ -356,6 +357,12 @@ class TcpMesh(PeerMesh[Connection]):
         reason = self._interrupt.reason
         if reason is not None and is_of_a_call(block):
             raise CallEnded(self.rank, reason)
+
+    def check_cancelled(self) -> None:
+        with self._lifetime:
+            for peer in self._peers.values():
+                if peer.error is None:
+                    peer.check_cancelled()
 
     def cancel(self, error: BaseException) -> None:
         if self.ended is not None:
