@@ -257,3 +257,10 @@ def check_codes(
     if whole and not (behind and data[-1] >> behind):
         return
     read_codes(data, bits, codewords, memoryview(bytearray(4 * count)).cast("i"), count)
+
+
+if not is_bye(bye(0, 0), 0):
+    raise ImportError(
+        "astra_kernels._C speaks another version of the protocol than astra_runtime: build it again, "
+        "python setup.py build_ext --inplace"
+    )
