@@ -261,6 +261,6 @@ def check_codes(
 
 if not is_bye(bye(0, 0), 0):
     raise ImportError(
-        "astra_kernels._C speaks another version of the protocol than astra_runtime: build it again, "
+        "astra_kernels._C speaks another version of the protocol than astra_runtime: build it, "
         "python setup.py build_ext --inplace"
     )
