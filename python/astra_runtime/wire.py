@@ -259,7 +259,7 @@ def check_codes(
     read_codes(data, bits, codewords, memoryview(bytearray(4 * count)).cast("i"), count)
 
 
-if not is_bye(bye(0, 0), 0):
+if judge_prefix(Hello(1, 0, 0).encode()) is not None:
     raise ImportError(
         "astra_kernels._C speaks another version of the protocol than astra_runtime: build it, "
         "python setup.py build_ext --inplace"
