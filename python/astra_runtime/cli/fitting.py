@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import fcntl
+import math
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -163,12 +164,12 @@ def verdict(held_back: dict[str, Any] | None) -> str:
         f"{held_back['world_size']} ranks: exact {exact:.4g}, "
         f"ASTRA {astra:.4g}, remote tokens dropped {dropped:.4g}"
     )
+    if math.isnan(held_back["gap_recovered"]):
+        return f"{figures}: remote tokens are worth nothing on these windows, so neither are codes"
     if astra >= dropped:
         return (
             f"WARNING: these codes are worse than dropping the remote tokens ({figures}). "
             "Calibrate on more text, or use more groups."
         )
-    if dropped <= exact:
-        return f"{figures}: remote tokens are worth nothing on these windows, so neither are codes"
     recovered = held_back["gap_recovered"]
     return f"{figures}; {100 * recovered:.0f} % of the gap that remote tokens close is recovered"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
@@ -93,9 +94,9 @@ class TransformFit:
         )
         few = windows[:: max(1, len(windows) // SENSITIVITY_WINDOWS)][:SENSITIVITY_WINDOWS]
         prefix = options.prefix
-        progress("weighing", 0, 1)
-        fisher = sensitivity(model, few, prefix=prefix, world_size=4, seed=options.seed)
-        progress("weighing", 1, 1)
+        fisher = sensitivity(
+            model, few, prefix=prefix, world_size=4, seed=options.seed, progress=progress
+        )
         recorded = record(adapter, TransformCodes.early, windows, progress, prefix)
         copies, embedding = adapter.class_tokens + prefix, None
         if adapter.token_ids:
@@ -183,7 +184,12 @@ def _smallest(at: Callable[[float], Codebook], target: float) -> Codebook:
     def enough(bits: float) -> bool:
         tried[bits] = tried.get(bits) or at(bits)
         recovered = tried[bits].notes["held_back"]["gap_recovered"]
-        return bool(recovered >= target)  # nan, where there is no gap, is not enough
+        if math.isnan(recovered):
+            raise ValueError(
+                "target_gap: remote tokens are worth nothing on the held-out windows, so there is "
+                "no gap to recover; give longer windows, or bits in its place"
+            )
+        return bool(recovered >= target)
 
     bits = TARGET_FROM
     if enough(bits):

@@ -7,11 +7,12 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..codes.layouts import merge_heads
 from ..codes.packed import PackedCodes
 from ..codes.rotary import Rope, unrotate
+from ..inputs import check_inputs
 from ..models import Adapter, Inputs
 from ..parallel import map_cores
 
@@ -19,13 +20,61 @@ Progress = Callable[[str, int, int], None]  # what is done, steps done, steps in
 
 
 def as_windows(calibration: Tensor | Sequence[Tensor]) -> list[Inputs]:
-    """Calibration data as the inputs of one forward pass each."""
+    """Calibration data as the inputs of one forward pass each.
+
+    Raises:
+        TypeError: something else than tensors.
+        ValueError: no window, or windows of another shape than token ids [T] or images [C, h, w].
+    """
+    if not isinstance(calibration, Tensor | Sequence):
+        raise TypeError(f"calibration: expected tensors, got {type(calibration).__name__}")
     windows = list(calibration)
     if not windows:
         raise ValueError("calibration: expected at least one window, got none")
-    if windows[0].is_floating_point():
-        return [{"pixel_values": window[None]} for window in windows]
-    return [{"input_ids": window[None]} for window in windows]
+    for window in windows:
+        if not isinstance(window, Tensor):
+            raise TypeError(f"calibration: expected tensors, got {type(window).__name__}")
+    images = windows[0].is_floating_point()
+    for window in windows:
+        if window.is_floating_point() != images or window.dim() != (3 if images else 1):
+            raise ValueError(
+                "calibration: expected windows of token ids, integers [T], or images, [C, h, w], "
+                f"got {window.dtype} of shape {list(window.shape)}"
+            )
+    return [{"pixel_values" if images else "input_ids": window[None]} for window in windows]
+
+
+def check_windows(
+    adapter: Adapter, windows: list[Inputs], least: int, name: str = "calibration"
+) -> list[Inputs]:
+    """The windows on the model's device; `name` is the argument that they came by.
+
+    Raises:
+        ValueError: one that the model cannot take, or of fewer than `least` tokens, or windows that
+            are all of one token.
+    """
+    windows = [on_device(window, adapter) for window in windows]
+    for number, window in enumerate(windows):
+        try:
+            check_inputs(adapter, window)
+        except ValueError as error:
+            raise ValueError(f"{name}: window {number}: {error}") from error
+        tokens = adapter.count(window)[1]
+        if tokens < least:
+            raise ValueError(
+                f"{name}: expected windows of at least {least} tokens, got {tokens} in window "
+                f"{number}"
+            )
+    bounds = torch.stack([torch.stack(next(iter(w.values())).aminmax()) for w in windows])
+    if bool(bounds.min() == bounds.max()):
+        raise ValueError(
+            f"{name}: expected windows of several values, got {bounds.min().item():g} only"
+        )
+    return windows
+
+
+def on_device(window: Inputs, adapter: Adapter) -> Inputs:
+    return {name: tensor.to(adapter.device) for name, tensor in window.items()}
 
 
 def record(
@@ -73,6 +122,8 @@ class _Recorder:
             self.blocks[block] = (plain[:, :, self.copies :], value[:, :, self.copies :].float())
 
     def finish(self, hidden: Tensor) -> Tensor:
+        if not bool(hidden.isfinite().all()):
+            raise ValueError("model: its output is not finite on the calibration data")
         return hidden[:, :1]  # the head's work is not needed
 
 
@@ -103,6 +154,13 @@ class Recorded:
         vectors, scales = codec.training_vectors(self.take(block), groups, shared)
         check_finite(vectors, block)
         return vectors.contiguous(), scales
+
+
+def check_weights(model: nn.Module) -> None:
+    """Refuses weights that are not finite, by name."""
+    broken = [name for name, w in model.named_parameters() if not bool(w.isfinite().all())]
+    if broken:
+        raise ValueError(f"model: weights that are not finite: {', '.join(broken[:3])}")
 
 
 def check_finite(vectors: Tensor, block: int) -> None:

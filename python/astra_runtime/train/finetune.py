@@ -28,7 +28,7 @@ from ..errors import AstraError
 from ..evaluate import Measured, measure
 from ..models import Adapter, Inputs, adapt, is_language_model
 from ..plan import Plan
-from .calibration import as_windows
+from .calibration import as_windows, check_weights, check_windows, on_device
 from .navq import NAVQ
 from .simulate import Simulation, quantizers
 
@@ -193,7 +193,7 @@ class _Training:
         _check_labels(labels, len(windows), model)
         out = _apart(len(windows), held_back)
         device = self.adapter.device
-        self.held = [_on(windows[i], device) for i in sorted(out)]
+        self.held = [on_device(windows[i], self.adapter) for i in sorted(out)]
         self.kept = [i for i in range(len(windows)) if i not in out]
         self.windows, self.labels = windows, labels
         self.quantizers = quantizers(
@@ -408,9 +408,9 @@ def _check_model(model: nn.Module, codebook: Codebook, adapter: Adapter) -> None
     if not codebook.codec.trainable(codebook):
         raise ValueError(f"codebook: expected codes, or dense fp32, got dense {codebook.dtype}")
     codebook.check_model(adapter)
-    broken = [name for name, w in model.named_parameters() if not bool(w.isfinite().all())]
-    if broken:
-        raise ValueError(f"model: weights that are not finite: {', '.join(broken[:3])}")
+    check_weights(model)
+    if any(isinstance(value, tuple) for value in model.state_dict().values()):
+        raise ValueError("model: expected fp32 weights to train, got quantized ones")
 
 
 def _check_windows(windows: list[Inputs], adapter: Adapter) -> int:
@@ -418,10 +418,7 @@ def _check_windows(windows: list[Inputs], adapter: Adapter) -> int:
     lengths = {adapter.count(window)[1] for window in windows}
     if len(lengths) > 1:
         raise ValueError(f"data: expected windows of one length, got {sorted(lengths)}")
-    for window in windows:
-        for name, tensor in window.items():
-            if tensor.is_floating_point() and not bool(tensor.isfinite().all()):
-                raise ValueError(f"data: {name} that are not finite")
+    check_windows(adapter, windows, 2, "data")
     return lengths.pop()
 
 
@@ -444,10 +441,6 @@ def _apart(windows: int, held_back: int) -> set[int]:
     """Evenly spaced windows that are not trained on; at least half are trained on."""
     count = max(0, min(held_back, windows // 2))
     return {windows * (2 * i + 1) // (2 * count) for i in range(count)}
-
-
-def _on(window: Inputs, device: torch.device) -> Inputs:
-    return {name: tensor.to(device) for name, tensor in window.items()}
 
 
 def _output(output: Any) -> Tensor:

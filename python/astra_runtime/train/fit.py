@@ -16,8 +16,9 @@ from ..codes.kv import KeyValueCodes
 from ..codes.transform import TransformCodes
 from ..evaluate import Measured, measure
 from ..models import Adapter, Inputs, adapt
+from ..models.base import check_runnable
 from .budgets import TransformOptions, fit_transform
-from .calibration import Progress, as_windows
+from .calibration import Progress, as_windows, check_weights, check_windows
 from .fit_codewords import CodewordOptions, fit_closed_loop, fit_codewords
 from .options import FitData, FitOptions
 
@@ -56,22 +57,27 @@ def fit(model: nn.Module, calibration: Tensor | Sequence[Tensor], **keywords: An
         keywords: those of `FitOptions`.
 
     Raises:
-        ValueError: nothing to calibrate on, more codewords than vectors, groups that the model
-            cannot be cut into, activations that are not finite, a model without token ids in
-            space "differential".
+        TypeError: a keyword that there is not, or a number or window of another type.
+        ValueError: nothing to calibrate on, or windows that are too short, all of one token or not
+            the model's; more codewords than vectors; groups that the model cannot be cut into;
+            weights or activations that are not finite; a model without token ids in space
+            "differential", or without gradients in space "transform".
     """
     options = FitOptions(**keywords)
     adapter = adapt(model)
     windows = as_windows(calibration)
-    if model.training:
-        raise ValueError("model: expected evaluation mode, got training: call model.eval()")
+    check_runnable(model)
+    check_weights(model)
     codec = _fitted_codec(options.space)
     codec.check_model(adapter)
     method = METHODS[codec]
     chosen = method.options(options, codec, adapter)
-    windows, held_out = _hold_out(windows, options.held_back)
-    windows += as_windows(options.extra) if len(options.extra) else []
-    vectors = _check_counts(adapter, windows, held_out, options.world_size, chosen.vectors_needed)
+    extra = as_windows(options.extra) if len(options.extra) else []
+    windows = check_windows(adapter, windows + extra, chosen.prefix + 2)  # of two ranks
+    extra = windows[len(windows) - len(extra) :]
+    windows, held_out = _hold_out(windows[: len(windows) - len(extra)], options.held_back)
+    windows += extra
+    vectors = _check_counts(adapter, windows, held_out, options.world_size, chosen)
 
     def evaluate(codebook: Codebook) -> dict[str, Any]:
         return _evaluate(model, codebook, held_out, options.world_size, options.progress)
@@ -98,7 +104,7 @@ def _fitted_codec(key: str) -> type[Codec]:
 
 
 def _check_counts(
-    adapter: Adapter, kept: list[Inputs], held_out: list[Inputs], world_size: int, codewords: int
+    adapter: Adapter, kept: list[Inputs], held_out: list[Inputs], world_size: int, chosen: Any
 ) -> int:
     """The vectors to calibrate on: enough of them, and windows long enough to be evaluated."""
     shortest = min((adapter.count(window)[1] for window in held_out), default=0)
@@ -108,9 +114,10 @@ def _check_counts(
             f"out for the evaluation, got {world_size}"
         )
     vectors = sum(batch * tokens for batch, tokens in map(adapter.count, kept))
-    if not 2 <= codewords <= min(vectors, 65536):
+    usable, codewords = vectors - chosen.prefix * len(kept), chosen.vectors_needed
+    if not 2 <= codewords <= min(usable, 65536):
         raise ValueError(
-            f"codewords: expected 2 to 65536 and at most the {vectors} calibration vectors, "
+            f"codewords: expected 2 to 65536 and at most the {usable} calibration vectors, "
             f"got {codewords}; give more calibration windows"
         )
     return vectors

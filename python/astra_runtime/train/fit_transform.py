@@ -28,6 +28,7 @@ from ..codes.rotary import rotate, unrotate
 from ..models import Adapter, Inputs, adapt, is_language_model
 from ..parallel import map_cores
 from ..plan import Plan
+from .calibration import Progress
 from .kmeans import kmeans
 from .simulate import Simulation
 
@@ -62,7 +63,13 @@ class _Probe(Simulation):
 
 
 def sensitivity(
-    model: nn.Module, windows: Sequence[Inputs], *, prefix: int, world_size: int, seed: int
+    model: nn.Module,
+    windows: Sequence[Inputs],
+    *,
+    prefix: int,
+    world_size: int,
+    seed: int,
+    progress: Progress = lambda what, done, steps: None,
 ) -> Tensor:
     """F of every block, fp32 [L, E, E]: E[g·gᵀ], g the gradient by a remote token's y.
 
@@ -80,18 +87,34 @@ def sensitivity(
         probe = _Probe(model, plan, inputs)
         with torch.enable_grad():
             loss = _drawn_loss(model, probe.run(), generator)
-            leaves = [probe.leaves[block] for block in range(len(adapter.blocks))]
-            gradients = torch.autograd.grad(loss, leaves)
+            gradients = _gradients(loss, [probe.leaves[n] for n in range(len(adapter.blocks))])
         heard = plan.bounds[-2] if plan.causal else plan.tokens  # nobody hears the last shard
         rows = torch.stack([g[:, :heard].flatten(0, 1) for g in gradients]).double()
         return (rows.transpose(1, 2) @ rows).cpu(), rows.shape[1]
 
     count = 0
-    for found, seen in map_cores(of_window, list(enumerate(windows))):
-        total, count = total + found, count + seen
+    progress("weighing", 0, len(windows))
+    for done, (gram, tokens) in enumerate(map_cores(of_window, list(enumerate(windows)))):
+        total, count = total + gram, count + tokens
+        progress("weighing", done + 1, len(windows))
     if not bool(total.isfinite().all()):
         raise ValueError("model: gradients are not finite on the calibration data")
     return (total / count).float()
+
+
+def _gradients(loss: Tensor, leaves: list[Tensor]) -> list[Tensor]:
+    """Of the loss by the leaves. ValueError: they do not pass through the model."""
+    gradients: tuple[Tensor | None, ...] = (None,)
+    if loss.requires_grad:
+        gradients = torch.autograd.grad(loss, leaves, allow_unused=True)
+    through = [gradient for gradient in gradients if gradient is not None]
+    if len(through) < len(leaves):
+        raise ValueError(
+            "model: expected one that gradients pass through, by which transform codes weigh "
+            "errors, got one that cuts them, as quantized layers do: fit on the model before it "
+            "was quantized, or in another space"
+        )
+    return through
 
 
 def _equal_plan(adapter: Adapter, inputs: Inputs, prefix: int, world_size: int) -> Plan:
@@ -105,6 +128,8 @@ def _drawn_loss(model: nn.Module, output: Any, generator: torch.Generator) -> Te
     """The negative log-likelihood of answers drawn from the model's own distribution."""
     if is_language_model(model) or "logits" in output:
         logits = output.logits.flatten(0, -2).float()
+        if not bool(logits.isfinite().all()):
+            raise ValueError("model: its output is not finite on the calibration data")
         with torch.no_grad():
             drawn = torch.multinomial(logits.softmax(-1), 1, generator=generator)[:, 0]
         return F.cross_entropy(logits, drawn, reduction="sum")
@@ -227,7 +252,7 @@ def allocate(rows: Rows, cost: Cost, bits: float, code_bits: int) -> list[int]:
         for root, model in zip(roots[start:], models, strict=True)
     )
     budget, best = bits * blocks, [0] * blocks
-    high, spends = math.log2(max(*tops, 1e-30)) + 4, 0  # log2 of a level that spends nothing
+    high, spends = math.log2(max([*tops, 1e-30])) + 4, 0  # log2 of a level that spends nothing
     low, most = high - STRIDE, 0
     for _ in range(SEARCH):
         middle = low

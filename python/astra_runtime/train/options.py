@@ -51,7 +51,7 @@ class FitOptions:
     codewords: int | None = None
     bits: float | None = None
     target_gap: float | None = None
-    extra: Sequence[Tensor] = ()
+    extra: Tensor | Sequence[Tensor] = ()
     prefix: int | None = None
     rank: int | None = None
     shared: bool | None = None
@@ -60,6 +60,14 @@ class FitOptions:
     held_back: int = 2
     world_size: int = 4
     progress: Progress = lambda what, done, steps: None
+
+    def __post_init__(self) -> None:
+        numbers = ("groups", "codewords", "prefix", "rank", "iterations", "seed")
+        for name in (*numbers, "held_back", "world_size"):
+            _check_whole(name, getattr(self, name))
+        for name in ("iterations", "held_back"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name}: expected at least 0, got {getattr(self, name)}")
 
     def prefix_for(self, codec: type[Codec], adapter: Adapter) -> int:
         """Leading tokens that every rank computes itself. ValueError: an encoder's, or below 0."""
@@ -70,6 +78,11 @@ class FitOptions:
                 f"others, got {prefix}"
             )
         return prefix
+
+
+def _check_whole(name: str, value: Any) -> None:
+    if value is not None and (isinstance(value, bool) or not isinstance(value, int)):
+        raise TypeError(f"{name}: expected an integer, got {value!r}")
 
 
 @dataclass(frozen=True)
