@@ -6,6 +6,7 @@ Cells say perplexity over exact, the mean and standard deviation over seeds.
 from itertools import product
 from typing import Any
 
+from astra_runtime.codes.registry import codec_named
 from bench.gpt2 import KINDS
 from bench.report.markdown import Report, Table, source, table
 
@@ -41,7 +42,7 @@ def _codes(row: Row) -> str:
     named = {"none": "dense fp32", "drop": "local-only", "none:int8": "dense int8"}
     if row["space"] in named:
         return named[row["space"]]
-    if row["space"] == "transform":
+    if codec_named(row["space"]).allots_bits:
         return f"transform:{row['bits_per_token_block']:.0f}"
     return f"{row['space']}, {row['groups']} of {row['codewords']}"
 

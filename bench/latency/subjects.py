@@ -16,6 +16,8 @@ import torch
 
 from astra_runtime import Codebook
 from astra_runtime.codes.base import geometry
+from astra_runtime.codes.kv import KeyValueCodes
+from astra_runtime.codes.registry import codec_named
 from astra_runtime.models import adapt
 from astra_runtime.models.shapes import SHAPES, gpt2, llama
 from astra_runtime.store import load_model
@@ -72,14 +74,14 @@ class Subject:
         """ "kv:1", "hidden:1:256" …: random tables of that many groups and codewords (1,024);
         "transform:BITS": fitted."""
         space, count, *rest = setting.split(":")
-        if space == "transform":
+        codec = codec_named(space)
+        if codec.allots_bits:
             return Codebook.from_pretrained(CODEBOOKS / f"broad-{count}-0")
         codewords = int(rest[0]) if rest else CODEWORDS
         adapter = adapt(self.model)
         sizes, groups = geometry(adapter), int(count)
         heads = sizes["num_key_value_heads"]
-        shared = space == "kv" and groups % heads != 0
-        width = 2 * heads * sizes["head_dim"] if space == "kv" else sizes["hidden_size"]
+        shared, width = codec.shares_heads(groups, sizes), codec.coded_width(sizes)
         generator = torch.Generator().manual_seed(1)
         shape = (sizes["num_blocks"], groups, codewords, width // groups)
         return Codebook(
@@ -90,5 +92,5 @@ class Subject:
             geometry=sizes,
             model=adapter.digest(),
             tables=torch.randn(shape, generator=generator),
-            scales=torch.ones(sizes["num_blocks"], heads, 2) if space == "kv" else None,
+            scales=torch.ones(sizes["num_blocks"], heads, 2) if codec is KeyValueCodes else None,
         )

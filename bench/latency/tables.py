@@ -6,6 +6,7 @@ from collections.abc import Iterable
 from functools import partial
 from typing import Any
 
+from astra_runtime.codes.registry import codec_named
 from bench.report.markdown import Report, Table, source, table
 
 BASELINES = {
@@ -170,7 +171,7 @@ def links(report: Report) -> str:
             late.append(f"{times} ms at {shape['mbit_per_s']:g} Mbit/s")
             continue
         peers = (case["peers"][name] for name in ("paced", "switch"))
-        codes = "dense" if shape["space"] == "none" else shape["space"]
+        codes = shape["space"] if codec_named(shape["space"]).coded else "dense"
         row = [f"{shape['model']}, {shape['tokens']} tokens", codes, f"{ours:.1f}"]
         rows.append([*row, *(f"{ms:.1f} ({ms / ours:.2f})" for ms in peers)])
     head = ["10 Mbit/s, two ranks", "exchange", "virtual clock (ms)", "emulated link", "switch"]

@@ -28,6 +28,7 @@ from functools import partial
 from typing import Any
 
 from astra_runtime import Engine
+from astra_runtime.codes.registry import codec_named
 from bench.exchange import free_ports
 from bench.link.model import Link
 from bench.link.rank import WARM_UP, Settings, command, outputs_of, popen_options, task
@@ -191,7 +192,7 @@ def comparison(link: Link, space: str, tokens: int, repeats: int) -> Case:
         extra["switch"] = {"cpu_share": report.cpu_share, "late_mean_ms": 1e3 * report.late_mean}
     own = ms.pop("virtual")
     return Case(
-        name=f"link_{'dense' if space == 'none' else space}_{link.mbit_per_s:g}mbit",
+        name=f"link_{space if codec_named(space).coded else 'dense'}_{link.mbit_per_s:g}mbit",
         shape={
             "model": "tiny llama",
             "tokens": tokens,

@@ -21,6 +21,7 @@ from typing import Any, Final
 import torch
 
 from astra_runtime import Codebook, Engine
+from astra_runtime.codes.registry import codec_named
 from astra_runtime.transport import Link as PacedLink
 from astra_runtime.transport import Mesh, peers_of
 from astra_runtime.transport.pacing import PacedMesh
@@ -59,8 +60,8 @@ def task(space: str, tokens: int) -> Task:
     from tests.runtime.models import inputs_for, tiny, windows_for
 
     model = tiny("llama", max_position_embeddings=max(256, tokens))
-    if space == "none":
-        codebook = Codebook.none()
+    if not codec_named(space).coded:
+        codebook = Codebook(space)
     else:
         codebook = Codebook.fit(
             model, windows_for("llama"), space=space, groups=3, codewords=32, iterations=4

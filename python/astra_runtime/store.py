@@ -22,6 +22,7 @@ from torch import Tensor
 from astra_kernels._cache import cache_folder
 
 from .errors import AstraError
+from .files import open_to_others
 
 PACKAGED = {
     # name: (package, file or folder inside it)
@@ -138,19 +139,10 @@ def _write_converted(gguf: Path, folder: Path) -> None:
         model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
         model.load_state_dict(loaded.state_dict())
         model.save_pretrained(part)
-        _open_to_others(part)
+        open_to_others(part)
         part.rename(folder)
     finally:
         shutil.rmtree(part, ignore_errors=True)
-
-
-def _open_to_others(folder: Path) -> None:
-    """Gives a temporary folder and its files the modes that the umask leaves, as any others."""
-    umask = os.umask(0)
-    os.umask(umask)
-    folder.chmod(0o777 & ~umask)
-    for file in folder.iterdir():
-        file.chmod(0o666 & ~umask)
 
 
 def load_model(name: str, dtype: torch.dtype = torch.float32) -> Any:

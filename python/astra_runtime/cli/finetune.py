@@ -94,8 +94,7 @@ def run(options: argparse.Namespace) -> int:
             checkpoint_every=options.checkpoint_every,
             report=log,
         )
-    tokenizer.save_pretrained(folder)
-    save_result(model, adapted, folder)
+    save_result(model, adapted, folder, tokenizer)
     seconds = time.perf_counter() - begun
     held_back = adapted.notes.get("held_back")
     if adapted.coded:

@@ -164,7 +164,7 @@ def verdict(held_back: dict[str, Any] | None) -> str:
         f"{held_back['world_size']} ranks: exact {exact:.4g}, "
         f"ASTRA {astra:.4g}, remote tokens dropped {dropped:.4g}"
     )
-    if math.isnan(held_back["gap_recovered"]):
+    if dropped <= exact or math.isnan(held_back["gap_recovered"]):
         return f"{figures}: remote tokens are worth nothing on these windows, so neither are codes"
     if astra >= dropped:
         return (

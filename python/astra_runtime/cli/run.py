@@ -301,9 +301,12 @@ def report(options: argparse.Namespace, tokenizer: Any, answer: Any, world_size:
 
 def say_exactness(options: argparse.Namespace, codebook: Any, answer: Any) -> None:
     """Says when the answer is not what one device would give."""
-    if not answer["bits_per_token_block"] and options.space != "drop":
+    from ..codes.local_only import LocalOnly
+
+    local_only = options.space == LocalOnly.key
+    if not answer["bits_per_token_block"] and not local_only:
         return
-    if options.space == "drop":
+    if local_only:
         say("the ranks computed without each other's tokens (--space drop)")
     elif options.space == "codes" and codebook.coded:
         say(

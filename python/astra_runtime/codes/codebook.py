@@ -16,6 +16,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from ..files import written_together
 from ..models import Adapter
 from .base import Codec, geometry
 from .dense import DenseExchange
@@ -140,23 +141,24 @@ class Codebook(CodebookFields):
             )
 
     def save_pretrained(self, folder: str | os.PathLike[str]) -> None:
-        """Writes the codebook into `folder`, whole or not at all for each of its two files."""
-        from safetensors.torch import save_file
+        """Writes the codebook into `folder`: both of its files, or neither where one fails."""
+        from safetensors.torch import save
 
-        path = Path(folder)
-        path.mkdir(parents=True, exist_ok=True)
-        save_file(self._tensors(), path / (TENSOR_FILE + ".part"))
-        os.replace(path / (TENSOR_FILE + ".part"), path / TENSOR_FILE)
         config = {"format": FORMAT, "digest": self.digest, **self._config(), "notes": self.notes}
-        part = path / (CONFIG_FILE + ".part")
-        part.write_text(json.dumps(config, indent=2) + "\n")
-        os.replace(part, path / CONFIG_FILE)
+        with written_together(folder) as part:
+            (part / TENSOR_FILE).write_bytes(save(self._tensors()))
+            (part / CONFIG_FILE).write_text(json.dumps(config, indent=2) + "\n")
 
     @classmethod
     def from_pretrained(cls, folder: str | os.PathLike[str]) -> Codebook:
-        """Reads a codebook and checks its content against the hash it was saved with."""
+        """Reads a codebook and checks its content against the hash it was saved with.
+
+        Raises:
+            FileNotFoundError, PermissionError: a file is not there, or cannot be read.
+            ValueError: a file is damaged, or of another format.
+        """
         from safetensors import SafetensorError
-        from safetensors.torch import load_file
+        from safetensors.torch import load
 
         path = Path(folder)
         for name in (CONFIG_FILE, TENSOR_FILE):
@@ -166,8 +168,8 @@ class Codebook(CodebookFields):
                     f"found no {name}; make one with `astra fit --output {path}`"
                 )
         try:
-            config = json.loads((path / CONFIG_FILE).read_text())
-            tensors = load_file(path / TENSOR_FILE)
+            config = json.loads((path / CONFIG_FILE).read_text("utf-8"))
+            tensors = load((path / TENSOR_FILE).read_bytes())
             if config.pop("format") != FORMAT:
                 raise ValueError(f"expected format {FORMAT}")
             digest = config.pop("digest")

@@ -123,6 +123,9 @@ class _Recorder:
 
     def finish(self, hidden: Tensor) -> Tensor:
         if not bool(hidden.isfinite().all()):
+            for block, recorded in enumerate(self.blocks):
+                for tensor in [recorded] if self.inputs else recorded:
+                    check_finite(tensor, block)
             raise ValueError("model: its output is not finite on the calibration data")
         return hidden[:, :1]  # the head's work is not needed
 

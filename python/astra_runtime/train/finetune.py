@@ -12,7 +12,6 @@ from __future__ import annotations
 import copy
 import math
 import os
-import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from hashlib import sha256
@@ -26,6 +25,7 @@ from torch import Tensor, nn
 from ..codes.codebook import Codebook
 from ..errors import AstraError
 from ..evaluate import Measured, measure
+from ..files import written_together
 from ..models import Adapter, Inputs, adapt, is_language_model
 from ..plan import Plan
 from .calibration import as_windows, check_weights, check_windows, on_device
@@ -384,20 +384,20 @@ def schedule(step: int, settings: Settings) -> float:
     return 0.5 + 0.5 * math.cos(math.pi * (step - warmup) / max(1, settings.steps - warmup))
 
 
-def save_result(model: Any, codebook: Codebook, folder: str | os.PathLike[str]) -> None:
-    """Model and codebook in one folder, which `--model` and `--codebook` both accept.
+def save_result(
+    model: Any, codebook: Codebook, folder: str | os.PathLike[str], tokenizer: Any = None
+) -> None:
+    """Model, codebook and tokenizer in one folder, which `--model` and `--codebook` both accept.
 
-    Each file is written whole; a checkpoint in the folder has done its work and goes.
+    All files are written, or none; a checkpoint in the folder has done its work and goes.
     """
-    path = Path(folder)
-    path.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=path, prefix=".part") as part:
+    with written_together(folder) as part:
         model.save_pretrained(part)
+        if tokenizer is not None:
+            tokenizer.save_pretrained(part)
         if codebook.coded:
             codebook.save_pretrained(part)
-        for file in sorted(Path(part).iterdir()):
-            os.replace(file, path / file.name)
-    (path / CHECKPOINT).unlink(missing_ok=True)
+    (Path(folder) / CHECKPOINT).unlink(missing_ok=True)
 
 
 def _check_model(model: nn.Module, codebook: Codebook, adapter: Adapter) -> None:

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import dataclasses
 import gc
 import json
+import os
+import pickle
 import weakref
 from pathlib import Path
 from typing import Any
@@ -14,6 +17,7 @@ import torch
 import astra_kernels as ak
 from astra_runtime import Codebook, Engine
 from astra_runtime.cli.fitting import verdict
+from astra_runtime.codes.codebook import CONFIG_FILE, TENSOR_FILE
 from astra_runtime.codes.kv import balance
 from astra_runtime.codes.layouts import split_groups, split_tables
 from astra_runtime.codes.rotary import rotate, unrotate
@@ -24,7 +28,7 @@ from ..models import inputs_for, tiny, windows_for
 
 
 @pytest.mark.parametrize(("groups", "shared"), [(3, False), (12, False), (1, True), (4, True)])
-def test_tables_undo_joint(groups: int, shared: bool) -> None:
+def test_tables_undo_split_groups(groups: int, shared: bool) -> None:
     """A codebook that holds the vectors themselves gives the keys and values back."""
     key, value = torch.randn(2, 1, 3, 5, 16)
     scales = torch.rand(3, 2) + 0.5
@@ -157,8 +161,8 @@ def test_no_calibration_data_is_refused() -> None:
 
 def test_activations_that_are_not_finite_are_refused() -> None:
     model = tiny("llama")
-    with torch.no_grad():
-        model.model.layers[1].self_attn.v_proj.weight[0, 0] = torch.nan
+    projection = model.model.layers[1].self_attn.v_proj
+    projection.register_forward_hook(lambda module, given, out: out * torch.nan)
     with pytest.raises(ValueError, match="activations of block 1 are not finite"):
         Codebook.fit(model, windows_for("llama"), groups=3, codewords=8)
 
@@ -175,6 +179,60 @@ def test_saved_codebooks_come_back(tmp_path: Path) -> None:
         "codebooks.safetensors",
     ]
     Engine(model, again).close()
+
+
+def test_codebooks_compare_by_their_content(tmp_path: Path) -> None:
+    _, book = small()
+    book.save_pretrained(tmp_path)
+    for twin in (Codebook.from_pretrained(tmp_path), pickle.loads(pickle.dumps(book))):
+        assert twin == book
+        assert len({twin, book}) == 1
+    assert book == dataclasses.replace(book, notes={"other": 1})
+    assert book not in (dataclasses.replace(book, prefix=1), Codebook.dense(), "a codebook")
+    assert Codebook.none("int8") == Codebook.dense("int8") != Codebook.dense()
+    assert Codebook.drop() == Codebook.local_only()
+
+
+def test_files_have_the_modes_of_the_umask(tmp_path: Path) -> None:
+    _, book = small()
+    umask = os.umask(0o027)
+    try:
+        book.save_pretrained(tmp_path)
+    finally:
+        os.umask(umask)
+    modes = {file.name: oct(file.stat().st_mode & 0o777) for file in tmp_path.iterdir()}
+    assert modes == {CONFIG_FILE: "0o640", TENSOR_FILE: "0o640"}
+
+
+def test_a_codebook_is_written_whole_or_not_at_all(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _, book = small()
+    _, other = small(seed=1)
+    book.save_pretrained(tmp_path)
+    moves: list[Any] = []
+    replace = os.replace
+
+    def failing(source: Any, target: Any) -> None:
+        moves.append(target)
+        if len(moves) == 4:  # its first file has taken the place of the older one
+            raise OSError("disk on fire")
+        replace(source, target)
+
+    monkeypatch.setattr(os, "replace", failing)
+    with pytest.raises(OSError, match="disk on fire"):
+        other.save_pretrained(tmp_path)
+    assert Codebook.from_pretrained(tmp_path) == book
+    assert len(list(tmp_path.iterdir())) == 2
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root reads everything")
+def test_a_file_that_may_not_be_read_is_named(tmp_path: Path) -> None:
+    _, book = small()
+    book.save_pretrained(tmp_path)
+    (tmp_path / TENSOR_FILE).chmod(0)
+    with pytest.raises(PermissionError, match=TENSOR_FILE):
+        Codebook.from_pretrained(tmp_path)
 
 
 def test_damaged_files_are_refused(tmp_path: Path) -> None:

@@ -257,7 +257,7 @@ def test_classes_that_there_are_not_are_refused() -> None:
         with pytest.raises(ValueError, match=message):
             finetune(model, book, images, settings, labels=labels)
     images[3, 0, 1, 1] = math.nan
-    with pytest.raises(ValueError, match="pixel_values that are not finite"):
+    with pytest.raises(ValueError, match="window 3: pixel_values: expected finite values"):
         finetune(model, book, images, settings)
 
 

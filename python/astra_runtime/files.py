@@ -1,0 +1,62 @@
+"""Writing several files: all of them or none, with the modes that the umask leaves."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+
+def open_to_others(folder: Path) -> None:
+    """Gives a folder and its files the modes that the umask leaves, as any others.
+
+    Some libraries write files that their owner alone can read.
+    """
+    umask = os.umask(0)
+    os.umask(umask)
+    folder.chmod(0o777 & ~umask)
+    for file in folder.iterdir():
+        if file.is_file():
+            file.chmod(0o666 & ~umask)
+
+
+@contextlib.contextmanager
+def written_together(folder: str | os.PathLike[str]) -> Iterator[Path]:
+    """A temporary folder, whose files end up in `folder` once all of them are written.
+
+    When writing fails, or moving a file does, `folder` is as it was before, and the error goes on.
+
+    Example:
+        with written_together("codebook") as part:
+            (part / "astra_config.json").write_text("{}")
+            (part / "codebooks.safetensors").write_bytes(data)
+    """
+    path = Path(folder)
+    path.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=path, prefix=".part") as part:
+        yield Path(part)
+        open_to_others(Path(part))
+        _replace(Path(part), path)
+
+
+def _replace(part: Path, folder: Path) -> None:
+    """Moves all files, and moves them back when one cannot be moved."""
+    old = part / "old"
+    names = sorted(file.name for file in part.iterdir())
+    old.mkdir()
+    moved: list[str] = []
+    try:
+        for name in names:
+            moved.append(name)
+            if (folder / name).exists():
+                os.replace(folder / name, old / name)
+            os.replace(part / name, folder / name)
+    except BaseException:
+        for name in moved:
+            if (old / name).exists():
+                os.replace(old / name, folder / name)
+            elif not (part / name).exists():  # it was moved, and replaced nothing
+                os.replace(folder / name, part / name)
+        raise

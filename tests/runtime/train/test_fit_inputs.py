@@ -1,0 +1,175 @@
+"""What a fit is given, and refuses before hours are spent: in a sentence, in every space."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import pytest
+import torch
+
+from astra_runtime import Codebook, Engine
+from astra_runtime.evaluate import Measured, run_ranks
+from astra_runtime.train.finetune import Settings, finetune
+
+from ..models import tiny, windows_for
+
+SPACES = ("kv", "hidden", "differential", "transform")
+WINDOWS = windows_for("llama")
+
+
+def fit(model: Any, windows: Any, space: str = "kv", **options: Any) -> Codebook:
+    return Codebook.fit(model, windows, space=space, codewords=16, held_back=0, **options)
+
+
+@pytest.mark.parametrize("space", SPACES)
+def test_a_decoder_of_one_block_is_fitted(space: str) -> None:
+    model = tiny("llama", num_hidden_layers=1)
+    ids = windows_for("llama", count=1, tokens=20)
+    book = fit(model, WINDOWS, space)
+    with torch.no_grad():
+        exact = model(ids).logits
+
+    def work(mesh: Any) -> Any:
+        with Engine(model, book, mesh, halo=0) as engine:
+            return engine(input_ids=ids, logits="all").logits
+
+    output = run_ranks(2, work, timeout=20)[0]
+    free = space in ("differential", "transform")  # every rank computes block 0 of token ids
+    assert (book.bits == 0) is free
+    assert torch.allclose(output, exact, atol=1e-3) is free
+
+
+@pytest.mark.parametrize("name", ["model.layers.1.mlp.down_proj.weight", "lm_head.weight"])
+@pytest.mark.parametrize("space", SPACES)
+def test_weights_that_are_not_finite_are_named(space: str, name: str) -> None:
+    model = tiny("llama")
+    with torch.no_grad():
+        model.get_parameter(name)[0, 0] = torch.nan
+    with pytest.raises(ValueError, match=f"weights that are not finite: {name}"):
+        fit(model, WINDOWS, space)
+
+
+@pytest.mark.parametrize("space", SPACES)
+def test_outputs_that_are_not_finite_are_refused(space: str) -> None:
+    model = tiny("llama")
+    model.model.layers[2].mlp.register_forward_hook(lambda module, given, out: out / 0.0)
+    with pytest.raises(ValueError, match="its output is not finite on the calibration data"):
+        fit(model, WINDOWS, space)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_models_without_gradients_are_refused_where_they_are_needed() -> None:
+    quantized = torch.ao.quantization.quantize_dynamic(
+        tiny("llama"), {torch.nn.Linear}, dtype=torch.qint8
+    )
+    with pytest.raises(ValueError, match="expected one that gradients pass through"):
+        fit(quantized, WINDOWS, "transform")
+    with pytest.raises(ValueError, match="expected fp32 weights to train, got quantized ones"):
+        finetune(quantized, Codebook.dense(), WINDOWS, Settings(1, ranks=(2, 2)))
+    assert fit(quantized, WINDOWS, "kv").coded
+
+
+@pytest.mark.parametrize(
+    ("windows", "message"),
+    [
+        (WINDOWS[:0], "expected at least one window, got none"),
+        (WINDOWS[:, :0], "window 0: input_ids: expected at least one token"),
+        (WINDOWS[:, :1], "expected windows of at least [23] tokens, got 1 in window 0"),
+        (WINDOWS[:3, :4], "codewords: expected 2 to 65536 and at most the (9|12) calibration"),
+        ([WINDOWS[0], WINDOWS[1, :1]], "at least [23] tokens, got 1 in window 1"),
+        (torch.full((6, 40), 3), "expected windows of several values, got 3 only"),
+        ([WINDOWS], r"expected windows of token ids, .* of shape \[6, 40\]"),
+        (WINDOWS.float(), "expected windows of token ids"),
+        ([WINDOWS[0], torch.rand(1, 4, 4)], "expected windows of token ids"),
+        (WINDOWS > 3, "window 0: input_ids: expected integers"),
+        (WINDOWS + 60, "window 0: input_ids: expected values from 0 to 96, got"),
+        (WINDOWS - 97, "window 0: input_ids: expected values from 0 to 96, got -"),
+        (WINDOWS.repeat(1, 7), "window 0: input_ids: expected at most 256 tokens"),
+    ],
+)
+@pytest.mark.parametrize("space", SPACES)
+def test_windows_that_cannot_be_fitted_on_are_refused(
+    space: str, windows: Any, message: str
+) -> None:
+    with pytest.raises(ValueError, match=message):
+        fit(tiny("llama"), windows, space)
+
+
+@pytest.mark.parametrize("windows", ["a text", [[1, 2, 3]], {"input_ids": WINDOWS}, None, 3])
+def test_windows_that_are_no_tensors_are_refused(windows: Any) -> None:
+    with pytest.raises(TypeError, match="calibration: expected tensors, got"):
+        fit(tiny("llama"), windows)
+
+
+def test_more_windows_are_checked_alike() -> None:
+    with pytest.raises(ValueError, match="window 6: input_ids: expected values from 0 to 96"):
+        fit(tiny("llama"), WINDOWS, extra=[WINDOWS[0] + 97])
+    assert fit(tiny("llama"), WINDOWS, extra=WINDOWS[:1]) != fit(tiny("llama"), WINDOWS)
+
+
+@pytest.mark.parametrize(
+    "options", [{"groups": 2.0}, {"iterations": "8"}, {"seed": None, "groups": True}]
+)
+def test_numbers_of_another_type_are_refused(options: dict[str, Any]) -> None:
+    with pytest.raises(TypeError, match="expected an integer, got"):
+        fit(tiny("llama"), WINDOWS, **options)
+    with pytest.raises(TypeError, match="unexpected keyword argument 'foo'"):
+        fit(tiny("llama"), WINDOWS, foo=1)
+
+
+def test_images_are_checked_alike() -> None:
+    images = windows_for("vit")
+    for wrong, message in (
+        (images * torch.nan, "window 0: pixel_values: expected finite values"),
+        (images[..., :16, :16], r"window 0: pixel_values: expected \[B, 1, 20, 20\]"),
+        (torch.ones(4, 1, 20, 20), "expected windows of several values, got 1 only"),
+        (images[None], "expected windows of token ids"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            fit(tiny("vit"), wrong, "transform")
+
+
+def test_training_checks_its_windows_alike() -> None:
+    settings = Settings(1, ranks=(2, 2))
+    with pytest.raises(ValueError, match="data: window 0: input_ids: expected values from 0"):
+        finetune(tiny("llama"), Codebook.dense(), WINDOWS + 97, settings)
+    with pytest.raises(ValueError, match="data: expected windows of several values"):
+        finetune(tiny("llama"), Codebook.dense(), torch.full((6, 40), 3), settings)
+
+
+@pytest.mark.parametrize(
+    ("figures", "recovered"),
+    [
+        (("perplexity", 10.0, 15.0, 20.0), math.log(20 / 15) / math.log(2)),
+        (("perplexity", 10.0, 9.9, 10.001), math.nan),  # 2014 % of rounding noise
+        (("perplexity", 10.0, 9.9, 9.5), math.nan),
+        (("error", 0.0, 0.02, 0.2), 0.9),
+        (("error", 0.0, 0.02, 1e-9), math.nan),
+    ],
+)
+def test_a_gap_within_rounding_is_no_gap(
+    figures: tuple[str, float, float, float], recovered: float
+) -> None:
+    measured = Measured(*figures, bits_per_token_block=8)
+    assert measured.gap_recovered == pytest.approx(recovered, nan_ok=True)
+
+
+def test_a_target_without_a_gap_is_refused_at_once() -> None:
+    """Attention that sees next to nothing: remote tokens are worth nothing."""
+    model = tiny("llama")
+    with torch.no_grad():
+        for layer in model.model.layers:
+            layer.self_attn.o_proj.weight.zero_()
+    tried: list[str] = []
+    with pytest.raises(ValueError, match="target_gap: remote tokens are worth nothing"):
+        Codebook.fit(
+            model,
+            WINDOWS,
+            space="transform",
+            target_gap=0.5,
+            codewords=16,
+            world_size=2,
+            progress=lambda what, done, steps: tried.append(what),
+        )
+    assert tried.count("clustering") == 3  # one budget
