@@ -21,7 +21,7 @@ from bench import tables
 from bench.accuracy import corpora
 from bench.link import switch
 from bench.registry import BENCHES, Bench, Run, chosen, writers
-from bench.report import ROOT
+from bench.report import ROOT, Watch
 
 CLANG = ("clang++", "clang++-19", "clang++-16", "clang++-14")  # as the Makefile tries
 AFTERWARDS = (Run("bench.latency.plots"), Run("bench.tables"), Run("bench.guard"))
@@ -87,7 +87,12 @@ def execute(run: Run) -> bool:
     if words[0] != "make":
         words = [sys.executable, "-m", *words]
     print(f"== {run.line}", flush=True)
-    return subprocess.run(words, cwd=ROOT).returncode == 0
+    watch = Watch()
+    status = subprocess.run(words, cwd=ROOT).returncode
+    contention = watch.contention()
+    if contention.disturbs:
+        print(f"== {contention}: nothing else should run beside a benchmark", flush=True)
+    return status == 0
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

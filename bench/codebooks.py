@@ -6,15 +6,21 @@ dense exchange, or "drop" for local-only.
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any, Final, Literal
 
+import torch
+
 from astra_runtime import Codebook
+from astra_runtime.codes.base import geometry
 from astra_runtime.codes.dense import DenseExchange
 from astra_runtime.codes.local_only import LocalOnly
 from astra_runtime.codes.registry import codec_named
 from astra_runtime.models import Adapter
 
 CONTROLS: Final = {"exact": Codebook.dense(), "local_only": Codebook.local_only()}
+FOLDER: Final = Path("build/codebooks")  # what `bench.accuracy.calibrate` fits
+CODEWORDS: Final = 1024  # of random codebooks
 AfterLoss = Literal["stale", "out", "predicted"]
 
 
@@ -73,3 +79,27 @@ def label(book: Codebook) -> str:
 def bits_per_token_block(book: Codebook, adapter: Adapter) -> float:
     """On average over the blocks; of dense exchange those of its keys and values."""
     return book.token_bits(adapter)
+
+
+def folder(bits: float, seed: int) -> Path:
+    """Where `bench.accuracy.calibrate` puts SmolLM2's codebook of that budget and seed."""
+    return FOLDER / f"broad-{bits:g}-{seed}"
+
+
+def random_codebook(name: str, adapter: Adapter) -> Codebook:
+    """A codebook of "SPACE:GROUPS" or "SPACE:GROUPS:CODEWORDS" with random tables, where only the
+    work counts; 1,024 codewords where none are said."""
+    space, groups, codewords = [*name.split(":"), str(CODEWORDS)][:3]
+    codec, sizes = codec_named(space), geometry(adapter)
+    blocks, heads = sizes["num_blocks"], sizes["num_key_value_heads"]
+    shape = (blocks, int(groups), int(codewords), codec.coded_width(sizes) // int(groups))
+    return Codebook(
+        space,
+        int(groups),
+        int(codewords),
+        codec.shares_heads(int(groups), sizes),
+        geometry=sizes,
+        model=adapter.digest(),
+        tables=torch.randn(shape, generator=torch.Generator().manual_seed(1)),
+        scales=None if codec.early else torch.ones(blocks, heads, 2),
+    )

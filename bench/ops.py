@@ -206,7 +206,7 @@ def overhead_cases() -> Iterator[Case]:
     state = ak.attention(query, key, value)
     shape = {"B": 1, "M": 4, "N": 4, "H": 2, "Hkv": 2, "d": 16}
     dense, coded, merge = (
-        choose(op, "auto", cpu, torch.float32)
+        choose(op, "auto", cpu, torch.float32).run
         for op in ("attention", "coded_attention", "merge_state")
     )
     yield timed(

@@ -9,22 +9,20 @@ folder a seed and budget to build/codebooks; what is there already is not fitted
 
 import argparse
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from astra_runtime.cli.fitting import progress_bar
 from astra_runtime.console import say
 from astra_runtime.models import adapt
 from astra_runtime.store import load_model, load_tokenizer, token_windows
 from astra_runtime.train.budgets import TransformFit, TransformOptions, default_rank
 from astra_runtime.train.calibration import as_windows
+from bench import codebooks
 from bench.accuracy.corpora import corpus
-from bench.report import quiet_transformers
+from bench.report import quiet_transformers, stages
 
-FOLDER = Path("build/codebooks")
 TEXT = ("documentation:16", "manpages:14", "fortunes:14", "source:12")
 UNSEEN = ("handbook", "devref")
 TOKENS = 1024
@@ -57,24 +55,17 @@ def main(arguments: Sequence[str] | None = None) -> None:
     model, tokenizer = load_model("smollm2"), load_tokenizer("smollm2")
     rank = default_rank(adapt(model))
     for seed in options.seeds:
-        missing = [b for b in options.bits if not folder(b, seed).is_dir()]
+        missing = [b for b in options.bits if not codebooks.folder(b, seed).is_dir()]
         if not missing:
             continue
         drawn = windows(tokenizer, options.text, seed)
-        with progress_bar() as progress:
-            settings = TransformOptions(
-                prefix=1, codewords=None, rank=rank, iterations=8, seed=seed
-            )
-            fit = TransformFit(model, as_windows(drawn), settings, progress)
-            for bits in missing:
-                codebook = fit.codebook(bits)
-                codebook.notes["text"] = list(options.text)
-                codebook.save_pretrained(folder(bits, seed))
-                say(f"{folder(bits, seed)}: {codebook.bits:.1f} bits")
-
-
-def folder(bits: float, seed: int) -> Path:
-    return FOLDER / f"broad-{bits:g}-{seed}"
+        settings = TransformOptions(prefix=1, codewords=None, rank=rank, iterations=8, seed=seed)
+        fit = TransformFit(model, as_windows(drawn), settings, stages(say))
+        for bits in missing:
+            codebook = fit.codebook(bits)
+            codebook.notes["text"] = list(options.text)
+            codebook.save_pretrained(codebooks.folder(bits, seed))
+            say(f"{codebooks.folder(bits, seed)}: {codebook.bits:.1f} bits")
 
 
 if __name__ == "__main__":

@@ -43,6 +43,7 @@ from astra_runtime.store import load_model, load_tokenizer, token_windows
 from astra_runtime.train.calibration import as_windows, record
 from astra_runtime.train.kmeans import kmeans
 from astra_runtime.train.navq import Quantized
+from bench import codebooks
 from bench.accuracy import calibrate
 from bench.accuracy.corpora import corpus
 from bench.accuracy.simulated import control_losses, figures, losses
@@ -225,7 +226,7 @@ def codebook_of(
     """Codebook and quantizers of a row of the table; None: the codebook's own."""
     kind, _, size = name.partition(":")
     if kind not in MAKERS:
-        return Codebook.from_pretrained(calibrate.folder(float(size), 0)), None
+        return Codebook.from_pretrained(codebooks.folder(float(size), 0)), None
 
     def of_block(numbered: tuple[int, tuple[Tensor, Tensor]]) -> Code:
         block, (of_one, _) = numbered

@@ -129,14 +129,14 @@ def codebook_of(name: str, seed: int, model: Any, tokenizer: Any) -> Codebook:
         return book
     size = codebooks.size_of(name)
     if codebooks.budgeted(name):
-        return Codebook.from_pretrained(calibrate.folder(size["bits"], seed))
+        return Codebook.from_pretrained(codebooks.folder(size["bits"], seed))
     windows = calibrate.windows(tokenizer, calibrate.TEXT, seed)
     return Codebook.fit(model, windows, **size, held_back=0, seed=seed)
 
 
 def kept_codebook_of(name: str, model: Any, tokenizer: Any) -> Codebook:
     """The same of seed 0; what has to be fitted is fitted once, and kept beside the others."""
-    folder: Path = calibrate.FOLDER / f"{name.replace(':', '-')}-0"
+    folder: Path = codebooks.FOLDER / f"{name.replace(':', '-')}-0"
     if folder.is_dir():
         return Codebook.from_pretrained(folder)
     book = codebook_of(name, 0, model, tokenizer)

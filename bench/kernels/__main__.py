@@ -267,7 +267,7 @@ def interpreted(wanted: bool) -> Iterator[None]:
     from astra_kernels import _dispatch
 
     plain = dict(_dispatch._CPU)
-    _dispatch._CPU.update({op: _dispatch._triton(op) for op in _dispatch._TRITON})
+    _dispatch._CPU.update({op: _dispatch._triton(op).run for op in _dispatch._TRITON})
     try:
         yield
     finally:

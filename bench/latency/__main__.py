@@ -31,20 +31,11 @@ from astra_runtime.console import say
 from astra_runtime.models import adapt
 from bench.baselines import methods
 from bench.latency.record import Recording, astra, baseline, median_stages
-from bench.latency.subjects import MODELS, Subject
+from bench.latency.subjects import MODELS, SETTINGS, Subject
 from bench.link.model import Link
 from bench.link.virtual import SocketCosts
 from bench.report import Case, command_line, percentiles, quiet_transformers, write
 
-SETTINGS = {
-    "vit-base": ("hidden:1", "kv:1"),
-    "vit-base-int8": ("hidden:1", "kv:1"),
-    "gpt2": ("hidden:1", "kv:1"),
-    "gpt2-medium": ("hidden:1", "kv:1"),
-    "llama": ("kv:1", "kv:4"),
-    "smollm2": ("kv:3", "transform:30", "transform:100"),
-    "tiny": ("hidden:1", "kv:4"),
-}
 MBIT, RTT_MS = (10.0, 20.0, 50.0, 100.0, 500.0), (0.2, 2.0, 20.0)
 
 

@@ -36,8 +36,7 @@ from astra_runtime.transport import Link as PacedLink
 from astra_runtime.transport.certificates import ephemeral_keys
 from bench.baselines import GlooComm, methods
 from bench.latency import record
-from bench.latency.__main__ import SETTINGS
-from bench.latency.subjects import MODELS, Subject
+from bench.latency.subjects import MODELS, SETTINGS, Subject
 from bench.link.model import Link
 from bench.link.rank import begin, outputs_of, popen_options
 from bench.link.switch import Namespaces

@@ -9,21 +9,15 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
 
 from astra_runtime import Codebook
-from astra_runtime.codes.base import geometry
-from astra_runtime.codes.kv import KeyValueCodes
-from astra_runtime.codes.registry import codec_named
 from astra_runtime.models import adapt
 from astra_runtime.models.shapes import SHAPES, gpt2, llama
 from astra_runtime.store import load_model
-
-CODEBOOKS = Path("build/codebooks")  # of `bench.accuracy.calibrate`
-CODEWORDS = 1024
+from bench import codebooks
 
 
 def _int8(make: Callable[[int], Any]) -> Callable[[int], Any]:
@@ -46,6 +40,17 @@ MODELS: dict[str, Callable[[int], Any]] = {
     "llama": llama(1024, 2816, 16, 16, 4, 32000),
     "smollm2": lambda tokens: load_model("smollm2"),
     "tiny": gpt2(48, 4, 4),  # for tests
+}
+
+# Of ASTRA, by model, where none are asked for.
+SETTINGS = {
+    "vit-base": ("hidden:1", "kv:1"),
+    "vit-base-int8": ("hidden:1", "kv:1"),
+    "gpt2": ("hidden:1", "kv:1"),
+    "gpt2-medium": ("hidden:1", "kv:1"),
+    "llama": ("kv:1", "kv:4"),
+    "smollm2": ("kv:3", "transform:30", "transform:100"),
+    "tiny": ("hidden:1", "kv:4"),
 }
 
 
@@ -71,26 +76,7 @@ class Subject:
         return cls(name, tokens, model, {"pixel_values": torch.randn(1, 3, side, side)})
 
     def codebook(self, setting: str) -> Codebook:
-        """ "kv:1", "hidden:1:256" …: random tables of that many groups and codewords (1,024);
-        "transform:BITS": fitted."""
-        space, count, *rest = setting.split(":")
-        codec = codec_named(space)
-        if codec.allots_bits:
-            return Codebook.from_pretrained(CODEBOOKS / f"broad-{count}-0")
-        codewords = int(rest[0]) if rest else CODEWORDS
-        adapter = adapt(self.model)
-        sizes, groups = geometry(adapter), int(count)
-        heads = sizes["num_key_value_heads"]
-        shared, width = codec.shares_heads(groups, sizes), codec.coded_width(sizes)
-        generator = torch.Generator().manual_seed(1)
-        shape = (sizes["num_blocks"], groups, codewords, width // groups)
-        return Codebook(
-            space,
-            groups,
-            codewords,
-            shared,
-            geometry=sizes,
-            model=adapter.digest(),
-            tables=torch.randn(shape, generator=generator),
-            scales=torch.ones(sizes["num_blocks"], heads, 2) if codec is KeyValueCodes else None,
-        )
+        """Of a budget the fitted one; of "kv:1", "hidden:1:256" … one with random tables."""
+        if codebooks.budgeted(setting):
+            return Codebook.from_pretrained(codebooks.folder(codebooks.size_of(setting)["bits"], 0))
+        return codebooks.random_codebook(setting, adapt(self.model))

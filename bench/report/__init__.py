@@ -1,6 +1,7 @@
 """What every benchmark shares: timing, the result file, markdown tables."""
 
-from .console import command_line, quiet_transformers
+from .console import command_line, quiet_transformers, stages
+from .machine import Contention, Watch, cores, cpu_name
 from .markdown import load, source, spread, table
 from .results import (
     RESULTS,
@@ -8,8 +9,6 @@ from .results import (
     Case,
     Times,
     commit,
-    cores,
-    cpu_name,
     measure,
     percentiles,
     rounded,
@@ -21,8 +20,10 @@ __all__ = [
     "RESULTS",
     "ROOT",
     "Case",
+    "Contention",
     "Rows",
     "Times",
+    "Watch",
     "command_line",
     "commit",
     "cores",
@@ -34,6 +35,7 @@ __all__ = [
     "rounded",
     "source",
     "spread",
+    "stages",
     "table",
     "write",
 ]

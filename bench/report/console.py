@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 
 def quiet_transformers() -> None:
@@ -12,6 +12,18 @@ def quiet_transformers() -> None:
 
     logging.set_verbosity_error()
     logging.disable_progress_bar()
+
+
+def stages(say: Callable[[str], None]) -> Callable[[str, int, int], None]:
+    """A progress for fits that says each stage once: told what is done, how far, of how much."""
+    begun: set[str] = set()
+
+    def show(what: str, done: int, steps: int) -> None:
+        if what not in begun:
+            begun.add(what)
+            say(f"{what} ({steps} steps)")
+
+    return show
 
 
 def command_line(command: str, arguments: Sequence[str] | None = None) -> str:

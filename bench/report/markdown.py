@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from .machine import Contention
 from .results import RESULTS
 
 Report = dict[str, Any]
@@ -26,9 +27,12 @@ def table(head: list[str], rows: list[list[str]]) -> str:
 
 
 def source(report: Report) -> str:
+    """The command, the device, and what disturbed the run, where the file knows it."""
     torch = report["versions"].get("torch")
     version = "" if torch is None else f", torch {torch}"
-    return f"\n\n`{report['command'].strip()}` on {report['device']}{version}"
+    contention = Contention(**report.get("contention", {"others": 0.0, "steal": 0.0}))
+    note = f"; {contention}" if contention.disturbs else ""
+    return f"\n\n`{report['command'].strip()}` on {report['device']}{version}{note}"
 
 
 def spread(values: Sequence[float]) -> str:

@@ -17,8 +17,13 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from astra_runtime.console import say
+
+from .machine import Watch, cores, cpu_name
+
 ROOT = Path(__file__).resolve().parents[2]
 RESULTS = ROOT / "bench" / "results"
+WATCH = Watch()  # of this process, which is one benchmark
 
 
 @dataclass(frozen=True)
@@ -95,16 +100,22 @@ def write(
 ) -> Path:
     """Writes bench/results/<folder>/<name>.json and returns its path.
 
+    The file says how much of the cores other processes took since this one began.
+
     `folder` and `device` default to this machine's cores, such as "cpu-2core". `extra` adds
     top-level keys. Cases may come as they are read from such a file. `results` is another folder
     than bench/results.
     """
+    contention = WATCH.contention()
+    if contention.disturbs:
+        say(f"{name}: {contention}; times are disturbed")
     versions = {package: importlib.metadata.version(package) for package in packages}
     report = {
         "command": command,
         "commit": commit(),
         "device": device or f"{cpu_name()}, {cores()} cores",
         "versions": {"python": platform.python_version(), **versions},
+        "contention": rounded(asdict(contention)),
         "link": link,
         "cases": [case.as_dict() if isinstance(case, Case) else case for case in cases],
         **(extra or {}),
@@ -134,17 +145,6 @@ def commit() -> str:
         return git("rev-parse", "HEAD") + ("-dirty" if changed else "")
     except (OSError, subprocess.CalledProcessError):
         return "unknown"
-
-
-def cores() -> int:
-    """Cores this process may use."""
-    return len(os.sched_getaffinity(0))
-
-
-def cpu_name() -> str:
-    lines = Path("/proc/cpuinfo").read_text().splitlines()
-    names = (line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
-    return next(names, platform.machine())
 
 
 def _sample(call: Callable[[], object], repeats: int) -> float:

@@ -6,8 +6,9 @@ import json
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+from .machine import cores
 from .markdown import load
-from .results import cores, write
+from .results import write
 
 Row = dict[str, Any]
 

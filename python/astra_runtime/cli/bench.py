@@ -11,7 +11,7 @@ from ..errors import AstraError
 
 ROOT = Path(__file__).resolve().parents[3]
 BENCHES = {
-    "latency": "time to first token of ASTRA and its rivals, on a virtual clock",
+    "latency": "time to first token of ASTRA and its baselines, on a virtual clock",
     "latency.real": "the same with real processes behind a user-space switch (root)",
     "demo": "the demo at several links",
     "exchange": "one block's exchange beside gloo and ZeroMQ",
