@@ -1,4 +1,4 @@
-"""What the codes cost in accuracy, beside both controls: exact, and remote tokens dropped."""
+"""What the codes cost in accuracy, beside both controls: exact exchange, and local-only."""
 
 from __future__ import annotations
 
@@ -105,7 +105,7 @@ def shard_loss(engine: Engine, input_ids: Tensor) -> tuple[float, int]:
     targets = input_ids[:, shard.start + 1 : shard.stop + 1]
     if engine.mesh.world_size > 1 and engine.rank == 0:
         return 0.0, 0
-    predicted = output.logits[:, plan.copies :]  # the leading tokens are every rank's
+    predicted = output.logits[:, plan.copies :]  # the replicated tokens are every rank's
     return _loss(predicted[:, : targets.shape[1]], targets), targets.numel()
 
 
@@ -121,7 +121,7 @@ def measure(
 ) -> Measured:
     """Compares `codebook` with both controls over `windows`; the ranks are threads.
 
-    All use the same equal shards (with a prefix, to a token). Exact is dense exchange in fp32,
+    All use the same equal shards (with attention-sink tokens, to a token). Exact is dense exchange in fp32,
     which equals the single device to rounding. `halo` is of the engine, for `codebook`; None: its
     default for the shortest window. `progress` hears of windows done and in all, over all methods.
     """
@@ -147,32 +147,35 @@ def measure(
 
         def work(mesh: Mesh) -> list[Any]:
             nonlocal bits, done
-            found: list[Any] = []
+            measured: list[Any] = []
             equal = (1.0,) * world_size
             with Engine(model, book, mesh, weights=equal, halo=halo) as engine:
                 for window in windows:
-                    found.append(
-                        shard_loss(engine, window["input_ids"])
-                        if language
-                        else _output(engine(**window, logits="all"))
-                    )
+                    if language:
+                        measured.append(shard_loss(engine, window["input_ids"]))
+                    else:
+                        measured.append(_output(engine(**window, logits="all")))
                     if engine.rank == 0:
                         done += 1
                         progress(done, methods * len(windows))
                 if book is codebook:
                     bits = engine.bits_per_token_block
-            return found
+            return measured
 
         return run_ranks(world_size, work)
 
-    exact, astra, dropped = run(Codebook.dense()), run(codebook, halo), run(Codebook.local_only())
-    if not language:
-        coded, alone = (_error(found[0], exact[0]) for found in (astra, dropped))
+    exact, astra, local_only = (
+        run(Codebook.dense()),
+        run(codebook, halo),
+        run(Codebook.local_only()),
+    )
+    if not language:  # every rank has the whole output
+        coded, alone = (_error(outputs[0], exact[0]) for outputs in (astra, local_only))
         return Measured("error", 0.0, coded, alone, bits)
     overlap = None
     if overlaps:
         overlap = _perplexity(run(replace(Codebook.local_only(), prefix=codebook.prefix), halo))
-    of_exact, coded, alone = map(_perplexity, (exact, astra, dropped))
+    of_exact, coded, alone = map(_perplexity, (exact, astra, local_only))
     return Measured("perplexity", of_exact, coded, alone, bits, overlap)
 
 
@@ -193,6 +196,7 @@ def _perplexity(runs: list[list[tuple[float, int]]]) -> float:
 
 
 def _error(outputs: list[Tensor], exact: list[Tensor]) -> float:
+    """Squared error over the variance of the exact outputs."""
     pairs = list(zip(outputs, exact, strict=True))
     error = sum(float((a - b).square().sum()) for a, b in pairs)
     return error / sum(float((b - b.mean()).square().sum()) for _, b in pairs)
