@@ -121,9 +121,10 @@ def measure(
 ) -> Measured:
     """Compares `codebook` with both controls over `windows`; the ranks are threads.
 
-    All use the same equal shards (with attention-sink tokens, to a token). Exact is dense exchange in fp32,
-    which equals the single device to rounding. `halo` is of the engine, for `codebook`; None: its
-    default for the shortest window. `progress` hears of windows done and in all, over all methods.
+    All use the same equal shards (with attention-sink tokens, to a token). Exact is dense exchange
+    in fp32, which equals the single device to rounding. `halo` is of the engine, for `codebook`;
+    None: its default for the shortest window. `progress` hears of windows done and in all, over all
+    methods.
     """
     if world_size < 2:
         raise ValueError(
