@@ -6,11 +6,12 @@ for one shape cannot carry another past them. They return the sizes that the ker
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple, NoReturn
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 FLOATING = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
 CODES = (torch.int32, torch.int64)
@@ -69,11 +70,53 @@ def shape_of(tensor: Tensor) -> str:
     return f"shape {list(tensor.shape)}"
 
 
-def check_tensors(op: str, **values: object) -> None:
-    """Left to torch, this would be a RuntimeError about a schema."""
-    for name, value in values.items():
+def check_tensors(op: str, optional: Mapping[str, object] | None = None, **values: object) -> None:
+    """Dense tensors, in ``optional`` or None, without a gradient that would be cut silently.
+
+    Left to torch, the first would be a RuntimeError about a schema, and the last be zeros.
+    """
+    given = {name: value for name, value in (optional or {}).items() if value is not None}
+    for name, value in {**values, **given}.items():
         if not isinstance(value, Tensor):
-            fail_type(op, name, "a torch.Tensor", type(value).__name__)
+            what = "a torch.Tensor" if name in values else "a torch.Tensor or None"
+            fail_type(op, name, what, type(value).__name__)
+        if value.is_nested or value.layout is not torch.strided:
+            layout = "a nested tensor" if value.is_nested else str(value.layout)
+            fail_type(op, name, "a dense tensor (layout torch.strided)", layout)
+    if not torch.compiler.is_compiling():
+        _refuse_transforms(op, {**values, **given})
+
+
+def _refuse_transforms(op: str, tensors: Mapping[str, object]) -> None:
+    """Gradients of torch.func and of forward mode, which requires_grad does not show in the op."""
+    transformed = torch._C._functorch.peek_interpreter_stack() is not None
+    if not transformed and forward_ad._current_level < 0:
+        return
+    for name, value in tensors.items():
+        assert isinstance(value, Tensor)
+        if _is_differentiated(value):
+            raise RuntimeError(
+                f"astra_kernels.{op} is forward-only, but {name} is differentiated, by torch.func "
+                f"or in forward mode: use the differentiable astra_kernels.{op}.reference"
+            )
+
+
+def _is_differentiated(tensor: Tensor) -> bool:
+    while True:
+        if torch.is_grad_enabled() and tensor.requires_grad:
+            return True
+        if forward_ad._current_level >= 0 and forward_ad.unpack_dual(tensor).tangent is not None:
+            return True
+        if not torch._C._functorch.is_functorch_wrapped_tensor(tensor):
+            return False
+        tensor = torch._C._functorch.get_unwrapped(tensor)
+
+
+def check_scale(op: str, scale: object) -> None:
+    """The scale of scores: a number, or None."""
+    number = isinstance(scale, float | int) and not isinstance(scale, bool)
+    if scale is not None and not number:
+        fail_type(op, "scale", "a number or None", type(scale).__name__)
 
 
 def split_rope(op: str, rope: object) -> tuple[Tensor | None, Tensor | None]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from astra_kernels._checks import check_tensors
+from astra_kernels._checks import check_scale, check_tensors
 
 __all__ = ["attention"]
 
@@ -41,6 +41,7 @@ def attention(
         TypeError: a dtype that is not listed. ValueError: shapes or devices that do not fit.
         RuntimeError: an input requires grad, or ``impl`` cannot run here.
     """
-    check_tensors("attention", query=query, key=key, value=value)
+    check_tensors("attention", {"key_mask": key_mask}, query=query, key=key, value=value)
+    check_scale("attention", scale)
     out, lse = torch.ops.astra.attention(query, key, value, is_causal, key_mask, scale, impl)
     return out, lse

@@ -1,8 +1,9 @@
 """Dense attention on a CPU: torch's flash kernel, which also gives the log-sum-exp.
 
-Four of its habits are worked around here. It divides by zero on an empty key set. It reports lse 0
-for a row that sees nothing. It misreads tensors whose last axis is not contiguous. And it lets NaN
-through from masked keys and values, so hidden keys are taken out instead of masked.
+Five of its habits are worked around here. It divides by zero on an empty key set. It reports lse 0
+for a row that sees nothing, and out and lse 0 for one whose scores are all NaN. It misreads tensors
+whose last axis is not contiguous. And it lets NaN through from masked keys and values, so hidden
+keys are taken out instead of masked.
 """
 
 from __future__ import annotations
@@ -49,7 +50,29 @@ def flash(
     # The kernel takes any strides but that of the last axis, which it believes to be 1.
     query, key, value = (x if x.stride(3) == 1 else x.contiguous() for x in (query, key, value))
     out, lse = _flash(query, key, value, 0.0, False, attn_mask=bias, scale=scale)
+    if not lse.all():
+        _mend_zeros(query, key, scale, bias, out, lse)
     return out.to(dtype), lse.contiguous()
+
+
+def _mend_zeros(
+    query: Tensor, key: Tensor, scale: float | None, bias: Tensor | None, out: Tensor, lse: Tensor
+) -> None:
+    """Rows of lse 0: those whose scores are all -inf or NaN get what is due, others keep it."""
+    group = query.shape[1] // key.shape[1]
+    scale = query.shape[3] ** -0.5 if scale is None else scale
+    for batch, head in (lse == 0).any(dim=2).nonzero().tolist():
+        rows = (lse[batch, head] == 0).nonzero().squeeze(1)
+        scores = query[batch, head, rows] @ key[batch, head // group].mT * scale
+        if bias is not None:
+            own = bias.expand(*query.shape[:3], -1)[batch, head, rows]
+            scores = (scores + own).masked_fill(own == float("-inf"), float("-inf"))
+        exact = scores.logsumexp(dim=1)
+        wrong = ~exact.isfinite()
+        exact = exact.masked_fill(exact == float("inf"), float("nan"))
+        lse[batch, head, rows[wrong]] = exact[wrong].to(lse.dtype)
+        empty = exact == float("-inf")
+        out[batch, head, rows[wrong]] = torch.where(empty, 0.0, exact)[wrong, None].to(out.dtype)
 
 
 def _causal(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from astra_kernels._checks import check_tensors, split_rope
+from astra_kernels._checks import check_scale, check_tensors, split_rope
 
 __all__ = ["coded_attention"]
 
@@ -69,10 +69,17 @@ def coded_attention(
         visible code out of range. RuntimeError: an input requires grad, or ``impl`` cannot run.
     """
     op = "coded_attention"
-    check_tensors(
-        op, query=query, codes=codes, key_codebook=key_codebook, value_codebook=value_codebook
-    )
     cos, sin = split_rope(op, rope)
+    optional = {"value_codes": value_codes, "code_mask": code_mask, "cos": cos, "sin": sin}
+    check_tensors(
+        op,
+        optional,
+        query=query,
+        codes=codes,
+        key_codebook=key_codebook,
+        value_codebook=value_codebook,
+    )
+    check_scale(op, scale)
     out, lse = torch.ops.astra.coded_attention(
         query,
         codes,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from astra_kernels._checks import check_tensors
+from astra_kernels._checks import check_scale, check_tensors
 
 __all__ = ["codeword_attention"]
 
@@ -48,6 +48,7 @@ def codeword_attention(
     check_tensors(
         op, query=query, counts=counts, key_codebook=key_codebook, value_codebook=value_codebook
     )
+    check_scale(op, scale)
     out, lse = torch.ops.astra.codeword_attention(
         query, counts, key_codebook, value_codebook, scale, impl, check
     )

@@ -48,7 +48,7 @@ def count_codes(
         TypeError: a dtype that is not listed. ValueError: shapes or devices that do not fit, a
         visible code out of range. RuntimeError: ``impl`` cannot run here.
     """
-    check_tensors("count_codes", codes=codes)
+    check_tensors("count_codes", {"code_mask": code_mask}, codes=codes)
     counts: Tensor = torch.ops.astra.count_codes(
         codes, codewords, code_bits, num_tokens, codes_per_token, code_mask, impl, check
     )

@@ -31,7 +31,8 @@ def encode(
     Distances are taken in fp32, or in fp64 if an input is fp64, also for half-precision inputs.
     Ties go to the lowest index. The reference sums squared differences; the fast paths compare
     ||c||^2 / 2 - x.c, so codewords whose distances differ by no more than rounding of that
-    difference may be told apart differently, though each path always gives the same answer. A
+    difference may be told apart differently, on a CPU also by how many vectors are encoded at once;
+    of equal codewords it is the lowest on every path. A
     distance that is NaN (a NaN in the vector or the codeword) counts as infinite: such a codeword
     is never preferred to a finite one, and a vector with a NaN gets code 0.
 
@@ -39,6 +40,7 @@ def encode(
         TypeError: a dtype that is not listed. ValueError: shapes or devices that do not fit.
         RuntimeError: an input requires grad, or ``impl`` cannot run here.
     """
-    check_tensors("encode", vectors=vectors, codebook=codebook)
+    optional = {"half_norms": half_norms}
+    check_tensors("encode", optional, vectors=vectors, codebook=codebook)
     codes: Tensor = torch.ops.astra.encode(vectors, codebook, half_norms, impl)
     return codes

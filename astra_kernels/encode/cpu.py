@@ -48,6 +48,9 @@ def encode(vectors: Tensor, codebook: Tensor, half_norms: Tensor | None = None) 
             if not best.sum().isfinite():
                 index = _nearest_of_any(part, table)
             codes[start : start + tile, group] = index
+        lowest = _lowest_equal(table, half_norms[group])
+        if lowest is not None:
+            codes[:, group] = lowest[codes[:, group]]
     return codes.view(vectors.shape[:-1])
 
 
@@ -62,6 +65,24 @@ def _argmin(scores: Tensor) -> tuple[Tensor, Tensor]:
     places = block.view(rows, 1, 1).expand(rows, 1, BLOCK)
     within = blocks.gather(1, places).squeeze(1).argmin(dim=1)
     return best, within.add_(block, alpha=BLOCK)
+
+
+def _lowest_equal(table: Tensor, half_norms: Tensor) -> Tensor | None:
+    """For every codeword the lowest index of an equal one, int32 [K]; None where all differ.
+
+    BLAS may round the products of equal codewords differently.
+    """
+    norms, order = half_norms.sort(stable=True)
+    repeated = norms[1:] == norms[:-1]
+    if not repeated.any():
+        return None
+    lowest = torch.arange(len(table), dtype=torch.int32)
+    no, yes = norms.new_zeros(1, dtype=torch.bool), repeated
+    rows = order[torch.cat((yes, no)) | torch.cat((no, yes))].sort().values
+    _, inverse = torch.unique(table[rows], dim=0, return_inverse=True)
+    first = torch.full((len(rows),), len(table)).scatter_reduce_(0, inverse, rows, "amin")
+    lowest[rows] = first[inverse].to(torch.int32)
+    return lowest
 
 
 def _nearest_of_any(rows: Tensor, table: Tensor) -> Tensor:

@@ -38,6 +38,7 @@ def encode_packed(
         TypeError: a dtype that is not listed. ValueError: shapes, devices or a number of bits that
         do not fit. RuntimeError: an input requires grad, or ``impl`` cannot run here.
     """
-    check_tensors("encode_packed", vectors=vectors, codebook=codebook)
+    optional = {"half_norms": half_norms}
+    check_tensors("encode_packed", optional, vectors=vectors, codebook=codebook)
     packed: Tensor = torch.ops.astra.encode_packed(vectors, codebook, code_bits, half_norms, impl)
     return packed

@@ -91,8 +91,7 @@ def lookup_linear(
         code out of range. RuntimeError: an input requires grad, or ``impl`` cannot run here.
     """
     optional = {"bias": bias, "estimate": estimate}
-    given = {name: tensor for name, tensor in optional.items() if tensor is not None}
-    check_tensors("lookup_linear", codes=codes, codebook=codebook, weight=weight, **given)
+    check_tensors("lookup_linear", optional, codes=codes, codebook=codebook, weight=weight)
     y, x = torch.ops.astra.lookup_linear(
         codes, codebook, weight, bias, estimate, norm, eps, code_bits, num_tokens, impl, check
     )

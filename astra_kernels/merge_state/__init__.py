@@ -25,8 +25,9 @@ def merge_state(
 
     Returns:
         out like out_a in dtype and layout, lse [...] of the inputs' dtype. A side whose lse is
-        -inf has no say, whatever its out holds; two such sides give out 0 and lse -inf. The
-        weights are taken in the dtype of lse. Deterministic.
+        -inf has no say, whatever its out holds; two such sides give out 0 and lse -inf. Where an
+        lse is NaN or +inf (which some libraries give for an empty side: replace it by -inf), out
+        and lse are NaN. The weights are taken in the dtype of lse. Deterministic.
 
     Raises:
         TypeError: a dtype that is not listed. ValueError: shapes or devices that do not fit.

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -14,10 +16,13 @@ def merge_state(
     lse = torch.logaddexp(lse_a, lse_b)
     # One reduction tells that no row is empty on either side (that would be inf or NaN).
     if not lead.sum().isfinite():
-        empty = float("-inf")
-        out_a = out_a.masked_fill((lse_a == empty).unsqueeze(-1), 0.0)
-        out_b = out_b.masked_fill((lse_b == empty).unsqueeze(-1), 0.0)
-        lead.nan_to_num_(nan=0.0, posinf=float("inf"), neginf=-float("inf"))  # empty on both sides
+        empty_a, empty_b = lse_a == -math.inf, lse_b == -math.inf
+        out_a = out_a.masked_fill(empty_a.unsqueeze(-1), 0.0)
+        out_b = out_b.masked_fill(empty_b.unsqueeze(-1), 0.0)
+        lead.masked_fill_(empty_a & empty_b, 0.0)
+        infinite = (lse_a == math.inf) | (lse_b == math.inf)
+        lead.masked_fill_(infinite, math.nan)
+        lse.masked_fill_(infinite, math.nan)
     weight = lead.sigmoid_().unsqueeze(-1)
     dtype = weight.dtype
     if out_a.dtype == dtype:

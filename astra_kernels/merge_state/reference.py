@@ -11,6 +11,7 @@ def merge_state(
 ) -> tuple[Tensor, Tensor]:
     dtype = torch.promote_types(lse_a.dtype, lse_b.dtype)
     lse = torch.logaddexp(lse_a.to(dtype), lse_b.to(dtype))
+    lse = lse.masked_fill(lse == float("inf"), float("nan"))
     out = torch.zeros(out_a.shape, dtype=dtype, device=out_a.device)
     for side, side_lse in ((out_a, lse_a), (out_b, lse_b)):
         empty = (side_lse == float("-inf")).unsqueeze(-1)  # a side without keys has no say

@@ -7,7 +7,7 @@ from typing import Literal, overload
 import torch
 from torch import Tensor
 
-from astra_kernels._checks import check_tensors, split_rope
+from astra_kernels._checks import check_scale, check_tensors, split_rope
 
 __all__ = ["mixed_attention"]
 
@@ -109,9 +109,12 @@ def mixed_attention(
         visible code out of range. RuntimeError: an input requires grad, or ``impl`` cannot run.
     """
     op = "mixed_attention"
-    check_tensors(op, query=query, key=key, value=value, codes=codes)
-    check_tensors(op, key_codebook=key_codebook, value_codebook=value_codebook)
     cos, sin = split_rope(op, rope)
+    optional = {"key_mask": key_mask, "value_codes": value_codes, "code_mask": code_mask}
+    check_tensors(op, optional, query=query, key=key, value=value, codes=codes)
+    rotary = {"cos": cos, "sin": sin}
+    check_tensors(op, rotary, key_codebook=key_codebook, value_codebook=value_codebook)
+    check_scale(op, scale)
     out, lse = torch.ops.astra.mixed_attention(
         query,
         key,

@@ -136,3 +136,19 @@ def test_strided_vectors():
     codebook = torch.randn(3, 8, 64).transpose(1, 2)
     want = ak.encode(vectors.contiguous(), codebook.contiguous())
     assert torch.equal(ak.encode(vectors, codebook), want)
+
+
+@pytest.mark.parametrize("width", [24, 128])
+@pytest.mark.parametrize("given", [False, True])
+def test_of_equal_codewords_the_lowest(impl, width, given):
+    """However many vectors are encoded at once."""
+    table = torch.randn(2, 40, width)
+    twins = ([3, 39, 11], [0, 17, 38])
+    for group, (lowest, *others) in enumerate(map(sorted, twins)):
+        table[group, others] = table[group, lowest].clone()
+    want = torch.tensor([3, 0], dtype=torch.int32)
+    x = torch.stack([table[0, 3], table[1, 0]]) + 0.1 * torch.randn(30, 2, width)
+    half_norms = table.square().sum(-1) / 2 if given else None
+    assert ak.encode(x, table, half_norms=half_norms, impl=impl).eq(want).all()
+    for row in x:
+        assert ak.encode(row, table, half_norms=half_norms, impl=impl).eq(want).all()

@@ -6,6 +6,7 @@ import re
 
 import pytest
 import torch
+from torch.autograd import forward_ad
 
 import astra_kernels as ak
 
@@ -195,6 +196,68 @@ def test_gradients_are_refused(name):
         result = getattr(ak, name)(*args, **options)
     for tensor in (result,) if isinstance(result, torch.Tensor) else result:
         assert not tensor.requires_grad
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit.script`")  # torch's own, of forward mode
+@pytest.mark.parametrize("name", FLOATING)
+def test_gradients_of_torch_func_are_refused(name):
+    """Without a word they would be zeros."""
+    args, options = inputs(name)
+    first = next(i for i, x in enumerate(args) if x.is_floating_point())
+
+    def total(x):
+        result = getattr(ak, name)(*args[:first], x, *args[first + 1 :], **options)
+        return (result if isinstance(result, torch.Tensor) else result[0]).sum().float()
+
+    x = args[first]
+    words = f"astra_kernels.{name} is forward-only, but .* is differentiated"
+    for transform in (torch.func.grad, torch.func.jacfwd, torch.func.hessian):
+        with pytest.raises(RuntimeError, match=words):
+            transform(total)(x)
+    with pytest.raises(RuntimeError, match=words):
+        torch.func.jvp(total, (x,), (x,))
+    with forward_ad.dual_level(), pytest.raises(RuntimeError, match=words):
+        total(forward_ad.make_dual(x, torch.ones_like(x)))
+    # What is not differentiated goes through.
+    assert torch.func.grad(lambda y: total(x) * y)(torch.ones(())).shape == ()
+
+
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested")
+@pytest.mark.parametrize("name", OPS)
+def test_what_is_no_dense_tensor_is_named(name):
+    args, options = inputs(name)
+    for place, x in enumerate(args):
+        if not isinstance(x, torch.Tensor):
+            continue
+        for other in (x.tolist(), x.to_sparse(), torch.nested.nested_tensor([x])):
+            with pytest.raises(TypeError, match=f"astra_kernels.{name}: .* must be"):
+                getattr(ak, name)(*args[:place], other, *args[place + 1 :], **options)
+    for key, x in options.items():
+        if isinstance(x, torch.Tensor):
+            with pytest.raises(TypeError, match=f"astra_kernels.{name}: {key} must be"):
+                getattr(ak, name)(*args, **(options | {key: x.tolist()}))
+
+
+@pytest.mark.parametrize("name", OPS)
+def test_inputs_of_any_layout(impl, name):
+    """Expanded, transposed and sliced inputs give what their contiguous copies give."""
+    args, options = inputs(name)
+
+    def strided(x):
+        wide = torch.stack((x, x), dim=-1).transpose(0, -2).contiguous().transpose(0, -2)
+        return wide[..., 0] if x.ndim else x
+
+    def expanded(x):
+        return x[:1].expand_as(x) if x.ndim > 1 else x
+
+    for view in (strided, expanded):
+        views = [view(x) if isinstance(x, torch.Tensor) else x for x in args]
+        copies = [x.clone(memory_format=torch.contiguous_format) if isinstance(x, torch.Tensor)
+                  else x for x in views]  # fmt: skip
+        got, want = (getattr(ak, name)(*a, **options, impl=impl) for a in (views, copies))
+        for a, b in zip(*([x] if isinstance(x, torch.Tensor) else x for x in (got, want)),
+                        strict=True):  # fmt: skip
+            torch.testing.assert_close(a, b)
 
 
 def test_rope_that_requires_grad_is_refused():

@@ -295,3 +295,28 @@ def test_any_shape(data):
     )  # fmt: skip
     got = mixed(case, strategy=draw(st.sampled_from(["fused", "expanded", None])))
     assert_as_exact_as_torch(got, case)
+
+
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")  # NumPy's, in the interpreter
+@pytest.mark.parametrize("m", [FEW, MANY])
+@pytest.mark.parametrize("value", [torch.nan, -torch.inf])
+def test_no_number_is_no_answer(m, value):
+    """A row of queries that is NaN gives NaN; scores that are all -inf are no keys at all."""
+    case = make(m=m, near=20, n=150)
+    for tensor in (case.query, case.key, case.key_codebook):
+        tensor.abs_()
+    case.query[0, 1, 2] = value
+    for splits in (1, 3):
+        for keys in (
+            {"dense": launcher.Dense(case.key, case.value)},
+            {"coded": described(case)},
+        ):
+            out, lse = launcher.attend(case.query, None, **keys, splits=splits)
+            if value == -torch.inf:
+                assert (out[0, 1, 2] == 0).all()
+                assert lse[0, 1, 2] == -torch.inf
+            else:
+                assert out[0, 1, 2].isnan().all()
+                assert lse[0, 1, 2].isnan()
+            assert int(lse.isfinite().sum()) == lse.numel() - 1
+            assert int(out.isnan().any(-1).sum()) == int(value != -torch.inf)

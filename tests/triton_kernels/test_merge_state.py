@@ -131,3 +131,15 @@ def test_merging_shares_is_attention():
         for part in (slice(0, 7), slice(7, 20))
     ]
     torch.testing.assert_close(merge(*halves[0], *halves[1]), whole)
+
+
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")  # NumPy's, in the interpreter
+@pytest.mark.parametrize("lse", [math.nan, math.inf])
+@pytest.mark.parametrize("other", [0.0, -math.inf, math.inf])
+def test_no_weight_is_no_number(lse, other):
+    a, b = torch.full((3,), lse), torch.full((3,), other)
+    for state in ((torch.ones(3, 4), a, torch.ones(3, 4), b),
+                  (torch.ones(3, 4), b, torch.ones(3, 4), a)):  # fmt: skip
+        out, merged = ak.merge_state(*state, impl="triton")
+        assert out.isnan().all()
+        assert merged.isnan().all()
