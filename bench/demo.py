@@ -50,7 +50,7 @@ def case(result: dict[str, Any]) -> Case:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(prog="bench.demo", description=__doc__.splitlines()[0])
     parser.add_argument("--links", nargs="+", default=["10:0", "10:10", "100:0"], help="MBIT:DELAY")
     parser.add_argument("--world-size", type=int, default=2)
     options = parser.parse_args()

@@ -345,7 +345,7 @@ def summary(case: Exchange) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(prog="bench.exchange", description=__doc__.splitlines()[0])
     parser.add_argument("--exchanges", type=int, default=2000, help="of each system and case")
     parser.add_argument("--worlds", type=int, nargs="+", default=[2, 4])
     parser.add_argument("--sizes", type=int, nargs="+", default=[320, 4096, 32768, 131072])

@@ -353,7 +353,7 @@ def _halves(rows: int, tokens: int, causal: bool) -> Case:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser = argparse.ArgumentParser(prog="bench.ops", description=__doc__.partition("\n")[0])
     parser.add_argument("--choices", action="store_true", help="measure other constants")
     parser.add_argument("--no-write", action="store_true", help="print only")
     args = parser.parse_args()

@@ -141,7 +141,7 @@ def bench_width(bits: int, label: str, count: int) -> list[Case]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser = argparse.ArgumentParser(prog="bench.pack", description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--isa", choices=_C.available_isas(), default=_C.isa())
     parser.add_argument("--bits", type=int, nargs="+", default=list(range(1, 17)))
     parser.add_argument("--no-write", action="store_true", help="print only")

@@ -94,7 +94,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     texts = {
         d: token_windows(tokenizer, corpus(d)[1], TOKENS, options.texts) for d in options.domains
     }
-    exact = {d: embeddings(model, Codebook.none(), texts[d]) for d in options.domains}
+    exact = {d: embeddings(model, Codebook.dense(), texts[d]) for d in options.domains}
     rows = Rows(
         RESULT,
         command=command_line("bench.accuracy encoder", arguments),

@@ -118,7 +118,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         for domain, ranks, halo in product(options.domains, options.ranks, options.halos):
             study.losses(book, Place(name, domain, ranks, options.seed, halo, options.lost))
             if book.prefix or halo:  # what the ranks compute themselves, without any codes
-                alone = replace(Codebook.drop(), prefix=book.prefix)
+                alone = replace(Codebook.local_only(), prefix=book.prefix)
                 place = Place(f"local_prefix_{book.prefix}", domain, ranks, halo=halo)
                 study.losses(alone, place)
 

@@ -57,7 +57,7 @@ class Size:
         plain: codes that are measured without adaptation only.
         base: what settings are varied on.
         steps, sweep_steps: of an adaptation, and of one in a sweep over settings.
-        lr: learning rate of adaptations; the `dropped` control has another, with which it gets
+        lr: learning rate of adaptations; the local-only control has another, with which it gets
             better: it has more to learn, and a weak control would flatter the codes.
     """
 
@@ -70,7 +70,7 @@ class Size:
     sweep_steps: int = 15
     batch: int = 2
     lr: float = 2e-4
-    lr_dropped: float = 1e-3
+    lr_local_only: float = 1e-3
     calibration: int = 24
     windows: int = 16
     seeds: int = 3
@@ -104,7 +104,7 @@ class Bench:
     def __init__(self, size: Size) -> None:
         self.size, self.texts = size, Texts(size.shape)
         self.model = pretrain(size.shape, self.texts, say)
-        self.original: Pair = self.model, Codebook.none()
+        self.original: Pair = self.model, Codebook.dense()
         self.windows = {
             (domain, kind): self.texts.windows(domain, kind, size.windows)
             for domain in size.shape.domains
@@ -147,7 +147,7 @@ class Bench:
         local_only = isinstance(codes, Codebook) and codebooks.local_only(codes)
         settings = Settings(
             steps,
-            lr=size.lr_dropped if local_only else size.lr,
+            lr=size.lr_local_only if local_only else size.lr,
             batch=size.batch,
             noise=NOISE,
             commitment=COMMITMENT,
@@ -201,11 +201,11 @@ class Bench:
     def controls(
         self, text: tuple[str, str], ranks: int, seed: int, steps: int
     ) -> tuple[float, float]:
-        """Nats a token of `exact` and `dropped`."""
-        trained = self.adapted(Codebook.none(), seed, steps)
+        """Nats a token of exact and local-only."""
+        trained = self.adapted(Codebook.dense(), seed, steps)
         exact = min(self.loss(p, text, ranks, 0.0, seed) for p in (self.original, trained))
-        dropped = self.adapted(Codebook.drop(), seed, steps)
-        return exact, self.loss(dropped, text, ranks, 0.0, seed)
+        local_only = self.adapted(Codebook.local_only(), seed, steps)
+        return exact, self.loss(local_only, text, ranks, 0.0, seed)
 
     def rows(
         self,
@@ -271,16 +271,16 @@ def bits(book: Codebook, adapter: Adapter, shape: Shape) -> dict[str, float | No
 
 
 def summary(losses: Sequence[float], against: Sequence[tuple[float, float]]) -> dict[str, Any]:
-    """Means and standard deviations over seeds, of losses beside (exact, dropped)."""
+    """Means and standard deviations over seeds, of losses beside (exact, local-only)."""
     ratios = [math.exp(loss - exact) for loss, (exact, _) in zip(losses, against, strict=True)]
     gaps = [
-        (dropped - loss) / (dropped - exact) if dropped > exact else math.nan
-        for loss, (exact, dropped) in zip(losses, against, strict=True)
+        (without - loss) / (without - exact) if without > exact else math.nan
+        for loss, (exact, without) in zip(losses, against, strict=True)
     ]
     return {
         **spread("perplexity", [math.exp(loss) for loss in losses]),
         "exact": math.exp(statistics.mean(exact for exact, _ in against)),
-        "dropped": math.exp(statistics.mean(dropped for _, dropped in against)),
+        "dropped": math.exp(statistics.mean(without for _, without in against)),
         **spread("ratio_to_exact", ratios),
         **spread("gap_recovered", gaps),
         "dropped_over_exact": math.exp(statistics.mean(d - e for e, d in against)),
@@ -314,7 +314,7 @@ def described(bench: Bench) -> dict[str, Any]:
             "sweep_steps": size.sweep_steps,
             "batch": size.batch,
             "lr": size.lr,
-            "lr_dropped": size.lr_dropped,
+            "lr_dropped": size.lr_local_only,
             "noise": NOISE,
             "commitment": COMMITMENT,
             "calibration_windows": size.calibration,

@@ -114,15 +114,15 @@ def _goals(report: Report) -> list[str]:
             if not count:
                 continue
             best = min(count, key=lambda row: row["ratio_to_exact"])
-            ratio, dropped = best["ratio_to_exact"], best["dropped_over_exact"]
+            ratio, without = best["ratio_to_exact"], best["dropped_over_exact"]
             ends = "reached" if ratio <= 1 + PERMITTED else "**not reached**"
-            if dropped < 1 + 3 * PERMITTED:
+            if without < 1 + 3 * PERMITTED:
                 ends += ", and dropping all remote tokens costs too little for the row to count"
             flops = f"{best['flops_over_ideal']:.2f} of the ideal FLOPs"
             facts = [
                 f"{_codes(best)}{', adapted' if best['adapted'] else ''}: {ratio - 1:+.1%}",
                 f"at {best['compression']:.0f}× and {flops}",
-                f"(local-only {dropped - 1:+.1%}), {PERMITTED:.1%} permitted: {ends}",
+                f"(local-only {without - 1:+.1%}), {PERMITTED:.1%} permitted: {ends}",
             ]
             ranks = best["world_size"]
             lines.append(f"- {ranks} ranks, {kind}, {seen}: {' '.join(facts)}")
@@ -173,14 +173,14 @@ def gpt2_ranks(report: Report) -> str:
 
 
 def _run(name: str, row: Row, unseen: list[Row]) -> list[str]:
-    dropped = f"{unseen[0]['dropped_over_exact']:.3f}" if unseen else "–"
+    local_only = f"{unseen[0]['dropped_over_exact']:.3f}" if unseen else "–"
     return [
         name,
         f"{row['flops_over_ideal']:.2f}",
         _ratio([row]),
         f"{row['dropped_over_exact']:.3f}",
         _ratio(unseen),
-        dropped,
+        local_only,
     ]
 
 

@@ -11,7 +11,7 @@ from torch import nn
 from astra_runtime import Codebook, Engine
 from astra_runtime.evaluate import run_ranks
 from astra_runtime.transport import Frame, Mesh
-from astra_runtime.transport.mesh import Stats
+from astra_runtime.transport.stats import Stats
 
 Received = dict[tuple[int, int], bytes]  # by block or control number, and sender
 

@@ -227,7 +227,7 @@ def summary(case: Case) -> str:
 
 
 def main(arguments: Sequence[str] | None = None) -> list[Case]:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(prog="bench.link", description=__doc__.splitlines()[0])
     parser.add_argument("--mbit", type=float, default=10.0, help="of the comparison")
     parser.add_argument("--rtt-ms", type=float, default=2.0)
     parser.add_argument("--tokens", type=int, default=192)

@@ -39,7 +39,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if given[:1] == ["degraded"]:
         degraded.main(given[1:])
         return
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser = argparse.ArgumentParser(
+        prog="bench.lossy", description=(__doc__ or "").splitlines()[0]
+    )
     parser.add_argument("what", nargs="*", default=["latency", "perplexity"])
     parser.add_argument("--losses", nargs="+", type=float, default=list(LOSSES), help="shares")
     parser.add_argument("--seed", type=int, default=0, help="of the link's losses")

@@ -2,23 +2,30 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
 
-from .markdown import Report, Table, load, table
-
-CPU = "cpu-2core"
-GPUS = ("h100", "h200")
-Case = Mapping[str, Any]
-
-
-@dataclass(frozen=True)
-class Figure:
-    """What was measured for a goal. `reached` is None where the goal is to report it."""
-
-    text: str
-    reached: bool | None
+from .figures import (
+    Figure,
+    at_least,
+    exchange,
+    fault,
+    gpt2_wide,
+    gpu,
+    gpu_lookup,
+    header,
+    nothing,
+    of_memcpy,
+    over,
+    over_roofline,
+    packing,
+    round_trips,
+    scaled,
+    soak,
+    speedup,
+    vision,
+)
+from .markdown import Table, table
 
 
 @dataclass(frozen=True)
@@ -46,195 +53,6 @@ def _verdict(figure: Figure | None) -> str:
     if figure.reached is None:
         return "reported"
     return "reached" if figure.reached else "**missed**"
-
-
-# Figures. Each takes what its goal names, and returns a function that reads the results.
-
-
-def cases(name: str) -> list[dict[str, Any]]:
-    return (load(f"{CPU}/{name}") or {"cases": []})["cases"]
-
-
-def gpu(prefix: str, **shape: Any) -> list[dict[str, Any]]:
-    """Cases of the first GPU that was measured, by the beginning of their names."""
-    reports: Iterable[Report | None] = (load(f"{device}/kernels") for device in GPUS)
-    report = next((report for report in reports if report is not None), None)
-    return [
-        case
-        for case in (report or {"cases": []})["cases"]
-        if case["name"].startswith(prefix) and shape.items() <= case["shape"].items()
-    ]
-
-
-def at_least(ratios: Iterable[float], least: float, *, most: bool = False) -> Figure | None:
-    """The range of ratios, reached if all are at least (or with `most`, at most) the bound."""
-    found = sorted(ratios)
-    if not found:
-        return None
-    low, high = f"{found[0]:.3g}", f"{found[-1]:.3g}"
-    text = f"{low}×" if low == high else f"{low}–{high}×"
-    good = [ratio for ratio in found if (ratio <= least if most else ratio >= least)]
-    if 0 < len(good) < len(found):
-        text += f", {len(good)} of {len(found)} cases"
-    return Figure(text, len(good) == len(found))
-
-
-def over(baseline: str, found: Iterable[Case]) -> Iterator[float]:
-    """How many times the baseline's time is ours."""
-    for case in found:
-        if baseline in case["peers"]:
-            yield case["peers"][baseline] / case["ms"]["p50"]
-
-
-def over_roofline(found: Iterable[Case]) -> Iterator[float]:
-    return (case["ms"]["p50"] / case["floor_ms"] for case in found)
-
-
-def gpu_lookup(low: float, high: float) -> list[dict[str, Any]]:
-    """Gather-fused attention with low < M·H/Hkv ≤ high."""
-    return [
-        case
-        for case in gpu("fused_lookup")
-        if low < case["shape"]["M"] * case["shape"]["H"] / case["shape"]["Hkv"] <= high
-    ]
-
-
-def packing(baseline: str, least: float) -> Figure | None:
-    return at_least(over(baseline, cases("pack")), least)
-
-
-def of_memcpy() -> Figure | None:
-    shares = sorted(case["floor_ms"] / case["ms"]["p50"] for case in cases("pack"))
-    return Figure(f"{shares[0]:.0%}–{shares[-1]:.0%}", None) if shares else None
-
-
-def exchange(baseline: str, least: float) -> Figure | None:
-    """p50 and p99 of every size and number of ranks."""
-    found = cases("exchange")
-    p99 = (case["peers_p99"][baseline] / case["ms"]["p99"] for case in found)
-    return at_least([*over(baseline, found), *p99], least)
-
-
-def header() -> Figure | None:
-    from astra_runtime.wire import HEADER_SIZE
-
-    return Figure(f"{HEADER_SIZE} B", HEADER_SIZE <= 16)
-
-
-def nothing() -> Figure | None:
-    return None
-
-
-def speedup(name: str, ranks: int, least: float) -> Callable[[], Figure | None]:
-    """Over one device at 10 Mbit/s, by the best setting; on the virtual clock a trip of 2 ms."""
-
-    def figure() -> Figure | None:
-        where = {"world_size": ranks, "mbit_per_s": 10.0, "rtt_ms": 2.0}
-        found = [case for case in cases(name) if where.items() <= case["shape"].items()]
-        if not found:
-            return None
-        best = min(found, key=lambda case: case["ms"]["p50"])
-        ratio = best["peers"]["single"] / best["ms"]["p50"]
-        return Figure(f"{ratio:.2f}× ({best['impl'].removeprefix('astra ')})", ratio >= least)
-
-    return figure
-
-
-def scaled(least: float) -> Figure | None:
-    """The largest ratio to block parallelism with all-gather, beside its bound there."""
-    found = [case for case in cases("latency_scaled") if "bp_ag_nb1" in case["peers"]]
-    if not found:
-        return None
-    best = max(found, key=lambda case: next(over("bp_ag_nb1", [case])))
-    ratio = next(over("bp_ag_nb1", [best]))
-    bound = 1 + 7.55 / (best["peers"]["single"] / 1e3)
-    text = f"{ratio:.1f}× on a device {best['speed']:g}× as fast (1 + 7.55 s/S is {bound:.0f}×)"
-    return Figure(text, ratio >= least)
-
-
-def round_trips() -> Figure | None:
-    trips = sorted({case["shape"]["rtt_ms"] for case in cases("latency_vit-base_1024")})
-    return Figure(", ".join(f"{trip:g}" for trip in trips) + " ms", None) if trips else None
-
-
-def vision(name: str, compression: float) -> Callable[[], Figure | None]:
-    """Points below exact, with the work beside it; 1.25 of the ideal FLOPs are permitted."""
-
-    def figure() -> Figure | None:
-        report = load(f"{CPU}/{name}")
-        if report is None:
-            return None
-        texts, good = [], []
-        for goal in report["goals"]:
-            if goal["compression"] != compression:
-                continue
-            keys = ("codes", "world_size", "below_exact")
-            (flops,) = {
-                row["flops_over_ideal"]
-                for row in report["rows"]
-                if row["group"] == "goals" and all(row[key] == goal[key] for key in keys)
-            }
-            texts.append(f"N={goal['world_size']}: {goal['below_exact']:.2f} at {flops:.2f} FLOPs")
-            good.append(goal["reached"] and flops <= 1.25)
-        return Figure("; ".join(texts), all(good)) if texts else None
-
-    return figure
-
-
-def gpt2_wide(kind: str) -> Callable[[], Figure | None]:
-    """The best codes among those that count, on text of a kind that was seen and of an unseen."""
-
-    def figure() -> Figure | None:
-        report = load(f"{CPU}/accuracy_gpt2_wide")
-        found = [
-            row
-            for row in (report or {"rows": []})["rows"]
-            if (row["group"], row["kind"]) == ("bits", kind)
-            and row["compression"] >= 100
-            and row["flops_over_ideal"] <= 1.25
-        ]
-        ratios = [
-            min(row["ratio_to_exact"] for row in found if row["seen_in_training"] == seen)
-            for seen in {row["seen_in_training"] for row in found}
-        ]
-        if not ratios:
-            return None
-        text = " and ".join(f"{ratio - 1:+.1%}" for ratio in sorted(ratios))
-        return Figure(text, max(ratios) <= 1.138)
-
-    return figure
-
-
-def fault(name: str, tried: int, p99_ms: float | None = None) -> Callable[[], Figure | None]:
-    """Cases that ended as they have to, of at least `tried`; `p99_ms` bounds their times.
-
-    That a wait ended within a tenth of its deadline is part of how such a case has to end.
-    """
-
-    def figure() -> Figure | None:
-        report = load(f"{CPU}/faults") or {"faults": []}
-        row = next((row for row in report["faults"] if row["name"] == name), None)
-        if row is None:
-            return None
-        text = f"{row['survived']:,} of {row['tried']:,}"
-        good = row["survived"] == row["tried"] >= tried
-        if p99_ms is not None:
-            text += f", p99 {row['p99_ms']:.3g} ms"
-            good = good and row["p99_ms"] <= p99_ms
-        return Figure(text, good)
-
-    return figure
-
-
-def soak() -> Figure | None:
-    report = load(f"{CPU}/faults") or {"faults": []}
-    row = next((row for row in report["faults"] if row["name"] == "soak"), None)
-    if row is None:
-        return None
-    text = f"{row['tried']:,} exchanges in {row['seconds'] / 60:.0f} minutes, "
-    text += f"{row['mib_per_hour']:+.2f} MiB/h"
-    good = row["survived"] == row["tried"] >= 1_000_000 and row["mib_per_hour"] < 1
-    return Figure(text, good)
 
 
 KERNELS, CODEC, LATENCY = "GPU kernels", "codec and exchange", "end to end"

@@ -116,7 +116,7 @@ class Seed:
         best = max((Row(exact, 1), Row(replace(exact, adapted=False), 1)), key=self.accuracy)
         key = ("int8", task, steps, world_size)
         if key not in self.accuracies:
-            dense, model = Codebook.none("int8"), self.adapted(best.variant)[0]
+            dense, model = Codebook.dense("int8"), self.adapted(best.variant)[0]
             self.accuracies[key] = vit.engine_accuracy(model, dense, self.tests[task], world_size)
         return {
             "exact": self.accuracy(best),

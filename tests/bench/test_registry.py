@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import json
 
 import pytest
 
@@ -16,6 +17,12 @@ def test_every_committed_result_and_every_table_has_a_command():
     wanted = {f"{path.parent.name}/{path.stem}" for path in RESULTS.glob("*/*.json")}
     wanted |= {result for table in tables.TABLES.values() for result in table.files}
     assert [result for result in sorted(wanted) if not any(registry.writers(result))] == []
+
+
+def test_commands_of_committed_results_still_run():
+    for path in RESULTS.glob("*/*.json"):
+        words = json.loads(path.read_text())["command"].split()
+        assert words[0] == "make" or importlib.util.find_spec(words[2]), path
 
 
 def test_every_command_is_there():
