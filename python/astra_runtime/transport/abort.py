@@ -92,9 +92,14 @@ def decode_error(
     raise WireError("abort", "the name of an error", kind, source)
 
 
-def error_at_end(stream: Stream, rank: int, block: int | None, detail: str) -> AstraError | None:
-    """Why the connection of `rank` ended, from the last bytes received of it; None: with BYE."""
-    tail = stream.tail(ABORT_SIZE)
+def error_at_end(
+    stream: Stream, rank: int, block: int | None, detail: str, unread: bytes = b""
+) -> AstraError | None:
+    """Why the connection of `rank` ended, from the last bytes received of it; None: with BYE.
+
+    `unread`: what was taken from the stream already, and is still to be read.
+    """
+    tail = (unread + stream.tail(ABORT_SIZE))[-ABORT_SIZE:]
     if wire.is_bye(tail[-HEADER_SIZE:], rank):
         return None
     if len(tail) == ABORT_SIZE and is_abort(tail, rank):

@@ -275,7 +275,7 @@ class Connection(Channel):
     def broken(self, block: int | None, error: OSError) -> AstraError:
         """Why nothing can be sent any more: its abort frame, if that arrived."""
         detail = error.strerror or str(error)
-        cause = abort.error_at_end(self.stream, self.rank, block, detail)
+        cause = abort.error_at_end(self.stream, self.rank, block, detail, self.unread)
         return cause or PeerLost(self.rank, block, "it had finished and said BYE")
 
     def close_send_side(self) -> None:

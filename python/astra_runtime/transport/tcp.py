@@ -288,7 +288,7 @@ class TcpMesh(PeerMesh[Connection]):
             cause = None
             if not partial:
                 detail = "it closed the connection"
-                cause = abort.error_at_end(peer.stream, peer.rank, block, detail)
+                cause = abort.error_at_end(peer.stream, peer.rank, block, detail, peer.unread)
             if cause is not None:
                 raise cause
             self._ignore(peer)
