@@ -176,7 +176,8 @@ def sanitizer(setup: Setup, tool: str, *, parts: int, seconds: float) -> Stage:
 
 def build_command() -> tuple[str, ...]:
     """Nothing where the extension loads already; else in place, with the tools that are there."""
-    loads = "import astra_kernels._C as c; print('already built:', c.__file__)"
+    # the runtime refuses a build of other sources
+    loads = "import astra_kernels._C as c, astra_runtime.wire; print('already built:', c.__file__)"
     build = "import runpy, sys; sys.argv = ['setup.py', 'build_ext', '--inplace']; "
     build += "runpy.run_path('setup.py', run_name='__main__')"
     return (

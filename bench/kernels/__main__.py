@@ -264,14 +264,19 @@ def interpreted(wanted: bool) -> Iterator[None]:
     if not wanted:
         yield
         return
-    from astra_kernels import _dispatch
+    from astra_kernels import _library
 
-    plain = dict(_dispatch._CPU)
-    _dispatch._CPU.update({op: _dispatch._triton(op).run for op in _dispatch._TRITON})
+    plain = _library.choose
+
+    def choose(op: str, impl: str, device: torch.device, dtype: torch.dtype) -> Any:
+        triton = impl == "auto" and dtype != torch.float64
+        return plain(op, "triton" if triton else impl, device, dtype)
+
+    _library.choose = choose
     try:
         yield
     finally:
-        _dispatch._CPU.update(plain)
+        _library.choose = plain
 
 
 def main(given: Sequence[str] | None = None) -> int:

@@ -87,7 +87,9 @@ class Coded:
             .transpose(1, 2)
             for table in self.tables
         )
-        return key if self.rope is None else rotated(key, *self.rope), value
+        if self.rope is None:
+            return key, value
+        return rotated(key, *(angle.to(key.dtype) for angle in self.rope)), value
 
     @functools.cached_property
     def dense(self) -> tuple[Tensor, Tensor]:
@@ -119,7 +121,10 @@ def rotated(key: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return key * cos + torch.cat((-second, first), dim=-1) * sin
 
 
-def make(shape: Shape, dtype: torch.dtype, device: torch.device, rotary: bool) -> Coded:
+def make(
+    shape: Shape, dtype: torch.dtype, device: torch.device, angles: torch.dtype | None
+) -> Coded:
+    """`angles`: their dtype; None: keys do not rotate."""
     options: dict[str, Any] = {"dtype": dtype, "device": device}
     heads, groups, dim, tokens = (shape[key] for key in ("Hkv", "S", "d", "N"))
     query = torch.randn(1, shape["H"], shape["M"], dim, **options)
@@ -128,11 +133,11 @@ def make(shape: Shape, dtype: torch.dtype, device: torch.device, rotary: bool) -
     size = (1, tokens, heads * groups)
     codes = torch.randint(0, shape["K"], size, dtype=torch.int32, device=device)
     rope = None
-    if rotary:
+    if angles is not None:
         speed = 10_000.0 ** -torch.arange(0, 1, 2 / dim, dtype=torch.float64, device=device)
         place = torch.arange(tokens, dtype=torch.float64, device=device)
         angle = torch.outer(place, speed).repeat(1, 2)
-        rope = (angle.cos().to(**options), angle.sin().to(**options))
+        rope = (angle.cos().to(angles), angle.sin().to(angles))
     return Coded(shape, query, codes, tables, rope)
 
 
@@ -245,8 +250,16 @@ def flashinfer(query: Tensor, dense: KeysValues) -> Call:
     return run
 
 
-def coded(shape: Shape, dtype: torch.dtype, device: torch.device, rotary: bool = False) -> Calls:
-    case = make(shape, dtype, device, rotary)
+def coded(
+    shape: Shape,
+    dtype: torch.dtype,
+    device: torch.device,
+    rotary: bool = False,
+    consecutive: bool = False,
+) -> Calls:
+    """`consecutive`: the kernels are promised consecutive positions, and get fp32 angles."""
+    angles = torch.float32 if consecutive else dtype
+    case = make(shape, dtype, device, angles if rotary else None)
     query, tables, rope = case.query, case.tables, case.rope
 
     def attend(name: str, packed: bool) -> Call:
@@ -258,8 +271,11 @@ def coded(shape: Shape, dtype: torch.dtype, device: torch.device, rotary: bool =
                         code_bits=BITS,
                         num_tokens=shape["N"],
                         rope=rope,
+                        rope_consecutive=consecutive,
                     )
-                return ak.coded_attention(query, case.codes, *tables, rope=rope)
+                return ak.coded_attention(
+                    *(query, case.codes, *tables), rope=rope, rope_consecutive=consecutive
+                )
 
         return run
 
@@ -299,10 +315,11 @@ def expanded_by_us(case: Coded) -> tuple[Tensor, Tensor]:
 
 
 coded_rotary = functools.partial(coded, rotary=True)
+coded_consecutive = functools.partial(coded, rotary=True, consecutive=True)
 
 
 def mixed(shape: Shape, dtype: torch.dtype, device: torch.device) -> Calls:
-    case = make(shape, dtype, device, rotary=True)
+    case = make(shape, dtype, device, dtype)
     query, tables, rope = case.query, case.tables, case.rope
     size = (2, 1, shape["Hkv"], shape["L"], shape["d"])
     near = torch.randn(size, dtype=dtype, device=device)

@@ -7,7 +7,7 @@ the file: its name begins with what it measures, and its `impl` names the varian
     codeword_counted_    the same, counting included
     fused_lookup_        codes looked up inside the attention loop
     expanded_lookup_     codes looked up first, then attention to dense keys
-    decode_rotary_       one query; int32 codes, or packed ones
+    decode_rotary_       one query; int32 codes, or packed ones; any positions, or consecutive ones
     decode_plain_        one query, no positions: counts at hand, counted, or looked up
     plain_               without positions, from few to many tokens a codeword: where counting pays
     encode_ mixed_ merge_state_ pack_ unpack_ count_codes_ decode_codes_ lookup_linear_
@@ -104,6 +104,7 @@ DECISIVE = tuple(
         r"codeword_M1024_N32768_H32_",
         r"fused_lookup_rotary_M256_N8192_H32_",
         r"decode_rotary_fused_M1_N131072_",
+        r"decode_rotary_consecutive_fused_M1_N131072_",
         r"decode_plain_counts_M1_N131072_",
         r"encode_bfloat16_D768_G1$",
         r"codeword_M1024_N32768_H12_",
@@ -182,15 +183,21 @@ def fused_specs() -> Iterator[Spec]:
                         yield one(kind, shape, packed=True)
 
 
+BUILDS = {
+    "rotary": _attention.coded_rotary,
+    "rotary_consecutive": _attention.coded_consecutive,
+    "plain": _attention.coded,
+}
+
+
 def decode_specs() -> Iterator[Spec]:
-    for kind in ("rotary", "plain"):
+    for kind, build in BUILDS.items():
         for tokens in (4096, 32768, 131072, 1048576):
             shape = {"B": 1, "M": 1, "N": tokens, **FULL, "K": K, "S": 1}
             impls: tuple[str, ...] = ("fused", "fused_packed")
             if kind == "plain":
                 impls = ("counts", "counted", "counted_packed", *impls)
             variants = {impl: named(f"decode_{kind}_{impl}", shape) for impl in impls}
-            build = _attention.coded_rotary if kind == "rotary" else _attention.coded
             notes = {"floor_of": "reading dense keys and values"}
             yield Spec(
                 *(f"decode_{kind}", shape, torch.bfloat16, variants, decode_roofline, build),

@@ -13,6 +13,7 @@ new process goes on behind it.
 from __future__ import annotations
 
 import argparse
+import itertools
 import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -79,7 +80,12 @@ class CodedTokens:
     codes: Tensor
     packed: Tensor
     tables: tuple[Tensor, Tensor]
-    rope: tuple[Tensor, Tensor] | None
+    angle: Tensor | None  # fp32, of consecutive positions
+
+    def rope(self, dtype: torch.dtype) -> tuple[Tensor, Tensor] | None:
+        if self.angle is None:
+            return None
+        return self.angle.cos().to(dtype), self.angle.sin().to(dtype)
 
 
 def coded_tokens(layout: Layout, device: str) -> CodedTokens:
@@ -90,11 +96,11 @@ def coded_tokens(layout: Layout, device: str) -> CodedTokens:
     size = (1, TOKENS, KV_HEADS * layout.groups)
     codes = torch.randint(0, CODEWORDS, size, dtype=torch.int32, device=device)
     packed = torch.stack([ak.pack(row, BITS) for row in codes])
-    rope = None
+    angle = None
     if layout.rotary:
-        angle = torch.randn(TOKENS, layout.dim // 2, device=device).repeat(1, 2)
-        rope = (angle.cos().to(layout.dtype), angle.sin().to(layout.dtype))
-    return CodedTokens(codes, packed, (tables[0], tables[1]), rope)
+        speed = 100.0 ** -torch.arange(0, 1, 2 / layout.dim, device=device)
+        angle = torch.outer(torch.arange(TOKENS, device=device), speed).repeat(1, 2)
+    return CodedTokens(codes, packed, (tables[0], tables[1]), angle)
 
 
 def coded_calls(layout: Layout, query: Tensor, device: str) -> Iterator[tuple[str, Call]]:
@@ -104,21 +110,26 @@ def coded_calls(layout: Layout, query: Tensor, device: str) -> Iterator[tuple[st
     names = ["fused", "expanded"]
     if layout.groups == 1 and not layout.rotary:
         names.append("counted")
-    for name in names:
-        for packed in (False, True):
-            if packed and name == "expanded" and query.shape[2] == 1:
-                continue  # as with many rows
+    promised = (False, True) if layout.rotary else (False,)
+    for name, packed, consecutive in itertools.product(names, (False, True), promised):
+        if name == "expanded" and (consecutive or (packed and query.shape[2] == 1)):
+            continue  # as without
 
-            def coded(impl: str, name: str = name, packed: bool = packed) -> Any:
-                codes = far.packed if packed and impl != "reference" else far.codes
-                how: dict[str, Any] = {"rope": far.rope, "code_mask": mask, "impl": impl}
-                if codes is far.packed:
-                    how |= {"code_bits": BITS, "num_tokens": TOKENS}
-                with strategy(name, query.device):
-                    return ak.coded_attention(query, codes, *far.tables, **how)
+        def coded(
+            impl: str, name: str = name, packed: bool = packed, consecutive: bool = consecutive
+        ) -> Any:
+            codes = far.packed if packed and impl != "reference" else far.codes
+            rope = far.rope(torch.float32 if consecutive else layout.dtype)
+            how: dict[str, Any] = {"rope": rope, "rope_consecutive": consecutive}
+            if codes is far.packed:
+                how |= {"code_bits": BITS, "num_tokens": TOKENS}
+            with strategy(name, query.device):
+                return ak.coded_attention(
+                    query, codes, *far.tables, code_mask=mask, impl=impl, **how
+                )
 
-            tail = " packed" if packed else ""
-            yield f"coded_attention {name}{tail} M={query.shape[2]} {layout}", coded
+        tail = " packed" * packed + " consecutive" * consecutive
+        yield f"coded_attention {name}{tail} M={query.shape[2]} {layout}", coded
 
 
 def mixed_calls(
@@ -130,7 +141,7 @@ def mixed_calls(
         def mixed(impl: str, causal: bool = causal) -> Any:
             return ak.mixed_attention(
                 *(query, *near, far.codes, *far.tables),
-                rope=far.rope,
+                rope=far.rope(layout.dtype),
                 is_causal=causal,
                 return_lse=True,
                 impl=impl,
