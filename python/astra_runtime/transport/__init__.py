@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import functools
+import logging
 import os
 import socket
 from collections.abc import Sequence
@@ -10,7 +12,11 @@ from typing import Any
 
 from astra_runtime.core import _C
 from astra_runtime.transport import rendezvous
-from astra_runtime.transport.addresses import parse_address, require_loopback
+from astra_runtime.transport.addresses import (
+    parse_address,
+    require_loopback,
+    unreachable_for_others,
+)
 from astra_runtime.transport.bootstrap import MeshBootstrap
 from astra_runtime.transport.credentials import Contexts, Keys
 from astra_runtime.transport.link import Link
@@ -21,6 +27,8 @@ from astra_runtime.transport.sockets import listen, prepare
 from astra_runtime.transport.stats import Stats
 from astra_runtime.transport.tcp import TcpMesh
 from astra_runtime.wire import NO_RUN, NOBODY, Frame, Hello
+
+log = logging.getLogger("astra_runtime.transport")
 
 __all__ = [
     "ConnectOptions",
@@ -69,7 +77,8 @@ def connect(
     raises KeysError (an AstraError and a ValueError). On loopback plaintext needs no word, so that
     ranks of one machine work without the package that makes keys; `astra demo` and `astra run`
     give the processes that they start keys of their own. Over "gloo" and "nccl" torch.distributed
-    carries the frames, neither authenticated nor encrypted, and takes no keys.
+    carries the frames, neither authenticated nor encrypted, and takes no keys: off loopback, or
+    where ASTRA_KEYS names keys, it wants `insecure`.
 
     Raises:
         ConnectFailed: a port in use, ranks missing at the deadline.
@@ -129,13 +138,23 @@ def check_keys(
     keys: Keys | str | os.PathLike[str] | None = None,
     insecure: bool = False,
 ) -> None:
-    """Raises the KeysError that `connect` over TCP would raise for these arguments."""
+    """Raises the KeysError that `connect` over TCP would raise for these arguments, and warns as it
+    would, before a model is loaded."""
     options = ConnectOptions(rank, len(peers), tuple(peers), keys=keys, insecure=insecure)
     secret = options.find_keys()
     if secret is not None:
         secret.contexts(rank)
     elif len(peers) > 1:
         require_loopback(parse_address(peer)[0] for peer in peers)
+    addresses = dict(enumerate(map(parse_address, peers)))
+    hint = unreachable_for_others(rank, addresses[rank][0], addresses)
+    if hint:
+        _warn_once(hint)
+
+
+@functools.cache
+def _warn_once(text: str) -> None:
+    log.warning(text)
 
 
 def local_mesh(world_size: int, *, timeout: float = 30.0, link: Link | None = None) -> list[Mesh]:
@@ -145,7 +164,7 @@ def local_mesh(world_size: int, *, timeout: float = 30.0, link: Link | None = No
     """
     sockets: list[dict[int, socket.socket]] = [{} for _ in range(world_size)]
     for low in range(world_size):
-        with listen("127.0.0.1", 0, low) as listener:
+        with listen("127.0.0.1", 0, low)[0] as listener:
             for high in range(low + 1, world_size):
                 dialer = socket.create_connection(listener.getsockname())
                 listener.setblocking(True)
@@ -197,13 +216,17 @@ def _connect_tcp(options: ConnectOptions, contexts: Contexts | None) -> TcpMesh:
     host = options.host or own_host
     if contexts is None:
         require_loopback([host])
-    with listen(host, port, rank) as listener:
+    with contextlib.ExitStack() as stack:
+        listeners = [stack.enter_context(listener) for listener in listen(host, port, rank)]
         if not addresses:
-            addresses, run, store = _exchange_addresses(options, listener)
+            addresses, run, store = _exchange_addresses(options, listeners[0])
             if contexts is None:
                 require_loopback(host for host, _ in addresses.values())
+        hint = unreachable_for_others(rank, host, addresses)
+        if hint:
+            _warn_once(hint)
         own_hello = Hello(world_size, rank, NOBODY, run)
-        bootstrap = MeshBootstrap(own_hello, listener, addresses, contexts)
+        bootstrap = MeshBootstrap(own_hello, listeners, addresses, contexts, hint)
         streams = bootstrap.run(options.connect_timeout, options.on_wait)
     del store
     return TcpMesh(rank, world_size, streams, timeout=timeout, handshake=bootstrap.stats)

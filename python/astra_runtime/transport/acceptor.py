@@ -34,13 +34,12 @@ log = logging.getLogger("astra_runtime.transport")
 
 
 class Acceptor:
-    """Takes in callers from `listener`, and hands those that are ranks to `members`."""
+    """Takes in callers, and hands those that are ranks to `members`."""
 
-    def __init__(self, members: Members, listener: socket.socket) -> None:
+    def __init__(self, members: Members) -> None:
         self._members = members
         self._own = members.own
         self._contexts = members.contexts
-        self._listener = listener
         self._pending: dict[int, PendingConnection] = {}  # by descriptor, oldest first
         self._from_ranks: list[str] = []  # refusals of callers who seemed to be ranks
         self._from_others: list[str] = []
@@ -56,10 +55,10 @@ class Acceptor:
         for caller in self._pending.values():
             caller.sock.close()
 
-    def accept(self) -> bool:
+    def accept(self, listener: socket.socket) -> bool:
         """Takes in one caller; False when there was none."""
         try:
-            sock, address = self._listener.accept()
+            sock, address = listener.accept()
         except OSError as error:
             if error.errno in (errno.EMFILE, errno.ENFILE) and self._pending:
                 oldest = next(iter(self._pending.values()))

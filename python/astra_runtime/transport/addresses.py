@@ -1,20 +1,48 @@
-"""Addresses of ranks: their text, and whether they lie on this machine's loopback."""
+"""Addresses of ranks: their text, what a name resolves to, and whether that is loopback."""
 
 from __future__ import annotations
 
 import ipaddress
 import socket
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
+from typing import Any, NamedTuple
 
 from astra_runtime.transport.credentials import KeysError
 
 
+class Endpoint(NamedTuple):
+    """One of the addresses that a name stands for, as `socket` wants it."""
+
+    family: int
+    kind: int
+    protocol: int
+    address: Any
+
+    @property
+    def host(self) -> str:
+        return str(self.address[0])
+
+
 def parse_address(text: str) -> tuple[str, int]:
     """`host:port` (IPv6 in brackets) as a pair; raises ValueError with what was expected."""
-    host, colon, port = text.rpartition(":")
-    if not colon or not host or not port.isdecimal() or int(port) > 0xFFFF:
+    host, colon, port = (part.strip() for part in text.strip().rpartition(":"))
+    bracketed = host.startswith("[") and host.endswith("]")
+    name = host[1:-1].strip() if bracketed else host
+    if not colon or not name or any(c in name for c in "[] \t"):
         raise ValueError(f'address: expected "host:port", got {text!r}')
-    return host.strip("[]"), int(port)
+    if ":" in name and not bracketed:
+        raise ValueError(f"address: expected an IPv6 address in brackets, got {text!r}")
+    if not (port.isascii() and port.isdecimal() and 1 <= int(port) <= 0xFFFF):
+        raise ValueError(f"address: expected a port of 1..65535 after the colon, got {text!r}")
+    return name, int(port)
+
+
+def resolve(host: str, port: int, *, passive: bool = False) -> list[Endpoint]:
+    """Every address that a name stands for, in the system's order of preference."""
+    flags = socket.AI_PASSIVE if passive else 0
+    answers = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=flags)
+    endpoints = [Endpoint(family, kind, protocol, at) for family, kind, protocol, _, at in answers]
+    return list(dict.fromkeys(endpoints))
 
 
 def require_loopback(hosts: Iterable[str]) -> None:
@@ -30,7 +58,21 @@ def require_loopback(hosts: Iterable[str]) -> None:
 def is_loopback(host: str) -> bool:
     """Whether everything that `host` may stand for is loopback; an unknown name is not."""
     try:
-        entries = socket.getaddrinfo(host, None, type=socket.SOCK_STREAM)
+        answers = socket.getaddrinfo(host, None, type=socket.SOCK_STREAM)
     except OSError:
         return False
-    return all(ipaddress.ip_address(entry[4][0]).is_loopback for entry in entries)
+    return all(ipaddress.ip_address(answer[4][0]).is_loopback for answer in answers)
+
+
+def unreachable_for_others(rank: int, host: str, addresses: Mapping[int, tuple[str, int]]) -> str:
+    """A sentence about a rank that listens on loopback and is dialed from elsewhere; else ""."""
+    dialers = [n for n in addresses if n > rank and not is_loopback(addresses[n][0])]
+    if not dialers or not is_loopback(host):
+        return ""
+    who = ", ".join(map(str, dialers))
+    here = ", ".join(dict.fromkeys(endpoint.host for endpoint in resolve(host, 0)))
+    stands = "" if here == host else f", which {host} stands for on this machine"
+    return (
+        f"rank {rank} listens on loopback only, at {here}{stands}: rank {who} cannot reach it from "
+        "another machine; give this rank the address that the others see"
+    )

@@ -11,7 +11,7 @@ from __future__ import annotations
 import select
 import socket
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Final
 
 from astra_runtime.errors import ConnectFailed, PeersRefused
@@ -32,20 +32,23 @@ NOTICE_SECONDS: Final = 1.0  # between two calls of `on_wait`
 class MeshBootstrap:
     """One rank's way into the mesh; `run` returns a connection to every peer.
 
-    contexts: this rank's keys, made ready; None: plaintext.
+    contexts: this rank's keys, made ready; None: plaintext. hint: what may be the reason if a rank
+    is missing in the end.
     """
 
     def __init__(
         self,
         own: Hello,
-        listener: socket.socket,
+        listeners: Sequence[socket.socket],
         addresses: Mapping[int, tuple[str, int]],
         contexts: Contexts | None = None,
+        hint: str = "",
     ) -> None:
         self._own = own  # addressed to nobody yet
-        self._listener = listener
+        self._listeners = {listener.fileno(): listener for listener in listeners}
+        self._hint = hint
         self._members = Members(own, contexts)
-        self._acceptor = Acceptor(self._members, listener)
+        self._acceptor = Acceptor(self._members)
         self._dialer = Dialer(self._members, {rank: addresses[rank] for rank in range(own.rank)})
 
     @property
@@ -59,7 +62,8 @@ class MeshBootstrap:
         deadline, notice = begun + seconds, begun + NOTICE_SECONDS
         members = self._members
         try:
-            members.watch.register(self._listener, select.EPOLLIN)
+            for listener in self._listeners:
+                members.watch.register(listener, select.EPOLLIN)
             while len(members.joined) < self._own.world_size - 1:
                 now = time.monotonic()
                 if now >= deadline:
@@ -83,7 +87,7 @@ class MeshBootstrap:
 
     def _serve(self, seconds: float) -> None:
         """One step of everything that can take one; new callers last."""
-        callers = False
+        called = []
         for fd, _ in self._members.watch.poll(seconds):
             if self._acceptor.serve(fd) or self._dialer.serve(fd):
                 continue
@@ -94,11 +98,11 @@ class MeshBootstrap:
                 if cause is not None:
                     raise cause
                 self._members.watch.unregister(fd)  # what it sent before its BYE can still be read
-            else:
-                callers = callers or fd == self._listener.fileno()
-        if callers:
+            elif fd in self._listeners:
+                called.append(self._listeners[fd])
+        for listener in called:
             for _ in range(ACCEPTED_AT_ONCE):
-                if not self._acceptor.accept():
+                if not self._acceptor.accept(listener):
                     break
 
     def _absent(self) -> tuple[int, ...]:
@@ -109,6 +113,7 @@ class MeshBootstrap:
         missing = self._absent()
         details = [self._dialer.trouble(rank) or f"rank {rank} did not call" for rank in missing]
         text = f"within {seconds:g} s " + ", ".join(details)
+        text += f"; {self._hint}" if self._hint else ""
         refusals = self._acceptor.refusals
         if not refusals:
             return ConnectFailed(text, missing)

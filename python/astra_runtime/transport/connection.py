@@ -14,7 +14,14 @@ from typing import Final
 
 from astra_runtime import wire
 from astra_runtime.control import Control, is_of_a_call
-from astra_runtime.errors import AstraError, CallEnded, PeerLost, RequestMismatch, WireError
+from astra_runtime.errors import (
+    AstraError,
+    CallEnded,
+    HandshakeRefused,
+    PeerLost,
+    RequestMismatch,
+    WireError,
+)
 from astra_runtime.transport import abort
 from astra_runtime.transport.peers import Channel, slot
 from astra_runtime.transport.stream import Stream
@@ -165,6 +172,11 @@ class Connection(Channel):
         if abort.is_abort(self.frame, self.rank):
             return self._read_error(Control.ABORT)
         header, expected = wire.parse_header(self.frame), self.outstanding[0]
+        if (header.sequence, header.block) == (0, Control.DATAGRAMS):
+            raise HandshakeRefused(
+                f"rank {self.rank} sends datagrams, rank {self.own} does not: expected the same "
+                "transport on all ranks (backend of connect, --transport)"
+            ) from None
         numbered = (header.source, header.sequence) == (expected.source, expected.sequence)
         if not (numbered and is_of_a_call(header.block)):
             raise error

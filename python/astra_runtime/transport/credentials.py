@@ -12,12 +12,14 @@ Python alone is enough here; `certificates.py` makes keys.
 
 from __future__ import annotations
 
+import functools
 import ipaddress
 import logging
 import os
 import re
 import ssl
 from collections.abc import Mapping
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Final, NamedTuple
 
@@ -28,6 +30,9 @@ CERTIFICATE: Final = "certificate.pem"
 KEY: Final = "key.pem"
 DOMAIN: Final = "astra.internal"  # a top-level name that is reserved for private use
 ENVIRONMENT: Final = "ASTRA_KEYS"
+_PEM: Final = re.compile(
+    r"-----BEGIN CERTIFICATE-----.*?-----END CERTIFICATE-----", re.DOTALL | re.ASCII
+)
 RANK_NAME: Final = re.compile(r"rank-(0|[1-9][0-9]{0,4})\.astra\.internal")
 
 log = logging.getLogger("astra_runtime.transport")
@@ -67,9 +72,99 @@ class Keys:
         )
 
     def contexts(self, rank: int) -> Contexts:
-        """Reads the keys of `rank`; what is made from them stays usable without the folder."""
+        """Reads the keys of `rank`; what is made from them stays usable without the folder.
+
+        Raises KeysError for a file that is missing, damaged or not of these dates, by its name.
+        """
         folder = self.of(rank)
+        _check_dates(folder / AUTHORITY, _validities(folder / AUTHORITY))
+        _check_dates(folder / CERTIFICATE, _validities(folder / CERTIFICATE)[:1])
+        _check_key(folder / KEY)
         return Contexts(_context(folder, accepting=True), _context(folder, accepting=False))
+
+
+def _read(path: Path) -> str:
+    try:
+        return path.read_text(encoding="ascii")
+    except OSError as error:
+        raise KeysError(f"keys: cannot read {str(path)!r}: {error.strerror}") from error
+    except UnicodeDecodeError as error:
+        raise KeysError(f"keys: expected PEM in {str(path)!r}, got other bytes") from error
+
+
+def _validities(path: Path) -> list[tuple[datetime, datetime]]:
+    """When the certificates of a file are valid, in its order."""
+    texts = _PEM.findall(_read(path))
+    try:
+        dates = [validity(ssl.PEM_cert_to_DER_cert(text)) for text in texts]
+    except (ValueError, IndexError) as error:
+        raise KeysError(f"keys: {str(path)!r} holds a damaged certificate") from error
+    if not dates:
+        raise KeysError(f"keys: expected a certificate in {str(path)!r}, got none")
+    return dates
+
+
+def _check_dates(path: Path, dates: list[tuple[datetime, datetime]]) -> None:
+    """Refuses a file of which no certificate is valid now."""
+    now = datetime.now(UTC)
+    if any(begins <= now <= ends for begins, ends in dates):
+        return
+    begins, ends = dates[-1]
+    wrong = "has expired" if now > ends else "is not valid yet"
+    raise KeysError(
+        f"keys: {str(path)!r} {wrong}: it is valid from {begins:%Y-%m-%d %H:%M} to "
+        f"{ends:%Y-%m-%d %H:%M}, and this machine's clock says {now:%Y-%m-%d %H:%M} (UTC). "
+        "Make new keys with `astra keys init`, or set the clock"
+    )
+
+
+def validity(der: bytes) -> tuple[datetime, datetime]:
+    """When a certificate is valid, first and last moment (RFC 5280, 4.1). ValueError or IndexError
+    for something else."""
+    _, certificate, _ = _element(der, 0)
+    _, fields, _ = _element(certificate, 0)
+    tag, _, position = _element(fields, 0)
+    if tag == 0xA0:  # the version, which may be absent
+        _, _, position = _element(fields, position)
+    for _ in range(2):  # serial number before; algorithm and issuer
+        _, _, position = _element(fields, position)
+    _, dates, _ = _element(fields, position)
+    tag, begins, position = _element(dates, 0)
+    last_tag, ends, _ = _element(dates, position)
+    return _moment(tag, begins), _moment(last_tag, ends)
+
+
+def _element(der: bytes, position: int) -> tuple[int, bytes, int]:
+    """The tag and content of the DER element at `position`, and where the next one begins."""
+    tag, length = der[position], der[position + 1]
+    start = position + 2
+    if length & 0x80:
+        count = length & 0x7F
+        length = int.from_bytes(der[start : start + count], "big")
+        start += count
+    if start + length > len(der):
+        raise ValueError("a DER element that is cut short")
+    return tag, der[start : start + length], start + length
+
+
+def _moment(tag: int, text: bytes) -> datetime:
+    """UTCTime (years 1950 to 2049) or GeneralizedTime."""
+    if tag == 0x17:
+        text = (b"20" if int(text[:2]) < 50 else b"19") + text
+    return datetime.strptime(text.decode("ascii"), "%Y%m%d%H%M%SZ").replace(tzinfo=UTC)
+
+
+def _check_key(path: Path) -> None:
+    if "PRIVATE KEY-----" not in _read(path):
+        raise KeysError(f"keys: expected a private key in {str(path)!r}, got none")
+    if path.stat().st_mode & 0o077:
+        _warn_of_readable(path)
+
+
+@functools.cache
+def _warn_of_readable(path: Path) -> None:
+    """Once for each file, however often it is read."""
+    log.warning("%s can be read by others than its owner; chmod 600", path)
 
 
 def _context(folder: Path, *, accepting: bool) -> ssl.SSLContext:
@@ -81,14 +176,16 @@ def _context(folder: Path, *, accepting: bool) -> ssl.SSLContext:
     context.minimum_version = context.maximum_version = ssl.TLSVersion.TLSv1_3
     if accepting:
         context.num_tickets = 0  # no session is ever resumed
-    key = folder / KEY
     try:
-        if key.stat().st_mode & 0o077:
-            log.warning("%s can be read by others than its owner; chmod 600", key)
         context.load_verify_locations(folder / AUTHORITY)  # nobody else is trusted
-        context.load_cert_chain(folder / CERTIFICATE, key, password=_no_password)
     except OSError as error:  # ssl.SSLError is one, too
-        raise KeysError(f"keys: cannot use {str(folder)!r}: {error}") from error
+        raise KeysError(f"keys: cannot use {str(folder / AUTHORITY)!r}: {error}") from error
+    try:
+        context.load_cert_chain(folder / CERTIFICATE, folder / KEY, password=_no_password)
+    except OSError as error:
+        raise KeysError(
+            f"keys: {KEY} and {CERTIFICATE} of {str(folder)!r} cannot be used together: {error}"
+        ) from error
     return context
 
 

@@ -174,10 +174,11 @@ class DatagramMesh(PeerMesh[_Peer]):
         try:
             offers = self._control.receive(sizes, block=Control.DATAGRAMS, plan=0)
         except WireError as error:
-            if error.field != "block":
+            if error.field != "block" or error.rank == self.rank:  # or another's report of this one
                 raise
             raise HandshakeRefused(
-                f"rank {error.rank} sends no datagrams, rank {self.rank} does"
+                f"rank {error.rank} sends no datagrams, rank {self.rank} does: expected the same "
+                "transport on all ranks (backend of connect, --transport)"
             ) from error
         for rank, peer in self._peers.items():
             port, peer.inbox.fec_group, secret = _OFFER.unpack(offers[rank])

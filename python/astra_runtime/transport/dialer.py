@@ -14,6 +14,7 @@ from typing import Final
 from astra_runtime import wire
 from astra_runtime.errors import HandshakeRefused, WireError
 from astra_runtime.transport.abort import printable
+from astra_runtime.transport.addresses import Endpoint, resolve
 from astra_runtime.transport.credentials import is_bound_to, named_rank
 from astra_runtime.transport.pending import (
     HANDSHAKE_SECONDS,
@@ -37,6 +38,7 @@ class _Dial:
         self.rank = rank
         self.address = address
         self.name = f"{address[0]}:{address[1]}"
+        self.endpoints: list[Endpoint] = []  # not tried yet in this round
         self.next_try = 0.0
         self.pending: PendingConnection | None = None
         self.connected = False
@@ -81,18 +83,17 @@ class Dialer:
 
     def _dial(self, dial: _Dial) -> None:
         try:
-            family, kind, protocol, _, address = socket.getaddrinfo(
-                *dial.address, type=socket.SOCK_STREAM
-            )[0]
-            sock = socket.socket(family, kind, protocol)
-        except OSError as error:
-            self._retry_later(dial, error.strerror or str(error))
+            dial.endpoints = dial.endpoints or resolve(*dial.address)
+            endpoint = dial.endpoints.pop(0)
+            sock = socket.socket(endpoint.family, endpoint.kind, endpoint.protocol)
+        except (OSError, UnicodeError) as error:
+            self._retry_later(dial, getattr(error, "strerror", None) or str(error))
             return
         prepare(sock)
         dial.pending = PendingConnection(sock, dial.name)
         dial.connected = False
         self._by_fd[sock.fileno()] = dial
-        code = sock.connect_ex(address)
+        code = sock.connect_ex(endpoint.address)
         if code not in (0, errno.EINPROGRESS):
             self._retry_later(dial, errno.errorcode.get(code, str(code)))
             return
@@ -105,7 +106,8 @@ class Dialer:
             dial.pending.sock.close()
             dial.pending = None
         dial.trouble = trouble
-        dial.next_try = time.monotonic() + RETRY_SECONDS
+        # every address of a name is tried before there is a pause
+        dial.next_try = time.monotonic() + (0.0 if dial.endpoints else RETRY_SECONDS)
 
     def serve(self, fd: int) -> bool:
         """Takes the dial at `fd` one step further: connected, TLS, HELLO sent, reply read, joined.

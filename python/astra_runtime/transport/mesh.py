@@ -100,12 +100,16 @@ class Mesh(ABC):
         """Collective consistency check: compares the ranks' configuration fingerprints.
 
         fields: what must be alike on all ranks, by name. A difference raises HandshakeRefused on
-        both sides.
+        both sides. Ranks may load their models unequally fast: the wait is as long as the one for
+        joining, where that is longer than `timeout`.
         """
         peers = peers_of(self)
         self.send(wire.encode_fields(fields), block=Control.FINGERPRINT, plan=0, to=peers)
         sizes = dict.fromkeys(peers, wire.FIELDS_SIZE)
-        views = self.receive(sizes, block=Control.FINGERPRINT, plan=0)
+        patience = self.timeout
+        if self.options is not None:
+            patience = max(patience, self.options.connect_timeout)
+        views = self.receive(sizes, block=Control.FINGERPRINT, plan=0, timeout=patience)
         for rank in sorted(views):
             difference = _difference(self.rank, fields, rank, wire.decode_fields(views[rank], rank))
             if difference is not None:
@@ -214,11 +218,13 @@ class Mesh(ABC):
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
-        if error is None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: object
+    ) -> None:
+        if kind is None:
             self.close()
         else:
-            self.abort(error)
+            self.abort(error if error is not None else kind())
 
 
 def peers_of(mesh: Mesh) -> list[int]:

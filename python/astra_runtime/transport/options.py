@@ -57,9 +57,20 @@ class ConnectOptions:
             raise ValueError('link: expected none with backend "datagram", which it cannot emulate')
         if self.insecure and self.keys is not None:
             raise KeysError("insecure: expected without keys, got both")
-        if self.backend in ("gloo", "nccl") and self.keys is not None:
+        if self.backend in ("gloo", "nccl"):
+            self._check_plaintext_backend()
+
+    def _check_plaintext_backend(self) -> None:
+        """torch.distributed encrypts nothing: whoever has keys must not believe it does."""
+        if self.keys is not None:
             raise KeysError(
                 f"keys: expected none with backend {self.backend!r}, which has no use for any"
+            )
+        if not self.insecure and os.environ.get(ENVIRONMENT):
+            raise KeysError(
+                f"keys: {ENVIRONMENT} names some, and backend {self.backend!r} has no use for any: "
+                "it sends plaintext, not encrypted and not authenticated; expected insecure=True "
+                "(--insecure) beside it, or backend 'tcp'"
             )
 
     @property

@@ -60,6 +60,7 @@ class PacedMesh(Mesh):
         self.world_size = mesh.world_size
         self.partial, self.lossy, self.store = mesh.partial, mesh.lossy, mesh.store
         self.resumes, self.call, self.request = mesh.resumes, mesh.call, mesh.request
+        self.options = mesh.options
         self._busy_until = 0.0  # when the uplink has sent its last queued bit
         self._held: deque[_Held] = deque()
         self._held_bytes = 0

@@ -24,6 +24,7 @@ from astra_runtime.errors import ConnectFailed
 from astra_runtime.transport.addresses import parse_address
 from astra_runtime.transport.options import ConnectOptions
 
+GLOO_TRIES: Final = 5
 PAUSE: Final = 0.05  # seconds between two looks for a new session
 
 
@@ -43,7 +44,7 @@ def join(options: ConnectOptions, store: Any = None) -> Any:
         store, session = _enter(rank, options.peers, deadline, store if rank == 0 else None)
         missing = _wait_for_all(session, world_size, deadline)
         if not missing:
-            limit = timedelta(seconds=max(deadline - time.monotonic(), 1.0))
+            limit = _limit(backend, deadline - time.monotonic())
             dist.init_process_group(
                 backend, store=session, rank=rank, world_size=world_size, timeout=limit
             )
@@ -85,12 +86,24 @@ def _enter(rank: int, peers: Sequence[str] | None, deadline: float, store: Any) 
         time.sleep(PAUSE)
 
 
+def _limit(backend: str, seconds: float) -> timedelta:
+    """The timeout of a group that has to stand in `seconds`. gloo takes it for each try to connect
+    two ranks; waits for frames have limits of their own."""
+    tries = GLOO_TRIES if backend == "gloo" else 1
+    return timedelta(seconds=max(seconds / tries, 0.5))
+
+
 def _wait_for_all(session: Any, world_size: int, deadline: float) -> tuple[int, ...]:
     """The ranks that have not come by the deadline."""
     left = timedelta(seconds=max(deadline - time.monotonic(), 1e-3))
     with contextlib.suppress(dist.DistStoreError):
         session.wait([str(n) for n in range(world_size)], left)
     return tuple(n for n in range(world_size) if not session.check([str(n)]))
+
+
+def master_host() -> str:
+    """Where torchrun's variables say that the ranks meet; without them, here."""
+    return os.environ.get("MASTER_ADDR", "127.0.0.1")
 
 
 def _place(peers: Sequence[str] | None) -> tuple[str, int, bool]:

@@ -1,4 +1,4 @@
-"""The sockets of a mesh: the options of a connection, and listening at one address."""
+"""The sockets of a mesh: the options of a connection, and listening at a rank's addresses."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import socket
 from typing import Final
 
 from astra_runtime.errors import ConnectFailed
+from astra_runtime.transport.addresses import Endpoint, resolve
 
 SEND_BUFFER: Final = 2 << 20  # asked of the kernel: usual frames (≤128 KiB) leave in one call
 BACKLOG: Final = 4096  # a dial that finds the kernel's queue full is repeated after a second only
@@ -23,25 +24,53 @@ def prepare(sock: socket.socket) -> None:
     sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPINTVL, 10)
 
 
-def listen(host: str, port: int, rank: int) -> socket.socket:
-    """A listening socket at exactly this address (port 0: any free one)."""
+def listen(host: str, port: int, rank: int) -> list[socket.socket]:
+    """Sockets that listen at every address of this machine that `host` stands for.
+
+    port: 0, any free one, for a host of one address.
+
+    Raises ConnectFailed, with the remedy.
+    """
+    where = f"{host}:{port}"
     try:
-        family, kind, protocol, _, address = socket.getaddrinfo(
-            host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
-        )[0]
-        listener = socket.socket(family, kind, protocol)
-    except OSError as error:
-        raise ConnectFailed(f"rank {rank} cannot resolve {host!r}: {error.strerror}") from error
+        endpoints = resolve(host, port, passive=True)
+    except (OSError, UnicodeError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise ConnectFailed(f"rank {rank} cannot resolve {host!r}: {reason}") from error
+    listeners: list[socket.socket] = []
+    absent: OSError | None = None
     try:
-        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        prepare(listener)
-        listener.bind(address)
-        listener.listen(BACKLOG)
+        for endpoint in endpoints:
+            try:
+                listeners.append(_listen_at(endpoint))
+            except OSError as error:
+                if error.errno not in (errno.EADDRNOTAVAIL, errno.EAFNOSUPPORT):
+                    raise
+                absent = error
     except OSError as error:
-        listener.close()
+        for listener in listeners:
+            listener.close()
         if error.errno == errno.EADDRINUSE:
             reason = f"rank {rank} cannot listen: port {port} of {host} is in use"
         else:
-            reason = f"rank {rank} cannot listen at {host}:{port}: {error.strerror}"
+            reason = f"rank {rank} cannot listen at {where}: {error.strerror}"
         raise ConnectFailed(reason) from error
+    if not listeners:
+        raise ConnectFailed(
+            f"rank {rank} cannot listen at {where}: that is no address of this machine; name one "
+            "that is, by host= of connect"
+        ) from absent
+    return listeners
+
+
+def _listen_at(endpoint: Endpoint) -> socket.socket:
+    listener = socket.socket(endpoint.family, endpoint.kind, endpoint.protocol)
+    try:
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        prepare(listener)
+        listener.bind(endpoint.address)
+        listener.listen(BACKLOG)
+    except OSError:
+        listener.close()
+        raise
     return listener

@@ -19,7 +19,7 @@ import pytest
 from astra_runtime import errors
 from astra_runtime.cli import main
 from astra_runtime.cli.cluster import local_keys
-from astra_runtime.transport import check_keys, connect
+from astra_runtime.transport import check_keys, connect, credentials
 from astra_runtime.transport.certificates import ephemeral_keys, make_keys, show_keys
 from astra_runtime.transport.credentials import Keys, KeysError, is_bound_to, named_rank
 
@@ -152,11 +152,76 @@ def test_keys_that_cannot_be_used(tmp_path: Path) -> None:
         Keys(key_folder()).contexts(9)
     shutil.copytree(key_folder() / "rank-0", tmp_path / "mixed")
     shutil.copy(key_folder() / "rank-1" / "key.pem", tmp_path / "mixed" / "key.pem")
-    with pytest.raises(KeysError, match="cannot use .*mismatch"):
+    with pytest.raises(KeysError, match="cannot be used together: .*mismatch"):
         Keys(tmp_path / "mixed").contexts(0)
-    (tmp_path / "mixed" / "key.pem").unlink()
-    with pytest.raises(KeysError, match="cannot use .*No such file"):
-        Keys(tmp_path / "mixed").contexts(0)
+
+
+DAMAGE: dict[str, tuple[str, str]] = {
+    "other bytes": ("\N{SNOWMAN}", "got other bytes"),
+    "text": ("x", "got none"),
+    "nothing": ("", "got none"),
+    "cut": ("-----BEGIN CERTIFICATE-----\nMIIB\n-----END CERTIFICATE-----\n", "damaged|got none"),
+}
+
+
+@pytest.mark.parametrize("damage", ["missing", *DAMAGE])
+@pytest.mark.parametrize("name", ["authority.pem", "certificate.pem", "key.pem"])
+def test_a_damaged_file_is_named(tmp_path: Path, name: str, damage: str) -> None:
+    folder = tmp_path / "keys"
+    shutil.copytree(key_folder() / "rank-0", folder)
+    words = "No such file"
+    if damage == "missing":
+        (folder / name).unlink()
+        if name == "certificate.pem":
+            words = "expected certificate.pem"
+    else:
+        text, words = DAMAGE[damage]
+        (folder / name).write_text(text, encoding="utf-8")
+    with pytest.raises(KeysError, match=words) as caught:
+        Keys(folder).contexts(0)
+    assert name in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("days", "words"), [(500, "has expired"), (-500, "is not valid yet"), (0, "")]
+)
+def test_dates_are_looked_at_before_anybody_is_dialed(
+    monkeypatch: pytest.MonkeyPatch, days: int, words: str
+) -> None:
+    """A clock that is off is said with both dates; who joins later has the same keys."""
+
+    class Clock(datetime.datetime):
+        @classmethod
+        def now(cls, tz: datetime.tzinfo | None = None) -> Clock:
+            moment = datetime.datetime.now(tz) + datetime.timedelta(days=days)
+            return cls.fromtimestamp(moment.timestamp(), tz)
+
+    monkeypatch.setattr(credentials, "datetime", Clock)
+    peers, keys = ["10.0.0.1:7000", "10.0.0.2:7000"], key_folder()
+    if not words:
+        check_keys(0, peers, keys)
+        return
+    said = f"'.*authority.pem' {words}: .* this machine's clock says "
+    with pytest.raises(KeysError, match=said):
+        check_keys(0, peers, keys)
+    with pytest.raises(KeysError, match=said):
+        connect(0, 2, peers, keys=keys)
+
+
+def test_validity_is_that_of_the_certificate() -> None:
+    for path in (key_folder() / "authority.pem", key_folder() / "rank-3" / "certificate.pem"):
+        certificate = x509.load_pem_x509_certificate(path.read_bytes())
+        dates = credentials.validity(ssl.PEM_cert_to_DER_cert(path.read_text()))
+        assert dates == (certificate.not_valid_before_utc, certificate.not_valid_after_utc)
+
+
+def test_an_authority_beside_an_expired_one_is_enough(tmp_path: Path) -> None:
+    """Rotating keys: both are trusted for a while."""
+    valid = credentials._validities(key_folder() / "authority.pem")
+    past = datetime.datetime(2020, 1, 1, tzinfo=datetime.UTC)
+    credentials._check_dates(tmp_path, [(past, past), *valid])
+    with pytest.raises(KeysError, match="has expired"):
+        credentials._check_dates(tmp_path, [(past, past)])
 
 
 def test_a_key_that_others_can_read_is_told_of(
@@ -164,8 +229,9 @@ def test_a_key_that_others_can_read_is_told_of(
 ) -> None:
     shutil.copytree(key_folder() / "rank-0", tmp_path / "open")
     (tmp_path / "open" / "key.pem").chmod(0o644)
-    Keys(tmp_path / "open").contexts(0)
-    assert "can be read by others" in caplog.text
+    for _ in range(2):
+        Keys(tmp_path / "open").contexts(0)
+    assert caplog.text.count("can be read by others") == 1
 
 
 # --- where keys are needed
@@ -194,6 +260,26 @@ def test_contradictions_are_refused() -> None:
         connect(0, 2, free_ports(2), keys=key_folder(), insecure=True)
     with pytest.raises(KeysError, match="expected none with backend 'gloo'"):
         connect(0, 2, free_ports(2), keys=key_folder(), backend="gloo")
+
+
+@pytest.mark.parametrize("backend", ["gloo", "nccl"])
+def test_backends_that_know_no_keys_do_not_ignore_them(
+    monkeypatch: pytest.MonkeyPatch, backend: Any
+) -> None:
+    """Nor does their plaintext leave the machine unless that is asked for by name."""
+    monkeypatch.setenv("ASTRA_KEYS", str(key_folder()))
+    with pytest.raises(KeysError, match="ASTRA_KEYS names some.*plaintext.*--insecure"):
+        connect(0, 2, free_ports(2), backend=backend)
+    monkeypatch.delenv("ASTRA_KEYS")
+    peers = ["192.0.2.1:7000", "127.0.0.1:7000"]
+    with pytest.raises(KeysError, match="--insecure.*off loopback, at 192.0.2.1: .*plaintext"):
+        connect(1, 2, peers, backend=backend)
+    monkeypatch.setenv("MASTER_ADDR", "192.0.2.1")
+    monkeypatch.setenv("MASTER_PORT", "7000")
+    with pytest.raises(KeysError, match="off loopback, at 192.0.2.1"):
+        connect(0, 2, backend=backend)
+    with pytest.raises(errors.ConnectFailed):  # asked for by name
+        connect(1, 2, peers, backend=backend, insecure=True, connect_timeout=0.5)
 
 
 @pytest.mark.parametrize("insecure", [False, True])

@@ -850,3 +850,22 @@ def test_golden_datagrams() -> None:
         "aabbcc"
         "000102030405060708090a0b0c0d0e0f"
     )
+
+
+@pytest.mark.parametrize("datagrams", [0, 1])
+def test_a_transport_that_differs_is_named_on_both_sides(datagrams: int) -> None:
+    """Whoever sees it first: the other one gets the same words."""
+    meshes = local_mesh(2, timeout=20)
+
+    def join(mesh: Mesh) -> None:
+        with mesh:
+            if mesh.rank == datagrams:
+                connect_datagrams(mesh)  # type: ignore[arg-type]
+            else:
+                mesh.agree({"model": "a"})
+
+    for error in together([lambda mesh=mesh: join(mesh) for mesh in meshes], errors_too=True):
+        assert isinstance(error, errors.HandshakeRefused)
+        assert f"rank {1 - datagrams}" in str(error)
+        assert f"rank {datagrams}" in str(error)
+        assert "--transport" in str(error)

@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 
 from astra_runtime import errors, wire
-from astra_runtime.transport import Mesh, connect
+from astra_runtime.transport import Link, Mesh, connect
 from astra_runtime.wire import Hello
 
 from ..ranks import (
@@ -300,7 +300,7 @@ with connect(timeout=20) as mesh:
     assert mesh.encrypted
     work(mesh)
 dist.init_process_group("gloo")
-with connect(backend="gloo") as mesh:
+with connect(backend="gloo", insecure=True) as mesh:
     work(mesh)
 with DistributedMesh(dist.group.WORLD, batched=True) as mesh:  # as NCCL needs it
     work(mesh)
@@ -325,3 +325,16 @@ def test_torchrun(tmp_path: Path) -> None:
     assert result.returncode == 0, result.stderr[-3000:]
     written = sorted(path.read_text() for path in tmp_path.glob("script.py.*"))
     assert written == ["rank 0 of 2", "rank 1 of 2"]
+
+
+@pytest.mark.parametrize("link", [None, Link(1000, 0.1)])
+def test_a_start_may_take_longer_than_a_call(link: Link | None) -> None:
+    """A rank that loads its model for longer than any answer may take is waited for."""
+    peers = free_ports(2)
+
+    def join(rank: int) -> None:
+        with connect(rank, 2, peers, timeout=0.2, link=link) as mesh:
+            time.sleep(1.0 * rank)
+            mesh.agree({"model": "a"})
+
+    together([lambda: join(0), lambda: join(1)])

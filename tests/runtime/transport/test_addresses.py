@@ -1,0 +1,118 @@
+"""Addresses as people write them, and names that stand for several."""
+
+from __future__ import annotations
+
+import socket
+from typing import Any
+
+import pytest
+
+from astra_runtime import errors
+from astra_runtime.transport import check_keys, connect
+from astra_runtime.transport.addresses import parse_address, unreachable_for_others
+from astra_runtime.transport.sockets import listen
+
+from ..ranks import all_to_all, as_ranks, free_ports, key_folder, together
+
+
+@pytest.mark.parametrize(
+    ("text", "address"),
+    [
+        ("host:7000", ("host", 7000)),
+        (" 10.0.0.1 : 7000 ", ("10.0.0.1", 7000)),
+        ("[::1]:7000", ("::1", 7000)),
+        ("[fe80::1%eth0]:65535", ("fe80::1%eth0", 65535)),
+    ],
+)
+def test_an_address(text: str, address: tuple[str, int]) -> None:
+    assert parse_address(text) == address
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["", ":7000", "host", "host:", "host:0", "host:65536", "host:-1", "host:7e3", "host:٣"]
+    + ["::1:7000", "[::1]", "[::1:7000", "[]:7000", "a b:7000", "http://a:7000"],
+)
+def test_no_address(text: str) -> None:
+    with pytest.raises(ValueError, match="address: expected"):
+        parse_address(text)
+
+
+def dual_stack(monkeypatch: pytest.MonkeyPatch, *addresses: str) -> None:
+    """The name `box` stands for these."""
+    genuine = socket.getaddrinfo
+
+    def resolve(host: Any, port: Any, *rest: Any, **more: Any) -> Any:
+        hosts = addresses if host == "box" else (host,)
+        return [answer for name in hosts for answer in genuine(name, port, *rest, **more)]
+
+    monkeypatch.setattr(socket, "getaddrinfo", resolve)
+
+
+@pytest.mark.parametrize("addresses", [("::1", "127.0.0.1"), ("127.0.0.1", "::1")])
+@pytest.mark.parametrize("listens", ["box", "127.0.0.1", "::1"])
+def test_every_address_of_a_name_is_tried(
+    monkeypatch: pytest.MonkeyPatch, addresses: tuple[str, ...], listens: str
+) -> None:
+    """The listening rank calls itself by one of them, the dialing one by the name; or both do."""
+    dual_stack(monkeypatch, *addresses)
+    port, other = (address.rpartition(":")[2] for address in free_ports(2))
+    own = [f"[{listens}]:{port}" if ":" in listens else f"{listens}:{port}", f"127.0.0.1:{other}"]
+    dialed = [f"box:{port}", f"127.0.0.1:{other}"]
+    meshes = together(
+        [lambda: connect(0, 2, own, connect_timeout=20)]
+        + [lambda: connect(1, 2, dialed, connect_timeout=20)]
+    )
+    as_ranks(meshes, lambda mesh: all_to_all(mesh, 2, 50))
+
+
+@pytest.mark.parametrize("host", ["127.0.0.1", "::1"])
+def test_a_name_is_listened_at_by_all_its_addresses(
+    monkeypatch: pytest.MonkeyPatch, host: str
+) -> None:
+    """Each dialer may know the rank by another one."""
+    dual_stack(monkeypatch, "::1", "127.0.0.1", "127.0.0.1")
+    port, other = (address.rpartition(":")[2] for address in free_ports(2))
+    rest = f"127.0.0.1:{other}"
+    dialed = f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+    meshes = together(
+        [lambda: connect(0, 2, [f"box:{port}", rest], connect_timeout=20)]
+        + [lambda: connect(1, 2, [dialed, rest], connect_timeout=20)]
+    )
+    together([mesh.close for mesh in meshes])
+
+
+def test_an_address_of_another_machine() -> None:
+    with pytest.raises(errors.ConnectFailed, match="no address of this machine; name one"):
+        listen("192.0.2.1", 7000, 0)
+
+
+def test_an_unknown_name() -> None:
+    with pytest.raises(errors.ConnectFailed, match="rank 0 cannot resolve 'no-such-host.invalid'"):
+        listen("no-such-host.invalid", 7000, 0)
+
+
+def test_who_listens_on_loopback_and_is_dialed_from_elsewhere(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    dual_stack(monkeypatch, "127.0.1.1")
+    here, there = ("box", 7000), ("192.0.2.2", 7000)
+    words = unreachable_for_others(0, "box", {0: here, 1: there, 2: ("127.0.0.1", 7001), 3: there})
+    assert words.startswith(
+        "rank 0 listens on loopback only, at 127.0.1.1, which box stands for on this machine: "
+        "rank 1, 3 cannot reach it"
+    )
+    assert unreachable_for_others(1, "box", {0: there, 1: here}) == ""  # nobody dials rank 1
+    assert unreachable_for_others(0, "192.0.2.1", {0: there, 1: there}) == ""
+    assert unreachable_for_others(0, "box", {0: here, 1: ("127.0.0.1", 7001)}) == ""
+
+
+def test_loopback_is_said_at_once(caplog: pytest.LogCaptureFixture) -> None:
+    """Before the model is loaded, and at the deadline again."""
+    keys, [own] = key_folder(), free_ports(1)
+    peers = [own, "192.0.2.2:7000"]
+    check_keys(0, peers, keys)
+    assert "rank 0 listens on loopback only" in caplog.text
+    with pytest.raises(errors.ConnectFailed, match="did not call; rank 0 listens on loopback only"):
+        connect(0, 2, peers, keys=keys, connect_timeout=0.2)
+    assert len(caplog.records) == 1
