@@ -41,6 +41,8 @@ UNROTATED, ANGLES, CONSECUTIVE = tl.constexpr(0), tl.constexpr(1), tl.constexpr(
 
 LN_2 = tl.constexpr(0.6931471805599453)
 
+_STRIDES = [f"{x}_{axis}" for x, axes in (("query", "bhm"), ("key", "bhl"), ("value", "bhl"))
+            for axis in axes]  # fmt: skip
 _SIZES = ["num_queries", "num_keys", "num_tokens", "codewords", "value_codewords", "codes_b"]
 
 
@@ -190,9 +192,9 @@ def attend_to_codewords(
     return m_i, l_i, acc
 
 
-@triton.jit(do_not_specialize=[*_SIZES, "value_codes_b", "bias_b", "bias_h"])
+@triton.jit(do_not_specialize=[*_STRIDES, *_SIZES, "value_codes_b", "bias_b", "bias_h"])
 def attend(
-    query, query_b, query_h, query_m,  # [B, H, M, d] and strides of B, H, M
+    query, query_b, query_h, query_m,  # [B, H, M, d], strides of B, H, M in units of UNIT elements
     out, lse,  # [B, M, H, d], [B, H, M]; PARTIAL: [splits, B*Hkv, M*G, d] and without d, fp32
     key, key_b, key_h, key_l, value, value_b, value_h, value_l, key_mask,  # [B, Hkv, L, d]; [B, L]
     codes, codes_b, value_codes, value_codes_b, key_table, value_table,  # [B, N, C]; tables
@@ -208,7 +210,7 @@ def attend(
     VALUE_STAGES: tl.constexpr, VALUE_GROUPS: tl.constexpr,
     HEAD: tl.constexpr, BLOCK: tl.constexpr, HALF_BLOCK: tl.constexpr,  # d; d and d/2 padded
     ROWS: tl.constexpr, KEYS: tl.constexpr, WHOLE: tl.constexpr, PARTIAL: tl.constexpr,
-    PRECISION: tl.constexpr,
+    PRECISION: tl.constexpr, UNIT: tl.constexpr,
 ):  # fmt: skip
     HALF: tl.constexpr = HEAD // 2
     DTYPE: tl.constexpr = query.dtype.element_ty
@@ -223,7 +225,8 @@ def attend(
     row_mask = row < num_queries * num_queries_per_kv
     position = row // num_queries_per_kv
     query_head = head * num_queries_per_kv + row % num_queries_per_kv
-    query_row = query + batch * query_b + query_head * query_h + position * query_m
+    query_offset = batch * query_b + query_head * query_h + position * query_m
+    query_row = query + query_offset * UNIT
     if DENSE or ROTARY == UNROTATED:
         queries = (load_rows(query_row, row_mask, HEAD, BLOCK) * sign).to(DTYPE)
     m_i = tl.full([ROWS], -float("inf"), tl.float32)
@@ -232,8 +235,9 @@ def attend(
 
     if DENSE:
         m_i, l_i, acc = attend_to_dense(
-            queries, key + batch * key_b + head * key_h, key_l,
-            value + batch * value_b + head * value_h, value_l, key_mask, batch * num_keys,
+            queries, key + (batch * key_b + head * key_h) * UNIT, key_l * UNIT,
+            value + (batch * value_b + head * value_h) * UNIT, value_l * UNIT, key_mask,
+            batch * num_keys,
             first_row, position, num_queries_per_kv, num_queries, num_keys, scale, m_i, l_i, acc,
             CAUSAL, KEY_MASK, HEAD, BLOCK, ROWS, KEYS, WHOLE, PRECISION, SCALED,
         )  # fmt: skip

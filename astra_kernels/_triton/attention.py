@@ -313,13 +313,14 @@ def _run(
     kv_heads = _kv_heads(dense, coded, counted)
     group = heads // kv_heads
     remote, tables = _remote_arguments(coded, counted)
+    local, unit = _dense_arguments(dense), _stride_unit(query, dense)
     codewords = tables[0].shape[3] if tables else 0
     value_codewords = tables[1].shape[3] if tables else 0
     launch(
         kernels.attend,
         grid,
-        *(query, *query.stride()[:3], out, lse),
-        *_dense_arguments(dense),
+        *(query, *(stride // unit for stride in query.stride()[:3]), out, lse),
+        *(x // unit if isinstance(x, int) else x for x in local),
         *remote,
         *(group, kv_heads, num_queries, 0 if dense is None else dense.key.shape[2]),
         *(0 if coded is None else coded.tokens, codewords, value_codewords),
@@ -330,6 +331,7 @@ def _run(
         all_registers=_needs_registers(query, dense, coded),
         **_constants(dense, coded, counted),
         ROTARY=_rotary(query, coded),
+        UNIT=unit,
         HEAD=dim,
         BLOCK=_padded(dim),
         HALF_BLOCK=_padded((dim + 1) // 2),
@@ -366,6 +368,15 @@ def _dense_arguments(dense: Dense | None) -> tuple[Any, ...]:
     mask = None if dense.mask is None else dense.mask.contiguous()
     _check_offsets(key, value)
     return (key, *key.stride()[:3], value, *value.stride()[:3], mask)
+
+
+def _stride_unit(query: Tensor, dense: Dense | None) -> int:
+    """What divides all strides, up to 16 elements: so wide the compiler knows that it may read."""
+    strides = list(query.stride()[:3])
+    if dense is not None:
+        for tensor in (dense.key, dense.value):
+            strides += _rows_contiguous(tensor).stride()[:3]
+    return math.gcd(16, *strides)
 
 
 def _remote_arguments(

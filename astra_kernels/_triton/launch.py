@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import math
 import threading
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -24,6 +25,9 @@ OPTIONS = {"enable_fp_fusion": True}
 
 # Programs along the second and third axis of a grid.
 LARGEST_GRID = 65_535
+
+# Programs of a launch.
+LARGEST_LAUNCH = 2**31 - 1
 
 # Compute capability assumed for a device that is none of ours, the interpreter's CPU for one.
 DEFAULT_CAPABILITY = 90
@@ -130,6 +134,11 @@ def launch(
         raise ValueError(
             f"astra_kernels: impl='triton' takes at most {LARGEST_GRID} batch rows times KV heads "
             f"(or groups) in a call, got {max(grid[1:])}; split the batch"
+        )
+    if math.prod(grid) > LARGEST_LAUNCH:  # Triton's launcher would start nothing, silently
+        raise ValueError(
+            f"astra_kernels: impl='triton' takes at most {LARGEST_LAUNCH} programs in a launch, "
+            f"got a grid of {' x '.join(map(str, grid))}; split the batch"
         )
     run: Callable[..., Any] = kernel[grid]
     with _on(device):

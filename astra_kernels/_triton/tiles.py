@@ -8,6 +8,7 @@ measured on this very device, and keeps on disk, goes before the list.
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import functools
 import json
 import os
@@ -146,14 +147,20 @@ def measured(problem: Problem) -> Tile | None:
 
 
 def save(tiles: Mapping[Problem, Tile]) -> Path:
-    """Adds measured tiles to this device's file; it is replaced at once, never half written."""
+    """Adds measured tiles to this device's file; it is replaced at once, never half written.
+
+    Processes that tune at the same time add to it one after the other.
+    """
     path = tiles_file()
-    merged = dict(_from_disk()) | {repr(p): asdict(tile) for p, tile in tiles.items()}
     path.parent.mkdir(parents=True, exist_ok=True)
-    fresh = path.with_suffix(f".{os.getpid()}.tmp")
-    fresh.write_text(json.dumps(merged, indent=1))
-    fresh.replace(path)
-    _from_disk.cache_clear()
+    with path.with_suffix(".lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        _from_disk.cache_clear()
+        merged = dict(_from_disk()) | {repr(p): asdict(tile) for p, tile in tiles.items()}
+        fresh = path.with_suffix(f".{os.getpid()}.tmp")
+        fresh.write_text(json.dumps(merged, indent=1))
+        fresh.replace(path)
+        _from_disk.cache_clear()
     return path
 
 

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from dataclasses import asdict
 
+import torch
 import triton
 import triton.testing
 
@@ -25,8 +25,11 @@ def tune(call: Call) -> dict[str, dict[str, int]]:
         call()
     best: dict[Problem, Tile] = {}
     for problem in dict.fromkeys(seen):
-        best[problem] = _quickest(call, problem)
-        tiles.remember(problem, best[problem])
+        before = tiles.choose(problem)
+        try:
+            best[problem] = _quickest(call, problem)
+        finally:
+            tiles.remember(problem, best.get(problem, before))
     if best:
         tiles.save(best)
     return {repr(problem): asdict(tile) for problem, tile in best.items()}
@@ -34,19 +37,35 @@ def tune(call: Call) -> dict[str, dict[str, int]]:
 
 def _quickest(call: Call, problem: Problem) -> Tile:
     times: dict[Tile, float] = {}
+    failures: list[Exception] = []
     for tile in tiles.candidates(problem):
         tiles.remember(problem, tile)
         try:
             times[tile] = _milliseconds(call)
-        except triton.TritonError:  # the tile is too large after all, or has no code
-            times[tile] = math.inf
+        except (triton.TritonError, RuntimeError) as error:
+            if isinstance(error, torch.AcceleratorError):  # the device is of no use after it
+                raise
+            failures.append(error)  # too large after all, or the compiler gave up
+    if not times:
+        raise RuntimeError(f"no tile runs {problem}") from failures[0]
     return min(times, key=times.__getitem__)
 
 
 def _milliseconds(call: Call) -> float:
+    """Replayed as a graph: launched one by one, the host would take longer than most kernels."""
     if interpreted():  # there is no device whose time to take
         return 0.0
-    median: float = triton.testing.do_bench(
-        call, warmup=WARMUP_MS, rep=MEASURE_MS, return_mode="median"
-    )
-    return median
+    call()  # compiles, which a capture does not allow
+    try:
+        replayed: float = triton.testing.do_bench_cudagraph(
+            call, rep=MEASURE_MS, return_mode="median"
+        )
+    except RuntimeError as error:
+        if "captur" not in str(error):
+            raise
+        torch.cuda.synchronize()
+        launched: float = triton.testing.do_bench(
+            call, warmup=WARMUP_MS, rep=MEASURE_MS, return_mode="median"
+        )
+        return launched
+    return replayed

@@ -9,13 +9,16 @@ from dataclasses import asdict
 
 import pytest
 import torch
+import triton
 from triton.runtime.errors import OutOfResources
 
 import astra_kernels as ak
+from astra_kernels import _dispatch
 from astra_kernels._triton import tiles, tuning
-from astra_kernels._triton.attention import AttendProblem
-from astra_kernels._triton.launch import record
+from astra_kernels._triton.attention import AttendProblem, Coded, Dense, problem_of
+from astra_kernels._triton.launch import cdiv, launch, next_power_of_2, record
 from astra_kernels._triton.tiles import Tile
+from astra_kernels.encode import reference as encode_reference
 
 
 @pytest.fixture(autouse=True)
@@ -85,6 +88,91 @@ def test_warmup_goes_on_where_a_tile_does_not_fit(monkeypatch):
     with tiles.watch() as seen:
         call()
     assert found[repr(seen[0])] == asdict(tiles.candidates(seen[0])[1])
+
+
+@pytest.mark.parametrize("error", [OutOfResources(2, 1, "x"), RuntimeError("PassManager::run")])
+def test_a_tile_is_not_kept_where_none_runs(monkeypatch, error):
+    def milliseconds(call):
+        raise error
+
+    with tiles.watch() as seen:
+        call()
+    before = tiles.choose(seen[0])
+    monkeypatch.setattr(tuning, "_milliseconds", milliseconds)
+    with pytest.raises(RuntimeError, match="no tile runs"):
+        ak.warmup(call)
+    assert tiles.choose(seen[0]) == before
+    assert not tiles.tiles_file().exists()
+
+
+def test_an_error_of_the_device_ends_tuning(monkeypatch):
+    def milliseconds(call):
+        raise torch.AcceleratorError("an illegal memory access was encountered")
+
+    monkeypatch.setattr(tuning, "_milliseconds", milliseconds)
+    with pytest.raises(torch.AcceleratorError):
+        ak.warmup(call)
+
+
+def test_processes_that_tune_at_once_keep_each_others_tiles():
+    a, b = problem(), problem(80)
+    tiles.save({a: tiles.choose(a)})
+    assert tiles.measured(a)  # read, and remembered as it is now
+    kept = json.loads(tiles.tiles_file().read_text())
+    other = {"of another process": asdict(tiles.choose(b))}
+    tiles.tiles_file().write_text(json.dumps(kept | other))
+    tiles.save({b: tiles.choose(b)})
+    assert set(json.loads(tiles.tiles_file().read_text())) == {repr(a), repr(b), *other}
+
+
+@pytest.mark.parametrize(
+    ("cuda", "capability", "runs"),
+    [
+        ("13.0", (9, 0), True),
+        ("12.8", (8, 0), True),
+        ("12.8", (7, 5), False),
+        (None, (9, 4), False),
+    ],
+)
+def test_platforms(monkeypatch, cuda, capability, runs):
+    """ROCm calls its devices "cuda"; before sm_80 there is too little shared memory."""
+    monkeypatch.setattr(torch.version, "cuda", cuda)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: capability)
+    _dispatch._supported.cache_clear()
+    assert _dispatch.runs_triton(torch.device("cuda", 0)) is runs
+    assert not _dispatch.runs_triton(torch.device("meta"))
+    chosen = _dispatch.choose("encode", "auto", torch.device("cuda", 0), torch.float32)
+    assert (chosen.run is not encode_reference.encode) is runs
+    _dispatch._supported.cache_clear()
+
+
+def test_a_grid_that_would_start_nothing_is_refused():
+    with pytest.raises(ValueError, match="at most 2147483647 programs"):
+        launch(None, (2**20, 2**12), device=torch.device("cpu"), warps=4, stages=1)
+
+
+@pytest.mark.parametrize("size", [0, 1, 2, 3, 4, 5, 127, 128, 129])
+def test_sizes_as_triton_has_them(size):
+    assert next_power_of_2(size) == triton.next_power_of_2(size)
+    assert cdiv(size, 4) == triton.cdiv(size, 4)
+
+
+def test_the_key_of_a_tile_says_what_decides():
+    def key(m=512, batch=1, rope=False, bits=None, causal=False, angles=torch.float16):
+        query = torch.empty(batch, 4, m, 64, dtype=torch.float16)
+        table = torch.empty(1, 2, 1, 8, 64, dtype=torch.float16)
+        codes = torch.empty(batch, 9, 2, dtype=torch.int32)
+        angle = torch.empty(9, 64, dtype=angles)
+        coded = Coded(
+            9, codes, table, False, codes, table, False, bits, (angle, angle) if rope else None
+        )
+        near = torch.empty(batch, 2, m, 64, dtype=torch.float16)
+        return problem_of(query, Dense(near, near, causal), coded, None)
+
+    keys = [key(), key(m=100), key(batch=4), key(rope=True), key(bits=3), key(causal=True)]
+    keys.append(key(rope=True, angles=torch.float32))
+    assert len(set(keys)) == len(keys)
+    assert key(m=5000) == key(m=600)
 
 
 def test_threads_do_not_see_each_others_problems_and_launches(device):
