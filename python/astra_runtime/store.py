@@ -301,4 +301,4 @@ def token_windows(tokenizer: Any, text: str, tokens: int, windows: int) -> list[
     if not framed:
         return bodies
     ends = torch.tensor([first]), torch.tensor([last])
-    return [torch.cat([ends[0], found, ends[1]]) for found in bodies]
+    return [torch.cat([ends[0], part, ends[1]]) for part in bodies]

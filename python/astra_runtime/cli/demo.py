@@ -10,7 +10,7 @@ import time
 from dataclasses import dataclass
 from typing import Any
 
-from ..console import say, show_json
+from ..console import say, show_json, working
 from .cluster import cluster, traced, write_trace
 from .common import load, window_tokens
 from .fitting import ensure_codebook
@@ -75,10 +75,11 @@ def run(options: argparse.Namespace) -> int:
     new_tokens = min(CONTINUED, model.config.max_position_embeddings - ids.shape[1] + 1)
     say(f"starting {world_size - 1} worker processes")
     with cluster(options, world_size, folder, model, codebook, settings, link) as ranks:
-        result = traced(options, ranks, lambda: _measure(options, model, ranks, ids))
-        answer = ranks.submit(
-            do="generate", input_ids=ids.tolist(), space="codes", max_new_tokens=new_tokens
-        )
+        with working("measuring"):
+            result = traced(options, ranks, lambda: _measure(options, model, ranks, ids))
+            answer = ranks.submit(
+                do="generate", input_ids=ids.tolist(), space="codes", max_new_tokens=new_tokens
+            )
         times = answer["times"]
         result["continuation"] = tokenizer.decode(answer["ids"][0], skip_special_tokens=True)
         result["seconds_per_token"] = (times[-1] - times[0]) / max(1, len(times) - 1)

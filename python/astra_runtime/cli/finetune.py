@@ -66,7 +66,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
 def run(options: argparse.Namespace) -> int:
     from ..codes.codebook import Codebook
     from ..store import builtin_text, read_text, token_windows
-    from ..train.finetune import finetune, save_result
+    from ..train.finetune import CHECKPOINT, finetune, save_result
 
     device, settings = device_of(options), settings_of(options)
     if options.control is None:
@@ -75,6 +75,8 @@ def run(options: argparse.Namespace) -> int:
         codebook = Codebook.dense() if options.control == "exact" else Codebook.local_only()
     text = builtin_text()[0] if options.text is None else read_text(options.text)
     folder = output_folder(options)
+    if options.resume and not (folder / CHECKPOINT).is_file():
+        raise AstraError(f"--resume: found no checkpoint {folder / CHECKPOINT}; start without it")
     model, tokenizer = load(options.model)
     model = model.to(device)
     length = window_tokens(options, model, shorten=True)
@@ -127,6 +129,11 @@ def device_of(options: argparse.Namespace) -> str:
 def settings_of(options: argparse.Namespace) -> Any:
     from ..train.finetune import Settings
 
+    if options.min_ranks > options.max_ranks:
+        raise AstraError(
+            f"--min-ranks: expected at most --max-ranks {options.max_ranks}, "
+            f"got {options.min_ranks}"
+        )
     return Settings(
         steps=options.steps,
         lr=options.lr,

@@ -96,6 +96,7 @@ def run(options: argparse.Namespace) -> int:
     if peers is None and options.world_size is None:
         options.world_size = list(WORLDS)
     speeds = _speeds(options)
+    _check_rates(options)
     books = _read_books(options.codebook or [])
     torch.set_num_threads(options.threads)
     model, tokenizer = (shaped(options.model), None) if shape else load(options.model)
@@ -170,6 +171,16 @@ def _check_peers(options: argparse.Namespace) -> list[str]:
         raise AstraError(f"--world-size: expected at most the {len(peers)} of --peers")
     check_keys(options, peers)
     return peers
+
+
+def _check_rates(options: argparse.Namespace) -> None:
+    """Refuses links and devices that cannot be, before anything is measured."""
+    for name, least in (("mbit", "from 0 on"), ("rtt_ms", "from 0 on"), ("flops", "above 0")):
+        value = getattr(options, name)
+        good = value is None or (0 <= value < math.inf and (name != "flops" or value > 0))
+        if not good:
+            option = name.replace("_", "-")
+            raise AstraError(f"--{option}: expected a finite number {least}, got {value}")
 
 
 def _read_books(folders: list[str]) -> dict[str, Any]:

@@ -34,7 +34,7 @@ from .waiting import Waiting
 def configure(parser: argparse.ArgumentParser) -> None:
     parser.epilog = (
         "examples:\n"
-        '  astra run --world-size 2 --prompt "The capital of France is" --max-new-tokens 20\n'
+        '  astra run --world-size 2 --prompt "What is the capital of France?"\n'
         "  torchrun --nproc-per-node 2 -m astra_runtime run --prompt TEXT\n"
         "  astra run --rank 0 --peers 10.0.0.1:7000,10.0.0.2:7000 --keys rank-0/ --codebook DIR "
         "--prompt TEXT\n"
@@ -119,7 +119,27 @@ def place_of(options: argparse.Namespace) -> Place:
         raise AstraError(f"--backend {options.backend}: expected without --transport datagram")
     if options.backend != "tcp" and not place.torchrun:
         raise AstraError(f"--backend {options.backend}: expected under torchrun only")
+    if options.backend != "tcp" and options.on_missing == "degrade":
+        raise AstraError(f"--backend {options.backend}: expected without --on-missing degrade")
+    if place.peers is None:
+        connect_options(options, place.rank, place.world_size, None, backend=_backend(options))
+        check_local_keys(options, place)
     return place
+
+
+def _backend(options: argparse.Namespace) -> str:
+    return options.backend if options.transport == "tcp" else options.transport
+
+
+def check_local_keys(options: argparse.Namespace, place: Place) -> None:
+    """Refuses keys that this machine's ranks could not use, before a model is loaded."""
+    from ..transport import check_keys
+
+    peers = ["127.0.0.1:1"] * place.world_size
+    ranks = [place.rank] if place.torchrun else range(place.world_size)
+    if options.backend == "tcp" and (options.keys or place.torchrun) and place.world_size > 1:
+        for rank in ranks:
+            check_keys(rank, peers, options.keys, options.insecure)
 
 
 def run(options: argparse.Namespace) -> int:
@@ -149,10 +169,11 @@ def run(options: argparse.Namespace) -> int:
     else:
         ranks_of = connected(options, place, model, codebook, settings)
     with ranks_of as ranks:
-        if place.torchrun:
-            answer = ranks.run(job)
-        else:
-            answer = traced(options, ranks, lambda: ranks.submit(**job))
+        with working("computing the answer") if place.rank == 0 else contextlib.nullcontext():
+            if place.torchrun:
+                answer = ranks.run(job)
+            else:
+                answer = traced(options, ranks, lambda: ranks.submit(**job))
         if place.rank == 0:
             report(options, tokenizer, answer, place.world_size)
             say_exactness(options, codebook, answer)
@@ -256,8 +277,7 @@ def _open_mesh(options: argparse.Namespace, place: Place) -> Any:
     """The mesh of `place`; rank 0 says for whom it waits."""
     from ..transport import open_mesh
 
-    backend = options.backend if options.transport == "tcp" else options.transport
-    changes: dict[str, Any] = {"backend": backend}
+    changes: dict[str, Any] = {"backend": _backend(options)}
     others: contextlib.AbstractContextManager[None] = contextlib.nullcontext()
     if place.peers is not None:
         say(f"rank 0 of {place.world_size} waits for the others at {place.peers[0]}")
@@ -288,7 +308,7 @@ def report(options: argparse.Namespace, tokenizer: Any, answer: Any, world_size:
             }
         )
         return
-    print(text)
+    print(text, flush=True)
     if answer["degraded"]:
         say(f"WARNING: a degraded answer, without {without(answer['missing'])}")
     pace = "" if each is None else f", then {each:.3f} s a token"

@@ -68,6 +68,8 @@ class Ranks:
         if key not in self._engines:
             controls = (Codebook.dense(), Codebook.local_only())
             books = {"codes": self.codebook} | {book.space: book for book in controls}
+            if space not in books:
+                raise WireError("space of a job", " or ".join(books), space, 0)
             mesh, weights = self.timed if timed else self.mesh, self.weights
             if space != "codes" and weights is None:  # compared with the codes on the same shards
                 of_codes = self.engine("codes", timed, tokens)

@@ -1,4 +1,4 @@
-"""What `astra plan` learns from devices that are connected: how quick they are, and their links.
+"""What `astra plan` measures on connected devices: how quick they are, and their links.
 
 Both are measured between rank 0 and each other rank in turn, with every rank in step.
 """
@@ -26,8 +26,8 @@ MAX_RATES = 1 << 16  # bytes of their JSON
 
 
 @dataclass(frozen=True)
-class Found:
-    """What rank 0 knows afterwards; lists have one entry a rank, rank 0's own link being None.
+class Measurement:
+    """What rank 0 has measured; lists have one entry a rank, rank 0's own link being None.
 
     Attributes:
         rtt_ms: round trip of the smallest frame between rank 0 and each rank.
@@ -49,8 +49,8 @@ class Found:
 
 def probe(
     mesh: Mesh, timed: Mesh, model: nn.Module, books: dict[str, Codebook], tokens: int
-) -> Found | None:
-    """Collective; on rank 0 what was found, on the others nothing.
+) -> Measurement | None:
+    """Collective; on rank 0 what was measured, on the others nothing.
 
     `timed` is the mesh whose links are measured, `books` what the exchange is measured with.
     """
@@ -67,8 +67,8 @@ def probe(
         return None
     of_ranks = [own] + [_rates_of(mesh, peer) for peer in range(1, mesh.world_size)]
     trips, up, down = (list(column) for column in zip(*links, strict=True))
-    rates = {name: [Rates(**found[name]) for found in of_ranks] for name in books}
-    return Found(trips, up, down, rates)
+    rates = {name: [Rates(**rates_of[name]) for rates_of in of_ranks] for name in books}
+    return Measurement(trips, up, down, rates)
 
 
 def _rates_of(mesh: Mesh, peer: int) -> dict[str, Any]:

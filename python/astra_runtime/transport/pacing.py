@@ -112,8 +112,8 @@ class PacedMesh(Mesh):
         return self._mesh.lost
 
     def begin(self, request: int | None = None) -> None:
-        super().begin(request)
         self._mesh.begin(request)
+        self.call, self.request = self._mesh.call, self._mesh.request
 
     def cancel(self, error: BaseException) -> None:
         """The cause crosses the link behind what was sent before."""
@@ -152,7 +152,9 @@ class PacedMesh(Mesh):
                 start = time.monotonic()
             frame = self._pool.take(size)
             frame.payload[:] = content
-            frame.moment = (self.call, NO_REQUEST if self.request is None else self.request)
+            # calls may have begun on the mesh itself since the last one that crossed the link
+            request = self._mesh.request
+            frame.moment = (self._mesh.call, NO_REQUEST if request is None else request)
             for position, rank in enumerate(to, 1):
                 self._busy_until = max(self._busy_until, start) + crossing
                 due = self._busy_until + self.link.delay_ms * 1e-3

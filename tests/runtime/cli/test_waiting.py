@@ -101,7 +101,7 @@ class Script(worker._Worker):
 @pytest.fixture
 def pauses(monkeypatch: pytest.MonkeyPatch) -> list[float]:
     slept: list[float] = []
-    monkeypatch.setattr(worker.time, "sleep", slept.append)
+    monkeypatch.setattr(time, "sleep", slept.append)
     return slept
 
 
@@ -231,7 +231,7 @@ def test_a_step_of_training_is_not_charged_with_an_evaluation(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     clock = [0.0]
-    monkeypatch.setattr(finetune.time, "perf_counter", lambda: clock[0])
+    monkeypatch.setattr(time, "perf_counter", lambda: clock[0])
     log = finetune._Log()
     measured: Any = argparse.Namespace(
         metric="perplexity", astra=2.0, exact=1.0, local_only=3.0, gap_recovered=0.5

@@ -12,7 +12,7 @@ import pytest
 
 from astra_runtime import Codebook
 from astra_runtime.cli import main
-from astra_runtime.deploy.probe import Found, probe
+from astra_runtime.deploy.probe import Measurement, probe
 from astra_runtime.errors import WireError
 from astra_runtime.transport import Link, Mesh, local_mesh
 
@@ -26,7 +26,7 @@ def test_links_and_rates_of_every_rank_are_found() -> None:
     model = tiny("gpt2")
     books = {"dense": Codebook.none(), "codes": fitted("gpt2", model, space="kv", groups=6)}
 
-    def work(mesh: Mesh) -> Found | None:
+    def work(mesh: Mesh) -> Measurement | None:
         return probe(mesh, mesh, model, books, 40)
 
     found, *others = as_ranks(local_mesh(3, link=Link(40.0, 3.0)), work)
