@@ -24,7 +24,8 @@ from bench.registry import BENCHES, Bench, Run, chosen, writers
 from bench.report import ROOT, Watch
 
 CLANG = ("clang++", "clang++-19", "clang++-16", "clang++-14")  # as the Makefile tries
-AFTERWARDS = (Run("bench.latency.plots"), Run("bench.tables"), Run("bench.guard"))
+FIGURE = "latency_vit-base_1024"  # that the pages show
+AFTERWARDS = (Run(f"bench.latency.plots {FIGURE}"), Run("bench.tables"), Run("bench.guard"))
 
 
 def lacking(bench: Bench) -> str:
@@ -52,11 +53,11 @@ def _corpora() -> str:
 def overview(benches: Sequence[Bench]) -> str:
     """What is run and what is left out, with the minutes of each."""
     others = [bench for bench in BENCHES if bench not in benches]
-    lines = [f"runs, about {sum(bench.minutes for bench in benches)} minutes:"]
+    lines = [f"runs, about {sum(bench.minutes for bench in benches)} min:"]
     lines += map(_line, benches)
     if others:
         minutes = sum(bench.minutes for bench in others)
-        lines += ["", f"leaves out, about {minutes} minutes (python -m bench NAME …):"]
+        lines += ["", f"leaves out, about {minutes} min (python -m bench NAME …):"]
         lines += map(_line, others)
     return "\n".join(lines)
 
@@ -87,12 +88,17 @@ def execute(run: Run) -> bool:
     if words[0] != "make":
         words = [sys.executable, "-m", *words]
     print(f"== {run.line}", flush=True)
+    return subprocess.run(words, cwd=ROOT).returncode == 0
+
+
+def measure(bench: Bench) -> bool:
+    """All runs of a benchmark, until one fails; says what disturbed them."""
     watch = Watch()
-    status = subprocess.run(words, cwd=ROOT).returncode
+    succeeded = all(map(execute, bench.runs))  # a run may need the one before
     contention = watch.contention()
     if contention.disturbs:
-        print(f"== {contention}: nothing else should run beside a benchmark", flush=True)
-    return status == 0
+        print(f"== {bench.name}: {contention}; nothing else should run beside it", flush=True)
+    return succeeded
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -114,7 +120,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if reason:
             print(f"== {bench.name} cannot run here: {reason}", flush=True)
             failed.append(bench.name)
-        elif not all(map(execute, bench.runs)):  # a run may need the one before
+        elif not measure(bench):
             failed.append(bench.name)
     failed += [run.command for run in AFTERWARDS if not execute(run)]
     if failed:

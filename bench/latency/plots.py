@@ -1,8 +1,8 @@
 """Figures of latency_*.json: speedup against bandwidth and ranks, and where the time goes.
 
-    python -m bench.latency.plots [--results DIR]
+    python -m bench.latency.plots [NAME …] [--results DIR]
 
-One SVG beside every result file: latency_<model>_<tokens>.svg, with the cases of
+One SVG beside every result file, or those named: latency_<model>_<tokens>.svg, with the cases of
 latency_<model>_<tokens>_many.json, of more ranks, where that is there. Needs matplotlib:
 pip install 'astra-inference[plots]'.
 """
@@ -111,10 +111,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="bench.latency.plots", description=__doc__.splitlines()[0]
     )
+    parser.add_argument("names", nargs="*", metavar="NAME", help="of results; all")
     parser.add_argument("--results", type=Path, default=RESULTS)
     options = parser.parse_args(arguments)
     for path in sorted(options.results.glob("*/latency_*.json")):
-        if path.stem.endswith(MANY):
+        if path.stem.endswith(MANY) or (options.names and path.stem not in options.names):
             continue
         report = json.loads(path.read_text())
         more = path.with_stem(path.stem + MANY)
