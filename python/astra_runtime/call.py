@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import contextlib
+import threading
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
@@ -72,6 +74,7 @@ class CallState:
     """What changes while a call runs.
 
     Attributes:
+        number: of the call, among those of its mesh.
         decoding: the prefill is over; tokens follow one by one.
         remote: by block, what this rank keeps of the remote tokens, and which attention may see.
         frames: buffers that blocks' codes are packed into, by size.
@@ -79,6 +82,7 @@ class CallState:
         ended: why the call has to end at its next block; set by another thread or a handler.
     """
 
+    number: int = 0
     decoding: bool = False
     remote: dict[int, tuple[Any, Tensor | None]] = field(default_factory=dict)
     frames: dict[int, Frame] = field(default_factory=dict)
@@ -135,7 +139,26 @@ class Call:
     def has_answer(self) -> bool:
         return self.everywhere or self.answer == "local" or self.rank == self.plan.owner
 
+    def end(self, reason: str) -> None:
+        """Has this call end at its next block, and a wait that it is in at once; from any thread or
+        signal handler."""
+        self.state.ended = reason
+        self.mesh.interrupt(reason, self.state.number)
+
     def check_running(self) -> None:
         """Raises CallEnded where somebody has asked this call to end."""
         if self.state.ended is not None:
             raise CallEnded(self.rank, self.state.ended)
+
+
+@contextlib.contextmanager
+def ending_after(milliseconds: float, call: Call) -> Iterator[None]:
+    """Ends `call` when so much time has passed."""
+    reason = f"it took longer than {milliseconds:g} ms"
+    timer = threading.Timer(milliseconds / 1000, call.end, [reason])
+    timer.daemon = True
+    timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()

@@ -11,14 +11,15 @@ import torch
 from torch import Tensor, nn
 
 from . import decoding
-from .call import Call, Sizes
+from .call import Call, Sizes, ending_after
 from .codes.codebook import Codebook
 from .costs import engine_plan
-from .errors import CallEnded, ModelChanged, WireError
+from .errors import ends_the_call_alone
 from .exchange import send_picture
 from .inputs import (
     Views,
     check_answer,
+    check_bound,
     check_choice,
     check_function,
     check_inputs,
@@ -172,8 +173,7 @@ class Engine:
         self._agree()
 
     @property
-    def space(self) -> Any:
-        """The codec, by its name of before."""
+    def space(self) -> Any:  # the name of before
         return self.codec
 
     @property
@@ -193,6 +193,7 @@ class Engine:
         logits: str = "last",
         outputs: str = "every",
         request: int | None = None,
+        within_ms: float | None = None,
         **inputs: Any,
     ) -> Any:
         """One forward pass, as the model's own: `engine(input_ids=…)`, `engine(pixel_values=…)`.
@@ -204,6 +205,8 @@ class Engine:
                 of an encoder) does, the others return None.
             request: a number of the host's own, such as the picture's. Ranks that were given
                 different ones, or none, raise RequestMismatch before any code is used.
+            within_ms: the most that the call may take, answer included; then it ends with CallEnded
+                on every rank. None: as long as the deadlines of its waits allow.
             inputs: `input_ids` [B, T], `attention_mask` [B, T], `token_type_ids` [B, T],
                 `pixel_values` [B, C, h, w]: whole, the same on every rank. Pictures that differ by
                 more than rounding are refused, as far as a few means of them tell.
@@ -213,11 +216,11 @@ class Engine:
         """
         check_choice("logits", logits, ANSWERS)
         check_choice("outputs", outputs, ("every", "one"))
-        request = check_request(request)
+        request, within_ms = check_request(request), check_bound(within_ms)
         with torch.no_grad(), self._turn():
             call, kwargs, _ = self._prepare(inputs, logits, outputs == "every", request)
             with (
-                self._ending_together(call, request),
+                self._ending_together(call, request, within_ms),
                 self.adapter.listening(Layer(call)),
                 stage("compute"),
             ):
@@ -236,30 +239,26 @@ class Engine:
             yield
 
     @contextlib.contextmanager
-    def _ending_together(self, call: Call, request: int | None) -> Iterator[None]:
+    def _ending_together(
+        self, call: Call, request: int | None, within_ms: float | None
+    ) -> Iterator[None]:
         """Whatever ends a call on this rank ends it on every rank, with one cause."""
         self.mesh.begin(request)
+        call.state.number = self.mesh.call
         self._running = call
+        clock = contextlib.nullcontext() if within_ms is None else ending_after(within_ms, call)
         try:
-            self._check_model()
-            yield
+            with clock:
+                self._watch.check()
+                yield
         except BaseException as error:
-            if _ends_the_call_alone(error):
+            if ends_the_call_alone(error):
                 self.mesh.cancel(error)
             else:
                 self.mesh.abort(error)
             raise
         finally:
             self._running = None
-
-    def _check_model(self) -> None:
-        """That the model is still the one whose tables and digest the ranks agreed on."""
-        changed = self._watch.changed()
-        if changed is not None:
-            raise ModelChanged(
-                f"{changed} of the model has changed since this engine was made; close the engine "
-                "and make another"
-            )
 
     def _report(self, call: Call) -> None:
         """What is known when a call has ended, for the host."""
@@ -326,6 +325,7 @@ class Engine:
         choose: Callable[[Tensor, Tensor], Tensor] | None = None,
         on_token: Callable[[Tensor], None] | None = None,
         request: int | None = None,
+        within_ms: float | None = None,
     ) -> Tensor:
         """Continues `input_ids` [B, T]; the prompt is read by all ranks, the rest by its owner.
 
@@ -339,7 +339,7 @@ class Engine:
             choose: (ids [B, t], logits [B, V]) -> next token [B], by default the likeliest; a
                 Hugging Face `LogitsProcessorList` followed by a draw fits in here.
             on_token: called on every rank with each new column [B].
-            request: as of a call.
+            request, within_ms: as of a call.
 
         Returns:
             int64 [B, T + new], on every rank.
@@ -351,7 +351,7 @@ class Engine:
         if not (self.adapter.causal and hasattr(self.model, "lm_head")):
             raise ValueError("generate: expected a decoder with a language-model head")
         max_new_tokens = check_integer("max_new_tokens", max_new_tokens, 1)
-        request = check_request(request)
+        request, within_ms = check_request(request), check_bound(within_ms)
         check_function("choose", choose)
         check_function("on_token", on_token)
         with torch.no_grad(), self._turn():
@@ -363,7 +363,7 @@ class Engine:
             )
             asked = decoding.Generation(max_new_tokens, ends, choose, on_token)
             asked.check_prompt(call, given["input_ids"], config)
-            with self._ending_together(call, request), self.adapter.installed():
+            with self._ending_together(call, request, within_ms), self.adapter.installed():
                 ids = decoding.generate(self.model, self.adapter, call, given, kwargs, asked)
             self._report(call)
             return ids
@@ -381,27 +381,19 @@ class Engine:
     def cancel(self) -> None:
         """Ends the call that runs, on every rank, with CallEnded; engine and mesh stay as they are.
 
-        May come from any thread or signal handler. Without a call it does nothing.
+        From any thread or signal handler. Without a call it does nothing.
         """
         self._end_running("it was cancelled")
 
     def _end_running(self, reason: str) -> None:
-        call = self._running
-        if call is not None:
-            call.state.ended = reason
-            call.mesh.interrupt(reason)
+        if (call := self._running) is not None:
+            call.end(reason)
 
     def __enter__(self) -> Engine:
         return self
 
     def __exit__(self, *_: object) -> None:
         self.close()
-
-
-def _ends_the_call_alone(error: BaseException) -> bool:
-    """Whether the mesh is as good as before. A tag that differs means other inputs, no fault."""
-    other_inputs = isinstance(error, WireError) and error.field == "plan"
-    return other_inputs or isinstance(error, CallEnded | ModelChanged)
 
 
 def _named(value: float | None) -> str:

@@ -146,3 +146,9 @@ class RequestMismatch(CallEnded):
         self.rank, self.other, self.requests = rank, other, requests
         ours, theirs = ("no request" if n is None else f"request {n}" for n in requests)
         self.reason = f"it is at {ours}, rank {other} at {theirs}"
+
+
+def ends_the_call_alone(error: BaseException) -> bool:
+    """Whether the mesh is as good as before. A plan's tag that differs means other inputs."""
+    other_inputs = isinstance(error, WireError) and error.field == "plan"
+    return other_inputs or isinstance(error, CallEnded | ModelChanged)

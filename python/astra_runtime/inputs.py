@@ -204,6 +204,16 @@ def check_request(request: Any) -> int | None:
     return None if request is None else check_integer("request", request, 0, _LARGEST_REQUEST)
 
 
+def check_bound(within_ms: Any) -> float | None:
+    if within_ms is None:
+        return None
+    if isinstance(within_ms, bool) or not isinstance(within_ms, int | float):
+        raise TypeError(f"within_ms: expected milliseconds, above 0, got {within_ms!r}")
+    if not 0 < within_ms <= 1e9:
+        raise ValueError(f"within_ms: expected above 0, at most 1e9, got {within_ms}")
+    return float(within_ms)
+
+
 def check_choice(name: str, value: object, choices: Sequence[str]) -> None:
     if value not in choices:
         raise ValueError(f"{name}: expected one of {', '.join(choices)}, got {value!r}")

@@ -369,6 +369,33 @@ def test_cancelling_wakes_whoever_waits(kind: str) -> None:
         assert torch.equal(good, again)
 
 
+@pytest.mark.parametrize("within", [0, -1.0, float("nan"), 1e10, True, "1"])
+def test_a_bound_is_a_number_above_zero(within: Any) -> None:
+    with Engine(tiny("llama")) as engine:
+        for call in (engine, lambda **given: engine.generate(given.pop("input_ids"), **given)):
+            with pytest.raises((TypeError, ValueError), match="within_ms: expected"):
+                call(**inputs_for("llama"), within_ms=within)
+
+
+def test_a_call_takes_no_longer_than_it_may() -> None:
+    model, inputs = tiny("llama"), inputs_for("llama", 24)
+
+    def work(mesh: Mesh) -> Any:
+        with Engine(model, None, mesh) as engine:
+            good = engine(**inputs, within_ms=1e6).logits
+            start = time.monotonic()
+            if mesh.rank == 1:
+                time.sleep(1.5)
+            with pytest.raises(CallEnded, match="rank 0 ended the call: it took longer than 200 m"):
+                engine(**inputs, within_ms=200 if mesh.rank == 0 else None)
+            if mesh.rank == 0:
+                assert time.monotonic() - start < 1.2
+            return good, engine(**inputs, within_ms=1e6).logits
+
+    for good, again in run_ranks(2, work, timeout=20):
+        assert torch.equal(good, again)
+
+
 def test_cancelling_ends_generation() -> None:
     """The owner of the text waits for nobody, and hears of it before its next token."""
     model, ids = tiny("llama"), inputs_for("llama", 12)["input_ids"]

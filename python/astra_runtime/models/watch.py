@@ -16,6 +16,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from ..errors import ModelChanged
+
 SAMPLE = 8  # values of a tensor, evenly spaced
 _BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}  # by bytes an element
 
@@ -37,6 +39,15 @@ class Watch:
         self._samples = [_sample(tensor) for _, _, tensor in self._slots if tensor.is_cpu]
         self._values = [sample.copy() for sample in self._samples]
         self._joined = self._read()
+
+    def check(self) -> None:
+        """Raises ModelChanged unless the model is the one whose digest the ranks agreed on."""
+        changed = self.changed()
+        if changed is not None:
+            raise ModelChanged(
+                f"{changed} of the model has changed since this engine was made; close the engine "
+                "and make another"
+            )
 
     def changed(self) -> str | None:
         """The name of a parameter that was replaced, moved, converted or written to; None: none."""

@@ -233,8 +233,8 @@ class DatagramMesh(PeerMesh[_Peer]):
         """A snapshot of what became of the datagrams so far."""
         return sum((peer.inbox.stats for peer in self._peers.values()), DatagramStats())
 
-    def interrupt(self, reason: str) -> None:
-        self._control.interrupt(reason)
+    def interrupt(self, reason: str, call: int) -> None:
+        self._control.interrupt(reason, call)
 
     def begin(self, request: int | None = None) -> None:
         super().begin(request)

@@ -127,16 +127,17 @@ class Interrupt:
     """Has a wait of the call that runs end early, from any thread or signal handler.
 
     Attributes:
-        reason: why; None: nobody has asked for it.
+        reason, call: why, and of which call; None: nobody has asked for it.
         fd: readable from then on.
     """
 
     def __init__(self) -> None:
         self.reason: str | None = None
+        self.call = 0
         self.fd = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
 
-    def set(self, reason: str) -> None:
-        self.reason = reason
+    def set(self, reason: str, call: int) -> None:
+        self.call, self.reason = call, reason
         with contextlib.suppress(OSError):  # closed: there is nobody to wake
             os.eventfd_write(self.fd, 1)
 

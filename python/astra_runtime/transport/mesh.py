@@ -171,9 +171,9 @@ class Mesh(ABC):
         """Raises the cause where a peer is known to have ended the call that runs; waits for
         nothing. For ranks that have all they need of their peers, and so read nothing of them."""
 
-    def interrupt(self, reason: str) -> None:  # noqa: B027
-        """Has the wait that a call is in end with CallEnded, where this transport can; from any
-        thread or signal handler. The next call is not concerned."""
+    def interrupt(self, reason: str, call: int) -> None:  # noqa: B027
+        """Has a wait of that call end with CallEnded, where this transport can; from any thread or
+        signal handler."""
 
     def end_early(self) -> None:  # noqa: B027
         """What is left of the call that runs will be dropped; `cancel` does it."""

@@ -129,8 +129,8 @@ class PacedMesh(Mesh):
     def check_cancelled(self) -> None:
         self._mesh.check_cancelled()
 
-    def interrupt(self, reason: str) -> None:
-        self._mesh.interrupt(reason)
+    def interrupt(self, reason: str, call: int) -> None:
+        self._mesh.interrupt(reason, call)
 
     def end_early(self) -> None:
         self._mesh.end_early()

@@ -350,13 +350,13 @@ class TcpMesh(PeerMesh[Connection]):
         super().begin(request)
         self._interrupt.clear()
 
-    def interrupt(self, reason: str) -> None:
-        self._interrupt.set(reason)
+    def interrupt(self, reason: str, call: int) -> None:
+        self._interrupt.set(reason, call)
 
     def _check_interrupt(self, block: int) -> None:
-        reason = self._interrupt.reason
-        if reason is not None and is_of_a_call(block):
-            raise CallEnded(self.rank, reason)
+        interrupt = self._interrupt
+        if interrupt.reason is not None and is_of_a_call(block) and interrupt.call == self.call:
+            raise CallEnded(self.rank, interrupt.reason)
 
     def check_cancelled(self) -> None:
         with self._lifetime:
