@@ -10,6 +10,7 @@ import time
 import traceback
 import warnings
 from collections.abc import Callable
+from pathlib import Path
 from types import SimpleNamespace
 from typing import IO, Any
 
@@ -89,7 +90,13 @@ class Fork:
 def started(command: list[str], stderr: IO[str] | None = None, **_: Any) -> Fork:
     """In place of `subprocess.Popen`, for the workers that `astra` starts."""
     arguments = command[command.index("worker") :]
-    return Fork(lambda: main(arguments), stderr)
+    rank = arguments[arguments.index("--rank") + 1]
+
+    def work() -> int:
+        Path("/proc/self/comm").write_text(f"rank-{rank}")
+        return main(arguments)
+
+    return Fork(work, stderr)
 
 
 def fork_workers(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -97,3 +104,26 @@ def fork_workers(monkeypatch: pytest.MonkeyPatch) -> None:
     processes = SimpleNamespace(**vars(subprocess) | {"Popen": started})
     processes.Popen.terminate, processes.Popen.kill = Fork.terminate, Fork.kill
     monkeypatch.setattr(launch, "subprocess", processes)
+
+
+def status(process: int | str) -> list[str]:
+    """What the kernel says of a process, from its state on; nothing if it is gone."""
+    try:
+        return Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()
+    except OSError:
+        return []
+
+
+def runs(process: int) -> bool:
+    return status(process)[:1] not in ([], ["Z"])
+
+
+def workers_of(leader: int) -> dict[int, int]:
+    """The process of each rank that this leader started, as `started` names them."""
+    found = {}
+    for entry in Path("/proc").iterdir():
+        if entry.name.isdigit() and status(entry.name)[1:2] == [str(leader)]:
+            name = (entry / "comm").read_text().strip() if (entry / "comm").exists() else ""
+            if name.startswith("rank-"):
+                found[int(name.removeprefix("rank-"))] = int(entry.name)
+    return found

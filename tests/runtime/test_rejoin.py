@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import json
-import signal
-import subprocess
-import sys
 import threading
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -14,10 +12,12 @@ import pytest
 import torch
 
 from astra_runtime import Engine
+from astra_runtime.cli import main
 from astra_runtime.errors import AstraError, HandshakeRefused, PeerLost
 from astra_runtime.transport import Mesh, connect, local_mesh
+from tests.processes import Fork
 
-from .cli.test_cli import PROMPT, astra, home, model_options  # noqa: F401 - home is a fixture
+from .cli.test_cli import PROMPT, here, home, model_options  # noqa: F401 - two are fixtures
 from .models import inputs_for, tiny
 from .ranks import as_ranks, free_ports, key_folder, together
 from .test_engine import fitted
@@ -131,20 +131,20 @@ def test_what_cannot_be_rejoined_says_why() -> None:
             other.close()
 
 
-@pytest.mark.timeout(300)
-def test_a_worker_serves_run_after_run(home: Path) -> None:  # noqa: F811
+def test_a_worker_serves_run_after_run(
+    home: Path,  # noqa: F811
+    here: Callable[..., tuple[str, str]],  # noqa: F811
+) -> None:
     """Two runs join one worker; it is killed, and the next run joins its successor."""
-    peers = ",".join(free_ports(2))
-    place = [*model_options(home), "--peers", peers]
+    place = [*model_options(home), "--peers", ",".join(free_ports(2))]
 
-    def worker() -> subprocess.Popen[bytes]:
-        command = ["worker", "--rank", "1", "--rejoin", *place]
-        return subprocess.Popen([sys.executable, "-m", "astra_runtime", *command])
+    def worker() -> Fork:
+        return Fork(lambda: main(["worker", "--rank", "1", "--rejoin", *place]))
 
     def answer() -> str:
         asked = ["--prompt", PROMPT, "--max-new-tokens", "5", "--json"]
-        done = astra(home, "run", "--rank", "0", *place, *asked)
-        return str(json.loads(done.stdout)["text"])
+        out, _ = here("run", "--rank", "0", *place, *asked)
+        return str(json.loads(out)["text"])
 
     first = worker()
     try:
@@ -155,12 +155,13 @@ def test_a_worker_serves_run_after_run(home: Path) -> None:  # noqa: F811
         second = worker()
         try:
             texts.append(answer())
-            second.send_signal(signal.SIGTERM)
+            second.terminate()
             assert second.wait(30) == 143
         finally:
             second.kill()
-            second.wait(20)
+            second.stdout.close()
     finally:
         first.kill()
+        first.stdout.close()
     assert len(set(texts)) == 1
     assert len(texts[0].split()) == 5

@@ -24,7 +24,7 @@ from astra_runtime import Codebook, transport
 from astra_runtime.cli import COMMANDS, main
 from astra_runtime.deploy.launch import free_ports
 from astra_runtime.store import DOMAINS, builtin_text, token_windows
-from tests.processes import Fork, fork_workers
+from tests.processes import Fork, fork_workers, runs, workers_of
 
 from ..models import tiny
 
@@ -444,7 +444,7 @@ def test_no_worker_outlives_its_leader(
     with open(tmp_path / "stderr", "w+") as stderr:
         leader = Fork(lambda: main(asked), stderr)
         deadline = time.monotonic() + 60
-        while not (workers := children(leader.pid)) and time.monotonic() < deadline:
+        while not (workers := workers_of(leader.pid)) and time.monotonic() < deadline:
             time.sleep(0.05)
         assert len(workers) == 1
         time.sleep(1.0)
@@ -452,28 +452,11 @@ def test_no_worker_outlives_its_leader(
         ends = {signal.SIGINT: 130, signal.SIGTERM: 143, signal.SIGKILL: -9}
         assert leader.wait(30) == ends[blow]
         leader.stdout.close()
-        while any(map(runs, workers)) and time.monotonic() < deadline:
+        while any(map(runs, workers.values())) and time.monotonic() < deadline:
             time.sleep(0.05)
-        assert not any(map(runs, workers))
+        assert not any(map(runs, workers.values()))
         stderr.seek(0)
         assert "Traceback" not in stderr.read()
-
-
-def status(process: int | str) -> list[str]:
-    """What the kernel says of a process, from its state on; nothing if it is gone."""
-    try:
-        return Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()
-    except OSError:
-        return []
-
-
-def children(parent: int) -> list[int]:
-    processes = (entry.name for entry in Path("/proc").iterdir() if entry.name.isdigit())
-    return [int(process) for process in processes if status(process)[1:2] == [str(parent)]]
-
-
-def runs(process: int) -> bool:
-    return status(process)[:1] not in ([], ["Z"])
 
 
 @pytest.mark.parametrize("domain", DOMAINS)

@@ -9,8 +9,6 @@ import io
 import os
 import pty
 import signal
-import subprocess
-import sys
 import threading
 import time
 from collections.abc import Callable
@@ -19,25 +17,12 @@ from typing import Any
 
 import pytest
 
+from astra_runtime.cli import main
+from astra_runtime.deploy.jobs import Ranks
 from astra_runtime.deploy.launch import Workers
+from tests.processes import Fork, runs, workers_of
 
 from ..cli.test_cli import PROMPT, here, home, model_options  # noqa: F401 - two are fixtures
-
-
-def workers_of(leader: int) -> dict[int, int]:
-    """The process of each rank that this leader started."""
-    found = {}
-    for entry in Path("/proc").iterdir():
-        try:
-            command = (entry / "cmdline").read_bytes().split(b"\0")
-            if (entry / "comm").read_text() == "astra-keeper\n":  # not a rank, but in its memory
-                continue
-        except (OSError, NotADirectoryError):
-            continue
-        parent = command[command.index(b"--parent") + 1] if b"--parent" in command else None
-        if parent == b"%d" % leader:
-            found[int(command[command.index(b"--rank") + 1])] = int(entry.name)
-    return found
 
 
 def wait_for(condition: Callable[[], Any], seconds: float = 90) -> Any:
@@ -48,57 +33,50 @@ def wait_for(condition: Callable[[], Any], seconds: float = 90) -> Any:
     return found
 
 
-def test_a_closed_terminal_ends_leader_and_workers(home: Path) -> None:  # noqa: F811
+def test_a_closed_terminal_ends_leader_and_workers(
+    home: Path,  # noqa: F811
+    here: Callable[..., tuple[str, str]],  # noqa: F811 - workers are forks
+) -> None:
     ours, theirs = pty.openpty()
-
-    def lead_the_terminal() -> None:
-        os.setsid()
-        os.close(os.open(os.ttyname(theirs), os.O_RDWR))  # becomes the controlling terminal
-
     command = ["run", *model_options(home), "--prompt", PROMPT, "--world-size", "3"]
-    leader = subprocess.Popen(
-        [sys.executable, "-m", "astra_runtime", *command],
-        stdin=theirs,
-        stdout=theirs,
-        stderr=theirs,
-        preexec_fn=lead_the_terminal,
-    )
+
+    def lead_the_terminal() -> int:
+        os.close(ours)
+        os.close(os.open(os.ttyname(theirs), os.O_RDWR))  # becomes the controlling terminal
+        for stream in range(3):
+            os.dup2(theirs, stream)
+        return main(command)
+
+    leader = Fork(lead_the_terminal)
     os.close(theirs)
     workers = wait_for(lambda: len(found := workers_of(leader.pid)) == 2 and found)
     os.close(ours)  # the terminal is gone: SIGHUP to its foreground
     assert leader.wait(30) == 128 + signal.SIGHUP
-    wait_for(lambda: not any(Path(f"/proc/{pid}").exists() for pid in workers.values()), 20)
-
-
-def connected(pid: int, peers: int) -> bool:
-    """Whether a process has its connections to so many peers."""
-    inodes = set()
-    for entry in (Path("/proc") / str(pid) / "fd").iterdir():
-        try:
-            inodes.add(os.readlink(entry).removeprefix("socket:[").removesuffix("]"))
-        except OSError:
-            continue
-    rows = [line.split() for line in Path("/proc/net/tcp").read_text().splitlines()[1:]]
-    return sum(row[3] == "01" and row[9] in inodes for row in rows) == peers
+    leader.stdout.close()
+    wait_for(lambda: not any(map(runs, workers.values())), 20)
 
 
 def struck(
     home: Path,  # noqa: F811
     here: Callable[..., tuple[str, str]],  # noqa: F811
+    monkeypatch: pytest.MonkeyPatch,
     blow: signal.Signals,
     world_size: int,
     *more: str,
 ) -> str:
     """The last words of a leader, this process, whose last worker meets `blow` in the middle."""
+    leading = threading.Event()
+
+    def submit(ranks: Ranks, **job: Any) -> Any:
+        leading.set()
+        return real(ranks, **job)
 
     def strike() -> None:
-        workers = wait_for(
-            lambda: len(found := workers_of(os.getpid())) == world_size - 1 and found
-        )
-        last = workers[world_size - 1]
-        wait_for(lambda: connected(last, world_size - 1))
-        os.kill(last, blow)
+        assert leading.wait(90)
+        os.kill(workers_of(os.getpid())[world_size - 1], blow)
 
+    real = Ranks.submit
+    monkeypatch.setattr(Ranks, "submit", submit)
     striking = threading.Thread(target=strike)
     striking.start()
     _, words = here(
@@ -110,15 +88,25 @@ def struck(
     return words.strip().splitlines()[-1]
 
 
-def test_the_worker_that_died_first_is_named(home: Path, here: Any) -> None:  # noqa: F811
+def test_the_worker_that_died_first_is_named(
+    home: Path,  # noqa: F811
+    here: Any,  # noqa: F811
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     """Rank 2 is killed in the middle; rank 1, which then fails as well, is not to blame."""
-    last = struck(home, here, signal.SIGKILL, 3)
+    last = struck(home, here, monkeypatch, signal.SIGKILL, 3)
     assert last.startswith("astra: error: rank 2 was lost")
     assert "rank 2 was ended by SIGKILL" in last
 
 
-def test_a_worker_that_stops_is_named_and_ended(home: Path, here: Any) -> None:  # noqa: F811
-    assert "rank 1 sent nothing within" in struck(home, here, signal.SIGSTOP, 2, "--timeout", "2")
+def test_a_worker_that_stops_is_named_and_ended(
+    home: Path,  # noqa: F811
+    here: Any,  # noqa: F811
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    assert "rank 1 sent nothing within" in struck(
+        home, here, monkeypatch, signal.SIGSTOP, 2, "--timeout", "2"
+    )
 
 
 class Ended:

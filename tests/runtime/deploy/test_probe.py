@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +13,7 @@ from astra_runtime.cli import main
 from astra_runtime.deploy.probe import Measurement, probe
 from astra_runtime.errors import WireError
 from astra_runtime.transport import Link, Mesh, local_mesh
+from tests.processes import Fork
 
 from ..models import tiny
 from ..ranks import as_ranks, free_ports
@@ -65,17 +64,13 @@ def test_the_plan_of_connected_devices(tmp_path: Path, capsys: pytest.CaptureFix
     fitted("llama", model, space="kv", groups=3).save_pretrained(tmp_path / "codes")
     common = ["--model", str(tmp_path / "model"), "--codebook", str(tmp_path / "codes")]
     common += ["--peers", ",".join(free_ports(2))]
-    worker = subprocess.Popen(
-        [sys.executable, "-m", "astra_runtime", "worker", "--rank", "1", *common]
-        + ["--mbit", "50", "--delay-ms", "4"],
-        stderr=subprocess.PIPE,
-    )
+    asked = ["worker", "--rank", "1", *common, "--mbit", "50", "--delay-ms", "4"]
+    worker = Fork(lambda: main(asked))
     try:
         assert main(["plan", "--json", "--tokens", "40", *common]) == 0
-        assert worker.wait(20) == 0
+        worker.end()
     finally:
         worker.kill()
-        worker.communicate()
     found: dict[str, Any] = json.loads(capsys.readouterr().out)
     assert 40 < found["mbit_per_s"] < 51
     assert 4 <= found["rtt_ms"] < 8
