@@ -29,9 +29,10 @@ def warmup(call: Callable[[], object], *, tune: bool = True) -> dict[str, dict[s
 
     Call it before a CUDA graph is captured, too: a kernel's first launch compiles and loads it.
 
-    ::
-
-        ak.warmup(lambda: ak.coded_attention(query, codes, key_table, value_table))
+    Example:
+        >>> query, tables = torch.randn(1, 8, 1, 64), torch.randn(2, 2, 1, 1024, 64)
+        >>> codes = torch.zeros(1, 300, 2, dtype=torch.int32)
+        >>> tiles = ak.warmup(lambda: ak.coded_attention(query, codes, *tables), tune=False)
     """
     if has_triton():
         from astra_kernels._triton import launch, tuning

@@ -40,6 +40,12 @@ def attention(
     Raises:
         TypeError: a dtype that is not listed. ValueError: shapes or devices that do not fit.
         RuntimeError: an input requires grad, or ``impl`` cannot run here.
+
+    Example:
+        >>> query, key, value = torch.randn(3, 1, 8, 5, 64).unbind()
+        >>> out, lse = ak.attention(query, key, value, is_causal=True)
+        >>> out.shape, lse.shape
+        (torch.Size([1, 8, 5, 64]), torch.Size([1, 8, 5]))
     """
     check_tensors("attention", {"key_mask": key_mask}, query=query, key=key, value=value)
     check_scale("attention", scale)

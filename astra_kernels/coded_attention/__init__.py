@@ -67,6 +67,19 @@ def coded_attention(
     Raises:
         TypeError: a dtype that is not listed. ValueError: shapes or devices that do not fit, a
         visible code out of range. RuntimeError: an input requires grad, or ``impl`` cannot run.
+
+    Example:
+        >>> keys, values = torch.randn(2, 2, 1, 1024, 64)  # 2 KV heads, 1024 codewords each
+        >>> codes = torch.randint(0, 1024, (1, 300, 2), dtype=torch.int32)  # of 300 tokens
+        >>> out, lse = ak.coded_attention(torch.randn(1, 8, 5, 64), codes, keys, values)
+        >>> out.shape, lse.shape
+        (torch.Size([1, 8, 5, 64]), torch.Size([1, 8, 5]))
+
+        The same from the bytes that came over a wire:
+
+        >>> packed = ak.pack(codes, 10)[None]  # 10 bits a code
+        >>> query = torch.randn(1, 8, 5, 64)
+        >>> out, lse = ak.coded_attention(query, packed, keys, values, code_bits=10)
     """
     op = "coded_attention"
     cos, sin = split_rope(op, rope)

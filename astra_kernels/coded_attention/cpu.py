@@ -10,11 +10,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from astra_kernels._rotary import Rope, apply_rope
 from astra_kernels.attention.cpu import compute_dtype, flash, new_state
 from astra_kernels.codeword_attention.cpu import codeword_attention
 from astra_kernels.count_codes.cpu import count
-
-Rope = tuple[Tensor, Tensor]
 
 # Tokens per codeword from which counting beats expanding, on codes drawn evenly, the worst case
 # (bench/ops.py, case `coded_crossover`: 0.5 to 0.8, and 1.7 for single queries whose heads have
@@ -43,16 +42,6 @@ def gather(index: Tensor, table: Tensor, shape: tuple[int, int], dtype: torch.dt
     for stage in range(1, stages):
         vectors += rows.index_select(0, index[stage])
     return vectors.view(*shape, kv_heads, groups * width).transpose(1, 2)
-
-
-def rotate(key: Tensor, rope: Rope) -> Tensor:
-    """Rotate-half positions for key [B, Hkv, N, d]; cos and sin [N, d] or [B, N, d]."""
-    cos, sin = (table.to(key.dtype).unsqueeze(-3) for table in rope)
-    half = key.shape[-1] // 2
-    rotated = key * cos
-    rotated[..., :half].addcmul_(key[..., half:], sin[..., :half], value=-1)
-    rotated[..., half:].addcmul_(key[..., :half], sin[..., half:])
-    return rotated
 
 
 def _counting_from(query: Tensor, codes: Tensor) -> float:
@@ -121,4 +110,4 @@ def coded_attention(
     if value_codes is not None:
         index = row_index(value_codes, values)
     value = gather(index, values, shape, dtype)
-    return flash(query, key if rope is None else rotate(key, rope), value, scale)
+    return flash(query, key if rope is None else apply_rope(key, rope), value, scale)

@@ -8,20 +8,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from astra_kernels._rotary import Rope, apply_rope
 from astra_kernels.attention.reference import attention, compute_dtype
-
-Rope = tuple[Tensor, Tensor]
-
-
-def rotate_half(x: Tensor) -> Tensor:
-    first, second = x.chunk(2, dim=-1)
-    return torch.cat((-second, first), dim=-1)
-
-
-def apply_rope(key: Tensor, rope: Rope) -> Tensor:
-    """key [B, Hkv, N, d]; cos and sin [N, d] or [B, N, d]."""
-    cos, sin = (table.to(key.dtype).unsqueeze(-3) for table in rope)
-    return key * cos + rotate_half(key) * sin
 
 
 def look_up(codes: Tensor, codebook: Tensor, code_mask: Tensor | None = None) -> Tensor:

@@ -43,6 +43,15 @@ def codeword_attention(
     Raises:
         TypeError: a dtype that is not listed. ValueError: shapes or devices that do not fit, a
         negative count. RuntimeError: an input requires grad, or ``impl`` cannot run here.
+
+    Example:
+        >>> keys, values = torch.randn(2, 2, 1, 1024, 64)
+        >>> codes = torch.randint(0, 1024, (1, 300, 2), dtype=torch.int32)
+        >>> query, counts = torch.randn(1, 8, 5, 64), ak.count_codes(codes, 1024)
+        >>> out, _ = ak.codeword_attention(query, counts, keys, values)
+        >>> want, _ = ak.coded_attention(query, codes, keys, values)
+        >>> torch.allclose(out, want, atol=1e-5)
+        True
     """
     op = "codeword_attention"
     check_tensors(

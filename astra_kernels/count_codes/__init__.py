@@ -47,6 +47,11 @@ def count_codes(
     Raises:
         TypeError: a dtype that is not listed. ValueError: shapes or devices that do not fit, a
         visible code out of range. RuntimeError: ``impl`` cannot run here.
+
+    Example:
+        >>> codes = torch.tensor([[[0], [2], [2]]], dtype=torch.int32)  # B = 1, N = 3, C = 1
+        >>> ak.count_codes(codes, 4)
+        tensor([[[1, 0, 2, 0]]], dtype=torch.int32)
     """
     check_tensors("count_codes", {"code_mask": code_mask}, codes=codes)
     counts: Tensor = torch.ops.astra.count_codes(

@@ -27,6 +27,13 @@ def decode(
     Raises:
         TypeError: a dtype that is not listed. ValueError: shapes or devices that do not fit, a
         code out of range. RuntimeError: codebook requires grad, or ``impl`` cannot run here.
+
+    Example:
+        >>> codebook = torch.tensor([[[0.0, 0.0], [1.0, 1.0]]])  # C = 1, K = 2, w = 2
+        >>> ak.decode(torch.tensor([[1], [0]], dtype=torch.int32), codebook)
+        tensor([[[1., 1.]],
+        <BLANKLINE>
+                [[0., 0.]]])
     """
     check_tensors("decode", codes=codes, codebook=codebook)
     vectors: Tensor = torch.ops.astra.decode(codes, codebook, impl, check)

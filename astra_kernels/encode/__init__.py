@@ -39,6 +39,12 @@ def encode(
     Raises:
         TypeError: a dtype that is not listed. ValueError: shapes or devices that do not fit.
         RuntimeError: an input requires grad, or ``impl`` cannot run here.
+
+    Example:
+        >>> codebook = torch.tensor([[[0.0, 0.0], [1.0, 1.0]]])  # C = 1, K = 2, w = 2
+        >>> ak.encode(torch.tensor([[[0.9, 1.2]], [[0.1, 0.3]]]), codebook)
+        tensor([[1],
+                [0]], dtype=torch.int32)
     """
     optional = {"half_norms": half_norms}
     check_tensors("encode", optional, vectors=vectors, codebook=codebook)

@@ -37,6 +37,15 @@ def encode_packed(
     Raises:
         TypeError: a dtype that is not listed. ValueError: shapes, devices or a number of bits that
         do not fit. RuntimeError: an input requires grad, or ``impl`` cannot run here.
+
+    Example:
+        >>> vectors, codebook = torch.randn(1, 300, 2, 64), torch.randn(2, 1024, 64)
+        >>> packed = ak.encode_packed(vectors, codebook, 10)
+        >>> packed.shape  # 300 tokens of 2 codes of 10 bits
+        torch.Size([1, 750])
+        >>> codes = ak.unpack(packed[0], 10, 600).view(1, 300, 2)
+        >>> torch.equal(codes, ak.encode(vectors, codebook))
+        True
     """
     optional = {"half_norms": half_norms}
     check_tensors("encode_packed", optional, vectors=vectors, codebook=codebook)

@@ -89,6 +89,13 @@ def lookup_linear(
     Raises:
         TypeError: a dtype that is not listed. ValueError: shapes or devices that do not fit, a
         code out of range. RuntimeError: an input requires grad, or ``impl`` cannot run here.
+
+    Example:
+        >>> codebook, weight = torch.randn(4, 256, 16), torch.randn(96, 64)  # D = 4 * 16
+        >>> codes = torch.randint(0, 256, (300, 4), dtype=torch.int32)
+        >>> y = ak.lookup_linear(codes, codebook, weight)
+        >>> torch.allclose(y, ak.decode(codes, codebook).flatten(1) @ weight.T, atol=1e-4)
+        True
     """
     optional = {"bias": bias, "estimate": estimate}
     check_tensors("lookup_linear", optional, codes=codes, codebook=codebook, weight=weight)
@@ -109,6 +116,12 @@ def fold_norm(
     Returns:
         (weight * gain, bias + weight @ shift), of weight's dtype, reckoned in fp32 (fp64); the
         bias is None where there is neither bias nor shift.
+
+    Example:
+        >>> weight, gain, x = torch.randn(5, 8), torch.rand(8), torch.randn(3, 8)
+        >>> folded, bias = ak.fold_norm(weight, None, gain)
+        >>> torch.allclose((x * gain) @ weight.T, x @ folded.T, atol=1e-5), bias
+        (True, None)
     """
     for name, tensor in (("gain", gain), ("shift", shift)):
         if tensor is not None and tensor.shape != weight.shape[1:]:

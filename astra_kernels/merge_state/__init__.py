@@ -32,6 +32,14 @@ def merge_state(
     Raises:
         TypeError: a dtype that is not listed. ValueError: shapes or devices that do not fit.
         RuntimeError: an input requires grad, or ``impl`` cannot run here.
+
+    Example:
+        >>> query, key, value = torch.randn(3, 1, 8, 6, 64).unbind()
+        >>> near = ak.attention(query, key[:, :, :2], value[:, :, :2])
+        >>> far = ak.attention(query, key[:, :, 2:], value[:, :, 2:])
+        >>> out, lse = ak.merge_state(*near, *far)
+        >>> torch.allclose(out, ak.attention(query, key, value)[0], atol=1e-5)
+        True
     """
     check_tensors("merge_state", out_a=out_a, lse_a=lse_a, out_b=out_b, lse_b=lse_b)
     out, lse = torch.ops.astra.merge_state(out_a, lse_a, out_b, lse_b, impl)

@@ -107,6 +107,13 @@ def mixed_attention(
     Raises:
         TypeError: a dtype that is not listed. ValueError: shapes or devices that do not fit, a
         visible code out of range. RuntimeError: an input requires grad, or ``impl`` cannot run.
+
+    Example:
+        >>> query, key, value = torch.randn(1, 8, 5, 64), *torch.randn(2, 1, 2, 5, 64)
+        >>> tables = torch.randn(2, 2, 1, 1024, 64)  # of keys and of values, 2 KV heads
+        >>> codes = torch.randint(0, 1024, (1, 300, 2), dtype=torch.int32)
+        >>> ak.mixed_attention(query, key, value, codes, *tables, is_causal=True).shape
+        torch.Size([1, 8, 5, 64])
     """
     op = "mixed_attention"
     cos, sin = split_rope(op, rope)

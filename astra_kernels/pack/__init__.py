@@ -61,7 +61,12 @@ _INT32, _UINT8 = np.dtype(np.int32), np.dtype(np.uint8)
 
 
 def packed_size(count: int, bits: int) -> int:
-    """Bytes that `count` codes of `bits` (1..16) take: ceil(count * bits / 8)."""
+    """Bytes that `count` codes of `bits` (1..16) take: ceil(count * bits / 8).
+
+    Example:
+        >>> ak.packed_size(300, 10)
+        375
+    """
     return _C.packed_size(count, bits)
 
 
@@ -72,7 +77,12 @@ def pack(codes: Codes, bits: int, *, out: None = None) -> Bytes: ...
 @overload
 def pack(codes: Tensor | Codes, bits: int, *, out: Out) -> Out: ...
 def pack(codes: Tensor | Codes, bits: int, *, out: Any = None) -> Any:
-    """Packs int32 codes into bytes; see the module's text for the layout, kinds and errors."""
+    """Packs int32 codes into bytes; see the module's text for the layout, kinds and errors.
+
+    Example:
+        >>> ak.pack(torch.tensor([1, 2, 3, 0], dtype=torch.int32), 2)  # 0b00_11_10_01
+        tensor([57], dtype=torch.uint8)
+    """
     if isinstance(codes, np.ndarray):
         source: Any = _array("codes", codes, _INT32)
         if out is None:
@@ -106,7 +116,12 @@ def unpack(
     data: Tensor | Bytes | bytes | bytearray | memoryview, bits: int, count: int, *, out: Out
 ) -> Out: ...
 def unpack(data: Any, bits: int, count: int, *, out: Any = None) -> Any:
-    """Unpacks `count` codes from bytes; see the module's text for the layout, kinds and errors."""
+    """Unpacks `count` codes from bytes; see the module's text for the layout, kinds and errors.
+
+    Example:
+        >>> ak.unpack(bytes([57]), 2, 4)
+        tensor([1, 2, 3, 0], dtype=torch.int32)
+    """
     if isinstance(data, np.ndarray):
         source: Any = _array("data", data, _UINT8)
         if out is None:
