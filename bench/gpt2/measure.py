@@ -17,7 +17,8 @@ from astra_runtime.console import say
 from astra_runtime.costs import engine_plan, flops_over_ideal
 from astra_runtime.models import Adapter, adapt
 from astra_runtime.plan import Plan
-from astra_runtime.train.finetune import Settings, finetune
+from astra_runtime.train.finetune import finetune
+from astra_runtime.train.schedule import Settings
 from astra_runtime.train.simulate import Simulation
 from bench import codebooks
 from bench.gpt2 import KINDS

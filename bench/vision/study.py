@@ -13,7 +13,8 @@ import torch
 from astra_runtime import Codebook
 from astra_runtime.costs import flops_over_ideal
 from astra_runtime.models import adapt
-from astra_runtime.train.finetune import Settings, finetune
+from astra_runtime.train.finetune import finetune
+from astra_runtime.train.schedule import Settings
 from bench import codebooks
 
 from . import model as vit

@@ -127,7 +127,7 @@ def device_of(options: argparse.Namespace) -> str:
 
 
 def settings_of(options: argparse.Namespace) -> Any:
-    from ..train.finetune import Settings
+    from ..train.schedule import Settings
 
     if options.min_ranks > options.max_ranks:
         raise AstraError(

@@ -60,11 +60,11 @@ def received_mask(
     the missing byte ranges [start, stop)."""
     whole = torch.ones(batch, tokens, dtype=torch.bool)
     ranges = [(start, stop) for start, stop in missing if start < stop]
-    for strip in layout:
+    for place in layout:
         for start, stop in ranges:
-            first = 8 * (start - strip.start) // strip.bits
-            last = -(8 * (strip.start - stop) // strip.bits)  # the first one behind it
-            whole[strip.row, max(first, 0) : max(last, 0)] = False
+            first = 8 * (start - place.start) // place.bits
+            last = (8 * (stop - place.start) - 1) // place.bits
+            whole[place.row, max(first, 0) : max(last + 1, 0)] = False
     return whole
 
 

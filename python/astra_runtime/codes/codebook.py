@@ -1,4 +1,4 @@
-"""Codebooks: what the codes stand for, known to every rank before it hears any.
+"""Codebooks: what the codes stand for, known to every rank before it receives any.
 
 On disk a folder with `astra_config.json` and `codebooks.safetensors`. The content hash names the
 codebook in the handshake: two ranks with different codebooks refuse each other.

@@ -122,5 +122,5 @@ class SimulatedDifferential(SimulatedInputs):
         if received is not None:
             lost = ~received[:, None, :, None] * codewords.flatten(2).detach()
             self.lacking = lost if self.lacking is None else self.lacking + lost
-        found = known + output.flatten(2)
-        return [found] if self.lacking is None else [found - lost for lost in self.lacking]
+        remote = known + output.flatten(2)
+        return [remote] if self.lacking is None else [remote - lost for lost in self.lacking]

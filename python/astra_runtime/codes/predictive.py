@@ -14,7 +14,7 @@ block's codes miss the next block's codes make good.
 
 P is low-rank, and A turns the error of the prediction into the principal axes of what it costs: an
 error δ of a token's keys and values costs about ½·δᵀFδ nats, F the Fisher information of the
-model's output (`sensitivity` in `fit_transform.py`; KVQuant, arXiv 2401.18079, and CQ, arXiv
+model's output (`train/sensitivity.py`; KVQuant, arXiv 2401.18079, and CQ, arXiv
 2405.03917, weigh scalars and channel groups by its diagonal). The number of groups of a block
 follows from reverse water-filling (Cover & Thomas, ch. 10) over all blocks at once, so that bits go
 where they buy most: a block may get none, or ten times the mean.

@@ -140,7 +140,7 @@ class _Simulated(SimulatedCodec):
             self.states = [self.state.fork() for _ in range(self.receivers)]
             if first is not None:
                 return [self._pair(y, sent)]
-        return [self._pair(found, sent) for found in self._estimates(block, y, received)]
+        return [self._pair(known, sent) for known in self._estimates(block, y, received)]
 
     def _pair(self, y: Tensor, sent: SentTokens) -> Pair:
         key, value = split_heads(y, sent.key.shape[1])
@@ -158,11 +158,11 @@ class _Simulated(SimulatedCodec):
         self.state.update(block, predicted, codewords)
         if self.receivers == 1:
             return [y + (predicted + step - y).detach()]
-        found = []
+        estimates = []
         for receiver, state in enumerate(self.states):
-            there = codewords
+            arrived = codewords
             if codewords is not None and received is not None:
-                there = codewords * received[receiver][:, None, None]
-            known = state.update(block, state.predict(block, y), there)
-            found.append(y + (known - y).detach())
-        return found
+                arrived = codewords * received[receiver][:, None, None]
+            known = state.update(block, state.predict(block, y), arrived)
+            estimates.append(y + (known - y).detach())
+        return estimates

@@ -14,8 +14,9 @@ from ..codes.codebook import Codebook
 from ..codes.transform import TransformCodes
 from ..models import Adapter, Inputs, adapt
 from .calibration import Progress, record
-from .fit_transform import Cost, Rows, allocate, embedding_of, fit_blocks, sensitivity
+from .fit_transform import Rows, allocate, embedding_of, fit_blocks
 from .options import FitData, FitOptions
+from .sensitivity import Cost, sensitivity
 
 SENSITIVITY_WINDOWS = 8  # a backward pass each; F needs no more
 DEFAULT_BITS = 100.0

@@ -27,9 +27,9 @@ from ..errors import AstraError
 from ..evaluate import Measured, measure
 from ..files import written_together
 from ..models import Adapter, Inputs, adapt, is_language_model
-from ..plan import Plan
 from .calibration import as_windows, check_weights, check_windows, on_device
 from .navq import NAVQ
+from .schedule import Settings, draw_plan, schedule
 from .simulate import Simulation, quantizers
 
 CHECKPOINT = "checkpoint.pt"
@@ -37,53 +37,6 @@ CHECKPOINT = "checkpoint.pt"
 
 class TrainingFailed(AstraError):
     """The loss left the numbers, or a checkpoint belongs to another run."""
-
-
-@dataclass(frozen=True)
-class Settings:
-    """What a run is made of, besides model, codebook and data.
-
-    Attributes:
-        steps: optimizer steps.
-        lr: AdamW's learning rate at its height: it rises over `warmup` steps, and falls to 0 at the
-            end along a cosine.
-        batch: windows a step, drawn without repetition within a step.
-        noise, commitment, decay: λ, β and γ of `NAVQ`.
-        ranks: least and most N, drawn uniformly; (4, 4) trains for four devices.
-        shard: the fewest tokens of a shard; boundaries are drawn uniformly from all that have it.
-        single_class_token: train as if rank 0 alone had the class token, for comparison.
-        seed: makes the run deterministic.
-    """
-
-    steps: int
-    lr: float = 5e-5
-    batch: int = 4
-    noise: float = 1.0
-    commitment: float = 1e-4
-    decay: float = 0.99
-    ranks: tuple[int, int] = (2, 8)
-    shard: int = 16
-    warmup: int = 20
-    weight_decay: float = 0.0
-    single_class_token: bool = False
-    seed: int = 0
-
-    def check(self, tokens: int) -> None:
-        """Refuses what windows of `tokens` tokens cannot be trained with."""
-        least, most = self.ranks
-        for name in ("steps", "batch", "shard"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name}: expected at least 1, got {getattr(self, name)}")
-        if not 0 < self.lr < math.inf:
-            raise ValueError(f"lr: expected more than 0, got {self.lr}")
-        if not 1 <= least <= most:
-            raise ValueError(f"ranks: expected 1 <= least <= most, got {least} and {most}")
-        if most * self.shard > tokens:
-            raise ValueError(
-                f"shard: expected at most {tokens // most} tokens, so that {most} ranks of a "
-                f"window of {tokens} have them, got {self.shard}; give longer windows or fewer "
-                "ranks"
-            )
 
 
 @dataclass(frozen=True)
@@ -95,7 +48,7 @@ class Step:
         loss: the task's loss, of language models in nats a token.
         commitment: β times a token's squared errors, summed over blocks.
         world_size: the N that was drawn.
-        measured: the windows held back, when it was time to look.
+        measured: the held-out windows, when it was time to look.
     """
 
     step: int
@@ -139,7 +92,7 @@ def finetune(
             over the output's variance).
         folder: where checkpoints go, every `checkpoint_every` steps (0: none).
         resume: go on from the checkpoint in `folder`; all else has to be as it was.
-        held_back: windows not trained on, which `report` tells of at the start, every
+        held_back: held-out windows, which `report` tells of at the start, every
             `evaluate_every` steps (0: never in between) and at the end, as `world_size` ranks.
 
     Returns:
@@ -151,7 +104,7 @@ def finetune(
         TrainingFailed: the loss is not finite; the checkpoint is of another run.
     """
     training = _Training(model, codebook, data, labels, settings, held_back)
-    if training.held and not 2 <= world_size < training.tokens:
+    if training.held_out and not 2 <= world_size < training.tokens:
         raise ValueError(
             f"world_size: expected at least 2 and less than the {training.tokens} tokens of a "
             f"window, got {world_size}"
@@ -193,8 +146,8 @@ class _Training:
         _check_labels(labels, len(windows), model)
         out = _apart(len(windows), held_back)
         device = self.adapter.device
-        self.held = [on_device(windows[i], self.adapter) for i in sorted(out)]
-        self.kept = [i for i in range(len(windows)) if i not in out]
+        self.held_out = [on_device(windows[i], self.adapter) for i in sorted(out)]
+        self.indices = [i for i in range(len(windows)) if i not in out]
         self.windows, self.labels = windows, labels
         self.quantizers = quantizers(
             codebook,
@@ -237,21 +190,21 @@ class _Training:
         self.optimizer.zero_grad(set_to_none=True)
         (loss + run.commitment).backward()
         norm = nn.utils.clip_grad_norm_(self.weights, 1.0)
-        found, commitment = float(loss.detach()), float(run.commitment.detach())
-        if not math.isfinite(found + commitment + float(norm)):
+        value, commitment = float(loss.detach()), float(run.commitment.detach())
+        if not math.isfinite(value + commitment + float(norm)):
             raise TrainingFailed(
-                f"step {number + 1}: the loss is {found}, its gradient's norm {float(norm)}; "
+                f"step {number + 1}: the loss is {value}, its gradient's norm {float(norm)}; "
                 "try a lower learning rate"
             )
         for group in self.optimizer.param_groups:
             group["lr"] = settings.lr * schedule(number, settings)
         self.optimizer.step()
         self.done += 1
-        return Step(self.done, settings.steps, found, commitment, plan.world_size)
+        return Step(self.done, settings.steps, value, commitment, plan.world_size)
 
     def _batch(self, generator: torch.Generator) -> tuple[Inputs, Tensor | None]:
-        order = torch.randperm(len(self.kept), generator=generator)[: self.settings.batch]
-        chosen = [self.kept[i] for i in order.tolist()]
+        order = torch.randperm(len(self.indices), generator=generator)[: self.settings.batch]
+        chosen = [self.indices[i] for i in order.tolist()]
         device = self.adapter.device
         name = next(iter(self.windows[0]))
         inputs = {name: torch.cat([self.windows[i][name] for i in chosen]).to(device)}
@@ -282,41 +235,43 @@ class _Training:
         return replace(trained, model=self.adapter.digest(), notes={})
 
     def measure(self, world_size: int, report: Report) -> None:
-        """Runs the windows held back through the engine itself, beside both controls."""
-        if not self.held:
+        """Runs the held-out windows through the engine itself, beside both controls."""
+        if not self.held_out:
             return
-        found = measure(self.model, self.codebook(), self.held, world_size=world_size)
-        told = asdict(found) | {"step": self.done, "gap_recovered": found.gap_recovered}
-        self.measured.append(told)
-        report(Step(self.done, self.settings.steps, measured=found))
+        measured = measure(self.model, self.codebook(), self.held_out, world_size=world_size)
+        figures = {"step": self.done, "gap_recovered": measured.gap_recovered}
+        self.measured.append(asdict(measured) | figures)
+        report(Step(self.done, self.settings.steps, measured=measured))
 
     def result(self, world_size: int) -> Codebook:
-        made = self.codebook()
+        codebook = self.codebook()
         started = {"digest": self.start.digest, **self.start.notes}
         started.pop("held_back", None)
-        made = replace(made, notes={"finetuned": asdict(self.settings), "started_from": started})
+        codebook = replace(
+            codebook, notes={"finetuned": asdict(self.settings), "started_from": started}
+        )
         if self.measured:
-            last = self.measured[-1] | {"windows": len(self.held), "world_size": world_size}
-            made.notes.update(held_back=last, measured=self.measured)
-        return made
+            last = self.measured[-1] | {"windows": len(self.held_out), "world_size": world_size}
+            codebook.notes.update(held_back=last, measured=self.measured)
+        return codebook
 
     # Checkpoints.
 
     def _identity(self) -> dict[str, Any]:
         """What has to be as it was for a checkpoint to fit."""
-        told = sha256()
+        content = sha256()
         for window in self.windows:
             for tensor in window.values():
-                told.update(tensor.cpu().contiguous().numpy().tobytes())
+                content.update(tensor.cpu().contiguous().numpy().tobytes())
         if self.labels is not None:
-            told.update(self.labels.cpu().contiguous().numpy().tobytes())
+            content.update(self.labels.cpu().contiguous().numpy().tobytes())
         return {
             **asdict(self.settings),
             "ranks": list(self.settings.ranks),
             "model": self.adapter.digest(),
             "codebook": self.start.digest,
-            "data": told.hexdigest()[:16],
-            "held back": len(self.held),
+            "data": content.hexdigest()[:16],
+            "held back": len(self.held_out),
         }
 
     def save(self, path: Path) -> None:
@@ -353,35 +308,6 @@ class _Training:
         self.quantizers.load_state_dict(state["quantizers"])
         self.optimizer.load_state_dict(state["optimizer"])
         self.done, self.measured = state["done"], state["measured"]
-
-
-def draw_plan(
-    tokens: int,
-    adapter: Adapter,
-    settings: Settings,
-    generator: torch.Generator,
-    prefix: int = 0,
-) -> Plan:
-    """N uniform in `settings.ranks`, the cut uniform among those with no shard too small.
-
-    `prefix` of a decoder's tokens are every rank's own.
-    """
-    tokens -= prefix
-    least, most = settings.ranks
-    ranks = int(torch.randint(least, most + 1, (), generator=generator))
-    # N − 1 different ones of slack + N − 1 places are a uniform way to share `slack` out to N
-    slack = tokens - ranks * settings.shard
-    places = torch.randperm(slack + ranks - 1, generator=generator)[: ranks - 1].sort().values
-    cuts = [int(place) - i + (i + 1) * settings.shard for i, place in enumerate(places)]
-    return Plan((0, *cuts, tokens), adapter.causal, adapter.class_tokens + prefix)
-
-
-def schedule(step: int, settings: Settings) -> float:
-    """The share of the learning rate at a step from 0: linear warm-up, then a cosine to 0."""
-    warmup = min(settings.warmup, settings.steps // 10)
-    if step < warmup:
-        return (step + 1) / warmup
-    return 0.5 + 0.5 * math.cos(math.pi * (step - warmup) / max(1, settings.steps - warmup))
 
 
 def save_result(

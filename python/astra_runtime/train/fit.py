@@ -104,7 +104,7 @@ def _fitted_codec(key: str) -> type[Codec]:
 
 
 def _check_counts(
-    adapter: Adapter, kept: list[Inputs], held_out: list[Inputs], world_size: int, chosen: Any
+    adapter: Adapter, windows: list[Inputs], held_out: list[Inputs], world_size: int, chosen: Any
 ) -> int:
     """The vectors to calibrate on: enough of them, and windows long enough to be evaluated."""
     shortest = min((adapter.count(window)[1] for window in held_out), default=0)
@@ -113,8 +113,8 @@ def _check_counts(
             f"world_size: expected at least 2 and less than the {shortest} tokens of a window held "
             f"out for the evaluation, got {world_size}"
         )
-    vectors = sum(batch * tokens for batch, tokens in map(adapter.count, kept))
-    usable, codewords = vectors - chosen.prefix * len(kept), chosen.vectors_needed
+    vectors = sum(batch * tokens for batch, tokens in map(adapter.count, windows))
+    usable, codewords = vectors - chosen.prefix * len(windows), chosen.vectors_needed
     if not 2 <= codewords <= min(usable, 65536):
         raise ValueError(
             f"codewords: expected 2 to 65536 and at most the {usable} calibration vectors, "
@@ -127,8 +127,8 @@ def _hold_out(windows: list[Inputs], held_back: int) -> tuple[list[Inputs], list
     """Splits evenly spaced windows off; at least half of all stay."""
     count = min(held_back, len(windows) // 2)
     out = {len(windows) * (2 * i + 1) // (2 * count) for i in range(count)}
-    kept = [window for i, window in enumerate(windows) if i not in out]
-    return kept, [windows[i] for i in sorted(out)]
+    remaining = [window for i, window in enumerate(windows) if i not in out]
+    return remaining, [windows[i] for i in sorted(out)]
 
 
 def _evaluate(

@@ -2,12 +2,12 @@
 
 The formulas are those of `codes/predictive.py`. Three steps:
 
-1. `sensitivity`: F of every block, from gradients of the model's own, sampled answers with respect
-   to the keys and values that other ranks see. Two backward passes' worth of work a window.
+1. `sensitivity.py`: F of every block, from gradients of the model's own, sampled answers by the
+   keys and values that other ranks see. Two backward passes' worth of work a window.
 2. `allocate`: codes a block, by reverse water-filling on the Gaussian model that linear regression
    of one block's keys and values on the last one's gives (a Kalman filter's covariances).
 3. `fit_blocks`: predictor, axes and codewords of each block in turn, on what the blocks before
-   really left.
+   really leave.
 """
 
 from __future__ import annotations
@@ -15,147 +15,21 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
-import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
-from ..codes.codebook import Codebook
-from ..codes.layouts import merge_heads, split_heads
 from ..codes.predictive import DecoderState, Transform, nearest_codewords, rms_normalized
-from ..codes.rotary import rotate, unrotate
-from ..models import Adapter, Inputs, adapt, is_language_model
+from ..models import Adapter, Inputs
 from ..parallel import map_cores
-from ..plan import Plan
-from .calibration import Progress
 from .kmeans import kmeans
-from .simulate import Simulation
+from .sensitivity import Cost
 
 RIDGE = 3e-3  # of the features' own variance, in regressions
-# Of F's mean diagonal, added to it: what few windows say nothing of costs something too.
-FLOOR = 3e-3
 SEARCH = 24  # steps towards the water level, at most
 STRIDE = 6.0  # the first ones, in its logarithm: three bits more on every axis
 MEMBERS = 64  # vectors a codeword that k-means sees: more cost time and change little
 SAMPLE = 8192  # rows are enough to tell where bits go
-
-
-# What an error costs.
-
-
-class _Probe(Simulation):
-    """Exact exchange, with the keys and values that other ranks see as leaves of the graph."""
-
-    def __init__(self, model: nn.Module, plan: Plan, inputs: Inputs) -> None:
-        super().__init__(model, Codebook.dense(), plan, inputs)
-        self.leaves: dict[int, Tensor] = {}
-
-    def _remote_pairs(
-        self, block: int, key: Tensor, value: Tensor, received: Tensor | None
-    ) -> list[tuple[Tensor, Tensor]]:
-        sent = self.layout.sent
-        plain = unrotate(key[:, :, sent].float(), self.rope)
-        y = merge_heads(plain, value[:, :, sent].float()).detach().requires_grad_()
-        self.leaves[block] = y
-        remote_key, remote_value = split_heads(y, key.shape[1])
-        return [(rotate(remote_key, self.rope), remote_value)]
-
-
-def sensitivity(
-    model: nn.Module,
-    windows: Sequence[Inputs],
-    *,
-    prefix: int,
-    world_size: int,
-    seed: int,
-    progress: Progress = lambda what, done, steps: None,
-) -> Tensor:
-    """F of every block, fp32 [L, E, E]: E[g·gᵀ], g the gradient by a remote token's y.
-
-    The gradient is of the log-likelihood of answers that the model itself draws, so that half of
-    δᵀFδ is, to second order, the Kullback–Leibler divergence that an error δ causes. Of a model
-    without logits, the answer is its output and the error its square over its variance.
-    """
-    adapter = adapt(model)
-    total = torch.zeros(len(adapter.blocks), 1, 1, dtype=torch.float64)
-
-    def of_window(numbered: tuple[int, Inputs]) -> tuple[Tensor, int]:
-        number, inputs = numbered
-        plan = _equal_plan(adapter, inputs, prefix, world_size)
-        generator = torch.Generator(adapter.device).manual_seed(seed + number)
-        probe = _Probe(model, plan, inputs)
-        with torch.enable_grad():
-            loss = _drawn_loss(model, probe.run(), generator)
-            gradients = _gradients(loss, [probe.leaves[n] for n in range(len(adapter.blocks))])
-        heard = plan.bounds[-2] if plan.causal else plan.tokens  # nobody hears the last shard
-        rows = torch.stack([g[:, :heard].flatten(0, 1) for g in gradients]).double()
-        return (rows.transpose(1, 2) @ rows).cpu(), rows.shape[1]
-
-    count = 0
-    progress("weighing", 0, len(windows))
-    for done, (gram, tokens) in enumerate(map_cores(of_window, list(enumerate(windows)))):
-        total, count = total + gram, count + tokens
-        progress("weighing", done + 1, len(windows))
-    if not bool(total.isfinite().all()):
-        raise ValueError("model: gradients are not finite on the calibration data")
-    return (total / count).float()
-
-
-def _gradients(loss: Tensor, leaves: list[Tensor]) -> list[Tensor]:
-    """Of the loss by the leaves. ValueError: they do not pass through the model."""
-    gradients: tuple[Tensor | None, ...] = (None,)
-    if loss.requires_grad:
-        gradients = torch.autograd.grad(loss, leaves, allow_unused=True)
-    through = [gradient for gradient in gradients if gradient is not None]
-    if len(through) < len(leaves):
-        raise ValueError(
-            "model: expected one that gradients pass through, by which transform codes weigh "
-            "errors, got one that cuts them, as quantized layers do: fit on the model before it "
-            "was quantized, or in another space"
-        )
-    return through
-
-
-def _equal_plan(adapter: Adapter, inputs: Inputs, prefix: int, world_size: int) -> Plan:
-    tokens = adapter.count(inputs)[1] - prefix
-    copies = adapter.class_tokens + prefix
-    ranks = min(world_size, tokens)
-    return Plan.make(tokens, ranks, causal=adapter.causal, copies=copies)
-
-
-def _drawn_loss(model: nn.Module, output: Any, generator: torch.Generator) -> Tensor:
-    """The negative log-likelihood of answers drawn from the model's own distribution."""
-    if is_language_model(model) or "logits" in output:
-        logits = output.logits.flatten(0, -2).float()
-        if not bool(logits.isfinite().all()):
-            raise ValueError("model: its output is not finite on the calibration data")
-        with torch.no_grad():
-            drawn = torch.multinomial(logits.softmax(-1), 1, generator=generator)[:, 0]
-        return F.cross_entropy(logits, drawn, reduction="sum")
-    answer = output.last_hidden_state.float()
-    direction = torch.randn(answer.shape, generator=generator, device=answer.device)
-    return (answer * direction).sum() / answer.detach().std()
-
-
-@dataclass(frozen=True)
-class Cost:
-    """Symmetric square roots of every block's F, and their inverses, [L, E, E] both."""
-
-    root: Tensor
-    inverse: Tensor
-
-    @classmethod
-    def of(cls, fisher: Tensor) -> Cost:
-        """With a floor under the eigenvalues of F."""
-        mean = fisher.diagonal(dim1=1, dim2=2).mean(-1).clamp(min=1e-20)
-        values, axes = torch.linalg.eigh(fisher)
-        spread = (values.clamp(min=0) + FLOOR * mean[:, None]).sqrt()[:, None]
-        back = axes.transpose(1, 2)
-        return cls((axes * spread) @ back, (axes / spread) @ back)
-
-
-# Where bits go.
 
 
 @dataclass
@@ -165,7 +39,7 @@ class Rows:
     blocks: list[Tensor]
     embedding: Tensor | None
 
-    def known(self, transforms: Sequence[Transform]) -> DecoderState:
+    def state(self, transforms: Sequence[Transform]) -> DecoderState:
         first = None if self.embedding is None else self.blocks[0][None]
         embedding = None if self.embedding is None else self.embedding[None]
         return DecoderState(transforms, first, embedding)
@@ -205,10 +79,10 @@ def _models(rows: Rows) -> Iterator[_Model]:
         present = [rows.blocks[block - 1], rows.embedding]
         x = torch.cat([t[few] for t in present if t is not None], 1)
         x = x - x.mean(0)
-        found = regression(x.T @ x, x.T @ y, len(x))
-        left = y - x @ found
+        weights = regression(x.T @ x, x.T @ y, len(x))
+        residual = y - x @ weights
         free = max(1, len(y) - x.shape[1])  # what the regression has learned by heart is no gain
-        return _Model(found[:width], left.T @ left / free)
+        return _Model(weights[:width], residual.T @ residual / free)
 
     return map_cores(one, range(start, len(rows.blocks)))
 
@@ -243,8 +117,8 @@ def allocate(rows: Rows, cost: Cost, bits: float, code_bits: int) -> list[int]:
             values, axes = torch.linalg.eigh(roots[block] @ spread @ roots[block])
             counts.append(_codes(values, level, code_bits))
             back = axes.T @ inverse[block]
-            left = values.clamp(min=0, max=level) if counts[-1] else values.clamp(min=0)
-            error = back.T @ (left[:, None] * back)
+            errors = values.clamp(min=0, max=level) if counts[-1] else values.clamp(min=0)
+            error = back.T @ (errors[:, None] * back)
         return counts
 
     tops = (
@@ -256,7 +130,7 @@ def allocate(rows: Rows, cost: Cost, bits: float, code_bits: int) -> list[int]:
     low, most = high - STRIDE, 0
     for _ in range(SEARCH):
         middle = low
-        if most:  # found one that spends too much: nearly straight between the two
+        if most:  # a level that spends too much is known: nearly straight between the two
             part = (most - budget) / max(most - spends, 1)
             middle = low + (high - low) * min(max(part, 0.05), 0.95)
         counts = spent(2.0**middle)
@@ -271,13 +145,10 @@ def allocate(rows: Rows, cost: Cost, bits: float, code_bits: int) -> list[int]:
     return best
 
 
-# Block by block.
-
-
 def predictor(
     x: Tensor, y: Tensor, root: Tensor, inverse: Tensor, rank: int
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """squeeze, spread and offset: the best prediction of that rank, errors weighed by root².
+    """Low-rank factors and offset: the best prediction of that rank, errors weighed by root².
 
     Reduced-rank regression (Izenman 1975): the regression in coordinates where every error costs
     the same, cut to the principal axes of what it predicts.
@@ -288,18 +159,18 @@ def predictor(
     full = regression(gram, centred.T @ ((y - mean_y) @ root), len(x))
     _, axes = torch.linalg.eigh(full.T @ gram @ full)
     axes = axes[:, -rank:]
-    squeeze, spread = full @ axes, axes.T @ inverse
-    return squeeze, spread, mean_y - mean_x @ squeeze @ spread
+    down, up = full @ axes, axes.T @ inverse
+    return down, up, mean_y - mean_x @ down @ up
 
 
-def dealt(bits: Tensor, codes: int) -> list[list[int]]:
+def balanced_groups(bits: Tensor, codes: int) -> list[list[int]]:
     """Axes, most bits first, to `codes` groups that have about as many bits each."""
     groups: list[list[int]] = [[] for _ in range(codes)]
-    held = [0.0] * codes
+    totals = [0.0] * codes
     for axis, share in enumerate(bits.tolist()):
-        least = min(range(codes), key=held.__getitem__)
+        least = min(range(codes), key=totals.__getitem__)
         groups[least].append(axis)
-        held[least] += share
+        totals[least] += share
     return groups
 
 
@@ -314,7 +185,7 @@ def _level(values: Tensor, budget: float) -> Tensor:
     return logs[:used] - levels[used - 1]
 
 
-def coder(
+def fit_quantizer(
     missing: Tensor,
     root: Tensor,
     inverse: Tensor,
@@ -328,7 +199,7 @@ def coder(
     values, axes = torch.linalg.eigh(weighed.T @ weighed / len(weighed))
     values, axes = values.flip(0), axes.flip(1)
     bits = _level(values, codes * (codewords - 1).bit_length())
-    groups = dealt(bits, min(codes, len(bits)))
+    groups = balanced_groups(bits, min(codes, len(bits)))
     width = max(map(len, groups))
     analysis = missing.new_zeros(missing.shape[1], len(groups), width)
     synthesis = missing.new_zeros(len(groups), width, missing.shape[1])
@@ -360,29 +231,32 @@ def fit_blocks(
     progress: Callable[[int], None] = lambda block: None,
 ) -> tuple[Transform, ...]:
     """The code of every block, in turn: each is fitted on what the blocks before really left."""
-    made: list[Transform] = []
-    known = rows.known(made)
+    transforms: list[Transform] = []
+    state = rows.state(transforms)
     for block, y in enumerate(rows.blocks):
-        if block == 0 and known.reached == 0:
-            made.append(Transform.zero_codes(y.shape[1], codewords))
+        if block == 0 and state.reached == 0:
+            transforms.append(Transform.zero_codes(y.shape[1], codewords))
         else:
-            features = known.features()
+            features = state.features()
             x = y.new_zeros(len(y), 0) if features is None else features[0]
             weights = cost.root[block], cost.inverse[block]
-            squeeze, spread, offset = predictor(x, y, *weights, rank)
-            left = y - (offset + x @ squeeze @ spread)
-            parts = (squeeze, spread, offset)
+            down, up, offset = predictor(x, y, *weights, rank)
+            residual = y - (offset + x @ down @ up)
+            parts = (down, up, offset)
             if counts[block]:
                 place = seed + block * 1000
-                coded = coder(left, *weights, counts[block], codewords, iterations, place)
+                coded = fit_quantizer(
+                    residual, *weights, counts[block], codewords, iterations, place
+                )
             else:
                 empty = Transform.zero_codes(y.shape[1], codewords)
                 coded = empty.analysis, empty.synthesis, empty.tables
-            made.append(Transform(*parts, *coded))
-            words = nearest_codewords(made[block], left[None]) if counts[block] else None
-            known.update(block, (y - left)[None], words)
+            transforms.append(Transform(*parts, *coded))
+            transform = transforms[-1]
+            words = nearest_codewords(transform, residual[None]) if counts[block] else None
+            state.update(block, (y - residual)[None], words)
         progress(block)
-    return tuple(made)
+    return tuple(transforms)
 
 
 def embedding_of(adapter: Adapter, inputs: Inputs) -> Tensor:

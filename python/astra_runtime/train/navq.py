@@ -121,9 +121,9 @@ class NAVQ(nn.Module):
         output = estimate
         if self.training and len(rows):
             with torch.no_grad():
-                found = (codes.flatten(0, -2) if counted is None else codes[counted]).long()
+                chosen = (codes.flatten(0, -2) if counted is None else codes[counted]).long()
                 self._observe(rows - of_rows)
-                self._move(rows, found, rows - of_rows)
+                self._move(rows, chosen, rows - of_rows)
                 epsilon = self._epsilon(x)
             output = estimate + self.noise * epsilon
         dtype = vectors.dtype

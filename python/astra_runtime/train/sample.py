@@ -40,7 +40,7 @@ def sampled_windows(
 
     generator = torch.Generator().manual_seed(seed)
     device = next(model.parameters()).device
-    made: list[Tensor] = []
+    drawn: list[Tensor] = []
     for first in range(0, windows, BATCH):
         count = min(BATCH, windows - first)
         ids = torch.full((count, 1), start, device=device)
@@ -51,8 +51,8 @@ def sampled_windows(
             column = torch.multinomial(chances, 1, generator=generator).to(device)
             ids = torch.cat([ids, column], 1)
             progress(first // BATCH * tokens + done + 1)
-        made += list(ids[:, 1:].cpu())
-    return made
+        drawn += list(ids[:, 1:].cpu())
+    return drawn
 
 
 def document_token(tokenizer: Any) -> int:

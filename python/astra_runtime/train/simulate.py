@@ -214,8 +214,6 @@ class Simulation:
         with self.adapter.listening(self):
             return self.adapter.model(**self.kwargs)
 
-    # What the model's hooks call.
-
     def embedded(self, hidden: Tensor) -> Tensor:
         return hidden[:, self.layout.token]
 

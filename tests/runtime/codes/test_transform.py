@@ -19,17 +19,16 @@ from astra_runtime.models import adapt
 from astra_runtime.plan import Plan
 from astra_runtime.train.calibration import as_windows
 from astra_runtime.train.fit_transform import (
-    Cost,
     Rows,
     _level,
     allocate,
-    coder,
-    dealt,
+    balanced_groups,
     fit_blocks,
+    fit_quantizer,
     predictor,
     regression,
-    sensitivity,
 )
+from astra_runtime.train.sensitivity import Cost, sensitivity
 from astra_runtime.train.simulate import Simulation as Package
 from astra_runtime.train.simulate import quantizers
 from astra_runtime.transport import Mesh
@@ -295,8 +294,8 @@ def test_the_level_spends_the_budget() -> None:
         assert bool((bits > 0).all())
 
 
-def test_axes_are_dealt_evenly() -> None:
-    groups = dealt(torch.tensor([6.0, 5.0, 4.0, 3.0, 2.0]), 2)
+def test_axes_are_grouped_evenly() -> None:
+    groups = balanced_groups(torch.tensor([6.0, 5.0, 4.0, 3.0, 2.0]), 2)
     assert groups == [[0, 3, 4], [1, 2]]  # 6, 5; then 4 to the 5, 3 to the 6, 2 to a 9
 
 
@@ -328,7 +327,7 @@ def test_coordinates_and_back_are_the_coded_axes() -> None:
     half = torch.randn(6, 6, generator=generator)
     cost = Cost.of((half @ half.T)[None])
     root, inverse = cost.root[0], cost.inverse[0]
-    analysis, synthesis, tables = coder(missing, root, inverse, 6, 256, 2, 0)
+    analysis, synthesis, tables = fit_quantizer(missing, root, inverse, 6, 256, 2, 0)
     code = Transform(
         torch.zeros(0, 1), torch.zeros(1, 6), torch.zeros(6), analysis, synthesis, tables
     )

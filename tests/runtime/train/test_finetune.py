@@ -19,14 +19,12 @@ from astra_runtime.models import adapt
 from astra_runtime.store import load_model
 from astra_runtime.train.finetune import (
     CHECKPOINT,
-    Settings,
     Step,
     TrainingFailed,
-    draw_plan,
     finetune,
     save_result,
-    schedule,
 )
+from astra_runtime.train.schedule import Settings, draw_plan, schedule
 from astra_runtime.transport import Mesh
 
 from ..cli.test_cli import here, home  # noqa: F401 - fixtures

@@ -10,7 +10,8 @@ import torch
 
 from astra_runtime import Codebook, Engine
 from astra_runtime.evaluate import Measured, run_ranks
-from astra_runtime.train.finetune import Settings, finetune
+from astra_runtime.train.finetune import finetune
+from astra_runtime.train.schedule import Settings
 
 from ..models import tiny, windows_for
 
