@@ -316,8 +316,10 @@ def check_equal(shape: Shape, device: torch.device, tokens: int, world_size: int
     error = float((logits.cpu() - want).norm() / want.norm())
     pairs = zip(received, want_received, strict=True)
     both = [(codes_of(a, shape.layers), codes_of(b, shape.layers)) for a, b in pairs]
-    different = sum(x != y for a, b in both for x, y in zip(a, b, strict=True))
-    share = different / sum(len(a) for a, _ in both)
+    size = sum(len(a) for a, _ in both)
+    if not size:
+        raise ValueError(f"tokens: expected so many that codes are sent, got {tokens}")
+    share = sum(x != y for a, b in both for x, y in zip(a, b, strict=True)) / size
     passed = error <= LOGITS_ERROR and share <= CODES_DIFFERENT
     return {
         **{"model": shape.name, "tokens": tokens, "world_size": world_size},
@@ -429,7 +431,7 @@ def arguments(given: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--seconds", type=float, help="start no case after so many")
     args = parser.parse_args(given)
     args.given = list(sys.argv[1:] if given is None else given)
-    args.tokens = args.tokens or ([48] if args.small else [4096, 16_384, 32_768])
+    args.tokens = args.tokens or ([128] if args.small else [4096, 16_384, 32_768])
     return args
 
 
@@ -440,7 +442,7 @@ def main(given: Sequence[str] | None = None) -> int:
         return 2
     report = Report(args, torch.device(args.device))
     small = dataclasses.replace(TINY, name="llama, checked")
-    checked, tokens = (small, 40) if args.small else (CHECKED, 384)
+    checked, tokens = (small, 96) if args.small else (CHECKED, 384)
     equal = check_equal(checked, report.device, tokens, 3)
     report.extra["equality"] = equal
     print(f"ranks on {args.device} beside ranks on the CPU: {equal}", flush=True)

@@ -33,7 +33,7 @@ def few_threads():
 def test_a_rank_alone_does_what_it_did_among_the_others():
     model = gpu_engine.make_model(gpu_engine.TINY, CPU)
     codebook = gpu_engine.make_codebook(model, gpu_engine.TINY)
-    ids = torch.randint(0, gpu_engine.TINY.vocabulary, (1, 40))
+    ids = torch.randint(0, gpu_engine.TINY.vocabulary, (1, 96))
     received, logits = record(model, codebook, ids, 3)
     for rank in range(3):
         mesh = Replaying(rank, 3, received[rank])
@@ -56,7 +56,7 @@ def test_a_call_in_pieces_is_the_call(rank):
     shape = gpu_engine.TINY
     model = gpu_engine.make_model(shape, CPU)
     codebook = gpu_engine.make_codebook(model, shape)
-    ids = torch.randint(0, shape.vocabulary, (1, 40))
+    ids = torch.randint(0, shape.vocabulary, (1, 96))
     received, logits = record(model, codebook, ids, 3)
     with Engine(model, codebook, Replaying(rank, 3, received[rank])) as engine:
         pieces = graphs.capture(engine, CPU, ids)
@@ -84,7 +84,7 @@ def test_the_order_of_a_replay(monkeypatch):
     monkeypatch.setattr(graphs, "NoGraphs", Noted)
     model = gpu_engine.make_model(shape, CPU)
     codebook = gpu_engine.make_codebook(model, shape)
-    ids = torch.randint(0, shape.vocabulary, (1, 40))
+    ids = torch.randint(0, shape.vocabulary, (1, 96))
     received, _ = record(model, codebook, ids, 3)
     with Engine(model, codebook, Replaying(1, 3, received[1])) as engine:
         pieces = graphs.capture(engine, CPU, ids)
@@ -135,15 +135,15 @@ def test_a_stopwatch():
 
 @pytest.mark.timeout(300)
 def test_the_file(tmp_path):
-    arguments = ["--device", "cpu", "--small", "--tokens", "24", "--world-sizes", "2"]
+    arguments = ["--device", "cpu", "--small", "--tokens", "88", "--world-sizes", "2"]
     assert gpu_engine.main([*arguments, "--repeats", "1", "--output", str(tmp_path)]) == 0
     (path,) = tmp_path.glob("*/engine_small.json")
     report = json.loads(path.read_text())
     assert report["complete"]
     assert report["equality"]["passed"]
     names = [case["name"] for case in report["cases"]]
-    assert names[:3] == ["engine_single_T24", "engine_rank_T24_N2_r0", "engine_rank_T24_N2_r1"]
-    assert names[3:5] == ["engine_graphs_T24_N2_r0", "engine_graphs_T24_N2_r1"]
+    assert names[:3] == ["engine_single_T88", "engine_rank_T88_N2_r0", "engine_rank_T88_N2_r1"]
+    assert names[3:5] == ["engine_graphs_T88_N2_r0", "engine_graphs_T88_N2_r1"]
     assert [name.rpartition("_")[2] for name in names[5:]] == [f"{r}mbit" for r in gpu_engine.RATES]
     first, last = report["cases"][1:3]
     assert {"encode", "attend_near", "mlp", "project"} <= set(first["stages"])
@@ -162,4 +162,4 @@ def test_other_codes_are_an_error(monkeypatch):
         return received, logits * (1.01 if len(calls) == 2 else 1.0)
 
     monkeypatch.setattr(gpu_engine, "record", other)
-    assert not gpu_engine.check_equal(gpu_engine.TINY, CPU, 16, 2)["passed"]
+    assert not gpu_engine.check_equal(gpu_engine.TINY, CPU, 80, 2)["passed"]
