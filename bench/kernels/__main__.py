@@ -264,19 +264,21 @@ def interpreted(wanted: bool) -> Iterator[None]:
     if not wanted:
         yield
         return
-    from astra_kernels import _library
+    import astra_kernels._library
 
-    plain = _library.choose
+    library: Any = astra_kernels._library
+
+    plain = library.choose
 
     def choose(op: str, impl: str, device: torch.device, dtype: torch.dtype) -> Any:
         triton = impl == "auto" and dtype != torch.float64
         return plain(op, "triton" if triton else impl, device, dtype)
 
-    _library.choose = choose
+    library.choose = choose
     try:
         yield
     finally:
-        _library.choose = plain
+        library.choose = plain
 
 
 def main(given: Sequence[str] | None = None) -> int:

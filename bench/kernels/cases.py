@@ -19,7 +19,7 @@ decoding is the time to read dense keys and values, which is what codes are ther
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -27,7 +27,7 @@ import torch
 
 from bench.kernels import _attention, _codes
 from bench.kernels.ceilings import Ceilings
-from bench.kernels.spec import BITS, Shape, Spec
+from bench.kernels.spec import BITS, Calls, Shape, Spec
 
 FULL = {"H": 32, "Hkv": 8, "d": 128}  # Llama-3-8B's attention
 SMALL = {"H": 12, "Hkv": 12, "d": 64}  # ViT-Base's, GPT-2's
@@ -183,7 +183,7 @@ def fused_specs() -> Iterator[Spec]:
                         yield one(kind, shape, packed=True)
 
 
-BUILDS = {
+BUILDS: dict[str, Callable[[Shape, torch.dtype, torch.device], Calls]] = {
     "rotary": _attention.coded_rotary,
     "rotary_consecutive": _attention.coded_consecutive,
     "plain": _attention.coded,

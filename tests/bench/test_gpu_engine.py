@@ -16,7 +16,7 @@ from astra_runtime.transport import Link
 from bench import gpu_engine
 from bench.gpu import graphs
 from bench.gpu.ranks import Replaying, record
-from bench.gpu_engine import Rank, Stopwatch, linked, stages_of
+from bench.gpu.stages import Rank, Stopwatch, linked, stages_of
 from bench.report import Times
 
 CPU = torch.device("cpu")
