@@ -143,8 +143,8 @@ class Report:
         self.cases.append(case)
         over = "".join(f"  {name} {ms / case.ms.p50:.2f}x" for name, ms in case.peers.items())
         stages = case.extra.get("stages", {})
-        told = "".join(f"  {name} {ms:.3g}" for name, ms in stages.items())
-        print(f"{case.name:36s} {case.ms.p50:9.4g} ms{over}{told}", flush=True)
+        parts = "".join(f"  {name} {ms:.3g}" for name, ms in stages.items())
+        print(f"{case.name:36s} {case.ms.p50:9.4g} ms{over}{parts}", flush=True)
         self.write(complete=False)
 
 

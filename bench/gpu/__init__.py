@@ -5,7 +5,7 @@ plan.py         which stages there are, and their time limits
 running.py      stages as processes with limits
 environment.py  what machine this is
 prepare.py      what a machine without a network needs brought along
-pytest_log.py   a pytest plugin: failures are told when they happen
+pytest_log.py   a pytest plugin: failures are reported as they happen
 ranks.py        one device as every rank in turn, for bench.gpu_engine
 stages.py       what a rank's device does, and what a link adds
 graphs.py       a rank's call as CUDA graphs

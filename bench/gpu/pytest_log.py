@@ -1,4 +1,4 @@
-"""A pytest plugin for runs that may be ended at any time: failures are told when they happen.
+"""A pytest plugin for runs that may be ended at any time: failures are reported as they happen.
 
     python -m pytest -p bench.gpu.pytest_log [--every N]
 
@@ -25,7 +25,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 
 class Log:
-    """Tells failures on pytest's own output, where they stand among the tests' names."""
+    """Writes failures to pytest's own output, where they stand among the tests' names."""
 
     def __init__(self, config: pytest.Config) -> None:
         self.config = config

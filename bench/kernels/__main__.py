@@ -27,7 +27,7 @@ from typing import Any
 
 import torch
 
-from bench.gpu.environment import device_folder
+from bench.gpu.environment import device_folder, nvidia_smi
 from bench.kernels import cases as table
 from bench.kernels import crossovers
 from bench.kernels.ceilings import NOMINAL, measured_ceilings
@@ -245,6 +245,8 @@ def clock_of(args: argparse.Namespace, report: Report, device: torch.device) -> 
     }
     said = "  ".join(f"{name} {rate / 1e12:.3g}e12/s" for name, rate in ceilings.known().items())
     print(f"ceilings: {said}", flush=True)
+    if cuda:  # clocks and temperature right behind a long matrix product
+        report.extra["nvidia_smi"] = nvidia_smi()
     gpu = Gpu(args.samples) if cuda else None
     seconds = 0.0 if args.samples == 1 else 0.02 if args.small else 0.3
     return Clock(device, ceilings, gpu, seconds, samples)
@@ -267,7 +269,6 @@ def interpreted(wanted: bool) -> Iterator[None]:
     import astra_kernels._library
 
     library: Any = astra_kernels._library
-
     plain = library.choose
 
     def choose(op: str, impl: str, device: torch.device, dtype: torch.dtype) -> Any:

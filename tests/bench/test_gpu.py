@@ -146,15 +146,15 @@ def test_counts_of_tests(text, counted):
     assert tuple(counts.get(word, 0) for word in ("passed", "failed", "skipped")) == counted
 
 
-def test_failures_are_told_at_once(tmp_path):
+def test_failures_are_reported_at_once(tmp_path):
     (tmp_path / "test_some.py").write_text(
         "import os, pytest\n"
         "@pytest.mark.parametrize('n', range(4))\n"
-        "def test_n(n):\n    assert n != 0, 'told early'\n    assert n != 2 or os._exit(1)\n"
+        "def test_n(n):\n    assert n != 0, 'reported early'\n    assert n != 2 or os._exit(1)\n"
     )
     words = setup_pytest(tmp_path, every=2)
     done = subprocess.run(words, cwd=tmp_path, env=gpu_env(), capture_output=True, text=True)
-    assert "told early" in done.stdout  # though the process died in the next test
+    assert "reported early" in done.stdout  # though the process died in the next test
     assert "test_n[0]" in done.stdout
     assert "test_n[1]" not in done.stdout  # each second one
 
