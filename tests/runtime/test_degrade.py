@@ -20,6 +20,7 @@ from astra_runtime.models import adapt
 from astra_runtime.plan import Plan
 from astra_runtime.train.simulate import Simulation
 from astra_runtime.transport import Mesh, local_mesh
+from astra_runtime.wire import HEADER_SIZE
 
 from .models import inputs_for, tiny
 from .ranks import MAKERS, PLAN, as_ranks
@@ -33,7 +34,8 @@ SPACES = {
     "hidden-1": {"space": "hidden", "groups": 1},
     "hidden-4": {"space": "hidden", "groups": 4},
     "differential": {"space": "differential", "groups": 4},
-    "transform": {"space": "transform", "bits": 60},
+    # a seed with which no vector lies between two codewords: rounding would choose
+    "transform": {"space": "transform", "bits": 60, "seed": 1},
     "dense": None,
 }
 
@@ -97,7 +99,8 @@ def degraded_ranks(
 
     def run(mesh: Mesh) -> Any:
         slow: Any = SlowMesh(mesh, late, clock)
-        given: dict[str, Any] = {"on_missing": "degrade", "deadline_ms": DEADLINE} | options
+        given: dict[str, Any] = {"on_missing": "degrade", "deadline_ms": DEADLINE, "halo": 0}
+        given |= options
         with Engine(model, book, slow, weights=weights, **given) as engine:
             return work(engine)
 
@@ -415,7 +418,7 @@ def test_a_peer_that_left_is_found_when_its_frames_are_used_up() -> None:
         assert set(mesh.lost) == {2}
         for block in range(5):
             mesh.send(b"to nobody", block=block, plan=PLAN, to=[0, 2], partial=True)
-        assert len(zero.recv(1000)) == 5 * 25
+        assert len(zero.recv(1000)) == 5 * (HEADER_SIZE + len(b"to nobody"))
         with pytest.raises(errors.PeerLost, match="rank 2"):
             mesh.receive({2: 4}, block=2, plan=PLAN)
 
@@ -515,14 +518,14 @@ def test_gaps_leave_out_tokens_and_no_more(name: str) -> None:
 
     def work(mesh: Mesh) -> Any:
         plan = None
-        with Engine(model, book, mesh, weights=weights) as engine:
+        with Engine(model, book, mesh, weights=weights, halo=0) as engine:
             plan = engine.plan(24)
         told = plan.num_sent(0)
         half = space.payload_bytes(1, 1, told) // 2
         gappy: Any = Gappy(mesh, {(0, 1): (half, half + 3)} if mesh.rank else {})
         masks = []
         options: dict[str, Any] = {"on_missing": "degrade", "deadline_ms": 5000.0}
-        with Engine(model, book, gappy, weights=weights, **options) as engine:
+        with Engine(model, book, gappy, weights=weights, halo=0, **options) as engine:
             attend = engine.codec.attend if name != "transform" else None
             if attend is not None:
 
