@@ -13,7 +13,7 @@ def short_inputs_stand_for_long_ones(
 
     The command's own processes take inputs as they are: its tests say `--halo`.
     """
-    parts = set(request.node.path.parts)
+    parts = set(request.node.path.relative_to(request.config.rootpath).parts)
     if parts & {"runtime", "bench"} and not parts & {"cli", "deploy"}:
         from astra_runtime import costs
 

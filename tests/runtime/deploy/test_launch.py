@@ -104,9 +104,10 @@ def test_a_worker_that_stops_is_named_and_ended(
     here: Any,  # noqa: F811
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    assert "rank 1 sent nothing within" in struck(
-        home, here, monkeypatch, signal.SIGSTOP, 2, "--timeout", "2"
-    )
+    # the blow may fall before the ranks have compared their models, which is part of the start
+    limits = ["--timeout", "2", "--connect-timeout", "30"]
+    last = struck(home, here, monkeypatch, signal.SIGSTOP, 2, *limits)
+    assert "rank 1 sent nothing within" in last
 
 
 class Ended:
