@@ -21,6 +21,7 @@ from torch.nn.functional import scaled_dot_product_attention as sdpa
 
 import astra_kernels as ak
 from astra_kernels._dispatch import choose
+from astra_kernels._rotary import apply_rope
 from astra_kernels.attention import cpu as attention_cpu
 from astra_kernels.coded_attention import cpu as coded_cpu
 from astra_kernels.codeword_attention import cpu as codeword_cpu
@@ -94,7 +95,7 @@ def coded_case(name: str, model: str, rows: int, tokens: int, shared: bool, turn
 
     def look_up() -> tuple[Tensor, Tensor]:
         key, value = expanded(codes, tables)
-        return (key if rope is None else coded_cpu.rotate(key, rope)), value
+        return (key if rope is None else apply_rope(key, rope)), value
 
     dense_key, dense_value = (x.contiguous() for x in look_up())
 

@@ -200,7 +200,12 @@ def decode_specs() -> Iterator[Spec]:
             variants = {impl: named(f"decode_{kind}_{impl}", shape) for impl in impls}
             notes = {"floor_of": "reading dense keys and values"}
             yield Spec(
-                *(f"decode_{kind}", shape, torch.bfloat16, variants, decode_roofline, build),
+                f"decode_{kind}",
+                shape,
+                torch.bfloat16,
+                variants,
+                decode_roofline,
+                build,
                 notes=notes,
                 gathered=gathered_rotary if kind == "rotary" else gathered,
             )
