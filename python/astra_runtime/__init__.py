@@ -7,10 +7,15 @@ from typing import TYPE_CHECKING, Any
 
 from .errors import (
     AstraError,
+    CallEnded,
     ConnectFailed,
     DeadlineExceeded,
     HandshakeRefused,
+    InputsDiffer,
+    ModelChanged,
+    NotFinite,
     PeerLost,
+    RequestMismatch,
     WireError,
 )
 from .transport import connect, local_mesh
@@ -23,13 +28,18 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 __all__ = [
     "AstraError",
+    "CallEnded",
     "Codebook",
     "ConnectFailed",
     "DeadlineExceeded",
     "Engine",
     "HandshakeRefused",
+    "InputsDiffer",
+    "ModelChanged",
+    "NotFinite",
     "PeerLost",
     "Plan",
+    "RequestMismatch",
     "WireError",
     "connect",
     "local_mesh",
