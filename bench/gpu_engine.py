@@ -44,6 +44,7 @@ from bench.gpu.ranks import Received, Replaying, record
 from bench.gpu.stages import Rank, Stopwatch, linked, run_rank
 from bench.report import Case, Times, cores, cpu_name, write
 
+COMPILED = ("check", "measure")
 RATES = (10, 100, 1000, 10_000)  # Mbit/s
 DELAY_MS = 1.0
 LOGITS_ERROR = 1e-3  # in the norm, between devices that add up in other orders
@@ -176,6 +177,24 @@ def check_equal(shape: Shape, device: torch.device, tokens: int, world_size: int
     }
 
 
+def check(args: argparse.Namespace, device: torch.device) -> dict[str, Any]:
+    small = dataclasses.replace(TINY, name="llama, checked")
+    shape, tokens = (small, 96) if args.small else (CHECKED, 384)
+    return check_equal(shape, device, tokens, 3)
+
+
+def compile_only(args: argparse.Namespace, device: torch.device) -> int:
+    """Runs the ranks once, so that the compiled form of their kernels is in Triton's cache."""
+    if args.compile == "check":
+        check(args, device)
+        return 0
+    shape = TINY if args.small else LLAMA_1B
+    model = make_model(shape, device)
+    ids = torch.randint(0, shape.vocabulary, (1, args.tokens[0]), device=device)
+    record(model, make_codebook(model, shape), ids, 2)
+    return 0
+
+
 def measure(args: argparse.Namespace, report: Report) -> bool:
     """Whether every case was tried before the time was up."""
     device, shape = report.device, TINY if args.small else LLAMA_1B
@@ -278,6 +297,9 @@ def arguments(given: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--output", type=Path, help="results folder instead of bench/results")
     parser.add_argument("--seconds", type=float, help="start no case after so many")
+    parser.add_argument(
+        "--compile", choices=COMPILED, help="only run what it names once, to compile its kernels"
+    )
     args = parser.parse_args(given)
     args.given = list(sys.argv[1:] if given is None else given)
     args.tokens = args.tokens or ([128] if args.small else [4096, 16_384, 32_768])
@@ -290,9 +312,9 @@ def main(given: Sequence[str] | None = None) -> int:
         print("bench.gpu_engine: there is no CUDA device; --device cpu --small tries it")
         return 2
     report = Report(args, torch.device(args.device))
-    small = dataclasses.replace(TINY, name="llama, checked")
-    checked, tokens = (small, 96) if args.small else (CHECKED, 384)
-    equal = check_equal(checked, report.device, tokens, 3)
+    if args.compile:
+        return compile_only(args, report.device)
+    equal = check(args, report.device)
     report.extra["equality"] = equal
     print(f"ranks on {args.device} beside ranks on the CPU: {equal}", flush=True)
     report.write(complete=False)

@@ -178,6 +178,8 @@ def capture(run: Engine, device: torch.device, ids: Tensor) -> Pieces:
                 run(input_ids=ids)
             finally:
                 pieces.cut()
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)  # replays run in another stream
     return pieces
 
 

@@ -100,9 +100,11 @@ def part_a(setup: Setup) -> list[Group]:
     """Whether the kernels are right, how fast the decisive cases are, and the engine with them."""
     ptxas = cuda_ptxas()
     other = (("TRITON_PTXAS_PATH", ptxas or ""), ("TRITON_CACHE_DIR", str(CACHE / "triton-ptxas")))
-    engine = setup.python("bench.gpu_engine", "--output", str(setup.output), "--seconds", SECONDS)
+    engine = setup.python("bench.gpu_engine", "--output", str(setup.output))
     if setup.rehearse:
         engine += ("--device", "cpu", "--small")
+    compiling = setup.compile("--decisive")
+    compiling += tuple((*engine, "--compile", part) for part in ("check", "measure"))
     return [
         beginning(setup),
         (Stage("smoke", setup.smoke(setup.workers), 60, 20),),
@@ -114,9 +116,9 @@ def part_a(setup: Setup) -> list[Group]:
                 note="a call that is wrong here alone, or in `smoke` alone, is the assembler's",
             ),
         ),
-        (Stage("compile", setup.compile("--decisive"), 50, 20),),
+        (Stage("compile", compiling, 55, 20),),
         (Stage("decisive", (setup.bench("--decisive", "--seconds", SECONDS),), 110, 60),),
-        (Stage("engine", (engine,), 110, 0),),
+        (Stage("engine", ((*engine, "--seconds", SECONDS),), 110, 0),),
     ]
 
 

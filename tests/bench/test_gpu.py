@@ -9,10 +9,12 @@ import time
 
 import pytest
 
+from bench import gpu_engine
 from bench.gpu import __main__ as gpu
 from bench.gpu import environment, plan, prepare, running
 from bench.gpu.plan import Setup
 from bench.gpu.running import Stage
+from bench.kernels import __main__ as kernels
 
 
 def python(code: str, **more) -> Stage:
@@ -53,6 +55,23 @@ def test_least_times_fit_a_part(part, tmp_path):
     groups = gpu.PLANS[part](Setup(tmp_path, 16))
     assert sum(max(stage.least for stage in group) for group in groups) < plan.PARTS[part] / 1.5
     assert plan.PARTS[part] + running.GRACE <= 300
+
+
+@pytest.mark.parametrize("rehearse", [0, 3])
+def test_every_command_of_ours_knows_its_arguments(tmp_path, rehearse):
+    parsers = {"bench.kernels": kernels.arguments, "bench.gpu_engine": gpu_engine.arguments}
+    parsed = set()
+    setup = Setup(tmp_path, 16, rehearse)
+    for stage in [s for part in gpu.PLANS.values() for group in part(setup) for s in group]:
+        for words in stage.commands:
+            place = words.index("-m") if "-m" in words else -1
+            module = words[place + 1]
+            if place >= 0 and module in parsers:
+                rest = ["9" if word == running.SECONDS else word for word in words[place + 2 :]]
+                args = parsers[module](rest)
+                assert args.device == ("cpu" if rehearse else "cuda")
+                parsed.add((stage.name, module))
+    assert {name for name, _ in parsed} == {"compile", "decisive", "engine", "benchmarks", "tuned"}
 
 
 def test_a_stage_that_does_not_exist_is_refused(capsys):
