@@ -51,7 +51,7 @@ def _corpora() -> str:
 
 
 def overview(benches: Sequence[Bench]) -> str:
-    """What is run and what is left out, with the minutes of each."""
+    """What is run and what is left out: minutes, and the tables that each makes."""
     others = [bench for bench in BENCHES if bench not in benches]
     lines = [f"runs, about {sum(bench.minutes for bench in benches)} min:"]
     lines += map(_line, benches)
@@ -64,7 +64,10 @@ def overview(benches: Sequence[Bench]) -> str:
 
 def _line(bench: Bench) -> str:
     needs = f" [needs {', '.join(bench.needs)}]" if bench.needs else ""
-    return f"  {bench.name:17}{bench.minutes:4} min  {bench.about}{needs}"
+    results = {result for run in bench.runs for result in run.writes}
+    names = [name for name, table in tables.TABLES.items() if results.intersection(table.files)]
+    of_tables = f"\n{'':27}tables: {', '.join(names)}" if names else ""
+    return f"  {bench.name:17}{bench.minutes:4} min  {bench.about}{needs}{of_tables}"
 
 
 def origins() -> str:
@@ -110,9 +113,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         benches = chosen(options.names)
     except ValueError as error:
         parser.error(str(error))
-    print(overview(benches), flush=True)
+    print(f"{overview(benches)}\n\npython -m bench --list has the commands.", flush=True)
     if options.list:
-        print(f"\ntables, and what makes them:\n{origins()}")
+        print(f"\ntables, and the commands that make them:\n{origins()}")
         return 0
     failed = []
     for bench in benches:

@@ -11,18 +11,13 @@ that goes bit by bit is the slower the wider the code: at 1 or 2 bits nothing is
 """
 
 import argparse
-import sys
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import faiss
 import faiss.loader
 import numpy as np
 import numpy.typing as npt
-
-if __package__ in (None, ""):
-    sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from astra_kernels import _C
 from astra_kernels.pack import pack, packed_size, unpack

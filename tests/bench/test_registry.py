@@ -78,6 +78,17 @@ def test_what_a_benchmark_lacks_is_told(ran, capsys, monkeypatch, reason, status
     assert ("three cannot run here: needs root" in capsys.readouterr().out) is bool(status)
 
 
+def test_the_overview_names_the_tables_that_a_benchmark_makes(capsys):
+    overview = program.overview(registry.chosen(["latency"]))
+    runs, _, left_out = overview.partition("leaves out")
+    assert (
+        "tables: latency_vit, latency_vit_stages, latency_smollm2, latency_smollm2_stages" in runs
+    )
+    for name, table in tables.TABLES.items():
+        assert name in overview or not table.files
+    assert "accuracy_lm" in left_out
+
+
 def test_an_unknown_name_is_refused(ran, capsys):
     with pytest.raises(SystemExit):
         program.main(["four"])
