@@ -26,7 +26,7 @@ from .trace import stage
 Choose = Callable[[Tensor, Tensor], Tensor]  # (ids [B, t], logits [B, V]) -> next token [B]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Generation:
     """What `Engine.generate` was asked for; its docstring explains each."""
 

@@ -105,7 +105,7 @@ def _check_picture(pixels: Tensor, config: Any) -> None:
         raise ValueError("pixel_values: expected finite values, got NaN or infinity")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Views:
     """What one rank needs of a call's positions, padding and picture.
 

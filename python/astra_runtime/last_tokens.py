@@ -14,7 +14,7 @@ from torch import Tensor
 from .plan import Plan
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class LastTokens:
     """The last token of each row of a batch.
 

@@ -62,7 +62,22 @@ class Codebook(CodebookFields):
 
     @classmethod
     def fit(cls, model: nn.Module, calibration: Any, **options: Any) -> Codebook:
-        """Learns codewords by k-means; see `astra_runtime.train.fit.fit` for the options."""
+        """Learns the codewords of every block.
+
+        Args:
+            model: a supported Hugging Face model, in evaluation mode.
+            calibration: token windows, int64 [W, T] or a list of [T], or images [W, C, h, w]. Never
+                what is then prompted or evaluated.
+            options: keywords, those of `astra_runtime.train.options.FitOptions`: `space`, `groups`,
+                `codewords`, `bits` …
+
+        Raises:
+            TypeError, ValueError: what cannot be fitted, found before the work begins.
+
+        Example:
+            codebook = Codebook.fit(model, windows, space="transform", bits=100)
+            codebook.save_pretrained("codebook")
+        """
         from ..train.fit import fit
 
         return fit(model, calibration, **options)

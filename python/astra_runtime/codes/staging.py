@@ -41,7 +41,7 @@ def read_later(flag: Tensor) -> Callable[[], bool]:
     return read
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class ReceivedCodes:
     """Codes on a device, as ranks packed them.
 

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 import astra_kernels as ak
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Projection:
     """Keys and values of block inputs x: n(x) Wᵀ + b, with the norm's gain and shift in W and b.
 

@@ -32,7 +32,7 @@ MEMBERS = 64  # vectors a codeword that k-means sees: more cost time and change 
 SAMPLE = 8192  # rows are enough to tell where bits go
 
 
-@dataclass
+@dataclass(eq=False)
 class Rows:
     """Calibration tokens, side by side: y of a block [n, E], and what every rank knows at once."""
 
@@ -52,7 +52,7 @@ def regression(gram: Tensor, cross: Tensor, count: int) -> Tensor:
     return torch.cholesky_solve(cross, torch.linalg.cholesky(raised))
 
 
-@dataclass
+@dataclass(eq=False)
 class _Model:
     """A block's y as a linear function of the last block's, plus ê, plus noise.
 

@@ -29,7 +29,7 @@ from ..codes.search import Search
 from .kmeans import draw
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Quantized:
     """What a quantizer makes of vectors [..., C, w].
 

@@ -14,7 +14,7 @@ from ..models import Adapter, Inputs
 from .calibration import Progress
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class FitOptions:
     """The keywords of `Codebook.fit`.
 

@@ -118,7 +118,7 @@ def _drawn_loss(model: nn.Module, output: Any, generator: torch.Generator) -> Te
     return (answer * direction).sum() / answer.detach().std()
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Cost:
     """Symmetric square roots of every block's F, and their inverses, [L, E, E] both."""
 
