@@ -11,10 +11,12 @@ the buffer posted for it, so buffers are posted with room to spare and the heade
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import math
 import threading
 import time
+import weakref
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from datetime import timedelta
@@ -40,7 +42,8 @@ from astra_runtime.wire import HEADER_SIZE, Frame
 ROOM: Final = 1 << 20  # bytes of the smallest buffer posted to gloo
 MAX_SENDING: Final = 16 << 20  # bytes on their way to peers that do not read before `send` waits
 GRACE: Final = 1.0  # seconds that gloo has to say what went wrong, after a deadline
-END_SECONDS: Final = 0.05
+END_SECONDS: Final = 0.05  # for a thread to end, or to give a lock back
+EXIT_SECONDS: Final = 1.0
 
 
 class _Transfer(NamedTuple):
@@ -68,10 +71,15 @@ class _Waiter:
             name = "astra-torch-wait"
             self._thread = threading.Thread(target=self._run, name=name, daemon=True)
             self._thread.start()
+            _waiters.add(self)
         self._queue.put((transfer, deadline))
 
     def stop(self) -> None:
         self._queue.put(None)
+
+    def join(self, seconds: float) -> None:
+        if self._thread is not None and self._thread is not threading.current_thread():
+            self._thread.join(seconds)
 
     def _run(self) -> None:
         while (item := self._queue.get()) is not None:
@@ -83,6 +91,18 @@ class _Waiter:
             else:
                 self._ended(transfer, None)
             del item, transfer  # a buffer must not live until the next transfer
+
+
+_waiters: weakref.WeakSet[_Waiter] = weakref.WeakSet()
+
+
+@atexit.register
+def _join_waiters() -> None:
+    """A thread that comes back from torch while the interpreter ends would abort the process."""
+    for waiter in list(_waiters):
+        waiter.stop()
+    for waiter in list(_waiters):
+        waiter.join(EXIT_SECONDS)
 
 
 def _wait(transfer: _Transfer, deadline: float) -> None:
@@ -327,6 +347,8 @@ class DistributedMesh(PeerMesh[Channel]):
             self._group.abort()  # whoever waits for this rank need not wait for the deadline
             del self._group  # its connections end with the last reference
             dist.destroy_process_group()
+        self._receives.join(END_SECONDS)
+        self._sends.join(END_SECONDS)
 
 
 def require_plaintext_on_loopback(options: ConnectOptions) -> None:

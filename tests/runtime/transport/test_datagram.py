@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import random
 import socket
 import struct
@@ -14,11 +15,12 @@ import pytest
 import torch
 
 from astra_runtime import Codebook, Engine, errors
+from astra_runtime.control import is_control
 from astra_runtime.models import adapt
 from astra_runtime.plan import Plan
-from astra_runtime.transport import Mesh, fragments, local_mesh
+from astra_runtime.transport import Mesh, datagram, fragments, local_mesh
 from astra_runtime.transport.certificates import can_make_keys
-from astra_runtime.transport.datagram import DatagramMesh, connect_datagrams
+from astra_runtime.transport.datagram import PAUSE, DatagramMesh, connect_datagrams
 from astra_runtime.transport.fragments import (
     DATAGRAM_SIZE,
     FEC_GROUP,
@@ -44,6 +46,10 @@ from ..test_degrade import book_for
 
 Fate = Callable[[bytes], Sequence[bytes]]  # what becomes of a datagram
 SECRET = bytes(range(32))
+# A wait that ends for another reason than its deadline ends before a quarter of it, however busy
+# the machine is: after that a frame that has begun is given up.
+LONG = 60.0
+EARLY = LONG * PAUSE
 
 
 def datagram_mesh(
@@ -104,18 +110,27 @@ def content(rank: int, block: int, size: int) -> bytes:
     return bytes((rank * 31 + block * 7 + position) % 251 for position in range(size))
 
 
-def told(mesh: DatagramMesh, block: int, size: int, **options: Any) -> dict[int, bytes]:
-    """Sends this rank's content of a block to all, and receives theirs."""
+def told(
+    mesh: DatagramMesh,
+    block: int,
+    size: int,
+    sent: threading.Barrier | None = None,
+    **options: Any,
+) -> dict[int, bytes]:
+    """Sends this rank's content of a block to all, and receives theirs; with `sent`, when all that
+    will come has come."""
     others = [rank for rank in range(mesh.world_size) if rank != mesh.rank]
     payload, partial = content(mesh.rank, block, size), options.get("partial", False)
     mesh.send(payload, block=block, plan=PLAN, to=others, partial=partial)
+    if sent is not None:
+        sent.wait()
     views = mesh.receive(dict.fromkeys(others, size), block=block, plan=PLAN, **options)
     return {rank: bytes(view) for rank, view in views.items()}
 
 
 @pytest.fixture
 def pair() -> Iterator[list[DatagramMesh]]:
-    meshes = datagram_mesh(2, timeout=5)
+    meshes = datagram_mesh(2, timeout=LONG)
     yield meshes
     together([mesh.close for mesh in meshes])
 
@@ -164,7 +179,7 @@ def test_a_rank_that_runs_ahead_is_heard_in_order(
         else:
             assert ahead.wait(30)
             for block in range(40):
-                views = mesh.receive({0: 2000}, block=block, plan=PLAN, timeout=5, partial=True)
+                views = mesh.receive({0: 2000}, block=block, plan=PLAN, timeout=LONG, partial=True)
                 assert bytes(views[0]) == content(0, block, 2000)
                 assert not mesh.missing_ranges
 
@@ -181,17 +196,19 @@ def test_views_survive_the_next_block(pair: list[DatagramMesh]) -> None:
 def test_stats_count_payload_and_datagrams(make: Callable[..., list[DatagramMesh]]) -> None:
     size = 2 * FRAGMENT_SIZE + 1
 
-    def work(mesh: DatagramMesh) -> None:
+    def work(mesh: DatagramMesh) -> tuple[int, int]:
         before = mesh.stats
         all_to_all(mesh, 5, size)
         spent = mesh.stats - before
         assert (spent.messages_sent, spent.messages_received) == (5, 5)
         assert spent.bytes_sent_payload == spent.bytes_received_payload == 5 * size
-        total = 5 * (size + 3 * (HEADER_SIZE + SEAL_SIZE))
-        assert spent.bytes_sent_total == spent.bytes_received_total == total
+        assert spent.bytes_sent_total == 5 * (size + 3 * (HEADER_SIZE + SEAL_SIZE))
         assert mesh.peer_stats[1 - mesh.rank].messages_sent >= 5
+        stats = mesh._peers[1 - mesh.rank].stats
+        return stats.bytes_sent_total, stats.bytes_received_total
 
-    as_ranks(make(2), work)
+    (sent, received), (answered, heard) = as_ranks(make(2), work)
+    assert (sent, answered) == (heard, received)  # path probes and all
 
 
 # --- losses
@@ -204,7 +221,7 @@ def test_gaps_are_the_parts_that_were_lost(make: Callable[..., list[DatagramMesh
 
     def work(mesh: DatagramMesh) -> None:
         lane(mesh, 1 - mesh.rank, dropping(*lost))
-        found = told(mesh, 0, size, timeout=0.5, partial=True)
+        found = told(mesh, 0, size, timeout=8, partial=True)
         want = bytearray(content(1 - mesh.rank, 0, size))
         for index in lost:
             want[index * step : (index + 1) * step] = bytes(step)
@@ -212,7 +229,7 @@ def test_gaps_are_the_parts_that_were_lost(make: Callable[..., list[DatagramMesh
         gaps = [(0, step), (4 * step, 6 * step), (9 * step, 10 * step)]
         assert mesh.missing_ranges == {1 - mesh.rank: gaps}
         assert mesh.datagrams.missing == len(lost)
-        again = told(mesh, 1, size, timeout=5, partial=True)
+        again = told(mesh, 1, size, timeout=LONG, partial=True)
         assert again == {1 - mesh.rank: content(1 - mesh.rank, 1, size)}
         assert mesh.missing_ranges == {}
 
@@ -221,10 +238,12 @@ def test_gaps_are_the_parts_that_were_lost(make: Callable[..., list[DatagramMesh
 
 
 def test_a_rank_of_which_nothing_came_is_absent() -> None:
+    sent = threading.Barrier(3, timeout=LONG)
+
     def work(mesh: DatagramMesh) -> None:
         if mesh.rank == 1:
             lane(mesh, 0, lambda _: [])
-        found = told(mesh, 0, 3000, timeout=0.3, partial=True)
+        found = told(mesh, 0, 3000, sent, timeout=0.3, partial=True)
         others = {0, 1, 2} - {mesh.rank} - ({1} if mesh.rank == 0 else set())
         assert found == {rank: content(rank, 0, 3000) for rank in others}
 
@@ -235,8 +254,8 @@ def test_the_wait_ends_early_when_later_parts_have_come(pair: list[DatagramMesh]
     lane(pair[0], 1, dropping(1))
     pair[0].send(content(0, 0, 10_000), block=0, plan=PLAN, to=[1])
     start = time.monotonic()
-    view = pair[1].receive({0: 10_000}, block=0, plan=PLAN, timeout=5, partial=True)[0]
-    assert time.monotonic() - start < 0.5
+    view = pair[1].receive({0: 10_000}, block=0, plan=PLAN, timeout=LONG, partial=True)[0]
+    assert time.monotonic() - start < EARLY
     _, step = fragment_layout(10_000)
     assert pair[1].missing_ranges == {0: [(step, 2 * step)]}
     assert bytes(view[2 * step :]) == content(0, 0, 10_000)[2 * step :]
@@ -254,11 +273,11 @@ def test_the_wait_ends_early_when_a_later_frame_has_come(pair: list[DatagramMesh
     sender = threading.Thread(target=later)
     sender.start()
     start = time.monotonic()
-    pair[1].receive({0: 10_000}, block=0, plan=PLAN, timeout=5, partial=True)
-    assert 0.09 < time.monotonic() - start < 1
+    pair[1].receive({0: 10_000}, block=0, plan=PLAN, timeout=LONG, partial=True)
+    assert time.monotonic() - start < EARLY
     assert pair[1].missing_ranges == {0: [(8 * step, 10_000)]}
     sender.join()
-    views = pair[1].receive({0: 10_000}, block=1, plan=PLAN, timeout=5, partial=True)
+    views = pair[1].receive({0: 10_000}, block=1, plan=PLAN, timeout=LONG, partial=True)
     assert bytes(views[0]) == content(0, 1, 10_000)
     assert not pair[1].missing_ranges
 
@@ -269,22 +288,22 @@ def test_a_lost_part_is_a_deadline_where_all_is_wanted(pair: list[DatagramMesh])
     start = time.monotonic()
     with pytest.raises(errors.DeadlineExceeded) as caught:
         pair[1].receive({0: 10_000}, block=3, plan=PLAN, timeout=0.3)
-    assert 0.29 < time.monotonic() - start < 0.6
+    assert 0.29 < time.monotonic() - start < LONG
     assert (caught.value.rank, caught.value.block) == (0, 3)
 
 
 def test_deadline_of_a_silent_rank(pair: list[DatagramMesh]) -> None:
     start = time.monotonic()
     assert pair[1].receive({0: 10}, block=0, plan=PLAN, timeout=0.2, partial=True) == {}
-    assert 0.19 < time.monotonic() - start < 0.5
+    assert 0.19 < time.monotonic() - start < LONG
 
 
 def test_the_wait_for_an_overtaken_part_is_short(pair: list[DatagramMesh]) -> None:
     lane(pair[0], 1, dropping(7))  # of nine: one part more follows
     pair[0].send(content(0, 0, 10_000), block=0, plan=PLAN, to=[1])
     start = time.monotonic()
-    pair[1].receive({0: 10_000}, block=0, plan=PLAN, timeout=5, partial=True)
-    assert time.monotonic() - start < 0.5
+    pair[1].receive({0: 10_000}, block=0, plan=PLAN, timeout=LONG, partial=True)
+    assert time.monotonic() - start < EARLY
     assert len(pair[1].missing_ranges[0]) == 1
 
 
@@ -292,8 +311,8 @@ def test_the_wait_for_the_end_of_a_frame_is_a_quarter(pair: list[DatagramMesh]) 
     lane(pair[0], 1, dropping(8))  # the last one
     pair[0].send(content(0, 0, 10_000), block=0, plan=PLAN, to=[1])
     start = time.monotonic()
-    pair[1].receive({0: 10_000}, block=0, plan=PLAN, timeout=2, partial=True)
-    assert 0.45 < time.monotonic() - start < 1
+    pair[1].receive({0: 10_000}, block=0, plan=PLAN, timeout=8, partial=True)
+    assert 1.9 < time.monotonic() - start < 8
     assert len(pair[1].missing_ranges[0]) == 1
 
 
@@ -308,12 +327,12 @@ def test_late_parts_are_of_no_use_and_do_no_harm(pair: list[DatagramMesh]) -> No
 
     wire = lane(pair[0], 1, fate)
     pair[0].send(content(0, 0, 10_000), block=0, plan=PLAN, to=[1])
-    view = pair[1].receive({0: 10_000}, block=0, plan=PLAN, timeout=5, partial=True)[0]
+    view = pair[1].receive({0: 10_000}, block=0, plan=PLAN, timeout=LONG, partial=True)[0]
     before = bytes(view)
-    for datagram in kept:
-        wire.sock.send(datagram)
+    for each in kept:
+        wire.sock.send(each)
     pair[0].send(content(0, 1, 100), block=1, plan=PLAN, to=[1])
-    found = pair[1].receive({0: 100}, block=1, plan=PLAN, timeout=5, partial=True)
+    found = pair[1].receive({0: 100}, block=1, plan=PLAN, timeout=LONG, partial=True)
     assert bytes(found[0]) == content(0, 1, 100)
     assert bytes(view) == before
     assert pair[1].datagrams.late == 2
@@ -337,8 +356,8 @@ def test_fec_recovers_one_loss_in_each_group(fec_group: int, size: int) -> None:
         lost = {index for index in range(len(parts)) if chance.random() < 0.15}
         came = [b"".join(part) for index, part in enumerate(parts) if index not in lost]
         chance.shuffle(came)
-        for datagram in came:
-            inbox.take(memoryview(datagram))
+        for each in came:
+            inbox.take(memoryview(each))
         group_of = [n % groups for n in range(count)] + list(range(groups))
         losses = [sum(group_of[n] == group for n in lost) for group in range(groups)]
         missing = {n for n in lost if n < count and losses[group_of[n]] > 1}
@@ -368,8 +387,8 @@ def test_a_loss_that_fec_recovers_delays_nothing(
         for block in range(per_frame):
             lane(mesh, 1 - mesh.rank, dropping(block))
             start = time.monotonic()
-            found = told(mesh, block, size, timeout=5, partial=True)
-            assert time.monotonic() - start < 2
+            found = told(mesh, block, size, timeout=LONG, partial=True)
+            assert time.monotonic() - start < EARLY
             assert found == {1 - mesh.rank: content(1 - mesh.rank, block, size)}
             assert not mesh.missing_ranges
         assert mesh.datagrams.recovered == per_frame - 1
@@ -394,7 +413,7 @@ def test_reordered_and_repeated_parts(make: Callable[..., list[DatagramMesh]]) -
 
         lane(mesh, 1 - mesh.rank, swapping)
         for block in range(4):
-            found = told(mesh, block, 10 * FRAGMENT_SIZE, timeout=5, partial=True)
+            found = told(mesh, block, 10 * FRAGMENT_SIZE, timeout=LONG, partial=True)
             assert found == {1 - mesh.rank: content(1 - mesh.rank, block, 10 * FRAGMENT_SIZE)}
             assert not mesh.missing_ranges
         assert mesh.datagrams.repeated >= 30
@@ -413,8 +432,8 @@ def test_a_recorded_frame_cannot_be_replayed(make: Callable[..., list[DatagramMe
     wire = lane(meshes[0], 1, recording)
     meshes[0].send(content(0, 0, 3000), block=0, plan=PLAN, to=[1])
     assert meshes[1].receive({0: 3000}, block=0, plan=PLAN)
-    for datagram in recorded:
-        wire.sock.send(datagram)
+    for each in recorded:
+        wire.sock.send(each)
     assert meshes[1].receive({0: 3000}, block=0, plan=PLAN, timeout=0.2, partial=True) == {}
     assert meshes[1].datagrams.repeated == len(recorded)
     together([mesh.close for mesh in meshes])
@@ -474,8 +493,8 @@ def test_another_secret_is_refused(seal: type[Seal]) -> None:
         pytest.skip("no cryptography")
     outbox, inbox = Outbox(0, seal(SECRET)), Inbox(0, seal(bytes(32)))  # type: ignore[call-arg]
     inbox.expect(10, 0, PLAN)
-    for datagram in outbox.frame(memoryview(bytes(10)), 0, PLAN):
-        inbox.take(memoryview(b"".join(datagram)))
+    for each in outbox.frame(memoryview(bytes(10)), 0, PLAN):
+        inbox.take(memoryview(b"".join(each)))
     assert not inbox.whole
     assert inbox.stats.refused == 1
 
@@ -532,7 +551,7 @@ def test_parts_that_come_early_are_kept_within_bounds(pair: list[DatagramMesh]) 
     assert inbox._early_bytes == 0
     assert not inbox._early
     pair[0].send(payload, block=0, plan=PLAN, to=[1])
-    assert pair[1].receive({0: len(payload)}, block=0, plan=PLAN, timeout=5, partial=True)
+    assert pair[1].receive({0: len(payload)}, block=0, plan=PLAN, timeout=LONG, partial=True)
     assert not pair[1].missing_ranges
 
 
@@ -542,20 +561,17 @@ def test_parts_that_come_early_are_kept_within_bounds(pair: list[DatagramMesh]) 
 def test_a_lost_peer_ends_the_wait(make: Callable[..., list[DatagramMesh]]) -> None:
     meshes = make(3)
 
-    def work(mesh: DatagramMesh) -> float:
+    def work(mesh: DatagramMesh) -> None:
         if mesh.rank == 1:
             mesh.send(bytes(10), block=5, plan=PLAN, to=[0, 2])
-            time.sleep(0.2)
             raise RuntimeError("the fault")
-        start = time.monotonic()
         with pytest.raises(errors.PeerLost, match="the fault") as caught:
             mesh.receive({2 - mesh.rank: 10}, block=6, plan=PLAN)
         assert (caught.value.rank, caught.value.block) == (1, 5)
-        return time.monotonic() - start
 
     found = as_ranks(meshes, work, errors_too=True)
     assert isinstance(found[1], RuntimeError)
-    assert all(0.1 < seconds < 2 for seconds in (found[0], found[2]))
+    assert found[0] is found[2] is None
 
 
 def test_a_lost_peer_is_left_out_of_a_partial_wait() -> None:
@@ -566,9 +582,9 @@ def test_a_lost_peer_is_left_out_of_a_partial_wait() -> None:
             raise RuntimeError("the fault")
         for block in range(3):
             start = time.monotonic()
-            found = told(mesh, block, 5000, timeout=10, partial=True)
+            found = told(mesh, block, 5000, timeout=LONG, partial=True)
             assert found == {2 - mesh.rank: content(2 - mesh.rank, block, 5000)}
-            assert time.monotonic() - start < 2
+            assert time.monotonic() - start < EARLY
         assert "the fault" in str(mesh.lost[1])
 
     found = as_ranks(meshes, work, errors_too=True)
@@ -581,7 +597,7 @@ def test_send_never_waits(pair: list[DatagramMesh]) -> None:
     start = time.monotonic()
     for block in range(16):  # nobody reads
         pair[0].send(payload, block=block, plan=PLAN, to=[1])
-    assert time.monotonic() - start < 3
+    assert time.monotonic() - start < LONG / 2
 
 
 def test_a_kernel_without_room_delays_and_then_loses(pair: list[DatagramMesh]) -> None:
@@ -599,7 +615,7 @@ def test_a_kernel_without_room_delays_and_then_loses(pair: list[DatagramMesh]) -
     assert pair[1].receive({0: 5000}, block=0, plan=PLAN, timeout=0.1, partial=True) == {}
     full = False
     pair[0].send(content(0, 1, 5000), block=1, plan=PLAN, to=[1])
-    found = pair[1].receive({0: 5000}, block=1, plan=PLAN, timeout=5, partial=True)
+    found = pair[1].receive({0: 5000}, block=1, plan=PLAN, timeout=LONG, partial=True)
     assert bytes(found[0]) == content(0, 1, 5000)
     assert pair[1].datagrams.late == 5
     full = True
@@ -614,8 +630,6 @@ def test_a_kernel_without_room_delays_and_then_loses(pair: list[DatagramMesh]) -
 
 
 def test_a_way_that_datagrams_do_not_pass(monkeypatch: pytest.MonkeyPatch) -> None:
-    from astra_runtime.transport import datagram
-
     monkeypatch.setattr(datagram._Peer, "transmit", lambda self, pieces: None)
     meshes = local_mesh(2)
 
@@ -671,43 +685,55 @@ def test_a_peer_that_sends_no_datagrams() -> None:
 
 
 def test_many_lossy_exchanges_end() -> None:
-    """A tenth of all datagrams is lost, some come twice, some change places."""
+    """A tenth of all datagrams is lost, some come twice. What is missing is what was lost."""
     blocks, size = 150, 5000
+    count, step = fragment_layout(size)
+    sent = threading.Barrier(3, timeout=LONG)
+    lost: set[tuple[int, int, int, int]] = set()  # sender, receiver, block, fragment
 
-    def work(mesh: DatagramMesh) -> tuple[int, int]:
-        chance = random.Random(mesh.rank)
+    def fate(sender: int, receiver: int) -> Fate:
+        chance, numbers = random.Random(3 * sender + receiver), itertools.count()
 
-        def fate(datagram: bytes) -> list[bytes]:
+        def decide(datagram: bytes) -> list[bytes]:
+            block, index = divmod(next(numbers), count)
             drawn = chance.random()
-            return [] if drawn < 0.1 else [datagram] * (2 if drawn > 0.95 else 1)
+            if drawn < 0.1:
+                lost.add((sender, receiver, block, index))
+                return []
+            return [datagram] * (2 if drawn > 0.95 else 1)
 
+        return decide
+
+    def work(mesh: DatagramMesh) -> int:
         for peer in mesh._peers:
-            lane(mesh, peer, fate)
-        lost = whole = 0
+            lane(mesh, peer, fate(mesh.rank, peer))
+        whole = 0
         for block in range(blocks):
-            found = told(mesh, block, size, timeout=0.05, partial=True)
-            for rank, view in found.items():
+            found = told(mesh, block, size, sent, timeout=0.05, partial=True)
+            for rank in mesh._peers:
+                missing = [n for n in range(count) if (rank, mesh.rank, block, n) in lost]
                 want = bytearray(content(rank, block, size))
-                for start, stop in mesh.missing_ranges.get(rank, ()):
-                    want[start:stop] = bytes(stop - start)
-                    lost += stop - start
-                assert view == want
-                whole += rank not in mesh.missing_ranges
-            lost += size * (mesh.world_size - 1 - len(found))
-        return lost, whole
+                for n in missing:
+                    want[n * step : (n + 1) * step] = bytes(step)
+                assert found.get(rank, want) == want
+                assert (rank in found) == (len(missing) < count)
+                assert (rank in mesh.missing_ranges) == (0 < len(missing) < count)
+                whole += not missing
+            sent.wait()
+        return whole
 
-    found = as_ranks(datagram_mesh(3), work)
-    for lost, whole in found:
-        assert 0.06 < lost / (2 * blocks * size) < 0.16
-        assert whole > blocks
+    wholes = as_ranks(datagram_mesh(3), work)
+    assert 0.06 < len(lost) / (6 * blocks * count) < 0.14
+    assert all(blocks < whole < 2 * blocks for whole in wholes)
 
 
 # --- the engine
 
 
 def fate_of(sender: int, receiver: int, block: int, index: int) -> bool:
-    """Whether this part is lost: one in four, the same in every call."""
-    return random.Random(f"{sender} {receiver} {block} {index}").random() < 0.25
+    """Whether this fragment is lost: one in four, the same in every call; never a frame's first,
+    since a frame of which nothing arrives is waited for until the deadline."""
+    return index > 0 and random.Random(f"{sender} {receiver} {block} {index}").random() < 0.25
 
 
 def losing(sender: int, receiver: int) -> Fate:
@@ -720,9 +746,34 @@ def losing(sender: int, receiver: int) -> Fate:
     return fate
 
 
+Missing = dict[tuple[int, int, int], list[int]]  # by block, receiver and sender
+
+
 class Lost(LossyDatagrams):
+    """The simulation of what came in a call."""
+
+    recorded: Missing
+
     def missing(self, block: int, receiver: int, sender: int, count: int) -> list[int]:
-        return [n for n in range(count) if fate_of(sender, receiver, block, n)]
+        return self.recorded.get((block, receiver, sender), [])  # what is not sent is not lost
+
+
+def record(mesh: DatagramMesh, missing: Missing) -> None:
+    """Notes which fragments each receive of `mesh` goes without."""
+    receive = mesh.receive
+
+    def recording(sizes: dict[int, int], *, block: int, **place: Any) -> dict[int, memoryview]:
+        views = receive(sizes, block=block, **place)
+        if not is_control(block):
+            for sender, size in sizes.items():
+                count, step = fragment_layout(size)
+                ranges = mesh.missing_ranges.get(sender, ()) if sender in views else [(0, size)]
+                missing[block, mesh.rank, sender] = [
+                    n for n in range(count) if any(a <= n * step < b for a, b in ranges)
+                ]
+        return views
+
+    mesh.receive = recording  # type: ignore[assignment]
 
 
 @pytest.fixture
@@ -746,26 +797,34 @@ def answers(
 @pytest.mark.parametrize("kind", ["llama", "vit"])
 @pytest.mark.parametrize("name", ["kv", "hidden-4", "transform", "differential"])
 @pytest.mark.usefixtures("small_parts")
-def test_an_engine_equals_the_simulation_of_what_came(kind: str, name: str) -> None:
+def test_an_engine_equals_the_simulation_of_what_came(
+    kind: str, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whatever that was, since it depends on the time; class tokens and answers are never late."""
     if kind == "vit" and name in ("transform", "differential"):
         pytest.skip("codes of what token ids cannot predict")
+    monkeypatch.setattr(datagram, "PAUSE", 0.3 / LONG)
     model, inputs = tiny(kind), inputs_for(kind, 23)
     book = book_for(kind, name, model)
-    meshes = datagram_mesh(3)
+    meshes = datagram_mesh(3, timeout=LONG)
+    missing: Missing = {}
     for mesh in meshes:
+        record(mesh, missing)
         for to in mesh._peers:
             lane(mesh, to, losing(mesh.rank, to))
     adapter = adapt(model)
     copies = max(book.prefix, adapter.class_tokens)
     tokens = adapter.count(inputs)[1] - book.prefix
     plan = Plan.make(tokens, 3, causal=adapter.causal, copies=copies, weights=(1, 1, 1))
-    generator = torch.Generator()
-    simulated = Lost(model, book, plan, inputs, 0, lost=0.5, generator=generator)
+    found = answers(meshes, model, book, inputs, deadline_ms=1000 * LONG)
+    simulated = Lost(model, book, plan, inputs, 0, lost=0.5, generator=torch.Generator())
+    simulated.recorded = missing
     with torch.no_grad():
         wanted = simulated.run().logits
-    for logits, degraded, missing in answers(meshes, model, book, inputs):
+    assert any(missing.values())
+    for logits, degraded, without in found:
         assert degraded
-        assert set(missing) >= {0}
+        assert set(without) >= {0}
         want = wanted if kind == "vit" else wanted[:, -1:]
         torch.testing.assert_close(logits, want, rtol=2e-4, atol=2e-4)
 
@@ -775,7 +834,7 @@ def test_without_losses_no_bit_differs_from_tcp(make: Callable[..., list[Datagra
     book = book_for("llama", "kv", model)
     tcp = answers(local_mesh(3), model, book, inputs)  # type: ignore[arg-type]
     for fec_group in (0, FEC_GROUP):
-        found = answers(make(3, fec_group=fec_group), model, book, inputs, deadline_ms=5000.0)
+        found = answers(make(3, fec_group=fec_group), model, book, inputs, deadline_ms=1000 * LONG)
         for (logits, degraded, missing), (wanted, _, _) in zip(found, tcp, strict=True):
             assert torch.equal(logits, wanted)
             assert (degraded, missing) == (False, {})
@@ -802,7 +861,7 @@ def test_an_encoder_answers_without_codes_of_the_rank_that_owns_the_answer() -> 
 
     lane(meshes[0], 1, first_block)
     book = book_for("vit", "kv", model)
-    for _, degraded, missing in answers(meshes, model, book, inputs, deadline_ms=5000.0):
+    for _, degraded, missing in answers(meshes, model, book, inputs, deadline_ms=1000 * LONG):
         assert degraded
         assert missing == {0: [0]}
 

@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 
 from astra_runtime import errors, wire
-from astra_runtime.transport import Link, Mesh, connect
+from astra_runtime.transport import Link, Mesh, connect, pending
 from astra_runtime.wire import Hello
 
 from ..ranks import (
@@ -196,21 +196,30 @@ def test_strangers_are_refused_and_peers_still_join(
     as_ranks([first, second], lambda mesh: all_to_all(mesh, 2, 50))
 
 
-def test_a_second_process_of_the_same_rank_is_refused() -> None:
+def test_a_second_process_of_the_same_rank_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     peers = free_ports(3)
-    joined = threading.Event()
+    joined, refused = threading.Event(), threading.Event()
+    join = pending.Members.join
+
+    def joining(members: pending.Members, rank: int, stream: Any) -> None:
+        join(members, rank, stream)
+        if (members.own.rank, rank) == (0, 1):
+            joined.set()
+
+    monkeypatch.setattr(pending.Members, "join", joining)
 
     def duplicate() -> Mesh:
-        assert joined.wait(10)
-        time.sleep(0.2)
-        return connect(1, 3, [peers[0], free_ports(1)[0], peers[2]])
+        assert joined.wait(50)
+        try:
+            return connect(1, 3, [peers[0], free_ports(1)[0], peers[2]])
+        finally:
+            refused.set()
 
     def original() -> Mesh:
-        joined.set()
         return connect(1, 3, peers)
 
     def last() -> Mesh:
-        time.sleep(0.8)
+        assert refused.wait(50)
         return connect(2, 3, peers)
 
     results = together([lambda: connect(0, 3, peers), original, last, duplicate], errors_too=True)
@@ -219,7 +228,8 @@ def test_a_second_process_of_the_same_rank_is_refused() -> None:
     as_ranks(results[:3], lambda mesh: all_to_all(mesh, 2, 50))
 
 
-def test_silent_strangers_do_not_hold_up_peers() -> None:
+def test_silent_strangers_do_not_hold_up_peers(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(pending, "HANDSHAKE_SECONDS", 50.0)
     peers = free_ports(2)
 
     def late_peer(strangers: list[socket.socket]) -> Mesh:
@@ -229,7 +239,7 @@ def test_silent_strangers_do_not_hold_up_peers() -> None:
     strangers: list[socket.socket] = []
     start = time.monotonic()
     meshes = together([lambda: connect(0, 2, peers), lambda: late_peer(strangers)])
-    assert time.monotonic() - start < 4  # below the deadline of a handshake
+    assert time.monotonic() - start < 40  # below the deadline of a handshake
     as_ranks(meshes, lambda mesh: all_to_all(mesh, 2, 50))
     for sock in strangers:
         sock.close()
@@ -267,10 +277,8 @@ def test_a_killed_process_is_lost_at_the_block_that_needs_it() -> None:
                 assert bytes(mesh.receive({1: 8}, block=block, plan=PLAN)[1]) == b"12345678"
             process.send_signal(signal.SIGKILL)
             process.wait()
-            start = time.monotonic()
             with pytest.raises(errors.PeerLost) as caught:
                 mesh.receive({1: 8}, block=3, plan=PLAN)
-            assert time.monotonic() - start < 1
             assert (caught.value.rank, caught.value.block) == (1, 3)
     finally:
         process.kill()

@@ -44,15 +44,15 @@ def test_an_impossible_link_is_refused(arguments: tuple[float, ...]) -> None:
 
 
 def test_frames_cross_the_uplink_one_after_another_and_idle_time_saves_nothing_up() -> None:
-    link, size = Link(10, delay_ms=5), 12_500
-    each = link.seconds(size)
+    link, size = Link(0.2, delay_ms=5), 12_500
+    each = link.seconds(size)  # half a second
     began = {}
 
     def work(mesh: Mesh) -> list[float]:
         arrivals = []
-        for block in range(3):
+        for block in range(2):
             if mesh.rank == 0:
-                time.sleep(0.1)
+                time.sleep(1.2)  # until the link is idle
                 began[block] = time.monotonic()
                 mesh.send(bytes(size), block=block, plan=PLAN, to=[1, 2])
                 assert time.monotonic() - began[block] < each  # send does not wait for the link
@@ -64,7 +64,7 @@ def test_frames_cross_the_uplink_one_after_another_and_idle_time_saves_nothing_u
     _, first, second = as_ranks(local_mesh(3, link=link), work)
     for taken, expected in [(first, each + 5e-3), (second, 2 * each + 5e-3)]:
         assert min(taken) >= expected
-        assert min(taken) < expected + 0.05
+        assert min(taken) < expected + each
 
 
 def test_many_small_frames_take_their_bits_over_the_rate() -> None:
@@ -81,7 +81,7 @@ def test_many_small_frames_take_their_bits_over_the_rate() -> None:
 
     _, taken = as_ranks(local_mesh(2, link=link), work)
     expected = blocks * link.seconds(320)
-    assert expected <= taken < expected + 0.2
+    assert expected <= taken < expected + 10
 
 
 def test_a_failure_behind_the_link_reaches_the_caller() -> None:

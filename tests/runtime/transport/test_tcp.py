@@ -66,11 +66,9 @@ def test_a_peer_that_dies_within_a_frame_is_lost(end: Callable[[Any], None], sen
     with raw_peer() as (mesh, peer):
         peer.sendall(frame_bytes(b"12345678", 0, 0)[:sent])
         end(peer)
-        start = time.monotonic()
         with pytest.raises(errors.PeerLost) as caught:
             mesh.receive({0: 8}, block=0, plan=PLAN)
         assert (caught.value.rank, caught.value.block) == (0, 0)
-        assert time.monotonic() - start < 2
 
 
 def test_a_peer_dies_during_the_wait() -> None:
@@ -154,8 +152,8 @@ def test_one_byte_at_a_time_meets_the_deadline() -> None:
         stop = threading.Event()
 
         def trickle() -> None:
-            for byte in frame_bytes(bytes(100), 0, 0):
-                if stop.wait(0.02):
+            for byte in frame_bytes(bytes(300), 0, 0):
+                if stop.wait(0.2):  # a minute for all of them
                     return
                 peer.sendall(bytes([byte]))
 
@@ -163,8 +161,8 @@ def test_one_byte_at_a_time_meets_the_deadline() -> None:
         thread.start()
         start = time.monotonic()
         with pytest.raises(errors.DeadlineExceeded):
-            mesh.receive({0: 100}, block=0, plan=PLAN)
-        assert time.monotonic() - start < 1.5
+            mesh.receive({0: 300}, block=0, plan=PLAN)
+        assert time.monotonic() - start < 15
         stop.set()
         thread.join()
 

@@ -578,7 +578,7 @@ def test_one_byte_at_a_time_meets_the_deadline() -> None:
 
         def trickle() -> None:
             for byte in data:
-                if stop.wait(0.02):
+                if stop.wait(0.2):
                     return
                 peer.sock.send(bytes([byte]))
 
@@ -699,13 +699,14 @@ sys.stdin.read()
 
 @pytest.mark.parametrize("when", ["go", "open"], ids=["meanwhile", "before"])
 def test_two_thousand_strangers_do_not_delay_peers(
-    when: str, caplog: pytest.LogCaptureFixture
+    when: str, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """1,000 silent connections and 1,000 of garbage, some of it like TLS; ranks join beside them.
 
     On a free machine that takes well below a second. The bound here is what waiting for any
     stranger's time to end would exceed, so that a busy machine does not fail the test.
     """
+    monkeypatch.setattr(pending, "HANDSHAKE_SECONDS", 50.0)
     ours, peers = key_folder(), free_ports(2)
     host, port = peers[0].split(":")
     took: list[float] = []
@@ -735,7 +736,7 @@ def test_two_thousand_strangers_do_not_delay_peers(
     before = len(os.listdir("/proc/self/fd"))
     with caplog.at_level(logging.DEBUG, "astra_runtime.transport"):
         meshes = together([lambda: connect(0, 2, peers, keys=ours), good_peer])
-    assert took[0] < 4
+    assert took[0] < 40
     assert descriptors[0] < before + MAX_PENDING + 20
     if when == "open":
         assert "too many connections without a HELLO" in caplog.text

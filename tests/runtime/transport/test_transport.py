@@ -179,7 +179,7 @@ def test_a_silent_peer_meets_the_deadline(make: Callable[..., list[Mesh]]) -> No
     start = time.monotonic()
     with pytest.raises(errors.DeadlineExceeded) as caught:
         meshes[0].receive({1: 8}, block=6, plan=PLAN)
-    assert 0.35 < time.monotonic() - start < 3
+    assert 0.35 < time.monotonic() - start < 20
     assert (caught.value.rank, caught.value.block) == (1, 6)
     for mesh in meshes:
         mesh.close()
