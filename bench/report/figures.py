@@ -39,6 +39,16 @@ def gpu(prefix: str, **shape: Any) -> list[dict[str, Any]]:
     ]
 
 
+def fastest(found: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Of the variants of each shape and dtype the fastest, which a user can choose."""
+    best: dict[Any, dict[str, Any]] = {}
+    for case in found:
+        key = (case["dtype"], *sorted(case["shape"].items()))
+        if key not in best or case["ms"]["p50"] < best[key]["ms"]["p50"]:
+            best[key] = case
+    return list(best.values())
+
+
 def at_least(ratios: Iterable[float], least: float, *, most: bool = False) -> Figure | None:
     """The range of ratios, reached if all are at least (or with `most`, at most) the bound."""
     found = sorted(ratios)

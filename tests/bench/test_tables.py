@@ -90,6 +90,19 @@ def test_goals_are_reached_missed_or_not_measured(results):
     assert row("SIGSTOP") == ["30 of 30", "reached"]
 
 
+def test_of_variants_of_a_kernel_the_fastest_counts(results, tmp_path):
+    def kernel(name, ms, **shape):
+        times = {"ms": {"p50": ms}, "peers": {"sdpa": 30.0}, "floor_ms": 1.0}
+        return {"name": name, "dtype": "bfloat16", "shape": shape, **times}
+
+    cases = [kernel(f"decode_plain_{n}", ms, N=131072) for n, ms in (("fused", 20), ("counts", 1))]
+    cases += [kernel("decode_plain_counts", 20, N=4096), kernel("encode_bfloat16", 1, T=1)]
+    (tmp_path / "h200").mkdir()
+    (tmp_path / "h200" / "kernels.json").write_text(json.dumps({"cases": cases}))
+    (line,) = (line for line in goals.goals().splitlines() if "decode without rotary" in line)
+    assert [cell.strip() for cell in line.split("|")[4:6]] == ["30×", "reached"]
+
+
 def test_every_goal_stands_once():
     names = [goal.what for goal in goals.GOALS]
     assert len(names) == len(set(names))
