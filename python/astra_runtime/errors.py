@@ -133,7 +133,7 @@ class InputsDiffer(CallEnded):
     """The ranks were called with different pictures."""
 
 
-class RequestMismatch(CallEnded):
+class RequestMismatch(CallEnded, WireError):  # type: ignore[misc]  # `rank` is never None here
     """The ranks are out of step: `engine(…, request=n)` was given other numbers on two of them.
 
     Attributes:
@@ -144,6 +144,7 @@ class RequestMismatch(CallEnded):
     def __init__(self, rank: int, other: int, requests: tuple[int | None, int | None]) -> None:
         AstraError.__init__(self, rank, other, requests)
         self.rank, self.other, self.requests = rank, other, requests
+        self.field, self.expected, self.got = "request", *requests
         ours, theirs = ("no request" if n is None else f"request {n}" for n in requests)
         self.reason = f"it is at {ours}, rank {other} at {theirs}"
 

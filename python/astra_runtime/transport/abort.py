@@ -144,15 +144,15 @@ def _fields(error: BaseException, source: int, block: int | None) -> dict[str, s
         rank, block = error.rank, error.block
         ranks = " ".join(map(str, error.ranks[:_MAX_RANKS]))
         details = {"seconds": repr(error.seconds), "ranks": ranks}
+    elif isinstance(error, RequestMismatch):
+        rank, block = error.rank, None
+        requests = " ".join("none" if n is None else str(n) for n in error.requests)
+        details = {"other": str(error.other), "requests": requests}
     elif isinstance(error, WireError):
         rank = -1 if error.rank is None else error.rank
         details = {name: str(getattr(error, name)) for name in ("field", "expected", "got")}
     elif isinstance(error, HandshakeRefused):
         rank, details = source, {"reason": error.reason}
-    elif isinstance(error, RequestMismatch):
-        rank, block = error.rank, None
-        requests = " ".join("none" if n is None else str(n) for n in error.requests)
-        details = {"other": str(error.other), "requests": requests}
     elif isinstance(error, CallEnded):
         rank, block, details = error.rank, None, {"reason": error.reason}
     elif isinstance(error, ModelChanged):

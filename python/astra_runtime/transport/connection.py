@@ -16,7 +16,6 @@ from astra_runtime import wire
 from astra_runtime.control import Control, is_of_a_call
 from astra_runtime.errors import (
     AstraError,
-    CallEnded,
     HandshakeRefused,
     PeerLost,
     RequestMismatch,
@@ -188,15 +187,11 @@ class Connection(Channel):
         if header.call <= ended if awaited is None else header.call < self.moment[0]:
             self._drop(header)
             return self._read() if self.outstanding else True
-        if awaited is None:
-            raise error
-        self._keep_unread()
-        if header.call > awaited:
-            reason = f"rank {self.rank} is at call {header.call}, this rank at call {awaited}"
-            raise CallEnded(self.own, reason) from None
-        if header.call == awaited and header.request != expected.request:
-            requests = (_number_or_none(expected.request), _number_or_none(header.request))
-            raise RequestMismatch(self.own, self.rank, requests) from None
+        if awaited is not None and header.call == awaited:
+            self._keep_unread()
+            if header.request != expected.request and header.request >= NO_REQUEST:
+                requests = (_number_or_none(expected.request), _number_or_none(header.request))
+                raise RequestMismatch(self.own, self.rank, requests) from None
         raise error
 
     def _drop(self, header: Header) -> None:
