@@ -22,8 +22,9 @@ Payload = Frame | bytes | bytearray | memoryview
 class Mesh(ABC):
     """All ranks of one run. Collective use: each rank sends what its peers receive.
 
-    After any AstraError the mesh is of no further use but to be closed, or connected again. One
-    thread uses a mesh.
+    After an AstraError the mesh is of no further use but to be closed, or connected again; but for
+    errors that end one call alone, which `cancel` reports where a mesh `resumes`. One thread at a
+    time uses a mesh; `close`, `abort` and `interrupt` may come from any.
 
     With `partial`, a call is best-effort: what a peer fails to do raises nothing, it is left out,
     and the caller sees by the ranks in the answer that it was. A frame that misses its deadline
