@@ -70,6 +70,44 @@ def _worker_arguments(
     return arguments
 
 
+def _join_workers(
+    options: argparse.Namespace,
+    peers: list[str],
+    workers: Workers,
+    keys: str | None,
+    seconds: float,
+) -> Any:
+    """The mesh of this process and its workers, all of which are ready to connect.
+
+    One that ends meanwhile is an error at once.
+    """
+    from ..transport import open_mesh
+
+    waiting = Waiting(0, peers)
+
+    def on_wait(missing: tuple[int, ...]) -> None:
+        workers.check(missing)
+        waiting(missing)
+
+    changes = {"backend": getattr(options, "transport", "tcp"), "connect_timeout": seconds}
+    changes |= {"on_wait": on_wait, "keys": keys, "insecure": not keys}
+    return open_mesh(connect_options(options, 0, len(peers), peers, **changes))
+
+
+@contextlib.contextmanager
+def _naming_causes(workers: Workers) -> Iterator[None]:
+    """An error that came of a worker's end says how that worker ended."""
+    try:
+        yield
+    except WorkerFailed:
+        raise
+    except AstraError as error:
+        cause = workers.first_failed(getattr(error, "rank", None))
+        if cause is None:
+            raise
+        raise WorkerFailed(f"{error} ({cause})") from error
+
+
 @contextlib.contextmanager
 def cluster(
     options: argparse.Namespace,
@@ -87,13 +125,11 @@ def cluster(
     import torch
 
     from ..deploy.jobs import Ranks
-    from ..transport import open_mesh
     from ..transport.pacing import PacedMesh
 
     torch.set_num_threads(options.threads)
     peers = [f"127.0.0.1:{port}" for port in free_ports(world_size)]
     arguments = _worker_arguments(options, peers, folder, settings, link)
-    transport: Any = getattr(options, "transport", "tcp")
     lent = contextlib.ExitStack()
     keys = lent.enter_context(local_keys(options, world_size))
     arguments += ["--keys", keys] if keys else ["--insecure"]
@@ -101,36 +137,12 @@ def cluster(
     with lent, Workers(world_size, arguments, options.threads) as workers:
         with working(lambda: f"waiting for ranks {workers.loading} to load their models"):
             workers.wait_ready(options.connect_timeout)
-        waiting = Waiting(0, peers)
-
-        def on_wait(missing: tuple[int, ...]) -> None:
-            workers.check(missing)
-            waiting(missing)
-
-        try:
-            mesh = open_mesh(
-                connect_options(
-                    options,
-                    0,
-                    world_size,
-                    peers,
-                    backend=transport,
-                    connect_timeout=max(1.0, deadline - time.monotonic()),
-                    on_wait=on_wait,
-                    keys=keys,
-                    insecure=not keys,
-                )
-            )
+        with _naming_causes(workers):
+            seconds = max(1.0, deadline - time.monotonic())
+            mesh = _join_workers(options, peers, workers, keys, seconds)
             lent.close()  # all have read their keys; whoever is killed now leaves none
             with mesh if link is None or link.is_free else PacedMesh(mesh, link) as timed:
                 ranks = Ranks(model, codebook, mesh, timed, **settings)
                 yield ranks
                 ranks.submit(do="stop")
                 ranks.close()
-        except WorkerFailed:
-            raise
-        except AstraError as error:
-            cause = workers.first_failed(getattr(error, "rank", None))
-            if cause is None:
-                raise
-            raise WorkerFailed(f"{error} ({cause})") from error

@@ -227,6 +227,18 @@ def _check_engine() -> str:
     return f"two ranks within {error:.1g} of one"
 
 
+def _check_codebooks() -> str:
+    """What earlier commands have fitted can be read."""
+    from astra_kernels._cache import cache_folder
+
+    from ..codes.codebook import Codebook
+
+    folders = sorted(path.parent for path in cache_folder().glob("codebooks/*/astra_config.json"))
+    for folder in folders:
+        Codebook.from_pretrained(folder)
+    return f"{len(folders)} in the cache, each whole"
+
+
 def _check_model() -> str:
     from ..store import DamagedModel, ModelNotFound, at_hand
 
@@ -255,5 +267,6 @@ CHECKS = {
     "exchange on loopback": _check_exchange,
     "keys": _check_keys,
     "engine": _check_engine,
+    "codebooks": _check_codebooks,
     "model smollm2": _check_model,
 }

@@ -28,7 +28,8 @@ from .options import (
 from .waiting import Waiting
 
 DAY = 86_400.0
-PAUSE, LONGEST_PAUSE = 0.2, 30.0  # seconds before a rank that lost the others listens again
+PAUSE = 0.2  # seconds before a rank that lost the others listens again
+RETRY_PAUSE, LONGEST_PAUSE = 1.0, 30.0  # after a failure to join; each is twice the one before
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
@@ -150,7 +151,8 @@ class _Worker:
                     raise
                 known = isinstance(error, AstraError | ValueError | OSError)
                 trouble = f"{place}: {error if known else f'{type(error).__name__}: {error}'}"
-            pause = PAUSE if self.meshes > joined else min(2 * pause, LONGEST_PAUSE)
+            again = min(max(2 * pause, RETRY_PAUSE), LONGEST_PAUSE)
+            pause = PAUSE if self.meshes > joined else again
             say(f"{trouble}; waits for the others again in {pause:g} s")
             time.sleep(pause)
 

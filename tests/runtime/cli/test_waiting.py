@@ -123,8 +123,8 @@ def test_a_standing_worker_tries_again_more_and_more_rarely(
     )
     with pytest.raises(KeyboardInterrupt):
         script.serve()
-    growing = [0.4, 0.8, 1.6, 3.2, 6.4, 12.8, 25.6, 30.0, 30.0]
-    assert pauses == pytest.approx([0.2] * 5 + growing + [0.2, 0.4, 0.8])
+    growing = [1.0, 2.0, 4.0, 8.0, 16.0, 30.0, 30.0, 30.0, 30.0]
+    assert pauses == pytest.approx([0.2] * 5 + growing + [0.2, 1.0, 2.0])
     told = capsys.readouterr().err
     assert len(told.splitlines()) == len(pauses)  # one line each
     assert "max_new_tokens: expected less" in told
