@@ -7,12 +7,10 @@ from itertools import product
 from typing import Any
 
 from astra_runtime.codes.registry import codec_named
-from bench.gpt2 import KINDS
+from bench.gpt2 import FEWER, FLOPS, KINDS, PERMITTED, tells
 from bench.report.markdown import Report, Table, source, table
 
 Row = dict[str, Any]
-# Permitted over exact perplexity, at so many times fewer bits than fp32 and so much of ideal FLOPs.
-PERMITTED, FEWER, FLOPS = 0.138, 100, 1.25
 HERE, NEW = True, False  # text of a kind seen in training, and of an unseen one
 
 
@@ -116,7 +114,7 @@ def _goals(report: Report) -> list[str]:
             best = min(count, key=lambda row: row["ratio_to_exact"])
             ratio, without = best["ratio_to_exact"], best["dropped_over_exact"]
             ends = "reached" if ratio <= 1 + PERMITTED else "**not reached**"
-            if without < 1 + 3 * PERMITTED:
+            if not tells(best):
                 ends += ", and dropping all remote tokens costs too little for the row to count"
             flops = f"{best['flops_over_ideal']:.2f} of the ideal FLOPs"
             facts = [

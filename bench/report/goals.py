@@ -51,6 +51,8 @@ def goals() -> str:
 def _verdict(figure: Figure | None) -> str:
     if figure is None:
         return "not measured"
+    if not figure.counts:
+        return "does not count"
     if figure.reached is None:
         return "reported"
     return "reached" if figure.reached else "**missed**"

@@ -90,6 +90,19 @@ def test_goals_are_reached_missed_or_not_measured(results):
     assert row("SIGSTOP") == ["30 of 30", "reached"]
 
 
+@pytest.mark.parametrize(
+    ("ratio", "without", "result"),
+    [(1.1, 2.0, "reached"), (1.2, 2.0, "**missed**"), (1.1, 1.3, "does not count")],
+)
+def test_a_goal_counts_where_the_control_is_worse(results, ratio, without, result):
+    row = {"group": "bits", "kind": "prose", "compression": 100, "flops_over_ideal": 1.2}
+    row |= {"seen_in_training": True, "ratio_to_exact": ratio, "dropped_over_exact": without}
+    results("accuracy_gpt2_wide", rows=[row, {**row, "ratio_to_exact": 1.0, "compression": 99}])
+    (line,) = (line for line in goals.goals().splitlines() if "GPT-2 on prose" in line)
+    assert line.split("|")[5].strip() == result
+    assert f"{ratio - 1:+.1%}" in line
+
+
 def test_of_variants_of_a_kernel_the_fastest_counts(results, tmp_path):
     def kernel(name, ms, **shape):
         times = {"ms": {"p50": ms}, "peers": {"sdpa": 30.0}, "floor_ms": 1.0}
