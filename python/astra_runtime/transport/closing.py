@@ -54,6 +54,13 @@ def _is_delivered(peer: Connection, turn: WriteTurn, deadline: Callable[[], floa
         return True  # the peer is gone
 
 
+def answers(sock: socket.socket) -> bool:
+    """Whether the peer's kernel has answered all that it had to, as far as can be told."""
+    info = sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 8)
+    state, retransmissions, probes = info[0], info[2], info[3]
+    return state != _TCP_CLOSE and retransmissions < 2 and not probes
+
+
 def _is_unreachable(sock: socket.socket) -> bool:
     info = sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 8)
     state, retransmissions = info[0], info[2]

@@ -215,6 +215,10 @@ class DatagramMesh(PeerMesh[_Peer]):
     def lost(self) -> Mapping[int, AstraError]:
         return {**self._control.lost, **self._lost}
 
+    def alive(self) -> list[int]:
+        alive = self._control.alive()
+        return [rank for rank in alive if rank not in self._lost]
+
     @property
     def encrypted(self) -> bool:
         return self._control.encrypted

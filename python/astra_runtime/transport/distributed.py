@@ -203,7 +203,8 @@ class DistributedMesh(PeerMesh[Channel]):
             self._receives.add(transfer, deadline)
         while waiting:
             try:
-                item = self._received.get(timeout=max(deadline + GRACE - time.monotonic(), 0.0))
+                left = min(max(deadline + GRACE - time.monotonic(), 0.0), MAX_SECONDS)
+                item = self._received.get(timeout=left)
             except Empty:
                 ranks = tuple(sorted(waiting))
                 raise DeadlineExceeded(ranks[0], block, seconds, ranks) from None

@@ -117,6 +117,22 @@ class Mesh(ABC):
                 self.close()  # with BYE: peers still comparing must find the difference, not a loss
                 raise HandshakeRefused(difference)
 
+    def alive(self) -> list[int]:
+        """The ranks that answer, this one among them, ascending; without a call, from any thread.
+
+        Over sockets a rank is missing as soon as its connection has ended, and when its machine has
+        left a retransmission or a keepalive probe unanswered, so about 40 s after an idle one was
+        cut off. What a process that does nothing would do is not seen: machines answer, not
+        programs. torch.distributed shows a loss only to a call. After the end: this rank alone.
+
+        Example:
+            >>> [mesh.alive() for mesh in local_mesh(2)]
+            [[0, 1], [0, 1]]
+        """
+        if self.ended is not None:
+            return [self.rank]
+        return [rank for rank in range(self.world_size) if rank not in self.lost]
+
     def buffer(self, size: int) -> Frame:
         """A reusable frame of `size` payload bytes: write into `.payload`, then `send` it."""
         return Frame(size)

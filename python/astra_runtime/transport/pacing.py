@@ -135,6 +135,9 @@ class PacedMesh(Mesh):
     def end_early(self) -> None:
         self._mesh.end_early()
 
+    def alive(self) -> list[int]:
+        return self._mesh.alive()
+
     def buffer(self, size: int) -> Frame:
         return self._mesh.buffer(size)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import math
 import socket
 from typing import Final
 
@@ -11,6 +12,8 @@ from astra_runtime.transport.addresses import Endpoint, resolve
 
 SEND_BUFFER: Final = 2 << 20  # asked of the kernel: usual frames (≤128 KiB) leave in one call
 BACKLOG: Final = 4096  # a dial that finds the kernel's queue full is repeated after a second only
+
+_LONGEST_POLL: Final = 1e6  # seconds
 
 
 def prepare(sock: socket.socket) -> None:
@@ -22,6 +25,11 @@ def prepare(sock: socket.socket) -> None:
     sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
     sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPIDLE, 30)
     sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPINTVL, 10)
+
+
+def milliseconds(seconds: float) -> int:
+    """A time to wait as `poll` takes it; of one that means "never", a part, and then the rest."""
+    return math.ceil(1000 * min(max(seconds, 0.0), _LONGEST_POLL))
 
 
 def listen(host: str, port: int, rank: int) -> list[socket.socket]:

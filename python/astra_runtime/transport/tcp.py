@@ -21,11 +21,12 @@ from astra_runtime import wire
 from astra_runtime.control import Control, is_of_a_call
 from astra_runtime.errors import AstraError, CallEnded, DeadlineExceeded
 from astra_runtime.transport import abort
-from astra_runtime.transport.closing import deliver, shut_down
+from astra_runtime.transport.closing import answers, deliver, shut_down
 from astra_runtime.transport.connection import Connection
 from astra_runtime.transport.lifetime import CLOSED, Interrupt, Lifetime, WriteTurn, aborted_by
 from astra_runtime.transport.mesh import Payload
 from astra_runtime.transport.peers import PeerMesh
+from astra_runtime.transport.sockets import milliseconds
 from astra_runtime.transport.stats import Stats
 from astra_runtime.transport.stream import Stream
 from astra_runtime.wire import HEADER_SIZE, Frame
@@ -103,6 +104,22 @@ class TcpMesh(PeerMesh[Connection]):
     @property
     def lost(self) -> Mapping[int, AstraError]:
         return self._lost
+
+    def alive(self) -> list[int]:
+        events = select.poll()
+        try:
+            with self._lifetime:
+                for peer in self._peers.values():
+                    events.register(peer.fd, _ENDED)
+                ended = {fd for fd, _ in events.poll(0)}
+                ranks = [
+                    peer.rank
+                    for peer in self._peers.values()
+                    if peer.fd not in ended and peer.rank not in self._lost and answers(peer.sock)
+                ]
+        except AstraError:
+            ranks = []
+        return sorted([self.rank, *ranks])
 
     def send(
         self, payload: Payload, *, block: int, plan: int, to: Sequence[int], partial: bool = False
@@ -209,7 +226,7 @@ class TcpMesh(PeerMesh[Connection]):
             if left <= 0:
                 self._too_late(waiting, block, seconds, partial)
                 return
-            for fd, events in self._poll.poll(math.ceil(left * 1000)):
+            for fd, events in self._poll.poll(milliseconds(left)):
                 self._lifetime.check()
                 if fd != self._interrupt.fd:
                     self._serve(self._by_fd[fd], events, waiting, block, partial)
@@ -253,7 +270,7 @@ class TcpMesh(PeerMesh[Connection]):
         for fd, events in others.items():
             self._poll.register(fd, events)
         try:
-            ready_now = self._poll.poll(math.ceil(seconds * 1000))
+            ready_now = self._poll.poll(milliseconds(seconds))
         finally:
             for fd in others:
                 self._poll.unregister(fd)
@@ -338,7 +355,7 @@ class TcpMesh(PeerMesh[Connection]):
             writable.register(self._lifetime.wake, select.POLLIN)
             for peer in left:
                 writable.register(peer.fd, select.POLLOUT)
-            writable.poll(math.ceil(rest * 1000))
+            writable.poll(milliseconds(rest))
             self._lifetime.check()
 
     def close(self) -> None:

@@ -226,6 +226,47 @@ def test_nothing_is_kept_of_what_was_sent(maker: str) -> None:
     as_ranks(MAKERS[maker](2), work)
 
 
+@pytest.mark.parametrize("maker", [*MAKERS, "datagram"])
+def test_who_is_alive(maker: str) -> None:
+    meshes = makers()[maker](3)
+    assert [mesh.alive() for mesh in meshes] == [[0, 1, 2]] * 3
+    together([meshes[1].close])
+    assert meshes[1].alive() == [1]
+    if maker != "gloo":  # which shows a loss only to a call
+        deadline = time.monotonic() + 20
+        while meshes[0].alive() != [0, 2]:
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
+    for mesh in (meshes[0], meshes[2]):
+        mesh.abort(GIVEN_UP)
+        assert mesh.alive() == [mesh.rank]
+
+
+def test_alive_can_be_asked_during_a_call() -> None:
+    mesh, other = local_mesh(2, timeout=LONG)
+    thread = threading.Thread(target=WAITS["receive"], args=(mesh,), daemon=True)
+    thread.start()
+    asleep(thread)
+    assert mesh.alive() == [0, 1]
+    other.send(bytes(8), block=0, plan=PLAN, to=[0])
+    thread.join(20)
+    assert not thread.is_alive()
+    together([mesh.close, other.close])
+
+
+@pytest.mark.parametrize("seconds", [1e9, 1e12, float("inf")])
+@pytest.mark.parametrize("maker", ["tcp", "gloo", "datagram"])
+def test_a_deadline_that_means_never(maker: str, seconds: float) -> None:
+    """More milliseconds than an int has."""
+    mesh, other = makers()[maker](2)
+    answer = threading.Timer(0.2, other.send, [bytes(8)], {"block": 0, "plan": PLAN, "to": [0]})
+    answer.start()
+    views = mesh.receive({1: 8}, block=0, plan=PLAN, timeout=seconds, partial=mesh.partial)
+    assert bytes(views[1]) == bytes(8)
+    answer.join()
+    together([mesh.close, other.close])
+
+
 # --- processes
 
 JOIN = """
