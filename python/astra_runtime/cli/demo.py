@@ -77,14 +77,11 @@ def run(options: argparse.Namespace) -> int:
     with cluster(options, world_size, folder, model, codebook, settings, link) as ranks:
         with working("measuring"):
             result = traced(options, ranks, lambda: _measure(options, model, ranks, ids))
-            answer = ranks.submit(
-                do="generate", input_ids=ids.tolist(), space="codes", max_new_tokens=new_tokens
-            )
-        times = answer["times"]
-        result["continuation"] = tokenizer.decode(answer["ids"][0], skip_special_tokens=True)
-        result["seconds_per_token"] = (times[-1] - times[0]) / max(1, len(times) - 1)
-        result["seconds"] = time.perf_counter() - begun
-        (show_json if options.json else show)(result)
+            try:
+                result |= _continuation(ranks, tokenizer, ids, new_tokens)
+            finally:  # what was measured is shown, whatever ends the rest
+                result["seconds"] = time.perf_counter() - begun
+                (show_json if options.json else show)(result)
         write_trace(options, ranks)
     return 0
 
@@ -138,6 +135,18 @@ def _measure(options: argparse.Namespace, model: Any, ranks: Any, ids: Any) -> d
         **_setting(options, ranks, tokens=ids.shape[1], shards=astra["sizes"]),
         "runs": [method.row(baseline) for method in methods],
         "local_only_perplexity": perplexity["drop"],
+    }
+
+
+def _continuation(ranks: Any, tokenizer: Any, ids: Any, new_tokens: int) -> dict[str, Any]:
+    """The text that the ranks add to the prompt, and their pace."""
+    answer = ranks.submit(
+        do="generate", input_ids=ids.tolist(), space="codes", max_new_tokens=new_tokens
+    )
+    times = answer["times"]
+    return {
+        "continuation": tokenizer.decode(answer["ids"][0], skip_special_tokens=True),
+        "seconds_per_token": (times[-1] - times[0]) / max(1, len(times) - 1),
     }
 
 
@@ -204,6 +213,7 @@ def show(result: dict[str, Any]) -> None:
             f"{row['speedup']:8.2f}×{row['bits_per_token_block']:18.1f}{row['perplexity']:12.2f}"
         )
     print(f"{'local only (remote dropped)':32}{'':39}{result['local_only_perplexity']:12.2f}")
-    print(f"\ncontinued at {result['seconds_per_token']:.3f} s a token:")
-    print(result["continuation"])
+    if "continuation" in result:
+        print(f"\ncontinued at {result['seconds_per_token']:.3f} s a token:")
+        print(result["continuation"])
     say(f"\nthe demo took {result['seconds']:.0f} s")

@@ -100,6 +100,21 @@ def test_an_answer_survives_the_loss_of_its_timeline(
     assert "the timeline is lost" in told
 
 
+def test_a_demo_shows_what_it_measured_whatever_ends_it(
+    home: Path,  # noqa: F811
+    here: Here,  # noqa: F811
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def lose(ranks: Ranks, *_: Any) -> None:
+        raise AstraError("the continuation is lost")
+
+    monkeypatch.setattr(Ranks, "generate", lose)
+    asked = [*model_options(home), "--text", str(home / "text.txt"), "--tokens", "70"]
+    out, told = here("demo", *asked, "--world-size", "2", "--repeats", "1", "--mbit", "0", code=1)
+    assert "dense sequence parallel" in out
+    assert "the continuation is lost" in told
+
+
 def test_a_timeline_into_a_pipe_leaves_it_one(tmp_path: Path) -> None:
     pipe = tmp_path / "pipe"
     os.mkfifo(pipe)
