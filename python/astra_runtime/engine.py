@@ -54,7 +54,8 @@ class Engine:
         weights: shares of the tokens, one a rank; None: shares with which ranks of equal speed
             finish together.
         halo: context overlap: tokens before its shard that a decoder's rank computes, too, so that
-            they are as good as exact where they matter most; None: `default_halo`, 0 without codes.
+            they are as good as exact where they matter most; None: all of them in inputs of up to
+            `costs.EXACT_TOKENS` tokens, else `default_halo`; 0 without codes.
         deadline_ms: how long a block's exchange may wait for its frames; None: the mesh's timeout.
             For the answer a rank waits as long as the mesh does, at least two such deadlines; with
             "degrade", a deadline a block longer.
