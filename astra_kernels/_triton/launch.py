@@ -31,6 +31,7 @@ LARGEST_LAUNCH = 2**31 - 1
 
 # Compute capability assumed for a device that is none of ours, the interpreter's CPU for one.
 DEFAULT_CAPABILITY = 90
+DEFAULT_PROCESSORS = 132
 
 
 @dataclass(frozen=True)
@@ -85,8 +86,8 @@ def _device_processors(index: int | None) -> int:
 
 
 def processors(device: torch.device) -> int:
-    """Streaming multiprocessors; 132, an H100's, where there is no device."""
-    return _device_processors(device.index) if device.type == "cuda" else 132
+    """Streaming multiprocessors; an H100's where there is no device."""
+    return _device_processors(device.index) if device.type == "cuda" else DEFAULT_PROCESSORS
 
 
 def cdiv(size: int, part: int) -> int:

@@ -1,10 +1,10 @@
 """Nearest codeword on a GPU: a matmul whose results are compared in registers and never written.
 
-A program owns a tile of rows of one group and a share of the codewords. The codewords pass by in
+A program owns a tile of rows of one group and a split of the codewords. The codewords pass by in
 tiles, score = ||c||^2 / 2 - x.c comes out of the tensor cores, and the smallest score and its index
 stay behind. Padding codewords have the norm infinity and padding rows repeat the last one, so that
 neither needs a mask. Where rows and groups alone cannot fill the chip, the codewords are split over
-programs; each share leaves (score, index) in scratch and ``finish`` compares the shares, in their
+programs; each split leaves (score, index) in scratch and ``finish`` compares the splits, in their
 order, so that results do not depend on which program was first.
 
 How the minimum is kept depends on what takes the time. For w channels a score costs w / 2048 clocks
@@ -23,8 +23,8 @@ from astra_kernels._triton.blocks import split_of
 
 LAST_INDEX = tl.constexpr(2**31 - 1)
 
-# Shares that ``finish`` looks at together.
-SHARES_AT_ONCE = tl.constexpr(8)
+# Splits that ``finish`` looks at together.
+SPLITS_AT_ONCE = tl.constexpr(8)
 
 
 @triton.jit
@@ -34,11 +34,11 @@ def load_channels(base, rows, start, CHANNELS: tl.constexpr, DEPTH: tl.constexpr
     One pointer for all and 32-bit offsets: pointers of its own for every row cost registers.
     """
     channel = tl.arange(0, DEPTH)
-    places = (base + start) + (rows[:, None] + channel[None, :])
+    pointers = (base + start) + (rows[:, None] + channel[None, :])
     if CHANNELS % DEPTH == 0:
-        part = tl.load(places)
+        part = tl.load(pointers)
     else:
-        part = tl.load(places, mask=(start + channel < CHANNELS)[None, :], other=0.0)
+        part = tl.load(pointers, mask=(start + channel < CHANNELS)[None, :], other=0.0)
     return part
 
 
@@ -60,8 +60,8 @@ def products_of(vectors, codewords, total, EXACT: tl.constexpr):
 def smallest(scores, indices, AXIS: tl.constexpr):
     """Smallest of scores [m, n] along an axis and the lowest of its indices; NaN is never it."""
     low = tl.min(scores, AXIS)
-    there = scores == tl.expand_dims(low, AXIS)
-    return low, tl.min(tl.where(there, indices, LAST_INDEX), AXIS)
+    is_lowest = scores == tl.expand_dims(low, AXIS)
+    return low, tl.min(tl.where(is_lowest, indices, LAST_INDEX), AXIS)
 
 
 @triton.jit
@@ -76,11 +76,11 @@ def nearest_narrow(
     best = tl.full([ROWS, COLUMNS], float("inf"), tl.float32)
     tile = tl.zeros([ROWS, COLUMNS], tl.int32)
     for start in range(first, last, COLUMNS):
-        there = column < codewords - start
+        column_mask = column < codewords - start
         table_rows = tl.minimum(column, codewords - 1 - start) * CHANNELS
         table = codebook + tl.cast(start, tl.int64) * CHANNELS
         table = load_channels(table, table_rows, 0, CHANNELS, DEPTH)
-        norm = tl.load(half_norms + start + column, mask=there, other=float("inf"))
+        norm = tl.load(half_norms + start + column, mask=column_mask, other=float("inf"))
         products = tl.zeros([ROWS, COLUMNS], tl.float32)
         scores = norm[None, :] - products_of(vectors, table, products, EXACT)
         better = scores < best  # false of NaN
@@ -109,8 +109,8 @@ def nearest_wide(
                 load_channels(table, table_rows, channel, CHANNELS, DEPTH),
                 products, EXACT,
             )  # fmt: skip
-        there = column < codewords - start
-        norm = tl.load(half_norms + start + column, mask=there, other=float("inf"))
+        column_mask = column < codewords - start
+        norm = tl.load(half_norms + start + column, mask=column_mask, other=float("inf"))
         low, index = smallest(norm[None, :] - products, column[None, :], 1)
         better = low < best
         best = tl.where(better, low, best)
@@ -122,7 +122,7 @@ def nearest_wide(
 def nearest(
     vectors, row_stride, group_stride,  # [T, C, w], strides of T and C in units of UNIT elements
     codebook, half_norms,  # [C, K, w], [C, K] in fp32
-    scores, codes,  # fp32 and int32 [shares, T, C]; not PARTIAL: codes int32 [T, C]
+    scores, codes,  # fp32 and int32 [splits, T, C]; not PARTIAL: codes int32 [T, C]
     rows, codewords,  # T, K
     CHANNELS: tl.constexpr, DEPTH: tl.constexpr,  # w, and how many channels a step takes
     ROWS: tl.constexpr, COLUMNS: tl.constexpr,
@@ -148,13 +148,13 @@ def nearest(
             vectors, rows_at, codebook, half_norms, first, last, codewords,
             CHANNELS, DEPTH, ROWS, COLUMNS, EXACT,
         )  # fmt: skip
-    place = row.to(tl.int64) * tl.num_programs(2) + group
+    offset = row.to(tl.int64) * tl.num_programs(2) + group
     if PARTIAL:
-        place += tl.program_id(1).to(tl.int64) * rows * tl.num_programs(2)
-        tl.store(scores + place, best, mask=row < rows)
+        offset += tl.program_id(1).to(tl.int64) * rows * tl.num_programs(2)
+        tl.store(scores + offset, best, mask=row < rows)
     else:
         code = without_overflow(code, best)
-    tl.store(codes + place, code, mask=row < rows)
+    tl.store(codes + offset, code, mask=row < rows)
 
 
 @triton.jit
@@ -164,47 +164,47 @@ def without_overflow(code, score):
 
 
 @triton.jit
-def best_of_shares(scores, codes, place, mask, count, shares):
-    """The code at ``place`` out of every share's [shares, count]; 0 where ``mask`` is false."""
-    best = tl.full(place.shape, float("inf"), tl.float32)
-    code = tl.zeros(place.shape, tl.int32)
-    for first in range(0, shares, SHARES_AT_ONCE):
-        share = first + tl.arange(0, SHARES_AT_ONCE)
-        places = share.to(tl.int64)[:, None] * count + place[None, :]
-        there = (share < shares)[:, None] & mask[None, :]
-        score = tl.load(scores + places, mask=there, other=float("inf"))
-        low, index = smallest(score, tl.load(codes + places, mask=there, other=0), 0)
-        better = low < best  # shares come in the codewords' order, so ties stay with the lower
+def best_of_splits(scores, codes, offset, mask, count, splits):
+    """The code at ``offset`` out of every split's [splits, count]; 0 where ``mask`` is false."""
+    best = tl.full(offset.shape, float("inf"), tl.float32)
+    code = tl.zeros(offset.shape, tl.int32)
+    for first in range(0, splits, SPLITS_AT_ONCE):
+        split = first + tl.arange(0, SPLITS_AT_ONCE)
+        offsets = split.to(tl.int64)[:, None] * count + offset[None, :]
+        split_mask = (split < splits)[:, None] & mask[None, :]
+        score = tl.load(scores + offsets, mask=split_mask, other=float("inf"))
+        low, index = smallest(score, tl.load(codes + offsets, mask=split_mask, other=0), 0)
+        better = low < best  # splits come in the codewords' order, so ties stay with the lower
         best = tl.where(better, low, best)
         code = tl.where(better, index, code)
     return without_overflow(code, best)
 
 
-@triton.jit(do_not_specialize=["row_codes", "row_bytes", "shares"])
+@triton.jit(do_not_specialize=["row_codes", "row_bytes", "splits"])
 def finish(
-    scores, codes,  # fp32 and int32 [shares, B, n], n codes in a row
+    scores, codes,  # fp32 and int32 [splits, B, n], n codes in a row
     out,  # int32 [B, n]; uint8 [B, bytes] of codes packed in BITS
-    row_codes, row_bytes, shares,  # n; elements in a row of out
+    row_codes, row_bytes, splits,  # n; elements in a row of out
     BITS: tl.constexpr, CODES: tl.constexpr, BLOCK: tl.constexpr,  # CODES: most that share a byte
 ):  # fmt: skip
-    """Codes out of the shares' best; a program makes BLOCK elements of a row of ``out``."""
+    """Codes out of the splits' best; a program makes BLOCK elements of a row of ``out``."""
     batch = tl.program_id(1).to(tl.int64)
     count = tl.num_programs(1).to(tl.int64) * row_codes
     start = batch * row_codes
-    place = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    offset = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     if BITS == 0:
-        value = best_of_shares(scores, codes, start + place, place < row_codes, count, shares)
+        value = best_of_splits(scores, codes, start + offset, offset < row_codes, count, splits)
     else:  # the byte's first code may begin in the byte before: its shift is negative then
         value = tl.zeros([BLOCK], tl.int32)
         for n in tl.static_range(CODES):
-            index = place * 8 // BITS + n
-            shift = (index * BITS - place * 8).to(tl.int32)
-            there = (index < row_codes) & (shift < 8)
-            code = best_of_shares(scores, codes, start + index, there, count, shares)
+            index = offset * 8 // BITS + n
+            shift = (index * BITS - offset * 8).to(tl.int32)
+            code_mask = (index < row_codes) & (shift < 8)
+            code = best_of_splits(scores, codes, start + index, code_mask, count, splits)
             up, down = tl.maximum(shift, 0), tl.maximum(-shift, 0)
-            value |= tl.where(there, (code << up) >> down, 0)
+            value |= tl.where(code_mask, (code << up) >> down, 0)
     out += batch * row_bytes
-    tl.store(out + place, value.to(out.dtype.element_ty), mask=place < row_bytes)
+    tl.store(out + offset, value.to(out.dtype.element_ty), mask=offset < row_bytes)
 
 
 @triton.jit(do_not_specialize=["count"])

@@ -1,4 +1,4 @@
-"""Launches the search for the nearest codeword: which tile, how many shares of the codewords."""
+"""Launches the search for the nearest codeword: which tile, how many splits of the codewords."""
 
 from __future__ import annotations
 
@@ -21,9 +21,9 @@ NARROW = {2: 128, 4: 32}  # by itemsize
 FINISHED_AT_ONCE = 128
 NORMS_AT_ONCE = 16
 
-# Programs of four warps that a multiprocessor runs side by side; the most shares.
+# Programs of four warps that a multiprocessor runs side by side; the most splits.
 BESIDE = 3
-MOST_SHARES = 128
+MOST_SPLITS = 128
 FINISH_TILES = 4
 
 # Shared memory for what is not a tile of channels: reductions, norms.
@@ -107,37 +107,37 @@ def encode(
     codebook: Tensor,
     half_norms: Tensor | None = None,
     *,
-    shares: int | None = None,
+    splits: int | None = None,
     tile: Tile | None = None,
 ) -> Tensor:
     """vectors [..., C, w], codebook [C, K, w] -> int32 [..., C]; see ``astra_kernels.encode``.
 
-    ``shares`` and ``tile`` override what is chosen.
+    ``splits`` and ``tile`` override what is chosen.
     """
     codes = vectors.new_empty(vectors.shape[:-1], dtype=torch.int32)
     if vectors.numel() == 0:  # there are no codes, or no channels to tell codewords apart
         return codes.zero_()
     tile = tile or choose(problem_of(vectors, codebook))
-    shares = shares or _shares(vectors, codebook, tile)
-    if shares == 1:
+    splits = splits or _splits(vectors, codebook, tile)
+    if splits == 1:
         search(vectors, codebook, half_norms, tile, None, codes.view(1, -1))
     else:
-        scores, parts = scratch(vectors, shares)
+        scores, parts = scratch(vectors, splits)
         search(vectors, codebook, half_norms, tile, scores, parts)
         run_finish(scores, parts, codes.view(1, -1))
     return codes
 
 
-def search_in_shares(
+def search_in_splits(
     vectors: Tensor,
     codebook: Tensor,
     half_norms: Tensor | None,
-    shares: int | None = None,
+    splits: int | None = None,
     tile: Tile | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Every share's best score and code, fp32 and int32 [shares, T * C], for ``run_finish``."""
+    """Every split's best score and code, fp32 and int32 [splits, T * C], for ``run_finish``."""
     tile = tile or choose(problem_of(vectors, codebook))
-    scores, codes = scratch(vectors, shares or _shares(vectors, codebook, tile))
+    scores, codes = scratch(vectors, splits or _splits(vectors, codebook, tile))
     search(vectors, codebook, half_norms, tile, scores, codes)
     return scores, codes
 
@@ -160,31 +160,31 @@ def _exact(vectors: Tensor, codebook: Tensor) -> bool:
     return vectors.dtype == codebook.dtype and vectors.element_size() == 2
 
 
-def _shares(vectors: Tensor, codebook: Tensor, tile: Tile) -> int:
+def _splits(vectors: Tensor, codebook: Tensor, tile: Tile) -> int:
     groups, codewords, width = codebook.shape
     count = vectors.numel() // (groups * width)
     slots = processors(vectors.device) * (BESIDE if tile.warps <= 4 else 1)
-    return _even_shares(cdiv(count, tile.rows) * groups, cdiv(codewords, tile.columns), slots)
+    return _even_splits(cdiv(count, tile.rows) * groups, cdiv(codewords, tile.columns), slots)
 
 
 @functools.lru_cache(maxsize=1024)
-def _even_shares(programs: int, tiles: int, slots: int) -> int:
-    """Into how many shares a row of ``tiles`` is split so that the chip is done soonest.
+def _even_splits(programs: int, tiles: int, slots: int) -> int:
+    """Into how many splits a row of ``tiles`` is split so that the chip is done soonest.
 
     The chip runs ``slots`` programs at a time; starting one costs about what a tile does, and
     ``finish`` what FINISH_TILES do.
     """
 
-    def time(shares: int) -> int:
-        rounds = cdiv(programs * shares, slots)
-        return rounds * (cdiv(tiles, shares) + 1) + (FINISH_TILES if shares > 1 else 0)
+    def time(splits: int) -> int:
+        rounds = cdiv(programs * splits, slots)
+        return rounds * (cdiv(tiles, splits) + 1) + (FINISH_TILES if splits > 1 else 0)
 
-    return min(range(1, min(tiles, MOST_SHARES) + 1), key=lambda shares: (time(shares), shares))
+    return min(range(1, min(tiles, MOST_SPLITS) + 1), key=lambda splits: (time(splits), splits))
 
 
-def scratch(vectors: Tensor, shares: int) -> tuple[Tensor, Tensor]:
-    """Scores and codes of every share, fp32 and int32 [shares, T * C]."""
-    size = (shares, vectors.shape[:-1].numel())
+def scratch(vectors: Tensor, splits: int) -> tuple[Tensor, Tensor]:
+    """Scores and codes of every split, fp32 and int32 [splits, T * C]."""
+    size = (splits, vectors.shape[:-1].numel())
     return vectors.new_empty(size, dtype=torch.float32), vectors.new_empty(size, dtype=torch.int32)
 
 
@@ -196,7 +196,7 @@ def search(
     scores: Tensor | None,
     codes: Tensor,
 ) -> None:
-    """Fills scores and codes [shares, T * C]; without scores there is one share."""
+    """Fills scores and codes [splits, T * C]; without scores there is one split."""
     groups, codewords, width = codebook.shape
     codebook = codebook.contiguous()
     if half_norms is None:
@@ -243,7 +243,7 @@ def half_norms_of(codebook: Tensor) -> Tensor:
 
 
 def run_finish(scores: Tensor, codes: Tensor, out: Tensor, bits: int = 0) -> None:
-    """Shares' [shares, B * n] -> out int32 [B, n], or uint8 [B, bytes] of codes packed in bits."""
+    """Splits' [splits, B * n] -> out int32 [B, n], or uint8 [B, bytes] of codes packed in bits."""
     batch, size = out.shape
     launch(
         kernels.finish,

@@ -1,4 +1,4 @@
-"""Nearest codewords on a GPU, packed while the shares of the search are compared."""
+"""Nearest codewords on a GPU, packed while the splits of the search are compared."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from astra_kernels._triton.tiles import Tile
-from astra_kernels.encode.kernel import run_finish, search_in_shares
+from astra_kernels.encode.kernel import run_finish, search_in_splits
 
 
 def encode_packed(
@@ -15,7 +15,7 @@ def encode_packed(
     code_bits: int,
     half_norms: Tensor | None = None,
     *,
-    shares: int | None = None,
+    splits: int | None = None,
     tile: Tile | None = None,
 ) -> Tensor:
     """vectors [B, N, C, w] -> uint8 [B, ceil(N*C*code_bits/8)]; see ``encode.kernel.encode``."""
@@ -24,6 +24,6 @@ def encode_packed(
     data = vectors.new_empty((batch, size), dtype=torch.uint8)
     if vectors.numel() == 0:
         return data.zero_()
-    scores, codes = search_in_shares(vectors, codebook, half_norms, shares, tile)
+    scores, codes = search_in_splits(vectors, codebook, half_norms, splits, tile)
     run_finish(scores, codes, data, code_bits)
     return data

@@ -40,36 +40,36 @@ _NORMS = {None: 0, "rms": 1, "layer": 2}
 
 @triton.jit
 def look_up_step(
-    codes, place, table, first, there, codewords,
+    codes, offset, table, first, row_mask, codewords,
     STAGES: tl.constexpr, GROUPS: tl.constexpr, WIDTH: tl.constexpr,
     DEPTH: tl.constexpr, BITS: tl.constexpr,
 ):  # fmt: skip
     """Channels [first, first + DEPTH) of looked-up states: [n, DEPTH], 0 beyond the last channel.
 
-    A token's codes start at index ``place`` of ``codes`` (both [n]); ``there`` [n] masks tokens.
-    Of the table's dtype, or fp32 where stages were summed.
+    A token's codes start at ``offset`` of ``codes`` (both [n]); ``row_mask`` [n] masks tokens. Of
+    the table's dtype, or fp32 where stages were summed.
     """
     VECTOR: tl.constexpr = run_length(0, DEPTH, WIDTH)
     channel = tl.arange(0, VECTOR)
     run = first + (tl.arange(0, DEPTH // VECTOR) * VECTOR)[None, :]
     group = run // WIDTH
-    seen = there[:, None]
+    mask = row_mask[:, None]
     if GROUPS * WIDTH % DEPTH != 0:
-        seen = seen & (run < GROUPS * WIDTH)
+        mask = mask & (run < GROUPS * WIDTH)
     total = tl.zeros([1], tl.float32)
     for stage in tl.static_range(STAGES):
         code = read_codes(
-            codes[:, None], place[:, None] + stage * GROUPS + group, seen, codewords, BITS
+            codes[:, None], offset[:, None] + stage * GROUPS + group, mask, codewords, BITS
         )
         row = (stage * GROUPS + group) * codewords + code
         # Not run % WIDTH: Triton 3.6 forgets what divides a remainder of the loop's variable, and
         # would read two bytes at a time.
         start = table + row.to(tl.int64) * WIDTH + (run - group * WIDTH)
         if VECTOR == DEPTH:
-            vectors = tl.load(start + channel[None, :], mask=seen, other=0.0)
+            vectors = tl.load(start + channel[None, :], mask=mask, other=0.0)
         else:
-            vectors = tl.load(start[:, :, None] + channel, mask=seen[:, :, None], other=0.0)
-            vectors = vectors.reshape(place.shape[0], DEPTH)
+            vectors = tl.load(start[:, :, None] + channel, mask=mask[:, :, None], other=0.0)
+            vectors = vectors.reshape(offset.shape[0], DEPTH)
         if STAGES == 1:
             total = vectors
         else:
@@ -93,14 +93,14 @@ def lookup_linear_kernel(
         tl.program_id(0), tl.cdiv(tokens, ROWS), tl.maximum(tl.cdiv(outputs, COLUMNS), 1), GROUPED
     )
     token = (row_tile * ROWS + tl.arange(0, ROWS)).to(tl.int64)
-    there = token < tokens
+    row_mask = token < tokens
     writes = token < tl.where(column_tile == 0, tokens, 0)  # the new estimate
     column = column_tile * COLUMNS + tl.arange(0, COLUMNS)
-    kept = column < outputs
-    place = token * (STAGES * GROUPS)
+    column_mask = column < outputs
+    offset = token * (STAGES * GROUPS)
     code_rows = codes + tl.zeros_like(token)
     if BITS:  # packed rows start at a byte each
-        place = (token % batch_tokens) * (STAGES * GROUPS)
+        offset = (token % batch_tokens) * (STAGES * GROUPS)
         code_rows += (token // batch_tokens) * codes_b
     channel = tl.arange(0, DEPTH)
     state = token[:, None] * CHANNELS + channel[None, :]
@@ -109,10 +109,10 @@ def lookup_linear_kernel(
     shift = tl.zeros([ROWS], tl.float32)
     if NORM == LAYER:
         sample = look_up_step(
-            code_rows, place, table, 0, there, codewords, STAGES, GROUPS, WIDTH, DEPTH, BITS
+            code_rows, offset, table, 0, row_mask, codewords, STAGES, GROUPS, WIDTH, DEPTH, BITS
         ).to(tl.float32)
         if ESTIMATE:
-            known = there[:, None] & (channel < CHANNELS)[None, :]
+            known = row_mask[:, None] & (channel < CHANNELS)[None, :]
             sample = add(estimate + state, sample, known).to(tl.float32)
         shift = tl.sum(sample, 1) / SAMPLED
 
@@ -121,20 +121,20 @@ def lookup_linear_kernel(
     acc = tl.zeros([ROWS, COLUMNS], tl.float32)
     for first in range(0, CHANNELS, DEPTH):
         x = look_up_step(
-            code_rows, place, table, first, there, codewords, STAGES, GROUPS, WIDTH, DEPTH, BITS
+            code_rows, offset, table, first, row_mask, codewords, STAGES, GROUPS, WIDTH, DEPTH, BITS
         )
-        seen = there[:, None]
-        loaded = kept[:, None]
+        mask = row_mask[:, None]
+        loaded = column_mask[:, None]
         if CHANNELS % DEPTH != 0:
-            seen = seen & (first + channel < CHANNELS)[None, :]
+            mask = mask & (first + channel < CHANNELS)[None, :]
             loaded = loaded & (first + channel < CHANNELS)[None, :]
         if ESTIMATE:
-            x = add(estimate + state + first, x, seen)
-            tl.store(new_estimate + state + first, x, mask=seen & writes[:, None])
+            x = add(estimate + state + first, x, mask)
+            tl.store(new_estimate + state + first, x, mask=mask & writes[:, None])
         if NORM != NOTHING:
             x = x.to(tl.float32)
             if NORM == LAYER:
-                x = tl.where(seen, x - shift[:, None], 0.0)
+                x = tl.where(mask, x - shift[:, None], 0.0)
                 total += tl.sum(x, 1)
             squares += tl.sum(x * x, 1)
         part = tl.load(weights + first, mask=loaded, other=0.0)
@@ -144,12 +144,14 @@ def lookup_linear_kernel(
         mean = total / CHANNELS  # of x - shift
         variance = tl.maximum(squares / CHANNELS - mean * mean, 0.0)
         if NORM == LAYER:
-            acc -= mean[:, None] * tl.load(weight_sum + column, mask=kept, other=0.0)[None, :]
+            acc -= (
+                mean[:, None] * tl.load(weight_sum + column, mask=column_mask, other=0.0)[None, :]
+            )
         acc *= tl.rsqrt(variance + eps)[:, None]
     if BIAS:
-        acc += tl.load(bias + column, mask=kept, other=0.0).to(tl.float32)[None, :]
+        acc += tl.load(bias + column, mask=column_mask, other=0.0).to(tl.float32)[None, :]
     target = out + token[:, None] * outputs + column[None, :]
-    tl.store(target, acc.to(out.dtype.element_ty), mask=there[:, None] & kept[None, :])
+    tl.store(target, acc.to(out.dtype.element_ty), mask=row_mask[:, None] & column_mask[None, :])
 
 
 @triton.jit
@@ -162,9 +164,9 @@ def tile_of(program, row_tiles, column_tiles, GROUPED: tl.constexpr):
 
 
 @triton.jit
-def add(estimate, x, seen):
+def add(estimate, x, mask):
     """The running estimate at pointers ``estimate``, refined by x and rounded to its dtype."""
-    old = tl.load(estimate, mask=seen, other=0.0)
+    old = tl.load(estimate, mask=mask, other=0.0)
     return (old.to(tl.float32) + x.to(tl.float32)).to(old.dtype)
 
 

@@ -8,8 +8,9 @@ from __future__ import annotations
 
 from torch import Tensor
 
+from astra_kernels._rotary import Rope
 from astra_kernels.attention.cpu import attention
-from astra_kernels.coded_attention.cpu import Rope, coded_attention
+from astra_kernels.coded_attention.cpu import coded_attention
 from astra_kernels.merge_state.cpu import merge_state
 
 

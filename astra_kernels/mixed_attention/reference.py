@@ -5,8 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from astra_kernels._rotary import Rope
 from astra_kernels.attention.reference import attend, visibility_bias
-from astra_kernels.coded_attention.reference import Rope, look_up_keys_values
+from astra_kernels.coded_attention.reference import look_up_keys_values
 
 
 def mixed_attention(

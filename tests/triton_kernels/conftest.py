@@ -28,6 +28,15 @@ def on_device(device: str) -> Iterator[None]:
     torch.set_default_device(None)
 
 
+@pytest.fixture(autouse=True)
+def few_programs(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In the interpreter one program runs after the other: work is not split to fill a chip."""
+    if device == "cpu":
+        from astra_kernels._triton import launch
+
+        monkeypatch.setattr(launch, "DEFAULT_PROCESSORS", 4)
+
+
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     if "dtype" in metafunc.fixturenames:
         dtypes = [torch.float32, torch.float16]

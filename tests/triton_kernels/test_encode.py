@@ -72,28 +72,28 @@ def test_mixed_dtypes_are_multiplied_as_fp32(left, right, width):
 def test_many_groups():
     vectors, codebook = torch.randn(9, 32, 4), torch.randn(32, 17, 4)
     norms = codebook.square().sum(dim=-1) / 2
-    codes = kernel.encode(vectors, codebook, norms.double(), shares=1)
+    codes = kernel.encode(vectors, codebook, norms.double(), splits=1)
     assert_nearest(codes, vectors, codebook)
 
 
 @pytest.mark.parametrize("tile", [WHOLE, STEPS])
-@pytest.mark.parametrize("shares", [1, 2, 4, 9])
-def test_shares(shares, tile):
-    """Also more shares than there are tiles of codewords."""
+@pytest.mark.parametrize("splits", [1, 2, 4, 9])
+def test_splits(splits, tile):
+    """Also more splits than there are tiles of codewords."""
     vectors, codebook = torch.randn(2, 19, 1, 40), torch.randn(1, 75, 40)
-    codes = kernel.encode(vectors, codebook, shares=shares, tile=tile)
+    codes = kernel.encode(vectors, codebook, splits=splits, tile=tile)
     assert_nearest(codes, vectors, codebook)
 
 
 @pytest.mark.parametrize("tile", [WHOLE, STEPS])
-@pytest.mark.parametrize("shares", [1, 3])
+@pytest.mark.parametrize("splits", [1, 3])
 @pytest.mark.parametrize("copy", [1, 15, 16, 60])
-def test_ties_go_to_the_lowest_index(shares, copy, tile):
-    """The same codeword in one tile, in two, and in two shares."""
+def test_ties_go_to_the_lowest_index(splits, copy, tile):
+    """The same codeword in one tile, in two, and in two splits."""
     codebook = torch.randn(1, 70, 20)
     codebook[0, copy] = codebook[0, 0]
     vectors = codebook[:, [0, copy]].mT.contiguous().mT.transpose(0, 1)
-    codes = kernel.encode(vectors, codebook, shares=shares, tile=tile)
+    codes = kernel.encode(vectors, codebook, splits=splits, tile=tile)
     assert codes.flatten().tolist() == [0, 0]
 
 
@@ -102,40 +102,40 @@ def test_ties_go_to_the_lowest_index(shares, copy, tile):
     st.integers(1, 40), st.integers(1, 40), st.integers(1, 2), st.integers(1, 40),
     st.integers(1, 3), st.sampled_from([WHOLE, STEPS]),
 )  # fmt: skip
-def test_any_shape(rows, codewords, groups, width, shares, tile):
+def test_any_shape(rows, codewords, groups, width, splits, tile):
     """Small integers: scores are exact, and ties abound."""
     vectors = torch.randint(-2, 3, (rows, groups, width)).float()
     codebook = torch.randint(-2, 3, (groups, codewords, width)).half()
-    codes = kernel.encode(vectors, codebook, shares=shares, tile=tile)
+    codes = kernel.encode(vectors, codebook, splits=splits, tile=tile)
     assert torch.equal(codes, ak.encode(vectors, codebook, impl="reference"))
 
 
 @pytest.mark.filterwarnings("ignore:.*encountered in:RuntimeWarning", "ignore:All-NaN")
 @pytest.mark.parametrize("tile", [WHOLE, STEPS])
-@pytest.mark.parametrize("shares", [1, 3])
+@pytest.mark.parametrize("splits", [1, 3])
 @pytest.mark.parametrize("poison", [NAN, INF, -INF])
-def test_what_is_not_finite(poison, shares, tile):
+def test_what_is_not_finite(poison, splits, tile):
     """Such a vector gets code 0; such a codeword is never preferred to a finite one."""
     vectors, codebook = torch.randn(12, 1, 20), torch.randn(1, 40, 20)
     vectors[3, 0, 7] = poison
     vectors[5] = poison
     codebook[0, 0, 2] = codebook[0, 20] = codebook[0, 39, 19] = poison
-    codes = kernel.encode(vectors, codebook, shares=shares, tile=tile)
+    codes = kernel.encode(vectors, codebook, splits=splits, tile=tile)
     assert codes[3] == codes[5] == 0
     assert torch.equal(codes, ak.encode(vectors, codebook, impl="reference"))
     codebook[:] = poison
-    assert (kernel.encode(vectors, codebook, shares=shares, tile=tile) == 0).all()
+    assert (kernel.encode(vectors, codebook, splits=splits, tile=tile) == 0).all()
 
 
 @pytest.mark.filterwarnings("ignore:.*encountered in:RuntimeWarning", "ignore:All-NaN")
 def test_overflow_counts_as_infinitely_far():
     codebook = torch.randn(1, 20, 4)
-    assert kernel.encode(torch.full((3, 1, 4), 3e38), codebook, shares=2, tile=WHOLE).sum() == 0
+    assert kernel.encode(torch.full((3, 1, 4), 3e38), codebook, splits=2, tile=WHOLE).sum() == 0
 
 
-@pytest.mark.parametrize("shares", [1, 2])
+@pytest.mark.parametrize("splits", [1, 2])
 @pytest.mark.parametrize("groups", [1, 3])
-def test_strided_vectors(groups, shares):
+def test_strided_vectors(groups, splits):
     """Rows and groups may be anywhere; channels that are not contiguous are copied."""
     codebook = torch.randn(groups, 20, 8)
     for vectors in (
@@ -143,7 +143,7 @@ def test_strided_vectors(groups, shares):
         torch.randn(groups, 10, 8).transpose(0, 1),
         torch.randn(10, 8, groups).mT,
     ):
-        codes = kernel.encode(vectors, codebook, shares=shares)
+        codes = kernel.encode(vectors, codebook, splits=splits)
         assert_nearest(codes, vectors, codebook)
 
 
@@ -158,13 +158,13 @@ def test_packed_is_encode_and_pack(bits):
     assert torch.equal(packed, torch.stack([ak.pack(row, bits) for row in codes]))
 
 
-@pytest.mark.parametrize("shares", [1, 3, 11])
-def test_packed_from_shares(shares):
-    """More bytes than one program makes, more shares than it reads at a time, the largest codes."""
+@pytest.mark.parametrize("splits", [1, 3, 11])
+def test_packed_from_splits(splits):
+    """More bytes than one program makes, more splits than it reads at a time, the largest codes."""
     vectors, codebook = torch.randn(2, 110, 1, 4), torch.randn(1, 180, 4)
     codebook[0, :150] += 9
     tile = Tile(128, 16, 4, 2)
-    packed = packed_kernel.encode_packed(vectors, codebook, 11, shares=shares, tile=tile)
+    packed = packed_kernel.encode_packed(vectors, codebook, 11, splits=splits, tile=tile)
     codes = ak.encode(vectors, codebook, impl="reference")
     assert torch.equal(packed, torch.stack([ak.pack(row, 11) for row in codes]))
 
@@ -195,7 +195,7 @@ def test_every_chip_has_a_tile(capability, kind, width):
     assert [each.kernel for each in launches] == [kernels.half_norm, kernels.nearest]
 
 
-def test_shares_fill_the_chip():
-    assert kernel._even_shares(programs=16, tiles=8, slots=132) == 8
-    assert kernel._even_shares(programs=1024, tiles=32, slots=396) == 1
-    assert kernel._even_shares(programs=1, tiles=1, slots=132) == 1
+def test_splits_fill_the_chip():
+    assert kernel._even_splits(programs=16, tiles=8, slots=132) == 8
+    assert kernel._even_splits(programs=1024, tiles=32, slots=396) == 1
+    assert kernel._even_splits(programs=1, tiles=1, slots=132) == 1

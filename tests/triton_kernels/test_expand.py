@@ -7,8 +7,9 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from astra_kernels._rotary import apply_rope
 from astra_kernels._triton.expand import expand
-from astra_kernels.coded_attention.reference import apply_rope, look_up
+from astra_kernels.coded_attention.reference import look_up
 from astra_kernels.pack import reference as pack_reference
 from tests.triton_kernels.cases import examples
 
