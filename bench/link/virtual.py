@@ -50,6 +50,7 @@ import numpy as np
 import torch
 
 from astra_runtime.errors import AstraError, DeadlineExceeded, PeerLost
+from astra_runtime.transport.lifetime import CLOSED, aborted_by
 from astra_runtime.transport.mesh import Payload, refuse_partial
 from astra_runtime.transport.peers import Channel, PeerMesh
 from astra_runtime.wire import HEADER_SIZE, Frame
@@ -384,12 +385,13 @@ class VirtualMesh(PeerMesh[Channel]):
 
     def close(self) -> None:
         """What was sent still arrives; a peer that waits for more loses this rank."""
-        self._leave("it had finished")
+        self._leave(CLOSED, "it had finished")
 
     def abort(self, error: BaseException) -> None:
-        self._leave(f"it failed: {type(error).__name__}: {error}")
+        self._leave(aborted_by(error), f"it failed: {type(error).__name__}: {error}")
 
-    def _leave(self, reason: str) -> None:
+    def _leave(self, reason: str, of_peers: str) -> None:
+        """`reason` is why this rank can do no more, `of_peers` why its peers lose it."""
         if self._lifetime.end(reason):
             self.state.read()
-            self.state.gone, self.state.reason = self.state.clock, reason
+            self.state.gone, self.state.reason = self.state.clock, of_peers
