@@ -26,8 +26,8 @@ constexpr std::size_t kStack = 65536;
 
 // What a keeper waits for, at the bottom of its stack.
 struct Waits {
-  int death;    // the process's pidfd
-  int replaced; // the read end of a pipe whose other end the process closes when it calls execve
+  int death;     // the process's pidfd
+  int replaced;  // the read end of a pipe whose other end the process closes when it calls execve
 };
 
 // All that a keeper does. It runs with the thread-local memory of the thread that made it, which

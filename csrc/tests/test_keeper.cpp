@@ -1,4 +1,5 @@
-// A process's pipe closes when the process is killed, while its keeper still holds the memory.
+// A process's pipe closes when the process is killed, while its keeper still holds the memory; the
+// keeper ends with its process, with its object, and when its process calls execve.
 
 #include <poll.h>
 #include <signal.h>
@@ -73,6 +74,29 @@ void killed() {
   close(ends_of_pipe[0]);
 }
 
+// A process that calls execve lives on as another program: only the pipe can tell.
+void replaced() {
+  int ends_of_pipe[2];
+  if (pipe(ends_of_pipe) != 0) return expect(false, "a pipe");
+  const pid_t child = fork();
+  if (child == 0) {
+    const std::vector<char> ballast(kBallast, 1);
+    const auto* keeper = new astra::Keeper;  // never destroyed, as by execve
+    const int pid = keeper->pid();
+    if (write(ends_of_pipe[1], &pid, sizeof pid) != sizeof pid) _exit(1);
+    execlp("sleep", "sleep", "60", static_cast<char*>(nullptr));
+    _exit(ballast[1]);
+  }
+  close(ends_of_pipe[1]);
+  int keeper = 0;
+  expect(read(ends_of_pipe[0], &keeper, sizeof keeper) == sizeof keeper, "a keeper");
+  expect(ends(keeper), "the keeper ends when its process is replaced");
+  expect(lives(child), "the new program goes on");
+  kill(child, SIGKILL);
+  waitpid(child, nullptr, 0);
+  close(ends_of_pipe[0]);
+}
+
 void let_go() {
   int pid = 0;
   {
@@ -100,6 +124,7 @@ int main() {
     return 0;
   }
   killed();
+  replaced();
   if (failures == 0) std::puts("keeper: all passed");
   return failures == 0 ? 0 : 1;
 }

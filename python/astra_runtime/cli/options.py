@@ -87,6 +87,12 @@ def add_connection(parser: argparse.ArgumentParser) -> None:
         default=60.0,
         help="seconds any wait for a peer may take (default: %(default)g)",
     )
+    parser.add_argument(
+        "--listen",
+        metavar="HOST",
+        help="the address of this device to listen at, where that is not its own in --peers "
+        "(behind address translation, say); the port stays",
+    )
     security = parser.add_mutually_exclusive_group()
     security.add_argument(
         "--keys",
@@ -213,6 +219,7 @@ def connect_options(
 
     settings = {name: getattr(options, name) for name in ("timeout", "connect_timeout")}
     settings |= {name: getattr(options, name) for name in ("keys", "insecure")}
+    settings["host"] = getattr(options, "listen", None)
     addresses = None if peers is None else tuple(peers)
     return ConnectOptions(rank, world_size, addresses, **settings | changes)
 
@@ -221,4 +228,5 @@ def check_keys(options: argparse.Namespace, peers: list[str]) -> None:
     """Refuses plaintext between devices, and keys that cannot be used, before a model is loaded."""
     from ..transport import check_keys
 
-    check_keys(options.rank, peers, options.keys, options.insecure)
+    host = getattr(options, "listen", None)
+    check_keys(options.rank, peers, options.keys, options.insecure, host)

@@ -86,6 +86,8 @@ def connect(
             side that accepts, a caller who cannot prove to be a rank ends nothing; was the rank
             still missing at the deadline, PeersRefused (both of the above) tells who was refused.
     """
+    if isinstance(peers, str):
+        raise TypeError(f'peers: expected a list of "host:port", got the text {peers!r}')
     rank, world_size = _place(rank, world_size, peers)
     return open_mesh(
         ConnectOptions(
@@ -137,17 +139,21 @@ def check_keys(
     peers: Sequence[str],
     keys: Keys | str | os.PathLike[str] | None = None,
     insecure: bool = False,
+    host: str | None = None,
 ) -> None:
     """Raises the KeysError that `connect` over TCP would raise for these arguments, and warns as it
     would, before a model is loaded."""
-    options = ConnectOptions(rank, len(peers), tuple(peers), keys=keys, insecure=insecure)
+    options = ConnectOptions(
+        rank, len(peers), tuple(peers), host=host, keys=keys, insecure=insecure
+    )
     secret = options.find_keys()
     if secret is not None:
         secret.contexts(rank)
     elif len(peers) > 1:
-        require_loopback(parse_address(peer)[0] for peer in peers)
+        own = [] if host is None else [host]
+        require_loopback([*(parse_address(peer)[0] for peer in peers), *own])
     addresses = dict(enumerate(map(parse_address, peers)))
-    hint = unreachable_for_others(rank, addresses[rank][0], addresses)
+    hint = unreachable_for_others(rank, host or addresses[rank][0], addresses)
     if hint:
         _warn_once(hint)
 

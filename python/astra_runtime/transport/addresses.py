@@ -74,5 +74,6 @@ def unreachable_for_others(rank: int, host: str, addresses: Mapping[int, tuple[s
     stands = "" if here == host else f", which {host} stands for on this machine"
     return (
         f"rank {rank} listens on loopback only, at {here}{stands}: rank {who} cannot reach it from "
-        "another machine; give this rank the address that the others see"
+        "another machine; give this rank the address that the others see, or name one of this "
+        "machine's own by --listen (host= of connect)"
     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numbers
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -40,6 +41,7 @@ class ConnectOptions:
     on_wait: OnWait | None = None
 
     def __post_init__(self) -> None:
+        self._check_types()
         if not 1 <= self.world_size <= 0xFFFF:
             raise ValueError(f"world_size: expected 1..65535, got {self.world_size}")
         if not 0 <= self.rank < self.world_size:
@@ -59,6 +61,18 @@ class ConnectOptions:
             raise KeysError("insecure: expected without keys, got both")
         if self.backend in ("gloo", "nccl"):
             self._check_plaintext_backend()
+
+    def _check_types(self) -> None:
+        for name in ("rank", "world_size"):
+            value = getattr(self, name)
+            if not isinstance(value, numbers.Integral) or isinstance(value, bool):
+                raise TypeError(f"{name}: expected an integer, got {value!r}")
+        if self.peers is not None and not all(isinstance(peer, str) for peer in self.peers):
+            raise TypeError(f'peers: expected texts "host:port", got {self.peers!r}')
+        for name in ("timeout", "connect_timeout"):
+            value = getattr(self, name)
+            if not isinstance(value, numbers.Real) or isinstance(value, bool):
+                raise TypeError(f"{name}: expected a number of seconds, got {value!r}")
 
     def _check_plaintext_backend(self) -> None:
         """torch.distributed encrypts nothing: whoever has keys must not believe it does."""

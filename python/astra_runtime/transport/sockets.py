@@ -66,7 +66,7 @@ def listen(host: str, port: int, rank: int) -> list[socket.socket]:
     if not listeners:
         raise ConnectFailed(
             f"rank {rank} cannot listen at {where}: that is no address of this machine; name one "
-            "that is, by host= of connect"
+            "that is by --listen (host= of connect)"
         ) from absent
     return listeners
 

@@ -10,6 +10,7 @@ import pytest
 from astra_runtime import errors
 from astra_runtime.transport import check_keys, connect
 from astra_runtime.transport.addresses import parse_address, unreachable_for_others
+from astra_runtime.transport.credentials import KeysError
 from astra_runtime.transport.sockets import listen
 
 from ..ranks import all_to_all, as_ranks, free_ports, key_folder, together
@@ -116,3 +117,35 @@ def test_loopback_is_said_at_once(caplog: pytest.LogCaptureFixture) -> None:
     with pytest.raises(errors.ConnectFailed, match="did not call; rank 0 listens on loopback only"):
         connect(0, 2, peers, keys=keys, connect_timeout=0.2)
     assert len(caplog.records) == 1
+
+
+def test_the_address_to_listen_at_may_be_another_than_the_others_dial() -> None:
+    """As behind address translation."""
+    port, other = (address.rpartition(":")[2] for address in free_ports(2))
+    seen = [f"127.0.0.2:{port}", f"127.0.0.1:{other}"]
+    own = [f"localhost:{port}", seen[1]]
+    meshes = together(
+        [lambda: connect(0, 2, own, host="127.0.0.2", connect_timeout=20)]
+        + [lambda: connect(1, 2, seen, connect_timeout=20)]
+    )
+    together([mesh.close for mesh in meshes])
+    with pytest.raises(KeysError, match="since 192.0.2.1 is not on loopback"):
+        check_keys(0, own, host="192.0.2.1")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        ({"peers": "127.0.0.1:7000,127.0.0.1:7001"}, "peers: expected a list of .*, got the text"),
+        ({"peers": [7000, 7001]}, "peers: expected texts"),
+        ({"rank": 0.0}, "rank: expected an integer, got 0.0"),
+        ({"rank": True}, "rank: expected an integer, got True"),
+        ({"world_size": "2"}, "world_size: expected an integer, got '2'"),
+        ({"timeout": "30"}, "timeout: expected a number of seconds, got '30'"),
+        ({"connect_timeout": None}, "connect_timeout: expected a number of seconds, got None"),
+    ],
+)
+def test_arguments_of_another_type(arguments: dict[str, Any], words: str) -> None:
+    usual = {"rank": 0, "world_size": 2, "peers": ["127.0.0.1:7000", "127.0.0.1:7001"]}
+    with pytest.raises(TypeError, match=words):
+        connect(**usual | arguments)
