@@ -12,11 +12,11 @@ from pathlib import Path
 from bench.gpu.plan import WHEELS
 from bench.report import ROOT
 
-# vector-quantize-pytorch, a baseline of `encode`, and what it needs beside torch and numpy; all
-# pure Python.
+# vector-quantize-pytorch, a baseline of `encode`, and what it needs beside numpy, torch and torch's
+# own needs, which must not be shadowed; all pure Python.
 PACKAGES = (
     *("vector-quantize-pytorch==1.32.0", "einx", "einops", "frozendict", "loguru"),
-    *("torch-einops-utils", "sympy", "mpmath"),
+    "torch-einops-utils",
 )
 
 
