@@ -15,7 +15,7 @@ FUZZ_CXX ?= $(shell command -v clang++ || command -v clang++-19 || command -v cl
 FUZZ_RUNS ?= 100000000
 # Tests on the sanitized extension: those that come near it, or with FULL=1 all of both packages.
 SANITIZED := tests/kernels/test_pack.py tests/kernels/test_encode.py tests/runtime/test_wire.py \
-  tests/runtime/test_wire_decoder.py tests/runtime/codes/test_spaces.py tests/runtime/transport/test_transport.py \
+  tests/runtime/test_wire_decoder.py tests/runtime/codes/test_codecs.py tests/runtime/transport/test_transport.py \
   tests/runtime/transport/test_tcp.py tests/faults/test_frames.py
 SANITIZED_TESTS := $(if $(FULL),tests/kernels tests/runtime tests/faults,$(SANITIZED))
 LOWEST_TESTS := tests/kernels/test_pack.py tests/kernels/test_encode.py tests/kernels/test_library.py \

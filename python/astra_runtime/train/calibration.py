@@ -74,7 +74,11 @@ def check_windows(
 
 
 def on_device(window: Inputs, adapter: Adapter) -> Inputs:
-    return {name: tensor.to(adapter.device) for name, tensor in window.items()}
+    """With the model's device, images with its dtype."""
+    return {
+        name: tensor.to(adapter.device, adapter.dtype if tensor.is_floating_point() else None)
+        for name, tensor in window.items()
+    }
 
 
 def record(

@@ -205,10 +205,10 @@ class _Training:
     def _batch(self, generator: torch.Generator) -> tuple[Inputs, Tensor | None]:
         order = torch.randperm(len(self.indices), generator=generator)[: self.settings.batch]
         chosen = [self.indices[i] for i in order.tolist()]
-        device = self.adapter.device
         name = next(iter(self.windows[0]))
-        inputs = {name: torch.cat([self.windows[i][name] for i in chosen]).to(device)}
-        return inputs, None if self.labels is None else self.labels[chosen].to(device)
+        inputs = {name: torch.cat([self.windows[i][name] for i in chosen])}
+        labels = None if self.labels is None else self.labels[chosen].to(self.adapter.device)
+        return on_device(inputs, self.adapter), labels
 
     def _loss(self, output: Any, inputs: Inputs, labels: Tensor | None) -> Tensor:
         if labels is not None:

@@ -284,7 +284,7 @@ def test_the_command_end_to_end(home: Path, here: Run, tmp_path: Path) -> None: 
     assert len(found["loss"]) == 4
     assert [told["step"] for told in found["measured"]] == [0, 2, 4]
     assert "step 4/4: loss" in err
-    assert "step 2/4: held back: perplexity" in err
+    assert "step 2/4: held out: perplexity" in err
     adapted = ["--model", str(tmp_path / "adapted"), "--codebook", str(tmp_path / "adapted")]
     told = here("run", *adapted, "--prompt", "w1 w2 w3", "--max-new-tokens", "2", "--json")[0]
     assert len(json.loads(told)["text"].split()) == 2

@@ -131,6 +131,14 @@ def test_images_are_checked_alike() -> None:
             fit(tiny("vit"), wrong, "transform")
 
 
+def test_images_of_another_dtype_are_converted() -> None:
+    """As they come from NumPy."""
+    model, images = tiny("vit"), windows_for("vit")
+    assert fit(model, images.double()) == fit(model, images)
+    settings = Settings(1, batch=1, ranks=(2, 2), shard=4)
+    assert finetune(model, Codebook.dense(), images.double(), settings, held_back=0) is not None
+
+
 def test_training_checks_its_windows_alike() -> None:
     settings = Settings(1, ranks=(2, 2))
     with pytest.raises(ValueError, match="data: window 0: input_ids: expected values from 0"):

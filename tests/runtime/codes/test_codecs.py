@@ -1,4 +1,4 @@
-"""Payloads: what a space writes is what it reads, byte for byte as many as it said."""
+"""Payloads: what a codec writes is what it reads, byte for byte as many as it said."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ import torch
 import astra_kernels as ak
 from astra_runtime import Codebook, WireError
 from astra_runtime.codes.base import Payload
+from astra_runtime.codes.registry import CODECS, codec_named
 from astra_runtime.models import adapt
 
 from ..models import tiny, windows_for
@@ -76,3 +77,27 @@ def test_codes_that_no_codeword_has_are_refused() -> None:
     forged = ak.pack(torch.tensor([0, 20, 21], dtype=torch.int32), 5).numpy().tobytes()
     with pytest.raises(WireError, match="wrong code: expected below 21, got 21"):
         space.read(0, [Payload(memoryview(bytearray(forged)), 1, 1)], 1)
+
+
+@pytest.mark.parametrize("kind", ["llama", "vit"])
+@pytest.mark.parametrize("key", CODECS)
+def test_payloads_have_as_many_bits_as_the_class_says(key: str, kind: str) -> None:
+    model = tiny(kind)
+    adapter, codec = adapt(model), codec_named(key)
+    if codec.needs_token_ids and not adapter.token_ids:
+        pytest.skip("images have no token ids")
+    book = Codebook(key)
+    if codec.coded:
+        size: dict[str, Any] = {"bits": 40} if codec.allots_bits else {"groups": 6}
+        windows = windows_for(kind)
+        book = Codebook.fit(model, windows, space=key, codewords=32, held_back=0, **size)
+    made, tokens = book.make_codec(adapter), 64  # rows of whole bytes
+    bits = [book.token_bits(adapter, block) for block in range(3)]
+    assert [8 * made.payload_bytes(block, 2, tokens) for block in range(3)] == [
+        2 * tokens * each for each in bits
+    ]
+    assert book.token_bits(adapter) == pytest.approx(sum(bits) / 3)
+    assert codec.sends is any(bits)
+    for block in range(3):
+        layout = made.token_layout(block, 2, tokens) if bits[block] else []
+        assert sum(place.bits for place in layout if place.row == 1) == bits[block]
