@@ -205,7 +205,10 @@ def backend(name: SDPBackend, call: Call) -> Call:
 
 def chosen_backend(query: Tensor, key: Tensor, value: Tensor) -> str:
     """The backend that torch's attention takes for these tensors when none is asked for."""
-    number = torch._fused_sdp_choice(query, key, value, enable_gqa=True)
+    try:
+        number = torch._fused_sdp_choice(query, key, value, enable_gqa=True)
+    except (AttributeError, TypeError, RuntimeError) as reason:  # it is torch's own affair
+        return f"unknown ({type(reason).__name__})"
     members: dict[str, Any] = dict(SDPBackend.__members__)
     names = {int(member): name for name, member in members.items()}
     return names.get(int(number), f"unknown ({number})").removesuffix("_ATTENTION").lower()

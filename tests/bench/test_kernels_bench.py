@@ -14,8 +14,8 @@ import torch
 from bench import tables
 from bench.gpu.environment import device_folder
 from bench.kernels import __main__ as program
+from bench.kernels import _attention, crossovers, plots, run, timing
 from bench.kernels import cases as cases_of
-from bench.kernels import crossovers, plots, run, timing
 from bench.kernels.ceilings import NOMINAL, Ceilings
 from bench.kernels.spec import SHAPE_KEYS, Spec
 
@@ -195,6 +195,15 @@ def lse_in_base_2(result):
 
 def raises(_):
     raise RuntimeError("out of resource: shared memory\nand more")
+
+
+def test_the_backend_of_torch_is_noted(monkeypatch, report):
+    noted = {case.get("sdpa_backend") for case in report["cases"] if "sdpa" in case["peers"]}
+    assert "flash" in noted
+    assert noted <= {"flash", "math", None}  # None: a mask that torch dispatches in Python
+    query = torch.randn(1, 2, 3, 8)
+    monkeypatch.delattr(torch, "_fused_sdp_choice")
+    assert _attention.chosen_backend(query, query, query) == "unknown (AttributeError)"
 
 
 ATTENTION = "fused_lookup_rotary_M256_N8192_H32_d128"
