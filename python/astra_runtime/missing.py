@@ -86,7 +86,7 @@ def waiting_limits(
     # whoever waits for an answer must not give up before the rank that makes it has done so
     patience = max(mesh.timeout, 2 * longest)
     if on_missing == "degrade":
-        patience += blocks * longest  # it may have waited in each block
+        patience += (blocks + 1) * longest  # it may have waited in each block, and for pictures
     return deadline, patience
 
 

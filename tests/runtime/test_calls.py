@@ -12,7 +12,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from astra_runtime import Codebook, Engine
+from astra_runtime import Codebook, Engine, costs
 from astra_runtime.errors import (
     AstraError,
     CallEnded,
@@ -252,6 +252,22 @@ def test_finished_rows_keep_the_end_that_they_have() -> None:
 
     for made in run_ranks(2, work, timeout=20):
         assert made[:, 12:].tolist() == [[8, 1, 1, 7], [9, 5, 5, 5]]
+
+
+def test_a_shape_is_planned_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Solving for the shares takes longer than a tiny block."""
+    solved: list[int] = []
+    solve = costs.balanced_weights
+
+    def counting(tokens: int, *given: Any, **options: Any) -> tuple[float, ...]:
+        solved.append(tokens)
+        return solve(tokens, *given, **options)
+
+    monkeypatch.setattr(costs, "balanced_weights", counting)
+    with Engine(tiny("llama")) as engine:
+        for tokens in (24, 24, 24, 30, 24):
+            engine(**inputs_for("llama", tokens))
+    assert solved == [24, 30]
 
 
 # Threads
