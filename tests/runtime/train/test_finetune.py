@@ -288,7 +288,7 @@ def test_the_command_end_to_end(home: Path, here: Run, tmp_path: Path) -> None: 
     adapted = ["--model", str(tmp_path / "adapted"), "--codebook", str(tmp_path / "adapted")]
     told = here("run", *adapted, "--prompt", "w1 w2 w3", "--max-new-tokens", "2", "--json")[0]
     assert len(json.loads(told)["text"].split()) == 2
-    assert "error: resume: found no checkpoint" in here("finetune", *common, "--resume", code=1)[1]
+    assert "resume: found no checkpoint" in here("finetune", *common, "--resume", code=1)[1]
 
 
 def test_the_command_trains_controls(home: Path, here: Run, tmp_path: Path) -> None:  # noqa: F811
