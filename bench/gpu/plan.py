@@ -53,7 +53,7 @@ class Setup:
 
     @property
     def workers(self) -> int:
-        return max(1, min(12, self.cores - 2))
+        return max(1, min(14, self.cores - 2))
 
     @property
     def device(self) -> str:
@@ -110,7 +110,7 @@ def part_a(setup: Setup) -> list[Group]:
         (Stage("smoke", setup.smoke(setup.workers), 60, 20),),
         (
             Stage(
-                *("smoke_cuda_ptxas", setup.smoke(setup.workers), 45, 12),
+                *("smoke_cuda_ptxas", setup.smoke(setup.workers), 50, 12),
                 env=other if ptxas else (),
                 missing=None if ptxas or setup.rehearse else "CUDA's ptxas is not here",
                 note="a call that is wrong here alone, or in `smoke` alone, is the assembler's",
@@ -118,7 +118,7 @@ def part_a(setup: Setup) -> list[Group]:
         ),
         (Stage("compile", compiling, 55, 20),),
         (Stage("decisive", (setup.bench("--decisive", "--seconds", SECONDS),), 110, 60),),
-        (Stage("engine", ((*engine, "--seconds", SECONDS),), 110, 0),),
+        (Stage("engine", ((*engine, "--seconds", SECONDS),), 110, 45),),
     ]
 
 
