@@ -57,12 +57,17 @@ def on_page_markdown(markdown: str, page: Any, config: Any, files: Files) -> str
     return _LINK.sub(moved, markdown)
 
 
-class GroupedArguments(griffe.Extension):
-    """Lines like `key, value: [B, Hkv, L, d]`, of which the site makes one for each name."""
+class Docstrings(griffe.Extension):
+    """What docstrings here have and griffe does not know.
+
+    Lines like `key, value: [B, Hkv, L, d]` become one for each name, and "Example:" is the section
+    that griffe calls "Examples:".
+    """
 
     def on_instance(self, *, obj: griffe.Object, **_: Any) -> None:
         if obj.docstring:
-            obj.docstring.value = _GROUPED.sub(one_each, obj.docstring.value)
+            text = _GROUPED.sub(one_each, obj.docstring.value)
+            obj.docstring.value = re.sub(r"^( *)Example:$", r"\1Examples:", text, flags=re.M)
 
 
 def one_each(group: re.Match[str]) -> str:
