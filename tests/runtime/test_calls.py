@@ -23,6 +23,7 @@ from astra_runtime.errors import (
     WireError,
 )
 from astra_runtime.evaluate import run_ranks
+from astra_runtime.plan import balanced_weights
 from astra_runtime.transport import Link, Mesh, local_mesh
 
 from .models import inputs_for, tiny
@@ -257,7 +258,7 @@ def test_finished_rows_keep_the_end_that_they_have() -> None:
 def test_a_shape_is_planned_once(monkeypatch: pytest.MonkeyPatch) -> None:
     """Solving for the shares takes longer than a tiny block."""
     solved: list[int] = []
-    solve = costs.balanced_weights
+    solve = balanced_weights
 
     def counting(tokens: int, *given: Any, **options: Any) -> tuple[float, ...]:
         solved.append(tokens)
