@@ -14,6 +14,7 @@ from astra_runtime import AstraError, Codebook, Engine, HandshakeRefused, WireEr
 from astra_runtime.evaluate import run_ranks
 from astra_runtime.plan import Plan
 from astra_runtime.transport import Mesh
+from astra_runtime.wire import HEADER_SIZE
 
 from .models import KINDS, inputs_for, tiny, windows_for
 from .simulation import Simulation
@@ -344,7 +345,7 @@ def test_bits_are_what_crosses_the_sockets(book: Any, bits: float) -> None:
     told, payload, total = run_ranks(2, work)[0]
     assert told == bits
     assert payload == bits * 16 * 3 / 8  # 16 tokens, 3 blocks, one receiver
-    assert total - payload <= (16 * 3 if bits else 0)  # no frame where there are no codes
+    assert total - payload <= (HEADER_SIZE * 3 if bits else 0)  # no frame where there are no codes
 
 
 def test_ranks_that_differ_refuse_each_other() -> None:
