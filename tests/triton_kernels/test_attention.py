@@ -285,7 +285,10 @@ def test_large_scores_do_not_overflow():
     assert_as_exact_as_torch(mixed(case), case)
 
 
-@examples(25)
+@pytest.mark.timeout(
+    600
+)  # many kernels in one test: 30 s on an idle machine, minutes on a busy one
+@examples(20)
 @given(st.data())
 def test_any_shape(data):
     draw = data.draw
@@ -293,10 +296,10 @@ def test_any_shape(data):
     kv, fold = draw(st.integers(1, 3)), draw(st.integers(1, 3))
     groups = draw(st.sampled_from([1, 1, 2, 3, 5]))
     width = draw(st.sampled_from([2, 4, 6, 16]))
-    m, near = draw(st.integers(1, 40)), draw(st.integers(0, 90))
+    m, near = draw(st.integers(1, 40)), draw(st.integers(0, 60))
     causal = near >= m and draw(st.booleans())
     case = make(
-        b=draw(st.integers(1, 2)), h=kv * fold, kv=kv, m=m, near=near, n=draw(st.integers(0, 90)),
+        b=draw(st.integers(1, 2)), h=kv * fold, kv=kv, m=m, near=near, n=draw(st.integers(0, 60)),
         d=groups * width, k=draw(st.integers(1, 40)), groups=groups, stages=draw(st.integers(1, 2)),
         shared=draw(st.booleans()), rope=groups * width % 2 == 0 and draw(st.booleans()),
         causal=causal, key_mask=near > 0 and draw(st.booleans()), code_mask=draw(st.booleans()),
