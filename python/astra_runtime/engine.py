@@ -372,8 +372,7 @@ class Engine:
     def close(self) -> None:
         """Ends the use of the model by this engine. The mesh stays open.
 
-        May come from any thread or signal handler: a call that runs ends with CallEnded at its next
-        block, on every rank.
+        From any thread or signal handler: a call that runs ends with CallEnded, on every rank.
         """
         if self._open:
             self._open = False
