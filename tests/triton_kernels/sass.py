@@ -33,7 +33,7 @@ class Loop:
     fewer bytes than the threads could copy at once."""
 
     instructions: int
-    opcodes: Counter[str]
+    opcodes: dict[str, int]
 
     def count(self, *names: str) -> int:
         """Instructions whose opcode, without modifiers, is one of ``names``."""
@@ -94,7 +94,7 @@ def loops_of(listing: str) -> list[Loop]:
         for first, last in spans
         if not any(first <= a and b <= last and (a, b) != (first, last) for a, b in spans)
     ]
-    return [Loop(last - first, Counter(opcodes[first:last])) for first, last in sorted(inner)]
+    return [Loop(last - first, dict(Counter(opcodes[first:last]))) for first, last in sorted(inner)]
 
 
 def resources(cubin: bytes) -> tuple[int, int]:
