@@ -15,8 +15,8 @@ namespace {
 
 void check_name(const Header& came, const Expected& expected, Field named) {
   const bool same[] = {came.source == expected.source, came.sequence == expected.sequence,
-                       came.call == expected.call, came.request == expected.request,
-                       came.plan == expected.plan, came.block == expected.block,
+                       came.call == expected.call,     came.request == expected.request,
+                       came.plan == expected.plan,     came.block == expected.block,
                        came.length == expected.length};
   const auto* first = std::find(std::begin(same), std::end(same), false);
   const auto place = static_cast<int>(first - std::begin(same));

@@ -32,8 +32,8 @@ void write32(std::uint32_t value, std::uint8_t* out) noexcept {
 }
 
 std::int64_t read64(const std::uint8_t* data) noexcept {
-  return static_cast<std::int64_t>(read32(data) |
-                                   static_cast<std::uint64_t>(read32(data + 4)) << 32);
+  return static_cast<std::int64_t>(read32(data) | static_cast<std::uint64_t>(read32(data + 4))
+                                                      << 32);
 }
 
 void write64(std::int64_t value, std::uint8_t* out) noexcept {

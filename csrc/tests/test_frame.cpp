@@ -38,7 +38,8 @@ void headers() {
       auto changed = data;
       changed[i] = static_cast<std::uint8_t>(changed[i] ^ 1 << bit);
       const Field named = i == 14 || i == 15 ? Field::kSource : of_byte[i / 4];
-      expect(check_header(changed.data(), kHeaderSize, expected) == named, "the field that changed");
+      expect(check_header(changed.data(), kHeaderSize, expected) == named,
+             "the field that changed");
     }
   }
   expect(check_header(data.data(), kHeaderSize,

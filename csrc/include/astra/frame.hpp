@@ -17,7 +17,7 @@ inline constexpr std::uint16_t kProtocolVersion = 2;
 inline constexpr std::uint16_t kBye = 0xFFFF;  // block number of a rank's last frame
 inline constexpr std::size_t kHeaderSize = 28;
 inline constexpr std::int64_t kNoRequest = -1;  // of a call that was given no number
-inline constexpr std::size_t kPrefixSize = 6;  // magic and version, what no version may change
+inline constexpr std::size_t kPrefixSize = 6;   // magic and version, what no version may change
 inline constexpr std::size_t kHelloSize = 30;
 inline constexpr std::size_t kRunSize = 16;
 inline constexpr std::size_t kMaxReason = 512;
@@ -26,8 +26,8 @@ inline constexpr std::size_t kMaxTexts = (kFactsSize - 2) / 2;  // of no bytes b
 
 // --- frames
 
-// A frame's first bytes. `length`: bytes of payload. `call` counts the sender's calls, `request` is the
-// host's own number for one; frames outside of calls have 0 and kNoRequest.
+// A frame's first bytes. `length`: bytes of payload. `call` counts the sender's calls, `request` is
+// the host's own number for one; frames outside of calls have 0 and kNoRequest.
 struct Header {
   std::uint32_t length = 0, sequence = 0, plan = 0;
   std::uint16_t block = 0, source = 0;
@@ -42,15 +42,24 @@ struct Expected {
   std::int64_t request = kNoRequest;
 };
 
-enum class Field : int { kNone, kSize, kSource, kSequence, kCall, kRequest, kPlan, kBlock, kLength };
+enum class Field : int {
+  kNone,
+  kSize,
+  kSource,
+  kSequence,
+  kCall,
+  kRequest,
+  kPlan,
+  kBlock,
+  kLength
+};
 
 Header read_header(const std::uint8_t* data) noexcept;  // data: kHeaderSize bytes
 void write_header(const Header& header, std::uint8_t* out) noexcept;
 
 // The field to name to whoever sent another header than `expected`; kNone: it is that header. What
-// follows from another field goes behind it: another call has other requests and plans, another plan
-// other lengths and blocks. kSize: `size`
-// is less than a header.
+// follows from another field goes behind it: another call has other requests and plans, another
+// plan other lengths and blocks. kSize: `size` is less than a header.
 Field check_header(const std::uint8_t* data, std::size_t size, const Expected& expected) noexcept;
 
 // Whether `data` starts with the last frame of rank `source`, whatever its sequence number.
