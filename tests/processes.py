@@ -79,6 +79,12 @@ class Fork:
     def kill(self) -> None:
         self.send_signal(signal.SIGKILL)
 
+    def close(self) -> None:
+        """Ends it, whatever it does."""
+        self.kill()
+        self.wait()
+        self.stdout.close()
+
     def end(self) -> str:
         """What it printed; fails unless it ended well."""
         with self.stdout:

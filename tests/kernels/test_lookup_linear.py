@@ -198,7 +198,7 @@ def test_codes_out_of_range_are_refused(impl):
     ("option", "value", "error", "message"),
     [
         ("bias", torch.ones(24), ValueError, "bias must be [11] (out of weight), got shape [24]"),
-        ("bias", 1.0, TypeError, "bias must be a torch.Tensor, got float"),
+        ("bias", 1.0, TypeError, "bias must be a torch.Tensor or None, got float"),
         ("bias", torch.ones(11).int(), TypeError, "bias must be of dtype float32"),
         ("estimate", torch.ones(7, 23), ValueError, "estimate must be [7, 24]"),
         ("estimate", torch.ones(7, 24).int(), TypeError, "estimate must be of dtype float32"),

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -439,10 +441,17 @@ def test_a_port_in_use_is_named(home: Path, here: Callable[..., tuple[str, str]]
 def test_no_worker_outlives_its_leader(
     home: Path, here: Callable[..., tuple[str, str]], tmp_path: Path, blow: signal.Signals
 ) -> None:
-    asked = ["run", *model_options(home), "--prompt", PROMPT, "--world-size", "2"]
-    asked += ["--max-new-tokens", "200", "--timeout", "30"]
-    with open(tmp_path / "stderr", "w+") as stderr:
-        leader = Fork(lambda: main(asked), stderr)
+    # a model whose limit is far off, so that the run cannot end before the blow falls
+    shutil.copytree(home / "model", tmp_path / "model")
+    config = json.loads((tmp_path / "model" / "config.json").read_text())
+    config["max_position_embeddings"] = 1 << 20
+    (tmp_path / "model" / "config.json").write_text(json.dumps(config))
+    asked = ["run", "--model", str(tmp_path / "model"), "--codebook", "none", "--prompt", PROMPT]
+    asked += ["--world-size", "2", "--max-new-tokens", "100000", "--timeout", "30"]
+    with (
+        open(tmp_path / "stderr", "w+") as stderr,
+        contextlib.closing(Fork(lambda: main(asked), stderr)) as leader,
+    ):
         deadline = time.monotonic() + 60
         while not (workers := workers_of(leader.pid)) and time.monotonic() < deadline:
             time.sleep(0.05)
@@ -451,7 +460,6 @@ def test_no_worker_outlives_its_leader(
         leader.send_signal(blow)
         ends = {signal.SIGINT: 130, signal.SIGTERM: 143, signal.SIGKILL: -9}
         assert leader.wait(30) == ends[blow]
-        leader.stdout.close()
         while any(map(runs, workers.values())) and time.monotonic() < deadline:
             time.sleep(0.05)
         assert not any(map(runs, workers.values()))
