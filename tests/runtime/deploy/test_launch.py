@@ -105,7 +105,7 @@ def test_a_worker_that_stops_is_named_and_ended(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     # the blow may fall before the ranks have compared their models, which is part of the start
-    limits = ["--timeout", "2", "--connect-timeout", "30"]
+    limits = ["--timeout", "2", "--connect-timeout", "12"]
     last = struck(home, here, monkeypatch, signal.SIGSTOP, 2, *limits)
     assert "rank 1 sent nothing within" in last
 
