@@ -3,8 +3,11 @@
 Queries are [B, H, M, d], keys and values [B, Hkv, L, d], codes int32 [B, N, C]; ``lse`` is the
 natural log-sum-exp of the scores. Every op is a ``torch.library`` op, forward-only, and takes
 ``impl``: "auto" (the quickest measured for the device), "reference" (plain torch), "triton",
-"native" (the C++ core).
+"native" (the C++ core). ``attention.reference`` and so on are the slow, obvious torch references,
+which are differentiable.
 """
+
+import importlib
 
 from astra_kernels import _C as _C
 from astra_kernels import _library as _library
@@ -38,3 +41,21 @@ __all__ = [
     "unpack",
     "warmup",
 ]
+
+# Errors of the forward-only ops name these.
+for _op in (
+    attention,
+    coded_attention,
+    codeword_attention,
+    count_codes,
+    decode,
+    encode,
+    encode_packed,
+    lookup_linear,
+    merge_state,
+    mixed_attention,
+    pack,
+):
+    _module = importlib.import_module(f"{_op.__module__}.reference")
+    setattr(_op, "reference", getattr(_module, _op.__name__))  # noqa: B010 - functions have none
+del _module, _op

@@ -462,3 +462,25 @@ def test_check_can_be_left_out():
     want = ak.coded_attention(*args, **options)
     got = ak.coded_attention(*args, **options, check=False)
     assert torch.equal(got[0], want[0])
+
+
+@pytest.mark.parametrize(
+    "call", [ak.attention, torch.func.grad(lambda x: ak.attention(x, x, x)[0].sum())]
+)
+def test_the_reference_that_an_error_names_is_there(call):
+    x = torch.randn(1, 1, 2, 4, requires_grad=call is ak.attention)
+    with pytest.raises(RuntimeError, match="is forward-only") as error:
+        call(*[x] * (3 if call is ak.attention else 1))
+    name = next(word for word in str(error.value).split() if word.endswith(".reference"))
+    assert name == "astra_kernels.attention.reference"
+    query, key, value = torch.randn(3, 1, 1, 2, 4, requires_grad=True)
+    out, _ = ak.attention.reference(query, key, value)
+    out.sum().backward()
+
+
+def test_every_op_has_its_reference():
+    for name in ak.__all__:
+        op = getattr(ak, name)
+        if op in (ak.unpack, ak.packed_size, ak.fold_norm, ak.warmup):
+            continue
+        assert op.reference.__module__ == f"{op.__module__}.reference"
