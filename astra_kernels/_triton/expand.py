@@ -25,19 +25,19 @@ ITEMS = 4  # of a thread: reads under way at once
 
 @triton.jit
 def load_run(
-    codes, table, place, row, channel, seen, codewords,
+    codes, table, offset, row, channel, token_mask, codewords,
     VECTOR: tl.constexpr, WIDTH: tl.constexpr, STAGES: tl.constexpr, BITS: tl.constexpr,
     CODES: tl.constexpr, ROWS: tl.constexpr,  # codes of a stage, sub-vectors of a stage
 ):  # fmt: skip
     """VECTOR channels from ``channel`` on, [n, VECTOR]: of the table's dtype, fp32 where summed."""
     group = channel // WIDTH
     lane = (channel % WIDTH)[:, None] + tl.arange(0, VECTOR)[None, :]
-    place += group
+    offset += group
     row += group
     for stage in tl.static_range(STAGES):
-        code = read_codes(codes, place + stage * CODES, seen, codewords, BITS)
+        code = read_codes(codes, offset + stage * CODES, token_mask, codewords, BITS)
         start = ((row + stage * ROWS) * codewords + code).to(tl.int64) * WIDTH
-        part = tl.load(table + start[:, None] + lane, mask=seen[:, None], other=0.0)
+        part = tl.load(table + start[:, None] + lane, mask=token_mask[:, None], other=0.0)
         if stage == 0:
             vectors = part
         else:
@@ -66,17 +66,19 @@ def expand_codes(
     token = first_token + item // (HEADS * RUNS)
     head = item // RUNS % HEADS
     channel = item % RUNS * VECTOR
-    there = token < tokens
-    seen = there
+    row_mask = token < tokens
+    token_mask = row_mask
     if MASK:
-        seen = there & (tl.load(code_mask + batch * tokens + token, mask=there, other=0) != 0)
+        token_mask = row_mask & (
+            tl.load(code_mask + batch * tokens + token, mask=row_mask, other=0) != 0
+        )
     codes += batch * codes_b
-    place = token * (STAGES * CODES)
+    offset = token * (STAGES * CODES)
     if not SHARED:
-        place += head * GROUPS
+        offset += head * GROUPS
     row = head * GROUPS
     one = load_run(
-        codes, table, place, row, channel, seen, codewords,
+        codes, table, offset, row, channel, token_mask, codewords,
         VECTOR, WIDTH, STAGES, BITS, CODES, HEADS * GROUPS,
     )  # fmt: skip
     lane = tl.arange(0, VECTOR)[None, :]
@@ -84,20 +86,20 @@ def expand_codes(
     DTYPE: tl.constexpr = out.dtype.element_ty
     if ROTARY:
         two = load_run(
-            codes, table, place, row, channel + REACH, seen, codewords,
+            codes, table, offset, row, channel + REACH, token_mask, codewords,
             VECTOR, WIDTH, STAGES, BITS, CODES, HEADS * GROUPS,
         )  # fmt: skip
         angle = (token * HEAD + channel)[:, None] + lane
-        mask = seen[:, None]
+        mask = token_mask[:, None]
         turn_cos = tl.load(cos + batch * cos_b + angle, mask=mask, other=0.0)
         turn_sin = tl.load(sin + batch * sin_b + angle, mask=mask, other=0.0)
-        place_out = (item // RUNS * HEAD + channel)[:, None] + lane
+        offset_out = (item // RUNS * HEAD + channel)[:, None] + lane
         one, two = rotated(one, two, turn_cos, turn_sin, DTYPE)
-        tl.store(target + place_out, one, mask=there[:, None])
-        tl.store(target + place_out + REACH, two, mask=there[:, None])
+        tl.store(target + offset_out, one, mask=row_mask[:, None])
+        tl.store(target + offset_out + REACH, two, mask=row_mask[:, None])
     else:  # items are written one after the other
-        place_out = item[:, None] * VECTOR + lane
-        tl.store(target + place_out, one.to(DTYPE), mask=there[:, None])
+        offset_out = item[:, None] * VECTOR + lane
+        tl.store(target + offset_out, one.to(DTYPE), mask=row_mask[:, None])
 
 
 def expand(

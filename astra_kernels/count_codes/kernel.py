@@ -32,7 +32,7 @@ def count_shares(
 ):  # fmt: skip
     """BINS is K padded, 0: add every code to memory at once."""
     batch = (tl.program_id(0) // codes_per_token).to(tl.int64)
-    place = tl.program_id(0) % codes_per_token
+    code_of_token = tl.program_id(0) % codes_per_token
     first, last = split_of(tokens, TOKENS)
     codes += batch * codes_b
     counts += tl.program_id(0).to(tl.int64) * codewords
@@ -40,16 +40,18 @@ def count_shares(
         total = tl.zeros([BINS], tl.int32)
     for start in range(first, last, TOKENS):
         token = start + tl.arange(0, TOKENS)
-        seen = token < last
+        token_mask = token < last
         if MASK:
-            seen = seen & (tl.load(code_mask + batch * tokens + token, mask=seen, other=0) != 0)
-        index = token.to(tl.int64) * codes_per_token + place
-        code = read_codes(codes, index, seen, codewords, BITS)
+            token_mask = token_mask & (
+                tl.load(code_mask + batch * tokens + token, mask=token_mask, other=0) != 0
+            )
+        index = token.to(tl.int64) * codes_per_token + code_of_token
+        code = read_codes(codes, index, token_mask, codewords, BITS)
         if BINS:
-            total += tl.histogram(code, BINS, seen)
+            total += tl.histogram(code, BINS, token_mask)
         else:
             one = tl.full([TOKENS], 1, tl.int32)
-            tl.atomic_add(counts + code, one, mask=seen, sem="relaxed")
+            tl.atomic_add(counts + code, one, mask=token_mask, sem="relaxed")
     if BINS:
         tl.atomic_add(counts + tl.arange(0, BINS), total, mask=total > 0, sem="relaxed")
 

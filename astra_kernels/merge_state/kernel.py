@@ -23,22 +23,22 @@ def merge_rows(
     HEAD: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr,  # d
 ):  # fmt: skip
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
-    there = row < rows
-    place = row // inner // middle * lse_0 + row // inner % middle * lse_1 + row % inner * lse_2
-    side_a = tl.load(lse_a + place, mask=there, other=-float("inf"))
-    side_b = tl.load(lse_b + place, mask=there, other=-float("inf"))
-    top = tl.maximum(side_a, side_b)
-    base = tl.where(top == -float("inf"), 0.0, top)
+    row_mask = row < rows
+    offset = row // inner // middle * lse_0 + row // inner % middle * lse_1 + row % inner * lse_2
+    side_a = tl.load(lse_a + offset, mask=row_mask, other=-float("inf"))
+    side_b = tl.load(lse_b + offset, mask=row_mask, other=-float("inf"))
+    m_i = tl.maximum(side_a, side_b)
+    base = tl.where(m_i == -float("inf"), 0.0, m_i)
     weight_a = tl.exp(side_a - base)
     weight_b = tl.exp(side_b - base)
-    total = weight_a + weight_b
-    total = tl.where(total == 0.0, 1.0, total)  # both empty: out 0, lse -inf
+    l_i = weight_a + weight_b
+    l_i = tl.where(l_i == 0.0, 1.0, l_i)  # both empty: out 0, lse -inf
     if tl.program_id(1) == 0:
-        tl.store(lse + place, top + tl.log(total), mask=there)
+        tl.store(lse + offset, m_i + tl.log(l_i), mask=row_mask)
 
     channel = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     cell = row[:, None].to(tl.int64) * HEAD + channel[None, :]
-    mask = there[:, None]
+    mask = row_mask[:, None]
     if HEAD % BLOCK != 0:
         mask = mask & (channel < HEAD)[None, :]
     # What an empty side holds is not read: it may be NaN.
@@ -46,7 +46,7 @@ def merge_rows(
     some_b = mask & (side_b != -float("inf"))[:, None]
     part_a = tl.load(out_a + cell, mask=some_a, other=0.0).to(tl.float32)
     part_b = tl.load(out_b + cell, mask=some_b, other=0.0).to(tl.float32)
-    merged = part_a * (weight_a / total)[:, None] + part_b * (weight_b / total)[:, None]
+    merged = part_a * (weight_a / l_i)[:, None] + part_b * (weight_b / l_i)[:, None]
     tl.store(out + cell, merged.to(out.dtype.element_ty), mask=mask)
 
 

@@ -32,13 +32,13 @@ def pack_bytes(
     value = tl.zeros([BLOCK], tl.uint32)
     for step in tl.static_range(CODES):
         index = bit // BITS + step
-        seen = (first_code + index < count) & (index * BITS < bit + 8)
-        code = tl.load(codes + first_code + index, mask=seen, other=0).to(tl.uint32)
+        code_mask = (first_code + index < count) & (index * BITS < bit + 8)
+        code = tl.load(codes + first_code + index, mask=code_mask, other=0).to(tl.uint32)
         code &= (1 << BITS) - 1
         shift = index * BITS - bit  # in (-BITS, 8) where seen
         left = tl.maximum(shift, 0).to(tl.uint32)
         right = tl.maximum(-shift, 0).to(tl.uint32)
-        value |= tl.where(seen, code << left >> right, 0)
+        value |= tl.where(code_mask, code << left >> right, 0)
     tl.store(out + first_byte + byte, value.to(tl.uint8), mask=first_byte + byte < size)
 
 
@@ -51,11 +51,11 @@ def unpack_codes(
     row = (tl.program_id(0) // blocks).to(tl.int64)
     first = (tl.program_id(0) % blocks).to(tl.int64) * BLOCK
     index = tl.arange(0, BLOCK)
-    there = first + index < count
+    code_mask = first + index < count
     stream = data + row * row_bytes + first // 8 * BITS
     codewords = tl.full((), 1 << BITS, tl.uint32)  # any code of so many bits is one
-    code = read_codes(stream, index, there, codewords, BITS)
-    tl.store(out + row * count + first + index, code, mask=there)
+    code = read_codes(stream, index, code_mask, codewords, BITS)
+    tl.store(out + row * count + first + index, code, mask=code_mask)
 
 
 def pack(codes: Tensor, bits: int) -> Tensor:
