@@ -1,0 +1,1 @@
+"""A service of one's own, and `astra serve`: requests in, tokens out, one mesh behind it."""
