@@ -12,6 +12,9 @@ for what the other ranks know of them. Block by block, sender and receivers comp
 the same reason ŷ of block 0 is exact, and free. As the sender predicts from ŷ, not from y, what one
 block's codes miss the next block's codes make good.
 
+The engine never computes p, and a sender not even ŷ: `latent.py` runs the same recursion in the
+predictor's own r coordinates, for less.
+
 P is low-rank, and A turns the error of the prediction into the principal axes of what it costs: an
 error δ of a token's keys and values costs about ½·δᵀFδ nats, F the Fisher information of the
 model's output (`train/sensitivity.py`; KVQuant, arXiv 2401.18079, and CQ, arXiv
@@ -22,8 +25,7 @@ where they buy most: a block may get none, or ten times the mean.
 
 from __future__ import annotations
 
-import copy
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
 import torch
@@ -65,12 +67,6 @@ class Transform:
         """Codes a token."""
         return len(self.tables)
 
-    @property
-    def macs(self) -> tuple[int, int]:
-        """Multiplications for a token: of who sends it, and of each rank that hears of it."""
-        predict, restore = self.down.numel() + self.up.numel(), self.synthesis.numel()
-        return predict + 2 * restore + self.tables.numel(), predict + restore
-
     @classmethod
     def zero_codes(cls, width: int, codewords: int) -> Transform:
         """A block of which nothing is sent, and nothing predicted; `width` is E."""
@@ -106,59 +102,6 @@ class Transform:
     def synthesize(self, codewords: Tensor) -> Tensor:
         """What codewords [..., C, w] add to the prediction, [..., E]."""
         return codewords.flatten(-2) @ self.synthesis
-
-
-class DecoderState:
-    """What other ranks know of some tokens, block after block.
-
-    Args:
-        transforms: one a block.
-        first: [B, N, E], keys and values of block 0 where every rank computes them itself; None:
-            block 0 is coded as well.
-        embedding: ê, [B, N, D]; None without token ids.
-    """
-
-    def __init__(
-        self, transforms: Sequence[Transform], first: Tensor | None, embedding: Tensor | None
-    ) -> None:
-        self.transforms, self.embedding = transforms, embedding
-        self.estimate = first  # ŷ of block `reached`
-        self.reached = -1 if first is None else 0
-
-    def features(self) -> Tensor | None:
-        """[ŷ of the last block reached, ê]; None: there are none."""
-        present = [t for t in (self.estimate, self.embedding) if t is not None]
-        return torch.cat(present, -1) if present else None
-
-    def predict(self, block: int, like: Tensor | None = None) -> Tensor:
-        """p of `block`. Blocks in between that sent nothing are as they were predicted.
-
-        `like` gives the shape [B, N, E] where nothing is known yet.
-        """
-        while self.reached < block - 1:
-            self.estimate = self._next()
-            self.reached += 1
-        if self.features() is None:
-            assert like is not None, "the first block of a model without token ids"
-            return self.transforms[block].offset.expand_as(like)
-        return self._next()
-
-    def _next(self) -> Tensor:
-        features = self.features()
-        assert features is not None
-        return self.transforms[self.reached + 1].predict(features)
-
-    def update(self, block: int, predicted: Tensor, codewords: Tensor | None) -> Tensor:
-        """ŷ of `block`, after codewords [B, N, C, w] (None: none came), which is remembered."""
-        estimate = predicted
-        if codewords is not None and self.transforms[block].codes:
-            estimate = predicted + self.transforms[block].synthesize(codewords)
-        self.estimate, self.reached = estimate, block
-        return estimate
-
-    def fork(self) -> DecoderState:
-        """Another one, as it is now."""
-        return copy.copy(self)
 
 
 def rms_normalized(embedding: Tensor) -> Tensor:

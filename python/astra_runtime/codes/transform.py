@@ -15,9 +15,10 @@ from ..plan import Plan
 from .base import CodeCosts, Payload, Pending
 from .dense import DenseAttention, DenseTokens
 from .fields import CodebookFields
+from .latent import DecoderState, code_macs, latent_codes
 from .layouts import merge_heads, split_heads
 from .packed import PackedCodes
-from .predictive import DecoderState, rms_normalized
+from .predictive import rms_normalized
 from .rotary import Rope, rotate, unrotate
 from .simulated import Pair, Quantize, SentTokens, SimulatedCodec
 
@@ -45,7 +46,7 @@ class TransformCodes(PackedCodes, DenseAttention):
     def __init__(self, codebook: CodebookFields, adapter: Adapter) -> None:
         super().__init__(codebook, adapter)
         self.adapter = adapter
-        self.transforms = [t.to(adapter.device) for t in codebook.transforms]
+        self.codes = latent_codes([t.to(adapter.device) for t in codebook.transforms])
 
     @classmethod
     def token_bits(cls, codebook: CodebookFields, sizes: Mapping[str, int], block: int) -> float:
@@ -58,8 +59,9 @@ class TransformCodes(PackedCodes, DenseAttention):
 
     @classmethod
     def costs(cls, codebook: CodebookFields, adapter: Adapter) -> CodeCosts:
-        """The predictor and the way back for every token; search and the way there for own ones."""
-        macs = [t.macs for t in codebook.transforms]
+        """The recursion for every token; of own ones the axes and the search, else the way back."""
+        pairs = zip(codebook.transforms, (None, *codebook.transforms[:-1]), strict=True)
+        macs = [code_macs(transform, before) for transform, before in pairs]
         code, receive = (sum(parts) / len(macs) for parts in zip(*macs, strict=True))
         return CodeCosts(2.0 * code, 2.0 * receive)
 
@@ -76,39 +78,38 @@ class TransformCodes(PackedCodes, DenseAttention):
     def begin(self, inputs: Mapping[str, Tensor], plan: Plan, rank: int) -> TransformCodes:
         this = copy.copy(self)  # the tensors stay shared
         if not self.adapter.token_ids:
-            this.own, this.remote = (DecoderState(self.transforms, None, None) for _ in range(2))
+            batch = len(next(iter(inputs.values())))
+            received = sum(plan.num_received(rank, n) for n in plan.sources(rank))
+            this.own = DecoderState(self.codes, None, None, batch, plan.num_sent(rank))
+            this.remote = DecoderState(self.codes, None, None, batch, received)
             return this
         embedded = self.adapter.embed(inputs)
         first = merge_heads(*self.adapter.project(0, embedded)).float()
         embedding = rms_normalized(embedded)
 
         sent = plan.sent_slice(rank)
-        this.own = DecoderState(self.transforms, first[:, sent], embedding[:, sent])
+        this.own = DecoderState(self.codes, first[:, sent], embedding[:, sent])
         this.remote = DecoderState(
-            self.transforms, plan.remote_tokens(first, rank), plan.remote_tokens(embedding, rank)
+            self.codes, plan.remote_tokens(first, rank), plan.remote_tokens(embedding, rank)
         )
         return this
 
     def encode(self, block: int, what: Any, rope: Rope, out: memoryview) -> Pending | None:
         key, value = what
         y = merge_heads(unrotate(key.float(), rope), value.float())
-        transform, predicted = self.transforms[block], self.own.predict(block, y)
-        codes, pending = self.write(block, transform.coordinates(y - predicted), out)
-        self.own.update(block, predicted, ak.decode(codes, transform.tables))
+        codes, pending = self.write(block, self.own.coordinates(block, y), out)
+        self.own.update(block, ak.decode(codes, self.tables[block]))
         return pending
 
     def decode(
         self, block: int, payloads: Sequence[Payload], batch: int, rope: Rope
     ) -> DenseTokens:
-        state, transform = self.remote, self.transforms[block]
-        if block == 0 and state.reached == 0:  # every rank computed it
-            assert state.estimate is not None
-            return self._tokens(state.estimate, rope)
-        tokens, codewords = sum(payload.num_received for payload in payloads), None
-        if transform.codes:
+        state, codewords = self.remote, None
+        if self.codes[block].transform.codes:
             codewords = self.read_codewords(block, payloads, batch)
-        shape = transform.offset.expand(batch, tokens, -1)
-        return self._tokens(state.update(block, state.predict(block, shape), codewords), rope)
+        estimate = state.estimate(block, codewords)
+        state.update(block, codewords)
+        return self._tokens(estimate, rope)
 
     def _tokens(self, estimate: Tensor, rope: Rope) -> DenseTokens:
         key, value = split_heads(estimate, self.adapter.num_key_value_heads)
@@ -126,7 +127,7 @@ class _Simulated(SimulatedCodec):
         self, codebook: CodebookFields, adapter: Adapter, quantize: Quantize, receivers: int
     ) -> None:
         super().__init__(codebook, adapter, quantize, receivers)
-        self.transforms = [t.to(adapter.device) for t in codebook.transforms]
+        self.codes = latent_codes([t.to(adapter.device) for t in codebook.transforms])
         self.state: DecoderState
         self.states: list[DecoderState] = []
 
@@ -136,7 +137,7 @@ class _Simulated(SimulatedCodec):
             first = embedding = None
             if self.adapter.token_ids:
                 first, embedding = y.detach(), rms_normalized(sent.hidden.detach())
-            self.state = DecoderState(self.transforms, first, embedding)
+            self.state = DecoderState(self.codes, first, embedding, *y.shape[:2])
             self.states = [self.state.fork() for _ in range(self.receivers)]
             if first is not None:
                 return [self._pair(y, sent)]
@@ -148,21 +149,21 @@ class _Simulated(SimulatedCodec):
 
     def _estimates(self, block: int, y: Tensor, received: Tensor | None) -> list[Tensor]:
         """Keys and values y [B, S, E] as the others know them, with the gradient of y itself."""
-        transform, predicted = self.transforms[block], self.state.predict(block, y)
-        codewords, step = None, y.new_zeros(())
+        transform = self.codes[block].transform
+        estimate, codewords, step = self.state.estimate(block, None), None, y.new_zeros(())
         if transform.codes:
-            z = transform.coordinates(y - predicted)
-            estimate, output = self.quantize(block, z)
-            codewords, step = estimate.detach(), transform.synthesize(output.detach())
+            found, output = self.quantize(block, self.state.coordinates(block, y))
+            codewords, step = found.detach(), transform.synthesize(output.detach())
         # free of noise: the quantizer's loop is exact
-        self.state.update(block, predicted, codewords)
+        self.state.update(block, codewords)
         if self.receivers == 1:
-            return [y + (predicted + step - y).detach()]
+            return [y + (estimate + step - y).detach()]
         estimates = []
         for receiver, state in enumerate(self.states):
             arrived = codewords
             if codewords is not None and received is not None:
                 arrived = codewords * received[receiver][:, None, None]
-            known = state.update(block, state.predict(block, y), arrived)
+            known = state.estimate(block, arrived)
+            state.update(block, arrived)
             estimates.append(y + (known - y).detach())
         return estimates

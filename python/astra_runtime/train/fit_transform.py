@@ -19,7 +19,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..codes.predictive import DecoderState, Transform, nearest_codewords, rms_normalized
+from ..codes.predictive import Transform, nearest_codewords, rms_normalized
 from ..models import Adapter, Inputs
 from ..parallel import map_cores
 from .kmeans import kmeans
@@ -39,10 +39,17 @@ class Rows:
     blocks: list[Tensor]
     embedding: Tensor | None
 
-    def state(self, transforms: Sequence[Transform]) -> DecoderState:
-        first = None if self.embedding is None else self.blocks[0][None]
-        embedding = None if self.embedding is None else self.embedding[None]
-        return DecoderState(transforms, first, embedding)
+    @property
+    def starts_exact(self) -> bool:
+        """Whether every rank computes block 0 itself, from the token ids."""
+        return self.embedding is not None
+
+    def features(self, estimate: Tensor | None) -> Tensor:
+        """[ŷ of the block before, ê], [n, F]; F is 0 where there is neither."""
+        present = [t for t in (estimate, self.embedding) if t is not None]
+        return (
+            torch.cat(present, 1) if present else self.blocks[0].new_zeros(len(self.blocks[0]), 0)
+        )
 
 
 def regression(gram: Tensor, cross: Tensor, count: int) -> Tensor:
@@ -232,17 +239,18 @@ def fit_blocks(
 ) -> tuple[Transform, ...]:
     """The code of every block, in turn: each is fitted on what the blocks before really left."""
     transforms: list[Transform] = []
-    state = rows.state(transforms)
+    estimate: Tensor | None = None  # ŷ of the block before
     for block, y in enumerate(rows.blocks):
-        if block == 0 and state.reached == 0:
+        if block == 0 and rows.starts_exact:
             transforms.append(Transform.zero_codes(y.shape[1], codewords))
+            estimate = y
         else:
-            features = state.features()
-            x = y.new_zeros(len(y), 0) if features is None else features[0]
+            x = rows.features(estimate)
             weights = cost.root[block], cost.inverse[block]
             down, up, offset = predictor(x, y, *weights, rank)
-            residual = y - (offset + x @ down @ up)
+            estimate = offset + x @ down @ up
             parts = (down, up, offset)
+            residual = y - estimate
             if counts[block]:
                 place = seed + block * 1000
                 coded = fit_quantizer(
@@ -252,9 +260,9 @@ def fit_blocks(
                 empty = Transform.zero_codes(y.shape[1], codewords)
                 coded = empty.analysis, empty.synthesis, empty.tables
             transforms.append(Transform(*parts, *coded))
-            transform = transforms[-1]
-            words = nearest_codewords(transform, residual[None]) if counts[block] else None
-            state.update(block, (y - residual)[None], words)
+            if counts[block]:
+                transform = transforms[-1]
+                estimate = estimate + transform.synthesize(nearest_codewords(transform, residual))
         progress(block)
     return tuple(transforms)
 

@@ -10,9 +10,11 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+import astra_kernels as ak
 from astra_runtime import Codebook, Engine
+from astra_runtime.codes.latent import DecoderState, latent_codes
 from astra_runtime.codes.layouts import merge_heads, split_heads
-from astra_runtime.codes.predictive import DecoderState, Transform, nearest_codewords
+from astra_runtime.codes.predictive import Transform, nearest_codewords
 from astra_runtime.codes.rotary import rotate
 from astra_runtime.evaluate import measure, run_ranks
 from astra_runtime.models import adapt
@@ -343,13 +345,94 @@ def test_the_loop_is_closed() -> None:
     cost = Cost.of(torch.eye(4).repeat(3, 1, 1))
     options: dict[str, Any] = {"codewords": 16, "rank": 4, "iterations": 4, "seed": 0}
     made = fit_blocks(rows, cost, [1, 1, 1], **options)
-    known = DecoderState(made, None, None)
+    known = DecoderState(latent_codes(made), None, None, 1, len(y))
     errors = []
     for block, code in enumerate(made):
-        predicted = known.predict(block, y[None])
-        found = known.update(block, predicted, nearest_codewords(code, y[None] - predicted))
+        codewords = nearest_codewords(code, y[None] - known.estimate(block, None))
+        found = known.estimate(block, codewords)
+        known.update(block, codewords)
         errors.append(float((found - y).square().mean()))
     assert errors[2] < 0.5 * errors[1] < 0.25 * errors[0]  # four bits more each time
+
+
+def random_transforms(blocks: int, width: int, embedding: int) -> list[Transform]:
+    """Random codes; block 0 is exact where there is an embedding, block 3 silent."""
+    generator = torch.Generator().manual_seed(1)
+
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=generator) / max(1, shape[0]) ** 0.5
+
+    made = []
+    for block in range(blocks):
+        if block == 0 and embedding:
+            made.append(Transform.zero_codes(width, 16))
+            continue
+        features = 0 if block == 0 else width + embedding
+        coordinates = 0 if block == 3 else 12
+        made.append(
+            Transform(
+                normal(features, 8),
+                normal(8, width),
+                normal(1, width)[0],
+                normal(width, coordinates),
+                normal(coordinates, width),
+                normal(coordinates // 4, 16, 4),
+            )
+        )
+    return made
+
+
+@pytest.mark.parametrize("embedding", [0, 20])
+def test_the_latent_recursion_is_the_formula(embedding: int) -> None:
+    """z and ŷ of every block equal those of the module docstring's formulas, in float64."""
+    transforms = random_transforms(7, 24, embedding)
+    generator = torch.Generator().manual_seed(2)
+    y = torch.randn(7, 2, 9, 24, generator=generator)
+    ids = torch.randn(2, 9, embedding, generator=generator) if embedding else None
+    state = DecoderState(latent_codes(transforms), y[0] if embedding else None, ids, 2, 9)
+    known = y[0].double()
+    for block, code in enumerate(transforms):
+        if block == 0 and embedding:
+            torch.testing.assert_close(state.estimate(0, None), y[0])
+            state.update(0, None)
+            continue
+        features = [known, *([ids.double()] if ids is not None else [])] if block else []
+        predicted = code.offset.double().expand(2, 9, -1)
+        if features:
+            predicted = predicted + torch.cat(features, -1) @ code.down.double() @ code.up.double()
+        z = (y[block].double() - predicted) @ code.analysis.double()
+        codewords = None
+        known = predicted
+        if code.codes:
+            found = state.coordinates(block, y[block])
+            torch.testing.assert_close(found.flatten(2).double(), z, rtol=1e-4, atol=1e-4)
+            codewords = nearest_codewords(code, y[block] - predicted.float())
+            codewords = codewords if block != 5 else torch.zeros_like(codewords)  # lost on the way
+            known = predicted + codewords.flatten(2).double() @ code.synthesis.double()
+        estimate = state.estimate(block, codewords)
+        torch.testing.assert_close(estimate.double(), known, rtol=1e-4, atol=1e-4)
+        state.update(block, codewords)
+
+
+def test_rounding_does_not_grow_over_the_blocks() -> None:
+    """Ranks compute in batches of other shapes: what they know differs by rounding alone."""
+    transforms = random_transforms(30, 24, 20)
+    generator = torch.Generator().manual_seed(3)
+    y, ids = (torch.randn(1, 300, n, generator=generator) for n in (24, 20))
+    codes = latent_codes(transforms)
+    whole = DecoderState(codes, y, ids)
+    parts = [DecoderState(codes, y[:, i : i + 1], ids[:, i : i + 1]) for i in range(7)]
+    for block, code in enumerate(transforms):
+        picked = torch.randint(16, (1, 300, code.codes), generator=generator)
+        words = ak.decode(picked.int(), code.tables) if code.codes else None
+        known = whole.estimate(block, words)
+        whole.update(block, words)
+        for i, part in enumerate(parts):
+            mine = None if words is None else words[:, i : i + 1]
+            other = part.estimate(block, mine)
+            part.update(block, mine)
+            error = (other - known[:, i : i + 1]).norm() / known[:, i : i + 1].norm()
+            assert float(error) < 1e-5
 
 
 def test_blocks_of_zero_codes_are_as_predicted() -> None:

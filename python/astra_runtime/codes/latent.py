@@ -1,0 +1,173 @@
+"""The recursion of `predictive.py` in the coordinates of its low-rank predictor.
+
+With P = [D_y; D_e]·U, where D_y reads ŷ of the block before and D_e the embedding, a block's
+prediction is p = b + s·U with s = ŷ·D_y + ê·D_e of only r numbers a token. As ŷ itself is
+b + s·U + t·S, where t holds the codewords of all groups,
+
+    s' = b·D_y' + s·(U·D_y') + t·(S·D_y') + ê·D_e'           the next block's s
+    z  = y·A − (b·A + s·(U·A))                               what a sender codes
+    ŷ  = b + s·U + t·S                                       what a receiver attends to
+
+with products of matrices that are made once. A sender needs no p and no ŷ, a receiver one ŷ, and a
+step costs r·(r + C·w) multiplications in place of r·E. It is exact algebra: only rounding differs,
+and sender and receivers round alike up to what their batch shapes change.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from .predictive import Transform
+
+
+@dataclass(frozen=True, eq=False)
+class LatentCode:
+    """One block's code with the products that its recursion needs; fp32.
+
+    Attributes:
+        transform: the block's own parts.
+        entry, embedding: [E, r] and [D, r], D_y and D_e; either may have no rows.
+        constant, carry, coded: [r], [r', r] and [C'·w', r]: what the block before with its s of r'
+            numbers and its codewords contributes to s. None where nothing precedes.
+        latent_coordinates, offset_coordinates: [r, C·w] and [C·w], U·A and b·A.
+    """
+
+    transform: Transform
+    entry: Tensor
+    embedding: Tensor
+    constant: Tensor | None
+    carry: Tensor | None
+    coded: Tensor | None
+    latent_coordinates: Tensor
+    offset_coordinates: Tensor
+
+    @classmethod
+    def of(cls, transform: Transform, before: Transform | None) -> LatentCode:
+        width = len(transform.offset)
+        entry, embedding = transform.down[:width], transform.down[width:]
+
+        def product(left: Tensor, right: Tensor) -> Tensor:
+            return (left.double() @ right.double()).float()
+
+        has_entry = before is not None and len(entry) > 0
+        return cls(
+            transform,
+            entry,
+            embedding,
+            product(before.offset, entry) if before is not None and has_entry else None,
+            product(before.up, entry) if before is not None and has_entry else None,
+            product(before.synthesis, entry) if before is not None and has_entry else None,
+            product(transform.up, transform.analysis),
+            product(transform.offset, transform.analysis),
+        )
+
+
+def code_macs(transform: Transform, before: Transform | None) -> tuple[int, int]:
+    """Multiplications for a token: of who sends it, and of each rank that receives it."""
+    width, rank = len(transform.offset), len(transform.up)
+    coordinates, reads = transform.analysis.shape[1], min(width, len(transform.down))
+    step = (len(transform.down) - reads) * rank  # the embedding's part
+    if before is not None and len(before.up):
+        step += (len(before.up) + len(before.synthesis)) * rank
+    else:
+        step += reads * rank
+    send = (width + rank) * coordinates + transform.tables.numel()
+    return step + send, step + width * (rank + coordinates)
+
+
+def latent_codes(transforms: Sequence[Transform]) -> list[LatentCode]:
+    """Of all blocks, in order."""
+    return [
+        LatentCode.of(transform, transforms[block - 1] if block else None)
+        for block, transform in enumerate(transforms)
+    ]
+
+
+class DecoderState:
+    """What other ranks know of some tokens, block after block, without codewords that were lost.
+
+    Args:
+        codes: one a block.
+        first: [B, N, E], keys and values of block 0 where every rank computes them itself; None:
+            block 0 is coded as well.
+        embedding: ê, [B, N, D]; None without token ids.
+        batch, tokens: B and N where both are None.
+    """
+
+    def __init__(
+        self,
+        codes: Sequence[LatentCode],
+        first: Tensor | None,
+        embedding: Tensor | None,
+        batch: int = 1,
+        tokens: int = 0,
+    ) -> None:
+        self.codes, self.first = codes, first
+        self.batch, self.tokens = (batch, tokens) if first is None else first.shape[:2]
+        self.embedding = None if embedding is None else embedding.flatten(0, 1)
+        if first is None:
+            self.block = 0  # the one that `latent` is for
+            self.latent = codes[0].transform.up.new_zeros(self.batch * self.tokens, self._rank(0))
+        else:
+            self.block = 1
+            self.latent = self._embedded(1, first.flatten(0, 1) @ codes[1].entry)
+
+    def _rank(self, block: int) -> int:
+        return len(self.codes[block].transform.up)
+
+    def _embedded(self, block: int, latent: Tensor) -> Tensor:
+        if self.embedding is None:
+            return latent
+        return torch.addmm(latent, self.embedding, self.codes[block].embedding)
+
+    def advance(self, block: int) -> None:
+        """Goes on to `block`; blocks in between that sent nothing are as they were predicted."""
+        while self.block < block:
+            self.update(self.block, None)
+
+    def coordinates(self, block: int, y: Tensor) -> Tensor:
+        """z, [B, N, C, w], of the keys and values y [B, N, E] of `block`."""
+        self.advance(block)
+        code = self.codes[block]
+        shift = torch.addmm(code.offset_coordinates, self.latent, code.latent_coordinates)
+        z = y @ code.transform.analysis - shift.view(*y.shape[:-1], -1)
+        return z.unflatten(-1, (code.transform.codes, -1))
+
+    def estimate(self, block: int, codewords: Tensor | None) -> Tensor:
+        """ŷ of `block`, [B, N, E], from codewords [B, N, C, w]; None: none came."""
+        if block == 0 and self.first is not None:
+            return self.first
+        self.advance(block)
+        transform = self.codes[block].transform
+        estimate = torch.addmm(transform.offset, self.latent, transform.up)
+        if codewords is not None and transform.codes:
+            words = codewords.flatten(2).flatten(0, 1)
+            torch.addmm(estimate, words, transform.synthesis, out=estimate)
+        return estimate.view(self.batch, self.tokens, -1)
+
+    def update(self, block: int, codewords: Tensor | None) -> None:
+        """Takes the codewords [B, N, C, w] of `block` into what is known; None: none came."""
+        if block == 0 and self.first is not None:
+            return  # `latent` is the next block's
+        self.advance(block)
+        self.block = block + 1
+        if self.block == len(self.codes):
+            return
+        code = self.codes[self.block]
+        if code.carry is None or code.constant is None or code.coded is None:
+            self.latent = self.latent.new_zeros(len(self.latent), self._rank(self.block))
+            self.latent = self._embedded(self.block, self.latent)
+            return
+        latent = torch.addmm(code.constant, self.latent, code.carry)
+        if codewords is not None and len(code.coded):
+            torch.addmm(latent, codewords.flatten(2).flatten(0, 1), code.coded, out=latent)
+        self.latent = self._embedded(self.block, latent)
+
+    def fork(self) -> DecoderState:
+        """Another one, as it is now."""
+        return copy.copy(self)
