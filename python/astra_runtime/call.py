@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
@@ -78,6 +78,8 @@ class CallState:
         decoding: the prefill is over; tokens follow one by one.
         remote: by block, what this rank keeps of the remote tokens, and which attention may see.
         frames: buffers that blocks' codes are packed into, by size.
+        local: by block, keys and values [B, Hkv, L, d] of the tokens computed here, where
+            `keeps_local`.
         compared: the other ranks' pictures have been compared with this rank's.
         ended: why the call has to end at its next block; set by another thread or a handler.
     """
@@ -86,6 +88,7 @@ class CallState:
     decoding: bool = False
     remote: dict[int, tuple[Any, Tensor | None]] = field(default_factory=dict)
     frames: dict[int, Frame] = field(default_factory=dict)
+    local: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict)
     compared: bool = False
     ended: str | None = None
 
@@ -102,6 +105,8 @@ class Call:
         pooled: the head picks one token of a row itself, and is given that token at every place.
         everywhere: every rank gets the answer, not the owner alone.
         keeps: decoding follows here, from `state.remote`.
+        keeps_local: the local keys and values are kept too, in `state.local`.
+        between: called before each block of the prefill, with its number.
         deadline: seconds that a block's exchange may take; None: as long as the mesh waits.
         patience: seconds to wait for the answer; None: as long as the mesh waits.
         missing: who was left out, where that is allowed; None: everybody is needed.
@@ -120,6 +125,8 @@ class Call:
     pooled: bool = False
     everywhere: bool = True
     keeps: bool = False
+    keeps_local: bool = False
+    between: Callable[[int], None] | None = None
     deadline: float | None = None
     patience: float | None = None
     missing: Missing | None = None
@@ -148,7 +155,7 @@ class Call:
     def check_running(self) -> None:
         """Raises CallEnded where somebody has asked this call to end."""
         if self.state.ended is not None:
-            raise CallEnded(self.rank, self.state.ended)
+            raise CallEnded(self.mesh.device_rank, self.state.ended)
 
 
 @contextlib.contextmanager

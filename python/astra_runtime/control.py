@@ -27,6 +27,11 @@ class Control(IntEnum):
     BULK = 0xFF11  # link probe: frames that double in size
     RATES_SIZE = 0xFF12  # bytes of the measured rates that follow
     RATES = 0xFF13  # their JSON
+    TOKENS_SIZE = 0xFF20  # bytes of the tokens that follow, from a rank that decodes to the leader
+    TOKENS = 0xFF21  # their JSON
+    GO_ON = 0xFF22  # leader to workers: the pause in a prefill is over
+    SERVICE_SIZE = 0xFF23  # bytes of what a worker says of itself
+    SERVICE = 0xFF24  # its JSON
     LAST_OF_ENGINE = 0xFFEF
     CANCEL = 0xFFFB  # why a rank ends the call that runs; later calls are as good as before
     DATAGRAMS = 0xFFFC  # agrees UDP port and secret
@@ -43,7 +48,17 @@ def is_control(block: int) -> bool:
     return block >= FIRST_CONTROL
 
 
-_OF_CALLS = frozenset((Control.HEAD, Control.TOKEN, Control.PICTURE, Control.CANCEL))
+_OF_CALLS = frozenset(
+    (
+        Control.HEAD,
+        Control.TOKEN,
+        Control.PICTURE,
+        Control.TOKENS_SIZE,
+        Control.TOKENS,
+        Control.GO_ON,
+        Control.CANCEL,
+    )
+)
 
 
 def is_of_a_call(block: int) -> bool:

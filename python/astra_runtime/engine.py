@@ -33,8 +33,10 @@ from .layer import Layer
 from .missing import Missing, check_deadlines, waiting_limits
 from .models import Watch, adapt, check_attention, check_runnable
 from .plan import Plan, check_halo
+from .prefill import Prefix, prefill
 from .trace import stage
 from .transport import Mesh, local_mesh
+from .transport.rotated import RotatedMesh
 from .turns import turn_of
 
 ANSWERS = ("last", "all", "local")
@@ -128,7 +130,7 @@ class Engine:
             )
         )
         self._sizes = functools.lru_cache(_SHAPES)(
-            functools.partial(Sizes.of, self.codec, len(self.adapter.blocks), self.mesh.rank)
+            functools.partial(Sizes.of, self.codec, len(self.adapter.blocks))
         )
         self._running: Call | None = None
         self._agree()
@@ -275,12 +277,20 @@ class Engine:
         everywhere: bool,
         request: int | None,
         *options: object,
+        owner: int | None = None,
     ) -> tuple[Call, dict[str, Any], dict[str, Tensor]]:
         """The call, the model's arguments and the checked inputs.
 
         `options` have to be the same on every rank; decoding follows where there are any.
+        `owner`: the rank that is to hold a decoder's last token; None: the last one.
         """
-        adapter, rank = self.adapter, self.rank
+        adapter, mesh = self.adapter, self.mesh
+        weights = self.shard_weights
+        if owner is not None and owner != mesh.world_size - 1:
+            mesh = RotatedMesh(mesh, owner + 1)
+            options = (*options, owner)
+            weights = None if weights is None else weights[owner + 1 :] + weights[: owner + 1]
+        rank = mesh.rank
         self.degraded, self.missing = False, {}
         check_runnable(self.model)
         check_attention(adapter.attentions)
@@ -288,15 +298,16 @@ class Engine:
         given = check_inputs(adapter, inputs)
         batch, tokens = adapter.count(given)
         last = adapter.last_tokens(given)
-        plan = self.plan(tokens, num_padding(adapter.visible(given)))
-        blocks, mesh = len(adapter.blocks), self.mesh
+        padding = num_padding(adapter.visible(given))
+        plan = self._plan(tokens, padding=padding, shard_weights=weights)
+        blocks = len(adapter.blocks)
         deadline, patience = waiting_limits(self.on_missing, self.deadline_ms, mesh, blocks)
         call = Call(
             rank,
             plan,
             self.codec.begin(given, plan, rank),
-            self._sizes(plan, batch),
-            self.mesh,
+            self._sizes(rank, plan, batch),
+            mesh,
             batch,
             plan.tag([*contents(given), repr((options, request)).encode()]),
             Views.of(adapter, given, plan, rank),
@@ -368,6 +379,41 @@ class Engine:
                 ids = decoding.generate(self.model, self.adapter, call, given, kwargs, asked)
             self._report(call)
             return ids
+
+    def prefill(
+        self,
+        input_ids: Tensor,
+        *,
+        owner: int | None = None,
+        request: int | None = None,
+        within_ms: float | None = None,
+        between: Callable[[int], None] | None = None,
+    ) -> Prefix | None:
+        """Reads `input_ids` [1, T] on all ranks, for `owner` to go on with alone.
+
+        Args:
+            owner: the rank that holds the last tokens; None: the last rank.
+            between: called on every rank before each block, with its number; what it does beside
+                the call, on every rank alike, counts against no deadline of the call.
+            request, within_ms: as of a call.
+
+        Returns:
+            On the owner what it knows of the prompt, on the other ranks None.
+        """
+        if not (self.adapter.causal and hasattr(self.model, "lm_head")):
+            raise ValueError("prefill: expected a decoder with a language-model head")
+        return prefill(
+            self, input_ids, owner=owner, request=request, within_ms=within_ms, between=between
+        )
+
+    @contextlib.contextmanager
+    def calling(self) -> Iterator[None]:
+        """A turn of this thread to use model and mesh, with what belongs to the engine around it.
+
+        Raises RuntimeError where the engine is closed.
+        """
+        with torch.no_grad(), self._turn():
+            yield
 
     def close(self) -> None:
         """Ends the use of the model by this engine. The mesh stays open.

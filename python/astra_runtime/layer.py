@@ -47,6 +47,8 @@ class Layer:
     def before_block(self, block: int, hidden: Tensor) -> None:
         """Hidden-state codes leave before the block computes anything."""
         call = self.call
+        if call.between is not None and not call.state.decoding:
+            call.between(block)
         call.check_running()
         if call.codec.early and not call.state.decoding:
             self.send_codes(block, (hidden[:, call.sizes.sent_slice],))
@@ -54,6 +56,8 @@ class Layer:
     def attend(self, block: int, query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
         """Mixed-precision attention: [B, H, M, d] over local [B, Hkv, L, d] and remote tokens."""
         call, decoding = self.call, self.call.state.decoding
+        if call.keeps_local:
+            call.state.local[block] = key, value
         if not (call.codec.early or decoding):
             sent = call.sizes.sent_slice
             self.send_codes(block, (key[:, :, sent], value[:, :, sent]))
@@ -129,7 +133,9 @@ class Layer:
             if pending is not None:
                 pending()
             if not is_finite():
-                raise NotFinite(call.rank, f"its tokens hold NaN or infinity in block {block}")
+                raise NotFinite(
+                    call.mesh.device_rank, f"its tokens hold NaN or infinity in block {block}"
+                )
             if call.missing:
                 call.missing.write_recent(frame.payload[size:])
             best_effort, to = call.missing is not None, call.sizes.receivers

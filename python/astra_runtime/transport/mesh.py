@@ -64,6 +64,11 @@ class Mesh(ABC):
     keeper: _C.Keeper | None = None
 
     @property
+    def device_rank(self) -> int:
+        """The rank by which errors name this process; a view may number its ranks otherwise."""
+        return self.rank
+
+    @property
     def ended(self) -> str | None:
         """Why this mesh can do nothing any more; None while it is open."""
         return None

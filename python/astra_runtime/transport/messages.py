@@ -18,9 +18,21 @@ def send_json(mesh: Mesh, value: Any, *, blocks: tuple[int, int], to: Iterable[i
     mesh.send(data, block=blocks[1], plan=0, to=receivers)
 
 
-def receive_json(mesh: Mesh, peer: int, *, blocks: tuple[int, int], limit: int, what: str) -> Any:
-    """What `peer` sent so; more than `limit` bytes of `what` are a WireError."""
-    size = struct.unpack("<Q", mesh.receive({peer: 8}, block=blocks[0], plan=0)[peer])[0]
+def receive_json(
+    mesh: Mesh,
+    peer: int,
+    *,
+    blocks: tuple[int, int],
+    limit: int,
+    what: str,
+    timeout: float | None = None,
+) -> Any:
+    """What `peer` sent so; more than `limit` bytes of `what` are a WireError.
+
+    timeout: seconds until its first bytes, instead of the mesh's.
+    """
+    first = mesh.receive({peer: 8}, block=blocks[0], plan=0, timeout=timeout)
+    size = struct.unpack("<Q", first[peer])[0]
     if size > limit:
         raise WireError(f"{what} size", f"at most {limit}", size, peer)
     return json.loads(bytes(mesh.receive({peer: size}, block=blocks[1], plan=0)[peer]))

@@ -1,0 +1,96 @@
+"""Who is next: first come, first served, as far as memory goes on the rank that will answer."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Iterator
+
+from .service import QueueFull, RequestRefused
+from .work import Work
+
+MAX_ANSWERS = 32  # that one rank decodes at once
+
+
+class Admission:
+    """The bounded queue, and what each rank has taken on.
+
+    Args:
+        max_queue: requests that may wait.
+
+    Attributes:
+        budget: bytes for keys and values, of each rank.
+    """
+
+    def __init__(self, world_size: int, max_queue: int) -> None:
+        self.world_size, self.max_queue = world_size, max_queue
+        self.budget = dict.fromkeys(range(world_size), 0)
+        self._queue: deque[Work] = deque()
+        self._last_owner = world_size - 1
+        self.running: list[Work] = []
+        self._seconds = 1.0  # that a request takes, for those who have to try again
+
+    def __len__(self) -> int:
+        return len(self._queue)
+
+    def add(self, work: Work) -> None:
+        """Raises QueueFull, and RequestRefused where no rank could ever hold its answers."""
+        most = max(self.budget.values())
+        if most and work.bytes > most:
+            raise RequestRefused(
+                "max_tokens",
+                f"the answers would take {work.bytes >> 20} MiB of keys and values, and a device "
+                f"has room for {most >> 20}: ask for fewer tokens or fewer answers",
+            )
+        if len(self._queue) >= self.max_queue:
+            raise QueueFull(len(self._queue), max(1.0, self._seconds))
+        self._queue.append(work)
+
+    def next(self) -> Work | None:
+        """The request that waits longest, if a rank has room for its answers; it has an owner."""
+        if not self._queue:
+            return None
+        work = self._queue[0]
+        owner = self._owner_for(work)
+        if owner is None:
+            return None
+        work.owner = owner
+        return work
+
+    def admit(self, work: Work) -> None:
+        """`next` begins to run."""
+        self._queue.popleft()
+        self._last_owner = work.owner
+        self.running.append(work)
+
+    def finish(self, work: Work, seconds: float) -> None:
+        """It runs no more."""
+        self.running.remove(work)
+        self._seconds += 0.2 * (seconds - self._seconds)
+
+    def remove(self, work: Work) -> None:
+        """It waits no more."""
+        self._queue.remove(work)
+
+    def waiting(self) -> Iterator[Work]:
+        return iter(tuple(self._queue))
+
+    def answers_of(self, rank: int) -> int:
+        return sum(work.request.n for work in self.running if work.owner == rank)
+
+    def _owner_for(self, work: Work) -> int | None:
+        """The rank with the fewest answers of those with room; the next in turn where several."""
+        taken = dict.fromkeys(range(self.world_size), 0)
+        for running in self.running:
+            taken[running.owner] += running.bytes
+        free = [
+            rank
+            for rank in range(self.world_size)
+            if taken[rank] + work.bytes <= self.budget[rank]
+            and (not self.answers_of(rank) or self.answers_of(rank) + work.request.n <= MAX_ANSWERS)
+        ]
+        turn = self._last_owner + 1
+        return min(
+            free,
+            key=lambda rank: (self.answers_of(rank), (rank - turn) % self.world_size),
+            default=None,
+        )

@@ -1,0 +1,64 @@
+"""Whether a prompt is read faster by all ranks together or by one alone, from what was seen."""
+
+from __future__ import annotations
+
+from ..costs import EXACT_TOKENS
+from ..engine import Engine
+
+NEWEST = 0.3  # the weight of the newest figure
+LEAST_TOGETHER = 2 * EXACT_TOKENS  # tokens, where nothing is known of the link yet
+SEGMENT_SECONDS = 0.35  # that a prompt may be read before the others get a token
+
+
+class PromptCosts:
+    """Learns seconds a token of a rank by itself, and what reading together adds to that.
+
+    Reading together takes as long as the largest shard would by itself, and an exchange whose
+    length hardly depends on the prompt.
+    """
+
+    def __init__(self, engine: Engine) -> None:
+        self._engine = engine
+        self._blocks = len(engine.adapter.blocks)
+        self.token: float | None = None  # seconds of one token, on a rank by itself
+        self.exchange: float | None = None  # seconds that reading together adds
+
+    def heard_alone(self, tokens: int, seconds: float) -> None:
+        """A rank has read a prompt by itself."""
+        self.token = _mixed(self.token, seconds / tokens)
+
+    def heard_together(self, tokens: int, seconds: float) -> None:
+        """All ranks have read a prompt, pauses not counted."""
+        if self.token is None:
+            self.token = seconds / self._shard(tokens)
+        rest = max(0.0, seconds - self.token * self._shard(tokens))
+        self.exchange = _mixed(self.exchange, rest)
+
+    def together_is_faster(self, tokens: int) -> bool:
+        """Whether all ranks should read a prompt of so many tokens."""
+        if self._engine.mesh.world_size == 1 or tokens <= EXACT_TOKENS:
+            return False
+        if self.token is None or self.exchange is None:
+            return tokens >= LEAST_TOGETHER
+        return self.together(tokens) < self.token * tokens
+
+    def together(self, tokens: int) -> float:
+        """Seconds that all ranks need for a prompt; 0 where nothing is known."""
+        return (self.token or 0.0) * self._shard(tokens) + (self.exchange or 0.0)
+
+    def pauses(self, tokens: int) -> list[int]:
+        """The blocks before which all ranks pause, so that others do not wait for their tokens."""
+        segments = 1 + int(self.together(tokens) / SEGMENT_SECONDS)
+        if self.token is None:
+            segments = self._blocks
+        segments = min(segments, self._blocks)
+        return sorted({self._blocks * i // segments for i in range(1, segments)} - {0})
+
+    def _shard(self, tokens: int) -> int:
+        """The most tokens that a rank computes of a prompt."""
+        plan = self._engine.plan(tokens)
+        return max(plan.size(n) + plan.num_leading(n) for n in range(plan.world_size))
+
+
+def _mixed(old: float | None, new: float) -> float:
+    return new if old is None else old + NEWEST * (new - old)

@@ -1,0 +1,324 @@
+"""What every rank of a service does: read prompts, decode the answers it owns, report the tokens.
+
+The leader's jobs are rounds that all ranks go through together. In a round a rank may read a whole
+prompt by itself, a piece at a time; the ranks may read one together; and each rank decodes one
+token of every answer that it owns. A rank's new tokens cross to the leader and to nobody else.
+"""
+
+from __future__ import annotations
+
+import os
+import socket
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ..control import Control
+from ..engine import Engine
+from ..errors import CallEnded, WireError, ends_the_call_alone
+from ..transport import Mesh
+from ..transport.messages import receive_json, send_json
+from .batch import Cache, read
+from .sampling import Sampler, sampling_from_json
+
+JOB = (Control.JOB_SIZE, Control.JOB)
+ABOUT = (Control.SERVICE_SIZE, Control.SERVICE)
+REPORT = (Control.TOKENS_SIZE, Control.TOKENS)
+MAX_JOB = 16 << 20  # bytes of its JSON
+MAX_REPORT = 16 << 20  # bytes of a rank's tokens of one round, with their alternatives
+PIECE_SECONDS = 0.15  # that reading a piece of a prompt should take: others wait for their tokens
+FIRST_PIECE, LEAST_PIECE = 32, 8  # tokens
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """A prompt and how to continue it, as jobs carry it.
+
+    Attributes:
+        number: of the first answer; the others have the following ones.
+        owner: the rank that answers.
+        ids: of the prompt.
+        answers: how many.
+        ends: tokens that end an answer.
+        sampling, top_logprobs, max_new_tokens: as of `GenerationRequest`.
+    """
+
+    number: int
+    owner: int
+    ids: Sequence[int]
+    answers: int
+    max_new_tokens: int
+    ends: Sequence[int]
+    sampling: dict[str, Any]
+    top_logprobs: int | None = None
+
+    def samplers(self) -> list[Sampler]:
+        sampling = sampling_from_json(self.sampling)
+        return [Sampler(sampling, n, self.top_logprobs) for n in range(self.answers)]
+
+
+@dataclass(eq=False)
+class _Answer:
+    """An answer that this rank decodes. `token`: drawn, and not read by the model yet."""
+
+    number: int
+    cache: Cache
+    sampler: Sampler
+    ends: frozenset[int]
+    max_new_tokens: int
+    token: int = 0
+    drawn: int = 0
+
+
+@dataclass(eq=False)
+class _Reading:
+    """A prompt that this rank reads by itself."""
+
+    prompt: Prompt
+    cache: Cache
+    seconds: float = 0.0
+
+
+class Sequences:
+    """The answers that this rank decodes, and the prompts that it reads by itself.
+
+    Args:
+        engine: of a decoder with a language-model head.
+    """
+
+    def __init__(self, engine: Engine) -> None:
+        self.engine, self.model, self.adapter = engine, engine.model, engine.adapter
+        self._answers: dict[int, _Answer] = {}
+        self._reading: list[_Reading] = []
+        self._unreported: list[list[Any]] = []
+        self._failed: list[list[Any]] = []
+        self._read: list[list[Any]] = []
+        self._piece = FIRST_PIECE
+
+    def __len__(self) -> int:
+        return len(self._answers) + len(self._reading)
+
+    def read_alone(self, prompt: Prompt) -> None:
+        """Begins to read a prompt without the other ranks."""
+        self._reading.append(_Reading(prompt, Cache(len(self.adapter.blocks))))
+
+    def answer(self, prompt: Prompt, cache: Cache) -> None:
+        """Draws the first tokens behind a prompt that was read."""
+        for index, sampler in enumerate(prompt.samplers()):
+            answer = _Answer(
+                prompt.number + index,
+                cache.copy() if index + 1 < prompt.answers else cache,
+                sampler,
+                frozenset(prompt.ends),
+                prompt.max_new_tokens,
+            )
+            self._answers[answer.number] = answer
+            self._draw(answer)
+
+    def drop(self, numbers: Sequence[int]) -> None:
+        """Forgets answers, whether they were begun or not."""
+        gone = set(numbers)
+        for number in gone:
+            self._answers.pop(number, None)
+        self._reading = [one for one in self._reading if one.prompt.number not in gone]
+
+    def step(self) -> None:
+        """One piece of the first prompt that is read here, and one token of every answer."""
+        with torch.no_grad():
+            answers = list(self._answers.values())
+            if answers:
+                ids = torch.tensor([[answer.token] for answer in answers])
+                caches = [answer.cache for answer in answers]
+                read(self.model, self.adapter, caches, ids.to(self.adapter.device))
+                for answer in answers:
+                    self._draw(answer)
+            if self._reading:
+                self._read_piece(self._reading[0])
+
+    def _read_piece(self, reading: _Reading) -> None:
+        prompt, cache = reading.prompt, reading.cache
+        piece = prompt.ids[cache.position : cache.position + self._piece]
+        start = time.perf_counter()
+        ids = torch.tensor([list(piece)]).to(self.adapter.device)
+        read(self.model, self.adapter, [cache], ids)
+        seconds = time.perf_counter() - start
+        reading.seconds += seconds
+        if len(piece) == self._piece:
+            ideal = self._piece * PIECE_SECONDS / max(seconds, 1e-6)
+            self._piece = int(min(max(ideal, self._piece / 2, LEAST_PIECE), 2 * self._piece))
+        if cache.position == len(prompt.ids):
+            self._reading.remove(reading)
+            self._read.append([prompt.number, reading.seconds])
+            self.answer(prompt, cache)
+
+    def _draw(self, answer: _Answer) -> None:
+        logits = answer.cache.logits
+        assert logits is not None, "an answer's prompt was read"
+        try:
+            choice = answer.sampler.draw(logits)
+        except (ValueError, RuntimeError) as error:
+            self._failed.append([answer.number, str(error)])
+            del self._answers[answer.number]
+            return
+        answer.token, position = choice.token, answer.drawn
+        answer.drawn += 1
+        if choice.token in answer.ends:
+            reason = "stop"
+        else:
+            reason = "length" if answer.drawn == answer.max_new_tokens else ""
+        if reason:
+            del self._answers[answer.number]
+        self._unreported.append(
+            [answer.number, position, choice.token, choice.logprob, choice.top, reason]
+        )
+
+    def report(self) -> dict[str, Any]:
+        """What the leader has not confirmed to have heard: tokens, failures, prompts read."""
+        return {
+            "tokens": list(self._unreported),
+            "failed": list(self._failed),
+            "read": list(self._read),
+            "running": len(self),
+        }
+
+    def confirm(self) -> None:
+        """The leader has the last report."""
+        self._unreported.clear()
+        self._failed.clear()
+        self._read.clear()
+
+
+@contextmanager
+def ending_together(mesh: Mesh) -> Iterator[None]:
+    """An error on this rank ends the round, or the mesh, on every rank."""
+    try:
+        yield
+    except BaseException as error:
+        if ends_the_call_alone(error):
+            mesh.cancel(error)
+        else:
+            mesh.abort(error)
+        raise
+
+
+class Worker:
+    """A rank other than 0: does what the leader's jobs say.
+
+    Args:
+        engine: of the same model, codebook and mesh as the leader's.
+    """
+
+    def __init__(self, engine: Engine) -> None:
+        self.engine, self.mesh = engine, engine.mesh
+        self.sequences = Sequences(engine)
+
+    def run(self, job: dict[str, Any]) -> None:
+        """One round. Raises what ends the mesh; what ends a prompt alone is reported."""
+        sequences = self.sequences
+        sequences.drop(job["drop"])
+        problem = self._read_together(job) if job["prompt"] else None
+        self.mesh.begin()
+        with self.engine.calling(), ending_together(self.mesh):
+            for prompt in job["alone"]:
+                if prompt["owner"] == self.mesh.rank:
+                    sequences.read_alone(Prompt(**prompt))
+            if not job["prompt"]:
+                sequences.step()
+            self._report(problem)
+            sequences.confirm()
+
+    def _read_together(self, job: dict[str, Any]) -> str | None:
+        """Why the ranks have not read the prompt; None: they have."""
+        prompt = Prompt(**job["prompt"])
+
+        def between(block: int) -> None:
+            if block in pauses:
+                self._pause()
+
+        pauses = frozenset(job["pauses"])
+        try:
+            cache = read_together(self.engine, prompt, between)
+        except (CallEnded, ValueError) as error:
+            return str(error)
+        if cache is not None:
+            self.sequences.answer(prompt, cache)
+        return None
+
+    def _pause(self) -> None:
+        """In the middle of a prompt: a token of every answer, and all ranks go on together."""
+        self.sequences.step()
+        self._report(None)
+        self.mesh.receive({0: 1}, block=Control.GO_ON, plan=0)
+        self.sequences.confirm()
+
+    def _report(self, problem: str | None) -> None:
+        report = self.sequences.report() | {"problem": problem}
+        send_json(self.mesh, report, blocks=REPORT, to=(0,))
+
+
+def follow(engine: Engine, idle: float = 86_400.0) -> int:
+    """On a rank other than 0: does the leader's jobs until it says stop, and counts them.
+
+    Args:
+        engine: of the same model, codebook and mesh as the leader's.
+        idle: seconds to wait for a job; a leader that is gone is noticed at once.
+
+    Raises what ends the mesh. The leader forms it again; so has this rank to, with
+    `engine.rejoin()`, before it calls this function again.
+    """
+    mesh, jobs = engine.mesh, 0
+    worker = Worker(engine)
+    while True:
+        job = receive_json(mesh, 0, blocks=JOB, limit=MAX_JOB, what="job", timeout=idle)
+        if job["do"] == "stop":
+            return jobs
+        if job["do"] == "hello":
+            send_json(mesh, about_this_process(), blocks=ABOUT, to=(0,))
+        elif job["do"] == "round":
+            worker.run(job)
+        else:
+            raise WireError("job", "hello, round or stop", job["do"], 0)
+        jobs += 1
+
+
+def about_this_process() -> dict[str, Any]:
+    """What a worker tells the leader of itself: its process, its machine, the memory there."""
+    return {"pid": os.getpid(), "machine": machine(), "memory": free_memory()}
+
+
+def machine() -> str:
+    """Names this machine, until it starts anew; containers of one machine are told apart."""
+    return f"{Path('/proc/sys/kernel/random/boot_id').read_text().strip()} {socket.gethostname()}"
+
+
+def free_memory() -> int:
+    """Bytes that a new program could have without any being swapped out."""
+    lines = Path("/proc/meminfo").read_text().splitlines()
+    fields = dict(line.split(":", 1) for line in lines)
+    return 1024 * int(fields["MemAvailable"].split()[0])
+
+
+def read_together(
+    engine: Engine,
+    prompt: Prompt,
+    between: Callable[[int], None],
+    within_ms: float | None = None,
+) -> Cache | None:
+    """Has all ranks read a prompt; its owner gets what it needs to go on."""
+    prefix = engine.prefill(
+        torch.tensor([list(prompt.ids)]).to(engine.adapter.device),
+        owner=prompt.owner,
+        request=prompt.number,
+        within_ms=within_ms,
+        between=between,
+    )
+    return None if prefix is None else Cache(len(engine.adapter.blocks), prefix)
+
+
+def receive_report(mesh: Mesh, peer: int) -> dict[str, Any]:
+    return dict(receive_json(mesh, peer, blocks=REPORT, limit=MAX_REPORT, what="report"))

@@ -1,0 +1,138 @@
+"""A request on its way through the leader, from its arrival to its last event."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from ..errors import AstraError
+from .rank import Prompt
+from .sampling import sampling_to_json
+from .service import Done, Event, GenerationRequest, Token
+from .text import TextStream
+
+log = logging.getLogger("astra_runtime.serve")
+
+Deliver = Callable[[Event | AstraError | None], None]  # None: the stream has ended
+
+
+@dataclass(eq=False)
+class Answer:
+    """One answer of a request. `tokens`: heard of so far."""
+
+    number: int
+    index: int
+    work: Work
+    text: TextStream
+    tokens: int = 0
+    done: bool = False
+
+
+@dataclass(eq=False)
+class Work:
+    """A request, and what has become of it. Times are those of `time.monotonic`.
+
+    Attributes:
+        bytes: of keys and values that its answers may take on their owner.
+        together: whether all ranks read its prompt.
+    """
+
+    request: GenerationRequest
+    max_new_tokens: int
+    deliver: Deliver
+    arrived: float
+    bytes: int
+    deadline: float | None = None
+    state: Literal["queued", "running", "over"] = "queued"
+    cancelled: bool = False
+    owner: int = 0
+    together: bool = False
+    answers: list[Answer] = field(default_factory=list)
+    admitted: float = 0.0
+    first_token: float | None = None
+    coded_tokens: int = 0
+    degraded: bool = False
+
+    @property
+    def prompt_tokens(self) -> int:
+        return len(self.request.prompt_ids)
+
+    def begin(self, number: int, tokenizer: Any, now: float) -> None:
+        """It is admitted; its answers get numbers from `number` on."""
+        self.state, self.admitted = "running", now
+        self.answers = [
+            Answer(number + index, index, self, TextStream(tokenizer, self.request.stop))
+            for index in range(self.request.n)
+        ]
+
+    def prompt(self, ends: tuple[int, ...]) -> Prompt:
+        """What the ranks have to know of it."""
+        request = self.request
+        return Prompt(
+            self.answers[0].number,
+            self.owner,
+            list(request.prompt_ids),
+            request.n,
+            self.max_new_tokens,
+            list(ends),
+            sampling_to_json(request.sampling),
+            request.top_logprobs,
+        )
+
+    def send(self, event: Event | AstraError | None) -> None:
+        """Hands out an event. A receiver that fails has its request cancelled, and no other."""
+        try:
+            self.deliver(event)
+        except Exception as error:
+            if not self.cancelled:
+                log.warning("request %s: its receiver failed: %r", self.request.id, error)
+            self.cancelled = True
+
+    def heard(self, answer: Answer, token: list[Any], now: float) -> bool:
+        """A token of one answer; whether the answer is whole now.
+
+        token: position, id, log-probability, alternatives, and why it is the last one, or "".
+        """
+        position, id, logprob, top, reason = token
+        if answer.done or position != answer.tokens:
+            return answer.done  # reported again, or behind a stop text
+        answer.tokens += 1
+        if self.first_token is None:
+            self.first_token = now
+        if reason != "stop":
+            piece = answer.text.add(id)
+            pairs = tuple((other, value) for other, value in top)
+            self.send(Token(answer.index, id, piece, logprob, pairs))
+        if answer.text.stopped:
+            reason = "stop"
+        if reason:
+            self._finish(answer, reason, now)
+        return answer.done
+
+    def _finish(self, answer: Answer, reason: Literal["stop", "length"], now: float) -> None:
+        answer.done = True
+        last = answer.text.finish()
+        if answer.text.stopped:
+            reason = "stop"
+        first = now if self.first_token is None else self.first_token
+        self.send(
+            Done(
+                answer.index,
+                reason,
+                last,
+                self.prompt_tokens,
+                answer.tokens,
+                coded_tokens=self.coded_tokens,
+                degraded=self.degraded,
+                rank=self.owner,
+                seconds_queued=self.admitted - self.arrived,
+                seconds_to_first_token=first - self.arrived,
+                seconds=now - self.arrived,
+            )
+        )
+
+    @property
+    def whole(self) -> bool:
+        return all(answer.done for answer in self.answers)

@@ -1,0 +1,245 @@
+"""Many requests on one mesh: exact, fair, cancelled in time, and none harms another."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+from astra_runtime import Codebook, Engine
+from astra_runtime.evaluate import run_ranks
+from astra_runtime.serve.leader import Leader
+from astra_runtime.serve.service import (
+    GenerationRequest,
+    NotReady,
+    QueueFull,
+    RequestRefused,
+    Sampling,
+    ServiceFailed,
+    TimeIsUp,
+)
+
+from ..models import tiny, windows_for
+from .service import GREEDY, Heard, alone, ask, led, prompt
+
+
+@pytest.fixture(scope="module")
+def llama() -> Any:
+    return tiny("llama")
+
+
+@pytest.mark.parametrize(("kind", "world_size"), [("llama", 1), ("llama", 3), ("gpt2", 2)])
+def test_answers_equal_one_device(kind: str, world_size: int) -> None:
+    """Short prompts are read by one rank, long ones by all; they are decoded together."""
+    model = tiny(kind)
+    prompts = [prompt(tokens, seed) for seed, tokens in enumerate((1, 3, 40, 150, 170, 9))]
+    with led(model, world_size) as leader:
+        heard = [ask(leader, ids, 6) for ids in prompts]
+        for ids, answer in zip(prompts, heard, strict=True):
+            assert answer.wait().ids() == alone(model, ids, 6)
+        done = [answer.done() for answer in heard]
+    assert {one.rank for one in done} == set(range(world_size))
+    assert all(one.finish_reason == "length" and one.completion_tokens == 6 for one in done)
+    assert [one.prompt_tokens for one in done] == [1, 3, 40, 150, 170, 9]
+
+
+def test_every_owner_gives_what_generate_gives(llama: Any) -> None:
+    """With codes: the shards are the same, whichever rank holds the last one."""
+    book = Codebook.fit(llama, windows_for("llama"), groups=3, codewords=16, held_back=0)
+    ids = prompt(150)
+
+    def rank(mesh: Any) -> list[int]:
+        with Engine(llama, book, mesh) as engine:
+            return engine.generate(torch.tensor([ids]), max_new_tokens=6)[0, 150:].tolist()
+
+    expected = run_ranks(2, rank)[0]
+    assert expected != alone(llama, ids, 6)  # the codes matter
+    with led(llama, 2, book) as leader:
+        answers = [ask(leader, ids, 6) for _ in range(3)]
+        assert [answer.wait().ids() for answer in answers] == [expected] * 3
+        assert {answer.done().rank for answer in answers} == {0, 1}
+
+
+def test_others_get_tokens_while_a_prompt_is_read(
+    llama: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first, second = prompt(8), prompt(160)
+    with led(llama, 2) as leader:
+        monkeypatch.setattr(leader.costs, "pauses", lambda tokens: [0, 1, 2])
+        streams = [ask(leader, first, 30), ask(leader, first[::-1], 30)]
+        for stream in streams:
+            assert stream.first.wait(20)
+        steps: list[int] = []
+        real = leader._pause
+
+        def pause() -> None:
+            before = len(streams[0].events) + len(streams[1].events)
+            real()
+            steps.append(len(streams[0].events) + len(streams[1].events) - before)
+
+        monkeypatch.setattr(leader, "_pause", pause)
+        assert ask(leader, second).wait().ids() == alone(llama, second, 5)
+        assert steps == [2, 2, 2]  # one token each, from another rank each
+        assert streams[0].wait().ids() == alone(llama, first, 30)
+        assert {stream.wait().done().rank for stream in streams} == {0, 1}
+
+
+def test_the_same_seed_gives_the_same_tokens_on_every_rank(llama: Any) -> None:
+    sampling = Sampling(temperature=1.5, top_p=0.9, top_k=50, seed=7)
+    with led(llama, 2) as leader:
+        answers = [ask(leader, prompt(12), 12, sampling=sampling) for _ in range(2)]
+        assert answers[0].wait().ids() == answers[1].wait().ids()
+        assert {answer.done().rank for answer in answers} == {0, 1}
+        two = ask(leader, prompt(12), 12, sampling=sampling, n=2).wait()
+    assert two.ids(0) == answers[0].ids()
+    assert two.ids(1) != two.ids(0)
+
+
+def test_logprobs_stop_texts_and_end_tokens(llama: Any) -> None:
+    ids = prompt(20)
+    expected = alone(llama, ids, 8)
+    with led(llama, 1) as leader:
+        heard = ask(leader, ids, 8, stop=[f" {expected[3]} "], top_logprobs=3).wait()
+        text = "".join(event.text for event in heard.events)
+        assert text == " ".join(map(str, expected[:3]))
+        assert heard.done().finish_reason == "stop"
+        token = heard.events[0]
+        logits = llama(torch.tensor([ids])).logits[0, -1].detach().log_softmax(-1)
+        assert token.logprob == pytest.approx(float(logits.max()), abs=1e-5)
+        assert [id for id, _ in token.top] == logits.topk(3).indices.tolist()
+    with led(llama, 2, ends=[expected[2]]) as leader:
+        heard = ask(leader, ids, 8).wait()
+        assert heard.ids() == expected[:2]
+        assert (heard.done().finish_reason, heard.done().completion_tokens) == ("stop", 3)
+
+
+def test_a_cancelled_request_ends_and_others_go_on(llama: Any) -> None:
+    with led(llama, 2) as leader:
+        one, other = ask(leader, prompt(8), 200), ask(leader, prompt(9), 40)
+        assert one.first.wait(20)
+        one.ticket.cancel()
+        assert len(one.wait().ids()) < 200
+        assert one.error() is None
+        assert other.wait().ids() == alone(llama, prompt(9), 40)
+        assert leader.status().running == 0
+
+
+def test_a_prompt_that_all_ranks_read_is_cancelled_at_a_block(
+    llama: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with led(llama, 2) as leader:
+        heard = Heard()
+        request = GenerationRequest("x", prompt(160), 5, GREEDY)
+        begun = leader._begin
+
+        def begin(work: Any) -> None:
+            begun(work)
+            work.cancelled = True
+
+        monkeypatch.setattr(leader, "_begin", begin)
+        leader.submit(request, heard)
+        assert heard.wait().ids() == []
+        monkeypatch.setattr(leader, "_begin", begun)
+        assert ask(leader, prompt(160)).wait().ids() == alone(llama, prompt(160), 5)
+        assert leader.status().rejoined == 0
+
+
+@pytest.mark.parametrize("tokens", [8, 160])
+def test_no_time_is_an_error_of_one_request(llama: Any, tokens: int) -> None:
+    with led(llama, 2) as leader:
+        late = ask(leader, prompt(tokens), 90, within_s=1e-6)
+        assert isinstance(late.wait().error(), TimeIsUp)
+        assert ask(leader, prompt(160)).wait().ids() == alone(llama, prompt(160), 5)
+
+
+def test_a_receiver_that_fails_ends_its_own_request(llama: Any) -> None:
+    calls = []
+
+    def deliver(event: Any) -> None:
+        calls.append(event)
+        raise RuntimeError("of the host's own")
+
+    with led(llama, 2) as leader:
+        leader.submit(GenerationRequest("x", prompt(8), 200, GREEDY), deliver)
+        assert ask(leader, prompt(9), 20).wait().ids() == alone(llama, prompt(9), 20)
+        assert leader.status().ready
+    assert 1 <= len(calls) < 100
+
+
+def test_the_queue_is_bounded_and_memory_accounted_for(llama: Any) -> None:
+    token_bytes = 2 * 3 * 3 * 16 * 4  # blocks, heads, channels, fp32
+    with led(llama, 1, max_queue=2, memory=token_bytes * 60) as leader:
+        with leader._changed:  # no round begins
+            waiting = [ask(leader, prompt(10), 50), ask(leader, prompt(10), 45)]
+            with pytest.raises(QueueFull, match="2 requests wait") as full:
+                ask(leader, prompt(10), 50)
+            assert full.value.retry_after >= 1
+            with pytest.raises(RequestRefused, match="room for"):
+                ask(leader, prompt(10), 100)
+        for one in waiting:
+            assert one.wait().error() is None
+        starts = [one.done().seconds_queued for one in waiting]
+        assert starts == sorted(starts)
+
+
+@pytest.mark.parametrize(
+    ("asked", "param", "code"),
+    [
+        ({"ids": []}, "prompt", None),
+        ({"ids": [97]}, "prompt", None),
+        ({"ids": prompt(200), "new_tokens": 60}, "messages", "context_length_exceeded"),
+        ({"ids": prompt(300), "new_tokens": None}, "messages", "context_length_exceeded"),
+        ({"ids": [1], "new_tokens": 0}, "max_tokens", None),
+        ({"ids": [1], "sampling": Sampling(logit_bias={97: 1.0})}, "logit_bias", None),
+    ],
+)
+def test_what_no_rank_can_answer_is_refused(
+    one_rank: Leader, asked: dict[str, Any], param: str, code: str | None
+) -> None:
+    with pytest.raises(RequestRefused) as refused:
+        ask(one_rank, **asked)
+    assert (refused.value.param, refused.value.code) == (param, code)
+
+
+@pytest.fixture(scope="module")
+def one_rank(llama: Any) -> Any:
+    with led(llama, 1) as leader:
+        yield leader
+
+
+def test_a_stream_ends_with_its_iterator(one_rank: Leader) -> None:
+    stream: Any = one_rank.stream(GenerationRequest("x", prompt(4), None, GREEDY))
+    next(stream)
+    stream.close()
+    heard = ask(one_rank, prompt(4), 3).wait()
+    assert heard.done().completion_tokens == 3
+
+
+def test_a_closed_leader_takes_nothing(llama: Any) -> None:
+    with led(llama, 2) as leader:
+        running = ask(leader, prompt(8), 200)
+        assert running.first.wait(20)
+        leader.close()
+        assert isinstance(running.wait().error(), NotReady | None)
+        with pytest.raises(NotReady, match="shutting down"):
+            ask(leader, prompt(8))
+
+
+def test_draining_lets_answers_end(llama: Any) -> None:
+    with led(llama, 2) as leader:
+        running = ask(leader, prompt(8), 30)
+        assert running.first.wait(20)
+        leader.close(drain_s=30)
+        assert running.wait().ids() == alone(llama, prompt(8), 30)
+
+
+def test_logits_that_are_not_finite_end_one_answer() -> None:
+    model = tiny("llama", seed=5)
+    with torch.no_grad():
+        model.model.embed_tokens.weight[96] = float("nan")
+    with led(model, 1) as leader:
+        broken, sound = ask(leader, [1, 96], 5), ask(leader, [1, 2], 5)
+        assert isinstance(broken.wait().error(), ServiceFailed)
+        assert "not finite" in str(broken.error())
+        assert len(sound.wait().ids()) == 5
