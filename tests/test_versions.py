@@ -20,7 +20,7 @@ def bounds() -> dict[str, str]:
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     extras = project["optional-dependencies"]
     wanted = [*project["dependencies"]]
-    for extra in ("models", "gpu", "security", "test"):
+    for extra in ("models", "gpu", "security", "serve", "test"):
         wanted += extras[extra]
     return dict(re.fullmatch(r"([\w-]+)(?:\[\w+\])?>=([\d.]+)", one).groups() for one in wanted)  # type: ignore[union-attr]
 

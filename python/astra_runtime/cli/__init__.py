@@ -31,9 +31,12 @@ EXTRAS = {
     "cryptography": "security",
     "gguf": "models",
     "matplotlib": "plots",
+    "prometheus_client": "serve",
+    "starlette": "serve",
     "tqdm": "models",
     "transformers": "models",
     "triton": "gpu",
+    "uvicorn": "serve",
     "zmq": "bench",
 }
 
