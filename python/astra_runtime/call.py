@@ -93,8 +93,26 @@ class CallState:
     ended: str | None = None
 
 
+class Endable:
+    """What runs over a mesh until it is done, or until somebody ends it."""
+
+    mesh: Mesh
+    state: CallState
+
+    def end(self, reason: str) -> None:
+        """Has this call end at its next block, and a wait that it is in at once; from any thread or
+        signal handler."""
+        self.state.ended = reason
+        self.mesh.interrupt(reason, self.state.number)
+
+    def check_running(self) -> None:
+        """Raises CallEnded where somebody has asked this call to end."""
+        if self.state.ended is not None:
+            raise CallEnded(self.mesh.device_rank, self.state.ended)
+
+
 @dataclass(frozen=True)
-class Call:
+class Call(Endable):
     """One forward pass of one rank (and the decoding steps after it).
 
     Attributes:
@@ -146,20 +164,9 @@ class Call:
     def has_answer(self) -> bool:
         return self.everywhere or self.answer == "local" or self.rank == self.plan.owner
 
-    def end(self, reason: str) -> None:
-        """Has this call end at its next block, and a wait that it is in at once; from any thread or
-        signal handler."""
-        self.state.ended = reason
-        self.mesh.interrupt(reason, self.state.number)
-
-    def check_running(self) -> None:
-        """Raises CallEnded where somebody has asked this call to end."""
-        if self.state.ended is not None:
-            raise CallEnded(self.mesh.device_rank, self.state.ended)
-
 
 @contextlib.contextmanager
-def ending_after(milliseconds: float, call: Call) -> Iterator[None]:
+def ending_after(milliseconds: float, call: Endable) -> Iterator[None]:
     """Ends `call` when so much time has passed."""
     reason = f"it took longer than {milliseconds:g} ms"
     timer = threading.Timer(milliseconds / 1000, call.end, [reason])

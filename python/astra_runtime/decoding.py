@@ -89,7 +89,7 @@ def generate(
         call.check_running()
         if decoder is not None:
             call.mesh.check_cancelled()
-            token = _next_token(call.rank, ids, decoder.scores(ids), asked.choose)
+            token = next_token(call.rank, ids, decoder.scores(ids), asked.choose)
             token = torch.where(done, last, token)
             send_tensor(call, token, block=Control.TOKEN, to=others)
         else:
@@ -105,7 +105,7 @@ def generate(
     return ids
 
 
-def _next_token(rank: int, ids: Tensor, scores: Tensor, choose: Choose | None) -> Tensor:
+def next_token(rank: int, ids: Tensor, scores: Tensor, choose: Choose | None) -> Tensor:
     """The next token of each sequence, int64 [B]; InvalidChoice where `choose` gave none."""
     if choose is None:
         return scores.argmax(-1)

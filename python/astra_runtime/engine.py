@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from . import decoding
-from .call import Call, Sizes, ending_after
+from .call import Call, Endable, Sizes, ending_after
 from .codes.codebook import Codebook
 from .costs import engine_plan
 from .errors import ends_the_call_alone
@@ -34,6 +34,7 @@ from .missing import Missing, check_deadlines, waiting_limits
 from .models import Watch, adapt, check_attention, check_runnable
 from .plan import Plan, check_halo
 from .prefill import Prefix, prefill
+from .sessions.host import SessionHost
 from .trace import stage
 from .transport import Mesh, local_mesh
 from .transport.rotated import RotatedMesh
@@ -43,7 +44,7 @@ ANSWERS = ("last", "all", "local")
 _SHAPES = 256  # of calls whose plans and sizes an engine remembers
 
 
-class Engine:
+class Engine(SessionHost):
     """Runs an unmodified Hugging Face model together with the other ranks of a mesh.
 
     Making an engine, calling it and generating are collective: every rank does the same, with the
@@ -132,7 +133,7 @@ class Engine:
         self._sizes = functools.lru_cache(_SHAPES)(
             functools.partial(Sizes.of, self.codec, len(self.adapter.blocks))
         )
-        self._running: Call | None = None
+        self._running: Endable | None = None
         self._agree()
         self._open = True
 
@@ -243,7 +244,7 @@ class Engine:
 
     @contextlib.contextmanager
     def _ending_together(
-        self, call: Call, request: int | None, within_ms: float | None
+        self, call: Endable, request: int | None, within_ms: float | None
     ) -> Iterator[None]:
         """Whatever ends a call on this rank ends it on every rank, with one cause."""
         self.mesh.begin(request)

@@ -13,7 +13,7 @@ The model itself is unmodified: it calls `before_block`, `attend` and `finish` t
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
@@ -23,7 +23,7 @@ from torch import Tensor
 import astra_kernels as ak
 
 from .call import Call
-from .codes.base import Pending, visible_tokens
+from .codes.base import Payload, Pending, visible_tokens
 from .codes.staging import read_later
 from .errors import NotFinite
 from .exchange import compare_pictures, gather, receive_payloads
@@ -133,13 +133,16 @@ class Layer:
             if pending is not None:
                 pending()
             if not is_finite():
-                raise NotFinite(
-                    call.mesh.device_rank, f"its tokens hold NaN or infinity in block {block}"
-                )
+                rank = call.mesh.device_rank
+                raise NotFinite(rank, f"its tokens hold NaN or infinity in block {block}")
             if call.missing:
                 call.missing.write_recent(frame.payload[size:])
             best_effort, to = call.missing is not None, call.sizes.receivers
             call.mesh.send(frame, block=block, plan=call.tag, to=to, partial=best_effort)
+        self.sent(block, frame.payload[:size])
+
+    def sent(self, block: int, payload: memoryview) -> None:
+        """The codes of this rank's shard have left; for layers that keep them."""
 
     def receive_codes(self, block: int) -> tuple[Any, Tensor | None]:
         """This block's codes of every rank whose shard is visible here, and which of their tokens
@@ -149,6 +152,7 @@ class Layer:
             return NOTHING
         compare_pictures(call)
         payloads = receive_payloads(call, block)
+        self.received(block, payloads)
         with stage("unpack", block):
             remote = call.codec.decode(block, payloads, call.batch, call.views.remote_rope)
         mask = visible_tokens(payloads, call.batch, call.views.remote_mask)
@@ -158,6 +162,9 @@ class Layer:
         if call.keeps:
             call.state.remote[block] = remote, mask
         return remote, mask
+
+    def received(self, block: int, payloads: Sequence[Payload]) -> None:
+        """Codes of other ranks' shards have come; for layers that keep them."""
 
     def finish(self, hidden: Tensor) -> Tensor:
         """What the head needs of the final hidden states, from whichever ranks hold it."""

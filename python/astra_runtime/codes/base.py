@@ -127,6 +127,8 @@ class Codec(ABC):
         can_share_heads: one set of codes may stand for all KV heads.
         allots_bits: a fit is given a budget of bits, and finds the groups of each block itself.
         gains_by_variety: calibration text of several kinds serves it well.
+        keeps_sessions: tokens are coded from their keys and values, and read again from codes, at
+            any time; `tensors` works.
     """
 
     key: ClassVar[str]
@@ -139,6 +141,7 @@ class Codec(ABC):
     can_share_heads: ClassVar[bool] = False
     allots_bits: ClassVar[bool] = False
     gains_by_variety: ClassVar[bool] = False
+    keeps_sessions: ClassVar[bool] = False
 
     # What is known of a codebook without a device. `sizes` are those of `geometry`.
 
@@ -253,6 +256,10 @@ class Codec(ABC):
 
         `rope` and `mask` (bool [B, N]) belong to the remote tokens.
         """
+
+    def tensors(self, block: int, remote: Any, rope: Rope) -> tuple[Tensor, Tensor]:
+        """Keys (rotated) and values [B, Hkv, N, d] of what `decode` has kept."""
+        raise NotImplementedError(f"{self.key} keeps no sessions")
 
 
 def key_value_width(sizes: Mapping[str, int]) -> int:

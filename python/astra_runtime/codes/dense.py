@@ -34,6 +34,9 @@ class DenseAttention(Codec):
     ) -> tuple[Tensor, Tensor]:
         return ak.attention(query, remote.key, remote.value, key_mask=mask, scale=scale)
 
+    def tensors(self, block: int, remote: Any, rope: Rope) -> tuple[Tensor, Tensor]:
+        return remote.key, remote.value
+
 
 def int8(vectors: Tensor) -> tuple[Tensor, Tensor]:
     """Vectors [..., d] in 8 bits: int8 codes, and an fp16 step a vector, [..., 1]."""
@@ -47,6 +50,7 @@ class DenseExchange(DenseAttention):
 
     key = "none"
     coded = False
+    keeps_sessions = True
 
     def __init__(self, codebook: CodebookFields, adapter: Adapter) -> None:
         self.dtype: torch.dtype = getattr(torch, codebook.dtype)

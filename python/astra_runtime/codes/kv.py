@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+import astra_kernels as ak
+
 from ..models import Adapter
 from .base import CodeCosts, Pending, geometry, key_value_width
 from .fields import CodebookFields
@@ -15,6 +17,7 @@ from .layouts import merge_groups, split_groups, split_tables
 from .packed import TableLookup, search_flops
 from .rotary import Rope, rotate, unrotate
 from .simulated import Pair, Quantize, SentTokens, SimulatedCodec
+from .staging import ReceivedCodes
 
 
 class KeyValueCodes(TableLookup):
@@ -23,6 +26,7 @@ class KeyValueCodes(TableLookup):
 
     key = "kv"
     can_share_heads = True
+    keeps_sessions = True
 
     def __init__(self, codebook: CodebookFields, adapter: Adapter) -> None:
         super().__init__(codebook, adapter)
@@ -68,6 +72,14 @@ class KeyValueCodes(TableLookup):
         key, scales = unrotate(key.float(), rope), self.scales[block]
         vectors = split_groups(key, value.float(), scales, self.groups, self.shared)
         return self.write_only(block, vectors, out)
+
+    def tensors(self, block: int, remote: Any, rope: Rope) -> tuple[Tensor, Tensor]:
+        codes = remote.unpacked() if isinstance(remote, ReceivedCodes) else remote
+        codewords = ak.decode(codes, self.tables[block])
+        heads = self.keys[block].shape[0]
+        key, value = merge_groups(codewords, self.scales[block], heads, self.shared)
+        dtype = self.values[block].dtype
+        return rotate(key, rope).to(dtype), value.to(dtype)
 
 
 class _Simulated(SimulatedCodec):

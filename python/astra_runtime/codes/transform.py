@@ -39,6 +39,7 @@ class TransformCodes(PackedCodes, DenseAttention):
     predicts = True
     allots_bits = True
     gains_by_variety = True
+    keeps_sessions = True
 
     own: DecoderState
     remote: DecoderState

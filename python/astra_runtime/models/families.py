@@ -73,6 +73,8 @@ class _Decoder(Adapter):
         return ids.shape[0], ids.shape[1]
 
     def positions(self, inputs: Mapping[str, Tensor]) -> Tensor:
+        if "position_ids" in inputs:  # of tokens that others precede, see `sessions`
+            return inputs["position_ids"]
         ids, mask = inputs["input_ids"], _padding(inputs)
         if mask is None:
             return torch.arange(ids.shape[1], device=ids.device)[None]

@@ -1,0 +1,1 @@
+"""Sessions: sequences that stay on all ranks, so that only their new tokens are computed."""

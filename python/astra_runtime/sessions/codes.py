@@ -1,0 +1,164 @@
+"""Codes of a session's tokens: made from keys and values, exchanged, and read again."""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .. import wire
+from ..codes.base import Payload
+from ..codes.packed import PackedCodes
+from ..control import Control
+from ..errors import NotFinite
+from ..trace import stage
+from .base import EngineParts, Running
+from .passes import read_tokens, whole
+from .state import SessionState, Span
+
+
+def synchronize(engine: EngineParts, state: SessionState, running: Running) -> None:
+    """Every rank hears the codes that it lacks; collective.
+
+    What a rank has not coded yet, it codes from its keys and values.
+    """
+    rank, tag = engine.rank, session_tag(state)
+    for span in state.pending:
+        lacking = len(span.known) < state.world_size or state.store is not None
+        if span.source == rank and lacking and (span.start, span.stop) not in state.pieces:
+            state.pieces[span.start, span.stop] = encode(engine, state, span.start, span.stop)
+    for peer in range(state.world_size):
+        parts = [state.pieces[s.start, s.stop] for s in _lacking(state, peer, rank)]
+        data = b"".join(part for payloads in parts for part in payloads)
+        if data and peer != rank:
+            with stage("send"):
+                engine.mesh.send(data, block=Control.CODES, plan=tag, to=[peer])
+    _receive(engine, state, running, tag)
+    _file(engine, state)
+
+
+def _lacking(state: SessionState, peer: int, source: int) -> list[Span]:
+    return [s for s in state.pending if s.source == source and peer not in s.known]
+
+
+def _sizes(engine: EngineParts, span: Span) -> list[int]:
+    blocks = range(len(engine.adapter.blocks))
+    return [engine.codec.payload_bytes(block, 1, span.stop - span.start) for block in blocks]
+
+
+def _receive(engine: EngineParts, state: SessionState, running: Running, tag: int) -> None:
+    rank = engine.rank
+    awaited = {source: _lacking(state, rank, source) for source in range(state.world_size)}
+    sizes = {n: sum(sum(_sizes(engine, s)) for s in spans) for n, spans in awaited.items()}
+    sizes = {n: size for n, size in sizes.items() if size and n != rank}
+    running.check_running()
+    engine.mesh.check_cancelled()
+    if not sizes:
+        return
+    with stage("wait"):
+        views = engine.mesh.receive(sizes, block=Control.CODES, plan=tag)
+    for source, view in views.items():
+        start = 0
+        for span in awaited[source]:
+            payloads = []
+            for size in _sizes(engine, span):
+                payloads.append(bytes(view[start : start + size]))
+                start += size
+            state.pieces[span.start, span.stop] = payloads
+
+
+def _file(engine: EngineParts, state: SessionState) -> None:
+    """Puts what is pending in its place, the codes or, with dense exchange, keys and values."""
+    for span in state.pending:
+        payloads = state.pieces.get((span.start, span.stop))
+        if state.store is None:
+            if payloads is not None and span.source != engine.rank:
+                fill = decode(engine, state.ids, span.start, span.stop, payloads)
+                _append(state, span.start, fill)
+            continue
+        assert payloads is not None
+        for block, (store, payload) in enumerate(zip(state.store, payloads, strict=True)):
+            _check(engine, block, payload, span.stop - span.start)
+            store.append_packed(payload, span.stop - span.start)
+    state.pending, state.pieces = [], {}
+
+
+def _check(engine: EngineParts, block: int, payload: bytes, tokens: int) -> None:
+    """Raises WireError where another rank's codes are none."""
+    codec = engine.codec
+    assert isinstance(codec, PackedCodes)
+    count = tokens * len(codec.tables[block])
+    wire.check_codes(payload, codec.bits, codec.codewords, count)
+
+
+def _append(state: SessionState, start: int, pairs: Sequence[tuple[Tensor, Tensor]]) -> None:
+    """Keys and values of tokens from `start` on, of which the cache may hold the first."""
+    held = state.cache.length - start
+    assert held >= 0, f"keys and values end before token {start}"
+    for block, (key, value) in enumerate(pairs):
+        state.cache.append(block, key[:, :, held:], value[:, :, held:])
+
+
+def encode(engine: EngineParts, state: SessionState, start: int, stop: int) -> list[bytes]:
+    """Payloads of tokens that this rank has computed, one a block."""
+    adapter, tokens = engine.adapter, stop - start
+    inputs = _window(state.ids, start, stop)
+    codec, rope = engine.codec.begin(inputs, whole(tokens), 0), adapter.rope(inputs["position_ids"])
+    payloads = []
+    for block in range(len(adapter.blocks)):
+        key, value = state.cache.tensors(block, start, stop)
+        if not bool(key.isfinite().all() and value.isfinite().all()):
+            raise NotFinite(engine.rank, f"its tokens hold NaN or infinity in block {block}")
+        out = bytearray(codec.payload_bytes(block, 1, tokens))
+        if out:
+            with stage("encode", block):
+                pending = codec.encode(block, (key, value), rope, memoryview(out))
+                if pending is not None:
+                    pending()
+        payloads.append(bytes(out))
+    return payloads
+
+
+def decode(
+    engine: EngineParts, ids: Tensor, start: int, stop: int, payloads: Sequence[bytes]
+) -> list[tuple[Tensor, Tensor]]:
+    """Keys (rotated) and values of tokens, by block, that these payloads stand for."""
+    adapter, tokens = engine.adapter, stop - start
+    inputs = _window(ids, start, stop)
+    codec, rope = engine.codec.begin(inputs, whole(tokens), 1), adapter.rope(inputs["position_ids"])
+    pairs = []
+    for block, data in enumerate(payloads):
+        payload = Payload(memoryview(bytearray(data)), tokens, tokens)
+        with stage("unpack", block):
+            remote = codec.decode(block, [payload], 1, rope)
+            pairs.append(codec.tensors(block, remote, rope))
+    return pairs
+
+
+def _window(ids: Tensor, start: int, stop: int) -> dict[str, Any]:
+    positions = torch.arange(start, stop, device=ids.device)[None]
+    return {"input_ids": ids[:, start:stop], "position_ids": positions}
+
+
+def complete(engine: EngineParts, state: SessionState) -> None:
+    """This rank gets keys and values of all tokens whose codes it has, and of the sinks."""
+    sinks = min(state.prefix, state.read)
+    if state.cache.length < sinks:
+        read_tokens(engine, [state.cache], state.ids[:, state.cache.length : sinks])
+    start, stop = state.cache.length, state.coded
+    if state.store is None or start >= stop:
+        return
+    offset = state.prefix
+    payloads = [store.packed(start - offset, stop - offset) for store in state.store]
+    _append(state, start, decode(engine, state.ids, start, stop, payloads))
+
+
+def session_tag(state: SessionState, *what: object) -> int:
+    """32 bits that name the session's tokens, who has read them, and `what` is done."""
+    pending = [(s.start, s.stop, s.source, sorted(s.known)) for s in state.pending]
+    told = (state.serial, state.read, state.owner, state.fresh, pending, what)
+    ids = state.ids.cpu().contiguous().numpy().tobytes()
+    return zlib.crc32(ids, zlib.crc32(repr(told).encode()))

@@ -1,0 +1,60 @@
+"""The part of an engine that makes sessions."""
+
+from __future__ import annotations
+
+from ..codes.packed import PackedCodes
+from ..codes.store import CodeStore
+from .base import EngineParts
+from .cache import KeyValues
+from .decoder import Decoder
+from .session import Session
+from .state import SessionState
+
+
+class SessionHost(EngineParts):
+    """Sessions of an engine; a class of its own, as the engine does without them."""
+
+    def session(self) -> Session:
+        """A new, empty session; collective. See `Session`.
+
+        Raises:
+            ValueError: a model without a language-model head, a codec that keeps no sessions, an
+                engine that may leave ranks out.
+        """
+        codec = self.codebook.codec
+        if not (self.adapter.causal and hasattr(self.model, "lm_head")):
+            raise ValueError("session: expected a decoder with a language-model head")
+        if not codec.keeps_sessions:
+            raise ValueError(
+                f"session: expected a codebook of space none, kv or transform, got {codec.key!r}, "
+                "whose codes cannot be made from keys and values"
+            )
+        if self.on_missing != "raise":
+            raise ValueError(
+                "session: expected on_missing='raise', as a session with holes is not used again, "
+                f"got {self.on_missing!r}"
+            )
+        with self._turn():
+            self.num_sessions += 1
+            return Session(self, self._new_state())
+
+    def _new_state(self) -> SessionState:
+        world_size = self.mesh.world_size
+        return SessionState(
+            KeyValues(len(self.adapter.blocks)),
+            self._new_store(),
+            world_size,
+            self.codebook.prefix,
+            world_size - 1,
+            self.num_sessions,
+        )
+
+    def _new_store(self) -> list[CodeStore] | None:
+        codec = self.codec
+        if not isinstance(codec, PackedCodes):
+            return None
+        return [CodeStore(len(table), codec.bits, codec.codewords) for table in codec.tables]
+
+    def decoder(self) -> Decoder:
+        """Continues sessions on this rank alone, without the mesh; see `Decoder`."""
+        return Decoder(self)

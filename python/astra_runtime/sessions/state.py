@@ -1,0 +1,174 @@
+"""What one rank knows of a session's tokens, and what it knows that the other ranks know."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any, Self
+
+import torch
+from torch import Tensor
+
+from ..codes.store import CodeStore
+from .cache import KeyValues
+
+Interval = tuple[int, int]
+
+
+@dataclass(frozen=True)
+class Span:
+    """Tokens [start, stop) whose codes some ranks lack.
+
+    Attributes:
+        source: the rank that computed them, and codes them.
+        known: the ranks that have their codes, or, with dense exchange, keys and values.
+    """
+
+    start: int
+    stop: int
+    source: int
+    known: frozenset[int]
+
+
+@dataclass(eq=False)
+class SessionState:
+    """Everything but `cache`, `store`, `pieces` and `scores` is the same on every rank.
+
+    Attributes:
+        serial: of this session, among those of its engine.
+        ids: int64 [1, T], all tokens.
+        prefix: tokens at the beginning that every rank computes itself and nobody codes.
+        read: how many tokens some rank has keys and values of. The last token that was generated
+            is in `ids` before it is read.
+        owner: the rank that computed the last token, and answers by default.
+        fresh: `owner` has the logits behind token `read` − 1.
+        exact: by rank, the tokens that it computed itself.
+        pending: what some rank has not heard of yet, in order.
+        cache: keys and values of the first tokens, exact or rebuilt from codes.
+        store: a block's codes of the tokens from `prefix` on, up to the first pending one; None:
+            with dense exchange there are none.
+        pieces: payloads of pending tokens that this rank has, by (start, stop).
+        scores: fp32 [1, V], on the owner, where `fresh`.
+        answer: what this rank is continuing the session with, a `decoder.Answer`.
+    """
+
+    cache: KeyValues
+    store: list[CodeStore] | None
+    world_size: int
+    prefix: int
+    owner: int
+    serial: int
+    ids: Tensor = field(default_factory=lambda: torch.zeros(1, 0, dtype=torch.int64))
+    read: int = 0
+    fresh: bool = False
+    exact: list[list[Interval]] = field(default_factory=list)
+    pending: list[Span] = field(default_factory=list)
+    pieces: dict[Interval, list[bytes]] = field(default_factory=dict)
+    scores: Tensor | None = None
+    answer: Any = None
+
+    def __post_init__(self) -> None:
+        self.exact = self.exact or [[] for _ in range(self.world_size)]
+
+    @property
+    def tokens(self) -> int:
+        return self.ids.shape[1]
+
+    @property
+    def coded(self) -> int:
+        """Tokens, from the first on, whose codes every rank has."""
+        return self.pending[0].start if self.pending else self.read
+
+    def num_exact(self, rank: int, stop: int | None = None) -> int:
+        """How many tokens before `stop` this rank has computed itself."""
+        stop = self.read if stop is None else stop
+        return sum(max(0, min(b, stop) - a) for a, b in self.exact[rank])
+
+    def rebuilt(self, rank: int, stop: int) -> list[Interval]:
+        """The intervals before `stop` that `rank` has not computed itself."""
+        gaps, reached = [], 0
+        for a, b in self.exact[rank]:
+            if a > reached:
+                gaps.append((reached, min(a, stop)))
+            reached = max(reached, b)
+        return [(a, b) for a, b in [*gaps, (reached, stop)] if a < b]
+
+    def add_exact(self, rank: int, start: int, stop: int) -> None:
+        """`rank` has computed these tokens, and forgets what it had from `start` on."""
+        if start >= stop:
+            return
+        kept = cut_intervals(self.exact[rank], start)
+        if kept and kept[-1][1] == start:
+            start = kept.pop()[0]
+        self.exact[rank] = [*kept, (start, stop)]
+
+    def add_computed(self, start: int, stop: int, source: int) -> None:
+        """`source` alone has computed these tokens, up to the last one."""
+        self.add_exact(source, start, stop)
+        first = max(self.read, min(self.prefix, stop))
+        if first < stop:
+            self.pending.append(Span(first, stop, source, frozenset([source])))
+        self.advance(stop, source)
+
+    def advance(self, stop: int, owner: int) -> None:
+        """`stop` tokens are read by now, the last of them by `owner`."""
+        for rank in range(self.world_size):  # who has not computed these yet does when it has to
+            self.add_sinks(rank, min(self.prefix, stop))
+        self.read, self.owner = stop, owner
+
+    def add_sinks(self, rank: int, stop: int) -> None:
+        if self.num_exact(rank, stop) < stop:
+            later = [(a, b) for a, b in self.exact[rank] if b > stop]
+            self.exact[rank] = [(0, stop), *((max(a, stop), b) for a, b in later)]
+
+    def add_answer(self, tokens: Sequence[int], rank: int) -> None:
+        """`rank` has generated `tokens`, and read all but the last of them."""
+        if not tokens:
+            return
+        start = self.read if self.fresh else min(self.read, self.tokens - 1)
+        new = torch.tensor([list(tokens)], dtype=torch.int64, device=self.ids.device)
+        self.ids = torch.cat([self.ids, new], 1)
+        self.add_computed(start, self.tokens - 1, rank)
+        self.fresh, self.scores, self.answer = False, None, None
+
+    def truncate(self, length: int) -> None:
+        """Keeps the first `length` tokens. The rank that has the last of them exact owns it."""
+        self.ids = self.ids[:, :length]
+        if length < self.read:
+            self.read, self.fresh, self.scores = length, False, None
+        self.exact = [cut_intervals(intervals, length) for intervals in self.exact]
+        self.cache.truncate(length)
+        for store in self.store or ():
+            store.truncate(min(len(store), max(0, length - self.prefix)))
+        self._cut_pending(length)
+        holders = [n for n, held in enumerate(self.exact) if held and held[-1][1] == self.read]
+        if holders and self.owner not in holders:
+            self.owner = holders[-1]
+
+    def _cut_pending(self, length: int) -> None:
+        spans, pieces = self.pending, self.pieces
+        self.pending, self.pieces = [], {}
+        for span in spans:
+            payloads, stop = pieces.get((span.start, span.stop)), min(span.stop, length)
+            if span.start >= stop:
+                continue
+            self.pending.append(replace(span, stop=stop))
+            if payloads is None or self.store is None:
+                continue
+            old, new = span.stop - span.start, stop - span.start
+            pairs = zip(self.store, payloads, strict=True)
+            self.pieces[span.start, stop] = [store.part(data, old, new) for store, data in pairs]
+
+    def fork(self) -> Self:
+        other = copy.copy(self)
+        other.cache = self.cache.fork()
+        other.store = None if self.store is None else [store.fork() for store in self.store]
+        other.exact = [list(intervals) for intervals in self.exact]
+        other.pending, other.pieces = list(self.pending), dict(self.pieces)
+        return other
+
+
+def cut_intervals(intervals: Sequence[Interval], stop: int) -> list[Interval]:
+    """What of them lies before `stop`."""
+    return [(a, min(b, stop)) for a, b in intervals if a < stop]
