@@ -20,6 +20,7 @@ from astra_kernels.encode import encode
 from astra_kernels.encode_packed import encode_packed
 from astra_kernels.lookup_linear import fold_norm, lookup_linear
 from astra_kernels.merge_state import merge_state
+from astra_kernels.merge_states import merge_states
 from astra_kernels.mixed_attention import mixed_attention
 from astra_kernels.pack import pack, packed_size, unpack
 from astra_kernels.warmup import warmup
@@ -35,6 +36,7 @@ __all__ = [
     "fold_norm",
     "lookup_linear",
     "merge_state",
+    "merge_states",
     "mixed_attention",
     "pack",
     "packed_size",
@@ -53,6 +55,7 @@ for _op in (
     encode_packed,
     lookup_linear,
     merge_state,
+    merge_states,
     mixed_attention,
     pack,
 ):

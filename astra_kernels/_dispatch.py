@@ -11,7 +11,7 @@ from __future__ import annotations
 import functools
 import importlib
 import importlib.util
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -36,6 +36,8 @@ from astra_kernels.lookup_linear import cpu as lookup_linear_cpu
 from astra_kernels.lookup_linear import reference as lookup_linear_reference
 from astra_kernels.merge_state import cpu as merge_state_cpu
 from astra_kernels.merge_state import reference as merge_state_reference
+from astra_kernels.merge_states import cpu as merge_states_cpu
+from astra_kernels.merge_states import reference as merge_states_reference
 from astra_kernels.mixed_attention import cpu as mixed_attention_cpu
 from astra_kernels.mixed_attention import reference as mixed_attention_reference
 
@@ -63,6 +65,7 @@ _REFERENCE: dict[str, Kernel] = {
     "count_codes": count_codes_reference.count_codes,
     "lookup_linear": lookup_linear_reference.lookup_linear,
     "merge_state": merge_state_reference.merge_state,
+    "merge_states": merge_states_reference.merge_states,
     "mixed_attention": mixed_attention_reference.mixed_attention,
 }
 
@@ -76,6 +79,7 @@ _CPU: dict[str, Kernel] = {
     "count_codes": count_codes_cpu.count_codes,
     "lookup_linear": lookup_linear_cpu.lookup_linear,
     "merge_state": merge_state_cpu.merge_state,
+    "merge_states": merge_states_cpu.merge_states,
     "mixed_attention": mixed_attention_cpu.mixed_attention,
 }
 
@@ -100,13 +104,32 @@ _TRITON: dict[str, str] = {
     )
 }
 
+# Names of what a call may use, beside those of its arguments.
+VALUE_WIDTH = "values of another width than keys"
+MORE_QUERIES = "is_causal with more queries than keys"
 
-def choose(op: str, impl: str, device: torch.device, dtype: torch.dtype) -> Implementation:
-    """The implementation of ``op`` to run on tensors of ``device``, the first one of ``dtype``."""
+# Op -> what its Triton kernel does not take (yet) of what the reference takes.
+_MASKS = frozenset(("attn_mask", "window", "softcap", "sinks", VALUE_WIDTH, MORE_QUERIES))
+TRITON_LACKS: dict[str, frozenset[str]] = {
+    "attention": _MASKS,
+    "coded_attention": _MASKS,
+    "codeword_attention": frozenset((VALUE_WIDTH,)),
+    "mixed_attention": _MASKS | {"code_attn_mask"},
+}
+
+
+def choose(
+    op: str, impl: str, device: torch.device, dtype: torch.dtype, uses: Sequence[str] = ()
+) -> Implementation:
+    """The implementation of ``op`` to run on tensors of ``device``, the first one of ``dtype``.
+
+    ``uses``: the optional arguments that the call has and not every implementation takes.
+    """
     if impl == "auto":
         if device.type == "cpu":
-            return Implementation(_CPU[op])
-        if op in _TRITON and dtype != torch.float64 and runs_triton(device):
+            return Implementation(_REFERENCE[op] if uses else _CPU[op])
+        takes_all = op in _TRITON and not _lacking(op, uses)
+        if takes_all and dtype != torch.float64 and runs_triton(device):
             return _triton(op)
         return Implementation(_REFERENCE[op])
     if impl == "reference":
@@ -122,6 +145,10 @@ def choose(op: str, impl: str, device: torch.device, dtype: torch.dtype) -> Impl
             raise RuntimeError(_unavailable(op, impl, f"there is no Triton kernel for {op}"))
         if not has_triton():
             raise RuntimeError(_unavailable(op, impl, "the package triton is not installed"))
+        lacking = _lacking(op, uses)
+        if lacking:
+            why = f"its kernel does not take {', '.join(lacking)}"
+            raise RuntimeError(_unavailable(op, impl, why))
         if dtype == torch.float64:
             why = "the kernels take float32, float16 and bfloat16, not float64"
             raise RuntimeError(_unavailable(op, impl, why))
@@ -131,6 +158,11 @@ def choose(op: str, impl: str, device: torch.device, dtype: torch.dtype) -> Impl
             raise RuntimeError(_unavailable(op, impl, why))
         return _triton(op)
     raise ValueError(f"astra_kernels.{op}: impl must be one of {', '.join(IMPLS)}, got {impl!r}")
+
+
+def _lacking(op: str, uses: Sequence[str]) -> list[str]:
+    """What of a call's arguments the op's Triton kernel does not take."""
+    return [name for name in uses if name in TRITON_LACKS[op]] if uses else []
 
 
 @functools.cache

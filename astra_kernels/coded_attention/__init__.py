@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from astra_kernels._checks import check_scale, check_tensors, split_rope
+from astra_kernels._checks import check_scale, check_softcap, check_tensors, split_rope
 
 __all__ = ["coded_attention"]
 
@@ -23,6 +23,9 @@ def coded_attention(
     rope: tuple[Tensor, Tensor] | None = None,
     rope_consecutive: bool = False,
     code_mask: Tensor | None = None,
+    attn_mask: Tensor | None = None,
+    softcap: float | None = None,
+    sinks: Tensor | None = None,
     impl: str = "auto",
     check: bool | None = None,
 ) -> tuple[Tensor, Tensor]:
@@ -39,8 +42,8 @@ def coded_attention(
         codes: int32 (or int64) [B, N, C] with C = R*Hkv*S or C = R*S, values in [0, K);
             with ``code_bits`` uint8 [B, ceil(N*C*code_bits/8)], each row as ``pack`` writes it.
         key_codebook, value_codebook: [Hkv, S, K, d/S], or [R, Hkv, S, K, d/S] for R additive
-            (residual) stages; any floating dtype, K up to 65,536. Of one shape unless
-            ``value_codes`` is given; then R, S and K of the two may differ.
+            (residual) stages; any floating dtype, K up to 65,536. Sub-vectors of values may have
+            another width, d_v/S. R, S and K of the two may differ if ``value_codes`` is given.
         value_codes: codes for the values alone, in the form of ``codes``; None: the same codes.
         code_bits: 1..16, when codes are packed. If a row fits both, C = R*Hkv*S is meant.
         num_tokens: N of packed codes. Otherwise taken from ``code_mask`` or ``rope``, else from
@@ -55,14 +58,16 @@ def coded_attention(
             wrong results.
         code_mask: bool [B, N], True = visible. What hidden tokens hold never matters, not even
             codes out of range.
+        attn_mask, softcap, sinks: see ``attention``; attn_mask broadcasts to [B, H, M, N].
         impl: "auto", "reference", "triton" or "native"; an explicit choice never falls back.
         check: whether to read and check the values of codes; None: on the CPU only.
 
     Returns:
-        out: [B, H, M, d] of query's dtype, stored as [B, M, H, d].
+        out: [B, H, M, d_v] of query's dtype, stored as [B, M, H, d_v].
         lse: [B, H, M], natural log, fp32 (fp64 for fp64 queries).
-        A query that sees no token has out 0 and lse -inf. Accumulation is fp32 (fp64). The same
-        input gives the same bits on the same number of threads.
+        A query that sees no token has out 0 and lse -inf, with sinks lse = the head's sink.
+        Accumulation is fp32 (fp64). The same input gives the same bits on the same number of
+        threads.
 
     Raises:
         TypeError: a dtype that is not listed. ValueError: shapes or devices that do not fit, a
@@ -84,6 +89,8 @@ def coded_attention(
     op = "coded_attention"
     cos, sin = split_rope(op, rope)
     optional = {"value_codes": value_codes, "code_mask": code_mask, "cos": cos, "sin": sin}
+    if attn_mask is not None or sinks is not None:
+        optional |= {"attn_mask": attn_mask, "sinks": sinks}
     check_tensors(
         op,
         optional,
@@ -93,6 +100,7 @@ def coded_attention(
         value_codebook=value_codebook,
     )
     check_scale(op, scale)
+    check_softcap(op, softcap)
     out, lse = torch.ops.astra.coded_attention(
         query,
         codes,
@@ -105,7 +113,10 @@ def coded_attention(
         sin,
         rope_consecutive,
         code_mask,
+        attn_mask,
         scale,
+        softcap,
+        sinks,
         impl,
         check,
     )

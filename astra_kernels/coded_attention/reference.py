@@ -68,8 +68,20 @@ def coded_attention(
     scale: float | None = None,
     rope: Rope | None = None,
     code_mask: Tensor | None = None,
+    attn_mask: Tensor | None = None,
+    softcap: float | None = None,
+    sinks: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     key, value = look_up_keys_values(
         query, codes, key_codebook, value_codebook, value_codes, rope, code_mask
     )
-    return attention(query, key, value, key_mask=code_mask, scale=scale)
+    return attention(
+        query,
+        key,
+        value,
+        key_mask=code_mask,
+        scale=scale,
+        attn_mask=attn_mask,
+        softcap=softcap,
+        sinks=sinks,
+    )

@@ -29,13 +29,14 @@ def codeword_attention(
     Args:
         query: [B, H, M, d], fp32, fp64, fp16 or bf16; H is a multiple of Hkv.
         counts: integers [B, Hkv, K], or [B, 1, K] when all heads share one code; 0 = not there.
-        key_codebook, value_codebook: [Hkv, 1, K, d], any floating dtype, K up to 65,536.
+        key_codebook, value_codebook: [Hkv, 1, K, d] and [Hkv, 1, K, d_v], any floating dtype, K
+            up to 65,536.
         scale: of the scores; None: 1/sqrt(d).
         impl: "auto", "reference", "triton" or "native"; an explicit choice never falls back.
         check: whether to read the counts and refuse negative ones; None: on the CPU only.
 
     Returns:
-        out: [B, H, M, d] of query's dtype, stored as [B, M, H, d].
+        out: [B, H, M, d_v] of query's dtype, stored as [B, M, H, d_v].
         lse: [B, H, M], natural log, fp32 (fp64 for fp64 queries).
         Where all counts are 0, out is 0 and lse -inf. Codewords of count 0 never matter. The same
         input gives the same bits on the same number of threads.

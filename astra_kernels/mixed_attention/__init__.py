@@ -7,7 +7,13 @@ from typing import Literal, overload
 import torch
 from torch import Tensor
 
-from astra_kernels._checks import check_scale, check_tensors, split_rope
+from astra_kernels._checks import (
+    check_scale,
+    check_softcap,
+    check_tensors,
+    check_window,
+    split_rope,
+)
 
 __all__ = ["mixed_attention"]
 
@@ -25,13 +31,18 @@ def mixed_attention(
     *,
     is_causal: bool = ...,
     key_mask: Tensor | None = ...,
+    attn_mask: Tensor | None = ...,
+    window: tuple[int, int] | None = ...,
     scale: float | None = ...,
+    softcap: float | None = ...,
+    sinks: Tensor | None = ...,
     value_codes: Tensor | None = ...,
     code_bits: int | None = ...,
     num_tokens: int | None = ...,
     rope: Rope | None = ...,
     rope_consecutive: bool = ...,
     code_mask: Tensor | None = ...,
+    code_attn_mask: Tensor | None = ...,
     return_lse: Literal[False] = ...,
     impl: str = ...,
     check: bool | None = ...,
@@ -47,13 +58,18 @@ def mixed_attention(
     *,
     is_causal: bool = ...,
     key_mask: Tensor | None = ...,
+    attn_mask: Tensor | None = ...,
+    window: tuple[int, int] | None = ...,
     scale: float | None = ...,
+    softcap: float | None = ...,
+    sinks: Tensor | None = ...,
     value_codes: Tensor | None = ...,
     code_bits: int | None = ...,
     num_tokens: int | None = ...,
     rope: Rope | None = ...,
     rope_consecutive: bool = ...,
     code_mask: Tensor | None = ...,
+    code_attn_mask: Tensor | None = ...,
     return_lse: Literal[True],
     impl: str = ...,
     check: bool | None = ...,
@@ -68,13 +84,18 @@ def mixed_attention(
     *,
     is_causal: bool = False,
     key_mask: Tensor | None = None,
+    attn_mask: Tensor | None = None,
+    window: tuple[int, int] | None = None,
     scale: float | None = None,
+    softcap: float | None = None,
+    sinks: Tensor | None = None,
     value_codes: Tensor | None = None,
     code_bits: int | None = None,
     num_tokens: int | None = None,
     rope: Rope | None = None,
     rope_consecutive: bool = False,
     code_mask: Tensor | None = None,
+    code_attn_mask: Tensor | None = None,
     return_lse: bool = False,
     impl: str = "auto",
     check: bool | None = None,
@@ -87,22 +108,26 @@ def mixed_attention(
 
     Args:
         query: [B, H, M, d], fp32, fp64, fp16 or bf16.
-        key, value: [B, Hkv, L, d] of query's dtype; see ``attention``.
+        key, value: [B, Hkv, L, d] and [B, Hkv, L, d_v] of query's dtype; see ``attention``.
         codes, key_codebook, value_codebook, value_codes, code_bits, num_tokens, rope,
             rope_consecutive, code_mask, check: the coded tokens; see ``coded_attention``. ``rope``
             turns the looked-up keys only; query and key come rotated already.
-        is_causal: among the dense tokens query m sees keys 0..L-M+m (bottom-right aligned; needs
-            M <= L); coded tokens are all visible.
+        is_causal: among the dense tokens query m sees keys 0..L-M+m (bottom-right aligned);
+            coded tokens are all visible.
         key_mask: bool [B, L], True = visible.
+        attn_mask, window: of the dense tokens; see ``attention``.
+        code_attn_mask: as attn_mask, of the coded tokens; broadcasts to [B, H, M, N].
         scale: of the scores; None: 1/sqrt(d).
+        softcap, sinks: of the one softmax over both; see ``attention``.
         return_lse: whether to return (out, lse) instead of out.
         impl: "auto", "reference", "triton" or "native"; an explicit choice never falls back.
 
     Returns:
-        out: [B, H, M, d] of query's dtype, stored as [B, M, H, d].
+        out: [B, H, M, d_v] of query's dtype, stored as [B, M, H, d_v].
         lse, if asked for: [B, H, M], natural log, fp32 (fp64 for fp64 queries).
-        A query that sees nothing has out 0 and lse -inf. Accumulation is fp32 (fp64). The same
-        input gives the same bits on the same number of threads.
+        A query that sees nothing has out 0 and lse -inf, with sinks lse = the head's sink.
+        Accumulation is fp32 (fp64). The same input gives the same bits on the same number of
+        threads.
 
     Raises:
         TypeError: a dtype that is not listed. ValueError: shapes or devices that do not fit, a
@@ -118,16 +143,22 @@ def mixed_attention(
     op = "mixed_attention"
     cos, sin = split_rope(op, rope)
     optional = {"key_mask": key_mask, "value_codes": value_codes, "code_mask": code_mask}
+    if attn_mask is not None or code_attn_mask is not None or sinks is not None:
+        optional |= {"attn_mask": attn_mask, "code_attn_mask": code_attn_mask, "sinks": sinks}
     check_tensors(op, optional, query=query, key=key, value=value, codes=codes)
     rotary = {"cos": cos, "sin": sin}
     check_tensors(op, rotary, key_codebook=key_codebook, value_codebook=value_codebook)
     check_scale(op, scale)
+    check_softcap(op, softcap)
+    check_window(op, window)
     out, lse = torch.ops.astra.mixed_attention(
         query,
         key,
         value,
         is_causal,
         key_mask,
+        attn_mask,
+        window,
         codes,
         key_codebook,
         value_codebook,
@@ -138,7 +169,10 @@ def mixed_attention(
         sin,
         rope_consecutive,
         code_mask,
+        code_attn_mask,
         scale,
+        softcap,
+        sinks,
         impl,
         check,
     )

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -24,14 +26,18 @@ def mixed_attention(
     value_codes: Tensor | None = None,
     rope: Rope | None = None,
     code_mask: Tensor | None = None,
+    attn_mask: Tensor | None = None,
+    window: Sequence[int] | None = None,
+    code_attn_mask: Tensor | None = None,
+    softcap: float | None = None,
+    sinks: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     coded_key, coded_value = look_up_keys_values(
         query, codes, key_codebook, value_codebook, value_codes, rope, code_mask
     )
-    local = visibility_bias(query, key.shape[2], is_causal, key_mask)
-    remote = visibility_bias(query, coded_key.shape[2], False, code_mask)
-    batch = query.shape[0]
-    bias = torch.cat([part.expand(batch, -1, -1, -1) for part in (local, remote)], dim=3)
+    local = visibility_bias(query, key.shape[2], is_causal, key_mask, attn_mask, window)
+    remote = visibility_bias(query, coded_key.shape[2], False, code_mask, code_attn_mask)
+    bias = torch.cat([part.expand(*query.shape[:3], -1) for part in (local, remote)], dim=3)
     dtype = coded_key.dtype
     return attend(
         query,
@@ -39,4 +45,6 @@ def mixed_attention(
         torch.cat([value.to(dtype), coded_value], dim=2),
         bias,
         scale,
+        softcap,
+        sinks,
     )

@@ -266,20 +266,20 @@ def interpreted(wanted: bool) -> Iterator[None]:
     if not wanted:
         yield
         return
-    import astra_kernels._library
+    from astra_kernels import _dispatch
 
-    library: Any = astra_kernels._library
-    plain = library.choose
+    dispatch: Any = _dispatch
+    plain = dispatch.choose
 
-    def choose(op: str, impl: str, device: torch.device, dtype: torch.dtype) -> Any:
+    def choose(op: str, impl: str, device: torch.device, dtype: torch.dtype, *uses: Any) -> Any:
         triton = impl == "auto" and dtype != torch.float64
-        return plain(op, "triton" if triton else impl, device, dtype)
+        return plain(op, "triton" if triton else impl, device, dtype, *uses)
 
-    library.choose = choose
+    dispatch.choose = choose
     try:
         yield
     finally:
-        library.choose = plain
+        dispatch.choose = plain
 
 
 def main(given: Sequence[str] | None = None) -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 import torch
@@ -11,17 +12,16 @@ from torch import Tensor
 Pair = tuple[Tensor, Tensor]
 
 
-def one_query(query: Tensor, keys: list[Tensor], values: list[Tensor], scale: float) -> Pair:
-    """query [d] over lists of keys and values [d]: out [d] and lse."""
-    if not keys:
-        return torch.zeros_like(query), torch.tensor(-math.inf, dtype=torch.float64)
-    scores = [scale * float(query @ key) for key in keys]
-    top = max(scores)
+def one_query(scores: list[float], values: list[Tensor], width: int, sink: float) -> Pair:
+    """Softmax of the scores, and of a sink whose value is zero: out [width] and lse."""
+    out = torch.zeros(width, dtype=torch.float64)
+    top = max([*scores, sink])
+    if top == -math.inf:
+        return out, torch.tensor(-math.inf, dtype=torch.float64)
     weights = [math.exp(score - top) for score in scores]
-    total = sum(weights)
-    out = sum(
-        (w / total * v for w, v in zip(weights, values, strict=True)), torch.zeros_like(query)
-    )
+    total = sum(weights) + math.exp(sink - top)
+    for weight, value in zip(weights, values, strict=True):
+        out += weight / total * value
     return out, torch.tensor(top + math.log(total), dtype=torch.float64)
 
 
@@ -62,27 +62,54 @@ class Case:
     value_codebook: Tensor | None = None
     options: dict = field(default_factory=dict)
 
-    def visible(self, batch: int, head: int, row: int) -> tuple[list[Tensor], list[Tensor]]:
-        """Keys and values that one query sees, KV head `head`."""
-        keys, values = [], []
+    def visible(self, batch: int, head: int, row: int) -> tuple[list[float], list[Tensor]]:
+        """Scores and values of the keys that one query sees."""
+        heads, dim = self.query.shape[1], self.query.shape[3]
+        kv_heads = self.key.shape[1] if self.key is not None else self.key_codebook.shape[-4]
+        kv_head = head * kv_heads // heads
+        query = self.query[batch, head, row].double()
+        scale = self.options.get("scale") or dim**-0.5
+        cap = self.options.get("softcap")
+        scores, values = [], []
+        for key, value, bias in self.seen(batch, head, kv_head, row):
+            score = scale * float(query @ key)
+            score = score if cap is None else cap * math.tanh(score / cap)
+            scores.append(score + bias)
+            values.append(value)
+        return scores, values
+
+    def seen(self, batch: int, head: int, kv_head: int, row: int) -> Iterator[tuple]:
+        """Key, value and bias of each token that one query sees."""
+        coded_mask = "attn_mask" if self.key is None else "code_attn_mask"
         if self.key is not None:
             tokens = self.key.shape[2]
-            seen = (
-                tokens - self.query.shape[2] + row + 1 if self.options.get("is_causal") else tokens
-            )
-            mask = self.options.get("key_mask")
-            for token in range(seen):
-                if mask is None or mask[batch, token]:
-                    keys.append(self.key[batch, head, token].double())
-                    values.append(self.value[batch, head, token].double())
+            place = tokens - self.query.shape[2] + row
+            left, right = self.options.get("window") or (-1, -1)
+            for token in range(tokens):
+                if self.options.get("is_causal") and token > place:
+                    continue
+                if (left >= 0 and token < place - left) or (right >= 0 and token > place + right):
+                    continue
+                bias = self.bias("key_mask", "attn_mask", (batch, head, row, token), tokens)
+                if bias != -math.inf:
+                    pair = (x[batch, kv_head, token].double() for x in (self.key, self.value))
+                    yield *pair, bias
         if self.codes is not None:
-            mask = self.options.get("code_mask")
-            for token in range(self.codes.shape[1]):
-                if mask is None or mask[batch, token]:
-                    key, value = self.coded(batch, head, token)
-                    keys.append(key)
-                    values.append(value)
-        return keys, values
+            tokens = self.codes.shape[1]
+            for token in range(tokens):
+                bias = self.bias("code_mask", coded_mask, (batch, head, row, token), tokens)
+                if bias != -math.inf:
+                    yield *self.coded(batch, kv_head, token), bias
+
+    def bias(self, mask_name: str, attn_mask_name: str, index: tuple, tokens: int) -> float:
+        mask = self.options.get(mask_name)
+        if mask is not None and not mask[index[0], index[3]]:
+            return -math.inf
+        mask = self.options.get(attn_mask_name)
+        if mask is None:
+            return 0.0
+        bias = mask.expand(*self.query.shape[:3], tokens)[index]
+        return float(bias) if mask.dtype != torch.bool else 0.0 if bias else -math.inf
 
     def coded(self, batch: int, head: int, token: int) -> Pair:
         tables = [t if t.ndim == 5 else t[None] for t in (self.key_codebook, self.value_codebook)]
@@ -98,15 +125,17 @@ class Case:
 
 
 def attend(case: Case) -> Pair:
-    batch, heads, rows, dim = case.query.shape
-    kv_heads = case.key.shape[1] if case.key is not None else case.key_codebook.shape[-4]
-    scale = case.options.get("scale") or dim**-0.5
-    out = torch.zeros(batch, heads, rows, dim, dtype=torch.float64)
+    batch, heads, rows, _ = case.query.shape
+    if case.value is not None:
+        width = case.value.shape[3]
+    else:
+        width = case.value_codebook.shape[-3] * case.value_codebook.shape[-1]
+    sinks = case.options.get("sinks")
+    out = torch.zeros(batch, heads, rows, width, dtype=torch.float64)
     lse = torch.zeros(batch, heads, rows, dtype=torch.float64)
     for b in range(batch):
         for h in range(heads):
+            sink = -math.inf if sinks is None else float(sinks[h])
             for m in range(rows):
-                seen = case.visible(b, h * kv_heads // heads, m)
-                query = case.query[b, h, m].double()
-                out[b, h, m], lse[b, h, m] = one_query(query, *seen, scale)
+                out[b, h, m], lse[b, h, m] = one_query(*case.visible(b, h, m), width, sink)
     return out, lse

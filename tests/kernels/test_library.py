@@ -49,6 +49,10 @@ def inputs(name, tokens=6, rows=4, device="cpu"):
             {"estimate": torch.randn(tokens, 12, **f), "norm": "layer", "eps": 1e-5},
         ),
         "merge_state": ((*state, query.clone(), state[1].clone()), {}),
+        "merge_states": (
+            (torch.randn(3, 2, 4, rows, 16, **f), torch.randn(3, 2, 4, rows, **f)),
+            {},
+        ),
         "mixed_attention": ((query, key, value, codes, *tables), {**coded, "is_causal": True}),
     }[name]
 
@@ -63,6 +67,7 @@ OPS = (
     "count_codes",
     "lookup_linear",
     "merge_state",
+    "merge_states",
     "mixed_attention",
 )
 FLOATING = tuple(name for name in OPS if name != "count_codes")  # take floating point
@@ -211,7 +216,9 @@ def test_gradients_of_torch_func_are_refused(name):
         return (result if isinstance(result, torch.Tensor) else result[0]).sum().float()
 
     x = args[first]
-    words = f"astra_kernels.{name} is forward-only, but .* is differentiated"
+    words = (
+        f"astra_kernels.{name} (is forward-only|has no forward-mode .*), but .* is differentiated"
+    )
     for transform in (torch.func.grad, torch.func.jacfwd, torch.func.hessian):
         with pytest.raises(RuntimeError, match=words):
             transform(total)(x)
@@ -279,8 +286,8 @@ def test_same_input_same_bits(impl, name):
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
 def test_dtypes(impl, name, dtype):
     args, options = inputs(name)
-    if name == "merge_state":
-        args = (args[0].to(dtype), args[1], args[2].to(dtype), args[3])
+    if name in ("merge_state", "merge_states"):
+        args = [x.to(dtype) if place % 2 == 0 else x for place, x in enumerate(args)]
     else:
         args = [x.to(dtype) if x.is_floating_point() else x for x in args]
     result = getattr(ak, name)(*args, **options, impl=impl)
@@ -331,12 +338,24 @@ REFUSED = [
     ("attention", Q, torch.randn(4, 4, 16), ValueError, "query must be [B, H, M, d]"),
     ("attention", Q, torch.ones(2, 4, 4, 16).int(), TypeError, "query must be of dtype"),
     ("attention", 1, torch.randn(2, 2, 6, 8), ValueError, "key must be [2, Hkv, L, 16]"),
-    ("attention", 1, torch.randn(2, 2, 5, 16), ValueError, "value must be of key's shape"),
+    ("attention", 1, torch.randn(2, 2, 5, 16), ValueError, "value must be [2, "),
     ("attention", 1, torch.randn(2, 2, 6, 16).half(), TypeError, "key must be of dtype float32"),
     ("attention", "key_mask", torch.ones(2, 5).bool(), ValueError, "key_mask must be [2, 6]"),
     ("attention", "key_mask", torch.ones(2, 6), TypeError, "key_mask must be of dtype bool"),
     ("attention", Q, torch.randn(2, 3, 4, 16), ValueError, "divides H = 3, got 2"),
-    ("attention", Q, torch.randn(2, 4, 7, 16), ValueError, "at least M = 7 tokens long"),
+    ("attention", "attn_mask", torch.ones(4, 5).bool(), ValueError, "to [2, 4, 4, 6] ([B, H"),
+    (
+        "attention",
+        "attn_mask",
+        torch.ones(4, 6).int(),
+        TypeError,
+        "attn_mask must be of dtype bool",
+    ),
+    ("attention", "window", (-2, 0), ValueError, "window must be of sides from -1"),
+    ("attention", "window", 3, TypeError, "window must be a pair (left, right)"),
+    ("attention", "softcap", 0.0, ValueError, "softcap must be a positive number or None"),
+    ("attention", "sinks", torch.zeros(2), ValueError, "sinks must be [4] (H of query)"),
+    ("attention", "sinks", torch.zeros(4).half(), TypeError, "sinks must be of dtype float32"),
     (
         "coded_attention",
         C,
@@ -393,7 +412,7 @@ REFUSED = [
     ("codeword_attention", 1, torch.ones(2, 2, 6), TypeError, "counts must be of dtype"),
     ("codeword_attention", 1, torch.full((2, 2, 6), -1), ValueError, "counts must be 0 or more"),
     ("codeword_attention", 2, torch.randn(2, 2, 6, 8), ValueError, "[Hkv, 1, K, d] (S = 1)"),
-    ("codeword_attention", 3, torch.randn(2, 1, 5, 16), ValueError, "of key_codebook's shape"),
+    ("codeword_attention", 3, torch.randn(2, 1, 5, 16), ValueError, "must be [2, 1, 6, d_v]"),
     ("count_codes", 0, torch.zeros(2, 6, 4), TypeError, "codes must be of dtype int32 or int64"),
     ("count_codes", 0, torch.zeros(6, 4).int(), ValueError, "codes must be [B, N, C]"),
     ("count_codes", 0, torch.zeros(2, 5, 4).int(), ValueError, "codes must be [B, 6, C]"),
@@ -421,7 +440,7 @@ REFUSED = [
     ),
     ("merge_state", 3, torch.randn(2, 4, 4).double(), TypeError, "lse_b must be of dtype float32"),
     ("mixed_attention", 4, torch.randn(4, 2, 8, 8), ValueError, "key_codebook"),
-    ("mixed_attention", 1, torch.randn(2, 1, 6, 16), ValueError, "value must be of key's shape"),
+    ("mixed_attention", 1, torch.randn(2, 1, 6, 16), ValueError, "value must be [2, "),
 ]
 
 

@@ -41,7 +41,7 @@ def test_packed_codes_are_read_where_they_lie(monkeypatch, bits):
     mask = torch.rand(2, 37) > 0.3
     packed = pack_rows(codes, bits)
     options = {"code_bits": bits, "codes_per_token": 3}
-    monkeypatch.setattr("astra_kernels._library._unpack_rows", None)
+    monkeypatch.setattr("astra_kernels._library.quantization.unpack_rows", None)
     got = count(packed, codewords, code_mask=mask, check=False, **options)
     assert torch.equal(got, want(codes, codewords, code_mask=mask))
 

@@ -1,0 +1,41 @@
+"""How an op meets torch: its schema, its kernel, its fake kernel.
+
+``Library.define`` and ``impl`` cost a third of what ``torch.library.custom_op`` costs per call (6
+against 22 µs for seven arguments under no_grad, CPU time on a 2.4 GHz Zen 3).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor
+
+State = tuple[Tensor, Tensor]
+T = TypeVar("T")
+
+_library = torch.library.Library("astra", "DEF")
+
+# Op -> its kernel, for calls that leave torch's dispatcher out.
+KERNELS: dict[str, Callable[..., Any]] = {}
+
+
+def register(schema: str, kernel: Callable[..., Any], fake: Callable[..., Any]) -> None:
+    name = schema.partition("(")[0]
+    KERNELS[name] = kernel
+    tags = (torch.Tag.pt2_compliant_tag,)
+    _library.define(schema, tags=tags)
+    _library.impl(name, kernel, "CompositeExplicitAutograd")
+    torch.library.register_fake(f"astra::{name}", fake, lib=_library)
+
+
+def wants_check(check: bool | None, tensor: Tensor) -> bool:
+    """Reading codes costs a device sync, so it is done unasked on the CPU only."""
+    return tensor.device.type == "cpu" if check is None else check
+
+
+def split(kind: Callable[..., T], args: tuple[Any, ...]) -> tuple[T, tuple[Any, ...]]:
+    """The fields of a NamedTuple, which a schema lists one by one, and the arguments after them."""
+    count = len(kind._fields)  # type: ignore[attr-defined]
+    return kind(*args[:count]), args[count:]
