@@ -1,0 +1,116 @@
+"""Sessions with codes against a reference that rebuilds every token from its codes."""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from astra_runtime import Codebook, Engine
+from astra_runtime.evaluate import run_ranks
+from astra_runtime.sessions.cut import Cut, cut
+from astra_runtime.transport import Mesh
+
+from ..models import inputs_for, tiny, windows_for
+from .reference import Reference
+
+IDS = inputs_for("llama", 64)["input_ids"]
+FITS: dict[str, dict[str, Any]] = {
+    "kv": {"space": "kv", "groups": 3},
+    "shared": {"space": "kv", "groups": 1, "shared": True, "prefix": 2},
+    "transform": {"space": "transform", "bits": 40},
+}
+MODELS = {kind: tiny(kind) for kind in ("llama", "gpt2")}
+
+
+@functools.cache
+def coded(kind: str, name: str) -> tuple[Any, Codebook]:
+    model, options = MODELS[kind], FITS[name]
+    fitting = {"codewords": 16, "iterations": 3, "held_back": 0} | options
+    return model, Codebook.fit(model, windows_for(kind), **fitting)
+
+
+class Forced:
+    """Chooses given tokens, and keeps the logits that it had the choice from."""
+
+    def __init__(self, tokens: list[int]) -> None:
+        self.tokens, self.rows = iter(tokens), []  # type: ignore[var-annotated]
+
+    def __call__(self, ids: Tensor, logits: Tensor) -> Tensor:
+        self.rows.append(logits[0].clone())
+        return torch.tensor([next(self.tokens)])
+
+
+TURNS = [  # tokens to append, by whom; tokens generated, by whom
+    (23, None, [5, 6, 7], None),
+    (9, 0, [8], 1),
+    (1, None, [9, 10], None),
+    (14, None, [11, 12], 0),
+]
+
+
+@pytest.mark.parametrize(
+    ("kind", "name", "world_size"),
+    [
+        ("llama", "kv", 3),
+        ("llama", "shared", 2),
+        ("llama", "transform", 3),
+        ("gpt2", "transform", 2),
+    ],
+)
+def test_turns_equal_the_reference(kind: str, name: str, world_size: int) -> None:
+    model, book = coded(kind, name)
+
+    def work(mesh: Mesh) -> tuple[list[Cut], list[list[Tensor]]]:
+        with Engine(model, book, mesh, halo=2) as engine:
+            session, start = engine.session(), 0
+            cuts, rows = [], []
+            for count, owner, tokens, decoder in TURNS:
+                owner = session.owner if owner is None else owner
+                unread = len(session) - session._state.read
+                cuts.append(cut(engine, session._state.read, unread + count, owner))
+                session.append(IDS[:, start : start + count], rank=owner)
+                start += count
+                seen = Forced(tokens)
+                session.generate(len(tokens), choose=seen, rank=decoder)
+                rows.append(seen.rows)
+            return cuts, rows
+
+    results = run_ranks(world_size, work, timeout=30)
+    reference, start, unread = Reference(model, book, world_size), 0, IDS[:, :0]
+    for turn, (count, _, tokens, decoder) in enumerate(TURNS):
+        shares = results[0][0][turn]
+        owner = shares.members[-1]
+        new = torch.cat([unread, IDS[:, start : start + count]], 1)
+        start += count
+        expected = [reference.append(new, shares)]
+        place = owner if decoder is None else decoder
+        if place != owner:
+            expected = [reference.again(place)]
+        for token in tokens[:-1]:
+            expected.append(reference.read(place, torch.tensor([[token]])))
+        unread = torch.tensor([tokens[-1:]])
+        got = results[place][1][turn]
+        torch.testing.assert_close(torch.stack(got), torch.stack(expected), rtol=2e-3, atol=2e-3)
+
+
+@pytest.mark.parametrize("name", ["kv", "transform"])
+def test_the_first_turn_is_the_engines(name: str) -> None:
+    model, book = coded("llama", name)
+
+    def work(mesh: Mesh) -> None:
+        with Engine(model, book, mesh) as engine:
+            alone, seen = Forced([1, 2, 3]), Forced([1, 2, 3])
+            engine.generate(IDS[:, :40], max_new_tokens=3, choose=alone)
+            session = engine.session()
+            session.append(IDS[:, :40])
+            session.generate(3, choose=seen)
+            if mesh.rank == 2:
+                torch.testing.assert_close(
+                    torch.stack(seen.rows), torch.stack(alone.rows), rtol=1e-4, atol=1e-4
+                )
+
+    run_ranks(3, work, timeout=30)
