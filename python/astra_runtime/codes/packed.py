@@ -15,7 +15,7 @@ from ..models import Adapter
 from ..trace import stage
 from .base import Codec, Payload, Pending, TokenBits, visible_tokens
 from .fields import CodebookFields
-from .rotary import Rope
+from .rotary import ConsecutiveAngles, Rope
 from .search import Search, search_macs
 from .staging import ReceivedCodes, Staging, stays_packed
 
@@ -146,6 +146,7 @@ class TableLookup(PackedCodes):
             self.values[block],
             scale=scale,
             rope=rope,
+            rope_consecutive=isinstance(rope, ConsecutiveAngles),
             code_mask=mask,
             code_bits=remote.bits if packed else None,
             num_tokens=remote.tokens if packed else None,
