@@ -19,6 +19,8 @@ from astra_runtime.plan import Plan
 
 from .models import inputs_for, tiny
 
+MODEL = tiny("llama")  # which an adapter does not keep
+
 
 @given(st.integers(2, 6), st.integers(0, 40), st.integers(0, 30), st.integers(0, 3))
 def test_a_decoders_remote_tokens_are_one_run_of_positions(world_size, extra, halo, copies):
@@ -31,8 +33,7 @@ def test_a_decoders_remote_tokens_are_one_run_of_positions(world_size, extra, ha
 
 @pytest.fixture(scope="module")
 def adapter():
-    model = tiny("llama")  # an adapter does not keep it
-    yield adapt(model)
+    return adapt(MODEL)
 
 
 def test_positions_follow_each_other_unless_there_is_padding(adapter):
