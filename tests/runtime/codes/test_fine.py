@@ -63,7 +63,7 @@ def test_the_next_rank_alone_reads_them(books: dict[str, Codebook]) -> None:
     def received(book: Codebook) -> list[dict[int, int]]:
         def work(mesh: Any) -> dict[int, int]:
             with Engine(model, book, mesh, weights=(1, 1, 1), halo=0) as engine:
-                sizes = engine._sizes(engine.plan(23), 1)
+                sizes = engine._sizes(engine.rank, engine.plan(23), 1)
                 engine(**inputs)
                 return dict(sizes.fine[1])
 
@@ -129,7 +129,11 @@ def test_bits_of_a_receiver(books: dict[str, Codebook]) -> None:
     def work(mesh: Any) -> tuple[float, Any, Plan]:
         with Engine(model, book, mesh, weights=(1, 1, 1), halo=0) as engine:
             engine(**inputs)
-            return engine.bits_per_receiver, engine._sizes(engine.plan(23), 1), engine.plan(23)
+            return (
+                engine.bits_per_receiver,
+                engine._sizes(engine.rank, engine.plan(23), 1),
+                engine.plan(23),
+            )
 
     bits, sizes, plan = run_ranks(3, work)[0]
     first, second = plan.size(0), plan.size(1)
