@@ -16,7 +16,6 @@ from torch import Tensor
 
 from astra_kernels._triton.blocks import read_codes, rotated
 from astra_kernels._triton.launch import cdiv, launch
-from astra_kernels._triton.packed import as_words
 
 WARPS = 4
 THREADS = 32 * WARPS
@@ -127,7 +126,7 @@ def expand(
     out = table.new_empty((batch, tokens, heads, groups * width), dtype=dtype)
     if out.numel() == 0:
         return out.transpose(1, 2)
-    codes, table = as_words(codes, code_bits), table.contiguous()
+    codes, table = codes.contiguous(), table.contiguous()
     vector = _vector(table, dtype, rope is not None)
     runs = groups * width // vector // (1 if rope is None else 2)
     block = THREADS * (ITEMS if rope is None else ITEMS // 2)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from torch import Tensor
 
@@ -13,9 +13,6 @@ from .codes.rotary import Rope
 from .inputs import check_bound, check_function, check_integer, check_request
 from .layer import Layer
 from .trace import stage
-
-if TYPE_CHECKING:
-    from .engine import Engine
 
 
 @dataclass(frozen=True, eq=False)
@@ -46,7 +43,7 @@ class Prefix:
 
 
 def prefill(
-    engine: Engine,
+    engine: Any,
     input_ids: Tensor,
     *,
     owner: int | None,
@@ -54,7 +51,7 @@ def prefill(
     within_ms: float | None,
     between: Callable[[int], None] | None,
 ) -> Prefix | None:
-    """`Engine.prefill`."""
+    """`Engine.prefill`, of the engine given."""
     last = engine.mesh.world_size - 1
     owner = last if owner is None else check_integer("owner", owner, 0, last)
     if input_ids.shape[:1] != (1,):

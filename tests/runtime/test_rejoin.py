@@ -139,7 +139,7 @@ def test_a_worker_serves_run_after_run(
     place = [*model_options(home), "--peers", ",".join(free_ports(2))]
 
     def worker() -> Fork:
-        return Fork(lambda: main(["worker", "--rank", "1", "--rejoin", *place]))
+        return Fork(lambda: main(["worker", "--rank", "1", *place]))
 
     def answer() -> str:
         asked = ["--prompt", PROMPT, "--max-new-tokens", "5", "--json"]

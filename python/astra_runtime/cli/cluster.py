@@ -51,47 +51,108 @@ def local_keys(options: argparse.Namespace, world_size: int) -> Iterator[str | N
         yield None
 
 
-def _worker_arguments(
-    options: argparse.Namespace, peers: list[str], folder: Path, settings: dict[str, Any], link: Any
-) -> list[str]:
-    """Of `astra worker`, all but its rank and keys: whatever has to be alike on all ranks."""
-    arguments = ["--peers", ",".join(peers), "--model", options.model, "--codebook", str(folder)]
-    arguments += ["--threads", str(options.threads), "--timeout", str(options.timeout)]
-    arguments += ["--connect-timeout", str(options.connect_timeout)]
-    arguments += ["--on-missing", settings["on_missing"]]
-    arguments += ["--transport", getattr(options, "transport", "tcp")]
-    if options.weights:
-        arguments += ["--weights", options.weights]
-    for name in ("halo", "deadline_ms"):
-        if settings[name] is not None:
-            arguments += [f"--{name.replace('_', '-')}", str(settings[name])]
-    if link is not None:
-        arguments += ["--mbit", str(link.mbit_per_s or 0), "--delay-ms", str(link.delay_ms)]
-    return arguments
+class Cluster:
+    """This process as rank 0 of local ones: starts the others, and joins them.
 
-
-def _join_workers(
-    options: argparse.Namespace,
-    peers: list[str],
-    workers: Workers,
-    keys: str | None,
-    seconds: float,
-) -> Any:
-    """The mesh of this process and its workers, all of which are ready to connect.
-
-    One that ends meanwhile is an error at once.
+    Attributes:
+        peers: "host:port" of every rank.
+        keys: the folder of all ranks' keys; None: plaintext.
+        workers: the other processes; None: they were not started yet.
     """
-    from ..transport import open_mesh
 
-    waiting = Waiting(0, peers)
+    def __init__(
+        self,
+        options: argparse.Namespace,
+        world_size: int,
+        settings: dict[str, Any],
+        link: Any,
+        keys: str | None,
+        *,
+        standing: bool,
+    ) -> None:
+        self.options, self.world_size, self.settings = options, world_size, settings
+        self.link, self.keys, self._standing = link, keys, standing
+        self.peers = [f"127.0.0.1:{port}" for port in free_ports(world_size)]
+        self.workers: Workers | None = None
 
-    def on_wait(missing: tuple[int, ...]) -> None:
-        workers.check(missing)
-        waiting(missing)
+    def start(self, codebook: str | None) -> None:
+        """Starts the other ranks, which load the model at once; no effect where they were started.
 
-    changes = {"backend": getattr(options, "transport", "tcp"), "connect_timeout": seconds}
-    changes |= {"on_wait": on_wait, "keys": keys, "insecure": not keys}
-    return open_mesh(connect_options(options, 0, len(peers), peers, **changes))
+        codebook: its folder, or "none"; None: the cached one.
+        """
+        if self.workers is None:
+            if self.world_size > 1:
+                count = self.world_size - 1
+                say(f"starting {count} worker process{'es' if count > 1 else ''}")
+            arguments = self._worker_arguments(codebook)
+            self.workers = Workers(self.world_size, arguments, self.options.threads)
+
+    def _worker_arguments(self, codebook: str | None) -> list[str]:
+        """Of `astra worker`, all but its rank: whatever has to be alike on all ranks."""
+        options, settings = self.options, self.settings
+        arguments = ["--peers", ",".join(self.peers), "--model", options.model]
+        arguments += [] if codebook is None else ["--codebook", codebook]
+        arguments += ["--threads", str(options.threads), "--timeout", str(options.timeout)]
+        arguments += ["--connect-timeout", str(options.connect_timeout)]
+        arguments += ["--on-missing", settings["on_missing"]]
+        arguments += ["--transport", getattr(options, "transport", "tcp")]
+        arguments += [] if self._standing else ["--once"]
+        if options.weights:
+            arguments += ["--weights", options.weights]
+        for name in ("halo", "deadline_ms"):
+            if settings[name] is not None:
+                arguments += [f"--{name.replace('_', '-')}", str(settings[name])]
+        if self.link is not None:
+            rate = self.link.mbit_per_s or 0
+            arguments += ["--mbit", str(rate), "--delay-ms", str(self.link.delay_ms)]
+        return arguments + (["--keys", self.keys] if self.keys else ["--insecure"])
+
+    def wait_ready(self) -> None:
+        """Returns when every worker has its model. One that ends meanwhile is an error."""
+        assert self.workers is not None, "they were started"
+        workers = self.workers
+        with working(lambda: f"waiting for ranks {workers.loading} to load their models"):
+            workers.wait_ready(self.options.connect_timeout)
+
+    def join(self, seconds: float, **changes: Any) -> Any:
+        """The mesh of all ranks, which are ready to connect; one that ends is an error at once."""
+        from ..transport import open_mesh
+
+        assert self.workers is not None, "they were started"
+        workers, waiting = self.workers, Waiting(0, self.peers)
+
+        def on_wait(missing: tuple[int, ...]) -> None:
+            workers.check(missing)
+            waiting(missing)
+
+        options = self.options
+        settings = {"backend": getattr(options, "transport", "tcp"), "connect_timeout": seconds}
+        settings |= {"on_wait": on_wait, "keys": self.keys, "insecure": not self.keys} | changes
+        return open_mesh(connect_options(options, 0, self.world_size, self.peers, **settings))
+
+    def stop(self, *, at_once: bool) -> None:
+        """Ends the other ranks; `at_once`: nobody has told them to stop."""
+        if self.workers is not None:
+            self.workers.end(at_once=at_once)
+
+    @contextlib.contextmanager
+    def ranks(self, model: Any, codebook: Any, folder: Path) -> Iterator[Any]:
+        """The `Ranks` that this process leads; `folder` has the codebook."""
+        from ..deploy.jobs import Ranks
+        from ..transport.pacing import PacedMesh
+
+        deadline = time.monotonic() + self.options.connect_timeout
+        self.start(str(folder))
+        self.wait_ready()
+        assert self.workers is not None, "they were started"
+        with _naming_causes(self.workers):
+            mesh = self.join(max(1.0, deadline - time.monotonic()))
+            link = self.link
+            with mesh if link is None or link.is_free else PacedMesh(mesh, link) as timed:
+                ranks = Ranks(model, codebook, mesh, timed, **self.settings)
+                yield ranks
+                ranks.submit(do="stop")
+                ranks.close()
 
 
 @contextlib.contextmanager
@@ -112,37 +173,24 @@ def _naming_causes(workers: Workers) -> Iterator[None]:
 def cluster(
     options: argparse.Namespace,
     world_size: int,
-    folder: Path,
-    model: Any,
-    codebook: Any,
     settings: dict[str, Any],
     link: Any = None,
-) -> Iterator[Any]:
-    """This process as rank 0 of `world_size` local ones: gives the `Ranks` that it leads.
+    *,
+    standing: bool = False,
+) -> Iterator[Cluster]:
+    """This process as rank 0 of `world_size` local ones; leaving the block ends the others.
 
-    `settings`: keyword arguments of `Ranks`.
+    settings: keyword arguments of `Ranks`.
+    standing: they wait for this process again when it has left them.
     """
     import torch
 
-    from ..deploy.jobs import Ranks
-    from ..transport.pacing import PacedMesh
-
     torch.set_num_threads(options.threads)
-    peers = [f"127.0.0.1:{port}" for port in free_ports(world_size)]
-    arguments = _worker_arguments(options, peers, folder, settings, link)
-    lent = contextlib.ExitStack()
-    keys = lent.enter_context(local_keys(options, world_size))
-    arguments += ["--keys", keys] if keys else ["--insecure"]
-    deadline = time.monotonic() + options.connect_timeout
-    with lent, Workers(world_size, arguments, options.threads) as workers:
-        with working(lambda: f"waiting for ranks {workers.loading} to load their models"):
-            workers.wait_ready(options.connect_timeout)
-        with _naming_causes(workers):
-            seconds = max(1.0, deadline - time.monotonic())
-            mesh = _join_workers(options, peers, workers, keys, seconds)
-            lent.close()  # all have read their keys; whoever is killed now leaves none
-            with mesh if link is None or link.is_free else PacedMesh(mesh, link) as timed:
-                ranks = Ranks(model, codebook, mesh, timed, **settings)
-                yield ranks
-                ranks.submit(do="stop")
-                ranks.close()
+    with local_keys(options, world_size) as keys:
+        ranks = Cluster(options, world_size, settings, link, keys, standing=standing)
+        try:
+            yield ranks
+        except BaseException:  # an error or Ctrl-C: nobody will tell them to stop
+            ranks.stop(at_once=True)
+            raise
+        ranks.stop(at_once=standing)

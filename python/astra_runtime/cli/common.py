@@ -19,8 +19,11 @@ def quiet_transformers() -> None:
     logging.disable_progress_bar()
 
 
-def load(name: str, *, decoder: bool = False) -> tuple[Any, Any]:
-    """Model and tokenizer by name; `decoder`: only a model that can continue a text will do."""
+def load(name: str, *, decoder: bool = False, tokenizer: bool = True) -> tuple[Any, Any]:
+    """Model and tokenizer by name; `decoder`: only a model that can continue a text will do.
+
+    tokenizer: False: the model has none, and None stands for it.
+    """
     from ..models import adapt
     from ..store import load_model, load_tokenizer
 
@@ -29,7 +32,7 @@ def load(name: str, *, decoder: bool = False) -> tuple[Any, Any]:
         model = load_model(name)
     if not (adapt(model).causal and hasattr(model, "lm_head")) and decoder:
         raise AstraError(f"model {name!r}: expected a language model that continues texts")
-    return model, load_tokenizer(name)
+    return model, load_tokenizer(name) if tokenizer else None
 
 
 def window_tokens(options: argparse.Namespace, model: Any, *, shorten: bool = False) -> int:

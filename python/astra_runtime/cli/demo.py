@@ -13,7 +13,7 @@ from typing import Any
 from ..console import say, show_json, working
 from .cluster import cluster, traced, write_trace
 from .common import load, window_tokens
-from .fitting import ensure_codebook
+from .fitting import codebook_at_hand, ensure_codebook
 from .options import (
     add_fit_options,
     add_mesh_options,
@@ -66,23 +66,25 @@ def run(options: argparse.Namespace) -> int:
         f"{options.threads} thread each. With the model and codebook cached this takes about a "
         "minute and a half; the first run fits the codebook, a few minutes more."
     )
-    model, tokenizer = load(options.model, decoder=True)
-    ids = token_windows(tokenizer, text, window_tokens(options, model), 1)[0][None]
-    say(f"the prompt has {ids.shape[1]} tokens")
-    check_prompt(ids.shape[1], world_size)
-    codebook, folder = ensure_codebook(options, model, tokenizer)
-    torch.set_num_threads(options.threads)
-    new_tokens = min(CONTINUED, model.config.max_position_embeddings - ids.shape[1] + 1)
-    say(f"starting {world_size - 1} worker processes")
-    with cluster(options, world_size, folder, model, codebook, settings, link) as ranks:
-        with working("measuring"):
-            result = traced(options, ranks, lambda: _measure(options, model, ranks, ids))
-            try:
-                result |= _continuation(ranks, tokenizer, ids, new_tokens)
-            finally:  # what was measured is shown, whatever ends the rest
-                result["seconds"] = time.perf_counter() - begun
-                (show_json if options.json else show)(result)
-        write_trace(options, ranks)
+    with cluster(options, world_size, settings, link) as others:
+        if codebook_at_hand(options):
+            others.start(options.codebook)
+        model, tokenizer = load(options.model, decoder=True)
+        ids = token_windows(tokenizer, text, window_tokens(options, model), 1)[0][None]
+        say(f"the prompt has {ids.shape[1]} tokens")
+        check_prompt(ids.shape[1], world_size)
+        codebook, folder = ensure_codebook(options, model, tokenizer)
+        torch.set_num_threads(options.threads)
+        new_tokens = min(CONTINUED, model.config.max_position_embeddings - ids.shape[1] + 1)
+        with others.ranks(model, codebook, folder) as ranks:
+            with working("measuring"):
+                result = traced(options, ranks, lambda: _measure(options, model, ranks, ids))
+                try:
+                    result |= _continuation(ranks, tokenizer, ids, new_tokens)
+                finally:  # what was measured is shown, whatever ends the rest
+                    result["seconds"] = time.perf_counter() - begun
+                    (show_json if options.json else show)(result)
+            write_trace(options, ranks)
     return 0
 
 

@@ -25,6 +25,19 @@ def cached_codebook(name: str, model: Any) -> Path | None:
     return folder if (folder / "astra_config.json").is_file() else None
 
 
+def codebook_at_hand(options: argparse.Namespace) -> bool:
+    """Whether --codebook names one, or one was fitted before for a model of this name.
+
+    Only the loaded model tells whether it is for this very model; if not, one is fitted then.
+    """
+    from astra_kernels._cache import cache_folder
+
+    if options.codebook:
+        return True
+    fitted = f"{Path(options.model).name}-*-transform/astra_config.json"
+    return any((cache_folder() / "codebooks").glob(fitted))
+
+
 def _cache_folder(name: str, model: Any) -> Path:
     from astra_kernels._cache import cache_folder
 

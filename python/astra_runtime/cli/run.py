@@ -13,7 +13,7 @@ from ..console import say, show_json, working
 from ..errors import AstraError
 from .cluster import cluster, traced, write_trace
 from .common import load
-from .fitting import ensure_codebook
+from .fitting import codebook_at_hand, ensure_codebook
 from .options import (
     DENSE,
     add_fit_options,
@@ -150,36 +150,52 @@ def run(options: argparse.Namespace) -> int:
     settings = engine_options(options, place.world_size)
     check_trace(options)
     torch.set_num_threads(options.threads)
-    model, tokenizer = load(options.model, decoder=True)
-    ids = encode_prompt(options, tokenizer, prompt, speak=place.rank == 0)
-    check_prompt(ids.shape[1], place.world_size)
-    check_length(model, ids.shape[1], options.max_new_tokens)
-    if options.codebook is None:
-        _without_codes(options, place, ids.shape[1], settings)
-    codebook, folder = ensure_codebook(options, model, tokenizer)
-    torch.set_num_threads(options.threads)  # fitting used every core
+    with contextlib.ExitStack() as stack:
+        others = None
+        if place.local:
+            others = stack.enter_context(cluster(options, place.world_size, settings))
+            if options.space != "codes":
+                others.start(DENSE)
+            elif codebook_at_hand(options):
+                others.start(options.codebook)
+        model, tokenizer = load(options.model, decoder=True)
+        ids = encode_prompt(options, tokenizer, prompt, speak=place.rank == 0)
+        check_prompt(ids.shape[1], place.world_size)
+        check_length(model, ids.shape[1], options.max_new_tokens)
+        if options.codebook is None and (others is None or others.workers is None):
+            _without_codes(options, place, ids.shape[1], settings)
+        elif options.space != "codes":
+            options.codebook = DENSE
+        codebook, folder = ensure_codebook(options, model, tokenizer)
+        torch.set_num_threads(options.threads)  # fitting used every core
+        if others is not None:
+            ranks = stack.enter_context(others.ranks(model, codebook, folder))
+        else:
+            ranks = stack.enter_context(connected(options, place, model, codebook, settings))
+        _answer(options, place, ranks, tokenizer, codebook, ids)
+    return 0
+
+
+def _answer(
+    options: argparse.Namespace, place: Place, ranks: Any, tokenizer: Any, codebook: Any, ids: Any
+) -> None:
+    """Has the ranks continue the prompt, and shows what they give."""
     job = {
         "do": "generate",
         "input_ids": ids.tolist(),
         "space": options.space,
         "max_new_tokens": options.max_new_tokens,
     }
-    if place.local:
-        ranks_of = cluster(options, place.world_size, folder, model, codebook, settings)
-    else:
-        ranks_of = connected(options, place, model, codebook, settings)
-    with ranks_of as ranks:
-        with working("computing the answer") if place.rank == 0 else contextlib.nullcontext():
-            if place.torchrun:
-                answer = ranks.run(job)
-            else:
-                answer = traced(options, ranks, lambda: ranks.submit(**job))
-        if place.rank == 0:
-            report(options, tokenizer, answer, place.world_size)
-            say_exactness(options, codebook, answer)
-        if not place.torchrun:
-            write_trace(options, ranks)
-    return 0
+    with working("computing the answer") if place.rank == 0 else contextlib.nullcontext():
+        if place.torchrun:
+            answer = ranks.run(job)
+        else:
+            answer = traced(options, ranks, lambda: ranks.submit(**job))
+    if place.rank == 0:
+        report(options, tokenizer, answer, place.world_size)
+        say_exactness(options, codebook, answer)
+    if not place.torchrun:
+        write_trace(options, ranks)
 
 
 def prompt_of(options: argparse.Namespace) -> str:

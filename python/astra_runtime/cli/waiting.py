@@ -17,6 +17,10 @@ class Waiting:
 
     def __init__(self, rank: int, peers: Sequence[str], silence: float = SILENCE) -> None:
         self.rank, self.peers, self.silence = rank, peers, silence
+        self.begin()
+
+    def begin(self) -> None:
+        """A wait begins now."""
         self.begun = self.last_line = time.monotonic()
         self.missing: tuple[int, ...] = ()
 

@@ -46,9 +46,13 @@ def configure(parser: argparse.ArgumentParser) -> None:
     add_mesh_options(parser)
     add_missing(parser)
     parser.add_argument(
-        "--rejoin",
+        "--once",
         action="store_true",
-        help="after a run, and after the loss of another device, wait for the next run",
+        help="end after one run; by default a worker waits for the next one, whatever ended the "
+        "last",
+    )
+    parser.add_argument(
+        "--rejoin", action="store_true", help="no effect any more: workers wait for the next run"
     )
     parser.add_argument("--rank", type=int, required=True, help="this process's place, from 0")
     parser.add_argument("--peers", required=True, help="host:port of every rank, by rank")
@@ -69,7 +73,7 @@ def run(options: argparse.Namespace) -> int:
     import torch
 
     torch.set_num_threads(options.threads)
-    model, tokenizer = load(options.model, decoder=True)
+    model, tokenizer = load(options.model)
     codebook, _ = ensure_codebook(options, model, tokenizer)
     torch.set_num_threads(options.threads)  # fitting used every core
     if options.parent:
@@ -77,14 +81,14 @@ def run(options: argparse.Namespace) -> int:
     else:
         say(f"rank {options.rank} of {len(peers)} waits for the others at {peers[options.rank]}")
     worker = _Worker(options, peers, model, codebook, settings)
-    jobs = worker.serve() if options.rejoin else worker.join_once()
+    jobs = worker.join_once() if options.once else worker.serve()
     if options.json:
         show_json({"rank": options.rank, "world_size": len(peers), "jobs": jobs})
     return 0
 
 
 class _Worker:
-    """A rank that joins the leader's mesh, and with --rejoin the next one, whatever ended the last.
+    """A rank that joins the leader's mesh, and then the next one, whatever ended the last.
 
     Args:
         settings: keyword arguments of `Ranks`.
@@ -111,7 +115,7 @@ class _Worker:
         options = self.options
         link = Link(options.mbit or None, options.delay_ms)
         # the leader of local workers says for whom it waits; a standing worker may wait for days
-        silence = math.inf if options.rejoin else SILENCE
+        silence = SILENCE if options.once else math.inf
         mesh = open_mesh(
             connect_options(
                 options,

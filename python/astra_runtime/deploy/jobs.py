@@ -104,9 +104,18 @@ class Ranks:
         """
         jobs = 0
         while (job := self._receive_job(idle))["do"] != "stop":
-            self.run(job)
             jobs += 1
+            if job["do"] == "follow":
+                return jobs + self.follow(idle)
+            self.run(job)
         return jobs
+
+    def follow(self, idle: float) -> int:
+        """On a worker: makes the engine with codes, together with the leader of a service, and does
+        what that says until it says stop; how many jobs there were."""
+        from ..serve.rank import follow
+
+        return follow(self.engine("codes", True, 0), idle)
 
     def _receive_job(self, idle: float) -> dict[str, Any]:
         size = struct.unpack("<Q", self._from_leader(8, Control.JOB_SIZE, idle))[0]

@@ -93,22 +93,39 @@ class Workers:
         self.processes: dict[int, subprocess.Popen[str]] = {}
         self.errors: dict[int, IO[str]] = {}
         self.loading = list(range(1, world_size))  # ranks that are not ready yet
-        environment = os.environ | {"OMP_NUM_THREADS": str(threads)}
-        command = [sys.executable, "-P", "-c", _CHILD, "\n".join(import_path()), "worker"]
+        self._environment = os.environ | {"OMP_NUM_THREADS": str(threads)}
+        self._command = [sys.executable, "-P", "-c", _CHILD, "\n".join(import_path()), "worker"]
+        self._arguments = list(arguments)
         for rank in range(1, world_size):
-            # seekable, so that it can be read after the end
-            self.errors[rank] = tempfile.TemporaryFile(  # noqa: SIM115 - closed by stop
-                "w+", encoding="utf-8", errors="replace"
-            )
-            self.processes[rank] = subprocess.Popen(
-                [*command, "--rank", str(rank), "--parent", str(os.getpid()), *arguments],
-                stdin=subprocess.DEVNULL,
-                stdout=subprocess.PIPE,
-                stderr=self.errors[rank],
-                text=True,
-                env=environment,
-                start_new_session=True,  # Ctrl-C reaches the leader alone, which ends the others
-            )
+            self._start(rank)
+
+    def _start(self, rank: int) -> None:
+        # seekable, so that it can be read after the end
+        self.errors[rank] = tempfile.TemporaryFile(  # noqa: SIM115 - closed by stop
+            "w+", encoding="utf-8", errors="replace"
+        )
+        place = ["--rank", str(rank), "--parent", str(os.getpid())]
+        self.processes[rank] = subprocess.Popen(
+            [*self._command, *place, *self._arguments],
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=self.errors[rank],
+            text=True,
+            env=self._environment,
+            start_new_session=True,  # Ctrl-C reaches the leader alone, which ends the others
+        )
+
+    def restart_ended(self) -> list[str]:
+        """Starts those that have ended once more; how they ended."""
+        reports = []
+        for rank, process in list(self.processes.items()):
+            if process.poll() is not None:
+                reports.append(self.exit_report(rank))
+                if process.stdout is not None:
+                    process.stdout.close()
+                self.errors[rank].close()
+                self._start(rank)
+        return reports
 
     def wait_ready(self, seconds: float) -> None:
         """Returns when every worker has its model and is about to connect."""
@@ -178,7 +195,11 @@ class Workers:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        if kind is not None:  # an error or Ctrl-C: nobody will tell them to stop
+        self.end(at_once=kind is not None)
+
+    def end(self, *, at_once: bool) -> None:
+        """Ends every worker; unless `at_once`, they were told to stop and end by themselves."""
+        if at_once:
             for process in self.processes.values():
                 process.terminate()
         self.stop()

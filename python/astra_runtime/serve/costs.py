@@ -23,6 +23,11 @@ class PromptCosts:
         self.token: float | None = None  # seconds of one token, on a rank by itself
         self.exchange: float | None = None  # seconds that reading together adds
 
+    @property
+    def tokens_per_s(self) -> float | None:
+        """At which a rank reads a prompt by itself."""
+        return None if not self.token else 1 / self.token
+
     def heard_alone(self, tokens: int, seconds: float) -> None:
         """A rank has read a prompt by itself."""
         self.token = _mixed(self.token, seconds / tokens)

@@ -206,7 +206,7 @@ def test_a_worker_follows_a_leader_on_given_addresses(
     home: Path, here: Callable[..., tuple[str, str]]
 ) -> None:
     peers = ",".join(f"127.0.0.1:{port}" for port in free_ports(2))
-    asked = ["worker", "--rank", "1", "--peers", peers, *model_options(home)]
+    asked = ["worker", "--once", "--rank", "1", "--peers", peers, *model_options(home)]
     worker = Fork(lambda: main(asked))
     try:
         out, _ = here(

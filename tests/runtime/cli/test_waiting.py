@@ -153,7 +153,7 @@ def test_a_standing_worker_survives_whatever_its_leader_asks(
 ) -> None:
     peers = free_ports(2)
     common = [*model_options(home), "--peers", ",".join(peers)]
-    standing = Fork(lambda: main(["worker", "--rejoin", "--rank", "1", *common]))
+    standing = Fork(lambda: main(["worker", "--rank", "1", *common]))
     model, book = load_model(str(home / "model")), Codebook.from_pretrained(home / "codebook")
     ids = [list(range(1, 31))]
     requests: list[dict[str, Any]] = [

@@ -64,7 +64,7 @@ def test_the_plan_of_connected_devices(tmp_path: Path, capsys: pytest.CaptureFix
     fitted("llama", model, space="kv", groups=3).save_pretrained(tmp_path / "codes")
     common = ["--model", str(tmp_path / "model"), "--codebook", str(tmp_path / "codes")]
     common += ["--peers", ",".join(free_ports(2))]
-    asked = ["worker", "--rank", "1", *common, "--mbit", "50", "--delay-ms", "4"]
+    asked = ["worker", "--once", "--rank", "1", *common, "--mbit", "50", "--delay-ms", "4"]
     worker = Fork(lambda: main(asked))
     try:
         assert main(["plan", "--json", "--tokens", "40", *common]) == 0

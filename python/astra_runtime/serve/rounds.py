@@ -1,0 +1,217 @@
+"""What every leader does, whatever is asked of it: rounds over a mesh that may end and form again.
+
+A killed rank is noticed within `IDLE_SECONDS` although nothing is going on, a stopped one by the
+beat, a round without work. Then everything that runs has failed, what waits goes on waiting, and
+the ranks connect again; the model stays loaded.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from abc import ABC, abstractmethod
+from collections import Counter
+from collections.abc import Callable
+from contextlib import suppress
+from typing import Any
+
+from ..engine import Engine
+from ..errors import AstraError
+from ..transport import Mesh, peers_of
+from ..transport.messages import receive_json, send_json
+from .rank import ABOUT, JOB, about_this_process
+from .service import NotReady, Peer, ServiceFailed
+
+log = logging.getLogger("astra_runtime.serve")
+
+IDLE_SECONDS = 0.1  # between looks at who is there, without work
+BEAT_SECONDS = 1.0  # between rounds without work
+MAX_ABOUT = 1 << 16  # bytes of what a worker says of itself
+RETRY_SECONDS = 0.5  # between tries to form the mesh again
+STARTING, CLOSING = "the service is starting", "the service is shutting down"
+
+
+class Rounds(ABC):
+    """Rank 0's thread, which has all ranks work in rounds; the other ranks run `follow`.
+
+    Args:
+        engine: rank 0's. It and its mesh belong to the caller, who closes them after this.
+        rejoin_seconds: how long one try to form the mesh again may take.
+        beat_seconds: between rounds without work.
+        announce: called with a new mesh before the engine uses it, for workers that make their
+            engines upon a job.
+        on_away: called with the error that ended the mesh, or a try to form it, before the next
+            try: the place to start processes anew.
+    """
+
+    def __init__(
+        self,
+        engine: Engine,
+        *,
+        rejoin_seconds: float = 30.0,
+        beat_seconds: float = BEAT_SECONDS,
+        announce: Callable[[Mesh], None] = lambda mesh: None,
+        on_away: Callable[[Exception], None] = lambda error: None,
+    ) -> None:
+        if engine.rank != 0:
+            raise ValueError(f"engine: expected that of rank 0, got rank {engine.rank}")
+        self.engine = engine
+        self._rejoin_seconds, self._beat_seconds = rejoin_seconds, beat_seconds
+        self._announce, self._on_away = announce, on_away
+        self._changed = threading.Condition()
+        self._reason = STARTING
+        self._closing = self._ended = False
+        self._about: dict[int, dict[str, Any]] = {}
+        self._counts: Counter[str] = Counter()
+        self._beaten = 0.0
+        self._thread = threading.Thread(target=self._serve, name="astra-leader", daemon=True)
+
+    # What a kind of service says of itself; the lock is held where nothing else is said.
+
+    @abstractmethod
+    def _next_round(self) -> None:
+        """One round, or a wait for work; without the lock."""
+
+    @abstractmethod
+    def _beat(self) -> None:
+        """A round without work, which every rank answers; without the lock."""
+
+    @abstractmethod
+    def _is_busy(self) -> bool:
+        """Whether a request waits or is worked on."""
+
+    @abstractmethod
+    def _end_running(self, error: AstraError) -> None:
+        """Fails all that is worked on; without the lock."""
+
+    @abstractmethod
+    def _end_all(self, error: AstraError) -> None:
+        """Fails what waits, too; without the lock."""
+
+    @abstractmethod
+    def _begin_mesh(self) -> None:
+        """All ranks are there, for the first time or again: nothing is known of earlier rounds."""
+
+    # For everybody.
+
+    def wait_ready(self, seconds: float) -> bool:
+        """Whether requests are answered, by then at the latest."""
+        with self._changed:
+            return self._changed.wait_for(lambda: not self._reason or self._ended, seconds)
+
+    def close(self, drain_s: float = 0.0) -> None:
+        """Takes no request any more, lets those that it has end for so long, and ends the rest.
+
+        The engine and its mesh stay open; the workers' `follow` returns.
+        """
+        with self._changed:
+            self._closing = True
+            self._changed.wait_for(lambda: self._ended or not self._is_busy(), drain_s)
+            self._ended = True
+            self._changed.notify_all()
+        self.engine.cancel()
+        self._thread.join()
+
+    def check_open(self) -> None:
+        """Raises NotReady where no request can be taken; with the lock."""
+        if self._closing or self._ended:
+            raise NotReady(CLOSING)
+        if self._reason:
+            raise NotReady(self._reason)
+
+    @property
+    def reason(self) -> str:
+        """Why nothing is answered at the moment; "": it is."""
+        return CLOSING if self._closing else self._reason
+
+    def peer(self, rank: int, running: int, tokens_per_s: float | None) -> Peer:
+        mesh = self.engine.mesh
+        stats = mesh.stats if rank == 0 else mesh.peer_stats.get(rank)
+        options, about = mesh.options, self._about.get(rank, {})
+        return Peer(
+            rank,
+            options.peers[rank] if options is not None and options.peers else "this process",
+            "here" if rank == 0 or not self._reason else "away",
+            running,
+            0 if stats is None else stats.bytes_sent_total,
+            0 if stats is None else stats.bytes_received_total,
+            tokens_per_s,
+            pid=about.get("pid"),
+        )
+
+    # The thread.
+
+    def _serve(self) -> None:
+        formed = True
+        while not self._ended:
+            try:
+                if not formed:
+                    self._form()
+                formed = True
+                self._greet()
+                while not self._ended:
+                    self._next_round()
+            except Exception as error:
+                formed = False
+                self._away(error)
+        with suppress(AstraError):
+            self._send_job(do="stop")
+        self._end_all(NotReady(CLOSING))
+
+    def _send_job(self, **job: Any) -> None:
+        send_json(self.engine.mesh, job, blocks=JOB, to=peers_of(self.engine.mesh))
+
+    def _greet(self) -> None:
+        """Hears of every worker what it has, and is ready from then on."""
+        mesh = self.engine.mesh
+        self._send_job(do="hello")
+        about = {0: about_this_process()}
+        for rank in range(1, mesh.world_size):
+            about[rank] = receive_json(
+                mesh, rank, blocks=ABOUT, limit=MAX_ABOUT, what="description of a worker"
+            )
+        with self._changed:
+            self._about = about
+            self._begin_mesh()
+            self._reason = ""
+            self._changed.notify_all()
+
+    def _form(self) -> None:
+        """Connects the ranks again."""
+        mesh = self.engine.mesh.reconnect(self._rejoin_seconds)
+        self._announce(mesh)
+        self.engine.rejoin(mesh)
+        self._counts["rejoined"] += 1
+        log.warning("all %d ranks are here again", mesh.world_size)
+
+    def _away(self, error: Exception) -> None:
+        """The mesh has ended, or could not be formed again."""
+        first = not self._reason
+        text = str(error) if isinstance(error, AstraError) else f"{type(error).__name__}: {error}"
+        if not isinstance(error, AstraError):
+            log.error("the service met an unexpected error", exc_info=error)
+        with self._changed:
+            self._reason = f"waiting for all devices: {text}"
+            self._counts["lost"] += first
+        if first:
+            log.warning("the mesh has ended: %s", text)
+        self.engine.mesh.abort(error)
+        self._end_running(ServiceFailed(f"the answer could not be finished: {text}"))
+        self._on_away(error)
+        if not first:
+            with self._changed:
+                self._changed.wait_for(lambda: self._ended, RETRY_SECONDS)
+
+    def _watch(self) -> None:
+        """Without work: a round where somebody seems to be gone, and one in a while anyway."""
+        mesh = self.engine.mesh
+        lost = set(range(mesh.world_size)) - set(mesh.alive())
+        if lost or time.monotonic() - self._beaten > self._beat_seconds:
+            self._beat()
+
+    def __enter__(self) -> Any:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
