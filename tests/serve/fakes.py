@@ -146,7 +146,7 @@ def serving(service: Any, options: HttpOptions | None = None, **settings: Any) -
         listening.set()
 
     settings = {"drain_s": 0.2, "port": 0, "on_listening": told} | settings
-    thread = threading.Thread(target=run_server, args=(app,), kwargs=settings)
+    thread = threading.Thread(target=run_server, args=(app,), kwargs=settings, daemon=True)
     thread.start()
     try:
         assert listening.wait(10)

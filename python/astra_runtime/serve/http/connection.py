@@ -34,28 +34,32 @@ async def read_body(request: Request, most: int, seconds: float) -> bytes:
         ApiError: 413, or 408. The connection is closed with the answer.
     """
     size = request.headers.get("content-length", "")
-    too_large = ApiError(
-        413,
-        f"The request's body is too large: expected at most {most} bytes",
-        code="request_too_large",
-        headers=CLOSE,
-    )
     if size.isdigit() and int(size) > most:
         if "expect" not in request.headers:
             await _discard(request)
-        raise too_large
-    body = bytearray()
+        raise _too_large(most)
+    body, more = bytearray(), True
     try:
         async with asyncio.timeout(seconds):
-            async for chunk in request.stream():
-                body += chunk
-                if len(body) > most:
-                    await _discard(request)
-                    raise too_large
+            while more and len(body) <= most:
+                message = await request.receive()
+                if message["type"] == "http.disconnect":
+                    raise ClientDisconnect
+                body += message.get("body", b"")
+                more = message.get("more_body", False)
     except TimeoutError:
-        message = f"The request's body did not come within {seconds:g} s"
-        raise ApiError(408, message, code="timeout", headers=CLOSE) from None
+        text = f"The request's body did not come within {seconds:g} s"
+        raise ApiError(408, text, code="timeout", headers=CLOSE) from None
+    if len(body) > most:
+        if more:
+            await _discard(request)
+        raise _too_large(most)
     return bytes(body)
+
+
+def _too_large(most: int) -> ApiError:
+    message = f"The request's body is too large: expected at most {most} bytes"
+    return ApiError(413, message, code="request_too_large", headers=CLOSE)
 
 
 async def _discard(request: Request) -> None:

@@ -33,7 +33,7 @@ def parse_body(data: bytes) -> dict[str, Any]:
         message = f"We could not parse the JSON body of your request: {error}"
         raise invalid(None, message) from None
     if not isinstance(body, dict):
-        raise expected("body", "a JSON object", body)
+        raise invalid(None, f"The body: expected a JSON object, got {type(body).__name__}")
     return body
 
 

@@ -23,6 +23,7 @@ HEADERS_TIMEOUT_S = 10.0
 WRITE_TIMEOUT_S = 30.0
 IDLE_TIMEOUT_S = 30
 MAX_HEADERS = 64 << 10
+BACKLOG = 1024
 # After the answers were told to end: until their connections are closed.
 END_S = 2
 
@@ -150,6 +151,7 @@ def run_server(
             "max_connections": max_connections,
         },
     )
+    context = None if certfile is None else _tls(certfile, keyfile)
     listening = _listen(host, port)
     config = uvicorn.Config(
         app,
@@ -161,13 +163,13 @@ def run_server(
         access_log=False,
         server_header=False,
         proxy_headers=False,
+        backlog=BACKLOG,
         timeout_keep_alive=IDLE_TIMEOUT_S,
         timeout_graceful_shutdown=round(drain_s) + END_S,
         h11_max_incomplete_event_size=MAX_HEADERS,
     )
     config.load()
-    if certfile is not None:
-        config.ssl = _tls(certfile, keyfile)
+    config.ssl = context
     server = _Server(config, state, drain_s)
 
     def stop() -> None:
@@ -183,12 +185,13 @@ def run_server(
 
 
 def _listen(host: str, port: int) -> socket.socket:
-    """A bound socket, so that nobody else's port is found out about after minutes of loading."""
+    """A listening socket: who connects from now on is answered as soon as the loop runs."""
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     listening = socket.socket(family, socket.SOCK_STREAM)
     listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     try:
         listening.bind((host, port))
+        listening.listen(BACKLOG)
     except OSError as error:
         listening.close()
         raise AstraError(

@@ -1,0 +1,243 @@
+"""Keys, hosts, origins, TLS; metrics, log lines and timelines."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import logging
+import ssl
+import urllib.request
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from astra_runtime.errors import AstraError
+from astra_runtime.serve.http import (
+    HttpOptions,
+    check_exposure,
+    make_app,
+    read_api_keys,
+    run_server,
+)
+from astra_runtime.serve.http.access import Hosts
+from astra_runtime.serve.http.errors import ApiError
+from astra_runtime.serve.service import ServiceFailed, Status
+from tests.serve.fakes import FakeService, serving
+from tests.serve.test_malformed import CHAT, CHAT_PATH, JSON, ask, refused
+
+KEYED = HttpOptions(api_keys=("first", "second"))
+BODY = json.dumps(CHAT).encode()
+
+
+def call(method: str, path: str, **more: Any) -> Any:
+    return asyncio.run(ask(FakeService(), method, path, **more))
+
+
+@pytest.mark.parametrize(
+    "path", ["/v1/models", "/v1/nothing", "/v1", "/metrics", "/v1/astra/status"]
+)
+def test_with_a_key_the_api_needs_it(path: str) -> None:
+    for header in ({}, {"authorization": "Bearer"}, {"authorization": "Basic first"}):
+        answer = call("GET", path, headers=header, options=KEYED)
+        assert refused(answer, 401)["code"] is None
+        assert answer.headers["www-authenticate"] == "Bearer"
+    for wrong in ("third", "firs", "first2", "first second"):
+        answer = call("GET", path, headers={"authorization": f"Bearer {wrong}"}, options=KEYED)
+        assert refused(answer, 401)["code"] == "invalid_api_key"
+    for key in ("first", "second"):
+        answer = call("GET", path, headers={"authorization": f"bearer {key}"}, options=KEYED)
+        assert answer.status_code == (404 if path in ("/v1", "/v1/nothing") else 200)
+
+
+@pytest.mark.parametrize("path", ["/", "/health", "/ready", "/console.js", "/console.css"])
+def test_the_page_and_the_probes_need_no_key(path: str) -> None:
+    answer = call("GET", path, options=KEYED)
+    assert answer.status_code == 200
+    if "json" not in answer.headers["content-type"]:
+        policy = answer.headers["content-security-policy"]
+        assert "default-src 'none'" in policy
+        assert "unsafe" not in policy
+
+
+def test_keys_from_an_option_a_file_or_the_variable(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = tmp_path / "keys"
+    file.write_text("# of the lab\none\n\ntwo\n")
+    monkeypatch.delenv("ASTRA_API_KEY", raising=False)
+    assert read_api_keys() == ()
+    monkeypatch.setenv("ASTRA_API_KEY", "three")
+    assert read_api_keys() == ("three",)
+    assert read_api_keys(file=file) == ("one", "two")
+    assert read_api_keys("four", file) == ("four",)
+    file.write_text("# none\n")
+    for wrong in ({"given": ""}, {"given": "two words"}, {"file": file}, {"file": tmp_path}):
+        with pytest.raises(AstraError, match="API key"):
+            read_api_keys(**wrong)
+
+
+@pytest.mark.parametrize("host", ["0.0.0.0", "::", "10.0.0.1", "example.org"])
+def test_off_loopback_only_with_a_key(host: str) -> None:
+    with pytest.raises(AstraError, match="expected an API key"):
+        HttpOptions(host=host)
+    check_exposure(host, ("key",))
+    check_exposure(host, (), insecure=True)
+
+
+@pytest.mark.parametrize("host", ["127.0.0.1", "127.8.0.1", "::1", "localhost"])
+def test_loopback_needs_no_key(host: str) -> None:
+    check_exposure(host, ())
+
+
+def test_a_page_that_rebinds_its_name_is_refused() -> None:
+    hosts = Hosts("127.0.0.1", ["proxy.example.org"])
+    known = [
+        "127.0.0.1:8000",
+        "LOCALHOST:8000",
+        "[::1]:8000",
+        "10.0.0.7",
+        "proxy.example.org",
+        None,
+    ]
+    for header in known:
+        hosts.check(header)
+    for header in (
+        "evil.example.org:8000",
+        "127.0.0.1.evil.org",
+        "localhost.evil.org",
+        "",
+        "x:y:z",
+    ):
+        with pytest.raises(ApiError, match="no name of this server"):
+            hosts.check(header)
+    answer = call("POST", CHAT_PATH, content=BODY, headers={"host": "evil.org", **JSON})
+    assert refused(answer, 403)["code"] == "host_not_allowed"
+    assert refused(call("GET", "/", headers={"host": "evil.org"}), 403)
+
+
+def test_other_origins_only_where_they_were_named() -> None:
+    headers = {"origin": "https://page.org", "access-control-request-method": "POST"}
+    refused(call("OPTIONS", CHAT_PATH, headers=headers), 405)
+    options = HttpOptions(cors_origins=("https://page.org",))
+    answer = call("OPTIONS", CHAT_PATH, headers=headers, options=options)
+    assert answer.headers["access-control-allow-origin"] == "https://page.org"
+    answer = call("POST", CHAT_PATH, content=BODY, headers=headers | JSON, options=options)
+    assert answer.headers["access-control-allow-origin"] == "https://page.org"
+    other = headers | {"origin": "https://evil.org"}
+    answer = call("OPTIONS", CHAT_PATH, headers=other, options=options)
+    assert "access-control-allow-origin" not in answer.headers
+
+
+def test_tls_with_a_certificate(tmp_path: Path) -> None:
+    certificates = pytest.importorskip("astra_runtime.transport.certificates")
+    certificates.make_keys(tmp_path / "keys", 1, hosts=["127.0.0.1"])
+    rank = tmp_path / "keys/rank-0"
+    files = {
+        "certfile": str(rank / certificates.CERTIFICATE),
+        "keyfile": str(rank / certificates.KEY),
+    }
+    trust = ssl.create_default_context(cafile=str(rank / certificates.AUTHORITY))
+    with serving(FakeService(), **files) as url:
+        assert url.startswith("https://")
+        with urllib.request.urlopen(f"{url}/health", context=trust) as answer:
+            assert json.load(answer) == {"status": "ok"}
+    with pytest.raises(AstraError, match="TLS: cannot use"):
+        run_server(make_app(FakeService()), certfile=str(tmp_path / "none.crt"))
+
+
+def test_ready_says_why_not() -> None:
+    service = FakeService()
+    assert asyncio.run(ask(service, "GET", "/ready")).json() == {"ready": True}
+    service.state = Status(False, "rank 1 is away")
+    answer = asyncio.run(ask(service, "GET", "/ready"))
+    assert answer.status_code == 503
+    assert "rank 1 is away" in answer.json()["reason"]
+    assert asyncio.run(ask(service, "GET", "/health")).status_code == 200
+
+
+def test_status_for_the_page() -> None:
+    told = call("GET", "/v1/astra/status").json()
+    assert (told["model"], told["kind"], told["ready"]) == ("tiny", "decoder", True)
+    assert [peer["state"] for peer in told["peers"]] == ["here", "away"]
+    assert told["timeline"][0] == {"rank": 0, "name": "compute", "start": 0.0, "stop": 0.5}
+
+
+def test_metrics() -> None:
+    from prometheus_client.parser import text_string_to_metric_families
+
+    service = FakeService()
+
+    async def run() -> str:
+        import httpx
+
+        from astra_runtime.serve.http import make_app
+
+        transport = httpx.ASGITransport(make_app(service))
+        async with httpx.AsyncClient(transport=transport, base_url="http://localhost") as client:
+            for _ in range(3):
+                await client.post(CHAT_PATH, content=BODY, headers=JSON)
+            service.error = ServiceFailed("lost")
+            await client.post(CHAT_PATH, content=BODY, headers=JSON)
+            await client.get("/v1/x" * 30)
+            return (await client.get("/metrics")).text
+
+    text = asyncio.run(run())
+    samples = {
+        (sample.name, *sorted(sample.labels.values())): sample.value
+        for family in text_string_to_metric_families(text)
+        for sample in family.samples
+    }
+    tokens = len(service.text.encode())
+    assert samples["astra_requests_total", "/v1/chat/completions", "200"] == 3
+    assert samples["astra_requests_total", "/v1/chat/completions", "503"] == 1
+    assert samples["astra_requests_total", "404", "other"] == 1
+    assert samples["astra_tokens_total", "generated"] == 3 * tokens
+    assert samples["astra_time_to_first_token_seconds_count",] == 3
+    assert samples["astra_time_per_token_seconds_count",] == 3 * (tokens - 1)
+    assert samples["astra_requests_queued",] == 1
+    assert samples["astra_requests_running",] == 2
+    assert samples["astra_wire_bytes_total", "sent"] == 5000
+    assert samples["astra_peers", "here"] == samples["astra_peers", "away"] == 1
+    assert samples["astra_degraded_answers_total",] == 0
+    assert samples["astra_ready",] == 1
+
+
+def test_one_line_a_request_without_its_text(caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.INFO, "astra.serve")
+    body = json.dumps(CHAT | {"unheard_of": 1, "seed": 3}).encode()
+    answer = call("POST", CHAT_PATH, content=body)
+    call("GET", "/health")
+    lines = [
+        json.loads(record.message) for record in caplog.records if record.name == "astra.serve"
+    ]
+    ignored, line = lines
+    assert ignored == {"path": CHAT_PATH, "ignored_parameter": "unheard_of"}
+    assert line["request"] == answer.headers["x-request-id"]
+    assert (line["method"], line["path"], line["status"]) == ("POST", CHAT_PATH, 200)
+    assert line["finish_reason"] == "stop"
+    assert line["completion_tokens"] == answer.json()["usage"]["completion_tokens"]
+    assert {"seconds", "seconds_to_first_token", "rank", "cached_tokens"} <= set(line)
+    assert "Hello" not in json.dumps(lines)
+    assert FakeService().text not in json.dumps(lines, ensure_ascii=False)
+
+
+def test_an_unknown_parameter_is_logged_once(caplog: pytest.LogCaptureFixture) -> None:
+    from astra_runtime.serve.http.logs import OnceEach
+
+    caplog.set_level(logging.INFO, "astra.serve")
+    once = OnceEach()
+    for _ in range(3):
+        once.say("/v1/completions", ["a", "b" * 1000])
+    for number in range(1000):
+        once.say("/v1/completions", [f"name {number}"])
+    assert len(caplog.records) <= 256
+    assert sum('"a"' in record.message for record in caplog.records) == 1
+
+
+def test_a_timeline_a_request(tmp_path: Path) -> None:
+    options = HttpOptions(trace_folder=tmp_path)
+    answer = call("POST", CHAT_PATH, content=BODY, options=options)
+    file = tmp_path / f"{answer.headers['x-request-id']}.json"
+    events = json.loads(file.read_text())["traceEvents"]
+    assert {event["name"] for event in events if event["ph"] == "X"} == {"compute", "wait"}
