@@ -16,6 +16,7 @@ from torch import Tensor
 
 from astra_kernels._triton import attend as kernels
 from astra_kernels._triton.launch import capability, cdiv, launch, next_power_of_2, processors
+from astra_kernels._triton.packed import as_words
 from astra_kernels._triton.tiles import Problem, Tile, choose
 
 State = tuple[Tensor, Tensor]
@@ -393,8 +394,9 @@ def _remote_arguments(
         return (None, 0, None, 0, *tables, None, None, 0, None, *bias_arguments), tuple(tables)
     if coded is None:
         return (None, 0, None, 0, None, None, None, None, 0, None, None, 0, 0), ()
-    codes = coded.codes.contiguous()
-    value_codes = None if coded.value_codes is coded.codes else coded.value_codes.contiguous()
+    codes, value_codes = as_words(coded.codes, coded.bits), None
+    if coded.value_codes is not coded.codes:
+        value_codes = as_words(coded.value_codes, coded.bits)
     tables = [coded.key_table.contiguous(), coded.value_table.contiguous()]
     cos, sin = coded.rope or (None, None)
     if cos is not None and sin is not None:
@@ -476,8 +478,7 @@ def _reach(x: Tensor, axes: int) -> int:
 def _check_offsets(*tensors: Tensor, axes: int | None = None, bits: int | None = None) -> None:
     """Offsets within a batch row (or as many of the last ``axes``) are 32-bit, in bits of codes."""
     for tensor in tensors:
-        packed = bits is not None and tensor.dtype == torch.uint8
-        steps = _reach(tensor, axes or tensor.ndim - 1) * (8 if packed else 1)
+        steps = _reach(tensor, axes or tensor.ndim - 1) * (32 if bits else 1)
         if steps >= LARGEST_OFFSET:
             raise ValueError(
                 f"astra_kernels: a batch row or table of {LARGEST_OFFSET} elements or more is too "

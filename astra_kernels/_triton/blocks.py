@@ -13,22 +13,25 @@ import triton.language as tl
 def read_codes(codes, index, mask, codewords, BITS: tl.constexpr):
     """Codes at ``index``, int32 in [0, codewords); 0 where ``mask`` is false.
 
-    BITS 0: integers. Otherwise a bit-stream, code i at bits [i*BITS, (i+1)*BITS), LSB first.
-    A code out of range becomes the last codeword, so that no table is read outside.
+    BITS 0: integers. Otherwise a bit-stream in 32-bit words (``as_words``), code i at bits
+    [i*BITS, (i+1)*BITS), LSB first. A code out of range becomes the last codeword, so that no table
+    is read outside.
     """
     if BITS == 0:
         code = tl.load(codes + index, mask=mask, other=0)
+        return tl.where((code >= 0) & (code < codewords), code, codewords - 1).to(tl.int32)
     else:
         bit = index * BITS
-        byte = codes + (bit >> 3)
-        shift = (bit & 7).to(tl.int32)
-        code = tl.load(byte, mask=mask, other=0).to(tl.int32)
-        if BITS > 1:  # a code of two bits may end in the next byte, one of ten in the third
-            code |= tl.load(byte + 1, mask=mask & (shift + BITS > 8), other=0).to(tl.int32) << 8
-        if BITS > 9:
-            code |= tl.load(byte + 2, mask=mask & (shift + BITS > 16), other=0).to(tl.int32) << 16
-        code = (code >> shift) & ((1 << BITS) - 1)
-    return tl.where((code >= 0) & (code < codewords), code, codewords - 1).to(tl.int32)
+        word = codes + (bit >> 5)
+        shift = (bit & 31).to(tl.int32)
+        code = tl.load(word, mask=mask, other=0).to(tl.uint32, bitcast=True)
+        if 32 % BITS == 0:
+            code = code >> shift
+        else:  # a code may end in the next word
+            high = tl.load(word + 1, mask=mask & (shift + BITS > 32), other=0)
+            code = (code.to(tl.uint64) | (high.to(tl.uint64) << 32)) >> shift
+        code = code.to(tl.int32) & ((1 << BITS) - 1)
+        return tl.minimum(code, codewords - 1)
 
 
 @triton.jit

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from astra_kernels._triton.blocks import read_codes, rotated
 from astra_kernels._triton.launch import cdiv, launch
+from astra_kernels._triton.packed import as_words
 
 WARPS = 4
 THREADS = 32 * WARPS
@@ -126,7 +127,7 @@ def expand(
     out = table.new_empty((batch, tokens, heads, groups * width), dtype=dtype)
     if out.numel() == 0:
         return out.transpose(1, 2)
-    codes, table = codes.contiguous(), table.contiguous()
+    codes, table = as_words(codes, code_bits), table.contiguous()
     vector = _vector(table, dtype, rope is not None)
     runs = groups * width // vector // (1 if rope is None else 2)
     block = THREADS * (ITEMS if rope is None else ITEMS // 2)

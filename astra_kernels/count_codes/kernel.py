@@ -14,6 +14,7 @@ from torch import Tensor
 
 from astra_kernels._triton.blocks import read_codes, split_of
 from astra_kernels._triton.launch import cdiv, launch, next_power_of_2, processors
+from astra_kernels._triton.packed import as_words
 
 TOKENS = 1024  # read at a time
 WARPS = 4
@@ -66,7 +67,7 @@ def count_codes(
     codes_per_token: int | None = None,
 ) -> Tensor:
     """codes: integers [B, N, C], or uint8 [B, bytes] with all of the last three arguments."""
-    codes = codes.contiguous()
+    codes = as_words(codes, code_bits)
     batch = codes.shape[0]
     tokens = codes.shape[1] if num_tokens is None else num_tokens
     places = codes.shape[2] if codes_per_token is None else codes_per_token

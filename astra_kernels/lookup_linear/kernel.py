@@ -28,6 +28,7 @@ from torch import Tensor
 
 from astra_kernels._triton.blocks import read_codes, run_length
 from astra_kernels._triton.launch import capability, cdiv, launch, next_power_of_2, processors
+from astra_kernels._triton.packed import as_words
 from astra_kernels._triton.tiles import Problem, Tile, choose
 
 # Tiles of outputs that run beside each other: they gather the same tokens, which then come from L2.
@@ -79,7 +80,7 @@ def look_up_step(
 
 @triton.jit(do_not_specialize=["codes_b", "batch_tokens", "tokens", "codewords"])
 def lookup_linear_kernel(
-    codes, codes_b, table, weight, bias, weight_sum,  # integers or uint8; [R, C, K, w], [out, D]
+    codes, codes_b, table, weight, bias, weight_sum,  # integers or words; [R, C, K, w], [out, D]
     estimate, new_estimate, out,  # [T, D], [T, D], [T, out]
     batch_tokens, tokens, outputs, codewords, eps,  # N, T = B*N, out, K
     STAGES: tl.constexpr, GROUPS: tl.constexpr, WIDTH: tl.constexpr,  # R, C, w
@@ -197,12 +198,11 @@ class LookupLinear(Problem):
     def shared_bytes(self, tile: Tile) -> int:
         """As many buffers a load as steps it runs ahead, and one more of what the dot reads.
 
-        Codes are read before the codewords, so each of the two runs half the stages ahead; packed
-        ones come in single bytes, which the compiler does not buffer. Triton 3.6 reads an estimate
-        as far ahead as it can.
+        Codes, or the two words of a packed one, are read before the codewords, so each of the two
+        runs half the stages ahead. Triton 3.6 reads an estimate as far ahead as it can.
         """
-        ahead = tile.stages - 1 if self.packed else (tile.stages - 1) // 2
-        codes = 0 if self.packed else 8 * (tile.depth // min(self.run, tile.depth))
+        ahead = (tile.stages - 1) // 2
+        codes = 8 * (tile.depth // min(self.run, tile.depth))
         looked_up = self.stages * (codes + tile.depth * self.table_itemsize)
         step = tile.rows * looked_up + tile.columns * tile.depth * self.itemsize
         estimate = (tile.stages - 1) * tile.rows * tile.depth * self.estimate_itemsize
@@ -215,7 +215,7 @@ class LookupLinear(Problem):
         idle = not self.norm and not self.estimate_itemsize and self.stages == 1
         held = tile.columns + (1 if idle else 3) * tile.depth
         codes = self.stages * tile.depth // min(self.run, tile.depth)
-        held += (6 if self.packed else 3) * codes  # a packed one lies in up to three bytes
+        held += (6 if self.packed else 3) * codes  # a packed one lies in up to two words
         if self.capability // 10 not in (9, 10):  # operands come from registers there
             held += tile.columns
         return tile.rows * held // (32 * tile.warps) + 64
@@ -271,7 +271,7 @@ def lookup_linear(
         next_power_of_2(tokens), next_power_of_2(outputs), processors(weight.device),
     )  # fmt: skip
     tile = choose(problem)
-    codes = codes.contiguous()
+    codes = as_words(codes, code_bits)
     launch(
         lookup_linear_kernel,
         # Without outputs there may still be an estimate to refine.

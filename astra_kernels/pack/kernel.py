@@ -13,6 +13,7 @@ from torch import Tensor
 
 from astra_kernels._triton.blocks import read_codes
 from astra_kernels._triton.launch import cdiv, launch
+from astra_kernels._triton.packed import as_words
 
 BLOCK = 1024  # bytes that a program packs, codes that it unpacks
 WARPS = 4
@@ -42,9 +43,9 @@ def pack_bytes(
     tl.store(out + first_byte + byte, value.to(tl.uint8), mask=first_byte + byte < size)
 
 
-@triton.jit(do_not_specialize=["count", "row_bytes", "blocks"])
+@triton.jit(do_not_specialize=["count", "row_words", "blocks"])
 def unpack_codes(
-    data, out, count, row_bytes, blocks,  # [rows, row_bytes], [rows, count]; programs a row
+    data, out, count, row_words, blocks,  # [rows, row_words], [rows, count]; programs a row
     BITS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """A program owns BLOCK codes of a row; every row starts at a byte."""
@@ -52,8 +53,8 @@ def unpack_codes(
     first = (tl.program_id(0) % blocks).to(tl.int64) * BLOCK
     index = tl.arange(0, BLOCK)
     code_mask = first + index < count
-    stream = data + row * row_bytes + first // 8 * BITS
-    codewords = tl.full((), 1 << BITS, tl.uint32)  # any code of so many bits is one
+    stream = data + row * row_words + first // 32 * BITS
+    codewords = tl.full((), 1 << BITS, tl.int32)  # any code of so many bits is one
     code = read_codes(stream, index, code_mask, codewords, BITS)
     tl.store(out + row * count + first + index, code, mask=code_mask)
 
@@ -88,8 +89,8 @@ def unpack(data: Tensor, bits: int, count: int) -> Tensor:
 
 def unpack_rows(data: Tensor, bits: int, count: int) -> Tensor:
     """Data uint8 [rows, at least ceil(count * bits / 8)] -> int32 [rows, count], in one launch."""
-    data = data.contiguous()
-    rows, row_bytes = data.shape
+    data = as_words(data, bits)
+    rows, row_words = data.shape
     out = data.new_empty((rows, count), dtype=torch.int32)
     blocks = cdiv(count, BLOCK)
     launch(
@@ -98,7 +99,7 @@ def unpack_rows(data: Tensor, bits: int, count: int) -> Tensor:
         data,
         out,
         count,
-        row_bytes,
+        row_words,
         blocks,
         device=data.device,
         warps=WARPS,

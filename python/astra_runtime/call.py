@@ -29,6 +29,9 @@ class Sizes:
         num_sent: by sending rank, the tokens of a payload.
         num_received: by source, how many of them are of use here, from the first on.
         payload: of each block, by sending rank, bytes of a payload; 0: nothing is sent.
+        num_fine: by sending rank, the tokens of its payload that the next rank has fine codes of.
+        fine: of each block, by sending rank, bytes of those.
+        num_receivers: by sending rank, how many ranks its payload goes to.
         sent_slice: which of the tokens computed here are sent: not the replicated ones, no halo.
     """
 
@@ -37,6 +40,9 @@ class Sizes:
     num_sent: Mapping[int, int]
     num_received: Mapping[int, int]
     payload: tuple[Mapping[int, int], ...]
+    num_fine: Mapping[int, int]
+    fine: tuple[Mapping[int, int], ...]
+    num_receivers: Mapping[int, int]
     sent_slice: slice
 
     @classmethod
@@ -48,25 +54,47 @@ class Sizes:
             {n: codec.payload_bytes(block, batch, num_sent[n]) for n in senders}
             for block in range(blocks)
         )
+        near = {n: plan.fine_tokens(n, codec.fine_tokens) for n in senders}
+        num_fine = {n: tokens.stop - tokens.start for n, tokens in near.items()}
+        fine = tuple(
+            {
+                n: codec.fine_bytes(block, batch, count) if coarse[n] else 0
+                for n, count in num_fine.items()
+            }
+            for block, coarse in enumerate(payload)
+        )
         return cls(
             sources,
             plan.receivers(rank),
             num_sent,
             {n: plan.num_received(rank, n) for n in sources},
             payload,
+            num_fine,
+            fine,
+            {n: len(plan.receivers(n)) for n in senders},
             slice(leading, leading + plan.num_sent(rank)),
         )
 
     def bits_per_token_block(self, batch: int, trailer: int = 0) -> float:
         """Payload bits made for remote use, over the tokens they stand for and the blocks.
 
-        `trailer`: bytes behind each payload.
+        Each payload counts once, fine codes too. `trailer`: bytes behind each payload.
         """
         tokens = sum(self.num_sent.values()) * batch
         if not tokens:
             return 0.0
         size = sum(size + trailer for sizes in self.payload for size in sizes.values() if size)
+        size += sum(sum(sizes.values()) for sizes in self.fine)
         return 8 * size / (tokens * len(self.payload))
+
+    def bits_per_receiver(self, batch: int) -> float:
+        """Payload bits that one receiver gets of a token and block, on average over all pairs of a
+        sender and a receiver."""
+        times = self.num_receivers
+        tokens = sum(count * times[n] for n, count in self.num_sent.items()) * batch
+        size = sum(size * times[n] for sizes in self.payload for n, size in sizes.items())
+        size += sum(sum(sizes.values()) for sizes in self.fine)
+        return 8 * size / (tokens * len(self.payload)) if tokens else 0.0
 
 
 @dataclass

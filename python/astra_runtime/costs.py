@@ -78,8 +78,9 @@ def default_halo(adapter: Adapter, codebook: Codebook, tokens: int, world_size: 
     """Tokens before its shard that a rank computes where nobody says how many.
 
     Enough for what codes cost most to be gone (DESIGN.md), and never much beside the shard itself.
+    None where fine codes do the same for less.
     """
-    if not (adapter.causal and codebook.coded) or world_size == 1:
+    if not (adapter.causal and codebook.coded) or codebook.fine or world_size == 1:
         return 0
     return min(HALO, tokens // (8 * world_size))
 
@@ -111,8 +112,17 @@ def rank_flops(adapter: Adapter, codebook: Codebook, plan: Plan) -> list[float]:
         attending = queries - plan.copies if plan.causal else queries
         pairs = attention_pairs(queries, plan.causal) + attending * received
         model, coding = linear * queries + attention * pairs, costs.code * plan.num_sent(rank)
+        coding += costs.fine_code * _num_fine(plan, rank, codebook)
+        if rank:
+            coding += costs.fine_receive * _num_fine(plan, rank - 1, codebook)
         by_rank.append(len(adapter.blocks) * (model + coding + costs.receive * received))
     return by_rank
+
+
+def _num_fine(plan: Plan, rank: int, codebook: Codebook) -> int:
+    """Tokens of `rank` that the next rank gets fine codes of."""
+    tokens = plan.fine_tokens(rank, codebook.fine_tokens)
+    return tokens.stop - tokens.start
 
 
 def flops_over_ideal(

@@ -142,10 +142,12 @@ class _Decoder:
         if call.views.local_mask is not None:
             mask = F.pad(call.views.local_mask, (0, max_new_tokens), value=True)
             call = replace(call, views=replace(call.views, local_mask=mask))
-        self.model, self.adapter, self.call = model, adapter, call
+        self.model, self.adapter = model, adapter
         self.cache = DynamicCache()
         positions = adapter.positions(inputs)
         assert positions is not None, "every decoder takes positions"
+        views = call.views.for_decoding(adapter, positions, call.plan, call.rank)
+        self.call = replace(call, views=views)
         self.position = positions[:, -1:].expand(call.batch, 1)
         self.output = self._run(kwargs)
         self.num_read = inputs["input_ids"].shape[1]

@@ -114,7 +114,7 @@ class Engine(SessionHost):
         self.halo = halo
         check_deadlines(on_missing, deadline_ms, self.mesh)
         self.deadline_ms, self.on_missing = deadline_ms, on_missing
-        self.degraded, self.bits_per_token_block = False, 0.0
+        self.degraded, self.bits_per_token_block, self.bits_per_receiver = False, 0.0, 0.0
         self.missing: dict[int, list[int]] = {}
         check_runnable(model)
         check_attention(self.adapter.attentions)
@@ -270,6 +270,7 @@ class Engine(SessionHost):
         self.degraded = bool(self.missing)
         trailer = call.missing.width if call.missing else 0
         self.bits_per_token_block = call.sizes.bits_per_token_block(call.batch, trailer)
+        self.bits_per_receiver = call.sizes.bits_per_receiver(call.batch)
 
     def _prepare(
         self,

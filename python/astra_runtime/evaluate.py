@@ -67,7 +67,8 @@ class Measured:
             for the others: squared error of the model's output over the output's variance.
         exact, astra, local_only: the metric on one device, with the codes, and without any remote
             tokens. Lower is better.
-        bits_per_token_block: payload bits a token and block.
+        bits_per_token_block: payload bits a token and block, each payload counted once.
+        bits_per_receiver: those that one receiver gets of a token and block, on average.
         local_overlap: without remote tokens but for those that each rank computes itself, the
             codebook's prefix and the halo; None where there are none.
     """
@@ -78,6 +79,7 @@ class Measured:
     local_only: float
     bits_per_token_block: float
     local_overlap: float | None = None
+    bits_per_receiver: float = 0.0
 
     @property
     def gap_recovered(self) -> float:
@@ -136,7 +138,7 @@ def measure(
             f"windows: expected more than {world_size} tokens in each, one a rank and one to "
             f"predict, got {shortest}"
         )
-    language, bits, done = is_language_model(model), 0.0, 0
+    language, bits, each, done = is_language_model(model), 0.0, 0.0, 0
     if halo is None:
         halo = default_halo(adapt(model), codebook, shortest - codebook.prefix, world_size)
 
@@ -147,7 +149,7 @@ def measure(
         """By rank and window: (loss, count) of a language model, else the output."""
 
         def work(mesh: Mesh) -> list[Any]:
-            nonlocal bits, done
+            nonlocal bits, each, done
             measured: list[Any] = []
             equal = (1.0,) * world_size
             with Engine(model, book, mesh, weights=equal, halo=halo) as engine:
@@ -160,7 +162,7 @@ def measure(
                         done += 1
                         progress(done, methods * len(windows))
                 if book is codebook:
-                    bits = engine.bits_per_token_block
+                    bits, each = engine.bits_per_token_block, engine.bits_per_receiver
             return measured
 
         return run_ranks(world_size, work)
@@ -172,12 +174,12 @@ def measure(
     )
     if not language:  # every rank has the whole output
         coded, alone = (_error(outputs[0], exact[0]) for outputs in (astra, local_only))
-        return Measured("error", 0.0, coded, alone, bits)
+        return Measured("error", 0.0, coded, alone, bits, bits_per_receiver=each)
     overlap = None
     if overlaps:
         overlap = _perplexity(run(replace(Codebook.local_only(), prefix=codebook.prefix), halo))
     of_exact, coded, alone = map(_perplexity, (exact, astra, local_only))
-    return Measured("perplexity", of_exact, coded, alone, bits, overlap)
+    return Measured("perplexity", of_exact, coded, alone, bits, overlap, each)
 
 
 def _output(output: Any) -> Tensor:

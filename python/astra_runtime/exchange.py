@@ -6,7 +6,7 @@ one vector a sequence. Ranks that were given pictures begin with a few means of 
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -19,6 +19,7 @@ from .last_tokens import LastTokens
 from .trace import stage
 from .transport import peers_of, require
 
+Ranges = Sequence[tuple[int, int]]  # of bytes, [start, stop)
 SAME_PICTURE = 0.02  # of a picture's root mean square: what preprocessing may round differently
 
 
@@ -185,20 +186,48 @@ def receive_payloads(call: Call, block: int) -> list[Payload]:
 
     Bytes that did not arrive are zeros. A block of which nobody sends anything is not waited for.
     """
-    sizes = {n: call.sizes.payload[block][n] for n in call.sizes.sources}
-    views = dict.fromkeys(sizes, memoryview(b""))
-    received: dict[int, Tensor] = {}
-    if any(sizes.values()):
+    sizes, near = call.sizes, call.rank - 1
+    coarse = {n: sizes.payload[block][n] for n in sizes.sources}
+    totals = {n: size + _fine_bytes(call, block, n) for n, size in coarse.items()}
+    views = dict.fromkeys(totals, memoryview(b""))
+    ranges: dict[int, Ranges] = {}
+    if any(totals.values()):
         with stage("wait", block):
-            views, received = _receive_codes(call, sizes, block)
-    num_sent, num_received = call.sizes.num_sent, call.sizes.num_received
-    return [Payload(views[n], num_sent[n], num_received[n], received.get(n)) for n in sizes]
+            views, ranges = _receive_codes(call, totals, block)
+    payloads = []
+    for n, size in coarse.items():
+        tokens, fine = sizes.num_sent[n], sizes.num_fine[n] if n == near else 0
+        masks: list[Tensor | None] = [None, None]
+        if n in ranges:
+            layout = call.codec.token_layout(block, call.batch, tokens)
+            masks[0] = received_mask(layout, call.batch, tokens, ranges[n])
+            behind = [(start - size, stop - size) for start, stop in ranges[n]]
+            layout = call.codec.fine_layout(block, call.batch, fine)
+            masks[1] = received_mask(layout, call.batch, fine, behind)
+        view = views[n]
+        payloads.append(
+            Payload(
+                view[:size],
+                tokens,
+                sizes.num_received[n],
+                masks[0],
+                view[size:],
+                fine if len(view) > size else 0,
+                masks[1],
+            )
+        )
+    return payloads
+
+
+def _fine_bytes(call: Call, block: int, source: int) -> int:
+    """Of the fine codes that this rank receives of `source`: those of the rank before it."""
+    return call.sizes.fine[block][source] if source == call.rank - 1 else 0
 
 
 def _receive_codes(
     call: Call, sizes: Mapping[int, int], block: int
-) -> tuple[dict[int, memoryview], dict[int, Tensor]]:
-    """Payloads by rank, and of those that lack bytes, which tokens are whole, bool [B, T]."""
+) -> tuple[dict[int, memoryview], dict[int, Ranges]]:
+    """Payloads by rank, and the ranges of bytes [start, stop) that some of them lack."""
     mesh, missing = call.mesh, call.missing
     if missing is None:
         return _receive(call, sizes, block, call.deadline), {}
@@ -209,17 +238,15 @@ def _receive_codes(
         require(mesh, frames, needed & mesh.lost.keys(), block, call.deadline or mesh.timeout)
     else:
         frames = _receive(call, totals, block, call.deadline, needed)
-    views, received = {}, {}
+    views, lacking = {}, {}
     for n, size in sizes.items():
         view = frames[n] if n in frames else memoryview(bytearray(totals[n]))
         ranges = mesh.missing_ranges.get(n, ()) if n in frames else [(0, totals[n])]
         for start, stop in ranges:
             view[start:stop] = bytes(stop - start)
         if ranges:
-            tokens = call.sizes.num_sent[n]
-            layout = call.codec.token_layout(block, call.batch, tokens)
-            received[n] = received_mask(layout, call.batch, tokens, ranges)
+            lacking[n] = ranges
         missing.read_recent(block, view[size:], n)
         views[n] = view[:size]
-    missing.leave_out(block, received)
-    return views, received
+    missing.leave_out(block, lacking)
+    return views, lacking

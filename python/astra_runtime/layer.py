@@ -91,7 +91,8 @@ class Layer:
             return ak.attention(query, key, value, is_causal=causal, key_mask=mask, scale=scale)
 
     def send_codes(self, block: int, tensors: tuple[Tensor, ...]) -> None:
-        """Codes of this rank's shard, packed into one frame for each rank that may see it.
+        """Codes of this rank's shard, packed into one frame for each rank that may see it; the next
+        rank's ends in the fine codes of the tokens before it, if any.
 
         `tensors`: the shard's keys and values, or its block input where the codec is early.
 
@@ -101,16 +102,15 @@ class Layer:
         size = call.sizes.payload[block].get(call.rank, 0)
         if not (call.sizes.receivers and size):
             return
-        trailer = call.missing.width if call.missing else 0
-        frames, total = call.state.frames, size + trailer
-        frame = frames.get(total) or frames.setdefault(total, call.mesh.buffer(total))
+        fine = call.sizes.fine[block][call.rank]
+        frame = self._frame(size + fine)
         with stage("encode", block):
             finite = torch.stack([tensor.isfinite().all() for tensor in tensors]).all()
             what: Any = tensors[0] if call.codec.early else tensors
-            out = frame.payload[:size]
+            out = frame.payload[: size + fine]
             pending = call.codec.encode(block, what, call.views.local_rope, out)
             is_finite = read_later(finite)
-        self._unsent = partial(self._send, block, frame, size, pending, is_finite)
+        self._unsent = partial(self._send, block, frame, (size, fine), pending, is_finite)
         if pending is None:
             self._send_made()
 
@@ -124,7 +124,7 @@ class Layer:
         self,
         block: int,
         frame: Frame,
-        size: int,
+        sizes: tuple[int, int],
         pending: Pending | None,
         is_finite: Callable[[], bool],
     ) -> None:
@@ -135,14 +135,28 @@ class Layer:
             if not is_finite():
                 rank = call.mesh.device_rank
                 raise NotFinite(rank, f"its tokens hold NaN or infinity in block {block}")
+            size, fine = sizes
             if call.missing:
-                call.missing.write_recent(frame.payload[size:])
+                call.missing.write_recent(frame.payload[size + fine :])
             best_effort, to = call.missing is not None, call.sizes.receivers
+            if fine and len(to) > 1:
+                coarse = self._frame(size)
+                coarse.payload[:size] = frame.payload[:size]
+                coarse.payload[size:] = frame.payload[size + fine :]
+                others = [n for n in to if n != call.rank + 1]
+                call.mesh.send(coarse, block=block, plan=call.tag, to=others, partial=best_effort)
+                to = (call.rank + 1,)
             call.mesh.send(frame, block=block, plan=call.tag, to=to, partial=best_effort)
-        self.sent(block, frame.payload[:size])
+        self.sent(block, frame.payload[: sizes[0]])
 
     def sent(self, block: int, payload: memoryview) -> None:
         """The codes of this rank's shard have left; for layers that keep them."""
+
+    def _frame(self, size: int) -> Frame:
+        """A frame with room for `size` bytes of codes, used again by later blocks."""
+        call, frames = self.call, self.call.state.frames
+        total = size + (call.missing.width if call.missing else 0)
+        return frames.get(total) or frames.setdefault(total, call.mesh.buffer(total))
 
     def receive_codes(self, block: int) -> tuple[Any, Tensor | None]:
         """This block's codes of every rank whose shard is visible here, and which of their tokens

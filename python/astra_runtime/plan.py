@@ -128,6 +128,15 @@ class Plan:
             return self.num_received(self.world_size - 1, rank)
         return self.size(rank) if self.world_size > 1 else 0
 
+    def fine_tokens(self, rank: int, most: int) -> slice:
+        """Of the tokens that `rank` sends, the last `most` that the next rank receives, as a slice.
+
+        An encoder's tokens look both ways: none.
+        """
+        last = self.world_size - 1
+        stop = self.num_received(rank + 1, rank) if self.causal and rank < last else 0
+        return slice(stop - min(most, stop), stop)
+
     def sources(self, rank: int) -> tuple[int, ...]:
         """The ranks whose tokens the tokens of `rank` see, in the order of the sequence."""
         return tuple(n for n in range(self.world_size) if self.num_received(rank, n))

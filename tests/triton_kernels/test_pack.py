@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 
 import astra_kernels as ak
 from astra_kernels import _dispatch
+from astra_kernels._triton.packed import as_words
 from astra_kernels.pack import kernel, reference
 from tests.triton_kernels.cases import examples
 
@@ -45,6 +46,17 @@ def test_extreme_codes(bits):
 def test_bits_beyond_the_width_are_dropped(bits):
     codes = torch.tensor([-1, 1 << bits, 5 | 1 << bits, 2**31 - 1, -(2**31)], dtype=torch.int32)
     assert torch.equal(kernel.pack(codes, bits), reference.pack(codes, bits))
+
+
+def test_rows_that_are_whole_words_are_not_copied():
+    codes = random_codes(10, 2, 16)
+    packed = torch.stack([ak.pack(row.cpu(), 10) for row in codes]).to(codes.device)
+    assert as_words(packed, 10).data_ptr() == packed.data_ptr()
+    for bytes_before in (1, 2, 4):
+        moved = torch.empty(bytes_before + packed.numel(), dtype=torch.uint8)[bytes_before:]
+        moved = moved.view_as(packed).copy_(packed)
+        assert (as_words(moved, 10).data_ptr() == moved.data_ptr()) == (bytes_before == 4)
+        assert torch.equal(kernel.unpack_rows(moved, 10, 16), codes)
 
 
 @examples(40)

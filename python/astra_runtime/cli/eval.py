@@ -65,6 +65,8 @@ def _result(
         },
         "gap_recovered": measured.gap_recovered,
         "bits_per_token_block": measured.bits_per_token_block,
+        "bits_per_receiver": measured.bits_per_receiver,
+        "flops_over_ideal": _flops_over_ideal(options, model, codebook, sizes["tokens"]),
         "compression": dense / (measured.bits_per_token_block or math.nan),
         "world_size": options.world_size,
         **sizes,
@@ -73,6 +75,17 @@ def _result(
         # remote tokens dropped but for those computed everywhere
         result[measured.metric]["local_overlap"] = measured.local_overlap
     return result
+
+
+def _flops_over_ideal(options: argparse.Namespace, model: Any, codebook: Any, tokens: int) -> float:
+    """Of the plan an engine makes, with balanced shares; accuracy is measured on equal ones."""
+    from ..costs import engine_plan, flops_over_ideal
+    from ..models import adapt
+
+    adapter, world_size = adapt(model), options.world_size
+    tokens -= adapter.class_tokens
+    plan = engine_plan(adapter, codebook, tokens, world_size, halo=options.halo)
+    return flops_over_ideal(adapter, codebook, tokens, world_size, plan)
 
 
 def _dense_bits(model: Any, codebook: Any) -> int:
@@ -89,8 +102,10 @@ def _show(result: dict[str, Any], measured: Any) -> None:
         print(f"{name:14}{value:12.4f}")
     print(
         f"gap recovered: {measured.gap_recovered:.2f}   "
-        f"bits a token and block: {measured.bits_per_token_block:.1f}   "
-        f"compression of the fp32 tensors: {result['compression']:.0f}×"
+        f"bits a token and block: {measured.bits_per_token_block:.1f}"
+        f" ({measured.bits_per_receiver:.1f} a receiver)   "
+        f"compression of the fp32 tensors: {result['compression']:.0f}×   "
+        f"FLOPs over ideal: {result['flops_over_ideal']:.3f}"
     )
     if measured.astra >= measured.local_only:
         say("these codes are worse than dropping the remote tokens")

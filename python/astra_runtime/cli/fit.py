@@ -56,6 +56,16 @@ def configure(parser: argparse.ArgumentParser) -> None:
         type=positive,
         help="of a group (K) (1024; space transform: 256, above 200 bits 64)",
     )
+    parser.add_argument(
+        "--fine-bits",
+        type=positive,
+        metavar="BITS",
+        help="at most so many bits more for the last tokens before a cut, sent to the next rank "
+        "alone, in place of a halo (transform of a decoder)",
+    )
+    parser.add_argument(
+        "--fine-tokens", type=positive, default=32, help="how many tokens those are (32)"
+    )
     parser.add_argument("--shared", action="store_true", help="kv: one set of codes for all heads")
     parser.add_argument("--text", metavar="FILE", help="calibration text (default: built-in)")
     add_tokens(parser, "tokens a window")
@@ -118,7 +128,10 @@ def size_of(options: argparse.Namespace) -> dict[str, Any]:
             raise AstraError(
                 f"--space {space} chooses groups itself: expected --bits or --target-gap"
             )
-        return size | {"bits": options.bits, "target_gap": options.target_gap}
+        fine = {"fine_bits": options.fine_bits or 0, "fine_tokens": options.fine_tokens}
+        return size | {"bits": options.bits, "target_gap": options.target_gap} | fine
+    if options.fine_bits:
+        raise AstraError(f"--fine-bits: expected with --space transform, got {space}")
     if options.target_gap:
         raise AstraError(f"--target-gap: expected with --space transform, got {space}")
     return size | {"groups": options.groups, "shared": True if options.shared else None}
@@ -159,6 +172,8 @@ def run(options: argparse.Namespace) -> int:
 
 def _report(options: argparse.Namespace, folder: Path, codebook: Any, seconds: float) -> None:
     bits = f"{codebook.bits:.5g} bits a token and block"
+    if codebook.fine:
+        bits += f", {codebook.fine_bits:.5g} more for the last {codebook.fine_tokens} before a cut"
     for tried in codebook.notes.get("tried", []):
         say(
             f"tried {tried['bits']:.4g} bits: {100 * tried['gap_recovered']:.0f} % of the gap "
@@ -176,6 +191,8 @@ def _report(options: argparse.Namespace, folder: Path, codebook: Any, seconds: f
                 "codewords": codebook.codewords,
                 "shared": codebook.shared,
                 "bits_per_token_block": codebook.bits,
+                "fine_bits": codebook.fine_bits,
+                "fine_tokens": codebook.fine_tokens,
                 "seconds": seconds,
                 "held_back": held_back,
                 "tried": codebook.notes.get("tried"),

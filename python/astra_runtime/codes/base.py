@@ -35,12 +35,17 @@ class Payload:
         tokens: how many they stand for.
         num_received: how many of them, from the first on, are of use here.
         received: which tokens' bytes are there, bool [B, tokens]; the others' are zeros. None: all.
+        fine: the fine codes of the last `num_fine` tokens of use here, or nothing.
+        fine_received: which of those are there, bool [B, num_fine]. None: all.
     """
 
     view: memoryview
     tokens: int
     num_received: int
     received: Tensor | None = None
+    fine: memoryview | None = None
+    num_fine: int = 0
+    fine_received: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -93,11 +98,14 @@ class CodeCosts:
         code: of coding one own token, on a rank that others receive from.
         receive: of one remote token received, before attention reads it.
         attended: remote tokens are attended to.
+        fine_code, fine_receive: of the fine codes of one token right before a cut.
     """
 
     code: float = 0.0
     receive: float = 0.0
     attended: bool = True
+    fine_code: float = 0.0
+    fine_receive: float = 0.0
 
 
 def geometry(adapter: Adapter) -> dict[str, int]:
@@ -129,6 +137,7 @@ class Codec(ABC):
         gains_by_variety: calibration text of several kinds serves it well.
         keeps_sessions: tokens are coded from their keys and values, and read again from codes, at
             any time; `tensors` works.
+        fine_tokens: how many tokens before a cut have fine codes, for the next rank alone.
     """
 
     key: ClassVar[str]
@@ -142,6 +151,7 @@ class Codec(ABC):
     allots_bits: ClassVar[bool] = False
     gains_by_variety: ClassVar[bool] = False
     keeps_sessions: ClassVar[bool] = False
+    fine_tokens: int = 0
 
     # What is known of a codebook without a device. `sizes` are those of `geometry`.
 
@@ -233,9 +243,17 @@ class Codec(ABC):
     def token_layout(self, block: int, batch: int, tokens: int) -> list[TokenBits]:
         """Where each token's bits lie in the payload of `tokens` tokens."""
 
+    def fine_bytes(self, block: int, batch: int, tokens: int) -> int:
+        """Bytes of the fine codes of `tokens` tokens, behind the payload for the next rank."""
+        return 0
+
+    def fine_layout(self, block: int, batch: int, tokens: int) -> list[TokenBits]:
+        """Where each token's bits lie in the fine codes of `tokens` tokens."""
+        return []
+
     @abstractmethod
     def encode(self, block: int, what: Any, rope: Rope, out: memoryview) -> Pending | None:
-        """Writes the payload of this rank's shard into `out`.
+        """Writes the payload of this rank's shard into `out`, and fine codes, if any, behind it.
 
         On a GPU this only begins: what is returned waits until the bytes are there, and is called
         before the next block is encoded. None: they are there.

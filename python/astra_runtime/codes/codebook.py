@@ -21,13 +21,15 @@ from ..models import Adapter
 from .base import Codec, geometry
 from .dense import DenseExchange
 from .fields import DENSE_DTYPES, CodebookFields
+from .fine import FINE, FineCode
 from .local_only import LocalOnly
 from .predictive import Transform
 from .registry import codec_named
 
 CONFIG_FILE, TENSOR_FILE = "astra_config.json", "codebooks.safetensors"
 FORMAT = 1
-NOT_IN_CONFIG = ("tables", "scales", "transforms", "notes")
+NOT_IN_CONFIG = ("tables", "scales", "transforms", "fine", "notes")
+OF_FINE_CODES = ("fine_tokens", "fine_codewords")  # in the file where there are any
 
 
 @dataclass(frozen=True, eq=False)
@@ -126,14 +128,17 @@ class Codebook(CodebookFields):
         return content.hexdigest()[:16]
 
     def _config(self) -> dict[str, Any]:
-        fields = asdict(replace(self, tables=None, scales=None, transforms=(), notes={}))
-        return {k: v for k, v in fields.items() if k not in NOT_IN_CONFIG}
+        bare = replace(self, tables=None, scales=None, transforms=(), fine=(), notes={})
+        skipped = NOT_IN_CONFIG if self.fine else (*NOT_IN_CONFIG, *OF_FINE_CODES)
+        return {k: v for k, v in asdict(bare).items() if k not in skipped}
 
     def _tensors(self) -> dict[str, Tensor]:
         """What the safetensors file holds, by name."""
         tensors = {"tables": self.tables, "scales": self.scales}
         for block, transform in enumerate(self.transforms):
             tensors |= {f"{block:03}.{name}": t for name, t in transform.tensors().items()}
+        for block, fine in enumerate(self.fine):
+            tensors |= {f"{block:03}.{name}": t for name, t in fine.tensors().items()}
         return {name: t.contiguous() for name, t in tensors.items() if t is not None}
 
     def check_model(self, adapter: Adapter) -> None:
@@ -208,4 +213,7 @@ def _fields_of(tensors: dict[str, Tensor]) -> dict[str, Any]:
             transforms.setdefault(block, {})[part] = tensor
         else:
             fields[name] = tensor
-    return {**fields, "transforms": tuple(map(Transform.from_tensors, transforms.values()))}
+    parts = list(transforms.values())
+    fields["transforms"] = tuple(map(Transform.from_tensors, parts))
+    has_fine = any(name.startswith(FINE) for part in parts for name in part)
+    return fields | {"fine": tuple(map(FineCode.from_tensors, parts)) if has_fine else ()}

@@ -8,6 +8,7 @@ from typing import Any, Self
 import torch
 from torch import Tensor
 
+from .fine import FineCode
 from .predictive import Transform
 
 DENSE_DTYPES = ("float32", "float16", "int8")  # on the wire
@@ -39,6 +40,9 @@ class CodebookFields:
         scales: fp32 [num_blocks, Hkv, 2], space "kv": what keys and values are multiplied with
             before the nearest codeword is sought. The tables hold scaled codewords.
         transforms: one a block, in space "transform", which has no `tables`.
+        fine: one a block, or none at all: what the last `fine_tokens` tokens before a cut are sent
+            as beside their codes, to the next rank alone (`fine.py`).
+        fine_tokens, fine_codewords: how many tokens, and codewords of a group; 0: no fine codes.
         notes: where the codewords come from, and what `fit` measured.
     """
 
@@ -53,12 +57,27 @@ class CodebookFields:
     tables: Tensor | None = None
     scales: Tensor | None = None
     transforms: tuple[Transform, ...] = ()
+    fine: tuple[FineCode, ...] = ()
+    fine_tokens: int = 0
+    fine_codewords: int = 0
     notes: dict[str, Any] = field(default_factory=dict)
 
     @property
     def code_bits(self) -> int:
         """Bits of one code."""
         return max(1, (self.codewords - 1).bit_length())
+
+    @property
+    def fine_code_bits(self) -> int:
+        """Bits of one fine code."""
+        return max(1, (self.fine_codewords - 1).bit_length())
+
+    @property
+    def fine_bits(self) -> float:
+        """Bits of the fine codes of a token right before a cut, on average over the blocks."""
+        if not self.fine:
+            return 0.0
+        return sum(fine.codes for fine in self.fine) * self.fine_code_bits / len(self.fine)
 
     @property
     def block_tables(self) -> list[Tensor]:

@@ -138,17 +138,23 @@ class DecoderState:
         z = y @ code.transform.analysis - shift.view(*y.shape[:-1], -1)
         return z.unflatten(-1, (code.transform.codes, -1))
 
-    def estimate(self, block: int, codewords: Tensor | None) -> Tensor:
-        """ŷ of `block`, [B, N, E], from codewords [B, N, C, w]; None: none came."""
+    def estimate(self, block: int, codewords: Tensor | None, tokens: slice = slice(None)) -> Tensor:
+        """ŷ of `block`, [B, N, E], from codewords [B, N, C, w]; None: none came.
+
+        `tokens`: of those alone.
+        """
         if block == 0 and self.first is not None:
-            return self.first
+            return self.first[:, tokens]
         self.advance(block)
-        transform = self.codes[block].transform
-        estimate = torch.addmm(transform.offset, self.latent, transform.up)
+        transform, latent = self.codes[block].transform, self.latent
+        if tokens != slice(None):
+            latent = latent.view(self.batch, self.tokens, -1)[:, tokens].flatten(0, 1)
+            codewords = None if codewords is None else codewords[:, tokens]
+        estimate = torch.addmm(transform.offset, latent, transform.up)
         if codewords is not None and transform.codes:
             words = codewords.flatten(2).flatten(0, 1)
             torch.addmm(estimate, words, transform.synthesis, out=estimate)
-        return estimate.view(self.batch, self.tokens, -1)
+        return estimate.view(self.batch, -1, len(transform.offset))
 
     def update(self, block: int, codewords: Tensor | None) -> None:
         """Takes the codewords [B, N, C, w] of `block` into what is known; None: none came."""

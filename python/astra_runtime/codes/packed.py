@@ -15,7 +15,7 @@ from ..models import Adapter
 from ..trace import stage
 from .base import Codec, Payload, Pending, TokenBits, visible_tokens
 from .fields import CodebookFields
-from .rotary import Rope
+from .rotary import ConsecutiveAngles, Rope
 from .search import Search, search_macs
 from .staging import ReceivedCodes, Staging, stays_packed
 
@@ -70,9 +70,7 @@ class PackedCodes(Codec):
             if self.staging is not None:
                 packed = torch.stack([ak.pack(row, self.bits) for row in codes])
                 return codes, self.staging.download(packed, out)
-            row = len(out) // len(codes)
-            for b, codes_of_row in enumerate(codes.cpu()):
-                ak.pack(codes_of_row, self.bits, out=out[b * row : (b + 1) * row])
+            pack_rows(codes, self.bits, out)
         return codes, None
 
     def write_only(self, block: int, vectors: Tensor, out: memoryview) -> Pending | None:
@@ -97,12 +95,8 @@ class PackedCodes(Codec):
             return self.receive(block, payloads, batch).unpacked()
         parts, groups = [], len(self.tables[block])
         for payload in payloads:
-            view, row = payload.view, len(payload.view) // batch
-            codes = torch.empty(batch, payload.tokens, groups, dtype=torch.int32)
-            for b, out in enumerate(codes):
-                count = out.numel()
-                part = view[b * row : (b + 1) * row]
-                wire.read_codes(part, self.bits, self.codewords, (out.data_ptr(), count), count)
+            shape = (batch, payload.tokens, groups)
+            codes = unpack_rows(payload.view, shape, self.bits, self.codewords)
             parts.append(codes[:, : payload.num_received])
         return torch.cat(parts, 1).to(self.device)
 
@@ -119,6 +113,26 @@ class PackedCodes(Codec):
                 row.append(part[: ak.packed_size(payload.num_received * groups, self.bits)])
         counts = tuple(payload.num_received for payload in payloads)
         return ReceivedCodes(self.staging.upload(rows), counts, groups, self.bits)
+
+
+def unpack_rows(view: memoryview, shape: tuple[int, int, int], bits: int, codewords: int) -> Tensor:
+    """Codes int32 [B, T, C] of `shape`, whose rows are byte-aligned in `view`, on the host.
+
+    WireError: not as any rank packs them.
+    """
+    codes, row = torch.empty(shape, dtype=torch.int32), len(view) // shape[0]
+    for b, out in enumerate(codes):
+        count = out.numel()
+        part = view[b * row : (b + 1) * row]
+        wire.read_codes(part, bits, codewords, (out.data_ptr(), count), count)
+    return codes
+
+
+def pack_rows(codes: Tensor, bits: int, out: memoryview) -> None:
+    """Packs codes [B, T, C] into `out`, rows byte-aligned."""
+    row = len(out) // len(codes)
+    for b, codes_of_row in enumerate(codes.cpu()):
+        ak.pack(codes_of_row, bits, out=out[b * row : (b + 1) * row])
 
 
 class TableLookup(PackedCodes):
@@ -146,6 +160,7 @@ class TableLookup(PackedCodes):
             self.values[block],
             scale=scale,
             rope=rope,
+            rope_consecutive=isinstance(rope, ConsecutiveAngles),
             code_mask=mask,
             code_bits=remote.bits if packed else None,
             num_tokens=remote.tokens if packed else None,

@@ -28,12 +28,14 @@ class SentTokens:
     Attributes:
         hidden: [B, S, D], the block's inputs.
         key, value: [B, Hkv, S, d] each; the keys are rotated by `rope`.
+        near: bool [N receiving, S], whose fine codes each rank gets; None: there are none.
     """
 
     hidden: Tensor
     key: Tensor
     value: Tensor
     rope: Rope
+    near: Tensor | None = None
 
 
 class SimulatedCodec(ABC):

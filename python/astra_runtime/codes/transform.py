@@ -12,12 +12,12 @@ import astra_kernels as ak
 
 from ..models import Adapter
 from ..plan import Plan
-from .base import CodeCosts, Payload, Pending
+from .base import CodeCosts, Payload, Pending, TokenBits
 from .dense import DenseAttention, DenseTokens
 from .fields import CodebookFields
 from .latent import DecoderState, code_macs, latent_codes
 from .layouts import merge_heads, split_heads
-from .packed import PackedCodes
+from .packed import PackedCodes, pack_rows, unpack_rows
 from .predictive import rms_normalized
 from .rotary import Rope, rotate, unrotate
 from .simulated import Pair, Quantize, SentTokens, SimulatedCodec
@@ -48,6 +48,10 @@ class TransformCodes(PackedCodes, DenseAttention):
         super().__init__(codebook, adapter)
         self.adapter = adapter
         self.codes = latent_codes([t.to(adapter.device) for t in codebook.transforms])
+        self.fine = [fine.to(adapter.device) for fine in codebook.fine]
+        self.fine_tokens = codebook.fine_tokens
+        self.fine_bits, self.fine_codewords = codebook.fine_code_bits, codebook.fine_codewords
+        self.fine_sent = slice(0)  # which of the tokens sent have fine codes, in one pass
 
     @classmethod
     def token_bits(cls, codebook: CodebookFields, sizes: Mapping[str, int], block: int) -> float:
@@ -64,7 +68,19 @@ class TransformCodes(PackedCodes, DenseAttention):
         pairs = zip(codebook.transforms, (None, *codebook.transforms[:-1]), strict=True)
         macs = [code_macs(transform, before) for transform, before in pairs]
         code, receive = (sum(parts) / len(macs) for parts in zip(*macs, strict=True))
-        return CodeCosts(2.0 * code, 2.0 * receive)
+        if not codebook.fine:
+            return CodeCosts(2.0 * code, 2.0 * receive)
+        fine = [
+            sum(parts) / len(macs) for parts in zip(*(f.macs for f in codebook.fine), strict=True)
+        ]
+        # the sender reconstructs these tokens, too
+        restore = sum(t.up.numel() + t.synthesis.numel() for t in codebook.transforms) / len(macs)
+        return CodeCosts(
+            2.0 * code,
+            2.0 * receive,
+            fine_code=2.0 * (fine[0] + restore),
+            fine_receive=2.0 * fine[1],
+        )
 
     @classmethod
     def simulate(
@@ -78,6 +94,7 @@ class TransformCodes(PackedCodes, DenseAttention):
 
     def begin(self, inputs: Mapping[str, Tensor], plan: Plan, rank: int) -> TransformCodes:
         this = copy.copy(self)  # the tensors stay shared
+        this.fine_sent = plan.fine_tokens(rank, self.fine_tokens)
         if not self.adapter.token_ids:
             batch = len(next(iter(inputs.values())))
             received = sum(plan.num_received(rank, n) for n in plan.sources(rank))
@@ -98,9 +115,19 @@ class TransformCodes(PackedCodes, DenseAttention):
     def encode(self, block: int, what: Any, rope: Rope, out: memoryview) -> Pending | None:
         key, value = what
         y = merge_heads(unrotate(key.float(), rope), value.float())
-        codes, pending = self.write(block, self.own.coordinates(block, y), out)
-        self.own.update(block, ak.decode(codes, self.tables[block]))
+        size = self.payload_bytes(block, len(y), y.shape[1])
+        codes, pending = self.write(block, self.own.coordinates(block, y), out[:size])
+        codewords = ak.decode(codes, self.tables[block])
+        if len(out) > size:
+            self._write_fine(block, y, codewords, out[size:])
+        self.own.update(block, codewords)
         return pending
+
+    def _write_fine(self, block: int, y: Tensor, codewords: Tensor, out: memoryview) -> None:
+        """What the codes of the last tokens lack, for the next rank."""
+        known = self.own.estimate(block, codewords, self.fine_sent)
+        codes = self.fine[block].encode(y[:, self.fine_sent] - known)
+        pack_rows(codes, self.fine_bits, out)
 
     def decode(
         self, block: int, payloads: Sequence[Payload], batch: int, rope: Rope
@@ -108,9 +135,39 @@ class TransformCodes(PackedCodes, DenseAttention):
         state, codewords = self.remote, None
         if self.codes[block].transform.codes:
             codewords = self.read_codewords(block, payloads, batch)
-        estimate = state.estimate(block, codewords)
+        estimate, stop = state.estimate(block, codewords), 0
         state.update(block, codewords)
+        for payload in payloads:
+            stop += payload.num_received
+            if payload.num_fine:
+                estimate[:, stop - payload.num_fine : stop] += self._read_fine(
+                    block, payload, batch
+                )
         return self._tokens(estimate, rope)
+
+    def _read_fine(self, block: int, payload: Payload, batch: int) -> Tensor:
+        """What fine codes add to ŷ of the tokens that they came for, [B, num_fine, E]."""
+        shape = (batch, payload.num_fine, self.fine[block].codes)
+        assert payload.fine is not None
+        codes = unpack_rows(payload.fine, shape, self.fine_bits, self.fine_codewords)
+        added = self.fine[block].decode(codes.to(self.device))
+        for received in (payload.fine_received, payload.received):
+            if received is not None:  # the codes that they refine have to be there, too
+                last = received[:, : payload.num_received][:, -payload.num_fine :]
+                added = added * last[..., None].to(added.device)
+        return added
+
+    def fine_bytes(self, block: int, batch: int, tokens: int) -> int:
+        if not self.fine:
+            return 0
+        return batch * ak.packed_size(tokens * self.fine[block].codes, self.fine_bits)
+
+    def fine_layout(self, block: int, batch: int, tokens: int) -> list[TokenBits]:
+        if not (self.fine and tokens and self.fine[block].codes):
+            return []
+        width = self.fine[block].codes * self.fine_bits
+        row = ak.packed_size(tokens * self.fine[block].codes, self.fine_bits)
+        return [TokenBits(b * row, width, b) for b in range(batch)]
 
     def _tokens(self, estimate: Tensor, rope: Rope) -> DenseTokens:
         key, value = split_heads(estimate, self.adapter.num_key_value_heads)
@@ -142,19 +199,23 @@ class _Simulated(SimulatedCodec):
             self.states = [self.state.fork() for _ in range(self.receivers)]
             if first is not None:
                 return [self._pair(y, sent)]
-        return [self._pair(known, sent) for known in self._estimates(block, y, received)]
+        estimates = self._estimates(block, y, received, sent.near)
+        return [self._pair(known, sent) for known in estimates]
 
     def _pair(self, y: Tensor, sent: SentTokens) -> Pair:
         key, value = split_heads(y, sent.key.shape[1])
         return rotate(key, sent.rope), value
 
-    def _estimates(self, block: int, y: Tensor, received: Tensor | None) -> list[Tensor]:
+    def _estimates(
+        self, block: int, y: Tensor, received: Tensor | None, near: Tensor | None
+    ) -> list[Tensor]:
         """Keys and values y [B, S, E] as the others know them, with the gradient of y itself."""
         transform = self.codes[block].transform
         estimate, codewords, step = self.state.estimate(block, None), None, y.new_zeros(())
         if transform.codes:
             found, output = self.quantize(block, self.state.coordinates(block, y))
             codewords, step = found.detach(), transform.synthesize(output.detach())
+        fine = None if near is None else self._fine(block, y, codewords)
         # free of noise: the quantizer's loop is exact
         self.state.update(block, codewords)
         if self.receivers == 1:
@@ -166,5 +227,15 @@ class _Simulated(SimulatedCodec):
                 arrived = codewords * received[receiver][:, None, None]
             known = state.estimate(block, arrived)
             state.update(block, arrived)
+            if fine is not None and near is not None:
+                here = near[receiver] if received is None else near[receiver] & received[receiver]
+                known = known + fine * here[:, None]
             estimates.append(y + (known - y).detach())
         return estimates
+
+    def _fine(self, block: int, y: Tensor, codewords: Tensor | None) -> Tensor | None:
+        """What fine codes would add to ŷ of all tokens sent, [B, S, E]."""
+        if not self.codebook.fine or codewords is None:
+            return None
+        fine = self.codebook.fine[block].to(self.adapter.device)
+        return fine.decode(fine.encode(y.detach() - self.state.estimate(block, codewords)))

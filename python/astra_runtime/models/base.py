@@ -186,8 +186,13 @@ class Adapter(ABC):
         """The column of each row's last token, int64 [B]; None: the last column of every row."""
         return None
 
-    def rope(self, positions: Tensor) -> tuple[Tensor, Tensor] | None:
-        """cos and sin [B, N, d] at positions [B, N], or None without rotary positions."""
+    def rope(
+        self, positions: Tensor, dtype: torch.dtype | None = None
+    ) -> tuple[Tensor, Tensor] | None:
+        """cos and sin [B, N, d] at positions [B, N], or None without rotary positions.
+
+        `dtype`: the model's, if None.
+        """
         return None
 
     def positions(self, inputs: Mapping[str, Tensor]) -> Tensor | None:

@@ -157,9 +157,9 @@ class Llama(_Decoder):
         embedded: Tensor = self.base.embed_tokens(inputs["input_ids"])
         return embedded
 
-    def rope(self, positions: Tensor) -> tuple[Tensor, Tensor]:
+    def rope(self, positions: Tensor, dtype: torch.dtype | None = None) -> tuple[Tensor, Tensor]:
         # in the model's dtype, as its own queries and keys are rotated
-        like = torch.empty(0, dtype=self.dtype, device=positions.device)
+        like = torch.empty(0, dtype=dtype or self.dtype, device=positions.device)
         cos, sin = self.base.rotary_emb(like, positions)
         return cos, sin
 

@@ -11,15 +11,17 @@ from torch import nn
 
 from ..codes.base import Codec, geometry
 from ..codes.codebook import Codebook
+from ..codes.fine import FineCode
 from ..codes.transform import TransformCodes
 from ..models import Adapter, Inputs, adapt
 from .calibration import Progress, record
-from .fit_transform import Rows, allocate, embedding_of, fit_blocks
+from .fit_transform import Rows, allocate, embedding_of, fit_blocks, fit_fine
 from .options import FitData, FitOptions
 from .sensitivity import Cost, sensitivity
 
 SENSITIVITY_WINDOWS = 8  # a backward pass each; F needs no more
 DEFAULT_BITS = 100.0
+FINE_CODEWORDS = 64  # of a group of fine codes, which are many
 MANY_BITS = 200.0  # beyond, groups are so many that each has few codewords
 TARGET_FROM, TARGET_LEAST, TARGET_MOST = 40.0, 5.0, 1280.0  # budgets tried for a target
 
@@ -38,6 +40,8 @@ class TransformOptions:
     iterations: int
     seed: int
     bits: float = DEFAULT_BITS
+    fine_bits: float = 0.0
+    fine_tokens: int = 0
     target_gap: float | None = None
 
     @classmethod
@@ -53,6 +57,8 @@ class TransformOptions:
             options.iterations,
             options.seed,
             bits,
+            options.fine_bits,
+            _check_fine(options, adapter),
             options.target_gap,
         )
 
@@ -123,11 +129,30 @@ class TransformFit:
                 seed=options.seed,
                 progress=lambda block: self.progress("clustering", block + 1, blocks),
             )
+            fine: tuple[FineCode, ...] = ()
+            if options.fine_tokens:
+                fine = fit_fine(
+                    self.rows,
+                    self.cost,
+                    transforms,
+                    options.fine_bits,
+                    codewords=FINE_CODEWORDS,
+                    iterations=options.iterations,
+                    seed=options.seed,
+                    progress=lambda block: self.progress(
+                        "clustering fine codes", block + 1, blocks
+                    ),
+                )
         codes = [t.codes for t in transforms]
         notes = {**self.empty.notes, "bits": bits, "rank": options.rank, "codes": codes}
-        return replace(
+        made = replace(
             self.empty, groups=max(codes), codewords=codewords, transforms=transforms, notes=notes
         )
+        if not any(part.codes for part in fine):
+            return made
+        notes |= {"fine_bits": options.fine_bits, "fine_codes": [part.codes for part in fine]}
+        tokens = options.fine_tokens
+        return replace(made, fine=fine, fine_tokens=tokens, fine_codewords=FINE_CODEWORDS)
 
 
 def fit_transform(data: FitData, options: TransformOptions) -> Codebook:
@@ -166,6 +191,20 @@ def _check_budget(options: FitOptions, rank: int, adapter: Adapter) -> float:
             f"{blocks} blocks, and at most {most}, dense fp32, got {bits:g}"
         )
     return bits
+
+
+def _check_fine(options: FitOptions, adapter: Adapter) -> int:
+    """How many tokens before a cut get fine codes; 0: none do."""
+    most = 32 * 2 * adapter.num_key_value_heads * adapter.head_dim
+    if not 0 <= options.fine_bits <= most:
+        raise ValueError(f"fine_bits: expected 0 to {most}, dense fp32, got {options.fine_bits:g}")
+    if not options.fine_bits:
+        return 0
+    if not adapter.causal:
+        raise ValueError("fine_bits: expected 0 for an encoder, whose tokens look both ways")
+    if options.fine_tokens < 1:
+        raise ValueError(f"fine_tokens: expected at least 1, got {options.fine_tokens}")
+    return options.fine_tokens
 
 
 def default_rank(adapter: Adapter) -> int:

@@ -37,9 +37,9 @@ class CodewordOptions:
     @classmethod
     def of(cls, options: FitOptions, codec: type[Codec], adapter: Adapter) -> CodewordOptions:
         """Refuses, with a ValueError, what the model cannot be coded with."""
-        if options.bits is not None or options.target_gap is not None:
+        if options.bits is not None or options.target_gap is not None or options.fine_bits:
             raise ValueError(
-                "bits, target_gap: expected with space 'transform' only, "
+                "bits, target_gap, fine_bits: expected with space 'transform' only, "
                 f"got space {options.space!r}"
             )
         prefix, sizes = options.prefix_for(codec, adapter), geometry(adapter)

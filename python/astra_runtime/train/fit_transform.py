@@ -19,6 +19,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from ..codes.fine import FineCode
 from ..codes.predictive import Transform, nearest_codewords, rms_normalized
 from ..models import Adapter, Inputs
 from ..parallel import map_cores
@@ -265,6 +266,78 @@ def fit_blocks(
                 estimate = estimate + transform.synthesize(nearest_codewords(transform, residual))
         progress(block)
     return tuple(transforms)
+
+
+def fit_fine(
+    rows: Rows,
+    cost: Cost,
+    transforms: Sequence[Transform],
+    bits: float,
+    *,
+    codewords: int,
+    iterations: int,
+    seed: int,
+    progress: Callable[[int], None] = lambda block: None,
+) -> tuple[FineCode, ...]:
+    """Fine codes of every block that sends something, at most `bits` a token and block on average.
+
+    Fitted on all tokens: any of them may stand before a cut.
+    """
+    code_bits = (codewords - 1).bit_length()
+    spectra = [
+        None
+        if error is None
+        else torch.linalg.eigvalsh(_covariance(error @ cost.root[block])).flip(0)
+        for block, error in _errors(rows, transforms)
+    ]
+    counts = _within(spectra, bits * len(spectra), code_bits)
+    made: list[FineCode] = []
+    for block, error in _errors(rows, transforms):
+        if error is None or not counts[block]:
+            made.append(FineCode.zero_codes(rows.blocks[block].shape[1], codewords))
+        else:
+            weights, place = (cost.root[block], cost.inverse[block]), seed + block * 1000 + 500
+            parts = fit_quantizer(error, *weights, counts[block], codewords, iterations, place)
+            made.append(FineCode(*parts))
+        progress(block)
+    return tuple(made)
+
+
+def _covariance(centred: Tensor) -> Tensor:
+    return centred.T @ centred / len(centred)
+
+
+def _errors(rows: Rows, transforms: Sequence[Transform]) -> Iterator[tuple[int, Tensor | None]]:
+    """y − ŷ of every block, [n, E]; None where nothing is sent."""
+    estimate: Tensor | None = None
+    for block, (y, transform) in enumerate(zip(rows.blocks, transforms, strict=True)):
+        if block == 0 and rows.starts_exact:
+            estimate = y
+            yield block, None
+            continue
+        estimate = transform.predict(rows.features(estimate))
+        if not transform.codes:
+            yield block, None
+            continue
+        estimate = estimate + transform.synthesize(nearest_codewords(transform, y - estimate))
+        yield block, y - estimate
+
+
+def _within(spectra: Sequence[Tensor | None], budget: float, code_bits: int) -> list[int]:
+    """Codes a token of blocks with these error variances, by one water level for all."""
+    present = [s for s in spectra if s is not None]
+    if not present:
+        return [0] * len(spectra)
+    high = math.log2(max(float(s[0]) for s in present)) + 1
+    low, best = high - 60, [0] * len(spectra)
+    for _ in range(40):
+        middle = (low + high) / 2
+        counts = [0 if s is None else _codes(s, 2.0**middle, code_bits) for s in spectra]
+        if sum(counts) * code_bits > budget:
+            low = middle
+        else:
+            high, best = middle, counts
+    return best
 
 
 def embedding_of(adapter: Adapter, inputs: Inputs) -> Tensor:

@@ -30,6 +30,9 @@ class FitOptions:
             200 bits, above that 64.
         bits: space "transform", which has no `groups`: at most so many bits a token and block, on
             average over the blocks; None: 100.
+        fine_bits: space "transform" of a decoder: at most so many bits more, on average over
+            the blocks, for the last `fine_tokens` tokens before a cut, sent to the next rank
+            alone; 0: none, and the engine's default is a halo instead.
         target_gap: space "transform": in place of `bits`, the share of the gap between dropping
             remote tokens and having them exactly that is to be recovered on the held-out windows.
             Tries budgets that double, or halve, and takes the smallest that suffices;
@@ -50,6 +53,8 @@ class FitOptions:
     groups: int = 1
     codewords: int | None = None
     bits: float | None = None
+    fine_bits: float = 0.0
+    fine_tokens: int = 32
     target_gap: float | None = None
     extra: Tensor | Sequence[Tensor] = ()
     prefix: int | None = None

@@ -180,9 +180,23 @@ class Simulation:
         self.kwargs = self._inputs(inputs)
         self.commitment = torch.zeros((), device=device)
         self.sizes = geometry(self.adapter)
-        self.receivers = plan.world_size if self.losing else 1
+        self.near = self._near()
+        apart = self.losing or self.near is not None  # what a rank knows is its own
+        self.receivers = plan.world_size if apart else 1
         self.codec: SimulatedCodec | None = None  # of the pass that runs
         self.block_input: Tensor | None = None
+
+    def _near(self) -> Tensor | None:
+        """Whose fine codes each rank gets: bool [N receiving, S]; None: there are none."""
+        plan, most = self.plan, self.codebook.fine_tokens
+        if not (self.codebook.fine and plan.causal):
+            return None
+        near, start = torch.zeros(plan.world_size, plan.tokens, dtype=torch.bool), 0
+        for rank in range(plan.world_size):
+            fine = plan.fine_tokens(rank, most)
+            near[(rank + 1) % plan.world_size, start + fine.start : start + fine.stop] = True
+            start += plan.size(rank)
+        return near.to(self.layout.rank.device)
 
     def _inputs(self, inputs: Mapping[str, Tensor]) -> dict[str, Any]:
         """What the model is called with: every rank's own inputs, side by side."""
@@ -247,7 +261,7 @@ class Simulation:
         assert self.block_input is not None
         sent = self.layout.sent
         hidden, key, value = self.block_input[:, sent], key[:, :, sent], value[:, :, sent]
-        tokens = SentTokens(hidden, key, value, self.rope)
+        tokens = SentTokens(hidden, key, value, self.rope, self.near)
         return self.codec.remote_pairs(block, tokens, received)
 
     def _received(self, block: int) -> Tensor | None:

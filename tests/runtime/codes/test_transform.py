@@ -505,7 +505,10 @@ def test_losing_everything_is_dropping_it() -> None:
         ({"rank": 0}, "rank: expected at least 1"),
         ({"prefix": -1}, "prefix: expected 0 or more"),
         ({"codewords": 4096}, "codewords: expected"),
-        ({"space": "kv", "groups": 3, "bits": 30}, "bits, target_gap: expected with space"),
+        (
+            {"space": "kv", "groups": 3, "bits": 30},
+            "bits, target_gap, fine_bits: expected with space",
+        ),
     ],
 )
 def test_bad_options_are_refused_before_any_work(options: dict[str, Any], wanted: str) -> None:

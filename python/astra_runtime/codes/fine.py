@@ -1,0 +1,74 @@
+"""Fine codes: more bits for the last tokens before a cut, for the next rank alone.
+
+What a token needs most stands right before it, so what coarse codes lose is lost mostly by the
+first queries behind a cut. The tokens there get a second payload, which goes only to the rank
+behind the cut: with ŷ of the coarse codes,
+
+    z = (y − ŷ)·A          i_c = argmin_k ‖z_c − t_ck‖²          ŷ + [t_1,i_1 … t_C,i_C]·S
+
+It stays out of the recursion, so that coarse codes can be read without any fine one, every rank
+predicts alike, and a fine payload that did not come costs its own tokens alone, in that block.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+import astra_kernels as ak
+
+FINE = "fine_"  # in front of a tensor's name in a codebook's file
+
+
+@dataclass(frozen=True, eq=False)
+class FineCode:
+    """The fine code of one block; fp32. E = 2·Hkv·d, C codes a token.
+
+    Attributes:
+        analysis, synthesis: [E, C·w] and [C·w, E], A and S.
+        tables: [C, K, w], the codewords.
+    """
+
+    analysis: Tensor
+    synthesis: Tensor
+    tables: Tensor
+
+    @property
+    def codes(self) -> int:
+        """Codes a token."""
+        return len(self.tables)
+
+    @property
+    def macs(self) -> tuple[int, int]:
+        """Multiplications for a token, of its sender and of its receiver; ŷ not counted."""
+        return self.analysis.numel() + self.tables.numel(), self.synthesis.numel()
+
+    @classmethod
+    def zero_codes(cls, width: int, codewords: int) -> FineCode:
+        """Of a block of which nothing more is sent; `width` is E."""
+        return cls(torch.zeros(width, 0), torch.zeros(0, width), torch.zeros(0, codewords, 1))
+
+    def tensors(self) -> dict[str, Tensor]:
+        """By the names that they have in a codebook's file."""
+        return {FINE + name: getattr(self, name) for name in ("analysis", "synthesis", "tables")}
+
+    @classmethod
+    def from_tensors(cls, tensors: Mapping[str, Tensor]) -> FineCode:
+        """The inverse of `tensors`. KeyError: one is missing."""
+        return cls(*(tensors[FINE + name] for name in ("analysis", "synthesis", "tables")))
+
+    def to(self, device: torch.device | str) -> FineCode:
+        moved = (t.to(device) for t in (self.analysis, self.synthesis, self.tables))
+        return replace(self, **dict(zip(("analysis", "synthesis", "tables"), moved, strict=True)))
+
+    def encode(self, missing: Tensor) -> Tensor:
+        """Codes int32 [..., C] of y − ŷ, [..., E]."""
+        z = (missing @ self.analysis).unflatten(-1, (self.codes, self.tables.shape[-1]))
+        return ak.encode(z, self.tables)
+
+    def decode(self, codes: Tensor) -> Tensor:
+        """What codes [..., C] add to ŷ, [..., E]."""
+        return ak.decode(codes, self.tables).flatten(-2) @ self.synthesis
