@@ -16,6 +16,7 @@ from .errors import (
     NotFinite,
     PeerLost,
     RequestMismatch,
+    SessionRefused,
     WireError,
 )
 from .transport import connect, local_mesh
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
     from .codes.codebook import Codebook
     from .engine import Engine
     from .plan import Plan
+    from .sessions.session import Session
 
 __version__ = "0.1.0"
 __all__ = [
@@ -40,6 +42,8 @@ __all__ = [
     "PeerLost",
     "Plan",
     "RequestMismatch",
+    "Session",
+    "SessionRefused",
     "WireError",
     "connect",
     "local_mesh",
@@ -47,7 +51,12 @@ __all__ = [
 
 
 # What needs torch is imported when it is asked for; the transport and the command do without.
-_LATE = {"Codebook": ".codes.codebook", "Engine": ".engine", "Plan": ".plan"}
+_LATE = {
+    "Codebook": ".codes.codebook",
+    "Engine": ".engine",
+    "Plan": ".plan",
+    "Session": ".sessions.session",
+}
 
 
 def __getattr__(name: str) -> Any:

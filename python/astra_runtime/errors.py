@@ -133,6 +133,10 @@ class InputsDiffer(CallEnded):
     """The ranks were called with different pictures."""
 
 
+class SessionRefused(CallEnded, ValueError):
+    """A session's file that is damaged, or of another model or codebook, or cannot be read."""
+
+
 class RequestMismatch(CallEnded, WireError):  # type: ignore[misc]  # `rank` is never None here
     """The ranks are out of step: `engine(…, request=n)` was given other numbers on two of them.
 

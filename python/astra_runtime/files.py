@@ -22,6 +22,21 @@ def open_to_others(folder: Path) -> None:
             file.chmod(0o666 & ~umask)
 
 
+def write_private(path: str | os.PathLike[str], data: bytes) -> None:
+    """Writes a file that its owner alone can read: whole, or not at all."""
+    target = Path(path)
+    number, part = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name}.")  # mode 0600
+    try:
+        with open(number, "wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(part, target)
+    except BaseException:
+        os.unlink(part)
+        raise
+
+
 @contextlib.contextmanager
 def written_together(folder: str | os.PathLike[str]) -> Iterator[Path]:
     """A temporary folder, whose files end up in `folder` once all of them are written.

@@ -34,6 +34,7 @@ class KeyValues:
     """
 
     def __init__(self, blocks: int) -> None:
+        self.blocks = blocks
         self._buffers: list[_Buffer | None] = [None] * blocks
         self._lengths = [0] * blocks
 

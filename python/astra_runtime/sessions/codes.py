@@ -148,12 +148,17 @@ def complete(engine: EngineParts, state: SessionState) -> None:
     sinks = min(state.prefix, state.read)
     if state.cache.length < sinks:
         read_tokens(engine, [state.cache], state.ids[:, state.cache.length : sinks])
-    start, stop = state.cache.length, state.coded
-    if state.store is None or start >= stop:
-        return
-    offset = state.prefix
-    payloads = [store.packed(start - offset, stop - offset) for store in state.store]
-    _append(state, start, decode(engine, state.ids, start, stop, payloads))
+    while state.store is not None and state.cache.length < state.coded:
+        start, stop = state.cache.length, state.coded
+        ahead = [piece for piece in state.held if piece[1] > start]
+        if ahead and ahead[0][0] <= start:
+            _append(state, ahead[0][0], ahead[0][2])
+            continue
+        stop = min([stop, *(piece[0] for piece in ahead)])
+        first, last = start - state.prefix, stop - state.prefix
+        payloads = [store.packed(first, last) for store in state.store]
+        _append(state, start, decode(engine, state.ids, start, stop, payloads))
+    state.held = [piece for piece in state.held if piece[1] > state.cache.length]
 
 
 def session_tag(state: SessionState, *what: object) -> int:

@@ -2,13 +2,20 @@
 
 from __future__ import annotations
 
+import os
+import zlib
+from pathlib import Path
+
 from ..codes.packed import PackedCodes
 from ..codes.store import CodeStore
 from .base import EngineParts
 from .cache import KeyValues
 from .decoder import Decoder
-from .session import Session
+from .files import broadcast, refused, restored
+from .session import Session, one_call
 from .state import SessionState
+
+_TAG = zlib.crc32(b"load a session")
 
 
 class SessionHost(EngineParts):
@@ -21,6 +28,11 @@ class SessionHost(EngineParts):
             ValueError: a model without a language-model head, a codec that keeps no sessions, an
                 engine that may leave ranks out.
         """
+        self._check_sessions()
+        with self._turn():
+            return Session(self, self._new_state())
+
+    def _check_sessions(self) -> None:
         codec = self.codebook.codec
         if not (self.adapter.causal and hasattr(self.model, "lm_head")):
             raise ValueError("session: expected a decoder with a language-model head")
@@ -34,12 +46,32 @@ class SessionHost(EngineParts):
                 "session: expected on_missing='raise', as a session with holes is not used again, "
                 f"got {self.on_missing!r}"
             )
-        with self._turn():
-            self.num_sessions += 1
-            return Session(self, self._new_state())
+
+    def load_session(self, path: str | os.PathLike[str]) -> Session:
+        """A session that `Session.save` has written, with any number of ranks; collective.
+
+        Rank 0 reads the file, the others get it from there.
+
+        Raises:
+            SessionRefused: on every rank, a ValueError: a file that cannot be read, is damaged, or
+                is of another model or codebook. The mesh goes on.
+        """
+        self._check_sessions()
+        with one_call(self, None, None):
+            state = self._new_state()
+            data = None if self.rank == 0 else broadcast(self, None, 0, _TAG)
+            try:
+                data = Path(path).read_bytes() if data is None else data
+                restored(self, state, data)
+            except (OSError, ValueError) as error:
+                raise refused(self, path, error) from error
+            if self.rank == 0:
+                broadcast(self, data, 0, _TAG)
+        return Session(self, state)
 
     def _new_state(self) -> SessionState:
         world_size = self.mesh.world_size
+        self.num_sessions += 1
         return SessionState(
             KeyValues(len(self.adapter.blocks)),
             self._new_store(),

@@ -3,28 +3,33 @@
 from __future__ import annotations
 
 import contextlib
-import struct
+import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, Self
+from typing import Any, Literal, Self
 
 import torch
 from torch import Tensor
 
 from ..call import CallState
-from ..control import Control
 from ..decoding import Choose
-from ..errors import WireError
-from ..inputs import check_bound, check_function, check_inputs, check_integer, check_request
+from ..files import write_private
+from ..inputs import (
+    check_bound,
+    check_choice,
+    check_function,
+    check_inputs,
+    check_integer,
+    check_request,
+)
+from .answers import decode_together, move, receive_tokens, send_tokens, token_limit
 from .base import EngineParts, Running
 from .codes import complete, session_tag, synchronize
 from .cut import cut
-from .decoder import Asked, Decoder
+from .decoder import Asked
+from .files import packed
 from .passes import Between, prefill
 from .state import SessionState
-
-_SIZE = struct.Struct("<Q")
-_ENDED = -1  # stands for the next token of a session that has ended
 
 
 @dataclass(frozen=True)
@@ -173,9 +178,9 @@ class Session:
             answer = self._state.answer
             tokens = [] if answer is None else answer.tokens
             if engine.rank == work.owner:
-                _send_tokens(engine, tokens, tag)
+                send_tokens(engine, tokens, tag)
             else:
-                tokens = _receive_tokens(engine, work, tag)
+                tokens = receive_tokens(engine, work, tag)
             self._remember(work.owner)
             work.answer = None
             work.add_answer(tokens, work.owner)
@@ -198,6 +203,59 @@ class Session:
         length = check_integer("length", length, 0, self._state.tokens)
         with self._engine._turn():
             self._state.truncate(length)
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Writes the session to one file on rank 0's machine: whole, or not at all.
+
+        It holds ids, codes (with dense exchange keys and values), and up to 64 last tokens exactly
+        where rank 0 computed them; only its owner may read it. Rank 0 alone raises OSError.
+        """
+        with self._call(None, None, "save") as (running, work):
+            synchronize(self._engine, work, running)
+            if self._engine.rank == 0:
+                complete(self._engine, work)
+        if self._engine.rank == 0:
+            write_private(path, packed(self._engine, self._state))
+
+    def release(self, keep: Literal["exact", "codes"]) -> None:
+        """Frees memory; what is freed is rebuilt from codes when it is wanted again.
+
+        Args:
+            keep: "exact": a rank's own tokens stay as it computed them, only those rebuilt from
+                codes go. "codes": these go too, and answers rest on codes from then on. With dense
+                exchange nothing is rebuilt, and nothing freed.
+        """
+        check_choice("keep", keep, ("exact", "codes"))
+        with self._call(None, None, "release", keep) as (running, work):
+            synchronize(self._engine, work, running)
+            work.release(self._engine.rank, keep == "exact")
+
+    def keys_and_values(self) -> list[tuple[Tensor, Tensor]]:
+        """On the owner: of each block, keys (rotated) and values [1, Hkv, T, d] of all tokens read.
+
+        They are views, valid until the session changes. For decoders other than `Decoder`.
+        """
+        engine, state = self._engine, self._state
+        if engine.rank != state.owner:
+            raise ValueError(f"session: expected rank {state.owner}, its owner, got {engine.rank}")
+        with torch.no_grad():
+            complete(engine, state)
+        return [state.cache.tensors(block) for block in range(len(engine.adapter.blocks))]
+
+    @property
+    def logits(self) -> Tensor | None:
+        """On the owner, after `append`: fp32 [1, V], behind the last token. Else None."""
+        return self._state.scores
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes that the session takes on a rank at most, the same on every rank."""
+        engine, state = self._engine, self._state
+        adapter = engine.adapter
+        width = 2 * adapter.num_key_value_heads * adapter.head_dim * adapter.dtype.itemsize
+        codes = sum(engine.codec.payload_bytes(n, 1, 8) for n in range(len(adapter.blocks))) / 8
+        coded = 0 if state.store is None else codes
+        return int(state.tokens * (8 + len(adapter.blocks) * width + coded))
 
     @contextlib.contextmanager
     def _call(
@@ -261,8 +319,8 @@ def generate_together(
     with one_call(engine, request, within_ms) as running:
         works = [session._state.fork() for session in sessions]
         for work, place in zip(works, places, strict=True):
-            _move(engine, work, place, running)
-        tokens = _decode_together(engine, works, places, asked, on_tokens, request, running)
+            move(engine, work, place, running)
+        tokens = decode_together(engine, works, places, asked, on_tokens, request, running)
         for session, work, place, new in zip(sessions, works, places, tokens, strict=True):
             session._remember(place)
             work.add_answer(new, place)
@@ -294,113 +352,8 @@ def _check_together(
             raise ValueError(f"{name}: expected {len(sessions)}, one a session, got {len(given)}")
     asked = [Asked.of(engine, max_new_tokens, eos_token_id, choice) for choice in choices]
     for session, options in zip(sessions, asked, strict=True):
-        options.check_room(len(session), _limit(engine))
+        options.check_room(len(session), token_limit(engine))
     return engine, places, asked
-
-
-def _move(engine: EngineParts, work: SessionState, rank: int, running: Running) -> None:
-    """`rank` gets all that it needs to go on with the session; the others do what that takes."""
-    if rank != work.owner:
-        if work.pending:
-            synchronize(engine, work, running)
-        work.fresh, work.scores = False, None
-    if engine.rank == rank:
-        complete(engine, work)
-
-
-def _decode_together(
-    engine: EngineParts,
-    works: Sequence[SessionState],
-    places: Sequence[int],
-    asked: Sequence[Asked],
-    on_tokens: Callable[[Tensor], None] | None,
-    request: int | None,
-    running: Running,
-) -> list[list[int]]:
-    """Step by step, every rank hears every session's next token; the tokens of each."""
-    rank, mesh = engine.rank, engine.mesh
-    limits = [(each.max_new_tokens, each.ends) for each in asked]
-    tag = _joint_tag(works, request, limits, places)
-    mine = {n: asked[n] for n, place in enumerate(places) if place == rank}
-    decoder = Decoder(engine)
-    answers = {n: decoder.join(works[n], options) for n, options in mine.items()}
-    tokens: list[list[int]] = [[] for _ in works]
-    going = set(range(len(works)))
-    while going:
-        running.check_running()
-        mesh.check_cancelled()
-        decoder.step()
-        step = _exchange_step(engine, places, going, answers, tag)
-        for n in sorted(going):
-            tokens[n].append(step[n])
-            ended = step[n] in asked[n].ends or len(tokens[n]) >= asked[n].max_new_tokens
-            going -= {n} if ended else set()
-        if on_tokens is not None:
-            on_tokens(torch.tensor(step, device=works[0].ids.device))
-    return tokens
-
-
-def _joint_tag(works: Sequence[SessionState], *what: object) -> int:
-    return session_tag(works[0], *what, [session_tag(work) for work in works[1:]])
-
-
-def _exchange_step(
-    engine: EngineParts,
-    places: Sequence[int],
-    going: set[int],
-    answers: dict[int, Any],
-    tag: int,
-) -> list[int]:
-    """The next token of each session that goes on, from whoever decodes it."""
-    rank, mesh = engine.rank, engine.mesh
-    by_rank = {n: [s for s in sorted(going) if places[s] == n] for n in set(places)}
-    step = [_ENDED] * len(places)
-    own = by_rank.get(rank, [])
-    for n in own:
-        if answers[n].error is not None:
-            raise answers[n].error
-        step[n] = answers[n].tokens[-1]
-    others = [n for n in range(mesh.world_size) if n != rank]
-    if own and others:
-        data = struct.pack(f"<{len(own)}q", *(step[n] for n in own))
-        mesh.send(data, block=Control.TOKEN, plan=tag, to=others)
-    sizes = {n: 8 * len(theirs) for n, theirs in by_rank.items() if n != rank and theirs}
-    views = mesh.receive(sizes, block=Control.TOKEN, plan=tag) if sizes else {}
-    for n, view in views.items():
-        values = struct.unpack(f"<{len(by_rank[n])}q", view)
-        for session, token in zip(by_rank[n], values, strict=True):
-            step[session] = _valid(engine, token, n)
-    return step
-
-
-def _valid(engine: EngineParts, token: int, rank: int) -> int:
-    vocabulary = int(engine.adapter.model.config.vocab_size)
-    if not 0 <= token < vocabulary:
-        raise WireError("token", f"0 to {vocabulary - 1}", token, rank)
-    return token
-
-
-def _send_tokens(engine: EngineParts, tokens: Sequence[int], tag: int) -> None:
-    mesh = engine.mesh
-    others = [n for n in range(mesh.world_size) if n != mesh.rank]
-    if others:
-        mesh.send(_SIZE.pack(len(tokens)), block=Control.ANSWER_SIZE, plan=tag, to=others)
-        data = struct.pack(f"<{len(tokens)}q", *tokens)
-        mesh.send(data, block=Control.ANSWER, plan=tag, to=others)
-
-
-def _receive_tokens(engine: EngineParts, state: SessionState, tag: int) -> list[int]:
-    mesh, owner = engine.mesh, state.owner
-    view = mesh.receive({owner: _SIZE.size}, block=Control.ANSWER_SIZE, plan=tag)[owner]
-    count, room = _SIZE.unpack(view)[0], _limit(engine) + 1 - state.tokens
-    if count > room:
-        raise WireError("number of new tokens", f"at most {room}", count, owner)
-    view = mesh.receive({owner: 8 * count}, block=Control.ANSWER, plan=tag)[owner]
-    return [_valid(engine, token, owner) for token in struct.unpack(f"<{count}q", view)]
-
-
-def _limit(engine: EngineParts) -> int:
-    return int(engine.adapter.model.config.max_position_embeddings)
 
 
 def _check_rank(engine: EngineParts, rank: Any) -> int:
@@ -412,7 +365,7 @@ def _check_ids(engine: EngineParts, ids: Any, past: int) -> Tensor:
     given = check_inputs(engine.adapter, {"input_ids": ids})["input_ids"]
     if given.shape[0] != 1:
         raise ValueError(f"ids: expected shape [1, T], got {list(given.shape)}")
-    limit = _limit(engine)
+    limit = token_limit(engine)
     if past + given.shape[1] > limit:
         raise ValueError(
             f"ids: expected at most {limit - past} tokens behind {past}, as the model's limit is "

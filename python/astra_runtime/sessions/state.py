@@ -50,6 +50,7 @@ class SessionState:
             with dense exchange there are none.
         pieces: payloads of pending tokens that this rank has, by (start, stop).
         scores: fp32 [1, V], on the owner, where `fresh`.
+        held: keys and values of tokens [start, stop) that are exact here and not in `cache` yet.
         answer: what this rank is continuing the session with, a `decoder.Answer`.
     """
 
@@ -66,6 +67,7 @@ class SessionState:
     pending: list[Span] = field(default_factory=list)
     pieces: dict[Interval, list[bytes]] = field(default_factory=dict)
     scores: Tensor | None = None
+    held: list[tuple[int, int, list[tuple[Tensor, Tensor]]]] = field(default_factory=list)
     answer: Any = None
 
     def __post_init__(self) -> None:
@@ -141,6 +143,11 @@ class SessionState:
         self.cache.truncate(length)
         for store in self.store or ():
             store.truncate(min(len(store), max(0, length - self.prefix)))
+        self.held = [
+            (a, min(b, length), [(k[:, :, : length - a], v[:, :, : length - a]) for k, v in pairs])
+            for a, b, pairs in self.held
+            if a < length
+        ]
         self._cut_pending(length)
         holders = [n for n, held in enumerate(self.exact) if held and held[-1][1] == self.read]
         if holders and self.owner not in holders:
@@ -160,12 +167,30 @@ class SessionState:
             pairs = zip(self.store, payloads, strict=True)
             self.pieces[span.start, stop] = [store.part(data, old, new) for store, data in pairs]
 
+    def release(self, rank: int, keep_exact: bool) -> None:
+        """Drops what can be rebuilt from codes; without `keep_exact`, all that codes stand for."""
+        if self.store is None:
+            return
+        sinks = min(self.prefix, self.read)
+        if not keep_exact:
+            self.exact = [cut_intervals(held, sinks) for held in self.exact]
+        old, held = self.cache, [(a, b) for a, b in self.exact[rank] if b <= self.cache.length]
+        pieces = [(a, b, old.slices([(a, b)])) for a, b in held]
+        # what was not in the cache yet is exact still
+        later = [piece for piece in self.held if piece[0] >= old.length] if keep_exact else []
+        self.cache, self.held = type(old)(old.blocks), [*pieces, *later]
+        if pieces and pieces[0][0] == 0:
+            for block, (key, value) in enumerate(pieces[0][2]):
+                self.cache.append(block, key, value)
+            del self.held[0]
+
     def fork(self) -> Self:
         other = copy.copy(self)
         other.cache = self.cache.fork()
         other.store = None if self.store is None else [store.fork() for store in self.store]
         other.exact = [list(intervals) for intervals in self.exact]
         other.pending, other.pieces = list(self.pending), dict(self.pieces)
+        other.held = list(self.held)
         return other
 
 

@@ -23,6 +23,7 @@ from astra_runtime.errors import (
     NotFinite,
     PeerLost,
     RequestMismatch,
+    SessionRefused,
     WireError,
 )
 from astra_runtime.transport.stream import Stream
@@ -32,7 +33,8 @@ ABORT_SIZE: Final = HEADER_SIZE + FIELDS_SIZE  # bytes of the whole frame
 _MAX_TEXT: Final = 400  # bytes of each text: three of them fit beside the numbers
 _MAX_RANKS: Final = 50
 _ENDED_CALLS: Final = {
-    kind.__name__: kind for kind in (CallEnded, InputsDiffer, InvalidChoice, NotFinite)
+    kind.__name__: kind
+    for kind in (CallEnded, InputsDiffer, InvalidChoice, NotFinite, SessionRefused)
 }
 
 

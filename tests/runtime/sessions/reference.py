@@ -26,6 +26,7 @@ class Reference:
         self.model, self.book, self.adapter = model, book, adapt(model)
         self.blocks = len(self.adapter.blocks)
         self.views: list[Pairs] = [[] for _ in range(world_size)]
+        self.codes: Pairs = []  # what the codes of all tokens stand for; sinks are exact
         self.ids = torch.zeros(1, 0, dtype=torch.int64)
 
     def length(self, rank: int) -> int:
@@ -54,6 +55,8 @@ class Reference:
             if rank not in cut.members and plan.copies:
                 own = self.run(rank, past, list(range(plan.copies)), None, plan.copies)[1]
                 exact[rank] = dict(enumerate(split(own)))
+        sinks = exact[cut.members[0]]
+        self.codes = longer(self.codes, join([known[t] or sinks[t] for t in range(count)]))
         for rank, mine in exact.items():
             new = join([mine.get(t, known[t]) for t in range(count)])
             self.extend(rank, new)
@@ -65,6 +68,7 @@ class Reference:
         self.ids = torch.cat([self.ids, ids], 1)
         logits, own = self.run(rank, past, list(range(count)), None, 0)
         coded = self.coded(own, list(range(past, past + count)))
+        self.codes = longer(self.codes, coded)
         for other in range(len(self.views)):
             self.extend(other, own if other == rank else coded)
         return logits
@@ -84,11 +88,13 @@ class Reference:
         ]
 
     def extend(self, rank: int, new: Pairs) -> None:
-        old = self.views[rank]
-        self.views[rank] = [
-            (torch.cat([a, c], 2), torch.cat([b, d], 2))
-            for (a, b), (c, d) in zip(old or empty_like(new), new, strict=True)
-        ]
+        self.views[rank] = longer(self.views[rank], new)
+
+    def forget(self, start: int, stop: int) -> None:
+        """Every rank has these tokens from codes alone, and the rest as rank 0 has it."""
+        parts = [cut_out(self.views[0], 0, start), cut_out(self.codes, start, stop)]
+        view = longer(longer(*parts), cut_out(self.views[0], stop, None))
+        self.views = [view for _ in self.views]
 
     @torch.inference_mode()
     def run(
@@ -194,6 +200,17 @@ def join(tokens: list[Pairs]) -> Pairs:
         (torch.cat([k for k, _ in block], 2), torch.cat([v for _, v in block], 2))
         for block in zip(*tokens, strict=True)
     ]
+
+
+def longer(first: Pairs, second: Pairs) -> Pairs:
+    return [
+        (torch.cat([a, c], 2), torch.cat([b, d], 2))
+        for (a, b), (c, d) in zip(first or empty_like(second), second, strict=True)
+    ]
+
+
+def cut_out(pairs: Pairs, start: int, stop: int | None) -> Pairs:
+    return [(k[:, :, start:stop], v[:, :, start:stop]) for k, v in pairs]
 
 
 def own_part(pairs: Pairs, count: int) -> Pairs:

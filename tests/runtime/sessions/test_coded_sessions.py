@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -11,7 +12,9 @@ from torch import Tensor
 
 from astra_runtime import Codebook, Engine
 from astra_runtime.evaluate import run_ranks
+from astra_runtime.sessions import files
 from astra_runtime.sessions.cut import Cut, cut
+from astra_runtime.sessions.session import Session
 from astra_runtime.transport import Mesh
 
 from ..models import inputs_for, tiny, windows_for
@@ -114,3 +117,56 @@ def test_the_first_turn_is_the_engines(name: str) -> None:
                 )
 
     run_ranks(3, work, timeout=30)
+
+
+@pytest.mark.parametrize("name", ["shared", "transform"])
+def test_saved_and_freed_sessions_equal_the_reference(name: str, tmp_path: Path) -> None:
+    model, book = coded("llama", name)
+    file, steps = tmp_path / "session", [IDS[:, 30 + n : 33 + n] for n in range(4)]
+    monkey = pytest.MonkeyPatch()
+    monkey.setattr(files, "TAIL", 5)
+
+    def work(mesh: Mesh) -> tuple[list[Cut], list[Tensor]]:
+        cuts, rows = [], []
+
+        def ask(session: Session, new: Tensor) -> None:
+            state, seen = session._state, Forced([0])
+            unread = session.ids[:, state.read :]
+            cuts.append(cut(engine, state.read, unread.shape[1] + new.shape[1], session.owner))
+            session.append(new)
+            session.fork().generate(1, choose=seen)
+            rows.append(seen.rows[0] if seen.rows else torch.empty(0))
+
+        with Engine(model, book, mesh, halo=2) as engine:
+            session = engine.session()
+            cuts.append(cut(engine, 0, 30, 0))
+            session.append(IDS[:, :30], rank=0)
+            session.generate(3, choose=Forced([1, 2, 3]))
+            session.save(file)
+            session = engine.load_session(file)
+            assert session.ids.shape[1] == 33
+            ask(session, steps[0])
+            session.release("exact")
+            ask(session, steps[1])
+            session.release("codes")
+            ask(session, steps[2])
+            session.save(file)
+        return cuts, rows
+
+    try:
+        results = run_ranks(2, work, timeout=30)
+    finally:
+        monkey.undo()
+    cuts, rows = results[0][0], results[1][1]
+    assert file.stat().st_mode & 0o777 == 0o600
+    assert [path.name for path in tmp_path.iterdir()] == ["session"]
+    reference, sinks = Reference(model, book, 2), book.prefix
+    reference.append(IDS[:, :30], cuts[0])
+    for token in (1, 2):
+        reference.read(0, torch.tensor([[token]]))
+    reference.forget(sinks, 32 - 5)
+    expected = [reference.append(torch.cat([torch.tensor([[3]]), steps[0]], 1), cuts[1])]
+    expected.append(reference.append(steps[1], cuts[2]))
+    reference.forget(sinks, len(reference.ids[0]))
+    expected.append(reference.append(steps[2], cuts[3]))
+    torch.testing.assert_close(torch.stack(rows), torch.stack(expected), rtol=2e-3, atol=2e-3)
