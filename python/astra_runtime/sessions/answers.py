@@ -16,7 +16,7 @@ from .codes import complete, session_tag, synchronize
 from .decoder import Asked, Decoder
 from .state import SessionState
 
-_SIZE = struct.Struct("<Q")
+_SIZE = struct.Struct("<Q?")  # number of tokens, and whether all but the last were read
 _ENDED = -1  # stands for the next token of a session that has ended
 
 
@@ -102,23 +102,24 @@ def _valid(engine: EngineParts, token: int, rank: int) -> int:
     return token
 
 
-def send_tokens(engine: EngineParts, tokens: Sequence[int], tag: int) -> None:
+def send_tokens(engine: EngineParts, tokens: Sequence[int], read: bool, tag: int) -> None:
     mesh = engine.mesh
     others = [n for n in range(mesh.world_size) if n != mesh.rank]
     if others:
-        mesh.send(_SIZE.pack(len(tokens)), block=Control.ANSWER_SIZE, plan=tag, to=others)
+        mesh.send(_SIZE.pack(len(tokens), read), block=Control.ANSWER_SIZE, plan=tag, to=others)
         data = struct.pack(f"<{len(tokens)}q", *tokens)
         mesh.send(data, block=Control.ANSWER, plan=tag, to=others)
 
 
-def receive_tokens(engine: EngineParts, state: SessionState, tag: int) -> list[int]:
+def receive_tokens(engine: EngineParts, state: SessionState, tag: int) -> tuple[list[int], bool]:
     mesh, owner = engine.mesh, state.owner
     view = mesh.receive({owner: _SIZE.size}, block=Control.ANSWER_SIZE, plan=tag)[owner]
-    count, room = _SIZE.unpack(view)[0], token_limit(engine) + 1 - state.tokens
+    (count, read), room = _SIZE.unpack(view), token_limit(engine) + 1 - state.tokens
     if count > room:
         raise WireError("number of new tokens", f"at most {room}", count, owner)
     view = mesh.receive({owner: 8 * count}, block=Control.ANSWER, plan=tag)[owner]
-    return [_valid(engine, token, owner) for token in struct.unpack(f"<{count}q", view)]
+    tokens = [_valid(engine, token, owner) for token in struct.unpack(f"<{count}q", view)]
+    return tokens, read
 
 
 def token_limit(engine: EngineParts) -> int:

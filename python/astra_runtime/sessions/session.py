@@ -166,24 +166,41 @@ class Session:
 
         return generate_together([self], max_new_tokens, on_tokens=hear, **options)[0]
 
-    def finish(self, *, request: int | None = None, within_ms: float | None = None) -> Tensor:
+    def finish(
+        self,
+        tokens: Sequence[int] | None = None,
+        *,
+        request: int | None = None,
+        within_ms: float | None = None,
+    ) -> Tensor:
         """After an answer that `owner` gave by a `Decoder`: every rank hears of it.
 
         The owner sends the new tokens, and every rank what others have not heard of so far.
-        Returns int64 [1, all tokens].
+
+        Args:
+            tokens: on the owner, where it has decoded in another way: the new tokens. They are read
+                with what is appended next, as nothing else is known of them.
+
+        Returns:
+            int64 [1, all tokens].
         """
-        engine = self._engine
+        engine, foreign = self._engine, tokens
+        if foreign is not None:
+            foreign = _check_tokens(engine, foreign, self._state.tokens)
         with self._call(request, within_ms, "finish") as (running, work):
             tag = session_tag(work, request, "finish")
-            answer = self._state.answer
-            tokens = [] if answer is None else answer.tokens
+            answer, read = self._state.answer, foreign is None
+            new = foreign or ([] if answer is None else answer.tokens)
             if engine.rank == work.owner:
-                send_tokens(engine, tokens, tag)
+                send_tokens(engine, new, read, tag)
             else:
-                tokens = receive_tokens(engine, work, tag)
+                new, read = receive_tokens(engine, work, tag)
             self._remember(work.owner)
             work.answer = None
-            work.add_answer(tokens, work.owner)
+            if read:
+                work.add_answer(new, work.owner)
+            else:
+                work.add_unread(new)
             synchronize(engine, work, running)
         return self.ids
 
@@ -358,6 +375,13 @@ def _check_together(
 
 def _check_rank(engine: EngineParts, rank: Any) -> int:
     return check_integer("rank", rank, 0, engine.mesh.world_size - 1)
+
+
+def _check_tokens(engine: EngineParts, tokens: Sequence[int], past: int) -> list[int]:
+    vocabulary, room = int(engine.adapter.model.config.vocab_size), token_limit(engine) + 1 - past
+    if len(tokens) > room:
+        raise ValueError(f"tokens: expected at most {room} behind {past}, got {len(tokens)}")
+    return [check_integer("tokens", token, 0, vocabulary - 1) for token in tokens]
 
 
 def _check_ids(engine: EngineParts, ids: Any, past: int) -> Tensor:

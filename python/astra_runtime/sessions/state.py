@@ -129,10 +129,16 @@ class SessionState:
         if not tokens:
             return
         start = self.read if self.fresh else min(self.read, self.tokens - 1)
-        new = torch.tensor([list(tokens)], dtype=torch.int64, device=self.ids.device)
-        self.ids = torch.cat([self.ids, new], 1)
+        self.add_unread(tokens)
         self.add_computed(start, self.tokens - 1, rank)
-        self.fresh, self.scores, self.answer = False, None, None
+        self.answer = None
+
+    def add_unread(self, tokens: Sequence[int]) -> None:
+        """Tokens of which no rank has keys and values."""
+        if tokens:
+            new = torch.tensor([list(tokens)], dtype=torch.int64, device=self.ids.device)
+            self.ids = torch.cat([self.ids, new], 1)
+            self.fresh, self.scores = False, None
 
     def truncate(self, length: int) -> None:
         """Keeps the first `length` tokens. The rank that has the last of them exact owns it."""

@@ -149,6 +149,13 @@ def test_a_decoder_continues_sessions_that_join_and_leave() -> None:
                 pass
             for session, text in zip(sessions, expected, strict=True):
                 assert torch.equal(session.finish(), text)
+            # tokens of another decoder are read with what follows them
+            sessions[1].append(ids[:, 20:23])
+            other = [7, 8] if mesh.rank == 1 else None
+            assert sessions[1].finish(other)[0, -2:].tolist() == [7, 8]
+            sessions[1].append(ids[:, 23:25], rank=0)
+            text = sessions[1].ids
+            assert torch.equal(sessions[1].generate(3), greedy("llama", text, 3)[0])
             assert all(answer.done for answer in answers)
             assert any(len(batch) > 1 for batch in stepped) or mesh.rank == 0
 
