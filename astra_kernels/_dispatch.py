@@ -18,10 +18,13 @@ from typing import Any
 import torch
 
 from astra_kernels.attention import cpu as attention_cpu
+from astra_kernels.attention import gradient as attention_gradient
 from astra_kernels.attention import reference as attention_reference
 from astra_kernels.coded_attention import cpu as coded_attention_cpu
+from astra_kernels.coded_attention import gradient as coded_attention_gradient
 from astra_kernels.coded_attention import reference as coded_attention_reference
 from astra_kernels.codeword_attention import cpu as codeword_attention_cpu
+from astra_kernels.codeword_attention import gradient as codeword_attention_gradient
 from astra_kernels.codeword_attention import reference as codeword_attention_reference
 from astra_kernels.count_codes import cpu as count_codes_cpu
 from astra_kernels.count_codes import reference as count_codes_reference
@@ -39,6 +42,7 @@ from astra_kernels.merge_state import reference as merge_state_reference
 from astra_kernels.merge_states import cpu as merge_states_cpu
 from astra_kernels.merge_states import reference as merge_states_reference
 from astra_kernels.mixed_attention import cpu as mixed_attention_cpu
+from astra_kernels.mixed_attention import gradient as mixed_attention_gradient
 from astra_kernels.mixed_attention import reference as mixed_attention_reference
 
 Kernel = Callable[..., Any]
@@ -81,6 +85,15 @@ _CPU: dict[str, Kernel] = {
     "merge_state": merge_state_cpu.merge_state,
     "merge_states": merge_states_cpu.merge_states,
     "mixed_attention": mixed_attention_cpu.mixed_attention,
+}
+
+# Op -> its gradient in torch, on any device: by blocks, or with ``fast`` by torch's flash backward
+# where that serves.
+_GRADIENT: dict[str, Kernel] = {
+    "attention": attention_gradient.attention,
+    "coded_attention": coded_attention_gradient.coded_attention,
+    "codeword_attention": codeword_attention_gradient.codeword_attention,
+    "mixed_attention": mixed_attention_gradient.mixed_attention,
 }
 
 # Op -> kernel of the C++ core.
@@ -127,7 +140,7 @@ def choose(
     """
     if impl == "auto":
         if device.type == "cpu":
-            return Implementation(_REFERENCE[op] if uses else _CPU[op])
+            return Implementation(_CPU[op])
         takes_all = op in _TRITON and not _lacking(op, uses)
         if takes_all and dtype != torch.float64 and runs_triton(device):
             return _triton(op)
@@ -158,6 +171,11 @@ def choose(
             raise RuntimeError(_unavailable(op, impl, why))
         return _triton(op)
     raise ValueError(f"astra_kernels.{op}: impl must be one of {', '.join(IMPLS)}, got {impl!r}")
+
+
+def choose_gradient(op: str, impl: str) -> Kernel:
+    """The gradient of ``op``, whose forward ran by ``impl``."""
+    return functools.partial(_GRADIENT[op], fast=impl == "auto")
 
 
 def _lacking(op: str, uses: Sequence[str]) -> list[str]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -11,6 +11,7 @@ from torch import Tensor
 from astra_kernels import _checks as checks
 from astra_kernels import _dispatch
 from astra_kernels._dispatch import MORE_QUERIES, VALUE_WIDTH
+from astra_kernels._library.gradients import States, register_gradient
 from astra_kernels._library.registration import State, register
 
 # What says which keys a query sees, and what becomes of their scores, in the ops' schemas.
@@ -19,6 +20,7 @@ DENSE = (
     "SymInt[]? window"
 )
 SCORES = "float? scale, float? softcap, Tensor? sinks"
+SCHEMA = f"attention(Tensor query, {DENSE}, {SCORES}, str impl) -> (Tensor, Tensor)"
 
 
 def new_state(query: Tensor, width: int) -> State:
@@ -79,9 +81,6 @@ def _attention(
     impl: str,
 ) -> State:
     op = "attention"
-    checks.check_forward_only(
-        op, query=query, key=key, value=value, attn_mask=attn_mask, sinks=sinks
-    )
     check_attention(op, query, key, value, key_mask, attn_mask, window)
     checks.check_scores(op, query, softcap, sinks)
     more = given(attn_mask=attn_mask, window=window, softcap=softcap, sinks=sinks)
@@ -106,16 +105,33 @@ def _attention_fake(
     impl: str,
 ) -> State:
     op = "attention"
-    checks.check_forward_only(
-        op, query=query, key=key, value=value, attn_mask=attn_mask, sinks=sinks
-    )
     check_attention(op, query, key, value, key_mask, attn_mask, window)
     checks.check_scores(op, query, softcap, sinks)
     return new_state(query, value.shape[3])
 
 
-register(
-    f"attention(Tensor query, {DENSE}, {SCORES}, str impl) -> (Tensor, Tensor)",
-    _attention,
-    _attention_fake,
-)
+register(SCHEMA, _attention, _attention_fake)
+
+
+def _attention_gradient(
+    states: States,
+    wanted: frozenset[str],
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    is_causal: bool,
+    key_mask: Tensor | None,
+    attn_mask: Tensor | None,
+    window: Sequence[int] | None,
+    scale: float | None,
+    softcap: float | None,
+    sinks: Tensor | None,
+    impl: str,
+) -> Mapping[str, Tensor]:
+    more = given(attn_mask=attn_mask, window=window, softcap=softcap, sinks=sinks)
+    visible = {"is_causal": is_causal, "key_mask": key_mask, "scale": scale}
+    gradient = _dispatch.choose_gradient("attention", impl)
+    return gradient(*states, query, key, value, **visible, **more, wanted=wanted)
+
+
+register_gradient(SCHEMA, _attention_gradient, to=("query", "key", "value", "attn_mask", "sinks"))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 from torch import Tensor
@@ -20,6 +20,7 @@ from astra_kernels._library.attention import (
     stored_as_query,
     uses_of_dense,
 )
+from astra_kernels._library.gradients import States, register_gradient
 from astra_kernels._library.packing import unpack_rows
 from astra_kernels._library.registration import State, register, split, wants_check
 
@@ -60,16 +61,6 @@ def value_width(value_codebook: Tensor) -> int:
 def _check_coded(
     op: str, query: Tensor, coded: CodedInput, rest: Rest, mask_name: str = "attn_mask"
 ) -> checks.CodedShape:
-    checks.check_forward_only(
-        op,
-        query=query,
-        key_codebook=coded.key_codebook,
-        value_codebook=coded.value_codebook,
-        cos=coded.cos,
-        sin=coded.sin,
-        sinks=rest.sinks,
-        **{mask_name: coded.attn_mask},
-    )
     checks.check_query(op, query)
     shape = checks.check_coded(op, query, coded)
     if coded.attn_mask is not None:
@@ -138,18 +129,42 @@ def _coded_attention_fake(query: Tensor, *args: Any) -> State:
     return new_state(query, value_width(coded.value_codebook))
 
 
-register(
+_CODED_ATTENTION = (
     f"coded_attention(Tensor query, {CODED}, Tensor? attn_mask, {SCORES}, str impl, bool? check) "
-    "-> (Tensor, Tensor)",
-    _coded_attention,
-    _coded_attention_fake,
+    "-> (Tensor, Tensor)"
+)
+register(_CODED_ATTENTION, _coded_attention, _coded_attention_fake)
+
+
+def _gradient_arguments(op: str, query: Tensor, coded: CodedInput, rest: Rest) -> dict[str, Any]:
+    """What the gradient takes of the coded side: codes are integers, and were checked before."""
+    shape = checks.check_coded(op, query, coded)
+    plain = _dispatch.Implementation(_dispatch.choose_gradient(op, rest.impl))
+    return _coded_arguments(op, plain, coded, shape, rest._replace(check=False))
+
+
+def _coded_gradient(
+    states: States, wanted: frozenset[str], query: Tensor, *args: Any
+) -> Mapping[str, Tensor]:
+    op = "coded_attention"
+    coded, args = split(CodedInput, args)
+    rest = Rest(*args)
+    more = given(attn_mask=coded.attn_mask, softcap=rest.softcap, sinks=rest.sinks)
+    arguments = _gradient_arguments(op, query, coded, rest)
+    gradient = _dispatch.choose_gradient(op, rest.impl)
+    return gradient(*states, query, **arguments, **more, wanted=wanted)
+
+
+register_gradient(
+    _CODED_ATTENTION,
+    _coded_gradient,
+    to=("query", "key_codebook", "value_codebook", "attn_mask", "sinks"),
 )
 
 
 def _check_mixed(query: Tensor, dense: Dense, coded: CodedInput, rest: Rest) -> checks.CodedShape:
     op = "mixed_attention"
     key, value = dense.key, dense.value
-    checks.check_forward_only(op, key=key, value=value, attn_mask=dense.attn_mask)
     shape = _check_coded(op, query, coded, rest, "code_attn_mask")
     check_attention(op, query, key, value, dense.key_mask, dense.attn_mask, dense.window)
     if coded.key_codebook.shape[-4] != key.shape[1]:
@@ -161,19 +176,23 @@ def _check_mixed(query: Tensor, dense: Dense, coded: CodedInput, rest: Rest) -> 
     return shape
 
 
-def _mixed_attention(query: Tensor, *args: Any) -> State:
-    op = "mixed_attention"
-    dense, args = split(Dense, args)
-    coded, args = split(CodedInput, args)
-    rest = Rest(*args)
-    shape = _check_mixed(query, dense, coded, rest)
-    more = given(
+def _more_of_mixed(dense: Dense, coded: CodedInput, rest: Rest) -> dict[str, Any]:
+    return given(
         attn_mask=dense.attn_mask,
         window=dense.window,
         code_attn_mask=coded.attn_mask,
         softcap=rest.softcap,
         sinks=rest.sinks,
     )
+
+
+def _mixed_attention(query: Tensor, *args: Any) -> State:
+    op = "mixed_attention"
+    dense, args = split(Dense, args)
+    coded, args = split(CodedInput, args)
+    rest = Rest(*args)
+    shape = _check_mixed(query, dense, coded, rest)
+    more = _more_of_mixed(dense, coded, rest)
     uses = (*more, *uses_of_dense(query, dense.key, dense.value, dense.is_causal))
     kernel = _dispatch.choose(op, rest.impl, query.device, query.dtype, uses)
     arguments = _coded_arguments(op, kernel, coded, shape, rest)
@@ -189,11 +208,34 @@ def _mixed_attention_fake(query: Tensor, *args: Any) -> State:
     return new_state(query, dense.value.shape[3])
 
 
-register(
+_MIXED_ATTENTION = (
     f"mixed_attention(Tensor query, {DENSE}, {CODED}, Tensor? code_attn_mask, {SCORES}, str impl, "
-    "bool? check) -> (Tensor, Tensor)",
-    _mixed_attention,
-    _mixed_attention_fake,
+    "bool? check) -> (Tensor, Tensor)"
+)
+register(_MIXED_ATTENTION, _mixed_attention, _mixed_attention_fake)
+
+
+def _mixed_gradient(
+    states: States, wanted: frozenset[str], query: Tensor, *args: Any
+) -> Mapping[str, Tensor]:
+    op = "mixed_attention"
+    dense, args = split(Dense, args)
+    coded, args = split(CodedInput, args)
+    rest = Rest(*args)
+    arguments = _gradient_arguments(op, query, coded, rest)
+    arguments |= {"is_causal": dense.is_causal, "key_mask": dense.key_mask}
+    gradient = _dispatch.choose_gradient(op, rest.impl)
+    more = _more_of_mixed(dense, coded, rest)
+    return gradient(*states, query, dense.key, dense.value, **arguments, **more, wanted=wanted)
+
+
+register_gradient(
+    _MIXED_ATTENTION,
+    _mixed_gradient,
+    to=(
+        *("query", "key", "value", "key_codebook", "value_codebook"),
+        *("attn_mask", "code_attn_mask", "sinks"),
+    ),
 )
 
 
@@ -201,9 +243,6 @@ def _check_codewords(
     query: Tensor, counts: Tensor, key_codebook: Tensor, value_codebook: Tensor
 ) -> None:
     op = "codeword_attention"
-    checks.check_forward_only(
-        op, query=query, key_codebook=key_codebook, value_codebook=value_codebook
-    )
     checks.check_query(op, query)
     checks.check_codewords(op, query, counts, key_codebook, value_codebook)
 
@@ -239,9 +278,29 @@ def _codeword_attention_fake(
     return new_state(query, value_codebook.shape[3])
 
 
-register(
+_CODEWORD_ATTENTION = (
     "codeword_attention(Tensor query, Tensor counts, Tensor key_codebook, Tensor value_codebook, "
-    "float? scale, str impl, bool? check) -> (Tensor, Tensor)",
-    _codeword_attention,
-    _codeword_attention_fake,
+    "float? scale, str impl, bool? check) -> (Tensor, Tensor)"
+)
+register(_CODEWORD_ATTENTION, _codeword_attention, _codeword_attention_fake)
+
+
+def _codeword_gradient(
+    states: States,
+    wanted: frozenset[str],
+    query: Tensor,
+    counts: Tensor,
+    key_codebook: Tensor,
+    value_codebook: Tensor,
+    scale: float | None,
+    impl: str,
+    check: bool | None,
+) -> Mapping[str, Tensor]:
+    gradient = _dispatch.choose_gradient("codeword_attention", impl)
+    tables = (key_codebook, value_codebook)
+    return gradient(*states, query, counts, *tables, scale=scale, wanted=wanted)
+
+
+register_gradient(
+    _CODEWORD_ATTENTION, _codeword_gradient, to=("query", "key_codebook", "value_codebook")
 )

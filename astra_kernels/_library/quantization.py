@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
 from astra_kernels import _checks as checks
 from astra_kernels import _dispatch
+from astra_kernels._library.gradients import register_autograd, register_once_differentiable
 from astra_kernels._library.packing import unpack_rows
 from astra_kernels._library.registration import register, wants_check
+from astra_kernels.decode.gradient import decode as decode_gradient
 
 
 def _check_encode(vectors: Tensor, codebook: Tensor, half_norms: Tensor | None) -> None:
@@ -68,7 +72,6 @@ register(
 
 
 def _decode(codes: Tensor, codebook: Tensor, impl: str, check: bool | None) -> Tensor:
-    checks.check_forward_only("decode", codebook=codebook)
     checks.check_decode(codes, codebook)
     if wants_check(check, codes):
         checks.check_code_values("decode", "codes", codes, codebook.shape[1])
@@ -79,7 +82,6 @@ def _decode(codes: Tensor, codebook: Tensor, impl: str, check: bool | None) -> T
 
 
 def _decode_fake(codes: Tensor, codebook: Tensor, impl: str, check: bool | None) -> Tensor:
-    checks.check_forward_only("decode", codebook=codebook)
     checks.check_decode(codes, codebook)
     return codebook.new_empty((*codes.shape, codebook.shape[2]))
 
@@ -89,6 +91,36 @@ register(
     _decode,
     _decode_fake,
 )
+
+
+def _decode_backward(grad: Tensor, codes: Tensor, codewords: int) -> Tensor:
+    return decode_gradient(grad, codes, codewords).to(grad.dtype)
+
+
+def _decode_backward_fake(grad: Tensor, codes: Tensor, codewords: int) -> Tensor:
+    groups, width = grad.shape[-2:]
+    return grad.new_empty((groups, codewords, width))
+
+
+def _save_decode(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    """The codebook may change meanwhile, as in training by moving averages."""
+    codes, codebook, *_ = inputs
+    ctx.save_for_backward(codes)
+    ctx.codewords = codebook.shape[1]
+
+
+def _backward_of_decode(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    (codes,) = ctx.saved_tensors
+    return None, torch.ops.astra.decode_backward(grad, codes, ctx.codewords), None, None
+
+
+register(
+    "decode_backward(Tensor grad, Tensor codes, SymInt codewords) -> Tensor",
+    _decode_backward,
+    _decode_backward_fake,
+)
+register_autograd("decode", _backward_of_decode, _save_decode)
+register_once_differentiable("decode")
 
 
 def _count_codes(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from astra_kernels._autograd import undifferentiated
 from astra_kernels._checks import check_scale, check_softcap, check_tensors, check_window
 
 __all__ = ["attention"]
@@ -72,11 +73,12 @@ def attention(
     optional = None
     if key_mask is not None or attn_mask is not None or sinks is not None:
         optional = {"key_mask": key_mask, "attn_mask": attn_mask, "sinks": sinks}
-    check_tensors(op, optional, query=query, key=key, value=value)
+    check_tensors(op, optional, query=query, key=key, value=value, differentiable=True)
     check_scale(op, scale)
     check_softcap(op, softcap)
     check_window(op, window)
-    out, lse = torch.ops.astra.attention(
-        query, key, value, is_causal, key_mask, attn_mask, window, scale, softcap, sinks, impl
-    )
+    with undifferentiated(query, key, value, attn_mask, sinks):
+        out, lse = torch.ops.astra.attention(
+            query, key, value, is_causal, key_mask, attn_mask, window, scale, softcap, sinks, impl
+        )
     return out, lse

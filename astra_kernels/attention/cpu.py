@@ -8,71 +8,112 @@ keys are taken out instead of masked.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
+
+from astra_kernels.attention.blocks import compute_dtype, forward
+from astra_kernels.attention.visibility import Visibility, visibility
 
 # Rows of queries that share one flash call under a causal mask. The kernel skips keys in blocks of
 # 512 only; cutting the rows leaves out most of the other half of the square (bench/ops.py, case
 # `causal_rows`).
 CAUSAL_ROWS = 64
 
+# Numbers of a mask that are made the kernel's dtype at a time.
+CONVERTED = 2**22
+
 _flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default
 
 
-def compute_dtype(query: Tensor) -> torch.dtype:
-    return torch.float64 if query.dtype == torch.float64 else torch.float32
-
-
-def new_state(query: Tensor) -> tuple[Tensor, Tensor]:
-    """Uninitialized out and lse; out [B, H, M, d] is stored as [B, M, H, d], the layout that the
-    flash kernel writes and that models want next."""
+def new_state(query: Tensor, width: int | None = None) -> tuple[Tensor, Tensor]:
+    """Uninitialized out and lse; out [B, H, M, width or d] is stored as [B, M, H, …], the layout
+    that the flash kernel writes and that models want next."""
     batch, heads, rows, dim = query.shape
-    out = query.new_empty((batch, rows, heads, dim)).transpose(1, 2)
+    out = query.new_empty((batch, rows, heads, dim if width is None else width)).transpose(1, 2)
     return out, query.new_empty((batch, heads, rows), dtype=compute_dtype(query))
 
 
-def empty_state(query: Tensor) -> tuple[Tensor, Tensor]:
+def empty_state(query: Tensor, width: int | None = None) -> tuple[Tensor, Tensor]:
     """Attention over no keys."""
-    out, lse = new_state(query)
+    out, lse = new_state(query, width)
     return out.zero_(), lse.fill_(float("-inf"))
 
 
 def flash(
-    query: Tensor, key: Tensor, value: Tensor, scale: float | None, bias: Tensor | None = None
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    scale: float | None,
+    bias: Tensor | None = None,
+    hides: bool = False,
 ) -> tuple[Tensor, Tensor]:
-    """All keys visible, or a bias (0 or finite or -inf) broadcastable to [B, H, M, L]."""
+    """All keys visible, or a bias (0 or finite or -inf) broadcastable to [B, H, M, L]. ``hides``:
+    keys and values that the bias hides may be NaN."""
+    width = value.shape[3]
     if key.shape[2] == 0 or query.numel() == 0:
-        return empty_state(query)
+        return empty_state(query, width)
     dtype = query.dtype
     if dtype in (torch.float16, torch.bfloat16):
         # Without AMX the half-precision kernel is slower than fp32, and far less exact.
         query, key, value = query.float(), key.float(), value.float()
+    if width != query.shape[3]:
+        scale = query.shape[3] ** -0.5 if scale is None else scale
+        query, key, value = _of_one_width(query, key, value)
     # The kernel takes any strides but that of the last axis, which it believes to be 1.
     query, key, value = (x if x.stride(3) == 1 else x.contiguous() for x in (query, key, value))
     out, lse = _flash(query, key, value, 0.0, False, attn_mask=bias, scale=scale)
     if not lse.all():
-        _mend_zeros(query, key, scale, bias, out, lse)
+        _mend(lse == 0, query, key, value, scale, bias, out, lse)
+    if hides:
+        wrong = lse.isnan() | out.isnan().any(dim=3)
+        if wrong.any():
+            _mend(wrong, query, key, value, scale, bias, out, lse)
+    out = out if out.shape[3] == width else out[..., :width]
     return out.to(dtype), lse.contiguous()
 
 
-def _mend_zeros(
-    query: Tensor, key: Tensor, scale: float | None, bias: Tensor | None, out: Tensor, lse: Tensor
+def _of_one_width(query: Tensor, key: Tensor, value: Tensor) -> list[Tensor]:
+    """Zeros behind the narrower of keys and values: the kernel takes one width."""
+    width = max(query.shape[3], value.shape[3])
+    return [
+        x if x.shape[3] == width else torch.nn.functional.pad(x, (0, width - x.shape[3]))
+        for x in (query, key, value)
+    ]
+
+
+def _mend(
+    wrong: Tensor,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    scale: float | None,
+    bias: Tensor | None,
+    out: Tensor,
+    lse: Tensor,
 ) -> None:
-    """Rows of lse 0: those whose scores are all -inf or NaN get what is due, others keep it."""
+    """Rows in doubt, bool [B, H, M]: computed anew where scores are NaN or all -inf."""
     group = query.shape[1] // key.shape[1]
     scale = query.shape[3] ** -0.5 if scale is None else scale
-    for batch, head in (lse == 0).any(dim=2).nonzero().tolist():
-        rows = (lse[batch, head] == 0).nonzero().squeeze(1)
-        scores = query[batch, head, rows] @ key[batch, head // group].mT * scale
-        if bias is not None:
-            own = bias.expand(*query.shape[:3], -1)[batch, head, rows]
-            scores = (scores + own).masked_fill(own == float("-inf"), float("-inf"))
-        exact = scores.logsumexp(dim=1)
-        wrong = ~exact.isfinite()
-        exact = exact.masked_fill(exact == float("inf"), float("nan"))
-        lse[batch, head, rows[wrong]] = exact[wrong].to(lse.dtype)
-        empty = exact == float("-inf")
-        out[batch, head, rows[wrong]] = torch.where(empty, 0.0, exact)[wrong, None].to(out.dtype)
+    for batch, head in wrong.any(dim=2).nonzero().tolist():
+        keys, values = key[batch, head // group], value[batch, head // group]
+        for rows in wrong[batch, head].nonzero().squeeze(1).split(CONVERTED // len(keys) + 1):
+            place = (batch, head, rows)
+            scores, seen = query[place] @ keys.mT * scale, values
+            if bias is not None:
+                own = bias.expand(*query.shape[:3], -1)[place]
+                hidden = own == float("-inf")
+                scores = (scores + own).masked_fill(hidden, float("-inf"))
+                seen = seen.masked_fill(hidden.all(dim=0).unsqueeze(1), 0.0)
+            exact = scores.logsumexp(dim=1)
+            exact = exact.masked_fill(exact == float("inf"), float("nan"))
+            empty = (exact == float("-inf")).unsqueeze(1)
+            weights = scores.masked_fill(empty, 0.0).softmax(dim=1).masked_fill(empty, 0.0)
+            change = ~exact.isfinite() | lse[place].isnan() | out[place].isnan().any(dim=1)
+            lse[place] = torch.where(change, exact.to(lse.dtype), lse[place])
+            mended = (weights @ seen).to(out.dtype)
+            out[place] = torch.where(change.unsqueeze(1), mended, out[place])
 
 
 def _causal(
@@ -89,7 +130,7 @@ def _causal(
     columns = tokens - rows + last
     stairs = torch.zeros(block, columns + block, dtype=compute_dtype(query))
     stairs[:, columns:].fill_(float("-inf")).triu_(1)
-    out, lse = new_state(query)
+    out, lse = new_state(query, value.shape[3])
     for start in range(0, rows, block):
         stop = min(start + block, rows)
         seen = tokens - rows + stop
@@ -109,7 +150,7 @@ def _visible_only(
 ) -> tuple[Tensor, Tensor]:
     """Each batch row over its visible keys alone."""
     rows, tokens = query.shape[2], key.shape[2]
-    out, lse = new_state(query)
+    out, lse = new_state(query, value.shape[3])
     for row in range(query.shape[0]):
         index = key_mask[row].nonzero().squeeze(1)
         one = slice(row, row + 1)
@@ -125,6 +166,52 @@ def _visible_only(
     return out, lse
 
 
+def _by_rows(
+    query: Tensor, key: Tensor, value: Tensor, scale: float | None, see: Visibility
+) -> tuple[Tensor, Tensor]:
+    """A flash call for some of the rows, over the keys that they can see."""
+    dtype = compute_dtype(query)
+    if see.key_mask is not None:
+        hidden = ~see.key_mask[:, None, :, None]
+        key, value = key.masked_fill(hidden, 0.0), value.masked_fill(hidden, 0.0)
+    out, lse = new_state(query, value.shape[3])
+    block = _rows_at_once(see)
+    if block < see.rows:
+        key, value = key.to(dtype), value.to(dtype)
+    for start in range(0, see.rows, block):
+        stop = min(start + block, see.rows)
+        low, high = see.span(start, stop)
+        bias = see.bias(start, stop, low, high, dtype, query.device)
+        if bias is not None:
+            bias = bias.expand(*bias.shape[:-2], stop - start, high - low)
+        rows = query[:, :, start:stop].to(key.dtype)
+        part = flash(rows, key[:, :, low:high], value[:, :, low:high], scale, bias, hides=True)
+        if block >= see.rows:
+            return part
+        out[:, :, start:stop], lse[:, :, start:stop] = part
+    return out, lse
+
+
+def _rows_at_once(see: Visibility) -> int:
+    """All, unless a band leaves out keys or a mask has to be converted."""
+    rows = max(1, see.rows)
+    if see.banded:
+        return min(CAUSAL_ROWS, rows)
+    mask = see.attn_mask
+    if mask is None or mask.shape[2] == 1 or mask.dtype in (torch.float32, torch.float64):
+        return rows
+    return max(1, min(rows, CONVERTED * rows // max(1, mask.numel())))
+
+
+def with_sinks(state: tuple[Tensor, Tensor], sinks: Tensor) -> tuple[Tensor, Tensor]:
+    """A score for each head whose value is zero joins the softmax."""
+    out, lse = state
+    sink = sinks.to(lse.dtype)[:, None]
+    both = torch.logaddexp(lse, sink)
+    weight = (lse - both.masked_fill(both == float("-inf"), 0.0)).exp_().unsqueeze(3)
+    return (out * weight).to(out.dtype), both
+
+
 def attention(
     query: Tensor,
     key: Tensor,
@@ -133,9 +220,43 @@ def attention(
     is_causal: bool = False,
     key_mask: Tensor | None = None,
     scale: float | None = None,
+    attn_mask: Tensor | None = None,
+    window: Sequence[int] | None = None,
+    softcap: float | None = None,
+    sinks: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    if key_mask is not None and not key_mask.all():
-        return _visible_only(query, key, value, is_causal, key_mask, scale)
-    if is_causal:
+    if key_mask is not None and key_mask.all():
+        key_mask = None
+    more_queries = is_causal and query.shape[2] > key.shape[2]
+    if attn_mask is None and window is None and softcap is None and not more_queries:
+        if key_mask is not None:
+            state = _visible_only(query, key, value, is_causal, key_mask, scale)
+        elif is_causal:
+            state = _causal(query, key, value, scale)
+        else:
+            state = flash(query, key, value, scale)
+    else:
+        see = visibility(query, key.shape[2], is_causal, key_mask, attn_mask, window)
+        state = _seen(query, key, value, scale, softcap, see)
+    return state if sinks is None else with_sinks(state, sinks)
+
+
+def _seen(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    scale: float | None,
+    softcap: float | None,
+    see: Visibility,
+) -> tuple[Tensor, Tensor]:
+    if key.shape[2] == 0 or query.numel() == 0:
+        return empty_state(query, value.shape[3])
+    if softcap is not None:
+        scale = query.shape[3] ** -0.5 if scale is None else scale
+        out, lse = forward(query, key, value, scale, softcap, see)
+        return out.to(query.dtype), lse
+    if see.open:
+        return flash(query, key, value, scale)
+    if see.causal and see.rows <= see.tokens:
         return _causal(query, key, value, scale)
-    return flash(query, key, value, scale)
+    return _by_rows(query, key, value, scale, see)

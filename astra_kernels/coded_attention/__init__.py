@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from astra_kernels._autograd import undifferentiated
 from astra_kernels._checks import check_scale, check_softcap, check_tensors, split_rope
 
 __all__ = ["coded_attention"]
@@ -98,26 +99,28 @@ def coded_attention(
         codes=codes,
         key_codebook=key_codebook,
         value_codebook=value_codebook,
+        differentiable=True,
     )
     check_scale(op, scale)
     check_softcap(op, softcap)
-    out, lse = torch.ops.astra.coded_attention(
-        query,
-        codes,
-        key_codebook,
-        value_codebook,
-        value_codes,
-        code_bits,
-        num_tokens,
-        cos,
-        sin,
-        rope_consecutive,
-        code_mask,
-        attn_mask,
-        scale,
-        softcap,
-        sinks,
-        impl,
-        check,
-    )
+    with undifferentiated(query, key_codebook, value_codebook, attn_mask, sinks, cos, sin):
+        out, lse = torch.ops.astra.coded_attention(
+            query,
+            codes,
+            key_codebook,
+            value_codebook,
+            value_codes,
+            code_bits,
+            num_tokens,
+            cos,
+            sin,
+            rope_consecutive,
+            code_mask,
+            attn_mask,
+            scale,
+            softcap,
+            sinks,
+            impl,
+            check,
+        )
     return out, lse

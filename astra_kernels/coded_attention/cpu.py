@@ -11,8 +11,9 @@ import torch
 from torch import Tensor
 
 from astra_kernels._rotary import Rope, apply_rope
-from astra_kernels.attention.cpu import compute_dtype, flash, new_state
-from astra_kernels.codeword_attention.cpu import codeword_attention
+from astra_kernels.attention.blocks import compute_dtype
+from astra_kernels.attention.cpu import attention, flash, new_state, with_sinks
+from astra_kernels.codeword_attention.cpu import codewords
 from astra_kernels.count_codes.cpu import count
 
 # Tokens per codeword from which counting beats expanding, on codes drawn evenly, the worst case
@@ -59,9 +60,12 @@ def _visible_only(
     scale: float | None,
     rope: Rope | None,
     code_mask: Tensor,
+    attn_mask: Tensor | None,
+    softcap: float | None,
 ) -> tuple[Tensor, Tensor]:
     """Each batch row over its visible tokens alone."""
-    out, lse = new_state(query)
+    groups, _, width = value_codebook.shape[-3:]
+    out, lse = new_state(query, groups * width)
     for row in range(query.shape[0]):
         index = code_mask[row].nonzero().squeeze(1)
         one = slice(row, row + 1)
@@ -69,6 +73,10 @@ def _visible_only(
         if rope is not None:
             cos, sin = (x if x.ndim == 2 else x[row % x.shape[0]] for x in rope)
             row_rope = (cos.index_select(0, index), sin.index_select(0, index))
+        row_mask = attn_mask
+        if row_mask is not None:
+            row_mask = row_mask[one] if row_mask.ndim == 4 and row_mask.shape[0] > 1 else row_mask
+            row_mask = row_mask if row_mask.shape[-1] == 1 else row_mask.index_select(-1, index)
         out[one], lse[one] = coded_attention(
             query[one],
             codes[one].index_select(1, index),
@@ -77,8 +85,19 @@ def _visible_only(
             value_codes=None if value_codes is None else value_codes[one].index_select(1, index),
             scale=scale,
             rope=row_rope,
+            attn_mask=row_mask,
+            softcap=softcap,
         )
     return out, lse
+
+
+def collapses(
+    query: Tensor, codes: Tensor, keys: Tensor, rope: Rope | None, value_codes: Tensor | None
+) -> bool:
+    """Whether codes are counted: equal codes have equal keys, and there are enough of them."""
+    if rope is not None or value_codes is not None or keys.shape[0] * keys.shape[2] != 1:
+        return False
+    return codes.shape[1] >= keys.shape[3] * _counting_from(query, codes)
 
 
 def coded_attention(
@@ -91,18 +110,25 @@ def coded_attention(
     scale: float | None = None,
     rope: Rope | None = None,
     code_mask: Tensor | None = None,
+    attn_mask: Tensor | None = None,
+    softcap: float | None = None,
+    sinks: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
+    if sinks is not None:
+        options = {"value_codes": value_codes, "scale": scale, "rope": rope, "softcap": softcap}
+        options |= {"code_mask": code_mask, "attn_mask": attn_mask}
+        state = coded_attention(query, codes, key_codebook, value_codebook, **options)  # type: ignore[arg-type]
+        return with_sinks(state, sinks)
     if code_mask is not None and not code_mask.all():
         return _visible_only(
-            query, codes, key_codebook, value_codebook, value_codes, scale, rope, code_mask
+            *(query, codes, key_codebook, value_codebook, value_codes, scale, rope, code_mask),
+            *(attn_mask, softcap),
         )
     keys = key_codebook if key_codebook.ndim == 5 else key_codebook.unsqueeze(0)
     values = value_codebook if value_codebook.ndim == 5 else value_codebook.unsqueeze(0)
-    codewords = keys.shape[3]
-    collapses = rope is None and value_codes is None and keys.shape[0] * keys.shape[2] == 1
-    if collapses and codes.shape[1] >= codewords * _counting_from(query, codes):
-        counts = count(codes, codewords)
-        return codeword_attention(query, counts, keys[0], values[0], scale=scale)
+    if attn_mask is None and collapses(query, codes, keys, rope, value_codes):
+        counts = count(codes, keys.shape[3])
+        return codewords(query, counts, keys[0], values[0], scale, softcap)
     dtype = compute_dtype(query)
     shape = (codes.shape[0], codes.shape[1])
     index = row_index(codes, keys)
@@ -110,4 +136,9 @@ def coded_attention(
     if value_codes is not None:
         index = row_index(value_codes, values)
     value = gather(index, values, shape, dtype)
-    return flash(query, key if rope is None else apply_rope(key, rope), value, scale)
+    key = key if rope is None else apply_rope(key, rope)
+    if attn_mask is None and softcap is None:
+        return flash(query, key, value, scale)
+    wide = query.to(dtype)
+    out, lse = attention(wide, key, value, scale=scale, attn_mask=attn_mask, softcap=softcap)
+    return out.to(query.dtype), lse

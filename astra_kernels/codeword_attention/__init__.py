@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
+from astra_kernels._autograd import undifferentiated
 from astra_kernels._checks import check_scale, check_tensors
 
 __all__ = ["codeword_attention"]
@@ -55,11 +58,11 @@ def codeword_attention(
         True
     """
     op = "codeword_attention"
-    check_tensors(
-        op, query=query, counts=counts, key_codebook=key_codebook, value_codebook=value_codebook
-    )
+    tables: dict[str, Any] = {"key_codebook": key_codebook, "value_codebook": value_codebook}
+    check_tensors(op, differentiable=True, query=query, counts=counts, **tables)
     check_scale(op, scale)
-    out, lse = torch.ops.astra.codeword_attention(
-        query, counts, key_codebook, value_codebook, scale, impl, check
-    )
+    with undifferentiated(query, key_codebook, value_codebook):
+        out, lse = torch.ops.astra.codeword_attention(
+            query, counts, key_codebook, value_codebook, scale, impl, check
+        )
     return out, lse

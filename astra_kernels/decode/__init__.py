@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from astra_kernels._autograd import undifferentiated
 from astra_kernels._checks import check_tensors
 
 __all__ = ["decode"]
@@ -35,6 +36,7 @@ def decode(
         <BLANKLINE>
                 [[0., 0.]]])
     """
-    check_tensors("decode", codes=codes, codebook=codebook)
-    vectors: Tensor = torch.ops.astra.decode(codes, codebook, impl, check)
+    check_tensors("decode", codes=codes, codebook=codebook, differentiable=True)
+    with undifferentiated(codebook):
+        vectors: Tensor = torch.ops.astra.decode(codes, codebook, impl, check)
     return vectors

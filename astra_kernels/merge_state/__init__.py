@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
+from astra_kernels._autograd import undifferentiated
 from astra_kernels._checks import check_tensors
 
 __all__ = ["merge_state"]
@@ -41,6 +44,8 @@ def merge_state(
         >>> torch.allclose(out, ak.attention(query, key, value)[0], atol=1e-5)
         True
     """
-    check_tensors("merge_state", out_a=out_a, lse_a=lse_a, out_b=out_b, lse_b=lse_b)
-    out, lse = torch.ops.astra.merge_state(out_a, lse_a, out_b, lse_b, impl)
+    sides: dict[str, Any] = {"out_a": out_a, "lse_a": lse_a, "out_b": out_b, "lse_b": lse_b}
+    check_tensors("merge_state", differentiable=True, **sides)
+    with undifferentiated(out_a, lse_a, out_b, lse_b):
+        out, lse = torch.ops.astra.merge_state(out_a, lse_a, out_b, lse_b, impl)
     return out, lse

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from astra_kernels._autograd import undifferentiated
 from astra_kernels._checks import check_tensors
 
 __all__ = ["merge_states"]
@@ -39,6 +40,7 @@ def merge_states(outs: Tensor, lses: Tensor, *, impl: str = "auto") -> tuple[Ten
         >>> torch.allclose(out, ak.attention(query, key, value)[0], atol=1e-5)
         True
     """
-    check_tensors("merge_states", outs=outs, lses=lses)
-    out, lse = torch.ops.astra.merge_states(outs, lses, impl)
+    check_tensors("merge_states", outs=outs, lses=lses, differentiable=True)
+    with undifferentiated(outs, lses):
+        out, lse = torch.ops.astra.merge_states(outs, lses, impl)
     return out, lse

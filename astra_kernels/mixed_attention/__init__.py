@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Literal, overload
+from typing import Any, Literal, overload
 
 import torch
 from torch import Tensor
 
+from astra_kernels._autograd import undifferentiated
 from astra_kernels._checks import (
     check_scale,
     check_softcap,
@@ -143,37 +144,40 @@ def mixed_attention(
     op = "mixed_attention"
     cos, sin = split_rope(op, rope)
     optional = {"key_mask": key_mask, "value_codes": value_codes, "code_mask": code_mask}
+    optional |= {"cos": cos, "sin": sin}
     if attn_mask is not None or code_attn_mask is not None or sinks is not None:
         optional |= {"attn_mask": attn_mask, "code_attn_mask": code_attn_mask, "sinks": sinks}
-    check_tensors(op, optional, query=query, key=key, value=value, codes=codes)
-    rotary = {"cos": cos, "sin": sin}
-    check_tensors(op, rotary, key_codebook=key_codebook, value_codebook=value_codebook)
+    tensors: dict[str, Any] = {"query": query, "key": key, "value": value, "codes": codes}
+    tables: dict[str, Any] = {"key_codebook": key_codebook, "value_codebook": value_codebook}
+    check_tensors(op, optional, differentiable=True, **tensors, **tables)
     check_scale(op, scale)
     check_softcap(op, softcap)
     check_window(op, window)
-    out, lse = torch.ops.astra.mixed_attention(
-        query,
-        key,
-        value,
-        is_causal,
-        key_mask,
-        attn_mask,
-        window,
-        codes,
-        key_codebook,
-        value_codebook,
-        value_codes,
-        code_bits,
-        num_tokens,
-        cos,
-        sin,
-        rope_consecutive,
-        code_mask,
-        code_attn_mask,
-        scale,
-        softcap,
-        sinks,
-        impl,
-        check,
-    )
+    masks = (attn_mask, code_attn_mask, sinks)
+    with undifferentiated(query, key, value, *tables.values(), *masks, cos, sin):
+        out, lse = torch.ops.astra.mixed_attention(
+            query,
+            key,
+            value,
+            is_causal,
+            key_mask,
+            attn_mask,
+            window,
+            codes,
+            key_codebook,
+            value_codebook,
+            value_codes,
+            code_bits,
+            num_tokens,
+            cos,
+            sin,
+            rope_consecutive,
+            code_mask,
+            code_attn_mask,
+            scale,
+            softcap,
+            sinks,
+            impl,
+            check,
+        )
     return (out, lse) if return_lse else out

@@ -6,6 +6,8 @@ need no copy of the local keys and keep the causal half cheap.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from torch import Tensor
 
 from astra_kernels._rotary import Rope
@@ -28,8 +30,24 @@ def mixed_attention(
     value_codes: Tensor | None = None,
     rope: Rope | None = None,
     code_mask: Tensor | None = None,
+    attn_mask: Tensor | None = None,
+    window: Sequence[int] | None = None,
+    code_attn_mask: Tensor | None = None,
+    softcap: float | None = None,
+    sinks: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    local = attention(query, key, value, is_causal=is_causal, key_mask=key_mask, scale=scale)
+    local = attention(
+        query,
+        key,
+        value,
+        is_causal=is_causal,
+        key_mask=key_mask,
+        scale=scale,
+        attn_mask=attn_mask,
+        window=window,
+        softcap=softcap,
+        sinks=sinks,
+    )
     if codes.shape[1] == 0:
         return local
     remote = coded_attention(
@@ -41,5 +59,7 @@ def mixed_attention(
         scale=scale,
         rope=rope,
         code_mask=code_mask,
+        attn_mask=code_attn_mask,
+        softcap=softcap,
     )
     return merge_state(*local, *remote)
