@@ -149,6 +149,13 @@ OTHERS = (
         ),
     ),
     Bench(
+        "sessions",
+        "the second question about a document beside the first, two processes at 10 Mbit/s",
+        8,
+        (_cpu("bench.latency.sessions", "latency_sessions"),),
+        ("codebooks",),
+    ),
+    Bench(
         "latency-scaled",
         "measured stage times divided by a factor, as of faster devices",
         5,

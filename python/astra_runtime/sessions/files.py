@@ -124,7 +124,7 @@ def _ids(engine: EngineParts, ids: Tensor | None, read: int) -> Tensor:
     if ids is None or ids.dtype != torch.int64 or ids.dim() != 2 or len(ids) != 1:
         raise ValueError("it has no ids, int64 [1, T]")
     tokens = ids.shape[1]
-    if not (max(0, tokens - 1) <= read <= tokens <= limit + 1):
+    if not 0 <= read <= tokens <= limit + 1:
         raise ValueError(f"it says that {read} of {tokens} tokens were read; at most {limit} are")
     if tokens and not 0 <= int(ids.min()) <= int(ids.max()) < vocabulary:
         raise ValueError(f"it has ids that are not among 0 to {vocabulary - 1}")
