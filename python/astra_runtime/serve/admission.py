@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from .service import QueueFull, RequestRefused
 from .work import Work
 
+MOST_AHEAD = 2  # answers that a rank may have more than the idlest, if it knows the beginning
 MAX_ANSWERS = 32  # that one rank decodes at once
 
 
@@ -76,6 +77,12 @@ class Admission:
 
     def answers_of(self, rank: int) -> int:
         return sum(work.request.n for work in self.running if work.owner == rank)
+
+    def may_own(self, work: Work, rank: int) -> bool:
+        """Whether `rank` has room for its answers, and not many more than the chosen owner has."""
+        taken = sum(running.bytes for running in self.running if running.owner == rank)
+        ahead = self.answers_of(rank) - self.answers_of(work.owner)
+        return taken + work.bytes <= self.budget[rank] and ahead < MOST_AHEAD
 
     def _owner_for(self, work: Work) -> int | None:
         """The rank with the fewest answers of those with room; the next in turn where several."""

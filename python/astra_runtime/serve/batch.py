@@ -18,80 +18,62 @@ import astra_kernels as ak
 
 from ..models import Adapter
 from ..prefill import Prefix
+from ..sessions.cache import KeyValues
 from ..trace import stage
-
-GROWTH = 128  # tokens that keys and values grow by
 
 
 class Cache:
     """Keys and values of one sequence's tokens on this rank, and what is known of the others.
 
+    Args:
+        known: keys and values of the tokens so far.
+        position: how many tokens these are, here and elsewhere.
+        logits: fp32 [V] after the last of them; None: nothing was read yet.
+        prefix: what is known of the tokens that other ranks have computed and that `known` lacks;
+            None: there are none.
+
     Attributes:
-        position: of the next token: how many have been read, here and elsewhere.
-        length: tokens whose keys and values are here.
-        logits: fp32 [V] after the last token read; None: nothing was read yet.
-        prefix: what is known of the tokens that other ranks have computed; None: there are none.
+        position, logits: as above, of now.
     """
 
-    def __init__(self, num_blocks: int, prefix: Prefix | None = None) -> None:
-        self._keys: list[Tensor | None] = [None] * num_blocks
-        self._values: list[Tensor | None] = [None] * num_blocks
-        self.position = self.length = 0
-        self.logits: Tensor | None = None
-        self.prefix: Prefix | None = None
-        if prefix is not None:
-            self._keys = [prefix.local[block][0] for block in range(num_blocks)]
-            self._values = [prefix.local[block][1] for block in range(num_blocks)]
-            self.length = prefix.local[0][0].shape[2]
-            self.position, self.logits = prefix.tokens, prefix.logits
-            self.prefix = replace(prefix, local={})
+    def __init__(
+        self,
+        known: KeyValues,
+        position: int = 0,
+        logits: Tensor | None = None,
+        prefix: Prefix | None = None,
+    ) -> None:
+        self._known, self.position, self.logits = known, position, logits
+        self._prefix = prefix
 
-    def copy(self) -> Cache:
-        """Another sequence with the same beginning; each copies keys and values when it grows."""
-        other = Cache(len(self._keys))
-        for mine, theirs in ((self._keys, other._keys), (self._values, other._values)):
-            theirs[:] = [None if kept is None else kept[:, :, : self.length] for kept in mine]
-            mine[:] = theirs
-        other.position, other.length = self.position, self.length
-        other.logits, other.prefix = self.logits, self.prefix
-        return other
+    @classmethod
+    def of(cls, prefix: Prefix) -> Cache:
+        """Goes on behind a prompt that all ranks have read."""
+        known = KeyValues(len(prefix.local))
+        for block, pair in prefix.local.items():
+            known.append(block, *pair)
+        return cls(known, prefix.tokens, prefix.logits, replace(prefix, local={}))
 
-    def append(self, block: int, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
-        """All keys and values [1, Hkv, L, d] of a block, these ones behind those of before.
-
-        They count from `advance` on: a pass that fails leaves the sequence as it was.
-        """
-        stop = self.length + key.shape[2]
-        whole = []
-        for kept, new in ((self._keys, key), (self._values, value)):
-            room = kept[block]
-            if room is None or room.shape[2] < stop:
-                room = kept[block] = self._grown(room, new, stop)
-            room[:, :, self.length : stop] = new
-            whole.append(room[:, :, :stop])
-        return whole[0], whole[1]
-
-    def _grown(self, kept: Tensor | None, like: Tensor, stop: int) -> Tensor:
-        room = -(-stop // GROWTH) * GROWTH
-        grown = like.new_empty((1, like.shape[1], room, like.shape[3]))
-        if kept is not None:
-            grown[:, :, : self.length] = kept[:, :, : self.length]
-        return grown
+    def fork(self) -> Cache:
+        """Another sequence with the same beginning; nothing is copied."""
+        return Cache(self._known.fork(), self.position, self.logits, self._prefix)
 
     def advance(self, tokens: int, logits: Tensor) -> None:
         """`tokens` more have been read, `logits` follow the last one."""
-        self.length += tokens
         self.position += tokens
         self.logits = logits
 
     def attend(self, block: int, query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
         """[1, H, M, d] over this rank's own tokens, the M new ones among them, and the others'."""
-        keys, values = self.append(block, key, value)
+        self._known.append(block, key, value)
         with stage("attend", block):
-            local, lse = ak.attention(query, keys, values, is_causal=True, scale=scale)
-        prefix = self.prefix
-        remote, mask = (None, None) if prefix is None else prefix.remote.get(block, (None, None))
-        if remote is None or prefix is None:
+            known = self._known.tensors(block)
+            local, lse = ak.attention(query, *known, is_causal=True, scale=scale)
+        prefix = self._prefix
+        if prefix is None:
+            return local
+        remote, mask = prefix.remote.get(block, (None, None))
+        if remote is None:
             return local
         with stage("attend", block):
             out, far = prefix.codec.attend(block, query, remote, prefix.remote_rope, mask, scale)

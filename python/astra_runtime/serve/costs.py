@@ -60,7 +60,9 @@ class PromptCosts:
         return sorted({self._blocks * i // segments for i in range(1, segments)} - {0})
 
     def _shard(self, tokens: int) -> int:
-        """The most tokens that a rank computes of a prompt."""
+        """The most tokens that a rank computes of a prompt; one rank reads a short one."""
+        if tokens <= EXACT_TOKENS:
+            return tokens
         plan = self._engine.plan(tokens)
         return max(plan.size(n) + plan.num_leading(n) for n in range(plan.world_size))
 

@@ -23,7 +23,8 @@ from ..store import token_limit
 from ..transport import peers_of
 from .admission import Admission
 from .costs import PromptCosts
-from .rank import Prompt, Sequences, ending_together, read_together, receive_report
+from .kept import Prompts
+from .rank import Prompt, Sequences, ending_together, receive_report
 from .rounds import IDLE_SECONDS, Rounds
 from .service import (
     Event,
@@ -37,6 +38,7 @@ from .service import (
 from .work import Answer, Deliver, Work
 
 MEMORY_SHARE = 0.5  # of the free memory, for keys and values
+KEPT_SHARE = 0.25  # of that, for prompts that are kept after their answers
 
 
 class Ticket:
@@ -92,6 +94,8 @@ class Leader(Rounds):
         self.costs = PromptCosts(engine)
         self._answers: dict[int, Answer] = {}
         self._drop: list[int] = []  # answers that their owners have to forget
+        self._forget: list[int] = []  # kept prompts that the ranks have to forget
+        self._prompts = Prompts(0)
         self._number = 0
         self._reading: Work | None = None  # whose prompt all ranks read
         self._progress: float | None = None
@@ -195,10 +199,15 @@ class Leader(Rounds):
         self._sequences = Sequences(self.engine)
         self._answers.clear()
         self._drop.clear()
+        self._forget.clear()
         together = Counter(one["machine"] for one in self._about.values())
-        for rank, one in self._about.items():
-            share = MEMORY_SHARE * one["memory"] / together[one["machine"]]
-            self._admission.budget[rank] = self._memory or int(share)
+        room = {
+            rank: self._memory or int(MEMORY_SHARE * one["memory"] / together[one["machine"]])
+            for rank, one in self._about.items()
+        }
+        keep = KEPT_SHARE if self._sequences.kept.possible else 0.0
+        self._admission.budget |= {n: int((1 - keep) * size) for n, size in room.items()}
+        self._prompts = Prompts(int(keep * min(room.values()) / self._token_bytes))
 
     def _end_running(self, error: AstraError) -> None:
         for work in tuple(self._admission.running):
@@ -216,8 +225,8 @@ class Leader(Rounds):
     def _next_round(self) -> None:
         self._expire()
         with self._changed:
-            work = self._admission.next()
-            together = work is not None and self.costs.together_is_faster(work.prompt_tokens)
+            work = self._next()
+            together = work is not None and self._is_for_all(work)
             active = bool(self._answers)
             idle = work is None and not active and not self._drop
             if idle and not self._ended:
@@ -230,12 +239,28 @@ class Leader(Rounds):
         else:
             self._step(self._alone())
 
+    def _next(self) -> Work | None:
+        """The request that comes next, with its owner: the rank that knows its beginning, unless
+        that is busier than others."""
+        work = self._admission.next()
+        if work is None:
+            return None
+        known = None if work.request.fresh else self._prompts.find(work.request.prompt_ids)
+        work.base = None if known is None else known[:2]
+        if known is not None and self._admission.may_own(work, known[2]):
+            work.owner = known[2]
+        return work
+
+    def _is_for_all(self, work: Work) -> bool:
+        """Whether all ranks read its prompt: what is kept is on all of them."""
+        return work.base is not None or self.costs.together_is_faster(work.prompt_tokens)
+
     def _alone(self) -> list[Work]:
         """The requests that come next and whose owners read their prompts by themselves."""
         admitted = []
         with self._changed:
-            while (work := self._admission.next()) is not None:
-                if self.costs.together_is_faster(work.prompt_tokens):
+            while (work := self._next()) is not None:
+                if self._is_for_all(work):
                     break
                 self._begin(work)
                 admitted.append(work)
@@ -250,10 +275,11 @@ class Leader(Rounds):
     def _job(self, **job: Any) -> None:
         with self._changed:
             drop, self._drop = self._drop, []
+            forget, self._forget = self._forget, []
         self._sequences.drop(drop)
-        self._send_job(
-            **{"do": "round", "drop": drop, "prompt": None, "pauses": [], "alone": []} | job
-        )
+        self._sequences.kept.forget(forget)
+        whole = {"do": "round", "drop": drop, "forget": forget, "prompt": None, "pauses": []}
+        self._send_job(**whole | {"alone": []} | job)
 
     def _step(self, alone: list[Work]) -> None:
         """A round in which every rank decodes, and some begin to read prompts by themselves."""
@@ -271,14 +297,11 @@ class Leader(Rounds):
 
     def _read(self, work: Work) -> None:
         """A round in which all ranks read one prompt, with pauses for everybody else."""
-        pauses = self.costs.pauses(work.prompt_tokens) if self._answers else []
+        new = work.prompt_tokens - (0 if work.base is None else work.base[1])
+        pauses = self.costs.pauses(new) if self._answers else []
         with self._changed:
             self._begin(work)
             self._reading = work
-        plan = self.engine.plan(work.prompt_tokens)
-        if self.engine.codebook.coded:
-            owner = plan.owner
-            work.coded_tokens = sum(plan.num_received(owner, n) for n in plan.sources(owner))
         prompt = work.prompt(self._ends)
         self._job(prompt=asdict(prompt), pauses=pauses)
         start = time.perf_counter()
@@ -288,11 +311,16 @@ class Leader(Rounds):
         mesh.begin()
         with self.engine.calling(), ending_together(mesh):
             problem = self._collect() or problem
-        if problem is None:
-            self.costs.heard_together(work.prompt_tokens, seconds)
-        else:
-            self._end(work, self._failure(work, problem))
         self._just_read, self._beaten = True, time.monotonic()
+        if problem is not None:
+            self._forget.append(prompt.number)
+            self._end(work, self._failure(work, problem))
+            return
+        if self._sequences.kept.possible:
+            ids = work.request.prompt_ids
+            self._forget += self._prompts.add(prompt.number, ids, work.owner)
+        if work.base is None:
+            self.costs.heard_together(work.prompt_tokens, seconds)
 
     def _read_prompt(
         self, work: Work, prompt: Prompt, pauses: list[int]
@@ -314,8 +342,8 @@ class Leader(Rounds):
         if work.deadline is not None:
             within = max(1e-3, 1e3 * (work.deadline - time.monotonic()))
         try:
-            cache = read_together(self.engine, prompt, between, within)
-            work.degraded = self.engine.degraded
+            cache = self._sequences.read_together(prompt, between, within)
+            work.degraded, work.coded_tokens = self.engine.degraded, self._num_coded(prompt)
             self._counts["degraded"] += work.degraded
             if cache is not None:
                 self._sequences.answer(prompt, cache)
@@ -325,6 +353,14 @@ class Leader(Rounds):
         finally:
             with self._changed:
                 self._reading, self._progress = None, None
+
+    def _num_coded(self, prompt: Prompt) -> int:
+        """Of how many of its tokens the owner has codes alone."""
+        if self._sequences.kept.possible:
+            return self._sequences.kept.num_coded(prompt.number, prompt.owner)
+        plan = self.engine.plan(len(prompt.ids))
+        sources = plan.sources(plan.owner) if self.engine.codebook.coded else ()
+        return sum(plan.num_received(plan.owner, source) for source in sources)
 
     def _failure(self, work: Work, problem: str) -> AstraError:
         if work.deadline is not None and time.monotonic() >= work.deadline:
@@ -358,7 +394,8 @@ class Leader(Rounds):
             if answer.work.heard(answer, token, now):
                 del self._answers[number]
                 if not token[-1]:  # its owner does not know
-                    self._forget([number])
+                    with self._changed:
+                        self._drop.append(number)
                 if answer.work.whole:
                     self._end(answer.work, None)
         for number, reason in report["failed"]:
@@ -402,7 +439,3 @@ class Leader(Rounds):
         if error is not None:
             work.send(error)
         work.send(None)
-
-    def _forget(self, numbers: list[int]) -> None:
-        with self._changed:
-            self._drop += numbers

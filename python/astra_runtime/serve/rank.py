@@ -21,9 +21,11 @@ import torch
 from ..control import Control
 from ..engine import Engine
 from ..errors import CallEnded, WireError, ends_the_call_alone
+from ..sessions.cache import KeyValues
 from ..transport import Mesh
 from ..transport.messages import receive_json, send_json
 from .batch import Cache, read
+from .kept import Kept
 from .sampling import Sampler, sampling_from_json
 
 JOB = (Control.JOB_SIZE, Control.JOB)
@@ -46,6 +48,7 @@ class Prompt:
         answers: how many.
         ends: tokens that end an answer.
         sampling, top_logprobs, max_new_tokens: as of `GenerationRequest`.
+        base: a kept prompt that it goes on from, and how many tokens they share; None: none.
     """
 
     number: int
@@ -56,6 +59,7 @@ class Prompt:
     ends: Sequence[int]
     sampling: dict[str, Any]
     top_logprobs: int | None = None
+    base: tuple[int, int] | None = None
 
     def samplers(self) -> list[Sampler]:
         sampling = sampling_from_json(self.sampling)
@@ -99,20 +103,37 @@ class Sequences:
         self._failed: list[list[Any]] = []
         self._read: list[list[Any]] = []
         self._piece = FIRST_PIECE
+        self.kept = Kept(engine)
 
     def __len__(self) -> int:
         return len(self._answers) + len(self._reading)
 
     def read_alone(self, prompt: Prompt) -> None:
         """Begins to read a prompt without the other ranks."""
-        self._reading.append(_Reading(prompt, Cache(len(self.adapter.blocks))))
+        self._reading.append(_Reading(prompt, Cache(KeyValues(len(self.adapter.blocks)))))
+
+    def read_together(
+        self, prompt: Prompt, between: Callable[[int], None], within_ms: float | None = None
+    ) -> Cache | None:
+        """Has all ranks read a prompt; collective. Its owner gets what it needs to go on."""
+        number, owner = prompt.number, prompt.owner
+        if self.kept.possible:
+            return self.kept.read(number, prompt.ids, owner, prompt.base, between, within_ms)
+        prefix = self.engine.prefill(
+            torch.tensor([list(prompt.ids)]).to(self.adapter.device),
+            owner=owner,
+            request=number,
+            within_ms=within_ms,
+            between=between,
+        )
+        return None if prefix is None else Cache.of(prefix)
 
     def answer(self, prompt: Prompt, cache: Cache) -> None:
         """Draws the first tokens behind a prompt that was read."""
         for index, sampler in enumerate(prompt.samplers()):
             answer = _Answer(
                 prompt.number + index,
-                cache.copy() if index + 1 < prompt.answers else cache,
+                cache.fork() if index + 1 < prompt.answers else cache,
                 sampler,
                 frozenset(prompt.ends),
                 prompt.max_new_tokens,
@@ -221,6 +242,7 @@ class Worker:
         """One round. Raises what ends the mesh; what ends a prompt alone is reported."""
         sequences = self.sequences
         sequences.drop(job["drop"])
+        sequences.kept.forget(job["forget"])
         problem = self._read_together(job) if job["prompt"] else None
         self.mesh.begin()
         with self.engine.calling(), ending_together(self.mesh):
@@ -242,7 +264,7 @@ class Worker:
 
         pauses = frozenset(job["pauses"])
         try:
-            cache = read_together(self.engine, prompt, between)
+            cache = self.sequences.read_together(prompt, between)
         except (CallEnded, ValueError) as error:
             return str(error)
         if cache is not None:
@@ -301,23 +323,6 @@ def free_memory() -> int:
     lines = Path("/proc/meminfo").read_text().splitlines()
     fields = dict(line.split(":", 1) for line in lines)
     return 1024 * int(fields["MemAvailable"].split()[0])
-
-
-def read_together(
-    engine: Engine,
-    prompt: Prompt,
-    between: Callable[[int], None],
-    within_ms: float | None = None,
-) -> Cache | None:
-    """Has all ranks read a prompt; its owner gets what it needs to go on."""
-    prefix = engine.prefill(
-        torch.tensor([list(prompt.ids)]).to(engine.adapter.device),
-        owner=prompt.owner,
-        request=prompt.number,
-        within_ms=within_ms,
-        between=between,
-    )
-    return None if prefix is None else Cache(len(engine.adapter.blocks), prefix)
 
 
 def receive_report(mesh: Mesh, peer: int) -> dict[str, Any]:

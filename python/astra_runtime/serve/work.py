@@ -36,7 +36,7 @@ class Work:
 
     Attributes:
         bytes: of keys and values that its answers may take on their owner.
-        together: whether all ranks read its prompt.
+        base: a kept prompt that it goes on from, and how many tokens they share; None: none.
     """
 
     request: GenerationRequest
@@ -48,10 +48,10 @@ class Work:
     state: Literal["queued", "running", "over"] = "queued"
     cancelled: bool = False
     owner: int = 0
-    together: bool = False
     answers: list[Answer] = field(default_factory=list)
     admitted: float = 0.0
     first_token: float | None = None
+    base: tuple[int, int] | None = None
     coded_tokens: int = 0
     degraded: bool = False
 
@@ -79,6 +79,7 @@ class Work:
             list(ends),
             sampling_to_json(request.sampling),
             request.top_logprobs,
+            self.base,
         )
 
     def send(self, event: Event | AstraError | None) -> None:
@@ -124,6 +125,7 @@ class Work:
                 last,
                 self.prompt_tokens,
                 answer.tokens,
+                cached_tokens=0 if self.base is None else self.base[1],
                 coded_tokens=self.coded_tokens,
                 degraded=self.degraded,
                 rank=self.owner,

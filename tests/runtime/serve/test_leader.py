@@ -9,6 +9,7 @@ import torch
 
 from astra_runtime import Codebook, Engine
 from astra_runtime.evaluate import run_ranks
+from astra_runtime.serve.kept import Prompts
 from astra_runtime.serve.leader import Leader
 from astra_runtime.serve.service import (
     GenerationRequest,
@@ -56,7 +57,7 @@ def test_every_owner_gives_what_generate_gives(llama: Any) -> None:
     expected = run_ranks(2, rank)[0]
     assert expected != alone(llama, ids, 6)  # the codes matter
     with led(llama, 2, book) as leader:
-        answers = [ask(leader, ids, 6) for _ in range(3)]
+        answers = [ask(leader, ids, 6, fresh=True) for _ in range(3)]
         assert [answer.wait().ids() for answer in answers] == [expected] * 3
         assert {answer.done().rank for answer in answers} == {0, 1}
 
@@ -169,7 +170,7 @@ def test_a_receiver_that_fails_ends_its_own_request(llama: Any) -> None:
 
 def test_the_queue_is_bounded_and_memory_accounted_for(llama: Any) -> None:
     token_bytes = 2 * 3 * 3 * 16 * 4  # blocks, heads, channels, fp32
-    with led(llama, 1, max_queue=2, memory=token_bytes * 60) as leader:
+    with led(llama, 1, max_queue=2, memory=token_bytes * 80) as leader:
         with leader._changed:  # no round begins
             waiting = [ask(leader, prompt(10), 50), ask(leader, prompt(10), 45)]
             with pytest.raises(QueueFull, match="2 requests wait") as full:
@@ -243,3 +244,51 @@ def test_logits_that_are_not_finite_end_one_answer() -> None:
         assert isinstance(broken.wait().error(), ServiceFailed)
         assert "not finite" in str(broken.error())
         assert len(sound.wait().ids()) == 5
+
+
+def test_a_second_question_costs_its_own_tokens_alone(llama: Any) -> None:
+    document = prompt(150)
+    with led(llama, 2) as leader:
+        first = ask(leader, [*document, 1, 2, 3]).wait()
+        assert first.done().cached_tokens == 0
+        for question in ([4, 5], [6], [1, 2, 9]):
+            second = ask(leader, [*document, *question]).wait()
+            assert second.ids() == alone(llama, [*document, *question], 5)
+            assert second.done().cached_tokens >= 150
+        again = ask(leader, [*document, 1, 2, 3]).wait()
+        assert again.ids() == first.ids()
+        assert again.done().cached_tokens == 152  # what follows the last token is not kept
+        fresh = ask(leader, [*document, 1, 2, 3], fresh=True).wait()
+        assert (fresh.ids(), fresh.done().cached_tokens) == (first.ids(), 0)
+
+
+def test_kept_prompts_are_forgotten_in_turn() -> None:
+    prompts = Prompts(100)
+    assert prompts.add(1, [1] * 40, 0) == []
+    assert prompts.add(2, [2] * 40, 1) == []
+    assert prompts.find([1] * 30) == (1, 29, 0)
+    assert prompts.add(3, [3] * 40, 0) == [2]  # the longest unused
+    assert prompts.find([2] * 40) is None
+    assert prompts.find([1] * 10 + [5] * 40) is None  # too little in common
+    assert prompts.add(4, [4] * 101, 0) == [1, 3, 4]
+
+
+def test_a_broken_prompt_is_kept_by_nobody(llama: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One rank ends the call at a block that the other may have behind it."""
+    ids = prompt(160)
+    with led(llama, 2) as leader:
+        monkeypatch.setattr(leader.costs, "pauses", lambda tokens: [])
+        real = leader._read_prompt
+
+        def read(work: Any, *rest: Any) -> Any:
+            work.cancelled = True
+            return real(work, *rest)
+
+        monkeypatch.setattr(leader, "_read_prompt", read)
+        assert ask(leader, ids).wait().ids() == []
+        monkeypatch.setattr(leader, "_read_prompt", real)
+        heard = ask(leader, [*ids, 5]).wait()
+        assert heard.ids() == alone(llama, [*ids, 5], 5)
+        assert heard.done().cached_tokens == 0
+        assert ask(leader, [*ids, 7]).wait().done().cached_tokens == 160
+        assert leader.status().rejoined == 0

@@ -1,0 +1,115 @@
+"""Prompts that stay on all ranks, so that another one with the same beginning costs the rest alone.
+
+A kept prompt is a session. Which one a prompt goes on from, and which are forgotten, the leader
+says in its jobs, so that all ranks do the same.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Callable, Sequence
+
+import torch
+
+from ..engine import Engine
+from ..sessions.session import Session
+from .batch import Cache
+
+LEAST_SHARED = 16  # tokens: fewer are read again
+
+
+class Kept:
+    """The sessions of one rank, by the number of the prompt that made them."""
+
+    def __init__(self, engine: Engine) -> None:
+        self._engine = engine
+        self._sessions: dict[int, Session] = {}
+        engine.num_sessions = 0  # that of all ranks, whatever they have served before
+
+    @property
+    def possible(self) -> bool:
+        """Whether this engine keeps sessions at all."""
+        return self._engine.codebook.codec.keeps_sessions and self._engine.on_missing == "raise"
+
+    def forget(self, numbers: Sequence[int]) -> None:
+        for number in numbers:
+            self._sessions.pop(number, None)
+
+    def read(
+        self,
+        number: int,
+        ids: Sequence[int],
+        owner: int,
+        base: tuple[int, int] | None,
+        between: Callable[[int], None],
+        within_ms: float | None,
+    ) -> Cache | None:
+        """Has all ranks read a prompt and keeps it; collective. On its owner: how to go on.
+
+        base: the number of a prompt whose first tokens are this one's, and how many; None: none is.
+        """
+        engine = self._engine
+        session, shared = engine.session(), 0
+        if base is not None:
+            session, shared = self._sessions[base[0]].fork(), base[1]
+            session.truncate(shared)
+        new = torch.tensor([list(ids[shared:])]).to(engine.adapter.device)
+        session.append(new, rank=owner, request=number, within_ms=within_ms, between=between)
+        self._sessions[number] = session
+        state = session._state
+        if engine.rank != owner:
+            return None
+        assert state.scores is not None, "the owner has read the last token"
+        return Cache(state.cache.fork(), state.tokens, state.scores[0])
+
+    def num_coded(self, number: int, rank: int) -> int:
+        """Of how many tokens of a prompt `rank` has codes alone."""
+        state = self._sessions[number]._state
+        return state.read - state.num_exact(rank) if self._engine.codebook.coded else 0
+
+
+class Prompts:
+    """What the leader knows of the prompts that all ranks keep: the longest unused goes first.
+
+    Args:
+        room: how many tokens are kept.
+    """
+
+    def __init__(self, room: int) -> None:
+        self.room = room
+        self._prompts: OrderedDict[int, tuple[tuple[int, ...], int]] = OrderedDict()
+        self._tokens = 0
+
+    def find(self, ids: Sequence[int]) -> tuple[int, int, int] | None:
+        """The prompt with the longest common beginning, how long that is, and who owns it.
+
+        The last token is always read anew, since what follows it is not kept.
+        """
+        best: tuple[int, int, int] | None = None
+        for number, (kept, owner) in self._prompts.items():
+            shared = min(_common(kept, ids), len(ids) - 1)
+            if shared >= LEAST_SHARED and (best is None or shared > best[1]):
+                best = number, shared, owner
+        if best is not None:
+            self._prompts.move_to_end(best[0])
+        return best
+
+    def add(self, number: int, ids: Sequence[int], owner: int) -> list[int]:
+        """Keeps a prompt; which others are to be forgotten for it, or this one itself."""
+        self._prompts[number] = tuple(ids), owner
+        self._tokens += len(ids)
+        forgotten = []
+        while self._tokens > self.room and self._prompts:
+            oldest, (kept, _) = self._prompts.popitem(last=False)
+            self._tokens -= len(kept)
+            forgotten.append(oldest)
+        return forgotten
+
+    def clear(self) -> None:
+        self._prompts.clear()
+        self._tokens = 0
+
+
+def _common(first: Sequence[int], second: Sequence[int]) -> int:
+    length = min(len(first), len(second))
+    return next((i for i in range(length) if first[i] != second[i]), length)
