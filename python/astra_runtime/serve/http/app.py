@@ -110,11 +110,9 @@ async def health(_: Request) -> JSONResponse:
 
 async def ready(request: Request) -> JSONResponse:
     """200 only while a question would be answered; else 503 and the reason."""
-    try:
-        ServerState.of(request).check_ready()
-    except ApiError as error:
-        content = {"ready": False, "reason": error.message}
-        return JSONResponse(content, 503, headers=error.headers)
+    reason = ServerState.of(request).not_ready()
+    if reason:
+        return JSONResponse({"ready": False, "reason": reason}, 503, headers={"Retry-After": "1"})
     return JSONResponse({"ready": True})
 
 

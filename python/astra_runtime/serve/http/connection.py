@@ -16,6 +16,7 @@ from .front import api_error
 from .logs import Record
 
 T = TypeVar("T")
+SHUTTING_DOWN = "it is being shut down"
 CLOSE = {"Connection": "close"}
 # How long the rest of a body that is too large is read, so that the client reads the answer.
 DISCARD_S = 1.0
@@ -97,7 +98,7 @@ async def while_connected(receive: Receive, ending: Ending, work: Coroutine[Any,
         await asyncio.wait({task, gone, over}, return_when=asyncio.FIRST_COMPLETED)
         if task.done():
             return task.result()
-        raise ClientDisconnect if gone.done() else unavailable("it is being shut down")
+        raise ClientDisconnect if gone.done() else unavailable(SHUTTING_DOWN)
     finally:
         for each in (task, gone, over):
             each.cancel()

@@ -12,7 +12,7 @@ from typing import Any, TypeVar, cast
 from starlette.requests import Request
 
 from ..service import Event, GenerationRequest, Service, Span
-from .connection import Ending, read_body
+from .connection import SHUTTING_DOWN, Ending, read_body
 from .errors import ApiError, no_model, unavailable
 from .logs import OnceEach
 from .metrics import Metrics
@@ -68,13 +68,18 @@ class ServerState:
             )
         return values
 
+    def not_ready(self) -> str:
+        """Why no answer can be given now, or ""."""
+        if self.ending.draining:
+            return SHUTTING_DOWN
+        status = self.service.status()
+        return "" if status.ready else status.reason or "unknown"
+
     def check_ready(self) -> None:
         """503 with the reason while no answer can be given."""
-        if self.ending.draining:
-            raise unavailable("it is being shut down")
-        status = self.service.status()
-        if not status.ready:
-            raise unavailable(status.reason)
+        reason = self.not_ready()
+        if reason:
+            raise unavailable(reason)
 
     async def in_thread(self, function: Callable[..., T], *arguments: Any) -> T:
         """A text of megabytes takes a tokenizer a second, in which streams go on."""

@@ -8,6 +8,8 @@ const $ = (id) => document.getElementById(id);
 
 let model = "";
 let conversation = [];
+// behind a reverse proxy, the requests of one conversation go to one mesh
+let conversationName = newName();
 let running = null;
 let before = null;
 
@@ -148,7 +150,7 @@ async function read(turn, told) {
   const words = turn.querySelector(".words");
   const answer = await ask("v1/chat/completions", {
     method: "POST",
-    headers: { "Content-Type": "application/json" },
+    headers: { "Content-Type": "application/json", "X-Conversation": conversationName },
     body: JSON.stringify(body()),
     signal: running.signal,
   });
@@ -269,6 +271,10 @@ function drawn(name, attributes, text) {
   return made;
 }
 
+function newName() {
+  return crypto.getRandomValues(new Uint32Array(4)).join("-");
+}
+
 const kindOf = (name) => (STAGES.includes(name) ? name : "other");
 let shown = "";
 
@@ -353,6 +359,7 @@ $("stop").addEventListener("click", () => running?.abort());
 $("clear").addEventListener("click", () => {
   running?.abort();
   conversation = [];
+  conversationName = newName();
   for (const turn of document.querySelectorAll(".turn")) turn.remove();
   $("hint").hidden = false;
   $("question").focus();
