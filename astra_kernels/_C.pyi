@@ -22,6 +22,29 @@ def encode(
     """Addresses of contiguous fp32 [rows, groups, width], fp32 [groups, codewords, width] and int32
     [rows, groups], for which the caller vouches."""
 
+# An fp32 tensor [batch, heads, rows, width]: its address, and its strides but for the last, which
+# is 1. The caller vouches for both.
+Heads = tuple[int, tuple[int, ...]]
+
+def attention(
+    shape: tuple[int, int, int, int, int],
+    query: Heads,
+    count: int,
+    key: Heads,
+    value: Heads,
+    mask: int,
+    is_causal: bool,
+    out: Heads,
+    lse: int,
+    scale: float,
+    threads: int,
+    isa: str = "",
+) -> None:
+    """csrc/include/astra/attention.hpp. shape is (batch, heads, kv_heads, rows, width); mask is the
+    address of bytes [batch, count] or 0, lse that of contiguous fp32 [batch, heads, rows]."""
+
+def attention_isas() -> list[str]: ...
+
 # What csrc/include/astra/frame.hpp says of bytes that a peer sent, its verdicts as integers.
 def check_header(data: Buffer, expected: tuple[int, int, int, int, int, int, int]) -> int: ...
 def is_bye(data: Buffer, source: int) -> bool: ...

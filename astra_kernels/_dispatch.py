@@ -11,7 +11,7 @@ from __future__ import annotations
 import functools
 import importlib
 import importlib.util
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,6 +19,7 @@ import torch
 
 from astra_kernels.attention import cpu as attention_cpu
 from astra_kernels.attention import gradient as attention_gradient
+from astra_kernels.attention import native as attention_native
 from astra_kernels.attention import reference as attention_reference
 from astra_kernels.coded_attention import cpu as coded_attention_cpu
 from astra_kernels.coded_attention import gradient as coded_attention_gradient
@@ -97,7 +98,10 @@ _GRADIENT: dict[str, Kernel] = {
 }
 
 # Op -> kernel of the C++ core.
-_NATIVE: dict[str, Kernel] = {"encode": encode_native.encode}
+_NATIVE: dict[str, Kernel] = {
+    "attention": attention_native.attention,
+    "encode": encode_native.encode,
+}
 
 # Op -> module holding a launcher of the op's name; imported on first use, as Triton is optional.
 EXTENDED = ("coded_attention", "count_codes", "lookup_linear", "mixed_attention")
@@ -129,6 +133,8 @@ TRITON_LACKS: dict[str, frozenset[str]] = {
     "codeword_attention": frozenset((VALUE_WIDTH,)),
     "mixed_attention": _MASKS | {"code_attn_mask"},
 }
+# The same of the C++ kernels.
+NATIVE_LACKS: dict[str, frozenset[str]] = {"attention": _MASKS}
 
 
 def choose(
@@ -141,7 +147,7 @@ def choose(
     if impl == "auto":
         if device.type == "cpu":
             return Implementation(_CPU[op])
-        takes_all = op in _TRITON and not _lacking(op, uses)
+        takes_all = op in _TRITON and not _lacking(TRITON_LACKS, op, uses)
         if takes_all and dtype != torch.float64 and runs_triton(device):
             return _triton(op)
         return Implementation(_REFERENCE[op])
@@ -152,13 +158,17 @@ def choose(
             raise RuntimeError(_unavailable(op, impl, f"there is no C++ kernel for {op}"))
         if device.type != "cpu":
             raise RuntimeError(_unavailable(op, impl, f"it runs on a CPU, not on {device}"))
+        lacking = _lacking(NATIVE_LACKS, op, uses)
+        if lacking:
+            why = f"its kernel does not take {', '.join(lacking)}"
+            raise RuntimeError(_unavailable(op, impl, why))
         return Implementation(_NATIVE[op])
     if impl == "triton":
         if op not in _TRITON:
             raise RuntimeError(_unavailable(op, impl, f"there is no Triton kernel for {op}"))
         if not has_triton():
             raise RuntimeError(_unavailable(op, impl, "the package triton is not installed"))
-        lacking = _lacking(op, uses)
+        lacking = _lacking(TRITON_LACKS, op, uses)
         if lacking:
             why = f"its kernel does not take {', '.join(lacking)}"
             raise RuntimeError(_unavailable(op, impl, why))
@@ -178,9 +188,9 @@ def choose_gradient(op: str, impl: str) -> Kernel:
     return functools.partial(_GRADIENT[op], fast=impl == "auto")
 
 
-def _lacking(op: str, uses: Sequence[str]) -> list[str]:
-    """What of a call's arguments the op's Triton kernel does not take."""
-    return [name for name in uses if name in TRITON_LACKS[op]] if uses else []
+def _lacking(lacks: Mapping[str, frozenset[str]], op: str, uses: Sequence[str]) -> list[str]:
+    """What of a call's arguments the op's kernel does not take."""
+    return [name for name in uses if name in lacks[op]] if uses else []
 
 
 @functools.cache

@@ -14,6 +14,7 @@
 #include <string>
 #include <system_error>
 
+#include "astra/attention.hpp"
 #include "astra/bitpack.hpp"
 #include "astra/encode.hpp"
 #include "astra/frame.hpp"
@@ -176,6 +177,59 @@ void encode(std::uintptr_t vectors, std::uintptr_t codebook, std::size_t rows, s
                 threads);
 }
 
+template <std::size_t kCount>
+std::array<std::size_t, kCount> sizes(const char* name, const py::tuple& given) {
+  if (given.size() != kCount) {
+    throw py::type_error(std::string(name) + " must be a tuple of " + std::to_string(kCount));
+  }
+  std::array<std::size_t, kCount> values{};
+  for (std::size_t i = 0; i < kCount; ++i) {
+    values[i] = whole(name, PyTuple_GET_ITEM(given.ptr(), static_cast<py::ssize_t>(i)));
+  }
+  return values;
+}
+
+astra::HeadStrides strides(const char* name, const py::tuple& given) {
+  const auto values = sizes<3>(name, given);
+  return {values[0], values[1], values[2]};
+}
+
+// A tensor: its address and the strides of its batch, head and row.
+struct Heads {
+  Heads(const char* name, const py::tuple& given) {
+    if (given.size() != 2) throw py::type_error(std::string(name) + " must be (address, strides)");
+    address = reinterpret_cast<float*>(given[0].cast<std::uintptr_t>());
+    by = strides(name, given[1].cast<py::tuple>());
+  }
+  float* address;
+  astra::HeadStrides by;
+};
+
+astra::Queries queries_of(const py::tuple& shape, const py::tuple& query, const py::tuple& out,
+                          std::uintptr_t lse, float scale, unsigned threads,
+                          const std::string& isa) {
+  const auto [batch, heads, kv_heads, rows, width] = sizes<5>("shape", shape);
+  const Heads q("query", query);
+  const Heads o("out", out);
+  return {{batch, heads, kv_heads, rows, width}, q.address, q.by,    o.address,  o.by,
+          reinterpret_cast<float*>(lse),         scale,     threads, isa.c_str()};
+}
+
+void attention(const py::tuple& shape, const py::tuple& query, std::size_t count,
+               const py::tuple& key, const py::tuple& value, std::uintptr_t mask, bool is_causal,
+               const py::tuple& out, std::uintptr_t lse, float scale, unsigned threads,
+               const std::string& isa) {
+  const astra::Queries queries = queries_of(shape, query, out, lse, scale, threads, isa);
+  const Heads k("key", key);
+  const Heads v("value", value);
+  const astra::DenseKeys dense{
+      count,     k.address, k.by, v.address, v.by, reinterpret_cast<const std::uint8_t*>(mask),
+      is_causal,
+  };
+  const astra::AttentionShape& size = queries.shape;
+  run(size.batch * size.heads * size.rows * count, [&] { astra::attention(queries, dense); });
+}
+
 // Bytes that somebody sent, in any contiguous buffer. Called for every frame: nothing but the
 // address and the size is asked for.
 class Bytes {
@@ -286,6 +340,15 @@ PYBIND11_MODULE(_C, module) {
   module.def("encode", &encode, py::arg("vectors"), py::arg("codebook"), py::arg("rows"),
              py::arg("groups"), py::arg("codewords"), py::arg("width"), py::arg("codes"),
              py::arg("threads"));
+  module.def("attention", &attention, py::arg("shape"), py::arg("query"), py::arg("count"),
+             py::arg("key"), py::arg("value"), py::arg("mask"), py::arg("is_causal"),
+             py::arg("out"), py::arg("lse"), py::arg("scale"), py::arg("threads"),
+             py::arg("isa") = "");
+  module.def("attention_isas", [] {
+    py::list names;
+    for (const std::string& name : astra::attention_isas()) names.append(name);
+    return names;
+  });
   module.def("check_header", &check_header, py::arg("data"), py::arg("expected"));
   module.def("is_bye", &is_bye, py::arg("data"), py::arg("source"));
   module.def("judge_prefix", &judge_prefix, py::arg("data"));

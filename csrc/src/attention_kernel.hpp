@@ -1,0 +1,82 @@
+// The seam between attention.cpp and its inner loops, one table of functions per instruction set.
+//
+// Queries stand side by side: a panel holds up to three vectors of them, channel after channel, so
+// that every product is a vector of queries times one number of a key or a value. Keys and values
+// are read as they lie, softmax needs nothing across lanes, and products run at the speed of a
+// matrix product. Where there are fewer queries than lanes, `absorb_few` puts channels side by side
+// instead and reads every key once for all queries.
+//
+// Scores are logarithms to the base 2: queries come multiplied by scale * log2(e).
+
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+
+namespace astra::detail {
+
+// Keys that are worked on at once; their weights stay in L1.
+inline constexpr std::size_t kTileKeys = 64;
+// Queries of one `absorb_few`.
+inline constexpr std::size_t kMostFew = 8;
+inline constexpr std::size_t kMostPanelVectors = 3;
+
+// Keys and values of consecutive places in the sequence of visible keys.
+struct KeyTile {
+  const float* keys;  // [count, width], rows `key_stride` floats apart
+  std::size_t key_stride;
+  const float* values;  // [count, width], rows `value_stride` floats apart
+  std::size_t value_stride;
+  std::size_t first;  // place of the first key
+  std::size_t count;  // at most kTileKeys
+};
+
+// The online-softmax state of queries that stand side by side.
+struct Panel {
+  std::size_t vectors;   // 1 to kMostPanelVectors
+  std::size_t width;     // channels
+  float* queries;        // [width, vectors * lanes]
+  float* out;            // [width, vectors * lanes], not yet divided by `sum`
+  float* max;            // m_i: [vectors * lanes]
+  float* sum;            // l_i: [vectors * lanes]
+  std::int32_t* limits;  // [vectors * lanes]: query r sees the first limits[r] keys
+  std::size_t least;     // of the limits
+  std::size_t most;      // of the limits
+};
+
+// The same for at most kMostFew queries whose channels stand side by side.
+struct FewRows {
+  std::size_t rows;
+  std::size_t width;
+  std::size_t stride;  // `width` rounded up to whole vectors
+  float* queries;      // [rows, stride], zero behind `width`
+  float* out;          // [rows, stride]
+  float* max;          // [rows]
+  float* sum;          // [rows]
+  std::int32_t* limits;
+  std::size_t most;
+};
+
+struct AttentionKernels {
+  const char* name;
+  std::size_t lanes;
+  // rows[r] points at query r; `factor` is multiplied in. Starts the state too, but for limits.
+  void (*load)(const float* const* rows, std::size_t count, float factor, const Panel& panel);
+  // One step of online softmax. `weights` has room for kTileKeys * vectors * lanes floats.
+  void (*absorb)(const Panel& panel, const KeyTile& tile, float* weights);
+  // out[r] points at the width channels of query r's output.
+  void (*store)(const Panel& panel, std::size_t count, float* const* out);
+  // `weights` has room for kMostFew * kTileKeys floats.
+  void (*absorb_few)(const FewRows& few, const KeyTile& tile, float* weights);
+};
+
+// As in kernels.hpp, each has a translation unit and flags of its own, and shares nothing inline.
+extern const AttentionKernels kAttentionPortable;
+#ifdef ASTRA_HAVE_AVX2
+extern const AttentionKernels kAttentionAvx2;
+#endif
+#ifdef ASTRA_HAVE_AVX512
+extern const AttentionKernels kAttentionAvx512;
+#endif
+
+}  // namespace astra::detail
