@@ -157,9 +157,9 @@ def test_what_it_does_not_take():
         ak.attention(query, key, value, impl="native")
     query, key, value = dense_inputs(1, 2, 2, 3, 4, 8)
     options = {"window": (1, 0), "softcap": 5.0, "attn_mask": torch.zeros(3, 4)}
-    for name, given in options.items():
+    for name, option in options.items():
         with pytest.raises(RuntimeError, match=f"its kernel does not take {name}"):
-            ak.attention(query, key, value, **{name: given}, impl="native")
+            ak.attention(query, key, value, **{name: option}, impl="native")
 
 
 def test_gradients_are_those_of_the_reference():
