@@ -1,10 +1,10 @@
 """Attention that works straight from bit-packed vector-quantization codes.
 
 Queries are [B, H, M, d], keys and values [B, Hkv, L, d], codes int32 [B, N, C]; ``lse`` is the
-natural log-sum-exp of the scores. Every op is a ``torch.library`` op, forward-only, and takes
-``impl``: "auto" (the quickest measured for the device), "reference" (plain torch), "triton",
-"native" (the C++ core). ``attention.reference`` and so on are the slow, obvious torch references,
-which are differentiable.
+natural log-sum-exp of the scores. Every op is a ``torch.library`` op and takes ``impl``: "auto"
+(the quickest measured for the device), "reference" (plain torch), "triton", "native" (the C++
+core). Attention, merging and ``decode`` have gradients, the others are forward-only.
+``attention.reference`` and so on are the slow, obvious torch references.
 """
 
 import importlib
@@ -23,6 +23,7 @@ from astra_kernels.merge_state import merge_state
 from astra_kernels.merge_states import merge_states
 from astra_kernels.mixed_attention import mixed_attention
 from astra_kernels.pack import pack, packed_size, unpack
+from astra_kernels.scaled_dot_product_attention import scaled_dot_product_attention
 from astra_kernels.warmup import warmup
 
 __all__ = [
@@ -40,11 +41,12 @@ __all__ = [
     "mixed_attention",
     "pack",
     "packed_size",
+    "scaled_dot_product_attention",
     "unpack",
     "warmup",
 ]
 
-# Errors of the forward-only ops name these.
+# Errors of ops name these.
 for _op in (
     attention,
     coded_attention,
