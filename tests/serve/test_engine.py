@@ -1,0 +1,126 @@
+"""OpenAI's client, the HTTP server, a leader with a worker, and a tiny model, all at once."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+
+from astra_runtime.serve.running import RunningService, Started
+from tests.runtime.models import tiny
+from tests.runtime.serve.service import alone, led
+from tests.serve.fakes import byte_tokenizer, serving
+
+openai = pytest.importorskip("openai")
+
+NEW_TOKENS = 12
+
+
+@pytest.fixture(scope="module")
+def model() -> Any:
+    return tiny("llama", vocab_size=len(byte_tokenizer()))
+
+
+@pytest.fixture(scope="module")
+def running(model: Any) -> Iterator[tuple[RunningService, str]]:
+    tokenizer = byte_tokenizer()
+    with led(model, 2) as leader:
+        leader.tokenizer = tokenizer
+        started = Started(leader, tokenizer, lambda: None)
+        service = RunningService("tiny", "decoder", leader.context_length, lambda _: started)
+        with serving(service) as url:
+            yield service, url
+        service.close()
+
+
+@pytest.fixture(scope="module")
+def client(running: tuple[RunningService, str]) -> Iterator[Any]:
+    with openai.OpenAI(base_url=f"{running[1]}/v1", api_key="none", max_retries=0) as client:
+        yield client
+
+
+def complete(client: Any, prompt: str, **more: Any) -> Any:
+    asked = {"model": "tiny", "prompt": prompt, "temperature": 0, "max_tokens": NEW_TOKENS}
+    return client.completions.create(**asked | more)
+
+
+def expected(model: Any, prompt: str) -> str:
+    """What one device continues the prompt with, in text."""
+    tokenizer = byte_tokenizer()
+    ids = alone(model, tokenizer(prompt)["input_ids"], NEW_TOKENS)
+    return str(tokenizer.decode(ids, skip_special_tokens=True))
+
+
+@pytest.mark.parametrize("prompt", ["Once upon a time", "x" * 150], ids=["short", "long"])
+def test_the_answer_is_one_devices(client: Any, model: Any, prompt: str) -> None:
+    text = expected(model, prompt)
+    assert complete(client, prompt).choices[0].text == text
+    pieces = [chunk.choices[0].text for chunk in complete(client, prompt, stream=True)]
+    assert "".join(pieces) == text
+
+
+def test_a_stop_text_that_several_tokens_make(client: Any, model: Any) -> None:
+    text = expected(model, "Once")
+    place = next(i for i in range(3, len(text)) if text.find(text[i : i + 3]) == i)
+    stop = text[place : place + 3]
+    for stream in (False, True):
+        answer = complete(client, "Once", stop=[stop, "never there"], stream=stream)
+        parts = list(answer) if stream else [answer]
+        assert "".join(part.choices[0].text for part in parts) == text[:place]
+        assert parts[-1].choices[0].finish_reason == "stop"
+
+
+def test_seeds_and_several_answers(client: Any) -> None:
+    def drawn(seed: int, n: int = 1) -> list[str]:
+        answer = complete(client, "Once", temperature=1.5, seed=seed, n=n)
+        return [choice.text for choice in answer.choices]
+
+    assert drawn(1) == drawn(1)
+    assert drawn(1) != drawn(2)
+    assert len(set(drawn(3, n=3))) == 3
+
+
+def test_logprobs_name_the_likeliest(client: Any) -> None:
+    messages = [{"role": "user", "content": "Hello"}]
+    answer = client.chat.completions.create(
+        model="tiny", messages=messages, temperature=0, max_tokens=5, logprobs=True, top_logprobs=3
+    )
+    content = answer.choices[0].logprobs.content
+    assert len(content) == answer.usage.completion_tokens == 5
+    for token in content:
+        likeliest = token.top_logprobs
+        assert (likeliest[0].bytes, likeliest[0].logprob) == (token.bytes, token.logprob)
+        assert likeliest[0].logprob >= likeliest[1].logprob >= likeliest[2].logprob
+
+
+def test_to_close_a_stream_ends_the_work(client: Any, running: Any) -> None:
+    stream = complete(client, "Once", max_tokens=200, stream=True)
+    next(iter(stream))
+    stream.close()
+    deadline = time.monotonic() + 10
+    while running[0].status().running:
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+
+
+def test_many_at_once_are_each_as_alone(running: Any, model: Any) -> None:
+    prompts = [f"{number} and so on" for number in range(3)]
+
+    async def ask() -> list[str]:
+        async with openai.AsyncOpenAI(base_url=f"{running[1]}/v1", api_key="none") as client:
+            answers = await asyncio.gather(*(complete(client, prompt) for prompt in prompts))
+        return [answer.choices[0].text for answer in answers]
+
+    assert asyncio.run(ask()) == [expected(model, prompt) for prompt in prompts]
+
+
+def test_what_the_service_refuses_is_named(client: Any) -> None:
+    with pytest.raises(openai.BadRequestError) as told:
+        complete(client, "Once", max_tokens=300)
+    assert told.value.code == "context_length_exceeded"
+    with pytest.raises(openai.BadRequestError) as told:
+        complete(client, "Once", logit_bias={"99999": 1})
+    assert told.value.param == "logit_bias"
