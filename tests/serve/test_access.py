@@ -22,7 +22,7 @@ from astra_runtime.serve.http import (
 )
 from astra_runtime.serve.http.access import Hosts
 from astra_runtime.serve.http.errors import ApiError
-from astra_runtime.serve.service import ServiceFailed, Status
+from astra_runtime.serve.service import ServiceFailed, Span, Status
 from tests.serve.fakes import FakeService, serving
 from tests.serve.test_malformed import CHAT, CHAT_PATH, JSON, ask, refused
 
@@ -81,6 +81,8 @@ def test_keys_from_an_option_a_file_or_the_variable(
 def test_off_loopback_only_with_a_key(host: str) -> None:
     with pytest.raises(AstraError, match="expected an API key"):
         HttpOptions(host=host)
+    with pytest.raises(AstraError, match="expected an API key"):
+        run_server(make_app(FakeService()), host)
     check_exposure(host, ("key",))
     check_exposure(host, (), insecure=True)
 
@@ -161,6 +163,18 @@ def test_status_for_the_page() -> None:
     assert (told["model"], told["kind"], told["ready"]) == ("tiny", "decoder", True)
     assert [peer["state"] for peer in told["peers"]] == ["here", "away"]
     assert told["timeline"][0] == {"rank": 0, "name": "compute", "start": 0.0, "stop": 0.5}
+    again = call("GET", f"/v1/astra/status?timeline={told['timeline_key']}").json()
+    assert again["timeline"] is None
+    assert again["timeline_key"] == told["timeline_key"]
+
+
+def test_a_long_timeline_is_cut_to_what_can_be_seen() -> None:
+    service = FakeService()
+    spans = [Span(0, "compute", i, i + (1.0 if i % 9 else 0.1)) for i in range(9000)]
+    service.state = Status(True, "", timeline=spans)
+    shown = asyncio.run(ask(service, "GET", "/v1/astra/status")).json()["timeline"]
+    assert len(shown) == 4000
+    assert all(span["stop"] - span["start"] == 1.0 for span in shown)
 
 
 def test_metrics() -> None:
@@ -204,12 +218,14 @@ def test_metrics() -> None:
 
 
 def test_one_line_a_request_without_its_text(caplog: pytest.LogCaptureFixture) -> None:
-    caplog.set_level(logging.INFO, "astra.serve")
+    caplog.set_level(logging.INFO, "astra_runtime.serve")
     body = json.dumps(CHAT | {"unheard_of": 1, "seed": 3}).encode()
     answer = call("POST", CHAT_PATH, content=body)
     call("GET", "/health")
     lines = [
-        json.loads(record.message) for record in caplog.records if record.name == "astra.serve"
+        json.loads(record.message)
+        for record in caplog.records
+        if record.name == "astra_runtime.serve"
     ]
     ignored, line = lines
     assert ignored == {"path": CHAT_PATH, "ignored_parameter": "unheard_of"}
@@ -225,7 +241,7 @@ def test_one_line_a_request_without_its_text(caplog: pytest.LogCaptureFixture) -
 def test_an_unknown_parameter_is_logged_once(caplog: pytest.LogCaptureFixture) -> None:
     from astra_runtime.serve.http.logs import OnceEach
 
-    caplog.set_level(logging.INFO, "astra.serve")
+    caplog.set_level(logging.INFO, "astra_runtime.serve")
     once = OnceEach()
     for _ in range(3):
         once.say("/v1/completions", ["a", "b" * 1000])

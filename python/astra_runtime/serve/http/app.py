@@ -118,7 +118,8 @@ async def ready(request: Request) -> JSONResponse:
 
 async def status(request: Request) -> JSONResponse:
     """What the console shows: devices, the queue, the last request's timeline."""
-    return JSONResponse(status_report(ServerState.of(request)))
+    known = request.query_params.get("timeline")
+    return JSONResponse(status_report(ServerState.of(request), known))
 
 
 async def metrics(request: Request) -> Response:

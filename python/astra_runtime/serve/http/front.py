@@ -19,7 +19,7 @@ from .logs import Record
 from .metrics import Metrics
 from .options import HttpOptions
 
-logger = logging.getLogger("astra.serve")
+logger = logging.getLogger("astra_runtime.serve")
 # Paths as they are counted; all others count as one.
 PATHS = (
     "/", "/health", "/ready", "/metrics", "/v1/models", "/v1/chat/completions", "/v1/completions",

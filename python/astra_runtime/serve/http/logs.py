@@ -11,7 +11,7 @@ from typing import Any
 
 from ..service import Done
 
-logger = logging.getLogger("astra.serve")
+logger = logging.getLogger("astra_runtime.serve")
 MAX_NAMES = 256
 
 

@@ -16,6 +16,7 @@ from starlette.applications import Starlette
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from ...errors import AstraError
+from .access import check_exposure
 from .errors import ApiError
 from .server_state import ServerState
 
@@ -139,9 +140,11 @@ def run_server(
         write_timeout_s: how long a client may read nothing of what waits for it.
 
     Raises:
-        AstraError: the address is in use, or the certificate cannot be read.
+        AstraError: the address is in use, other machines reach it and the app has no key, or the
+            certificate cannot be read.
     """
     state: ServerState = app.state.server
+    check_exposure(host, state.options.api_keys, state.options.insecure)
     protocol = type(
         "BoundProtocol",
         (Protocol,),

@@ -2,7 +2,6 @@
 
 const POLL_MS = 1000;
 const STAGES = ["compute", "encode", "pack", "send", "wait", "unpack", "attend", "merge"];
-const MAX_SPANS = 4000;
 const SVG = "http://www.w3.org/2000/svg";
 const $ = (id) => document.getElementById(id);
 
@@ -12,6 +11,7 @@ let conversation = [];
 let conversationName = newName();
 let running = null;
 let before = null;
+let timelineKey = null;
 
 class Refused extends Error {
   constructor(status, message) {
@@ -194,7 +194,9 @@ function busy(is) {
 
 async function refresh() {
   try {
-    const status = await (await ask("v1/astra/status")).json();
+    // a timeline that is shown already does not cross again
+    const known = timelineKey === null ? "" : `?timeline=${timelineKey}`;
+    const status = await (await ask(`v1/astra/status${known}`)).json();
     showStatus(status);
   } catch (error) {
     setState("gone", error instanceof Refused ? error.message : "the server does not answer");
@@ -228,7 +230,8 @@ function showStatus(status) {
   $("waiting").value = status.max_queue ? status.queued / status.max_queue : 0;
   $("reading").hidden = status.progress === null;
   $("progress").value = status.progress ?? 0;
-  showTimeline(status.timeline);
+  if (status.timeline?.length) showTimeline(status.timeline);
+  timelineKey = status.timeline_key;
 }
 
 function showPeers(peers) {
@@ -276,12 +279,7 @@ function newName() {
 }
 
 const kindOf = (name) => (STAGES.includes(name) ? name : "other");
-let shown = "";
-
 function showTimeline(spans) {
-  const key = JSON.stringify([spans.length, spans.at(-1)]);
-  if (!spans.length || key === shown) return;
-  shown = key;
   const ranks = [...new Set(spans.map((span) => span.rank))].sort((a, b) => a - b);
   const start = Math.min(...spans.map((span) => span.start));
   const length = Math.max(...spans.map((span) => span.stop)) - start || 1e-9;
@@ -296,7 +294,7 @@ function showTimeline(spans) {
   });
   // longer spans first: a stage lies on the one that it is part of
   const ordered = [...spans].sort((a, b) => (b.stop - b.start) - (a.stop - a.start));
-  for (const span of ordered.slice(0, MAX_SPANS)) {
+  for (const span of ordered) {
     const x = at(span.start);
     const bar = drawn("rect", {
       class: kindOf(span.name), x, y: ranks.indexOf(span.rank) * row + 3,
