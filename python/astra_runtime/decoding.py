@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from .call import Call
 from .control import Control
-from .errors import InvalidChoice
+from .errors import AstraError, CallEnded, InvalidChoice
 from .exchange import receive_tensors, send_tensor
 from .inputs import check_integer
 from .layer import Layer
@@ -34,6 +34,25 @@ class Generation:
     ends: tuple[int, ...]
     choose: Choose | None
     on_token: Callable[[Tensor], None] | None
+    stop: Callable[[Tensor], bool] | None = None
+
+    def hear(self, rank: int, token: Tensor) -> None:
+        """Hands out new tokens. What the host's function raises ends this call, and no more."""
+        if self.on_token is None:
+            return
+        try:
+            self.on_token(token.clone())
+        except AstraError:
+            raise
+        except Exception as error:
+            raise CallEnded(rank, f"on_token raised {type(error).__name__}: {error}") from error
+
+    def ends_behind(self, rank: int, ids: Tensor) -> bool:
+        """Whether the host wants no further token behind `ids`."""
+        try:
+            return self.stop is not None and bool(self.stop(ids.clone()))
+        except Exception as error:
+            raise CallEnded(rank, f"stop raised {type(error).__name__}: {error}") from error
 
     def check_prompt(self, call: Call, ids: Tensor, config: Any) -> None:
         """Refuses a prompt that nothing can be generated behind, with a ValueError."""
@@ -91,16 +110,21 @@ def generate(
             call.mesh.check_cancelled()
             token = next_token(call.rank, ids, decoder.scores(ids), asked.choose)
             token = torch.where(done, last, token)
-            send_tensor(call, token, block=Control.TOKEN, to=others)
+            new_ids = torch.cat([ids, token[:, None]], 1)
+            stopped = asked.ends_behind(call.mesh.device_rank, new_ids)
+            # the complement of a token says that it is the last one
+            sent = ~token if stopped else token
+            send_tensor(call, sent, block=Control.TOKEN, to=others)
         else:
             shapes = {owner: (call.batch,)}
             token = receive_tensors(call, shapes, ids, block=Control.TOKEN)[owner]
+            stopped = bool((token < 0).all())
+            token = ~token if stopped else token
         ids = torch.cat([ids, token[:, None]], 1)
         last = torch.where(torch.isin(token, ends), token, last)
         done |= torch.isin(token, ends)
-        if asked.on_token is not None:
-            asked.on_token(token.clone())
-        if bool(done.all()):
+        asked.hear(call.mesh.device_rank, token)
+        if stopped or bool(done.all()):
             break
     return ids
 

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import functools
+import time
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Literal
 
@@ -35,10 +37,12 @@ from .models import Watch, adapt, check_attention, check_runnable
 from .plan import Plan, check_halo
 from .prefill import Prefix, prefill
 from .sessions.host import SessionHost
+from .store import token_limit
 from .trace import stage
 from .transport import Mesh, local_mesh
 from .transport.rotated import RotatedMesh
 from .turns import turn_of
+from .warmup import example_inputs
 
 ANSWERS = ("last", "all", "local")
 _SHAPES = 256  # of calls whose plans and sizes an engine remembers
@@ -73,6 +77,7 @@ class Engine(SessionHost):
         missing: of the last answer, the blocks in which tokens of a rank were left out, by rank;
             the number of blocks stands for the answer itself. Both are on the output as well. A
             rank that got no answer (outputs="one") knows of what it left out itself.
+        seconds: that the last call took on this rank; on the output as well.
 
     Arguments that are refused end nothing: ValueError or TypeError, before anything is sent. What
     ends a call alone is a `CallEnded` on every rank: tokens that `choose` may not give, values that
@@ -116,6 +121,7 @@ class Engine(SessionHost):
         self.deadline_ms, self.on_missing = deadline_ms, on_missing
         self.degraded, self.bits_per_token_block, self.bits_per_receiver = False, 0.0, 0.0
         self.missing: dict[int, list[int]] = {}
+        self.seconds = 0.0
         check_runnable(model)
         check_attention(self.adapter.attentions)
         self._watch = Watch(model)
@@ -233,6 +239,7 @@ class Engine(SessionHost):
                 self.mesh.check_cancelled()
             self._report(call)
             output.degraded, output.missing = self.degraded, self.missing
+            output.seconds = self.seconds
             return output if call.has_answer else None
 
     @contextlib.contextmanager
@@ -251,6 +258,7 @@ class Engine(SessionHost):
         call.state.number = self.mesh.call
         self._running = call
         clock = contextlib.nullcontext() if within_ms is None else ending_after(within_ms, call)
+        start = time.perf_counter()
         try:
             with clock:
                 self._watch.check()
@@ -262,7 +270,7 @@ class Engine(SessionHost):
                 self.mesh.abort(error)
             raise
         finally:
-            self._running = None
+            self._running, self.seconds = None, time.perf_counter() - start
 
     def _report(self, call: Call) -> None:
         """What is known when a call has ended, for the host."""
@@ -338,6 +346,8 @@ class Engine(SessionHost):
         eos_token_id: int | Sequence[int] | None = None,
         choose: Callable[[Tensor, Tensor], Tensor] | None = None,
         on_token: Callable[[Tensor], None] | None = None,
+        stop: Callable[[Tensor], bool] | None = None,
+        on_block: Callable[[int], None] | None = None,
         request: int | None = None,
         within_ms: float | None = None,
     ) -> Tensor:
@@ -352,7 +362,11 @@ class Engine(SessionHost):
                 sequence is continued with the end token it has until all have ended.
             choose: (ids [B, t], logits [B, V]) -> next token [B], by default the likeliest; a
                 Hugging Face `LogitsProcessorList` followed by a draw fits in here.
-            on_token: called on every rank with each new column [B].
+            on_token: called on every rank with each new column [B]. What it raises ends this call
+                with CallEnded, on every rank.
+            stop: called on the owner with the ids [B, t] so far; True: the last column was the last
+                one.
+            on_block: called before each block of the prompt's pass, with its number.
             request, within_ms: as of a call.
 
         Returns:
@@ -367,7 +381,8 @@ class Engine(SessionHost):
         max_new_tokens = check_integer("max_new_tokens", max_new_tokens, 1)
         request, within_ms = check_request(request), check_bound(within_ms)
         check_function("choose", choose)
-        check_function("on_token", on_token)
+        for name, function in (("on_token", on_token), ("stop", stop), ("on_block", on_block)):
+            check_function(name, function)
         with torch.no_grad(), self._turn():
             config: Any = self.model.config
             ends = decoding.end_tokens(self.model, eos_token_id, int(config.vocab_size))
@@ -375,7 +390,8 @@ class Engine(SessionHost):
             call, kwargs, given = self._prepare(
                 inputs, "last", False, request, max_new_tokens, ends
             )
-            asked = decoding.Generation(max_new_tokens, ends, choose, on_token)
+            call = dataclasses.replace(call, between=on_block)
+            asked = decoding.Generation(max_new_tokens, ends, choose, on_token, stop)
             asked.check_prompt(call, given["input_ids"], config)
             with self._ending_together(call, request, within_ms), self.adapter.installed():
                 ids = decoding.generate(self.model, self.adapter, call, given, kwargs, asked)
@@ -407,6 +423,21 @@ class Engine(SessionHost):
         return prefill(
             self, input_ids, owner=owner, request=request, within_ms=within_ms, between=between
         )
+
+    def warmup(self, *lengths: int) -> None:
+        """Runs the model once for inputs of each of these lengths, so that later calls of them find
+        their plans, tables and buffers made and their kernels compiled; collective.
+
+        Args:
+            lengths: tokens, the class token not counted; none: as many as the model reads, at most
+                128. A vision model's images have one length.
+        """
+        for inputs in example_inputs(self.adapter, lengths):
+            if self.adapter.causal and hasattr(self.model, "lm_head"):
+                room = inputs["input_ids"].shape[1] < (token_limit(self.model) or 1 << 30)
+                self.generate(**inputs, max_new_tokens=2 if room else 1)
+            else:
+                self(**inputs, logits="local")
 
     @contextlib.contextmanager
     def calling(self) -> Iterator[None]:

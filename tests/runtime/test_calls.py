@@ -589,3 +589,45 @@ def test_a_transport_that_cannot_resume_ends_the_mesh() -> None:
     for words in as_ranks(local_mesh(2), work):
         assert "request 0" in words
         assert "request 1" in words
+
+
+@pytest.mark.parametrize("failing", [0, 1])
+def test_a_callback_that_fails_ends_its_call_alone(failing: int) -> None:
+    model, ids = tiny("llama"), inputs_for("llama")["input_ids"]
+
+    def rank(mesh: Mesh) -> list[str]:
+        def on_token(token: Tensor) -> None:
+            if mesh.rank == failing and len(heard) == 1:
+                raise KeyError("of the host's own")
+            heard.append(int(token))
+
+        heard: list[int] = []
+        with Engine(model, None, mesh) as engine:
+            with pytest.raises(CallEnded, match=f"rank {failing} .*on_token raised KeyError"):
+                engine.generate(ids, max_new_tokens=200, on_token=on_token)
+            return engine.generate(ids, max_new_tokens=3).tolist()
+
+    first, second = run_ranks(2, rank)
+    assert first == second
+
+
+def test_a_generation_ends_where_its_host_wants() -> None:
+    model, ids = tiny("llama"), inputs_for("llama")["input_ids"]
+    tokens = ids.shape[1]
+
+    def rank(mesh: Mesh) -> Any:
+        blocks: list[int] = []
+        with Engine(model, None, mesh) as engine:
+            engine.warmup(12, 70)
+            out = engine.generate(
+                ids,
+                max_new_tokens=50,
+                stop=lambda whole: whole.shape[1] == tokens + 3,
+                on_block=blocks.append,
+            )
+            assert engine.seconds > 0
+            return out, blocks, engine.generate(ids, max_new_tokens=3)
+
+    for out, blocks, three in run_ranks(2, rank):
+        assert torch.equal(out, three)
+        assert blocks == [0, 1, 2]

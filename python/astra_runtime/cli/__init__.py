@@ -18,6 +18,7 @@ COMMANDS = {
     "finetune": "adapt a model and its codebook to each other",
     "eval": "what the codes cost in accuracy, beside exact and local-only",
     "run": "continue a prompt on several processes or devices",
+    "chat": "a conversation on several processes or devices",
     "serve": "answer over HTTP, as OpenAI's interface does, on several processes or devices",
     "worker": "be one rank of a run that rank 0 leads",
     "plan": "how quick a model will be on N devices, and what to choose",

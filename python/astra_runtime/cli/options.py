@@ -136,6 +136,23 @@ def add_missing(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def add_leader(parser: argparse.ArgumentParser) -> None:
+    """Of commands that answer requests with local processes, or lead other devices."""
+    parser.set_defaults(timeout=5.0)
+    parser.add_argument("--world-size", type=positive, help="processes on this machine (1)")
+    parser.add_argument("--rank", type=int, help="with --peers: 0, the leader")
+    parser.add_argument("--peers", help="host:port of every rank, by rank")
+    parser.add_argument("--mbit", type=float, default=0.0, help="emulate links of this rate")
+    parser.add_argument("--delay-ms", type=float, default=0.0, help="and of this one-way delay")
+    parser.add_argument("--max-queue", type=positive, default=64, help="requests that wait (64)")
+    parser.add_argument(
+        "--memory",
+        type=positive,
+        metavar="MIB",
+        help="for keys and values, on each device (half of what is free)",
+    )
+
+
 def missing_of(options: argparse.Namespace) -> dict[str, Any]:
     """--on-missing and --deadline-ms as keyword arguments; a command may have neither."""
     settings: dict[str, Any] = {"on_missing": "raise", "deadline_ms": None}

@@ -28,6 +28,7 @@ from .options import (
     peers_of,
     positive,
 )
+from .streaming import Streaming, add_sampling, sampling_of
 from .waiting import Waiting
 
 
@@ -45,7 +46,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
     add_mesh_options(parser)
     add_missing(parser)
     where = parser.add_mutually_exclusive_group(required=True)
-    where.add_argument("--prompt", help="the text to continue")
+    where.add_argument("--prompt", help="the text to continue; -: what standard input has")
     where.add_argument("--text", metavar="FILE", help="a file with the text to continue")
     parser.add_argument(
         "--raw",
@@ -65,6 +66,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--backend", choices=("tcp", "gloo"), default="tcp", help="under torchrun only"
     )
+    add_sampling(parser)
     add_trace(parser)
 
 
@@ -145,9 +147,12 @@ def check_local_keys(options: argparse.Namespace, place: Place) -> None:
 def run(options: argparse.Namespace) -> int:
     import torch
 
+    from ..serve.sampling import sampling_to_json
+
     prompt = prompt_of(options)
     place = place_of(options)
     settings = engine_options(options, place.world_size)
+    sampling = sampling_of(options)
     check_trace(options)
     torch.set_num_threads(options.threads)
     with contextlib.ExitStack() as stack:
@@ -172,25 +177,43 @@ def run(options: argparse.Namespace) -> int:
             ranks = stack.enter_context(others.ranks(model, codebook, folder))
         else:
             ranks = stack.enter_context(connected(options, place, model, codebook, settings))
-        _answer(options, place, ranks, tokenizer, codebook, ids)
+        job = {
+            "do": "generate",
+            "input_ids": ids.tolist(),
+            "space": options.space,
+            "max_new_tokens": options.max_new_tokens,
+            "sampling": sampling_to_json(sampling) if sampling.temperature else None,
+        }
+        _answer(options, place, ranks, tokenizer, codebook, job)
     return 0
 
 
 def _answer(
-    options: argparse.Namespace, place: Place, ranks: Any, tokenizer: Any, codebook: Any, ids: Any
+    options: argparse.Namespace,
+    place: Place,
+    ranks: Any,
+    tokenizer: Any,
+    codebook: Any,
+    job: dict[str, Any],
 ) -> None:
-    """Has the ranks continue the prompt, and shows what they give."""
-    job = {
-        "do": "generate",
-        "input_ids": ids.tolist(),
-        "space": options.space,
-        "max_new_tokens": options.max_new_tokens,
-    }
-    with working("computing the answer") if place.rank == 0 else contextlib.nullcontext():
-        if place.torchrun:
-            answer = ranks.run(job)
-        else:
-            answer = traced(options, ranks, lambda: ranks.submit(**job))
+    """Has the ranks continue the prompt, and shows what they give, as it comes."""
+    from ..models import adapt
+
+    streaming = None
+    if place.rank == 0 and not options.json:
+        streaming = Streaming(tokenizer, len(adapt(ranks.model).blocks))
+        ranks.on_block, ranks.on_token = streaming.on_block, streaming.on_token
+    try:
+        with working("computing the answer") if place.rank == 0 else contextlib.nullcontext():
+            if place.torchrun:
+                answer = ranks.run(job)
+            else:
+                answer = traced(options, ranks, lambda: ranks.submit(**job))
+    finally:
+        if streaming is not None:
+            streaming.end_progress()
+    if streaming is not None:
+        streaming.finish()
     if place.rank == 0:
         report(options, tokenizer, answer, place.world_size)
         say_exactness(options, codebook, answer)
@@ -204,6 +227,8 @@ def prompt_of(options: argparse.Namespace) -> str:
 
     if options.text is not None:
         text = read_text(options.text)
+    elif options.prompt == "-":
+        text = read_text("/dev/stdin")
     else:
         try:
             text = str(options.prompt)
@@ -307,14 +332,13 @@ def _open_mesh(options: argparse.Namespace, place: Place) -> Any:
 
 
 def report(options: argparse.Namespace, tokenizer: Any, answer: Any, world_size: int) -> None:
-    """The continuation on stdout, figures on stderr; or all as one JSON object."""
-    text = tokenizer.decode(answer["ids"][0], skip_special_tokens=True)
+    """Figures on stderr, behind the text; or all as one JSON object."""
     times = answer["times"]
     each = (times[-1] - times[0]) / (len(times) - 1) if len(times) > 1 else None
     if options.json:
         show_json(
             {
-                "text": text,
+                "text": tokenizer.decode(answer["ids"][0], skip_special_tokens=True),
                 "world_size": world_size,
                 "seconds_to_first_token": times[0],
                 "seconds_per_token": each,
@@ -324,7 +348,6 @@ def report(options: argparse.Namespace, tokenizer: Any, answer: Any, world_size:
             }
         )
         return
-    print(text, flush=True)
     if answer["degraded"]:
         say(f"WARNING: a degraded answer, without {without(answer['missing'])}")
     pace = "" if each is None else f", then {each:.3f} s a token"

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import struct
 import time
+from collections.abc import Callable
 from typing import Any, Literal
 
 import torch
@@ -17,6 +18,7 @@ from torch import Tensor, nn
 from ..codes.codebook import Codebook
 from ..codes.fields import DENSE_DTYPES
 from ..control import Control
+from ..decoding import Choose
 from ..engine import Engine
 from ..errors import WireError
 from ..evaluate import shard_loss
@@ -59,6 +61,9 @@ class Ranks:
         self.mesh, self.timed = mesh, timed or mesh
         self.weights, self.halo = weights, halo
         self.tracing = False  # on the leader: from now on, jobs leave a trace on every rank
+        # on the leader, of a generation: called with each new token, and before each block
+        self.on_token: Callable[[Tensor], None] | None = None
+        self.on_block: Callable[[int], None] | None = None
         self.trace = trace_of(next(model.parameters()).device)
         self._engines: dict[tuple[str, bool, int], Engine] = {}
 
@@ -157,7 +162,7 @@ class Ranks:
         if kind == "loss":
             return self.loss(ids, job["space"])
         if kind == "generate":
-            return self.generate(ids, job["space"], job["max_new_tokens"])
+            return self.generate(ids, job["space"], job["max_new_tokens"], job.get("sampling"))
         raise WireError("job", "prefill, loss, generate, probe, timeline or stop", kind, 0)
 
     def timeline(self) -> dict[int, list[Span]]:
@@ -247,17 +252,30 @@ class Ranks:
         total, count = shard_loss(self.engine(space, False, ids.shape[1]), ids)
         return sum(self.report(total)), int(sum(self.report(float(count))))
 
-    def generate(self, ids: Tensor, space: str, max_new_tokens: int) -> dict[str, Any]:
+    def generate(
+        self, ids: Tensor, space: str, max_new_tokens: int, sampling: dict[str, Any] | None = None
+    ) -> dict[str, Any]:
         """The continued ids, the seconds at which each new token reached this rank, and what the
-        prefill had to do without."""
+        prefill had to do without.
+
+        sampling: the fields of a `serve.Sampling`; None: always the likeliest token.
+        """
         engine = self.engine(space, True, ids.shape[1])
         times: list[float] = []
+
+        def hear(token: Tensor) -> None:
+            times.append(time.perf_counter() - start)
+            if self.on_token is not None:
+                self.on_token(token)
+
         self.barrier()
         start = time.perf_counter()
         out = engine.generate(
             ids,
             max_new_tokens=max_new_tokens,
-            on_token=lambda token: times.append(time.perf_counter() - start),
+            choose=None if sampling is None else choose_by(sampling),
+            on_token=hear,
+            on_block=self.on_block,
         )
         self.timed.flush()
         self.barrier()
@@ -273,6 +291,14 @@ class Ranks:
         for engine in self._engines.values():
             engine.close()
         self._engines.clear()
+
+
+def choose_by(sampling: dict[str, Any]) -> Choose:
+    """A `choose` for one sequence; see `serve.sampling`."""
+    from ..serve.sampling import Sampler, sampling_from_json
+
+    sampler = Sampler(sampling_from_json(sampling))
+    return lambda ids, logits: torch.tensor([sampler.draw(logits[0]).token])
 
 
 def check_tokens(model: nn.Module, tokens: int) -> None:

@@ -6,7 +6,6 @@ from ..costs import EXACT_TOKENS
 from ..engine import Engine
 
 NEWEST = 0.3  # the weight of the newest figure
-LEAST_TOGETHER = 2 * EXACT_TOKENS  # tokens, where nothing is known of the link yet
 SEGMENT_SECONDS = 0.35  # that a prompt may be read before the others get a token
 
 
@@ -44,7 +43,7 @@ class PromptCosts:
         if self._engine.mesh.world_size == 1 or tokens <= EXACT_TOKENS:
             return False
         if self.token is None or self.exchange is None:
-            return tokens >= LEAST_TOGETHER
+            return True
         return self.together(tokens) < self.token * tokens
 
     def together(self, tokens: int) -> float:

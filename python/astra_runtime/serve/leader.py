@@ -17,6 +17,7 @@ from typing import Any
 
 from .. import decoding
 from ..control import Control
+from ..costs import EXACT_TOKENS
 from ..engine import Engine
 from ..errors import AstraError, CallEnded
 from ..store import token_limit
@@ -252,8 +253,13 @@ class Leader(Rounds):
         return work
 
     def _is_for_all(self, work: Work) -> bool:
-        """Whether all ranks read its prompt: what is kept is on all of them."""
-        return work.base is not None or self.costs.together_is_faster(work.prompt_tokens)
+        """Whether all ranks read its prompt, and so keep it; a single rank keeps longer ones."""
+        tokens = work.prompt_tokens
+        if work.base is not None:
+            return True
+        if self.engine.mesh.world_size == 1:
+            return self._sequences.kept.possible and tokens > EXACT_TOKENS
+        return self.costs.together_is_faster(tokens)
 
     def _alone(self) -> list[Work]:
         """The requests that come next and whose owners read their prompts by themselves."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import io
 import json
 import math
 import os
@@ -500,3 +501,45 @@ def test_benchmarks_are_reached_by_name(home: Path) -> None:
     assert "--ranks" in astra(home, "bench", "latency", "--help").stdout
     done = astra(home, "bench", "nothing", code=2)
     assert "invalid choice: 'nothing'" in done.stderr
+
+
+def test_text_comes_token_by_token(
+    home: Path, here: Callable[..., tuple[str, str]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from astra_runtime.cli import streaming
+
+    pieces: list[str] = []
+    write = streaming.Streaming.write
+    monkeypatch.setattr(
+        streaming.Streaming, "write", lambda self, piece: (pieces.append(piece), write(self, piece))
+    )
+    asked = ["run", *model_options(home), "--prompt", PROMPT, "--max-new-tokens", "4"]
+    asked += ["--temperature", "0.8", "--top-p", "0.9", "--seed", "3"]
+    out, _ = here(*asked)
+    assert out == "".join(pieces)
+    assert len([piece for piece in pieces if piece.strip()]) == 4
+    assert here(*asked)[0] == out  # the same seed
+    assert here(*asked, "--world-size", "2", "--space", "none")[0] == out
+
+
+def test_a_conversation_goes_on_from_what_was_said(
+    home: Path,
+    here: Callable[..., tuple[str, str]],
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+) -> None:
+    shutil.copytree(home / "model", tmp_path / "model")
+    config = tmp_path / "model" / "tokenizer_config.json"
+    template = "{% for m in messages %}{{ m['content'] }} {% endfor %}"
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"chat_template": template}))
+    words = " ".join(WORDS[:70])
+    monkeypatch.setattr(sys, "stdin", io.StringIO(f"{words}\nw5 w6\n/clear\nw7\n\n"))
+    out, _ = here(
+        "chat", "--model", str(tmp_path / "model"), "--codebook", str(home / "codebook"),
+        "--world-size", "2", "--max-new-tokens", "3", "--json",
+    )  # fmt: skip
+    turns = json.loads(out)["turns"]
+    assert [turn["question"] for turn in turns] == [words, "w5 w6", "w7"]
+    assert [turn["prompt_tokens"] for turn in turns] == [70, 75, 1]
+    assert [turn["cached_tokens"] for turn in turns] == [0, 70, 0]
+    assert all(len(turn["text"].split()) == 3 for turn in turns)

@@ -1,0 +1,132 @@
+"""`astra chat`: a conversation, each turn of which costs its own tokens alone."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import threading
+from collections.abc import Iterator
+from typing import Any
+
+from ..console import say, show_json, working
+from ..errors import AstraError
+from .leading import Place, start
+from .options import (
+    add_fit_options,
+    add_leader,
+    add_mesh_options,
+    add_missing,
+    add_model,
+    positive,
+)
+from .streaming import Streaming, add_sampling, sampling_of
+
+
+def configure(parser: argparse.ArgumentParser) -> None:
+    parser.epilog = (
+        "examples:\n"
+        "  astra chat --world-size 2\n"
+        '  echo "What is the capital of France?" | astra chat --world-size 2 --json\n'
+        "A line is a question; /clear begins anew, and an empty line or Ctrl-D ends."
+    )
+    add_model(parser)
+    add_fit_options(parser)
+    add_mesh_options(parser)
+    add_missing(parser)
+    add_leader(parser)
+    parser.add_argument("--system", help="what the model is told before the first question")
+    parser.add_argument("--max-new-tokens", type=positive, default=512, help="of an answer (512)")
+    add_sampling(parser)
+
+
+class _Chat:
+    """What `start` knows of the service that is being started: it says what it does."""
+
+    def __init__(self) -> None:
+        self.kind = "decoder"
+        self.closing = threading.Event()
+
+    def say(self, doing: str) -> None:
+        say(doing)
+
+
+def run(options: argparse.Namespace) -> int:
+    sampling = sampling_of(options)
+    place = Place.of(options)
+    started = start(options, place, _Chat())
+    try:
+        if not getattr(started.tokenizer, "chat_template", None):
+            raise AstraError(f"model {options.model!r}: expected a chat template, it has none")
+        turns = _talk(options, started, sampling)
+    finally:
+        started.leader.close()
+        started.close()
+    if options.json:
+        show_json({"world_size": len(place.addresses), "turns": turns})
+    return 0
+
+
+def _talk(options: argparse.Namespace, started: Any, sampling: Any) -> list[dict[str, Any]]:
+    """Answers line after line; what was said, and at what cost."""
+    opening = [{"role": "system", "content": options.system}] if options.system else []
+    messages = list(opening)
+    turns: list[dict[str, Any]] = []
+    for question in _questions():
+        if question == "/clear":
+            messages = list(opening)
+            continue
+        messages.append({"role": "user", "content": question})
+        text, done = _answer(options, started, messages, sampling, len(turns))
+        messages.append({"role": "assistant", "content": text})
+        turns.append({"question": question, "text": text} | done)
+    return turns
+
+
+def _questions() -> Iterator[str]:
+    """Lines of standard input, with a prompt on a terminal."""
+    while True:
+        if sys.stdin.isatty():
+            print("> ", end="", file=sys.stderr, flush=True)
+        line = sys.stdin.readline().strip()
+        if not line:
+            return
+        yield line
+
+
+def _answer(
+    options: argparse.Namespace, started: Any, messages: list[Any], sampling: Any, turn: int
+) -> tuple[str, dict[str, Any]]:
+    """The answer, shown as it comes, and its figures."""
+    from ..serve.service import Done, GenerationRequest
+
+    leader, pieces = started.leader, []
+    figures: dict[str, Any] = {}
+    encoded = started.tokenizer.apply_chat_template(
+        messages, add_generation_prompt=True, return_dict=True
+    )["input_ids"]
+    room = leader.context_length - len(encoded) + 1
+    if room < 1:
+        raise AstraError(
+            f"the conversation has {len(encoded)} tokens, and the model's limit is "
+            f"{leader.context_length}: /clear begins anew"
+        )
+    request = GenerationRequest(
+        f"turn-{turn}", encoded, min(options.max_new_tokens, room), sampling
+    )
+    streaming = None if options.json else Streaming(started.tokenizer, 1)
+    with working("computing the answer"):
+        for event in leader.stream(request):
+            pieces.append(event.text)
+            if streaming is not None:
+                streaming.write(event.text)
+            if isinstance(event, Done):
+                figures = {
+                    "prompt_tokens": event.prompt_tokens,
+                    "cached_tokens": event.cached_tokens,
+                    "completion_tokens": event.completion_tokens,
+                    "seconds_to_first_token": event.seconds_to_first_token,
+                    "degraded": event.degraded,
+                }
+    if streaming is not None:
+        streaming.write("\n")
+    return "".join(pieces), figures
