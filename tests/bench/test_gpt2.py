@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -21,8 +22,10 @@ from bench.gpt2.tables import gpt2_bits, gpt2_ranks, gpt2_settings
 @pytest.fixture(scope="module")
 def report(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     folder = tmp_path_factory.mktemp("gpt2")
+    few = {"noise": (0.1,), "commitment": (1e-4,), "codewords": (16,), "seeds": 1}
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("ASTRA_CACHE", str(folder))
+        patch.setattr(program, "QUICK", replace(program.QUICK, **few))
         program.main(["--quick", "--results", str(folder), "--output", "quick"])
     (file,) = folder.glob("*/quick.json")
     return json.loads(file.read_text())

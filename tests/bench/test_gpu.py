@@ -216,6 +216,7 @@ def test_the_extension_is_built_for_a_python_with_headers():
     assert prepare.interpreter("2.6") is None
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(400)
 def test_a_rehearsal(tmp_path, cache):
     """Both parts' ways, in Triton's interpreter: one in so many calls and cases of each kind."""

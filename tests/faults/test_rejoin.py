@@ -120,6 +120,7 @@ with open(f"{__file__}.{engine.rank}", "w") as done:
 """
 
 
+@pytest.mark.faults
 def test_under_torchrun(tmp_path: Path) -> None:
     """Whose agent keeps the store, with all that former groups have left in it."""
     script = tmp_path / "script.py"

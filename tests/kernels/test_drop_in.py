@@ -78,7 +78,12 @@ def test_the_program(monkeypatch, capsys):
 
 
 @pytest.mark.parametrize(
-    ("dynamic", "compilations"), [(None, 2), (True, 1), (False, len(LENGTHS))], ids=str
+    ("dynamic", "compilations"),
+    [
+        pytest.param(None, 2, id="None"),
+        pytest.param(True, 1, id="True", marks=pytest.mark.slow),
+        pytest.param(False, len(LENGTHS), id="False", marks=pytest.mark.slow),
+    ],
 )
 @torch.no_grad()
 def test_compiles_whole_for_any_length(dynamic, compilations):
@@ -97,6 +102,7 @@ def test_compiles_whole_for_any_length(dynamic, compilations):
         assert sorted(op.split(".")[1] for op in ops) == ["encode", "mixed_attention"]
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # torch's own, of torch.jit
 @torch.no_grad()
 def test_compiles_with_inductor():

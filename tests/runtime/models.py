@@ -8,6 +8,9 @@ import torch
 import transformers
 from torch import Tensor
 
+from astra_runtime import Codebook
+from astra_runtime.models import adapt
+
 KINDS = ("llama", "mistral", "qwen2", "gpt2", "vit", "bert")
 
 
@@ -61,3 +64,15 @@ def windows_for(kind: str, count: int = 6, tokens: int = 40) -> Tensor:
     """Calibration windows, other than the inputs above."""
     windows = [inputs_for(kind, tokens, seed=100 + i) for i in range(count)]
     return torch.cat([next(iter(window.values())) for window in windows])
+
+
+_books: dict[tuple[str, str], Codebook] = {}
+
+
+def book_of(model: Any, kind: str, **options: Any) -> Codebook:
+    """`Codebook.fit` on `windows_for(kind)`, once for all tests that ask for the same: a fit is
+    deterministic, and takes longer than what most of them do with its codebook."""
+    key = adapt(model).digest(), repr((kind, sorted(options.items())))
+    if key not in _books:
+        _books[key] = Codebook.fit(model, windows_for(kind), **options)
+    return _books[key]

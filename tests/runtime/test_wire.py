@@ -5,7 +5,7 @@ from __future__ import annotations
 import pickle
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from astra_runtime import errors, wire
@@ -205,6 +205,7 @@ def test_a_fitting_hello_is_not_refused() -> None:
     assert wire.refusal(Hello(4, 0, 2, RUN), Hello(4, 3, 0, RUN)) is None
 
 
+@settings(max_examples=40)
 @given(st.dictionaries(st.text(max_size=20), st.text(max_size=40), max_size=8))
 def test_facts_survive(facts: dict[str, str]) -> None:
     assert wire.decode_fields(wire.encode_fields(facts), 1) == facts

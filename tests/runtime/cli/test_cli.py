@@ -25,6 +25,7 @@ from transformers import PreTrainedTokenizerFast
 
 from astra_runtime import Codebook, transport
 from astra_runtime.cli import COMMANDS, main
+from astra_runtime.deploy import launch
 from astra_runtime.deploy.launch import free_ports
 from astra_runtime.store import DOMAINS, builtin_text, token_windows
 from tests.processes import Fork, fork_workers, runs, workers_of
@@ -122,14 +123,14 @@ def test_datagrams_want_answers_that_may_be_degraded(
     assert "--transport datagram: expected --on-missing degrade" in told
 
 
-def test_run_prints_one_json_object(home: Path, here: Callable[..., tuple[str, str]]) -> None:
-    asked = ["--prompt", PROMPT, "--max-new-tokens", "5", "--json"]
-    alone = json.loads(here("run", *model_options(home), *asked)[0])
-    found = json.loads(
-        astra(
-            home, "run", *model_options(home), *asked, "--world-size", "2", "--space", "none"
-        ).stdout
-    )
+def test_run_prints_one_json_object(
+    home: Path, here: Callable[..., tuple[str, str]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With a worker that is a process of its own."""
+    asked = [*model_options(home), "--prompt", PROMPT, "--max-new-tokens", "5", "--json"]
+    alone = json.loads(here("run", *asked)[0])
+    monkeypatch.setattr(launch, "subprocess", subprocess)
+    found = json.loads(here("run", *asked, "--world-size", "2", "--space", "none")[0])
     assert set(found) == {
         "text",
         "world_size",
@@ -182,16 +183,21 @@ def test_processes_of_one_command_speak_tls_unless_told_otherwise(
     assert not any(folder.exists() for folder in folders)
 
 
-def test_torchrun_starts_the_ranks(home: Path, here: Callable[..., tuple[str, str]]) -> None:
-    """TCP under torchrun itself, gloo in processes that it would have started."""
+@pytest.mark.slow
+def test_torchrun_starts_the_ranks(home: Path) -> None:
     asked = ["run", *model_options(home), "--prompt", PROMPT, "--max-new-tokens", "3", "--json"]
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
     command += ["--nproc-per-node", "2", "-m", "astra_runtime", *asked]
     done = subprocess.run(command, capture_output=True, text=True, timeout=100)
     assert done.returncode == 0, done.stderr
-    found = json.loads(done.stdout)
-    assert found["world_size"] == 2
+    assert json.loads(done.stdout)["world_size"] == 2
 
+
+def test_ranks_that_torchrun_would_have_started(
+    home: Path, here: Callable[..., tuple[str, str]]
+) -> None:
+    asked = ["run", *model_options(home), "--prompt", PROMPT, "--max-new-tokens", "3", "--json"]
+    found = json.loads(here(*asked, "--world-size", "2")[0])
     port = str(free_ports(1)[0])
 
     def rank(number: int) -> int:

@@ -27,7 +27,7 @@ from astra_runtime.models.shapes import SHAPES, shaped
 from astra_runtime.plan import Plan
 from astra_runtime.transport import Link
 
-from ..models import tiny, windows_for
+from ..models import book_of, tiny
 from ..test_engine import fitted
 
 FREE = Link()
@@ -147,7 +147,7 @@ def test_every_space_is_measured(kind: str, space: str) -> None:
         book = fitted(kind, model, space="kv", groups=1)
     elif space == "transform":
         options = {"bits": 24, "codewords": 16, "held_back": 0}
-        book = Codebook.fit(model, windows_for(kind), space="transform", **options)
+        book = book_of(model, kind, space="transform", **options)
     else:
         book = Codebook(space)
     tokens = 25 if kind == "vit" else 32

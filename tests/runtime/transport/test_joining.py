@@ -318,6 +318,7 @@ with open(f"{__file__}.{mesh.rank}", "w") as done:
 """
 
 
+@pytest.mark.slow
 def test_torchrun(tmp_path: Path) -> None:
     pytest.importorskip("cryptography")
     script = tmp_path / "script.py"
