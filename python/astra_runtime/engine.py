@@ -124,8 +124,8 @@ class Engine(SessionHost):
         self.seconds = 0.0
         check_runnable(model)
         check_attention(self.adapter.attentions)
-        self._watch = Watch(model)
         self.codec = self.codebook.make_codec(self.adapter)
+        self._watch = Watch(model, self.adapter.projecting() if self.codec.tabled else ())
         self._plan = functools.lru_cache(_SHAPES)(
             functools.partial(
                 engine_plan,

@@ -20,7 +20,7 @@ from astra_runtime.models import adapt
 from astra_runtime.models.hooks import PLAIN, _Clean
 from astra_runtime.transport import Mesh
 
-from .models import KINDS, inputs_for, tiny, windows_for
+from .models import KINDS, book_of, inputs_for, tiny, windows_for
 
 
 def answer_of(model: Any, kind: str, ranks: int = 2) -> Tensor:
@@ -280,6 +280,57 @@ def test_dtype_training_and_modules_that_change_while_an_engine_is_open() -> Non
         norm.weight = nn.Parameter(norm.weight.detach().clone())
         with pytest.raises(ModelChanged, match=r"model\.norm\.weight"):
             engine(**inputs_for("llama"))
+
+
+PARTS: dict[str, tuple[Any, str]] = {
+    "a module": (lambda layer: setattr(layer, "mlp", nn.Identity()), r"in model\.layers\.1 "),
+    "a buffer": (lambda layer: layer.noted.mul_(2), r"layers\.1\.noted"),
+    "a hook": (
+        lambda layer: layer.self_attn.k_proj.register_forward_hook(lambda _, x, out: 2 * out),
+        r"layers\.1\.self_attn\.k_proj computes",
+    ),
+    "an epsilon": (
+        lambda layer: setattr(layer.input_layernorm, "variance_epsilon", 1.0),
+        r"layers\.1\.input_layernorm computes",
+    ),
+}
+
+
+@pytest.mark.parametrize("part", PARTS)
+def test_parts_that_change_while_an_engine_is_open(part: str) -> None:
+    """Tables of a projection that is another by now, too."""
+    model = tiny("llama")
+    layer, (change, words) = model.model.layers[1], PARTS[part]
+    layer.register_buffer("noted", torch.ones(3), persistent=False)
+    book = book_of(model, "llama", space="hidden", codewords=16, held_back=0)
+    with Engine(model, book) as engine:
+        engine(**inputs_for("llama"))
+        change(layer)
+        with pytest.raises(ModelChanged, match=words):
+            engine(**inputs_for("llama"))
+
+
+def test_a_hook_that_no_table_knows_of_is_welcome() -> None:
+    model, seen = tiny("llama"), []
+    with Engine(model) as engine:
+        want = engine(**inputs_for("llama")).logits
+        layer = model.model.layers[1]
+        layer.self_attn.k_proj.register_forward_hook(lambda *_: seen.append(True))
+        assert torch.equal(engine(**inputs_for("llama")).logits, want)
+    assert seen
+
+
+def test_dropout_at_work_in_one_part_is_refused() -> None:
+    model = tiny("gpt2", resid_pdrop=0.5)
+    with Engine(model) as engine:
+        want = engine(**inputs_for("gpt2")).logits
+        model.transformer.h[1].ln_1.train()  # computes the same in either mode
+        assert torch.equal(engine(**inputs_for("gpt2")).logits, want)
+        model.transformer.h[1].train()
+        with pytest.raises(ValueError, match=r"expected evaluation mode, got training in .*h\.1"):
+            engine(**inputs_for("gpt2"))
+    with pytest.raises(ValueError, match="expected evaluation mode"):
+        Engine(model)
 
 
 def test_weights_that_are_not_in_memory_are_refused() -> None:

@@ -138,6 +138,7 @@ class Codec(ABC):
         keeps_sessions: tokens are coded from their keys and values, and read again from codes, at
             any time; `tensors` works.
         fine_tokens: how many tokens before a cut have fine codes, for the next rank alone.
+        tabled: its tables were made from the model's projections when it was created.
     """
 
     key: ClassVar[str]
@@ -152,6 +153,7 @@ class Codec(ABC):
     gains_by_variety: ClassVar[bool] = False
     keeps_sessions: ClassVar[bool] = False
     fine_tokens: int = 0
+    tabled: bool = False
 
     # What is known of a codebook without a device. `sizes` are those of `geometry`.
 

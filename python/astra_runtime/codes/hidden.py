@@ -50,6 +50,8 @@ class HiddenEncoder(PackedCodes):
 class ProjectedHiddenCodes(HiddenEncoder, TableLookup):
     """Block inputs in one code a token: norm, W_K and W_V are applied to the codebook, once."""
 
+    tabled = True
+
     def __init__(self, codebook: CodebookFields, adapter: Adapter) -> None:
         super().__init__(codebook, adapter)
         self.keys, self.values = [], []
@@ -69,6 +71,7 @@ class HiddenCodes(HiddenEncoder, DenseAttention):
         self.projections: list[Projection | None] = [None] * len(self.tables)
         if self.staging is not None:
             self.projections = [adapter.projection(block) for block in range(len(self.tables))]
+        self.tabled = any(projection is not None for projection in self.projections)
 
     def decode(
         self, block: int, payloads: Sequence[Payload], batch: int, rope: Rope

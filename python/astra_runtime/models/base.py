@@ -167,6 +167,10 @@ class Adapter(ABC):
         """`project` as one product; None where the modules do more than that."""
         return None
 
+    def projecting(self) -> list[nn.Module]:
+        """The modules that `project` calls, of all blocks."""
+        return []
+
     @abstractmethod
     def count(self, inputs: Mapping[str, Tensor]) -> tuple[int, int]:
         """Batch size and number of tokens, the class token not counted. Checks the inputs."""
@@ -251,12 +255,25 @@ def check_runnable(model: nn.Module) -> None:
     """
     if model.training:
         raise ValueError("model: expected evaluation mode, got training: call model.eval()")
-    for name, tensor in model.named_parameters():
-        if tensor.is_meta:
+    for path, module in model.named_modules():
+        if module.training and _is_random(module):
             raise ValueError(
-                f"model: expected weights in memory, got {name} on the meta device: load the model "
-                "without offloading"
+                f"model: expected evaluation mode, got training in {path}: call model.eval()"
             )
+        for name, tensor in module._parameters.items():
+            if tensor is not None and tensor.is_meta:
+                raise ValueError(
+                    f"model: expected weights in memory, got {path}.{name} on the meta device: "
+                    "load the model without offloading"
+                )
+
+
+def _is_random(module: nn.Module) -> bool:
+    """Whether a module in training computes something else each time, or changes itself: most,
+    such as an adapter that was put into a model, compute the same in either mode."""
+    if isinstance(module, nn.modules.dropout._DropoutNd):
+        return module.p > 0
+    return isinstance(module, nn.modules.batchnorm._NormBase)
 
 
 def with_cache(model: Any, cache: Any) -> dict[str, Any]:

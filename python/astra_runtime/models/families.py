@@ -153,6 +153,11 @@ class Llama(_Decoder):
         product = joined([layer.self_attn.k_proj, layer.self_attn.v_proj])
         return product and folded(layer.input_layernorm, *product)
 
+    def projecting(self) -> list[nn.Module]:
+        blocks: Any = self.blocks
+        parts = [(b.input_layernorm, b.self_attn.k_proj, b.self_attn.v_proj) for b in blocks]
+        return [module for of_block in parts for module in of_block]
+
     def embed(self, inputs: Mapping[str, Tensor]) -> Tensor:
         embedded: Tensor = self.base.embed_tokens(inputs["input_ids"])
         return embedded
@@ -197,6 +202,10 @@ class GPT2(_Decoder):
             return None
         return folded(layer.ln_1, both.weight[:, width:].T, both.bias[width:])
 
+    def projecting(self) -> list[nn.Module]:
+        blocks: Any = self.blocks
+        return [module for block in blocks for module in (block.ln_1, block.attn.c_attn)]
+
     def embed(self, inputs: Mapping[str, Tensor]) -> Tensor:
         embedded: Tensor = self.base.wte(inputs["input_ids"])
         return embedded + self.base.wpe(self.positions(inputs))
@@ -232,6 +241,11 @@ class ViT(Adapter):
         layer: Any = self.blocks[block]
         product = joined([layer.attention.k_proj, layer.attention.v_proj])
         return product and folded(layer.layernorm_before, *product)
+
+    def projecting(self) -> list[nn.Module]:
+        blocks: Any = self.blocks
+        parts = [(b.layernorm_before, b.attention.k_proj, b.attention.v_proj) for b in blocks]
+        return [module for of_block in parts for module in of_block]
 
     def count(self, inputs: Mapping[str, Tensor]) -> tuple[int, int]:
         config: Any = self.model.config
@@ -284,6 +298,10 @@ class Bert(Adapter):
         layer: Any = self.blocks[block]
         product = joined([layer.attention.self.key, layer.attention.self.value])
         return product and Projection(*product, norm=None)
+
+    def projecting(self) -> list[nn.Module]:
+        attentions: Any = self.attentions
+        return [module for each in attentions for module in (each.key, each.value)]
 
     def count(self, inputs: Mapping[str, Tensor]) -> tuple[int, int]:
         ids = _take_ids(inputs, {"input_ids", "attention_mask", "token_type_ids"})

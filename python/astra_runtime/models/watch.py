@@ -2,14 +2,17 @@
 
 Tables are made from weights once, when an engine is made. Whoever merges an adapter, loads other
 weights or converts the model afterwards would get answers of two models mixed. So a call begins
-with a look at every parameter: whether it is the same tensor at the same address, and on a CPU a
-sample of its bits, since a write through `.data` leaves no other trace. The look takes about a
-microsecond a parameter. On an accelerator, where reading values would wait for the device, the
-version counter stands for them.
+with a look at every module, whether it is the one that was there, and at every parameter and
+buffer: whether it is the same tensor at the same address, and on a CPU a sample of its bits, since
+a write through `.data` leaves no other trace. The look takes about a microsecond a parameter. On an
+accelerator, where reading values would wait for the device, the version counter stands for them.
+Where tables were made from a module, a later hook or patch of it counts as well.
 """
 
 from __future__ import annotations
 
+import operator
+from collections.abc import Iterable
 from typing import Any
 
 import numpy as np
@@ -23,16 +26,26 @@ _BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}  # by b
 
 
 class Watch:
-    """The parameters of `model` as they are now; `changed` names the first that is different."""
+    """The modules, parameters and buffers of `model` as they are now; `changed` names the first
+    that is different.
 
-    def __init__(self, model: nn.Module) -> None:
+    tabled: modules of the model that tables were made from.
+    """
+
+    def __init__(self, model: nn.Module, tabled: Iterable[nn.Module] = ()) -> None:
+        self._modules = [
+            (path or "the model", module, list(module._modules.values()))
+            for path, module in model.named_modules()
+        ]
+        self._tabled = [(module, _function(module)) for module in tabled]
         self._slots: list[tuple[dict[str, Any], str, Tensor]] = []
         self._names: list[str] = []
         for prefix, module in model.named_modules():
-            for name, tensor in module._parameters.items():
-                if tensor is not None:
-                    self._slots.append((module._parameters, name, tensor))
-                    self._names.append(f"{prefix}.{name}".lstrip("."))
+            for slots in (module._parameters, module._buffers):
+                for name, tensor in slots.items():
+                    if tensor is not None:
+                        self._slots.append((slots, name, tensor))
+                        self._names.append(f"{prefix}.{name}".lstrip("."))
         self._addresses = self._places()
         self._elsewhere = [tensor for _, _, tensor in self._slots if not tensor.is_cpu]
         self._versions = self._counters()
@@ -45,12 +58,15 @@ class Watch:
         changed = self.changed()
         if changed is not None:
             raise ModelChanged(
-                f"{changed} of the model has changed since this engine was made; close the engine "
-                "and make another"
+                f"{changed} has changed since this engine was made; close the engine and make "
+                "another"
             )
 
     def changed(self) -> str | None:
-        """The name of a parameter that was replaced, moved, converted or written to; None: none."""
+        """What was replaced, moved, converted or written to, by name; None: nothing."""
+        changed = self._changed_module()
+        if changed is not None:
+            return changed
         for (slots, name, tensor), path in zip(self._slots, self._names, strict=True):
             if slots.get(name) is not tensor:
                 return path
@@ -64,6 +80,17 @@ class Watch:
             return self._first(
                 tensor.is_cpu and not np.array_equal(*next(pairs)) for _, _, tensor in self._slots
             )
+        return None
+
+    def _changed_module(self) -> str | None:
+        for path, module, children in self._modules:
+            now = module._modules
+            if len(now) != len(children) or not all(map(operator.is_, now.values(), children)):
+                return f"a module in {path}"
+        for module, function in self._tabled:
+            if _function(module) != function:
+                path = next(path for path, known, _ in self._modules if known is module)
+                return f"what {path} computes, by a hook, a patch or its epsilon,"
         return None
 
     def _first(self, differ: Any) -> str:
@@ -82,6 +109,18 @@ class Watch:
         if not self._samples:
             return np.empty(0, np.uint8)
         return np.concatenate(self._samples, axis=None)
+
+
+def _function(module: nn.Module) -> tuple[Any, ...]:
+    """What tells, besides its parameters, which function a module computes."""
+    return (
+        type(module),
+        tuple(module._forward_hooks.values()),
+        tuple(module._forward_pre_hooks.values()),
+        module.__dict__.get("forward"),
+        getattr(module, "eps", None),
+        getattr(module, "variance_epsilon", None),
+    )
 
 
 def _sample(tensor: Tensor) -> Any:

@@ -35,7 +35,7 @@ from astra_runtime.train.simulate import Simulation as Package
 from astra_runtime.train.simulate import quantizers
 from astra_runtime.transport import Mesh
 
-from ..models import inputs_for, tiny, windows_for
+from ..models import book_of, inputs_for, tiny, windows_for
 from ..simulation import Simulation
 from ..test_engine import logits_of, ranks_output, rounding
 
@@ -44,7 +44,7 @@ KINDS = ("llama", "gpt2", "bert", "vit")
 
 def fitted(model: Any, kind: str, **options: Any) -> Codebook:
     options = {"bits": 24, "codewords": 16, "rank": 8, "iterations": 3, "held_back": 0} | options
-    return Codebook.fit(model, windows_for(kind), space="transform", **options)
+    return book_of(model, kind, space="transform", **options)
 
 
 def plan_of(kind: str, book: Codebook, tokens: int, weights: tuple[int, ...]) -> Plan:
@@ -209,7 +209,8 @@ def test_what_every_rank_computes_counts_once() -> None:
 
 
 def test_the_fit_is_deterministic() -> None:
-    digests = {fitted(tiny("gpt2"), "gpt2").digest for _ in range(2)}
+    options = {"space": "transform", "bits": 24, "codewords": 16, "held_back": 0}
+    digests = {Codebook.fit(tiny("gpt2"), windows_for("gpt2"), **options).digest for _ in range(2)}
     assert len(digests) == 1
 
 

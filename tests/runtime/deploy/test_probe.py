@@ -32,15 +32,29 @@ def test_links_and_rates_of_every_rank_are_found() -> None:
     assert others == [None, None]
     assert found.rtt_ms[0] is found.up_mbit[0] is None
     for rank in (1, 2):
-        assert 6 <= found.rtt_ms[rank] < 9
-        assert 20 < found.up_mbit[rank] < 41  # a busy machine hands packets on late
-        assert 34 < found.down_mbit[rank] < 41
+        # the link bounds these on one side; on the other a busy machine may be as slow as it likes
+        assert found.rtt_ms[rank] >= 6
+        assert 0 < found.up_mbit[rank] < 41
+        assert 0 < found.down_mbit[rank] < 41
     assert found.link().mbit_per_s == min(found.up_mbit[1:] + found.down_mbit[1:])
     assert found.link().delay_ms == max(found.rtt_ms[1:]) / 2
     for rates in found.rates.values():
         assert len(rates) == 3
-        assert all(r.near > 0 and r.far > 0 and r.block + r.token > 0 for r in rates)
-    assert found.rates["codes"][2].code > 0
+        assert all(min(vars(r).values()) >= 0 < max(vars(r).values()) for r in rates)
+
+
+def test_rates_and_delay_come_from_the_trips(monkeypatch: pytest.MonkeyPatch) -> None:
+    """By a clock of the test's own: 3 ms each way, 40 Mbit/s there, 20 back."""
+    from astra_runtime.deploy import probe as module
+
+    def trip(mesh: Mesh, peer: int, there: int, back: int) -> float:
+        each = Link(40.0).seconds(there) if there > 8 else Link(20.0).seconds(back)
+        return 0.006 + (each if max(there, back) > 8 else 0.0)
+
+    monkeypatch.setattr(module, "_trip", trip)
+    monkeypatch.setattr(module, "_ask", lambda *_: None)
+    mesh = local_mesh(1)[0]
+    assert module._measure_link(mesh, 1) == pytest.approx((6.0, 40.0, 20.0))
 
 
 def test_a_probe_that_asks_for_too_much_is_refused() -> None:

@@ -50,13 +50,13 @@ def test_the_loss_goes_down(space: str) -> None:
     model, data = tiny("llama", initializer_range=0.1), corpus()
     book = fitted(model, data, space)
     steps: list[Step] = []
-    settings = Settings(steps=20, lr=8e-3, batch=4, ranks=(2, 4), shard=4, commitment=1e-2)
+    settings = Settings(steps=40, lr=4e-3, batch=4, ranks=(2, 4), shard=4, commitment=1e-2)
     made = finetune(model, book, data, settings, world_size=3, report=steps.append)
     looked = [step.measured for step in steps if step.measured is not None]
     losses = [step.loss for step in steps if step.measured is None]
-    assert len(losses) == 20
+    assert len(losses) == 40
     assert {step.world_size for step in steps if step.world_size} == {2, 3, 4}
-    assert sum(losses[-5:]) < 0.7 * sum(losses[:5])
+    assert sum(losses[-10:]) < 0.7 * sum(losses[:10])
     assert looked[-1].astra < 0.7 * looked[0].astra  # by the engine, on windows held back
     assert made.notes["held_back"]["astra"] == looked[-1].astra
     made.check_model(adapt(model))
