@@ -22,6 +22,7 @@ LOWEST_TESTS := tests/kernels/test_pack.py tests/kernels/test_encode.py tests/ke
   tests/runtime/test_engine.py tests/runtime/test_heads.py tests/runtime/test_model_hooks.py \
   tests/runtime/codes/test_codebook.py tests/runtime/train/test_sample.py tests/runtime/transport/test_certificates.py
 SOAK_EXCHANGES ?= 3000000
+SOAK_CALLS ?= 20000
 FAULTS ?= bench/results/cpu-$(shell nproc)core/faults.json
 SOURCES := $(shell find csrc -type f) CMakeLists.txt setup.py pyproject.toml $(CONSTRAINTS)
 
@@ -33,7 +34,7 @@ help:
 	@echo "make test-slow  the tests with pretrained models"
 	@echo "make test-aot   every Triton configuration, compiled ahead of time by two versions of Triton"
 	@echo "make test-faults  ranks killed, stopped, cut off and lied to; about seven minutes"
-	@echo "make soak    millions of exchanges: memory, threads, descriptors, outputs"
+	@echo "make soak    millions of exchanges, and 20,000 calls over each transport: does anything grow"
 	@echo "make fuzz    the wire's decoder under libFuzzer, ASan and UBSan; needs clang"
 	@echo "make test-sanitized  Python tests on a sanitized build of the extension; FULL=1 for all"
 	@echo "make test-install  wheel and sdist in an environment of their own; about five minutes"
@@ -97,6 +98,8 @@ test-faults: $(STAMP)
 soak: $(STAMP)
 	@echo "== $(SOAK_EXCHANGES) exchanges =="
 	OMP_NUM_THREADS=1 $(BIN)/python -m tests.faults.soak --exchanges $(SOAK_EXCHANGES) --report $(FAULTS)
+	@echo "== $(SOAK_CALLS) calls over each transport =="
+	OMP_NUM_THREADS=1 $(BIN)/python -m tests.faults.calls --calls $(SOAK_CALLS)
 
 fuzz: $(STAMP)
 	@echo "== the decoder under libFuzzer: $(FUZZ_RUNS) executions, a quarter of an hour for 1e8 =="

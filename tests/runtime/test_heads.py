@@ -157,6 +157,41 @@ def test_any_mask_gives_what_the_rows_alone_give(
         torch.testing.assert_close(got.logits[:, -1], want, atol=2e-3, rtol=1e-3)
 
 
+_WITH_HEADS = {
+    name: with_head(name)
+    for name in (
+        "LlamaForSequenceClassification",
+        "GPT2ForTokenClassification",
+        "Qwen2ForCausalLM",
+        "BertForQuestionAnswering",
+        "BertForTokenClassification",
+        "BertForSequenceClassification",
+    )
+}
+
+
+@settings(max_examples=15, deadline=None)
+@given(
+    name=st.sampled_from(sorted(_WITH_HEADS)),
+    ranks=st.integers(1, 3),
+    lengths=st.lists(st.integers(1, TOKENS), min_size=1, max_size=3),
+)
+def test_any_head_reads_what_it_reads_alone(name: str, ranks: int, lengths: list[int]) -> None:
+    """Rows of any lengths, padded on the right."""
+    model, ids = _WITH_HEADS[name], ids_of(len(lengths))
+    mask = (torch.arange(TOKENS) < torch.tensor(lengths)[:, None]).long()
+    ids = ids.where(mask.bool(), PAD)
+    with torch.no_grad():
+        want = model(input_ids=ids, attention_mask=mask)
+    for got in answers(model, {"input_ids": ids, "attention_mask": mask}, ranks, logits="all"):
+        for field in ("logits", "start_logits", "end_logits"):
+            if field in want:
+                shown = mask.bool() if want[field].shape[:2] == mask.shape else slice(None)
+                torch.testing.assert_close(
+                    got[field][shown], want[field][shown], atol=2e-3, rtol=2e-3
+                )
+
+
 def test_generation_behind_padding_is_refused_before_anything_is_sent() -> None:
     model = tiny("llama")
 

@@ -118,7 +118,8 @@ def _exchange_rates(
     codec, heads = codebook.make_codec(adapter), adapter.num_key_value_heads
     blocks = adapter.blocks
     total = own + remote
-    inputs = _inputs(adapter, total) if adapter.token_ids else {}
+    # of a picture the batch counts alone
+    inputs = _inputs(adapter, total) if adapter.token_ids else {"pixel_values": torch.empty(1, 0)}
     copies = adapter.class_tokens
     plan = Plan((0, remote, total), adapter.causal, copies)
     positions = adapter.positions(inputs)
