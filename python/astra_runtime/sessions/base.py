@@ -28,7 +28,6 @@ class EngineParts(ABC):
     halo: int | None
     deadline_ms: float | None
     on_missing: str
-    num_sessions: int = 0
 
     @property
     @abstractmethod

@@ -22,8 +22,13 @@ _SIZE = struct.Struct("<Q")
 _OVERHEAD = 1 << 20  # bytes that the header takes at most
 
 
-def packed(engine: EngineParts, state: SessionState) -> bytes:
-    """The file's bytes; nothing is pending, and this rank's cache is complete."""
+def packed(
+    engine: EngineParts, state: SessionState, more: Mapping[str, str] | None = None
+) -> bytes:
+    """The file's bytes; nothing is pending, and this rank's cache is complete.
+
+    `more`: further facts.
+    """
     from safetensors.torch import save
 
     tensors = {"ids": state.ids.cpu()}
@@ -34,14 +39,14 @@ def packed(engine: EngineParts, state: SessionState) -> bytes:
             data = bytearray(store.packed())
             flat = torch.frombuffer(data, dtype=torch.uint8) if data else torch.zeros(0)
             tensors[f"codes.{block:03}"] = flat.to(torch.uint8)
-        tensors |= _stacked(state, _tail_start(engine, state), state.read)
+        tensors |= _stacked(state, tail_start(state, engine.rank), state.read)
     facts = _facts(engine) | {"read": str(state.read), "digest": _digest(tensors)}
-    return save(tensors, metadata=facts)
+    return save(tensors, metadata=facts | dict(more or {}))
 
 
-def _tail_start(engine: EngineParts, state: SessionState) -> int:
-    """The first of the last tokens that this rank has computed itself, `TAIL` at most."""
-    held = state.exact[engine.rank]
+def tail_start(state: SessionState, rank: int) -> int:
+    """The first of the last tokens that `rank` has computed itself, `TAIL` at most."""
+    held = state.exact[rank]
     if not held or held[-1][1] < state.read:
         return state.read
     sinks = min(state.prefix, state.read)
@@ -75,8 +80,8 @@ def _digest(tensors: Mapping[str, Tensor]) -> str:
     return content.hexdigest()
 
 
-def restored(engine: EngineParts, state: SessionState, data: bytes) -> None:
-    """Fills the new, empty `state` with what `packed` gave.
+def restored(engine: EngineParts, state: SessionState, data: bytes) -> dict[str, str]:
+    """Fills the new, empty `state` with what `packed` gave; the facts beside it.
 
     Raises:
         ValueError: no file of a session, a damaged one, one of another model or codebook, or with
@@ -101,6 +106,7 @@ def restored(engine: EngineParts, state: SessionState, data: bytes) -> None:
         state.add_exact(rank, start, read)
     if state.store is not None and tail is not None:
         state.held = [(start, read, list(zip(*(t.split(1) for t in tail), strict=True)))]
+    return facts
 
 
 def _read(data: bytes) -> tuple[dict[str, Tensor], dict[str, str]]:

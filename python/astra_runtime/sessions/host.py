@@ -8,11 +8,13 @@ from pathlib import Path
 
 from ..codes.packed import PackedCodes
 from ..codes.store import CodeStore
+from ..inputs import check_integer
 from .base import EngineParts
 from .cache import KeyValues
 from .decoder import Decoder
 from .files import broadcast, refused, restored
 from .session import Session, one_call
+from .sharing import share
 from .state import SessionState
 
 _TAG = zlib.crc32(b"load a session")
@@ -69,16 +71,36 @@ class SessionHost(EngineParts):
                 broadcast(self, data, 0, _TAG)
         return Session(self, state)
 
+    def share_session(self, session: Session | None, source: int) -> Session:
+        """Gives a session back to ranks that have lost it; collective.
+
+        After `rejoin`, a rank that is another process now has no sessions. It passes None, the
+        others the session that they have, and all go on with what is returned. The returned rank
+        knows the tokens by their codes, and the last ones as `source` has them. Tokens whose codes
+        some rank had not heard of are cut off: `len` says what is left.
+
+        Args:
+            session: this rank's; None: it has none.
+            source: a rank that has the session.
+
+        Raises:
+            SessionRefused: ranks have different sessions, or `source` has none.
+        """
+        self._check_sessions()
+        source = check_integer("source", source, 0, self.mesh.world_size - 1)
+        with one_call(self, None, None):
+            state = None if session is None else session._state.fork()
+            state = share(self, state, self._new_state(), source, _TAG)
+        return Session(self, state)
+
     def _new_state(self) -> SessionState:
         world_size = self.mesh.world_size
-        self.num_sessions += 1
         return SessionState(
             KeyValues(len(self.adapter.blocks)),
             self._new_store(),
             world_size,
             self.codebook.prefix,
             world_size - 1,
-            self.num_sessions,
         )
 
     def _new_store(self) -> list[CodeStore] | None:

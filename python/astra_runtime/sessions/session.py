@@ -210,7 +210,6 @@ class Session:
         with engine._turn():
             state = self._state.fork()
             state.answer = None
-            state.serial = engine.num_sessions = engine.num_sessions + 1
         other = type(self)(engine, state)
         other._cached = self._cached
         return other
@@ -286,7 +285,7 @@ class Session:
 
     def _remember(self, rank: int) -> None:
         state = self._state
-        coded = state.read - state.num_exact(rank)
+        coded = 0 if state.store is None else state.read - state.num_exact(rank)
         self.answered = AnswerFacts(rank, self._cached, coded)
 
 

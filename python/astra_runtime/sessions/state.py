@@ -36,7 +36,6 @@ class SessionState:
     """Everything but `cache`, `store`, `pieces` and `scores` is the same on every rank.
 
     Attributes:
-        serial: of this session, among those of its engine.
         ids: int64 [1, T], all tokens.
         prefix: tokens at the beginning that every rank computes itself and nobody codes.
         read: how many tokens some rank has keys and values of. The last token that was generated
@@ -59,7 +58,6 @@ class SessionState:
     world_size: int
     prefix: int
     owner: int
-    serial: int
     ids: Tensor = field(default_factory=lambda: torch.zeros(1, 0, dtype=torch.int64))
     read: int = 0
     fresh: bool = False

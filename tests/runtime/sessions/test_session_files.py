@@ -205,3 +205,40 @@ def test_a_call_that_is_ended_leaves_the_session_as_it_was() -> None:
         assert torch.equal(session.generate(3), other.generate(3))
 
     ranks(work)
+
+
+@pytest.mark.parametrize("coded", [False, True])
+def test_a_rank_that_lost_a_session_gets_it_from_another(coded: bool) -> None:
+    book = None
+    if coded:
+        book = Codebook.fit(
+            MODEL, windows_for("llama"), space="transform", bits=40, codewords=16, held_back=0
+        )
+
+    def work(engine: Engine) -> None:
+        session = engine.session()
+        session.append(IDS[:, :20], rank=2)
+        session.generate(3)
+        before = session.fork().generate(4, rank=1)
+        shared = engine.share_session(None if engine.rank == 2 else session, 0)
+        assert torch.equal(shared.ids, session.ids)
+        assert shared.owner == 0
+        # rank 1 has lost nothing, rank 2 reads codes
+        assert torch.equal(shared.fork().generate(4, rank=1), before)
+        fork = shared.fork()
+        fork.append(IDS[:, 20:30], rank=2)
+        got = fork.generate(4)
+        assert fork.answered is not None
+        assert fork.answered.rank == 2
+        if not coded:
+            assert fork.answered.coded_tokens == 0
+            session.append(IDS[:, 20:30])
+            assert torch.equal(got, session.generate(4))
+        shared.append(IDS[:, 20:25])  # whose codes nobody has heard of
+        assert len(engine.share_session(shared, 1)) == 22
+        with pytest.raises(SessionRefused, match="rank 2 has no session"):
+            engine.share_session(None if engine.rank == 2 else shared, 2)
+        with pytest.raises(SessionRefused, match="another one than that of rank 0"):
+            engine.share_session(fork if engine.rank else shared, 0)
+
+    ranks(work, book, count=3)
