@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import struct
 import threading
+import time
 from collections.abc import Iterator
 from typing import Any
 
@@ -144,6 +145,28 @@ def test_prompts_of_every_kind(
     assert len(service.asked) == prompts
     given = sum(len(asked.prompt_ids) for asked in service.asked)
     assert answer.usage.prompt_tokens == given
+
+
+def test_prompts_are_answered_side_by_side(client: Any, service: FakeService) -> None:
+    service.gate = threading.Event()
+    answers: list[Any] = []
+
+    def ask() -> None:
+        answers.append(client.completions.create(model="tiny", prompt=["a", "b", "c"]))
+
+    asking = threading.Thread(target=ask)
+    asking.start()
+    deadline = time.monotonic() + 10
+    while len(service.asked) < 3:
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    service.gate.set()
+    asking.join(10)
+    assert [choice.index for choice in answers[0].choices] == [0, 1, 2]
+    service.endless, service.error, service.error_at = True, ServiceFailed("lost"), 4
+    with pytest.raises(openai.InternalServerError, match="lost"):
+        client.completions.create(model="tiny", prompt=["a", "b", "c"])
+    assert service.cancelled.wait(10)
 
 
 def test_completions_stream_and_logprobs(client: Any, service: FakeService) -> None:

@@ -13,12 +13,13 @@ from .chat import TokenNames
 
 @dataclass
 class Choice:
-    """One answer as it comes."""
+    """One answer as it comes; `last_token`: when its last token came, by the monotonic clock."""
 
     index: int
     pieces: list[str] = field(default_factory=list)
     tokens: list[Token] = field(default_factory=list)
     characters: int = 0
+    last_token: float | None = None
     done: Done | None = None
 
     @property

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
-from collections.abc import AsyncGenerator, Coroutine
+from collections.abc import AsyncGenerator, Coroutine, Sequence
 from typing import Any, TypeVar
 
 from starlette.requests import ClientDisconnect, Request
@@ -180,3 +180,37 @@ async def _with_pauses(chunks: AsyncGenerator[T], seconds: float) -> AsyncGenera
 
 async def _next(chunks: AsyncGenerator[T]) -> T:
     return await anext(chunks)
+
+
+async def merged(streams: Sequence[AsyncGenerator[T]]) -> AsyncGenerator[tuple[int, T]]:
+    """The items of several streams as they come, each with its stream's number.
+
+    An error of one ends all; to close this closes them.
+    """
+    # None: a stream has ended
+    items: asyncio.Queue[tuple[int, T] | Exception | None] = asyncio.Queue()
+
+    async def read(number: int, stream: AsyncGenerator[T]) -> None:
+        try:
+            async with contextlib.aclosing(stream):
+                async for item in stream:
+                    items.put_nowait((number, item))
+            items.put_nowait(None)
+        except Exception as error:
+            items.put_nowait(error)
+
+    tasks = [asyncio.ensure_future(read(*each)) for each in enumerate(streams)]
+    left = len(tasks)
+    try:
+        while left:
+            item = await items.get()
+            if isinstance(item, Exception):
+                raise item
+            if item is None:
+                left -= 1
+            else:
+                yield item
+    finally:
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)

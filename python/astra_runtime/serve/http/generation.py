@@ -13,7 +13,7 @@ from starlette.responses import JSONResponse, Response
 from ..service import Done, GenerationRequest, Sampling, Token
 from .answers import ChatShape, Choice, Shape, TextShape
 from .chat import TokenNames, check_ids, encode_chat, encode_text, read_messages
-from .connection import EventStream, while_connected
+from .connection import EventStream, merged, while_connected
 from .errors import expected, too_long
 from .front import record_of
 from .schemas import CHAT, COMPLETIONS, TextOptions, text_options
@@ -34,7 +34,7 @@ async def chat(request: Request) -> Response | EventStream:
 
 
 async def completions(request: Request) -> Response | EventStream:
-    """`/v1/completions`; a list of prompts is answered one after another."""
+    """`/v1/completions`; the prompts of a list are answered side by side."""
     state = ServerState.of(request)
     values = await state.read(request, COMPLETIONS, "decoder")
     values = {"max_tokens": DEFAULT_COMPLETION_TOKENS} | values
@@ -127,13 +127,13 @@ class Answers:
         self.state, self.asked, self.shape, self.record = state, asked, shape, record
         self.choices = [Choice(i) for i in range(sum(each.n for each in asked))]
         # one answer's figures for each prompt
-        self.prompts: list[Done] = []
+        self.prompts: dict[int, Done] = {}
 
     async def whole(self) -> dict[str, Any]:
         async with contextlib.aclosing(self._events()) as events:
             async for _ in events:
                 pass
-        return self.shape.answer(self.choices, self.prompts)
+        return self.shape.answer(self.choices, [*self.prompts.values()])
 
     async def chunks(self, include_usage: bool) -> AsyncGenerator[dict[str, Any]]:
         """Chunks for a stream; with usage each has the key, null but in the last."""
@@ -152,35 +152,33 @@ class Answers:
                 if isinstance(event, Done):
                     yield self.shape.closing(choice) | more
         if include_usage:
-            yield self.shape.last(self.choices, self.prompts)
+            yield self.shape.last(self.choices, [*self.prompts.values()])
 
     async def _events(self) -> AsyncGenerator[tuple[Choice, Token | Done]]:
-        """The events of one prompt after another; what they say is kept and counted."""
-        first = 0
-        for number, asked in enumerate(self.asked):
-            times: dict[int, float] = {}
-            async with contextlib.aclosing(self.state.generate(asked)) as events:
-                async for event in events:
-                    choice = self.choices[first + event.index]
-                    choice.add(event.text)
-                    if isinstance(event, Token):
-                        self._count_token(choice, event, times)
-                    else:
-                        self._count_done(choice, event, number)
-                    yield choice, event
-            first += asked.n
+        """The events of all prompts, as they come; what they say is kept and counted."""
+        # every prompt has as many answers
+        each = self.asked[0].n
+        streams = [self.state.generate(asked) for asked in self.asked]
+        async with contextlib.aclosing(merged(streams)) as events:
+            async for number, event in events:
+                choice = self.choices[number * each + event.index]
+                choice.add(event.text)
+                if isinstance(event, Token):
+                    self._count_token(choice, event)
+                else:
+                    self._count_done(choice, event, number)
+                yield choice, event
         await self.state.write_trace(self.record.request)
 
-    def _count_token(self, choice: Choice, event: Token, times: dict[int, float]) -> None:
+    def _count_token(self, choice: Choice, event: Token) -> None:
         now, metrics = time.monotonic(), self.state.metrics
-        if not times:
+        if self.record.seconds_to_first_token is None:
             first = now - self.record.begun
             metrics.first.observe(first)
-            if self.record.seconds_to_first_token is None:
-                self.record.seconds_to_first_token = round(first, 4)
-        if event.index in times:
-            metrics.each.observe(now - times[event.index])
-        times[event.index] = now
+            self.record.seconds_to_first_token = round(first, 4)
+        if choice.last_token is not None:
+            metrics.each.observe(now - choice.last_token)
+        choice.last_token = now
         if self.shape.names is not None:
             choice.tokens.append(event)
 
@@ -188,6 +186,6 @@ class Answers:
         choice.done = event
         self.record.take(event)
         self.state.metrics.count_answer(event)
-        if len(self.prompts) == number:
-            self.prompts.append(event)
+        if number not in self.prompts:
+            self.prompts[number] = event
             self.state.metrics.count_prompt(event)
