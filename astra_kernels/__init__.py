@@ -12,7 +12,9 @@ import importlib
 from astra_kernels import _C as _C
 from astra_kernels import _library as _library
 from astra_kernels.attention import attention
+from astra_kernels.attention_varlen import attention_varlen
 from astra_kernels.coded_attention import coded_attention
+from astra_kernels.coded_attention_paged import coded_attention_paged
 from astra_kernels.codeword_attention import codeword_attention
 from astra_kernels.count_codes import count_codes
 from astra_kernels.decode import decode
@@ -28,7 +30,9 @@ from astra_kernels.warmup import warmup
 
 __all__ = [
     "attention",
+    "attention_varlen",
     "coded_attention",
+    "coded_attention_paged",
     "codeword_attention",
     "count_codes",
     "decode",
@@ -49,7 +53,9 @@ __all__ = [
 # Errors of ops name these.
 for _op in (
     attention,
+    attention_varlen,
     coded_attention,
+    coded_attention_paged,
     codeword_attention,
     count_codes,
     decode,

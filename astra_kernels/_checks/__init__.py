@@ -38,12 +38,19 @@ from astra_kernels._checks.coded import (
     check_coded,
     check_codewords,
     check_counts,
+    check_tables,
 )
 from astra_kernels._checks.quantization import (
     check_count_codes,
     check_decode,
     check_encode,
     check_encode_packed,
+)
+from astra_kernels._checks.ragged import (
+    check_page_values,
+    check_pages,
+    check_varlen,
+    read_offsets,
 )
 
 __all__ = [
@@ -70,14 +77,19 @@ __all__ = [
     "check_merge",
     "check_merge_states",
     "check_ndim",
+    "check_page_values",
+    "check_pages",
     "check_query",
     "check_scale",
     "check_scores",
     "check_softcap",
+    "check_tables",
     "check_tensors",
+    "check_varlen",
     "check_window",
     "fail_type",
     "fail_value",
+    "read_offsets",
     "shape_of",
     "split_rope",
 ]

@@ -144,6 +144,19 @@ def count_packed(
     return fail_value(op, name, expected + known, shape_of(codes))
 
 
+def check_tables(
+    op: str, query: Tensor, key_codebook: Tensor, value_codebook: Tensor
+) -> TableShape:
+    """Tables of keys and values that have the same codes; gives the sizes of both."""
+    keys = _table_shape(op, "key_codebook", key_codebook, query.shape[3])
+    values = _table_shape(op, "value_codebook", value_codebook, None)
+    if values != keys:
+        got = shape_of(value_codebook)
+        fail_value(op, "value_codebook", "of key_codebook's R, Hkv, S and K", got)
+    check_heads(op, query, "key_codebook", keys.kv_heads)
+    return keys
+
+
 def check_coded(op: str, query: Tensor, coded: CodedInput) -> CodedShape:
     """Everything about the coded side; query itself is checked already."""
     batch, dim = query.shape[0], query.shape[3]

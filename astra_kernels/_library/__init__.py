@@ -6,6 +6,14 @@ outputs' shapes, dtypes and strides, which are those of every implementation. Gr
 their own, ``<name>_backward``.
 """
 
-from astra_kernels._library import attention, coded, linear, merging, packing, quantization
+from astra_kernels._library import (
+    attention,
+    coded,
+    linear,
+    merging,
+    packing,
+    quantization,
+    ragged,
+)
 
-__all__ = ["attention", "coded", "linear", "merging", "packing", "quantization"]
+__all__ = ["attention", "coded", "linear", "merging", "packing", "quantization", "ragged"]

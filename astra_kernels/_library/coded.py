@@ -58,7 +58,7 @@ def value_width(value_codebook: Tensor) -> int:
     return groups * width
 
 
-def _check_coded(
+def check_scored_codes(
     op: str, query: Tensor, coded: CodedInput, rest: Rest, mask_name: str = "attn_mask"
 ) -> checks.CodedShape:
     checks.check_query(op, query)
@@ -115,7 +115,7 @@ def _coded_attention(query: Tensor, *args: Any) -> State:
     op = "coded_attention"
     coded, args = split(CodedInput, args)
     rest = Rest(*args)
-    shape = _check_coded(op, query, coded, rest)
+    shape = check_scored_codes(op, query, coded, rest)
     more = given(attn_mask=coded.attn_mask, softcap=rest.softcap, sinks=rest.sinks)
     uses = (*more, *_uses_of_codes(query, coded))
     kernel = _dispatch.choose(op, rest.impl, query.device, query.dtype, uses)
@@ -125,7 +125,7 @@ def _coded_attention(query: Tensor, *args: Any) -> State:
 
 def _coded_attention_fake(query: Tensor, *args: Any) -> State:
     coded, args = split(CodedInput, args)
-    _check_coded("coded_attention", query, coded, Rest(*args))
+    check_scored_codes("coded_attention", query, coded, Rest(*args))
     return new_state(query, value_width(coded.value_codebook))
 
 
@@ -143,7 +143,7 @@ def _gradient_arguments(op: str, query: Tensor, coded: CodedInput, rest: Rest) -
     return _coded_arguments(op, plain, coded, shape, rest._replace(check=False))
 
 
-def _coded_gradient(
+def coded_gradient(
     states: States, wanted: frozenset[str], query: Tensor, *args: Any
 ) -> Mapping[str, Tensor]:
     op = "coded_attention"
@@ -157,7 +157,7 @@ def _coded_gradient(
 
 register_gradient(
     _CODED_ATTENTION,
-    _coded_gradient,
+    coded_gradient,
     to=("query", "key_codebook", "value_codebook", "attn_mask", "sinks"),
 )
 
@@ -165,7 +165,7 @@ register_gradient(
 def _check_mixed(query: Tensor, dense: Dense, coded: CodedInput, rest: Rest) -> checks.CodedShape:
     op = "mixed_attention"
     key, value = dense.key, dense.value
-    shape = _check_coded(op, query, coded, rest, "code_attn_mask")
+    shape = check_scored_codes(op, query, coded, rest, "code_attn_mask")
     check_attention(op, query, key, value, dense.key_mask, dense.attn_mask, dense.window)
     if coded.key_codebook.shape[-4] != key.shape[1]:
         got = checks.shape_of(coded.key_codebook)

@@ -124,7 +124,7 @@ def register_gradient(
 
 def new_like(tensor: Tensor, tokens: bool) -> Tensor:
     """A gradient in memory: that of [B, H, M, d] stored as [B, M, H, d], others contiguous."""
-    if not tokens:
+    if not tokens or tensor.ndim != 4:
         return tensor.new_empty(tensor.shape)
     batch, heads, rows, width = tensor.shape
     return tensor.new_empty((batch, rows, heads, width)).transpose(1, 2)
@@ -133,7 +133,7 @@ def new_like(tensor: Tensor, tokens: bool) -> Tensor:
 def stored_like(grad: Tensor, tensor: Tensor, tokens: bool) -> Tensor:
     """The gradient to ``tensor``, as ``new_like`` promises it."""
     grad = grad.to(tensor.dtype)
-    if not tokens:
+    if not tokens or tensor.ndim != 4:
         return grad.reshape(tensor.shape).contiguous()
     stored = grad.transpose(1, 2)
     return grad if stored.is_contiguous() else stored.contiguous().transpose(1, 2)
