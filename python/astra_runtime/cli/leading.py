@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import json
 import threading
 from pathlib import Path
 from typing import Any
@@ -66,8 +67,8 @@ def start(options: argparse.Namespace, place: Place, service: Any) -> Any:
                 others.start(options.codebook)
         service.say(f"loading {options.model}")
         model, tokenizer = load(options.model, tokenizer=service.kind != "vision")
-        if len(place.addresses) == 1 and options.codebook is None:
-            options.codebook = DENSE  # there is nobody to send codes to
+        if options.codebook is None and (len(place.addresses) == 1 or service.kind == "vision"):
+            options.codebook = DENSE  # there is nobody to send codes to, or no text to fit them on
         if not codebook_at_hand(options):
             service.say("fitting a codebook, once")
         codebook, folder = ensure_codebook(options, model, tokenizer)
@@ -94,9 +95,12 @@ def _lead(
     import torch
 
     from ..engine import Engine
+    from ..serve.encoding import Encoding
+    from ..serve.images import Preparation
     from ..serve.leader import Leader
     from ..serve.rank import JOB
     from ..serve.running import Started
+    from ..store import model_folder
     from ..transport import peers_of as peers_in
     from ..transport.messages import send_json
 
@@ -121,21 +125,29 @@ def _lead(
     settings = dict(place.settings)
     engine = stack.enter_context(Engine(model, codebook, mesh, **settings))
     stack.callback(lambda: engine.mesh.close())  # the one that it has by then
-    leader = stack.enter_context(
-        Leader(
-            engine,
-            tokenizer,
-            max_queue=options.max_queue,
-            memory=None if options.memory is None else options.memory << 20,
-            rejoin_seconds=REJOIN_SECONDS,
-            beat_seconds=min(1.0, BEAT_SHARE * options.timeout),
-            announce=announce,
-            on_away=away,
-        )
-    )
-    if not leader.wait_ready(options.connect_timeout):
-        raise AstraError("the ranks did not begin to work in time")
+    rounds: dict[str, Any] = {
+        "max_queue": options.max_queue,
+        "rejoin_seconds": REJOIN_SECONDS,
+        "beat_seconds": min(1.0, BEAT_SHARE * options.timeout),
+        "announce": announce,
+        "on_away": away,
+    }
+    if service.kind == "decoder":
+        memory = None if options.memory is None else options.memory << 20
+        leader: Any = Leader(engine, tokenizer, memory=memory, **rounds)
+    else:
+        place_of_model = model_folder(options.model)
+        prepare = Preparation.of(model.config, place_of_model) if service.kind == "vision" else None
+        leader = Encoding(engine, pooling=pooling_of(place_of_model), prepare=prepare, **rounds)
+    stack.enter_context(leader)
     return Started(leader, tokenizer, stack.pop_all().close)
+
+
+def pooling_of(folder: str) -> str:
+    """How a text's vector is made of its tokens', as sentence-transformers keeps it."""
+    file = Path(folder) / "1_Pooling" / "config.json"
+    found = json.loads(file.read_text()) if file.is_file() else {}
+    return "cls" if found.get("pooling_mode_cls_token") else "mean"
 
 
 def _join(

@@ -26,6 +26,7 @@ from ..transport import Mesh
 from ..transport.messages import receive_json, send_json
 from .batch import Cache, read
 from .kept import Kept
+from .passes import Passes
 from .sampling import Sampler, sampling_from_json
 
 JOB = (Control.JOB_SIZE, Control.JOB)
@@ -243,6 +244,9 @@ class Worker:
         sequences = self.sequences
         sequences.drop(job["drop"])
         sequences.kept.forget(job["forget"])
+        if "encode" in job:
+            self._encode(job)
+            return
         problem = self._read_together(job) if job["prompt"] else None
         self.mesh.begin()
         with self.engine.calling(), ending_together(self.mesh):
@@ -253,6 +257,12 @@ class Worker:
                 sequences.step()
             self._report(problem)
             sequences.confirm()
+
+    def _encode(self, job: dict[str, Any]) -> None:
+        report = Passes(self.engine, job["pooling"]).run(job["encode"])
+        self.mesh.begin()
+        with self.engine.calling(), ending_together(self.mesh):
+            send_json(self.mesh, report, blocks=REPORT, to=(0,))
 
     def _read_together(self, job: dict[str, Any]) -> str | None:
         """Why the ranks have not read the prompt; None: they have."""

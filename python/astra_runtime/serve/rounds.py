@@ -14,7 +14,7 @@ from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Callable
 from contextlib import suppress
-from typing import Any
+from typing import Any, Self
 
 from ..engine import Engine
 from ..errors import AstraError
@@ -28,6 +28,7 @@ log = logging.getLogger("astra_runtime.serve")
 IDLE_SECONDS = 0.1  # between looks at who is there, without work
 BEAT_SECONDS = 1.0  # between rounds without work
 MAX_ABOUT = 1 << 16  # bytes of what a worker says of itself
+START_SECONDS = 60.0  # for the workers to begin
 RETRY_SECONDS = 0.5  # between tries to form the mesh again
 STARTING, CLOSING = "the service is starting", "the service is shutting down"
 
@@ -210,7 +211,11 @@ class Rounds(ABC):
         if lost or time.monotonic() - self._beaten > self._beat_seconds:
             self._beat()
 
-    def __enter__(self) -> Any:
+    def __enter__(self) -> Self:
+        """Waits until all ranks are there. Raises NotReady where they are not within a minute."""
+        if not self.wait_ready(START_SECONDS):
+            self.close()
+            raise NotReady(f"not all ranks were there within {START_SECONDS:g} s")
         return self
 
     def __exit__(self, *_: object) -> None:
