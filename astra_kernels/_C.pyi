@@ -22,26 +22,59 @@ def encode(
     """Addresses of contiguous fp32 [rows, groups, width], fp32 [groups, codewords, width] and int32
     [rows, groups], for which the caller vouches."""
 
-# An fp32 tensor [batch, heads, rows, width]: its address, and its strides but for the last, which
-# is 1. The caller vouches for both.
+# csrc/include/astra/attention.hpp. An address is that of contiguous memory, or 0 for none; the
+# caller vouches for all of them.
+# An fp32 tensor [batch, heads, rows, width]: its address, and its strides but for the last, 1.
 Heads = tuple[int, tuple[int, ...]]
+# batch, heads, kv_heads, rows, width, value_width
+Shape = tuple[int, int, int, int, int, int]
+# count, key, value, mask, is_causal
+DenseKeys = tuple[int, Heads, Heads, int, bool]
+# address, bits (0: int32), codes of a token, int32 or bytes from a batch row to the next
+TokenCodes = tuple[int, int, int, int]
+# address, stages, groups, codewords
+CodeTable = tuple[int, int, int, int]
+# count, codes and table of the keys, of the values, cos, sin, floats from a batch row of them to
+# the next, mask
+CodedKeys = tuple[int, TokenCodes, CodeTable, TokenCodes, CodeTable, int, int, int, int]
 
 def attention(
-    shape: tuple[int, int, int, int, int],
+    shape: Shape,
     query: Heads,
-    count: int,
-    key: Heads,
-    value: Heads,
-    mask: int,
-    is_causal: bool,
+    dense: DenseKeys,
     out: Heads,
     lse: int,
     scale: float,
+    sinks: int,
     threads: int,
     isa: str = "",
-) -> None:
-    """csrc/include/astra/attention.hpp. shape is (batch, heads, kv_heads, rows, width); mask is the
-    address of bytes [batch, count] or 0, lse that of contiguous fp32 [batch, heads, rows]."""
+) -> None: ...
+def coded_attention(
+    shape: Shape,
+    query: Heads,
+    coded: CodedKeys,
+    out: Heads,
+    lse: int,
+    scale: float,
+    sinks: int,
+    threads: int,
+    isa: str = "",
+) -> int:
+    """0, or 1 or 2 where a code of the keys or of the values is in no table."""
+
+def mixed_attention(
+    shape: Shape,
+    query: Heads,
+    dense: DenseKeys,
+    coded: CodedKeys,
+    out: Heads,
+    lse: int,
+    scale: float,
+    sinks: int,
+    threads: int,
+    isa: str = "",
+) -> int:
+    """As coded_attention."""
 
 def attention_isas() -> list[str]: ...
 

@@ -23,6 +23,7 @@ from astra_kernels.attention import native as attention_native
 from astra_kernels.attention import reference as attention_reference
 from astra_kernels.coded_attention import cpu as coded_attention_cpu
 from astra_kernels.coded_attention import gradient as coded_attention_gradient
+from astra_kernels.coded_attention import native as coded_attention_native
 from astra_kernels.coded_attention import reference as coded_attention_reference
 from astra_kernels.codeword_attention import cpu as codeword_attention_cpu
 from astra_kernels.codeword_attention import gradient as codeword_attention_gradient
@@ -44,6 +45,7 @@ from astra_kernels.merge_states import cpu as merge_states_cpu
 from astra_kernels.merge_states import reference as merge_states_reference
 from astra_kernels.mixed_attention import cpu as mixed_attention_cpu
 from astra_kernels.mixed_attention import gradient as mixed_attention_gradient
+from astra_kernels.mixed_attention import native as mixed_attention_native
 from astra_kernels.mixed_attention import reference as mixed_attention_reference
 
 Kernel = Callable[..., Any]
@@ -52,10 +54,12 @@ Kernel = Callable[..., Any]
 @dataclass(frozen=True)
 class Implementation:
     """``extended``: reads packed codes where they lie and knows what only helps a GPU: the
-    arguments code_bits and what goes with it, rope_consecutive."""
+    arguments code_bits and what goes with it, rope_consecutive. ``checks_codes``: refuses codes out
+    of range as it meets them."""
 
     run: Kernel
     extended: bool = False
+    checks_codes: bool = False
 
 
 IMPLS = ("auto", "reference", "triton", "native")
@@ -100,7 +104,9 @@ _GRADIENT: dict[str, Kernel] = {
 # Op -> kernel of the C++ core.
 _NATIVE: dict[str, Kernel] = {
     "attention": attention_native.attention,
+    "coded_attention": coded_attention_native.coded_attention,
     "encode": encode_native.encode,
+    "mixed_attention": mixed_attention_native.mixed_attention,
 }
 
 # Op -> module holding a launcher of the op's name; imported on first use, as Triton is optional.
@@ -134,7 +140,12 @@ TRITON_LACKS: dict[str, frozenset[str]] = {
     "mixed_attention": _MASKS | {"code_attn_mask"},
 }
 # The same of the C++ kernels.
-NATIVE_LACKS: dict[str, frozenset[str]] = {"attention": _MASKS}
+_SCORES = frozenset(("attn_mask", "window", "softcap"))
+NATIVE_LACKS: dict[str, frozenset[str]] = {
+    "attention": _SCORES,
+    "coded_attention": _SCORES,
+    "mixed_attention": _SCORES | {"code_attn_mask"},
+}
 
 
 def choose(
@@ -162,7 +173,8 @@ def choose(
         if lacking:
             why = f"its kernel does not take {', '.join(lacking)}"
             raise RuntimeError(_unavailable(op, impl, why))
-        return Implementation(_NATIVE[op])
+        coded = op in EXTENDED
+        return Implementation(_NATIVE[op], extended=coded, checks_codes=coded)
     if impl == "triton":
         if op not in _TRITON:
             raise RuntimeError(_unavailable(op, impl, f"there is no Triton kernel for {op}"))

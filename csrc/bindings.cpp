@@ -206,28 +206,101 @@ struct Heads {
 };
 
 astra::Queries queries_of(const py::tuple& shape, const py::tuple& query, const py::tuple& out,
-                          std::uintptr_t lse, float scale, unsigned threads,
+                          std::uintptr_t lse, float scale, std::uintptr_t sinks, unsigned threads,
                           const std::string& isa) {
-  const auto [batch, heads, kv_heads, rows, width] = sizes<5>("shape", shape);
+  const auto [batch, heads, kv_heads, rows, width, value_width] = sizes<6>("shape", shape);
   const Heads q("query", query);
   const Heads o("out", out);
-  return {{batch, heads, kv_heads, rows, width}, q.address, q.by,    o.address,  o.by,
-          reinterpret_cast<float*>(lse),         scale,     threads, isa.c_str()};
+  astra::Queries queries{};
+  queries.shape = {batch, heads, kv_heads, rows, width, value_width};
+  queries.query = q.address;
+  queries.query_strides = q.by;
+  queries.out = o.address;
+  queries.out_strides = o.by;
+  queries.lse = reinterpret_cast<float*>(lse);
+  queries.scale = scale;
+  queries.sinks = reinterpret_cast<const float*>(sinks);
+  queries.threads = threads;
+  queries.isa = isa.c_str();
+  return queries;
 }
 
-void attention(const py::tuple& shape, const py::tuple& query, std::size_t count,
-               const py::tuple& key, const py::tuple& value, std::uintptr_t mask, bool is_causal,
-               const py::tuple& out, std::uintptr_t lse, float scale, unsigned threads,
-               const std::string& isa) {
-  const astra::Queries queries = queries_of(shape, query, out, lse, scale, threads, isa);
-  const Heads k("key", key);
-  const Heads v("value", value);
-  const astra::DenseKeys dense{
-      count,     k.address, k.by, v.address, v.by, reinterpret_cast<const std::uint8_t*>(mask),
-      is_causal,
-  };
-  const astra::AttentionShape& size = queries.shape;
-  run(size.batch * size.heads * size.rows * count, [&] { astra::attention(queries, dense); });
+std::size_t scores_of(const astra::AttentionShape& shape, std::size_t keys) {
+  return shape.batch * shape.heads * shape.rows * keys;
+}
+
+// (count, key, value, mask, is_causal)
+astra::DenseKeys dense_of(const py::tuple& given) {
+  if (given.size() != 5) throw py::type_error("dense must be a tuple of 5");
+  const Heads key("key", given[1].cast<py::tuple>());
+  const Heads value("value", given[2].cast<py::tuple>());
+  const auto mask = given[3].cast<std::uintptr_t>();
+  return {whole("count", given[0]),
+          key.address,
+          key.by,
+          value.address,
+          value.by,
+          reinterpret_cast<const std::uint8_t*>(mask),
+          given[4].cast<bool>()};
+}
+
+// (address, bits, codes of a token, stride of a batch row)
+astra::TokenCodes codes_of(const py::tuple& given) {
+  const auto [address, bits, per_token, stride] = sizes<4>("codes", given);
+  return {reinterpret_cast<const void*>(address), static_cast<int>(bits), per_token, stride};
+}
+
+// (address, stages, groups, codewords)
+astra::CodeTable table_of(const py::tuple& given) {
+  const auto [address, stages, groups, codewords] = sizes<4>("table", given);
+  return {reinterpret_cast<const float*>(address), stages, groups, codewords};
+}
+
+// (count, key codes, key table, value codes, value table, cos, sin, stride of their batch row,
+// mask)
+astra::CodedKeys coded_of(const py::tuple& given) {
+  if (given.size() != 9) throw py::type_error("coded must be a tuple of 9");
+  const auto address = [&](std::size_t i) { return given[i].cast<std::uintptr_t>(); };
+  return {whole("count", given[0]),
+          codes_of(given[1].cast<py::tuple>()),
+          table_of(given[2].cast<py::tuple>()),
+          codes_of(given[3].cast<py::tuple>()),
+          table_of(given[4].cast<py::tuple>()),
+          reinterpret_cast<const float*>(address(5)),
+          reinterpret_cast<const float*>(address(6)),
+          whole("rope_stride", given[7]),
+          reinterpret_cast<const std::uint8_t*>(address(8))};
+}
+
+void attention(const py::tuple& shape, const py::tuple& query, const py::tuple& dense_given,
+               const py::tuple& out, std::uintptr_t lse, float scale, std::uintptr_t sinks,
+               unsigned threads, const std::string& isa) {
+  const auto queries = queries_of(shape, query, out, lse, scale, sinks, threads, isa);
+  const astra::DenseKeys dense = dense_of(dense_given);
+  run(scores_of(queries.shape, dense.count), [&] { astra::attention(queries, dense); });
+}
+
+int coded_attention(const py::tuple& shape, const py::tuple& query, const py::tuple& coded_given,
+                    const py::tuple& out, std::uintptr_t lse, float scale, std::uintptr_t sinks,
+                    unsigned threads, const std::string& isa) {
+  const auto queries = queries_of(shape, query, out, lse, scale, sinks, threads, isa);
+  const astra::CodedKeys coded = coded_of(coded_given);
+  astra::CodesFound found{};
+  run(scores_of(queries.shape, coded.count),
+      [&] { found = astra::coded_attention(queries, coded); });
+  return static_cast<int>(found);
+}
+
+int mixed_attention(const py::tuple& shape, const py::tuple& query, const py::tuple& dense_given,
+                    const py::tuple& coded_given, const py::tuple& out, std::uintptr_t lse,
+                    float scale, std::uintptr_t sinks, unsigned threads, const std::string& isa) {
+  const auto queries = queries_of(shape, query, out, lse, scale, sinks, threads, isa);
+  const astra::DenseKeys dense = dense_of(dense_given);
+  const astra::CodedKeys coded = coded_of(coded_given);
+  astra::CodesFound found{};
+  run(scores_of(queries.shape, dense.count + coded.count),
+      [&] { found = astra::mixed_attention(queries, dense, coded); });
+  return static_cast<int>(found);
 }
 
 // Bytes that somebody sent, in any contiguous buffer. Called for every frame: nothing but the
@@ -340,10 +413,15 @@ PYBIND11_MODULE(_C, module) {
   module.def("encode", &encode, py::arg("vectors"), py::arg("codebook"), py::arg("rows"),
              py::arg("groups"), py::arg("codewords"), py::arg("width"), py::arg("codes"),
              py::arg("threads"));
-  module.def("attention", &attention, py::arg("shape"), py::arg("query"), py::arg("count"),
-             py::arg("key"), py::arg("value"), py::arg("mask"), py::arg("is_causal"),
-             py::arg("out"), py::arg("lse"), py::arg("scale"), py::arg("threads"),
+  module.def("attention", &attention, py::arg("shape"), py::arg("query"), py::arg("dense"),
+             py::arg("out"), py::arg("lse"), py::arg("scale"), py::arg("sinks"), py::arg("threads"),
              py::arg("isa") = "");
+  module.def("coded_attention", &coded_attention, py::arg("shape"), py::arg("query"),
+             py::arg("coded"), py::arg("out"), py::arg("lse"), py::arg("scale"), py::arg("sinks"),
+             py::arg("threads"), py::arg("isa") = "");
+  module.def("mixed_attention", &mixed_attention, py::arg("shape"), py::arg("query"),
+             py::arg("dense"), py::arg("coded"), py::arg("out"), py::arg("lse"), py::arg("scale"),
+             py::arg("sinks"), py::arg("threads"), py::arg("isa") = "");
   module.def("attention_isas", [] {
     py::list names;
     for (const std::string& name : astra::attention_isas()) names.append(name);

@@ -83,7 +83,7 @@ def _coded_arguments(
 ) -> dict[str, Any]:
     """What the implementation takes; values of codes are checked if they are to be."""
     codes, value_codes, mask = coded.codes, coded.value_codes, coded.code_mask
-    checked = wants_check(rest.check, codes)
+    checked = wants_check(rest.check, codes) and not kernel.checks_codes
     packed = coded.code_bits is not None and kernel.extended
     if coded.code_bits is not None and (checked or not packed):
         bits, tokens = coded.code_bits, shape.tokens

@@ -1,6 +1,11 @@
-"""Dense attention on a CPU in C++: products, softmax and the sum over values, tile by tile."""
+"""Dense attention on a CPU in C++: products, softmax and the sum over values, tile by tile.
+
+What the C++ kernels of all attention ops are told is put together here.
+"""
 
 from __future__ import annotations
+
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor
@@ -8,7 +13,8 @@ from torch import Tensor
 from astra_kernels import _C
 from astra_kernels.attention.cpu import new_state
 
-Heads = tuple[int, tuple[int, ...]]
+if TYPE_CHECKING:
+    from astra_kernels._C import DenseKeys, Heads, Shape
 
 
 def attention(
@@ -19,37 +25,64 @@ def attention(
     is_causal: bool = False,
     key_mask: Tensor | None = None,
     scale: float | None = None,
+    sinks: Tensor | None = None,
     isa: str = "",
 ) -> tuple[Tensor, Tensor]:
     """As `astra_kernels.attention`, in fp32. `isa`: of `_C.attention_isas()`; "": the widest."""
-    refuse_float64("attention", query)
-    dtype = query.dtype
-    query, key, value = (in_rows(x) for x in (query, key, value))
-    mask = None if key_mask is None else key_mask.contiguous()
-    out, lse = new_state(query)
-    batch, heads, rows, dim = query.shape
-    _C.attention(
-        (batch, heads, key.shape[1], rows, dim),
-        heads_of(query),
-        key.shape[2],
-        heads_of(key),
-        heads_of(value),
-        0 if mask is None else mask.data_ptr(),
-        is_causal,
-        heads_of(out),
-        lse.data_ptr(),
-        dim**-0.5 if scale is None else scale,
-        torch.get_num_threads(),
-        isa,
-    )
-    return out.to(dtype), lse
+    call = prepare("attention", query, key.shape[1], value.shape[3], scale, sinks)
+    dense = Dense(key, value, is_causal, key_mask)
+    _C.attention(call.shape, call.query, dense.keys, *call.rest, isa)
+    return call.state(query.dtype)
 
 
-def refuse_float64(op: str, query: Tensor) -> None:
+class Call(NamedTuple):
+    """The queries and outputs of a call. The tensors hold the memory that addresses point to."""
+
+    tensors: tuple[Tensor | None, ...]
+    out: Tensor
+    lse: Tensor
+    shape: Shape
+    query: Heads
+    rest: tuple[Heads, int, float, int, int]
+
+    def state(self, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        return self.out.to(dtype), self.lse
+
+
+def prepare(
+    op: str, query: Tensor, kv_heads: int, width: int, scale: float | None, sinks: Tensor | None
+) -> Call:
+    """`width`: of the values."""
     if query.dtype == torch.float64:
         raise RuntimeError(
             f"astra_kernels.{op}: impl='native' cannot run: the C++ kernel takes float32, float16 "
             "and bfloat16, not float64; impl='auto' takes what there is"
+        )
+    query = in_rows(query)
+    sinks = None if sinks is None else sinks.float().contiguous()
+    out, lse = new_state(query, width)
+    batch, heads, rows, dim = query.shape
+    scale = dim**-0.5 if scale is None else scale
+    shape = (batch, heads, kv_heads, rows, dim, width)
+    rest = (heads_of(out), lse.data_ptr(), scale, address_of(sinks), torch.get_num_threads())
+    return Call((query, sinks), out, lse, shape, heads_of(query), rest)
+
+
+class Dense:
+    """The dense side of a call, which holds its memory."""
+
+    def __init__(
+        self, key: Tensor, value: Tensor, is_causal: bool, key_mask: Tensor | None
+    ) -> None:
+        key, value = in_rows(key), in_rows(value)
+        mask = None if key_mask is None else key_mask.contiguous()
+        self._held = (key, value, mask)
+        self.keys: DenseKeys = (
+            key.shape[2],
+            heads_of(key),
+            heads_of(value),
+            address_of(mask),
+            is_causal,
         )
 
 
@@ -60,5 +93,8 @@ def in_rows(tensor: Tensor) -> Tensor:
 
 
 def heads_of(tensor: Tensor) -> Heads:
-    """What the C++ kernel wants to know of [B, H, rows, d]."""
     return tensor.data_ptr(), tensor.stride()[:3]
+
+
+def address_of(tensor: Tensor | None) -> int:
+    return 0 if tensor is None else tensor.data_ptr()

@@ -141,7 +141,7 @@ std::size_t offset(const HeadStrides& strides, const Place& place) {
 std::size_t seen_by(const KeySource& source, const VisibleKeys& visible, std::size_t rows,
                     std::size_t row) {
   if (!source.is_causal()) return visible.count;
-  const std::size_t reach = source.count() - rows + row + 1;
+  const std::size_t reach = source.count() + row + 1 > rows ? source.count() + row + 1 - rows : 0;
   if (visible.places == nullptr) return reach;
   const std::int32_t* end = visible.places + visible.count;
   const auto bound = static_cast<std::int32_t>(reach);
@@ -202,6 +202,7 @@ std::size_t bytes_of(std::size_t count, std::size_t size) {
 
 BlockState lay_out(const Call& call, Pieces& pieces) {
   const std::size_t width = call.queries.shape.width;
+  const std::size_t value_width = call.queries.shape.value_width;
   const std::size_t most = kMostPanelVectors * call.kernels.lanes;
   BlockState state{};
   state.panels =
@@ -211,15 +212,20 @@ BlockState lay_out(const Call& call, Pieces& pieces) {
   for (std::size_t i = 0; i < call.panels_of_block; ++i) {
     Panel panel{};
     panel.queries = pieces.floats(width * most);
-    panel.out = pieces.floats(width * most);
+    panel.out = pieces.floats(value_width * most);
     panel.max = pieces.floats(most);
     panel.sum = pieces.floats(most);
     panel.limits = pieces.integers(most);
     if (state.panels != nullptr) new (state.panels + i) Panel(panel);
   }
   state.weights = pieces.floats(kTileKeys * most);
-  state.scratch = pieces.floats(2 * kTileKeys * width);
+  state.scratch = pieces.floats(kTileKeys * (width + value_width));
   return state;
+}
+
+void start_at_sink(float sink, float& max, float& sum) {
+  max = static_cast<float>(static_cast<double>(sink) * kLog2E);
+  sum = sink == -kInfinity ? 0.0F : 1.0F;
 }
 
 void start_panel(const Call& call, std::size_t batch, std::size_t kv_head, const PanelRange& range,
@@ -227,11 +233,17 @@ void start_panel(const Call& call, std::size_t batch, std::size_t kv_head, const
   const float* rows[kMostPanelVectors * 16];
   panel.vectors = range.vectors;
   panel.width = call.queries.shape.width;
+  panel.value_width = call.queries.shape.value_width;
   for (std::size_t i = 0; i < range.count; ++i) {
     const Place place = place_of(call, batch, kv_head, range.first + i);
     rows[i] = call.queries.query + offset(call.queries.query_strides, place);
   }
   call.kernels.load(rows, range.count, score_factor(call), panel);
+  if (call.queries.sinks == nullptr) return;
+  for (std::size_t i = 0; i < range.count; ++i) {
+    const Place place = place_of(call, batch, kv_head, range.first + i);
+    start_at_sink(call.queries.sinks[place.head], panel.max[i], panel.sum[i]);
+  }
 }
 
 void limit_panel(const Call& call, const KeySource& source, const VisibleKeys& visible,
@@ -301,15 +313,17 @@ void attend_few(const Call& call, std::size_t batch, std::size_t kv_head, Arena&
   FewRows few{};
   few.rows = call.folded_rows();
   few.width = shape.width;
+  few.value_width = shape.value_width;
   few.stride = (shape.width + lanes - 1) / lanes * lanes;
+  few.out_stride = (shape.value_width + lanes - 1) / lanes * lanes;
   const auto lay = [&](Pieces& pieces) {
     few.queries = pieces.floats(few.rows * few.stride);
-    few.out = pieces.floats(few.rows * few.stride);
+    few.out = pieces.floats(few.rows * few.out_stride);
     few.max = pieces.floats(few.rows);
     few.sum = pieces.floats(few.rows);
     few.limits = pieces.integers(few.rows);
     float* weights = pieces.floats(kMostFew * kTileKeys);
-    return std::pair(weights, pieces.floats(2 * kTileKeys * shape.width));
+    return std::pair(weights, pieces.floats(kTileKeys * (shape.width + shape.value_width)));
   };
   Pieces size(nullptr);
   lay(size);
@@ -326,9 +340,9 @@ void attend_few(const Call& call, std::size_t batch, std::size_t kv_head, Arena&
     for (std::size_t c = 0; c < whole; ++c) row[c] = query[c] * factor;
     std::fill_n(row + whole, repeated, 0.0F);
     for (std::size_t c = whole; c < shape.width; ++c) row[c + repeated] = query[c] * factor;
-    std::fill_n(few.out + r * few.stride, few.stride, 0.0F);
-    few.max[r] = -kInfinity;
-    few.sum[r] = 0.0F;
+    std::fill_n(few.out + r * few.out_stride, few.out_stride, 0.0F);
+    start_at_sink(call.queries.sinks == nullptr ? -kInfinity : call.queries.sinks[place.head],
+                  few.max[r], few.sum[r]);
   }
   for (std::size_t s = 0; s < call.source_count; ++s) {
     const KeySource& source = *call.sources[s];
@@ -348,10 +362,12 @@ void attend_few(const Call& call, std::size_t batch, std::size_t kv_head, Arena&
   for (std::size_t r = 0; r < few.rows; ++r) {
     const Place place = place_of(call, batch, kv_head, r);
     float* out = call.queries.out + offset(call.queries.out_strides, place);
-    const float* row = few.out + r * few.stride;
+    const float* row = few.out + r * few.out_stride;
     const float share = few.sum[r] == 0.0F ? 1.0F : 1.0F / few.sum[r];
-    for (std::size_t c = 0; c < whole; ++c) out[c] = row[c] * share;
-    for (std::size_t c = whole; c < shape.width; ++c) out[c] = row[c + repeated] * share;
+    const std::size_t end = few.out_stride - lanes;
+    const std::size_t skipped = few.out_stride - few.value_width;
+    for (std::size_t c = 0; c < end; ++c) out[c] = row[c] * share;
+    for (std::size_t c = end; c < shape.value_width; ++c) out[c] = row[c + skipped] * share;
     store_lse(call, place, few.max[r], few.sum[r]);
   }
 }
@@ -381,11 +397,6 @@ void check(const Queries& queries, const KeySource& source) {
   }
   if (source.count() > INT32_MAX) {
     throw std::invalid_argument("count must be at most 2^31 - 1 keys, got " +
-                                std::to_string(source.count()));
-  }
-  if (source.is_causal() && shape.rows > source.count()) {
-    throw std::invalid_argument("rows must be at most count under a causal mask, got " +
-                                std::to_string(shape.rows) + " and " +
                                 std::to_string(source.count()));
   }
 }
@@ -441,15 +452,16 @@ void attend(const Queries& queries, const KeySource* const* sources, std::size_t
             1,
             1};
   const std::size_t folded = call.folded_rows();
-  call.few = folded <= std::min(kMostFew, kernels.lanes / 2) && shape.width >= kernels.lanes;
-  const double work = 2.0 * static_cast<double>(shape.batch * shape.heads) *
-                      static_cast<double>(shape.rows) * static_cast<double>(shape.width) *
-                      static_cast<double>(keys);
+  call.few = folded <= std::min(kMostFew, kernels.lanes / 2) &&
+             std::min(shape.width, shape.value_width) >= kernels.lanes;
+  const double work =
+      static_cast<double>(shape.batch * shape.heads) * static_cast<double>(shape.rows) *
+      static_cast<double>(shape.width + shape.value_width) * static_cast<double>(keys);
   const auto useful = static_cast<unsigned>(std::min(work / kWorthAThread, 256.0)) + 1;
   const unsigned threads = std::clamp(queries.threads, 1U, useful);
   if (!call.few) {
     call.panels = panel_count(folded, kernels.lanes);
-    const std::size_t panel = 2 * kMostPanelVectors * kernels.lanes * shape.width;
+    const std::size_t panel = kMostPanelVectors * kernels.lanes * (shape.width + shape.value_width);
     call.panels_of_block =
         std::clamp<std::size_t>(kBlockFloats / std::max<std::size_t>(panel, 1), 1, call.panels);
     call.blocks = (call.panels + call.panels_of_block - 1) / call.panels_of_block;
@@ -461,9 +473,24 @@ void attend(const Queries& queries, const KeySource* const* sources, std::size_t
 }  // namespace
 
 void attention(const Queries& queries, const DenseKeys& dense) {
-  const detail::DenseSource source(dense, queries.shape.width);
+  const detail::DenseSource source(dense, queries.shape);
   const KeySource* const sources[] = {&source};
   attend(queries, sources, 1);
+}
+
+CodesFound coded_attention(const Queries& queries, const CodedKeys& coded) {
+  const detail::CodedSource source(coded, queries.shape, choose(queries.isa).rotate);
+  const KeySource* const sources[] = {&source};
+  attend(queries, sources, 1);
+  return source.found();
+}
+
+CodesFound mixed_attention(const Queries& queries, const DenseKeys& dense, const CodedKeys& coded) {
+  const detail::DenseSource local(dense, queries.shape);
+  const detail::CodedSource remote(coded, queries.shape, choose(queries.isa).rotate);
+  const KeySource* const sources[] = {&local, &remote};
+  attend(queries, sources, 2);
+  return remote.found();
 }
 
 std::vector<std::string> attention_isas() {

@@ -25,7 +25,7 @@ inline constexpr std::size_t kMostPanelVectors = 3;
 struct KeyTile {
   const float* keys;  // [count, width], rows `key_stride` floats apart
   std::size_t key_stride;
-  const float* values;  // [count, width], rows `value_stride` floats apart
+  const float* values;  // [count, value_width], rows `value_stride` floats apart
   std::size_t value_stride;
   std::size_t first;  // place of the first key
   std::size_t count;  // at most kTileKeys
@@ -33,10 +33,11 @@ struct KeyTile {
 
 // The online-softmax state of queries that stand side by side.
 struct Panel {
-  std::size_t vectors;   // 1 to kMostPanelVectors
-  std::size_t width;     // channels
+  std::size_t vectors;  // 1 to kMostPanelVectors
+  std::size_t width;    // channels of queries and keys
+  std::size_t value_width;
   float* queries;        // [width, vectors * lanes]
-  float* out;            // [width, vectors * lanes], not yet divided by `sum`
+  float* out;            // [value_width, vectors * lanes], not yet divided by `sum`
   float* max;            // m_i: [vectors * lanes]
   float* sum;            // l_i: [vectors * lanes]
   std::int32_t* limits;  // [vectors * lanes]: query r sees the first limits[r] keys
@@ -48,11 +49,15 @@ struct Panel {
 struct FewRows {
   std::size_t rows;
   std::size_t width;
-  std::size_t stride;  // `width` rounded up to whole vectors
-  float* queries;      // [rows, stride], zero behind `width`
-  float* out;          // [rows, stride]
-  float* max;          // [rows]
-  float* sum;          // [rows]
+  std::size_t value_width;
+  std::size_t stride;      // `width` rounded up to whole vectors
+  std::size_t out_stride;  // `value_width` rounded up to whole vectors
+  // Vectors of `lanes` channels; the last one of a row ends at its last channel, and what it
+  // repeats of the one before is 0 in queries.
+  float* queries;  // [rows, stride]
+  float* out;      // [rows, out_stride]
+  float* max;      // [rows]
+  float* sum;      // [rows]
   std::int32_t* limits;
   std::size_t most;
 };
@@ -64,10 +69,12 @@ struct AttentionKernels {
   void (*load)(const float* const* rows, std::size_t count, float factor, const Panel& panel);
   // One step of online softmax. `weights` has room for kTileKeys * vectors * lanes floats.
   void (*absorb)(const Panel& panel, const KeyTile& tile, float* weights);
-  // out[r] points at the width channels of query r's output.
+  // out[r] points at the value_width channels of query r's output.
   void (*store)(const Panel& panel, std::size_t count, float* const* out);
   // `weights` has room for kMostFew * kTileKeys floats.
   void (*absorb_few)(const FewRows& few, const KeyTile& tile, float* weights);
+  // key * cos + rotate_half(key) * sin in place; rotate_half pairs channel c with c + width / 2.
+  void (*rotate)(float* key, const float* cos, const float* sin, std::size_t width);
 };
 
 // As in kernels.hpp, each has a translation unit and flags of its own, and shares nothing inline.

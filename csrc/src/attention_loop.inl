@@ -119,7 +119,9 @@ void load_panel(const float* const* rows, std::size_t count, float factor, const
     store(panel.max + row, all(-kInfinity));
     store(panel.sum + row, Floats{});
   }
-  for (std::size_t i = 0; i < panel.width * stride; i += kLanes) store(panel.out + i, Floats{});
+  for (std::size_t i = 0; i < panel.value_width * stride; i += kLanes) {
+    store(panel.out + i, Floats{});
+  }
 }
 
 void store_panel(const Panel& panel, std::size_t count, float* const* out) {
@@ -129,7 +131,7 @@ void store_panel(const Panel& panel, std::size_t count, float* const* out) {
     // A query that saw nothing has sum 0 and out 0.
     const Floats factor = 1.0F / (sum == 0.0F ? all(1.0F) : sum);
     std::size_t c = 0;
-    for (; c + kLanes <= panel.width; c += kLanes) {
+    for (; c + kLanes <= panel.value_width; c += kLanes) {
       Floats x[kLanes];
       for (std::size_t i = 0; i < kLanes; ++i) {
         x[i] = load(panel.out + (c + i) * stride + row) * factor;
@@ -137,7 +139,7 @@ void store_panel(const Panel& panel, std::size_t count, float* const* out) {
       transpose<1>(x);
       for (std::size_t i = 0; i < kLanes && row + i < count; ++i) store(out[row + i] + c, x[i]);
     }
-    for (; c < panel.width; ++c) {
+    for (; c < panel.value_width; ++c) {
       const Floats x = load(panel.out + c * stride + row) * factor;
       for (std::size_t i = 0; i < kLanes && row + i < count; ++i) out[row + i][c] = x[i];
     }
@@ -234,11 +236,11 @@ inline void weigh(const Panel& panel, const KeyTile& tile, std::size_t count, st
 template <std::size_t kColumns, std::size_t kVectors>
 void weigh_all(const Panel& panel, const KeyTile& tile, std::size_t count, std::size_t c,
                const float* weights, const Floats (&alpha)[kVectors]) {
-  for (; c + kColumns <= panel.width; c += kColumns) {
+  for (; c + kColumns <= panel.value_width; c += kColumns) {
     weigh<kColumns, kVectors>(panel, tile, count, c, weights, alpha);
   }
   if constexpr (kColumns > 1) {
-    if (c < panel.width) {
+    if (c < panel.value_width) {
       weigh_all<kColumns / 2, kVectors>(panel, tile, count, c, weights, alpha);
     }
   }
@@ -290,14 +292,13 @@ void absorb_panel(const Panel& panel, const KeyTile& tile, float* weights) {
   }
 }
 
-// Few queries: channels side by side. The last vector of a row ends at its last channel and may
-// overlap the one before; what it repeats counts as 0 in scores and is stored twice, alike.
+// Few queries: channels side by side.
 constexpr std::size_t kChunk = kBlock / 2;  // vectors of values in registers
 constexpr std::size_t kFewRows = 4;         // queries in registers
 
-inline std::size_t channel_of(const FewRows& few, std::size_t vector) {
+inline std::size_t value_channel(const FewRows& few, std::size_t vector) {
   const std::size_t c = vector * kLanes;
-  return c + kLanes <= few.width ? c : few.width - kLanes;
+  return c + kLanes <= few.value_width ? c : few.value_width - kLanes;
 }
 
 // All ones where the last vector of a row does not repeat channels.
@@ -380,12 +381,12 @@ inline float soften(const FewRows& few, std::size_t row, std::size_t count, floa
 template <std::size_t kRows, std::size_t kVectors>
 void weigh_few(const FewRows& few, std::size_t first_row, const KeyTile& tile, std::size_t count,
                std::size_t vector, const float* weights, const float* alpha) {
-  const std::size_t vectors = few.stride / kLanes;
+  const std::size_t vectors = few.out_stride / kLanes;
   for (; vector + kVectors <= vectors; vector += kVectors) {
     std::size_t channel[kVectors];
-    for (std::size_t v = 0; v < kVectors; ++v) channel[v] = channel_of(few, vector + v);
+    for (std::size_t v = 0; v < kVectors; ++v) channel[v] = value_channel(few, vector + v);
     Floats sums[kRows][kVectors];
-    float* out = few.out + first_row * few.stride + vector * kLanes;
+    float* out = few.out + first_row * few.out_stride + vector * kLanes;
     for (std::size_t r = 0; r < kRows; ++r) {
       for (std::size_t v = 0; v < kVectors; ++v) sums[r][v] = Floats{};
     }
@@ -400,7 +401,7 @@ void weigh_few(const FewRows& few, std::size_t first_row, const KeyTile& tile, s
     }
     for (std::size_t r = 0; r < kRows; ++r) {
       for (std::size_t v = 0; v < kVectors; ++v) {
-        float* at = out + r * few.stride + v * kLanes;
+        float* at = out + r * few.out_stride + v * kLanes;
         store(at, load(at) * alpha[first_row + r] + sums[r][v]);
       }
     }
@@ -446,10 +447,27 @@ void absorb_few(const FewRows& few, const KeyTile& tile, float* weights) {
   weigh_rows<kFewRows>(few, 0, tile, count, weights, alpha);
 }
 
+void rotate(float* key, const float* cos, const float* sin, std::size_t width) {
+  const std::size_t half = width / 2;
+  std::size_t c = 0;
+  for (; c + kLanes <= half; c += kLanes) {
+    const Floats low = load(key + c);
+    const Floats high = load(key + half + c);
+    store(key + c, low * load(cos + c) - high * load(sin + c));
+    store(key + half + c, high * load(cos + half + c) + low * load(sin + half + c));
+  }
+  for (; c < half; ++c) {
+    const float low = key[c];
+    const float high = key[half + c];
+    key[c] = low * cos[c] - high * sin[c];
+    key[half + c] = high * cos[half + c] + low * sin[half + c];
+  }
+}
+
 }  // namespace
 
 const AttentionKernels ASTRA_ATTENTION = {
-    ASTRA_NAME, kLanes, load_panel, absorb_panel, store_panel, absorb_few,
+    ASTRA_NAME, kLanes, load_panel, absorb_panel, store_panel, absorb_few, rotate,
 };
 
 }  // namespace astra::detail

@@ -2,6 +2,7 @@
 
 #pragma once
 
+#include <atomic>
 #include <cstddef>
 #include <cstdint>
 
@@ -32,7 +33,7 @@ class KeySource {
 
 class DenseSource final : public KeySource {
  public:
-  DenseSource(const DenseKeys& dense, std::size_t width) : dense_(dense), width_(width) {}
+  DenseSource(const DenseKeys& dense, const AttentionShape& shape) : dense_(dense), shape_(shape) {}
 
   std::size_t count() const override { return dense_.count; }
   const std::uint8_t* mask() const override { return dense_.mask; }
@@ -42,7 +43,30 @@ class DenseSource final : public KeySource {
 
  private:
   const DenseKeys& dense_;
-  std::size_t width_;
+  const AttentionShape& shape_;
+};
+
+class CodedSource final : public KeySource {
+ public:
+  using Rotate = void (*)(float* key, const float* cos, const float* sin, std::size_t width);
+
+  // Throws std::invalid_argument if numbers of codes, groups and bits do not fit.
+  CodedSource(const CodedKeys& coded, const AttentionShape& shape, Rotate rotate);
+
+  std::size_t count() const override { return coded_.count; }
+  const std::uint8_t* mask() const override { return coded_.mask; }
+  bool is_causal() const override { return false; }
+  KeyTile tile(std::size_t batch, std::size_t kv_head, const VisibleKeys& visible,
+               std::size_t first, std::size_t count, bool in_place, float* scratch) const override;
+
+  CodesFound found() const { return found_.load(); }
+
+ private:
+  const CodedKeys& coded_;
+  const AttentionShape& shape_;
+  Rotate rotate_;
+  // Set by whichever thread meets a code that no table has.
+  mutable std::atomic<CodesFound> found_{CodesFound::kGood};
 };
 
 }  // namespace astra::detail

@@ -13,6 +13,8 @@
 #include <string>
 #include <vector>
 
+#include "astra/bitpack.hpp"
+
 namespace {
 
 constexpr float kInfinity = std::numeric_limits<float>::infinity();
@@ -38,25 +40,36 @@ struct Example {
 
   std::size_t rows() const { return shape.batch * shape.heads * shape.rows; }
 
-  void run(const std::string& isa, unsigned threads) {
+  void poison() {
     out.assign(rows() * shape.width + 1, kGuard);
     lse.assign(rows() + 1, kGuard);
+  }
+
+  void run(const std::string& isa, unsigned threads) {
+    poison();
     const std::size_t d = shape.width;
-    // Outputs as [batch, rows, heads, width].
-    const astra::Queries queries{shape,
-                                 query.data(),
-                                 {shape.heads * shape.rows * d, shape.rows * d, d},
-                                 out.data(),
-                                 {shape.rows * shape.heads * d, d, shape.heads * d},
-                                 lse.data(),
-                                 scale,
-                                 threads,
-                                 isa.c_str()};
+    const astra::Queries queries = asked(isa, threads);
     const astra::HeadStrides strides{shape.kv_heads * count * d, count * d, d};
     const astra::DenseKeys dense{count,        key.data(), strides,
                                  value.data(), strides,    mask.empty() ? nullptr : mask.data(),
                                  is_causal};
     astra::attention(queries, dense);
+  }
+
+  astra::Queries asked(const std::string& isa, unsigned threads) {
+    const std::size_t d = shape.width;
+    astra::Queries queries{};
+    queries.shape = shape;
+    queries.query = query.data();
+    queries.query_strides = {shape.heads * shape.rows * d, shape.rows * d, d};
+    // Outputs as [batch, rows, heads, width].
+    queries.out = out.data();
+    queries.out_strides = {shape.rows * shape.heads * d, d, shape.heads * d};
+    queries.lse = lse.data();
+    queries.scale = scale;
+    queries.threads = threads;
+    queries.isa = isa.c_str();
+    return queries;
   }
 
   bool sees(std::size_t b, std::size_t m, std::size_t n) const {
@@ -139,7 +152,7 @@ void against_the_definition(const std::string& isa) {
   for (const std::size_t width : {1, 5, 8, 16, 33, 64, 72}) {
     for (const std::size_t rows : {1, 2, 7, 16, 17, 50}) {
       const std::size_t group = 1 + random() % 3;
-      const astra::AttentionShape shape{1 + rows % 2, 2 * group, 2, rows, width};
+      const astra::AttentionShape shape{1 + rows % 2, 2 * group, 2, rows, width, width};
       const std::size_t count = rows + random() % 90;
       const bool is_causal = random() % 2 != 0;
       const bool masked = random() % 2 != 0;
@@ -154,7 +167,7 @@ void against_the_definition(const std::string& isa) {
 void the_same_on_any_number_of_threads(const std::string& isa) {
   std::mt19937 random(8);
   for (const std::size_t rows : {1, 300}) {
-    Example example = random_example(random, {2, 3, 3, rows, 64}, 700, true, false);
+    Example example = random_example(random, {2, 3, 3, rows, 64, 64}, 700, true, false);
     example.run(isa, 1);
     const std::vector<float> out = example.out;
     const std::vector<float> lse = example.lse;
@@ -168,14 +181,14 @@ void the_same_on_any_number_of_threads(const std::string& isa) {
 void what_sees_nothing(const std::string& isa) {
   std::mt19937 random(9);
   for (const std::size_t rows : {1, 40}) {
-    Example hidden = random_example(random, {1, 2, 1, rows, 16}, 40, true, false);
+    Example hidden = random_example(random, {1, 2, 1, rows, 16, 16}, 40, true, false);
     hidden.mask.assign(40, 0);
     hidden.run(isa, 1);
     hidden.check("all hidden, " + isa);
-    Example none = random_example(random, {1, 2, 1, rows, 16}, 0, false, false);
+    Example none = random_example(random, {1, 2, 1, rows, 16, 16}, 0, false, false);
     none.run(isa, 1);
     none.check("no keys, " + isa);
-    Example partly = random_example(random, {1, 2, 1, rows, 16}, 40, true, false);
+    Example partly = random_example(random, {1, 2, 1, rows, 16, 16}, 40, true, false);
     partly.mask.assign(40, 0);
     std::fill(partly.mask.begin() + 20, partly.mask.end(), std::uint8_t{1});
     partly.run(isa, 1);
@@ -186,7 +199,7 @@ void what_sees_nothing(const std::string& isa) {
 void what_is_no_number(const std::string& isa) {
   std::mt19937 random(10);
   for (const std::size_t rows : {1, 40}) {
-    Example example = random_example(random, {1, 1, 1, rows, 16}, 30, false, false);
+    Example example = random_example(random, {1, 1, 1, rows, 16, 16}, 30, false, false);
     example.query[3] = kNaN;
     example.run(isa, 1);
     expect(std::isnan(example.lse[0]), "lse of a query that is no number, " + isa);
@@ -210,7 +223,7 @@ void what_is_no_number(const std::string& isa) {
 void scores_far_apart(const std::string& isa) {
   std::mt19937 random(11);
   for (const std::size_t rows : {1, 40}) {
-    Example example = random_example(random, {1, 1, 1, rows, 16}, 200, false, false);
+    Example example = random_example(random, {1, 1, 1, rows, 16, 16}, 200, false, false);
     for (float& x : example.query) x *= 30;
     example.run(isa, 1);
     // The error of a score grows with it.
@@ -220,6 +233,109 @@ void scores_far_apart(const std::string& isa) {
       const auto lse = static_cast<double>(example.lse[m]);
       expect(lse >= top - 1e-4 && lse < top + 6, "large scores, " + isa);
     }
+  }
+}
+
+// Codes of two stages and groups in tables of 37 codewords, as a dense call has what they stand
+// for.
+struct CodedExample {
+  static constexpr std::size_t kStages = 2, kGroups = 2, kWords = 37, kBits = 6, kWidth = 16;
+  Example dense;
+  std::vector<std::int32_t> codes;
+  std::vector<std::uint8_t> packed;
+  std::vector<float> key_table, value_table, cos, sin;
+
+  CodedExample(std::mt19937& random, std::size_t rows, std::size_t count)
+      : dense(random_example(random, {2, 4, 2, rows, kWidth, kWidth}, count, false, false)) {
+    std::normal_distribution<float> normal;
+    key_table.resize(kStages * 2 * kGroups * kWords * kWidth / kGroups);
+    value_table.resize(key_table.size());
+    for (auto* numbers : {&key_table, &value_table}) {
+      for (float& x : *numbers) x = normal(random);
+    }
+    for (std::size_t i = 0; i < 2 * count * per_token(); ++i) {
+      codes.push_back(static_cast<std::int32_t>(random() % kWords));
+    }
+    const std::size_t bytes = astra::packed_size(count * per_token(), kBits);
+    packed.resize(2 * bytes);
+    for (std::size_t b = 0; b < 2; ++b) {
+      astra::pack(&codes[b * count * per_token()], count * per_token(), kBits, &packed[b * bytes],
+                  bytes);
+    }
+    for (std::size_t i = 0; i < count * kWidth; ++i) {
+      const auto angle = static_cast<float>(i % (kWidth / 2) + i / kWidth);
+      cos.push_back(std::cos(angle));
+      sin.push_back(std::sin(angle));
+    }
+    look_up();
+  }
+
+  static std::size_t per_token() { return kStages * 2 * kGroups; }
+
+  // Keys and values of the dense call.
+  void look_up() {
+    const std::size_t count = dense.count;
+    const std::size_t wide = kWidth / kGroups;
+    for (std::size_t row = 0; row < 4 * count; ++row) {
+      const std::size_t head = row / count % 2;
+      const std::int32_t* own = &codes[(row / count / 2 * count + row % count) * per_token()];
+      std::vector<float> key(kWidth), value(kWidth);
+      for (std::size_t c = 0; c < kWidth; ++c) {
+        for (std::size_t stage = 0; stage < kStages; ++stage) {
+          const std::size_t place = (stage * 2 + head) * kGroups + c / wide;
+          const std::size_t word = place * kWords + static_cast<std::size_t>(own[place]);
+          key[c] += key_table[word * wide + c % wide];
+          value[c] += value_table[word * wide + c % wide];
+        }
+      }
+      for (std::size_t c = 0; c < kWidth; ++c) {
+        const std::size_t half = kWidth / 2;
+        const float other = c < half ? -key[c + half] : key[c - half];
+        const std::size_t angle = row % count * kWidth + c;
+        dense.key[row * kWidth + c] = key[c] * cos[angle] + other * sin[angle];
+        dense.value[row * kWidth + c] = value[c];
+      }
+    }
+  }
+
+  astra::CodedKeys coded(bool in_bits) const {
+    const std::size_t count = dense.count;
+    astra::TokenCodes tokens{codes.data(), 0, per_token(), count * per_token()};
+    if (in_bits) tokens = {packed.data(), kBits, per_token(), packed.size() / 2};
+    return {count,
+            tokens,
+            {key_table.data(), kStages, kGroups, kWords},
+            tokens,
+            {value_table.data(), kStages, kGroups, kWords},
+            cos.data(),
+            sin.data(),
+            0,
+            dense.mask.empty() ? nullptr : dense.mask.data()};
+  }
+};
+
+void codes_as_what_they_stand_for(const std::string& isa) {
+  std::mt19937 random(13);
+  for (const std::size_t rows : {1, 40}) {
+    CodedExample example(random, rows, 150);
+    for (const bool in_bits : {false, true}) {
+      example.dense.poison();
+      const astra::Queries queries = example.dense.asked(isa, 2);
+      expect(astra::coded_attention(queries, example.coded(in_bits)) == astra::CodesFound::kGood,
+             "good codes, " + isa);
+      example.dense.check("codes, " + isa);
+      if (example.dense.mask.empty()) {
+        for (std::size_t i = 0; i < 300; ++i) example.dense.mask.push_back(random() % 2);
+      }
+    }
+    example.codes[77 * example.per_token()] = -1;
+    example.dense.mask.assign(300, 1);
+    const astra::Queries queries = example.dense.asked(isa, 1);
+    expect(astra::coded_attention(queries, example.coded(false)) != astra::CodesFound::kGood,
+           "a code that no table has, " + isa);
+    example.dense.mask[77] = 0;
+    expect(astra::coded_attention(queries, example.coded(false)) == astra::CodesFound::kGood,
+           "such a code where it is hidden, " + isa);
   }
 }
 
@@ -235,11 +351,9 @@ bool refuses(Call call) {
 
 void bad_sizes() {
   std::mt19937 random(12);
-  Example heads = random_example(random, {1, 3, 2, 2, 8}, 4, false, false);
+  Example heads = random_example(random, {1, 3, 2, 2, 8, 8}, 4, false, false);
   expect(refuses([&] { heads.run("", 1); }), "heads that are no multiple");
-  Example causal = random_example(random, {1, 2, 2, 5, 8}, 4, true, false);
-  expect(refuses([&] { causal.run("", 1); }), "more queries than keys under a causal mask");
-  Example isa = random_example(random, {1, 2, 2, 2, 8}, 4, true, false);
+  Example isa = random_example(random, {1, 2, 2, 2, 8, 8}, 4, true, false);
   expect(refuses([&] { isa.run("mmx", 1); }), "an instruction set that is not there");
 }
 
@@ -252,6 +366,7 @@ int main() {
     what_sees_nothing(isa);
     what_is_no_number(isa);
     scores_far_apart(isa);
+    codes_as_what_they_stand_for(isa);
   }
   bad_sizes();
   if (failures == 0) std::puts("attention: all passed");

@@ -57,6 +57,12 @@ def test_any_size(data):
     query, key, value = dense_inputs(draw(st.integers(1, 2)), group * kv, kv, rows, tokens, d)
     mask = torch.rand(key.shape[0], tokens) > 0.3 if draw(st.booleans()) else None
     options = {"is_causal": draw(st.booleans()), "key_mask": mask}
+    if draw(st.booleans()):
+        options["sinks"] = torch.randn(group * kv)
+    if draw(st.booleans()):
+        value = torch.randn(*value.shape[:3], draw(st.sampled_from([4, 16, 48, 70])))
+    if draw(st.booleans()):
+        query = torch.randn(query.shape[0], group * kv, tokens + 5, d)
     want = in_float64(query, key, value, **options)
     assert_near(native(query, key, value, **options, isa=draw(st.sampled_from(ISAS))), want)
 
@@ -64,7 +70,7 @@ def test_any_size(data):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("shape", [(1, 6, 3, 200, 200, 64), (1, 6, 2, 1, 3000, 128)])
 def test_error_at_most_twice_that_of_sdpa(dtype, shape):
-    query, key, value = dense_inputs(*shape, dtype)
+    query, key, value = dense_inputs(*shape, dtype=dtype)
     is_causal = shape[3] > 1
     peer = sdpa(query, key, value, is_causal=is_causal, enable_gqa=True)
     want, want_lse = in_float64(query, key, value, is_causal=is_causal)

@@ -4,8 +4,8 @@
 // For every query q of batch row b and head h, over the keys k_n and values v_n of KV head
 // h / (heads / kv_heads) that it sees:
 //   out = sum_n exp(scale * q.k_n - lse) v_n,   lse = ln sum_n exp(scale * q.k_n)
-// A query that sees nothing has out 0 and lse -inf. A score that is NaN makes out and lse NaN, and
-// so does +inf. What hidden keys and values hold never matters.
+// A query that sees nothing has out 0 and lse -inf, with sinks the head's sink. A score that is NaN
+// makes out and lse NaN, and so does +inf. What hidden keys and values hold never matters.
 //
 // Sums are taken in an order that depends on the instruction set and the shape; on one machine the
 // same call gives the same bits, whatever the number of threads.
@@ -29,7 +29,8 @@ struct AttentionShape {
   std::size_t heads;  // a multiple of kv_heads
   std::size_t kv_heads;
   std::size_t rows;   // queries of a head
-  std::size_t width;  // channels of a query, a key, a value
+  std::size_t width;  // channels of a query and a key
+  std::size_t value_width;
 };
 
 struct HeadStrides {
@@ -42,10 +43,12 @@ struct Queries {
   AttentionShape shape;
   const float* query;  // [batch, heads, rows, width]
   HeadStrides query_strides;
-  float* out;  // [batch, heads, rows, width]
+  float* out;  // [batch, heads, rows, value_width]
   HeadStrides out_strides;
   float* lse;  // [batch, heads, rows], contiguous
   float scale;
+  // [heads], or null: a score of each head that takes part in the softmax with the value 0.
+  const float* sinks = nullptr;
   // At most so many work on it, this one among them.
   unsigned threads = 1;
   // One of attention_isas(); empty: the widest.
@@ -56,14 +59,60 @@ struct DenseKeys {
   std::size_t count;
   const float* keys;  // [batch, kv_heads, count, width]
   HeadStrides key_strides;
-  const float* values;  // as keys
+  const float* values;  // [batch, kv_heads, count, value_width]
   HeadStrides value_strides;
   const std::uint8_t* mask;  // [batch, count], 0 = hidden, or null
-  // Query m sees keys 0 .. count - rows + m (bottom-right aligned); needs rows <= count.
+  // Query m sees keys 0 .. count - rows + m: the last query stands at the last key. Where there are
+  // more queries than keys, the first ones see nothing.
   bool is_causal;
 };
 
+// Codes of all tokens: int32, or packed as astra/bitpack.hpp has it, every batch row from a byte
+// on.
+struct TokenCodes {
+  const void* data;
+  int bits;                // 1 to 16; 0: int32
+  std::size_t per_token;   // codes of a token, for all heads or for each
+  std::size_t row_stride;  // int32, or bytes, from a batch row to the next
+};
+
+// fp32 [stages, kv_heads, groups, codewords, width / groups]; the stages are summed.
+struct CodeTable {
+  const float* vectors;
+  std::size_t stages;
+  std::size_t groups;
+  std::size_t codewords;
+};
+
+// The key of token n and KV head h is, group s by group, the sum over stages r of
+// key_table[r, h, s, code i], rotated if there are angles; its value the same from value_table.
+// With C0 = kv_heads * groups codes a token and stage, i = r * C0 + h * groups + s; with
+// C0 = groups all heads share them, i = r * C0 + s.
+struct CodedKeys {
+  std::size_t count;
+  TokenCodes key_codes;
+  CodeTable key_table;
+  TokenCodes value_codes;
+  CodeTable value_table;
+  // [count, width] each, or null: key * cos + rotate_half(key) * sin, which pairs channel c with
+  // c + width / 2. Batch rows are rope_stride floats apart.
+  const float* cos;
+  const float* sin;
+  std::size_t rope_stride;
+  const std::uint8_t* mask;  // [batch, count], 0 = hidden, or null
+};
+
+// What was found of the codes of visible tokens.
+enum class CodesFound { kGood, kBadKeyCode, kBadValueCode };
+
 void attention(const Queries& queries, const DenseKeys& dense);
+
+// Nothing outside a table is read. Unless all codes are below their table's codewords, out and lse
+// are not to be used.
+CodesFound coded_attention(const Queries& queries, const CodedKeys& coded);
+
+// Both in one softmax: dense keys first, coded ones after them.
+CodesFound mixed_attention(const Queries& queries, const DenseKeys& dense, const CodedKeys& coded);
 
 // Names of what this machine runs, narrowest first.
 std::vector<std::string> attention_isas();

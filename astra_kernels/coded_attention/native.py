@@ -1,0 +1,120 @@
+"""Attention over codes on a CPU in C++: lookup and rotation in the loop, a tile at a time.
+
+Packed codes are read where they lie; neither keys nor values are ever there as a whole.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from astra_kernels import _C
+from astra_kernels._checks import CodedShape, check_code_values
+from astra_kernels._rotary import Rope
+from astra_kernels.attention.native import address_of, prepare
+from astra_kernels.pack.native import unpack_tensor
+
+if TYPE_CHECKING:
+    from astra_kernels._C import CodedKeys, CodeTable, TokenCodes
+
+
+def coded_attention(
+    query: Tensor,
+    codes: Tensor,
+    key_codebook: Tensor,
+    value_codebook: Tensor,
+    *,
+    value_codes: Tensor | None = None,
+    scale: float | None = None,
+    rope: Rope | None = None,
+    code_mask: Tensor | None = None,
+    sinks: Tensor | None = None,
+    code_bits: int | None = None,
+    shape: CodedShape | None = None,
+    rope_consecutive: bool = False,
+    isa: str = "",
+) -> tuple[Tensor, Tensor]:
+    """`shape` is needed where codes are packed; consecutive positions make no difference."""
+    op = "coded_attention"
+    width = value_codebook.shape[-3] * value_codebook.shape[-1]
+    call = prepare(op, query, key_codebook.shape[-4], width, scale, sinks)
+    coded = Coded(
+        codes, key_codebook, value_codebook, value_codes, rope, code_mask, code_bits, shape
+    )
+    coded.refuse(op, _C.coded_attention(call.shape, call.query, coded.keys, *call.rest, isa))
+    return call.state(query.dtype)
+
+
+class Coded:
+    """The coded side of a call, which holds its memory."""
+
+    def __init__(
+        self,
+        codes: Tensor,
+        key_codebook: Tensor,
+        value_codebook: Tensor,
+        value_codes: Tensor | None,
+        rope: Rope | None,
+        code_mask: Tensor | None,
+        code_bits: int | None,
+        shape: CodedShape | None,
+    ) -> None:
+        self._bits, self._mask = code_bits, code_mask
+        codes = _readable(codes)
+        self._codes = [codes, codes if value_codes is None else _readable(value_codes)]
+        self._tables = [x.float().contiguous() for x in (key_codebook, value_codebook)]
+        if shape is None:
+            self._per_token = [x.shape[2] for x in self._codes]
+            tokens = codes.shape[1]
+        else:
+            self._per_token = [shape.key_codes, shape.value_codes]
+            tokens = shape.tokens
+        cos, sin = (None, None) if rope is None else (x.float().contiguous() for x in rope)
+        mask = None if code_mask is None else code_mask.contiguous()
+        self._held = (cos, sin, mask)
+        alike = cos is None or cos.ndim == 2 or cos.shape[0] == 1
+        self.keys: CodedKeys = (
+            tokens,
+            self._codes_of(0),
+            _table_of(self._tables[0]),
+            self._codes_of(1),
+            _table_of(self._tables[1]),
+            address_of(cos),
+            address_of(sin),
+            0 if cos is None or alike else cos.stride(0),
+            address_of(mask),
+        )
+
+    def _codes_of(self, which: int) -> TokenCodes:
+        codes = self._codes[which]
+        bits = 0 if self._bits is None else self._bits
+        stride = codes.stride(0) if codes.shape[0] > 1 else 0
+        return codes.data_ptr(), bits, self._per_token[which], stride
+
+    def refuse(self, op: str, found: int) -> None:
+        """`found`: what the kernel says of the codes."""
+        if found == 0:
+            return
+        which = found - 1
+        codes = self._codes[which]
+        if self._bits is not None:
+            count = self.keys[0] * self._per_token[which]
+            rows = [unpack_tensor(row, self._bits, count) for row in codes]
+            codes = torch.stack(rows).view(len(rows), self.keys[0], -1)
+        name = "codes" if which == 0 else "value_codes"
+        check_code_values(op, name, codes, self._tables[which].shape[-2], self._mask)
+        raise AssertionError("the kernel met a code that the check does not find")
+
+
+def _readable(codes: Tensor) -> Tensor:
+    """int32, or packed bytes; larger integers are not cut to ones that a table has."""
+    if codes.dtype == torch.int64:
+        codes = codes.clamp(-1, 2**31 - 1).int()
+    return codes.contiguous()
+
+
+def _table_of(table: Tensor) -> CodeTable:
+    stages = table.shape[0] if table.ndim == 5 else 1
+    return table.data_ptr(), stages, table.shape[-3], table.shape[-2]

@@ -1,0 +1,162 @@
+"""Attention over codes in the C++ core, alone and beside dense keys, in fp32."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import astra_kernels as ak
+from astra_kernels import _C
+from astra_kernels.coded_attention.native import coded_attention as native
+from astra_kernels.mixed_attention.native import mixed_attention as native_mixed
+
+ISAS = _C.attention_isas()
+
+
+def table(stages, kv, groups, k, width):
+    return torch.randn(stages, kv, groups, k, width)
+
+
+def random_codes(b, n, kv, tables, shared):
+    stages, _, groups, k, _ = tables.shape
+    per_token = stages * groups * (1 if shared else kv)
+    return torch.randint(0, k, (b, n, per_token), dtype=torch.int32)
+
+
+def pack_rows(codes, bits):
+    return torch.stack([ak.pack(row, bits) for row in codes])
+
+
+def rotary(*shape):
+    angle = torch.randn(*shape[:-1], shape[-1] // 2)
+    angle = torch.cat((angle, angle), dim=-1)
+    return angle.cos(), angle.sin()
+
+
+def in_float64(function, *args, **options):
+    """The reference on doubles; codes, masks and numbers stay what they are."""
+
+    def double(value):
+        if isinstance(value, tuple):
+            return tuple(double(x) for x in value)
+        is_float = isinstance(value, torch.Tensor) and value.is_floating_point()
+        return value.double() if is_float else value
+
+    doubles = {name: double(value) for name, value in options.items()}
+    return function(*map(double, args), **doubles, impl="reference")
+
+
+def assert_near(got, want):
+    for ours, exactly in zip(got, want, strict=True):
+        torch.testing.assert_close(ours.double(), exactly.double(), rtol=6e-6, atol=6e-6)
+
+
+@st.composite
+def calls(draw):
+    """Query, codes, two tables and options, in fp32."""
+    torch.manual_seed(draw(st.integers(0, 2**16)))
+    b, kv, group = draw(st.integers(1, 2)), draw(st.integers(1, 3)), draw(st.integers(1, 3))
+    d, groups = draw(st.sampled_from([(64, 1), (64, 4), (24, 3), (16, 8), (10, 1), (128, 2)]))
+    rows, n = draw(st.sampled_from([1, 3, 20, 50])), draw(st.integers(1, 150))
+    stages, k = draw(st.integers(1, 2)), draw(st.sampled_from([1, 5, 200]))
+    keys = table(stages, kv, groups, k, d // groups)
+    values = table(stages, kv, groups, k, draw(st.sampled_from([8, d // groups])))
+    codes = random_codes(b, n, kv, keys, draw(st.booleans()))
+    options = {}
+    if draw(st.booleans()):
+        values = table(1, kv, 1, 9, values.shape[2] * values.shape[4])
+        options["value_codes"] = random_codes(b, n, kv, values, draw(st.booleans()))
+    if draw(st.booleans()):
+        lead = draw(st.sampled_from([(), (1,), (b,)]))
+        options["rope"] = rotary(*lead, n, d)
+    if draw(st.booleans()):
+        options["code_mask"] = torch.rand(b, n) > 0.4
+    if draw(st.booleans()):
+        options["sinks"] = torch.randn(kv * group)
+    return (torch.randn(b, kv * group, rows, d), codes, keys, values), options
+
+
+@settings(max_examples=80, deadline=None)
+@given(calls(), st.sampled_from(ISAS), st.sampled_from([None, 8, 11, 16]))
+def test_any_call(call, isa, bits):
+    inputs, options = call
+    want = in_float64(ak.coded_attention, *inputs, **options)
+    assert_near(native(*inputs, **options, isa=isa), want)
+    if bits is None:
+        return
+    query, codes, *tables = inputs
+    packed = dict(options, code_bits=bits, num_tokens=codes.shape[1])
+    if "value_codes" in options:
+        packed["value_codes"] = pack_rows(options["value_codes"], bits)
+    got = ak.coded_attention(query, pack_rows(codes, bits), *tables, **packed, impl="native")
+    assert_near(got, want)
+
+
+@settings(max_examples=40, deadline=None)
+@given(calls(), st.sampled_from(ISAS), st.integers(0, 70), st.booleans(), st.booleans())
+def test_beside_dense_keys(call, isa, local, is_causal, masked):
+    (query, codes, *tables), options = call
+    batch, kv = query.shape[0], tables[0].shape[1]
+    key = torch.randn(batch, kv, local, query.shape[3])
+    value = torch.randn(batch, kv, local, tables[1].shape[2] * tables[1].shape[4])
+    mask = torch.rand(batch, local) > 0.3 if masked else None
+    options = dict(options, is_causal=is_causal, key_mask=mask)
+    inputs = (query, key, value, codes, *tables)
+    want = in_float64(ak.mixed_attention, *inputs, **options, return_lse=True)
+    assert_near(native_mixed(*inputs, **options, isa=isa), want)
+
+
+@pytest.mark.parametrize("rows", [1, 30])
+@pytest.mark.parametrize("bits", [None, 7])
+@pytest.mark.parametrize("which", ["codes", "value_codes"])
+def test_codes_out_of_range(rows, bits, which):
+    """Refused where they are visible, by name and place; never read where they are not."""
+    query, (keys, values) = torch.randn(2, 4, rows, 16), table(2, 2, 1, 100, 16)
+    both = {
+        name: torch.randint(0, 100, (2, 70, 2), dtype=torch.int32)
+        for name in ("codes", "value_codes")
+    }
+    both[which][1, 66, 1] = 100
+    mask = torch.ones(2, 70, dtype=torch.bool)
+    options = {"code_mask": mask, "impl": "native"}
+    if bits is not None:
+        both = {name: pack_rows(codes, bits) for name, codes in both.items()}
+        options["code_bits"] = bits
+    codes, options["value_codes"] = both["codes"], both["value_codes"]
+    message = rf"{which} must be in \[0, 100\) .* got 100 at index \[1, 66, 1\]"
+    with pytest.raises(ValueError, match=message):
+        ak.coded_attention(query, codes, keys, values, **options)
+    mask[1, 66] = False
+    out, _ = ak.coded_attention(query, codes, keys, values, **options)
+    assert out.isfinite().all()
+
+
+@pytest.mark.parametrize("wrong", [-1, 2**32 + 1, 2**31])
+def test_negative_and_wide_codes(wrong):
+    query, (keys, values) = torch.randn(1, 2, 3, 16), table(2, 1, 1, 5, 16)
+    codes = torch.zeros(1, 9, 1, dtype=torch.int64)
+    codes[0, 4] = wrong
+    with pytest.raises(ValueError, match=r"codes must be in \[0, 5\)"):
+        ak.coded_attention(query, codes, keys, values, impl="native")
+
+
+def test_half_precision():
+    query, (keys, values) = torch.randn(1, 4, 20, 32), table(2, 2, 1, 50, 32)
+    codes = torch.randint(0, 50, (1, 90, 2), dtype=torch.int32)
+    halves = (query.bfloat16(), codes, keys.bfloat16(), values.bfloat16())
+    out, lse = ak.coded_attention(*halves, impl="native")
+    want, want_lse = in_float64(ak.coded_attention, *halves)
+    assert out.dtype == torch.bfloat16
+    torch.testing.assert_close(out.double(), want, rtol=1e-2, atol=1e-2)
+    assert (lse - want_lse).abs().max() < 1e-5
+
+
+def test_what_it_does_not_take():
+    query, (keys, values) = torch.randn(1, 2, 3, 16), table(2, 1, 1, 5, 16)
+    codes = torch.zeros(1, 9, 1, dtype=torch.int32)
+    with pytest.raises(RuntimeError, match="its kernel does not take softcap"):
+        ak.coded_attention(query, codes, keys, values, softcap=3.0, impl="native")
+    with pytest.raises(RuntimeError, match="takes float32, float16 and bfloat16, not float64"):
+        ak.coded_attention(query.double(), codes, keys, values, impl="native")
