@@ -7,6 +7,7 @@ token of every answer that it owns. A rank's new tokens cross to the leader and 
 
 from __future__ import annotations
 
+import logging
 import os
 import socket
 import time
@@ -20,7 +21,7 @@ import torch
 
 from ..control import Control
 from ..engine import Engine
-from ..errors import CallEnded, WireError, ends_the_call_alone
+from ..errors import AstraError, CallEnded, WireError, ends_the_call_alone
 from ..sessions.cache import KeyValues
 from ..transport import Mesh
 from ..transport.messages import receive_json, send_json
@@ -28,6 +29,8 @@ from .batch import Cache, read
 from .kept import Kept
 from .passes import Passes
 from .sampling import Sampler, sampling_from_json
+
+log = logging.getLogger("astra_runtime.serve")
 
 JOB = (Control.JOB_SIZE, Control.JOB)
 ABOUT = (Control.SERVICE_SIZE, Control.SERVICE)
@@ -293,16 +296,28 @@ class Worker:
         send_json(self.mesh, report, blocks=REPORT, to=(0,))
 
 
-def follow(engine: Engine, idle: float = 86_400.0) -> int:
+def follow(engine: Engine, idle: float = 86_400.0, *, rejoin_seconds: float | None = None) -> int:
     """On a rank other than 0: does the leader's jobs until it says stop, and counts them.
 
     Args:
         engine: of the same model, codebook and mesh as the leader's.
         idle: seconds to wait for a job; a leader that is gone is noticed at once.
-
-    Raises what ends the mesh. The leader forms it again; so has this rank to, with
-    `engine.rejoin()`, before it calls this function again.
+        rejoin_seconds: how long to try to form the mesh again when it has ended, as the leader
+            does, before that raises; None: what ends the mesh is raised.
     """
+    jobs = 0
+    while True:
+        try:
+            return jobs + _follow_once(engine, idle)
+        except AstraError as error:
+            if rejoin_seconds is None:
+                raise
+            log.warning("rank %d: %s; it waits for the others again", engine.rank, error)
+        engine.mesh.abort(AstraError("this rank forms the mesh again"))
+        engine.rejoin(connect_timeout=rejoin_seconds)
+
+
+def _follow_once(engine: Engine, idle: float) -> int:
     mesh, jobs = engine.mesh, 0
     worker = Worker(engine)
     while True:

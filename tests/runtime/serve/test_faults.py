@@ -1,0 +1,137 @@
+"""A rank that is lost: noticed without a call, an error for what runs, and the mesh forms again."""
+
+from __future__ import annotations
+
+import contextlib
+import socket
+import threading
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+
+from astra_runtime import Engine, connect
+from astra_runtime.errors import AstraError
+from astra_runtime.serve.leader import Leader
+from astra_runtime.serve.rank import follow
+from astra_runtime.serve.service import NotReady, ServiceFailed
+
+from ..models import tiny
+from ..ranks import free_ports
+from .service import Numbers, alone, ask, prompt
+
+
+def wait_for(condition: Callable[[], Any], seconds: float = 30) -> None:
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+
+
+class Rank:
+    """Rank 1, a thread that joins again after whatever has ended its mesh, when it may."""
+
+    def __init__(self, model: Any, peers: list[str]) -> None:
+        self.may = threading.Event()
+        self.may.set()
+        self.engine: Any = None
+        self.thread = threading.Thread(target=self._run, args=(model, peers), daemon=True)
+        self.thread.start()
+
+    def _run(self, model: Any, peers: list[str]) -> None:
+        while True:
+            assert self.may.wait(60)
+            with (
+                contextlib.suppress(AstraError),
+                connect(1, peers=peers, timeout=20) as mesh,
+                Engine(model, None, mesh) as self.engine,
+            ):
+                follow(self.engine)
+                return
+
+    def die(self) -> None:
+        """Its connection ends without a word."""
+        for connection in self.engine.mesh.connections.values():
+            connection.sock.shutdown(socket.SHUT_RDWR)
+
+
+@contextlib.contextmanager
+def pair(model: Any, **options: Any) -> Iterator[tuple[Leader, Rank]]:
+    peers = free_ports(2)
+    other = Rank(model, peers)
+    with connect(0, peers=peers, timeout=20) as mesh, Engine(model, None, mesh) as engine:
+        with Leader(engine, Numbers(), **options) as leader:
+            yield leader, other
+        other.thread.join(30)
+        engine.mesh.close()
+    assert not other.thread.is_alive()
+
+
+@pytest.fixture(scope="module")
+def llama() -> Any:
+    return tiny("llama")
+
+
+def test_a_rank_that_is_lost_comes_back(llama: Any) -> None:
+    away: list[Exception] = []
+    with pair(llama, on_away=away.append) as (leader, other):
+        assert ask(leader, prompt(150)).wait().ids() == alone(llama, prompt(150), 5)
+        other.may.clear()
+        other.die()  # nothing is going on
+        wait_for(lambda: not leader.status().ready)
+        assert "rank 1" in leader.status().reason
+        assert [peer.state for peer in leader.status().peers] == ["here", "away"]
+        with pytest.raises(NotReady, match="waiting for all devices"):
+            ask(leader, prompt(8))
+        other.may.set()
+        wait_for(lambda: leader.status().ready)
+        assert away
+        assert ask(leader, prompt(150)).wait().ids() == alone(llama, prompt(150), 5)
+        assert (leader.status().lost, leader.status().rejoined) == (1, 1)
+
+
+def test_what_runs_fails_and_what_waits_is_answered(llama: Any) -> None:
+    with pair(llama) as (leader, other):
+        running = [ask(leader, prompt(8, seed), 200) for seed in range(2)]
+        for one in running:
+            assert one.first.wait(20)
+        with leader._changed:  # no further round begins
+            waiting = ask(leader, prompt(9), 5)
+            other.die()
+        for one in running:
+            assert isinstance(one.wait().error(), ServiceFailed)
+            assert "rank 1 was lost" in str(one.error())
+        heard = waiting.wait()
+        assert heard.ids() == alone(llama, prompt(9), 5) or isinstance(heard.error(), ServiceFailed)
+        assert ask_when_ready(leader) == alone(llama, prompt(150), 5)
+
+
+def ask_when_ready(leader: Leader) -> list[int]:
+    wait_for(lambda: leader.status().ready)
+    return ask(leader, prompt(150)).wait().ids()
+
+
+def test_a_worker_of_ones_own_rejoins(llama: Any) -> None:
+    peers = free_ports(2)
+    jobs: list[int] = []
+    engines: list[Engine] = []
+
+    def work() -> None:
+        with connect(1, peers=peers, timeout=20) as mesh, Engine(llama, None, mesh) as engine:
+            engines.append(engine)
+            jobs.append(follow(engine, rejoin_seconds=30))
+            engine.mesh.close()
+
+    worker = threading.Thread(target=work, daemon=True)
+    worker.start()
+    with connect(0, peers=peers, timeout=20) as mesh, Engine(llama, None, mesh) as engine:
+        with Leader(engine, Numbers()) as leader:
+            for connection in engines[0].mesh.connections.values():  # type: ignore[attr-defined]
+                connection.sock.shutdown(socket.SHUT_RDWR)
+            wait_for(lambda: leader.status().rejoined == 1)
+            assert ask_when_ready(leader) == alone(llama, prompt(150), 5)
+        worker.join(30)
+        engine.mesh.close()
+    assert not worker.is_alive()
+    assert jobs[0] > 0
