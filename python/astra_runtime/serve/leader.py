@@ -21,6 +21,7 @@ from ..costs import EXACT_TOKENS
 from ..engine import Engine
 from ..errors import AstraError, CallEnded
 from ..store import token_limit
+from ..trace import stage
 from ..transport import peers_of
 from .admission import Admission
 from .costs import PromptCosts
@@ -101,6 +102,7 @@ class Leader(Rounds):
         self._reading: Work | None = None  # whose prompt all ranks read
         self._progress: float | None = None
         self._just_read = False
+        self._spans: dict[int, list[Any]] = {}  # of the round before, by rank
         self._timeline: list[Span] = []
         self._thread.start()
 
@@ -310,7 +312,7 @@ class Leader(Rounds):
             self._reading = work
         prompt = work.prompt(self._ends)
         self._job(prompt=asdict(prompt), pauses=pauses)
-        start = time.perf_counter()
+        begun, start = time.monotonic() - work.arrived, time.perf_counter()
         paused, problem = self._read_prompt(work, prompt, pauses)
         seconds = time.perf_counter() - start - paused
         mesh = self.engine.mesh
@@ -318,6 +320,11 @@ class Leader(Rounds):
         with self.engine.calling(), ending_together(mesh):
             problem = self._collect() or problem
         self._just_read, self._beaten = True, time.monotonic()
+        work.spans += [
+            Span(rank, name, begun + a, begun + b)
+            for rank, spans in self._spans.items()
+            for name, a, b in spans
+        ]
         if problem is not None:
             self._forget.append(prompt.number)
             self._end(work, self._failure(work, problem))
@@ -374,20 +381,23 @@ class Leader(Rounds):
         return ServiceFailed(problem)
 
     def _pause(self) -> None:
-        self._sequences.step()
-        self._collect()
         mesh = self.engine.mesh
-        mesh.send(b"\1", block=Control.GO_ON, plan=0, to=peers_of(mesh))
+        with stage("pause"):
+            self._sequences.step()
+            self._collect()
+            mesh.send(b"\1", block=Control.GO_ON, plan=0, to=peers_of(mesh))
         self._expire()
 
     def _collect(self) -> str | None:
         """The tokens of this round, of all ranks; why a rank has not read a prompt, or None."""
         report, problem = self._sequences.report(), None
         self._sequences.confirm()
+        self._spans = {0: report["spans"]}
         self._heard(report)
         for rank in range(1, self.engine.mesh.world_size):
             report = receive_report(self.engine.mesh, rank)
             problem = report["problem"] or problem
+            self._spans[rank] = report["spans"]
             self._heard(report)
         return problem
 
@@ -441,6 +451,7 @@ class Leader(Rounds):
             for number in left:
                 self._answers.pop(number, None)
             self._drop += left
+            self._timeline = work.timeline(time.monotonic())
             self._changed.notify_all()
         if error is not None:
             work.send(error)

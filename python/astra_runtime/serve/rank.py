@@ -23,6 +23,7 @@ from ..control import Control
 from ..engine import Engine
 from ..errors import AstraError, CallEnded, WireError, ends_the_call_alone
 from ..sessions.cache import KeyValues
+from ..trace import stage, trace_of, tracing
 from ..transport import Mesh
 from ..transport.messages import receive_json, send_json
 from .batch import Cache, read
@@ -38,6 +39,7 @@ REPORT = (Control.TOKENS_SIZE, Control.TOKENS)
 MAX_JOB = 16 << 20  # bytes of its JSON
 MAX_REPORT = 16 << 20  # bytes of a rank's tokens of one round, with their alternatives
 PIECE_SECONDS = 0.15  # that reading a piece of a prompt should take: others wait for their tokens
+NOTABLE = 1_000_000  # ns, of a wait in a timeline
 FIRST_PIECE, LEAST_PIECE = 32, 8  # tokens
 
 
@@ -108,6 +110,7 @@ class Sequences:
         self._read: list[list[Any]] = []
         self._piece = FIRST_PIECE
         self.kept = Kept(engine)
+        self.spans: list[list[Any]] = []  # of the last prompt that all ranks have read
 
     def __len__(self) -> int:
         return len(self._answers) + len(self._reading)
@@ -120,6 +123,17 @@ class Sequences:
         self, prompt: Prompt, between: Callable[[int], None], within_ms: float | None = None
     ) -> Cache | None:
         """Has all ranks read a prompt; collective. Its owner gets what it needs to go on."""
+        trace = trace_of(self.adapter.device)
+        start = trace.clock()
+        try:
+            with tracing(trace):
+                return self._read_together(prompt, between, within_ms)
+        finally:
+            self.spans = notable(trace.spans, start, trace.clock())
+
+    def _read_together(
+        self, prompt: Prompt, between: Callable[[int], None], within_ms: float | None
+    ) -> Cache | None:
         number, owner = prompt.number, prompt.owner
         if self.kept.possible:
             return self.kept.read(number, prompt.ids, owner, prompt.base, between, within_ms)
@@ -209,6 +223,7 @@ class Sequences:
             "failed": list(self._failed),
             "read": list(self._read),
             "running": len(self),
+            "spans": self.spans,
         }
 
     def confirm(self) -> None:
@@ -216,6 +231,19 @@ class Sequences:
         self._unreported.clear()
         self._failed.clear()
         self._read.clear()
+        self.spans = []
+
+
+def notable(spans: Sequence[Any], start: int, stop: int) -> list[list[Any]]:
+    """What a rank did from `start` to `stop`, in ns: as a whole, and its longer waits and pauses.
+
+    Each is a name, and seconds from `start` on.
+    """
+    long = [s for s in spans if s[0] in ("wait", "pause") and s[3] - s[2] >= NOTABLE]
+    whole = [("compute", -1, start, stop), *sorted(long, key=lambda span: span[2])]
+    return [
+        [name, round((a - start) / 1e9, 4), round((b - start) / 1e9, 4)] for name, _, a, b in whole
+    ]
 
 
 @contextmanager
@@ -286,10 +314,11 @@ class Worker:
 
     def _pause(self) -> None:
         """In the middle of a prompt: a token of every answer, and all ranks go on together."""
-        self.sequences.step()
-        self._report(None)
-        self.mesh.receive({0: 1}, block=Control.GO_ON, plan=0)
-        self.sequences.confirm()
+        with stage("pause"):
+            self.sequences.step()
+            self._report(None)
+            self.mesh.receive({0: 1}, block=Control.GO_ON, plan=0)
+            self.sequences.confirm()
 
     def _report(self, problem: str | None) -> None:
         report = self.sequences.report() | {"problem": problem}

@@ -10,7 +10,7 @@ from typing import Any, Literal
 from ..errors import AstraError
 from .rank import Prompt
 from .sampling import sampling_to_json
-from .service import Done, Event, GenerationRequest, Token
+from .service import Done, Event, GenerationRequest, Span, Token
 from .text import TextStream
 
 log = logging.getLogger("astra_runtime.serve")
@@ -54,6 +54,17 @@ class Work:
     base: tuple[int, int] | None = None
     coded_tokens: int = 0
     degraded: bool = False
+    spans: list[Span] = field(default_factory=list)
+
+    def timeline(self, now: float) -> list[Span]:
+        """What the ranks did for it, in seconds from its arrival."""
+        spans = list(self.spans)
+        if self.admitted > self.arrived:
+            spans.insert(0, Span(0, "queued", 0.0, self.admitted - self.arrived))
+        if self.first_token is not None:
+            first = self.first_token - self.arrived
+            spans.append(Span(self.owner, "decode", first, now - self.arrived))
+        return spans
 
     @property
     def prompt_tokens(self) -> int:

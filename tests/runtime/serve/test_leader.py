@@ -292,3 +292,12 @@ def test_a_broken_prompt_is_kept_by_nobody(llama: Any, monkeypatch: pytest.Monke
         assert heard.done().cached_tokens == 0
         assert ask(leader, [*ids, 7]).wait().done().cached_tokens == 160
         assert leader.status().rejoined == 0
+
+
+def test_the_last_request_leaves_a_timeline(llama: Any) -> None:
+    with led(llama, 2) as leader:
+        done = ask(leader, prompt(150)).wait().done()
+        spans = leader.status().timeline
+    assert {span.rank for span in spans if span.name == "compute"} == {0, 1}
+    assert [span.rank for span in spans if span.name == "decode"] == [done.rank]
+    assert all(0 <= span.start <= span.stop <= done.seconds + 1 for span in spans)
