@@ -24,7 +24,6 @@ class Kept:
     def __init__(self, engine: Engine) -> None:
         self._engine = engine
         self._sessions: dict[int, Session] = {}
-        engine.num_sessions = 0  # that of all ranks, whatever they have served before
 
     @property
     def possible(self) -> bool:

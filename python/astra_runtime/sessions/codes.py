@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import zlib
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -17,7 +18,7 @@ from ..errors import NotFinite
 from ..trace import stage
 from .base import EngineParts, Running
 from .passes import read_tokens, whole
-from .state import SessionState, Span
+from .state import Fine, SessionState, Span
 
 
 def synchronize(engine: EngineParts, state: SessionState, running: Running) -> None:
@@ -29,7 +30,8 @@ def synchronize(engine: EngineParts, state: SessionState, running: Running) -> N
     for span in state.pending:
         lacking = len(span.known) < state.world_size or state.store is not None
         if span.source == rank and lacking and (span.start, span.stop) not in state.pieces:
-            state.pieces[span.start, span.stop] = encode(engine, state, span.start, span.stop)
+            fine = _num_fine(engine, state, span)
+            state.pieces[span.start, span.stop] = encode(engine, state, span.start, span.stop, fine)
     for peer in range(state.world_size):
         parts = [state.pieces[s.start, s.stop] for s in _lacking(state, peer, rank)]
         data = b"".join(part for payloads in parts for part in payloads)
@@ -44,16 +46,36 @@ def _lacking(state: SessionState, peer: int, source: int) -> list[Span]:
     return [s for s in state.pending if s.source == source and peer not in s.known]
 
 
-def _sizes(engine: EngineParts, span: Span) -> list[int]:
-    blocks = range(len(engine.adapter.blocks))
-    return [engine.codec.payload_bytes(block, 1, span.stop - span.start) for block in blocks]
+def _num_fine(engine: EngineParts, state: SessionState, span: Span) -> int:
+    """How many of the span's last tokens get fine codes: of those at the session's end, which
+    nobody but their source has heard of."""
+    if span.stop < state.read or len(span.known) > 1:
+        return 0
+    return min(engine.codec.fine_tokens, span.stop - span.start)
+
+
+def _sizes(engine: EngineParts, tokens: int, num_fine: int) -> list[tuple[int, int]]:
+    """Bytes of a payload and of the fine codes behind it, by block."""
+    codec, sizes = engine.codec, []
+    for block in range(len(engine.adapter.blocks)):
+        size = codec.payload_bytes(block, 1, tokens)
+        sizes.append((size, codec.fine_bytes(block, 1, num_fine) if size else 0))
+    return sizes
+
+
+def _span_sizes(engine: EngineParts, state: SessionState, span: Span) -> list[tuple[int, int]]:
+    return _sizes(engine, span.stop - span.start, _num_fine(engine, state, span))
 
 
 def _receive(engine: EngineParts, state: SessionState, running: Running, tag: int) -> None:
     rank = engine.rank
     awaited = {source: _lacking(state, rank, source) for source in range(state.world_size)}
-    sizes = {n: sum(sum(_sizes(engine, s)) for s in spans) for n, spans in awaited.items()}
-    sizes = {n: size for n, size in sizes.items() if size and n != rank}
+    sizes = {
+        n: sum(sum(map(sum, _span_sizes(engine, state, span))) for span in spans)
+        for n, spans in awaited.items()
+        if n != rank
+    }
+    sizes = {n: size for n, size in sizes.items() if size}
     running.check_running()
     engine.mesh.check_cancelled()
     if not sizes:
@@ -64,7 +86,7 @@ def _receive(engine: EngineParts, state: SessionState, running: Running, tag: in
         start = 0
         for span in awaited[source]:
             payloads = []
-            for size in _sizes(engine, span):
+            for size in map(sum, _span_sizes(engine, state, span)):
                 payloads.append(bytes(view[start : start + size]))
                 start += size
             state.pieces[span.start, span.stop] = payloads
@@ -79,10 +101,15 @@ def _file(engine: EngineParts, state: SessionState) -> None:
                 fill = decode(engine, state.ids, span.start, span.stop, payloads)
                 _append(state, span.start, fill)
             continue
-        assert payloads is not None
+        sizes = _span_sizes(engine, state, span)
+        payloads = payloads or [b""] * len(sizes)  # of blocks without any codes nothing came
         for block, (store, payload) in enumerate(zip(state.store, payloads, strict=True)):
-            _check(engine, block, payload, span.stop - span.start)
-            store.append_packed(payload, span.stop - span.start)
+            coarse = payload[: sizes[block][0]]
+            _check(engine, block, coarse, span.stop - span.start)
+            store.append_packed(coarse, span.stop - span.start)
+        if count := _num_fine(engine, state, span):
+            fine = [payload[size:] for payload, (size, _) in zip(payloads, sizes, strict=True)]
+            state.fine = Fine(span.stop - count, span.stop, fine)
     state.pending, state.pieces = [], {}
 
 
@@ -102,17 +129,20 @@ def _append(state: SessionState, start: int, pairs: Sequence[tuple[Tensor, Tenso
         state.cache.append(block, key[:, :, held:], value[:, :, held:])
 
 
-def encode(engine: EngineParts, state: SessionState, start: int, stop: int) -> list[bytes]:
-    """Payloads of tokens that this rank has computed, one a block."""
+def encode(
+    engine: EngineParts, state: SessionState, start: int, stop: int, num_fine: int = 0
+) -> list[bytes]:
+    """Payloads of tokens that this rank has computed, one a block; behind each the fine codes of
+    the last `num_fine` of them, all that the codec makes fine, or none."""
     adapter, tokens = engine.adapter, stop - start
     inputs = _window(state.ids, start, stop)
     codec, rope = engine.codec.begin(inputs, whole(tokens), 0), adapter.rope(inputs["position_ids"])
     payloads = []
-    for block in range(len(adapter.blocks)):
+    for block, sizes in enumerate(_sizes(engine, tokens, num_fine)):
         key, value = state.cache.tensors(block, start, stop)
         if not bool(key.isfinite().all() and value.isfinite().all()):
             raise NotFinite(engine.rank, f"its tokens hold NaN or infinity in block {block}")
-        out = bytearray(codec.payload_bytes(block, 1, tokens))
+        out = bytearray(sum(sizes))
         if out:
             with stage("encode", block):
                 pending = codec.encode(block, (key, value), rope, memoryview(out))
@@ -123,15 +153,24 @@ def encode(engine: EngineParts, state: SessionState, start: int, stop: int) -> l
 
 
 def decode(
-    engine: EngineParts, ids: Tensor, start: int, stop: int, payloads: Sequence[bytes]
+    engine: EngineParts,
+    ids: Tensor,
+    start: int,
+    stop: int,
+    payloads: Sequence[bytes],
+    fine: Fine | None = None,
 ) -> list[tuple[Tensor, Tensor]]:
-    """Keys (rotated) and values of tokens, by block, that these payloads stand for."""
+    """Keys (rotated) and values of tokens, by block, that these payloads stand for; `fine` refines
+    the last of them."""
     adapter, tokens = engine.adapter, stop - start
     inputs = _window(ids, start, stop)
     codec, rope = engine.codec.begin(inputs, whole(tokens), 1), adapter.rope(inputs["position_ids"])
     pairs = []
     for block, data in enumerate(payloads):
         payload = Payload(memoryview(bytearray(data)), tokens, tokens)
+        if fine is not None and fine.payloads[block]:
+            more = memoryview(bytearray(fine.payloads[block]))
+            payload = replace(payload, fine=more, num_fine=fine.stop - fine.start)
         with stage("unpack", block):
             remote = codec.decode(block, [payload], 1, rope)
             pairs.append(codec.tensors(block, remote, rope))
@@ -154,10 +193,14 @@ def complete(engine: EngineParts, state: SessionState) -> None:
         if ahead and ahead[0][0] <= start:
             _append(state, ahead[0][0], ahead[0][2])
             continue
-        stop = min([stop, *(piece[0] for piece in ahead)])
+        fine = state.fine if state.fine is not None and start < state.fine.stop else None
+        ends = [stop, *(piece[0] for piece in ahead), *([] if fine is None else [fine.stop])]
+        stop = min(ends)
+        if fine is not None and not (start <= fine.start and stop == fine.stop):
+            fine = None  # some of these tokens are there already, or come later
         first, last = start - state.prefix, stop - state.prefix
         payloads = [store.packed(first, last) for store in state.store]
-        _append(state, start, decode(engine, state.ids, start, stop, payloads))
+        _append(state, start, decode(engine, state.ids, start, stop, payloads, fine))
     state.held = [piece for piece in state.held if piece[1] > state.cache.length]
 
 

@@ -40,11 +40,14 @@ class AnswerFacts:
         rank: who computed it.
         cached_tokens: of the tokens before it, those that were there before the last `append`.
         coded_tokens: those of which this rank had codes alone.
+        fine_tokens: those of them, at the end, whose fine codes it had; 0 where the codebook has
+            none, or the tokens that had some were cut off.
     """
 
     rank: int
     cached_tokens: int
     coded_tokens: int
+    fine_tokens: int = 0
 
 
 class Session:
@@ -195,7 +198,7 @@ class Session:
                 send_tokens(engine, new, read, tag)
             else:
                 new, read = receive_tokens(engine, work, tag)
-            self._remember(work.owner)
+            self._remember(work, work.owner)
             work.answer = None
             if read:
                 work.add_answer(new, work.owner)
@@ -283,10 +286,9 @@ class Session:
             yield running, work
         self._state = work
 
-    def _remember(self, rank: int) -> None:
-        state = self._state
+    def _remember(self, state: SessionState, rank: int) -> None:
         coded = 0 if state.store is None else state.read - state.num_exact(rank)
-        self.answered = AnswerFacts(rank, self._cached, coded)
+        self.answered = AnswerFacts(rank, self._cached, coded, state.num_fine(rank))
 
 
 @contextlib.contextmanager
@@ -338,7 +340,7 @@ def generate_together(
             move(engine, work, place, running)
         tokens = decode_together(engine, works, places, asked, on_tokens, request, running)
         for session, work, place, new in zip(sessions, works, places, tokens, strict=True):
-            session._remember(place)
+            session._remember(work, place)
             work.add_answer(new, place)
             synchronize(engine, work, running)
     for session, work in zip(sessions, works, strict=True):

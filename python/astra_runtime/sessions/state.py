@@ -31,6 +31,15 @@ class Span:
     known: frozenset[int]
 
 
+@dataclass(frozen=True)
+class Fine:
+    """Fine codes of tokens [start, stop), by block."""
+
+    start: int
+    stop: int
+    payloads: list[bytes]
+
+
 @dataclass(eq=False)
 class SessionState:
     """Everything but `cache`, `store`, `pieces` and `scores` is the same on every rank.
@@ -49,6 +58,8 @@ class SessionState:
             with dense exchange there are none.
         pieces: payloads of pending tokens that this rank has, by (start, stop).
         scores: fp32 [1, V], on the owner, where `fresh`.
+        fine: fine codes of the last tokens, for ranks that did not compute them; None: there are
+            none.
         held: keys and values of tokens [start, stop) that are exact here and not in `cache` yet.
         answer: what this rank is continuing the session with, a `decoder.Answer`.
     """
@@ -65,6 +76,7 @@ class SessionState:
     pending: list[Span] = field(default_factory=list)
     pieces: dict[Interval, list[bytes]] = field(default_factory=dict)
     scores: Tensor | None = None
+    fine: Fine | None = None
     held: list[tuple[int, int, list[tuple[Tensor, Tensor]]]] = field(default_factory=list)
     answer: Any = None
 
@@ -85,14 +97,12 @@ class SessionState:
         stop = self.read if stop is None else stop
         return sum(max(0, min(b, stop) - a) for a, b in self.exact[rank])
 
-    def rebuilt(self, rank: int, stop: int) -> list[Interval]:
-        """The intervals before `stop` that `rank` has not computed itself."""
-        gaps, reached = [], 0
-        for a, b in self.exact[rank]:
-            if a > reached:
-                gaps.append((reached, min(a, stop)))
-            reached = max(reached, b)
-        return [(a, b) for a, b in [*gaps, (reached, stop)] if a < b]
+    def num_fine(self, rank: int) -> int:
+        """Of how many tokens that it has not computed itself `rank` has fine codes."""
+        if self.fine is None:
+            return 0
+        start, stop = self.fine.start, self.fine.stop
+        return stop - start - (self.num_exact(rank, stop) - self.num_exact(rank, start))
 
     def add_exact(self, rank: int, start: int, stop: int) -> None:
         """`rank` has computed these tokens, and forgets what it had from `start` on."""
@@ -152,6 +162,8 @@ class SessionState:
             for a, b, pairs in self.held
             if a < length
         ]
+        if self.fine is not None and length < self.fine.stop:
+            self.fine = None
         self._cut_pending(length)
         holders = [n for n, held in enumerate(self.exact) if held and held[-1][1] == self.read]
         if holders and self.owner not in holders:

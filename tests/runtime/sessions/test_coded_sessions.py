@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from astra_runtime import Codebook, Engine
+from astra_runtime.codes.rotary import unrotate
 from astra_runtime.evaluate import run_ranks
 from astra_runtime.sessions import files
 from astra_runtime.sessions.cut import Cut, cut
@@ -170,3 +171,49 @@ def test_saved_and_freed_sessions_equal_the_reference(name: str, tmp_path: Path)
     reference.forget(sinks, len(reference.ids[0]))
     expected.append(reference.append(steps[2], cuts[3]))
     torch.testing.assert_close(torch.stack(rows), torch.stack(expected), rtol=2e-3, atol=2e-3)
+
+
+def test_the_last_tokens_have_fine_codes_on_every_rank() -> None:
+    model, count = MODELS["llama"], 4
+    fitting = {"bits": 40, "codewords": 16, "rank": 8, "iterations": 3, "held_back": 0}
+    book = Codebook.fit(
+        model,
+        windows_for("llama"),
+        space="transform",
+        fine_bits=60,
+        fine_tokens=count,
+        **fitting,
+    )
+    known: dict[int, Any] = {}
+
+    def work(mesh: Mesh) -> None:
+        with Engine(model, book, mesh) as engine:
+            session = engine.session()
+            session.append(IDS[:, :30], rank=0)
+            session.generate(2, choose=Forced([3, 4]), rank=1)
+            assert session.answered is not None
+            # rank 1 has read the last of these tokens itself
+            assert (session.answered.rank, session.answered.fine_tokens) == (1, count)
+            state = session._state
+            known[mesh.rank] = [state.cache.tensors(block, 20, 29) for block in range(3)]
+            session.truncate(27)
+            session.generate(1, choose=Forced([3]), rank=1)
+            assert session.answered.fine_tokens == 0
+
+    run_ranks(2, work, timeout=30)
+    reference = Reference(model, book, 2)
+    reference.ids = IDS[:, :30]
+    places = list(range(20, 29))
+    exact, coarse = known[0], reference.coded(known[0], places)
+    rope = reference.adapter.rope(torch.tensor([places]))
+    for block, fine in enumerate(book.fine):
+        ys = [
+            torch.cat([unrotate(key, rope), value], 1).transpose(1, 2).flatten(2)
+            for key, value in (exact[block], coarse[block], known[1][block])
+        ]
+        wanted = ys[1] + fine.decode(fine.encode(ys[0] - ys[1])) if block else ys[1]
+        # the four last of 30 tokens; the very last was read anew
+        torch.testing.assert_close(ys[2][:, 6:], wanted[:, 6:], rtol=1e-3, atol=1e-3)
+        torch.testing.assert_close(ys[2][:, :6], ys[1][:, :6], rtol=1e-3, atol=1e-3)
+        if block and fine.codes:
+            assert (ys[2] - ys[0])[:, 6:].norm() < 0.9 * (ys[1] - ys[0])[:, 6:].norm()
