@@ -238,6 +238,15 @@ def test_one_line_a_request_without_its_text(caplog: pytest.LogCaptureFixture) -
     assert FakeService().text not in json.dumps(lines, ensure_ascii=False)
 
 
+def test_a_refusal_is_logged_without_what_was_sent(caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.INFO, "astra_runtime.serve")
+    answer = call("POST", CHAT_PATH, content=json.dumps(CHAT | {"stop": [["secret"]]}).encode())
+    assert "secret" in answer.json()["error"]["message"]
+    line = json.loads(caplog.records[-1].message)
+    assert line["error"] == "invalid_request_error stop"
+    assert "secret" not in caplog.text
+
+
 def test_an_unknown_parameter_is_logged_once(caplog: pytest.LogCaptureFixture) -> None:
     from astra_runtime.serve.http.logs import OnceEach
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import re
-import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -15,24 +14,8 @@ from astra_runtime.serve.http import HttpOptions
 from astra_runtime.serve.service import ServiceFailed
 from tests.serve.fakes import FakeService, serving
 
-playwright = pytest.importorskip("playwright.sync_api")
-
 KEY = "a-key"
-BROWSERS = ("chromium-headless-shell", "chromium", "chromium-browser", "google-chrome")
 PHONE = {"width": 390, "height": 800}
-
-
-@pytest.fixture(scope="module")
-def browser() -> Iterator[Any]:
-    executable = next(filter(None, map(shutil.which, BROWSERS)), None)
-    if executable is None:
-        pytest.skip("there is no Chromium")
-    with playwright.sync_playwright() as started:
-        # root, as in a container, can use no sandbox
-        arguments = ["--no-sandbox"] if os.geteuid() == 0 else []
-        browser = started.chromium.launch(executable_path=executable, args=arguments)
-        yield browser
-        browser.close()
 
 
 @pytest.fixture(scope="module")

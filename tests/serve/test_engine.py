@@ -124,3 +124,19 @@ def test_what_the_service_refuses_is_named(client: Any) -> None:
     with pytest.raises(openai.BadRequestError) as told:
         complete(client, "Once", logit_bias={"99999": 1})
     assert told.value.param == "logit_bias"
+
+
+def test_a_question_in_the_page_is_answered(browser: Any, running: Any) -> None:
+    page = browser.new_page()
+    page.set_default_timeout(20_000)
+    page.goto(running[1])
+    page.wait_for_selector("#state[data-ready=yes]")
+    page.click("#settings summary")
+    page.fill("#tokens", "12")
+    page.fill("#question", "Hello")
+    page.press("#question", "Enter")
+    answer = page.locator(".turn.assistant:not(.waiting)")
+    answer.wait_for()
+    assert "12 tokens" in answer.locator(".note").inner_text()
+    assert answer.locator(".words").text_content()
+    page.close()

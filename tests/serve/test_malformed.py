@@ -134,6 +134,13 @@ def test_another_model_is_not_found(path: str) -> None:
     assert error["code"] == "model_not_found"
 
 
+def test_no_answer_repeats_megabytes() -> None:
+    long = "x" * 1_000_000
+    refused(post(CHAT_PATH, CHAT | {"model": long}), 404, "model")
+    refused(post(CHAT_PATH, CHAT | {"seed": long}), 400, "seed")
+    refused(asyncio.run(ask(FakeService(), "GET", f"/{long[:50_000]}")), 404)
+
+
 @pytest.mark.parametrize(
     ("path", "more"),
     [

@@ -133,7 +133,7 @@ class EventStream:
             if not self.started or isinstance(error, ClientDisconnect):
                 raise
             answer = api_error(error)
-            self.record.error = answer.message
+            self.record.error = answer.summary()
             await self._send(send, _event(answer.content()))
         await send({"type": "http.response.body", "body": b"", "more_body": False})
 

@@ -42,6 +42,12 @@ class ApiError(Exception):
         inner = {"message": self.message, "type": self.kind, "param": self.param, "code": self.code}
         return {"error": inner}
 
+    def summary(self) -> str:
+        """For a log: what a client sent is quoted in messages, which are not repeated there."""
+        if self.status >= 500:
+            return self.message
+        return " ".join(filter(None, (self.code or self.kind, self.param)))
+
     def response(self) -> JSONResponse:
         return JSONResponse(self.content(), self.status, headers=self.headers)
 
@@ -53,9 +59,12 @@ def invalid(param: str | None, message: str, code: str | None = None) -> ApiErro
 
 def expected(param: str, wanted: str, got: object) -> ApiError:
     """400 with the parameter's name, what it may be and what came."""
-    text = repr(got)
-    shown = text if len(text) <= 80 else f"{text[:77]}..."
-    return invalid(param, f"{param}: expected {wanted}, got {shown}")
+    return invalid(param, f"{param}: expected {wanted}, got {_short(repr(got))}")
+
+
+def _short(text: str) -> str:
+    """What clients sent may be megabytes."""
+    return text if len(text) <= 80 else f"{text[:77]}..."
 
 
 def too_long(param: str, prompt: int, new: int, limit: int) -> ApiError:
@@ -71,16 +80,16 @@ def too_long(param: str, prompt: int, new: int, limit: int) -> ApiError:
 
 def no_model(name: str) -> ApiError:
     return ApiError(
-        404, f"The model {name!r} does not exist", param="model", code="model_not_found"
+        404, f"The model {_short(name)!r} does not exist", param="model", code="model_not_found"
     )
 
 
 def no_path(method: str, path: str) -> ApiError:
-    return ApiError(404, f"Invalid URL ({method} {path})")
+    return ApiError(404, f"Invalid URL ({_short(method)} {_short(path)})")
 
 
 def wrong_method(method: str, path: str, allowed: str) -> ApiError:
-    message = f"Not allowed to {method} on {path}: expected {allowed}"
+    message = f"Not allowed to {_short(method)} on {_short(path)}: expected {allowed}"
     return ApiError(405, message, headers={"Allow": allowed})
 
 

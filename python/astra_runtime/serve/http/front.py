@@ -73,7 +73,7 @@ class Front:
                 raise
         except Exception as error:
             answer = api_error(error)
-            record.error = answer.message
+            record.error = answer.summary()
             if record.status is None:
                 await answer.response()(scope, receive, send)
 

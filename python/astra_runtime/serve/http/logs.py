@@ -60,7 +60,8 @@ class Record:
             for name, value in vars(self).items()
             if value is not None and name != "begun"
         }
-        level = logging.WARNING if self.status >= 500 else logging.INFO
+        broken = self.status >= 500 or (self.error is not None and self.status < 400)
+        level = logging.WARNING if broken else logging.INFO
         logger.log(level, json.dumps({"time": round(time.time(), 3), **fields}))
 
 
