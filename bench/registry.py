@@ -156,6 +156,19 @@ OTHERS = (
         ("codebooks",),
     ),
     Bench(
+        "service",
+        "concurrent chats on two processes at 10 Mbit/s beside one, and a lone request",
+        15,
+        (_cpu("bench.service", "service"), _cpu("bench.service.lone", "service_lone")),
+        ("codebooks",),
+    ),
+    Bench(
+        "service-faults",
+        "a service whose workers are killed and stopped at random moments",
+        60,
+        (_cpu("bench.service.faults", "service_faults"),),
+    ),
+    Bench(
         "latency-scaled",
         "measured stage times divided by a factor, as of faster devices",
         5,

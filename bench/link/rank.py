@@ -29,8 +29,8 @@ from astra_runtime.transport.sockets import prepare
 from astra_runtime.transport.tcp import TcpMesh
 from bench.report import ROOT
 
-_READY: Final = 0xFF20  # control numbers that the engine does not use
-_GO: Final = 0xFF21
+_READY: Final = 0xFFE0  # control numbers that the engine does not use
+_GO: Final = 0xFFE1
 WARM_UP: Final = 2  # calls before anything is timed
 
 

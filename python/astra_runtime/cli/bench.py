@@ -13,6 +13,8 @@ ROOT = Path(__file__).resolve().parents[3]
 BENCHES = {
     "latency": "time to first token of ASTRA and its baselines, on a virtual clock",
     "latency.real": "the same with real processes behind a user-space switch (root)",
+    "service": "concurrent chats on several processes beside one",
+    "service.faults": "a service whose workers are killed and stopped",
     "demo": "the demo at several links",
     "exchange": "one block's exchange beside gloo and ZeroMQ",
     "pack": "bit packing beside numpy and faiss",
