@@ -162,7 +162,8 @@ class Peer:
     Attributes:
         state: "here", "loading", "away".
         running: sequences that it decodes at the moment.
-        bytes_sent, bytes_received: over its link to rank 0 so far (rank 0: over all links).
+        bytes_sent, bytes_received: what rank 0 has sent to it and received from it so far (rank 0:
+            over all links).
         prefill_tokens_per_s, decode_tokens_per_s: latest figures; None: none yet.
         pid: of a process that this service started; None: somebody else's.
     """

@@ -1,7 +1,9 @@
 "use strict";
 
 const POLL_MS = 1000;
-const STAGES = ["compute", "encode", "pack", "send", "wait", "unpack", "attend", "merge"];
+const STAGES = [
+  "queued", "compute", "encode", "pack", "send", "wait", "unpack", "attend", "merge", "decode",
+];
 const SVG = "http://www.w3.org/2000/svg";
 const $ = (id) => document.getElementById(id);
 
@@ -245,6 +247,12 @@ function showPeers(peers) {
   before = { at: now, peers: new Map(peers.map((peer) => [peer.rank, peer])) };
 }
 
+/* Bytes that a device has sent and received. The leader counts what it sends to each. */
+function crossed(peer) {
+  const both = [peer.bytes_sent, peer.bytes_received];
+  return peer.rank === 0 ? both : both.reverse();
+}
+
 function peerRow(peer, old, gone) {
   const facts = [["state", peer.state]];
   if (peer.state === "here") {
@@ -253,12 +261,13 @@ function peerRow(peer, old, gone) {
     if (peer.prefill_tokens_per_s) facts.push(["reads", rate(peer.prefill_tokens_per_s)]);
     if (peer.decode_tokens_per_s) facts.push(["writes", rate(peer.decode_tokens_per_s)]);
   }
+  const [up, down] = crossed(peer);
   if (old && gone > 0) {
-    const up = Math.max(0, peer.bytes_sent - old.bytes_sent) / gone;
-    const down = Math.max(0, peer.bytes_received - old.bytes_received) / gone;
-    facts.push(["link now", `↑ ${bits(up)} ↓ ${bits(down)}`]);
+    const [upBefore, downBefore] = crossed(old);
+    const rates = [up - upBefore, down - downBefore].map((n) => bits(Math.max(0, n) / gone));
+    facts.push(["link now", `↑ ${rates[0]} ↓ ${rates[1]}`]);
   }
-  facts.push(["link in all", `↑ ${bytes(peer.bytes_sent)} ↓ ${bytes(peer.bytes_received)}`]);
+  facts.push(["link in all", `↑ ${bytes(up)} ↓ ${bytes(down)}`]);
   const list = element("dl", {});
   for (const [name, value] of facts) list.append(element("dt", {}, name), element("dd", {}, value));
   const leader = peer.rank === 0 ? " (leader)" : "";
