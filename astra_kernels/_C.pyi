@@ -77,6 +77,27 @@ def mixed_attention(
     """As coded_attention."""
 
 def attention_isas() -> list[str]: ...
+def quantized_linear(
+    x: int,
+    values: int,
+    scales: int,
+    minima: int,
+    bias: int,
+    out: int,
+    *,
+    rows: int,
+    inputs: int,
+    outputs: int,
+    groups: int,
+    bits: int,
+    half_scales: bool,
+    threads: int,
+    isa: str | None = None,
+) -> None:
+    """Addresses of what csrc/include/astra/linear.hpp describes, 0 for none, for which the caller
+    vouches."""
+
+def linear_isas() -> list[str]: ...
 
 # What csrc/include/astra/frame.hpp says of bytes that a peer sent, its verdicts as integers.
 def check_header(data: Buffer, expected: tuple[int, int, int, int, int, int, int]) -> int: ...

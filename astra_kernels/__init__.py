@@ -25,6 +25,7 @@ from astra_kernels.merge_state import merge_state
 from astra_kernels.merge_states import merge_states
 from astra_kernels.mixed_attention import mixed_attention
 from astra_kernels.pack import pack, packed_size, unpack
+from astra_kernels.quantized_linear import quantized_linear
 from astra_kernels.scaled_dot_product_attention import scaled_dot_product_attention
 from astra_kernels.warmup import warmup
 
@@ -45,6 +46,7 @@ __all__ = [
     "mixed_attention",
     "pack",
     "packed_size",
+    "quantized_linear",
     "scaled_dot_product_attention",
     "unpack",
     "warmup",
@@ -66,6 +68,7 @@ for _op in (
     merge_states,
     mixed_attention,
     pack,
+    quantized_linear,
 ):
     _module = importlib.import_module(f"{_op.__module__}.reference")
     setattr(_op, "reference", getattr(_module, _op.__name__))  # noqa: B010 - functions have none

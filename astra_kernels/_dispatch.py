@@ -47,6 +47,8 @@ from astra_kernels.mixed_attention import cpu as mixed_attention_cpu
 from astra_kernels.mixed_attention import gradient as mixed_attention_gradient
 from astra_kernels.mixed_attention import native as mixed_attention_native
 from astra_kernels.mixed_attention import reference as mixed_attention_reference
+from astra_kernels.quantized_linear import native as quantized_linear_native
+from astra_kernels.quantized_linear import reference as quantized_linear_reference
 
 Kernel = Callable[..., Any]
 
@@ -76,6 +78,7 @@ _REFERENCE: dict[str, Kernel] = {
     "merge_state": merge_state_reference.merge_state,
     "merge_states": merge_states_reference.merge_states,
     "mixed_attention": mixed_attention_reference.mixed_attention,
+    "quantized_linear": quantized_linear_reference.quantized_linear,
 }
 
 _CPU: dict[str, Kernel] = {
@@ -90,6 +93,7 @@ _CPU: dict[str, Kernel] = {
     "merge_state": merge_state_cpu.merge_state,
     "merge_states": merge_states_cpu.merge_states,
     "mixed_attention": mixed_attention_cpu.mixed_attention,
+    "quantized_linear": quantized_linear_native.quantized_linear,
 }
 
 # Op -> its gradient in torch, on any device: by blocks, or with ``fast`` by torch's flash backward
@@ -107,6 +111,7 @@ _NATIVE: dict[str, Kernel] = {
     "coded_attention": coded_attention_native.coded_attention,
     "encode": encode_native.encode,
     "mixed_attention": mixed_attention_native.mixed_attention,
+    "quantized_linear": quantized_linear_native.quantized_linear,
 }
 
 # Op -> module holding a launcher of the op's name; imported on first use, as Triton is optional.

@@ -1,14 +1,17 @@
-"""Linear layers over codes."""
+"""Linear layers over codes, and of integer weights."""
 
 from __future__ import annotations
 
 from typing import Any
+
+from torch import Tensor
 
 from astra_kernels import _checks as checks
 from astra_kernels import _dispatch
 from astra_kernels._library.packing import unpack_rows
 from astra_kernels._library.registration import State, register, split, wants_check
 from astra_kernels.lookup_linear import _checks as lookup_linear_checks
+from astra_kernels.quantized_linear._checks import check_quantized_linear
 
 
 def _check_lookup_linear(given: lookup_linear_checks.Input) -> tuple[int, ...]:
@@ -56,4 +59,38 @@ register(
     "-> (Tensor, Tensor)",
     _lookup_linear,
     _lookup_linear_fake,
+)
+
+
+def _quantized_linear(
+    vectors: Tensor,
+    weight: Tensor,
+    scale: Tensor,
+    minimum: Tensor | None,
+    bias: Tensor | None,
+    impl: str,
+) -> Tensor:
+    check_quantized_linear(vectors, weight, scale, minimum, bias)
+    kernel = _dispatch.choose("quantized_linear", impl, vectors.device, vectors.dtype)
+    out: Tensor = kernel.run(vectors, weight, scale, minimum, bias)
+    return out
+
+
+def _quantized_linear_fake(
+    vectors: Tensor,
+    weight: Tensor,
+    scale: Tensor,
+    minimum: Tensor | None,
+    bias: Tensor | None,
+    impl: str,
+) -> Tensor:
+    check_quantized_linear(vectors, weight, scale, minimum, bias)
+    return vectors.new_empty((*vectors.shape[:-1], weight.shape[0]))
+
+
+register(
+    "quantized_linear(Tensor vectors, Tensor weight, Tensor scale, Tensor? minimum, Tensor? bias, "
+    "str impl) -> Tensor",
+    _quantized_linear,
+    _quantized_linear_fake,
 )

@@ -145,28 +145,54 @@ def _write_converted(gguf: Path, folder: Path) -> None:
         shutil.rmtree(part, ignore_errors=True)
 
 
-def load_model(name: str, dtype: torch.dtype = torch.float32) -> Any:
+def load_model(name: str, dtype: torch.dtype | str = torch.float32) -> Any:
     """The Hugging Face model that goes by `name`, in evaluation mode; never downloads.
+
+    Args:
+        name: "smollm2", "minilm", a folder, a GGUF file, or a model in the local cache.
+        dtype: the form of its weights: a torch dtype, or "float32", "bfloat16", "int8", "int4"
+            (see `models/quantized.py`). In another form than float32 it is loaded tensor by tensor,
+            and a codebook that was fitted for the checkpoint serves it.
 
     Raises:
         ModelNotFound: there is none, or its files do not hold every weight.
+        ValueError: another `dtype`.
+
+    Example:
+        model = load_model("smollm2", dtype="int8")
     """
     import transformers
     from safetensors import SafetensorError
 
+    from .loading import form_named, load_in_form
+
+    other = isinstance(dtype, torch.dtype) and str(dtype) in ("torch.float16", "torch.float64")
+    form = "float32" if other else form_named(dtype)
+    plain = dtype if other else torch.float32
     folder = model_folder(name)
     try:
         config = transformers.AutoConfig.from_pretrained(folder, local_files_only=True)
         kind = getattr(transformers, (config.architectures or ["AutoModel"])[0])
-        model, loading = kind.from_pretrained(
-            folder, dtype=dtype, local_files_only=True, output_loading_info=True
-        )
+
+        def whole() -> Any:
+            return _whole(name, kind, folder, plain)
+
+        if form == "float32":
+            return whole()
+        return load_in_form(kind, folder, config, form, whole).eval()
     except (OSError, ValueError, AttributeError, SafetensorError) as error:
         known = ", ".join(sorted(PACKAGED))
         raise ModelNotFound(
             f"model {name!r} is not here, or damaged: expected {known}, a folder, or a Hugging "
             f"Face model in the local cache ({str(error).splitlines()[0]})"
         ) from error
+
+
+def _whole(name: str, kind: Any, folder: str, dtype: Any) -> Any:
+    """The model with all its weights in `dtype`, or DamagedModel."""
+    model, loading = kind.from_pretrained(
+        folder, dtype=dtype, local_files_only=True, output_loading_info=True
+    )
     # transformers gives random values to what the files lack; outputs may do without the pooler
     absent = sorted(key for key in loading["missing_keys"] if "pooler" not in key)
     absent += [key for key, weight in model.state_dict().items() if weight.is_meta]

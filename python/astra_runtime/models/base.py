@@ -9,7 +9,6 @@ behaves as if ASTRA were not there.
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import inspect
 import operator
 import threading
@@ -23,35 +22,12 @@ import torch
 from torch import Tensor, nn
 
 from ..plan import Plan
+from .digest import digests_of, entry_of
 from .heads import head_reads
 from .hooks import Hooks, Listener
 from .projection import Projection
+from .quantized import activation_dtype, form_of
 
-# What a configuration says besides the function that the model computes.
-_NOT_THE_MODEL = {
-    "transformers_version",
-    "_name_or_path",
-    "architectures",
-    "dtype",
-    "torch_dtype",
-    "attn_implementation",
-    "_attn_implementation",
-    "return_dict",
-    "output_hidden_states",
-    "output_attentions",
-    "use_cache",
-}
-# Words about tokens, labels and training: no activation between two blocks depends on them.
-_NOT_WEIGHTS = {
-    "id2label",
-    "label2id",
-    "num_labels",
-    "problem_type",
-    "initializer_range",
-    "initializer_factor",
-    "task_specific_params",
-}
-_NOT_WEIGHTS_ENDS = ("_token_id", "dropout", "_dropout_prob", "_pdrop", "layerdrop")
 Inputs = dict[str, Any]  # the tensors of one forward pass
 
 
@@ -99,7 +75,7 @@ class Adapter(ABC):
 
     @property
     def dtype(self) -> torch.dtype:
-        return next(self.model.parameters()).dtype
+        return activation_dtype(self.model)
 
     @property
     def mlp_size(self) -> int:
@@ -114,33 +90,41 @@ class Adapter(ABC):
         return 2.0 * (2 * self.hidden_size * (queries + keys) + mlp), 4.0 * queries
 
     def digest(self) -> str:
-        """Names the model: a hash over what its configuration says of the function that it
-        computes, and over every tensor's name, shape, dtype and a sample of its values."""
-        return self._digest(
-            {
-                name
-                for name in self.model.config.to_diff_dict()
-                if name in _NOT_WEIGHTS or name.endswith(_NOT_WEIGHTS_ENDS)
-            }
-        )
+        """Names the model in the form it has: a hash over what its configuration says of the
+        function that it computes, and over every tensor's name, shape, dtype and a sample of its
+        values."""
+        return self._own_digests()[0]
+
+    def _own_digests(self) -> tuple[str, str]:
+        state = self.model.state_dict()
+        entries = {name: entry_of(name, value) for name, value in state.items()}
+        return digests_of(self.model.config, entries)
+
+    def checkpoints(self) -> tuple[str, str]:
+        """Names of the checkpoint that the model is a form of, see `digests_of`.
+
+        A form that `load_model` or `quantize` made knows them, as long as its weights are what they
+        were. Any other model's are its own.
+        """
+        own = self._own_digests()
+        form, *checkpoint = getattr(self.model, "astra_checkpoint", ("",))
+        return own if form != own[0] else (checkpoint[0], checkpoint[1])
+
+    def set_checkpoints(self, checkpoints: tuple[str, str]) -> None:
+        """Has the model, as it is now, be a form of that checkpoint."""
+        self.model.astra_checkpoint = (self.digest(), *checkpoints)
+
+    def checkpoint(self) -> str:
+        """Names the checkpoint in its float32 form, whatever form the model has."""
+        return self.checkpoints()[0]
+
+    def form(self) -> str:
+        """What the weights are kept in: "float32", "bfloat16", "int8", "int4" …"""
+        return form_of(self.model)
 
     def digests(self) -> set[str]:
-        """`digest`, and the name that codebooks fitted before version 0.2 know the model by, which
-        also covered ids of special tokens, labels and dropouts."""
-        return {self.digest(), self._digest(set())}
-
-    def _digest(self, left_out: set[str]) -> str:
-        config = self.model.config.to_diff_dict()
-        content = hashlib.sha256()
-        for name in sorted(config.keys() - _NOT_THE_MODEL - left_out):
-            content.update(f"{name}={config[name]!r};".encode())
-        for name, value in sorted(self.model.state_dict().items()):
-            for tensor in _tensors(value):
-                flat = tensor.reshape(-1)
-                sample = flat[:: max(1, flat.numel() // 256)].to("cpu", torch.float32).contiguous()
-                content.update(f"{name}{tuple(tensor.shape)}{tensor.dtype}".encode())
-                content.update(sample.numpy().tobytes())
-        return content.hexdigest()[:16]
+        """By which names codebooks may know the model: its own, and those of its checkpoint."""
+        return {*self._own_digests(), *self.checkpoints()}
 
     def is_current(self) -> bool:
         """Whether the model still has the blocks and attention modules that this adapter knows."""
@@ -228,15 +212,6 @@ class Adapter(ABC):
     def listening(self, listener: Listener) -> contextlib.AbstractContextManager[None]:
         """Lets `listener` hear of this model's passes in this thread; see `Hooks.listening`."""
         return self.hooks.listening(listener)
-
-
-def _tensors(value: Any) -> list[Tensor]:
-    """The tensors of an entry of a state dict; quantized layers pack their weights in tuples."""
-    if isinstance(value, tuple):
-        return [tensor for item in value for tensor in _tensors(item)]
-    if not isinstance(value, Tensor):
-        return []
-    return [value.int_repr() if value.is_quantized else value.detach()]
 
 
 adapters_lock = threading.RLock()  # ranks that are threads share one model, and so one adapter

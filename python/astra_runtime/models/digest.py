@@ -1,0 +1,76 @@
+"""What names a model: its configuration, and of every tensor its name, shape, dtype and a sample."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+# What a configuration says besides the function that the model computes.
+_NOT_THE_MODEL = {
+    "transformers_version",
+    "_name_or_path",
+    "architectures",
+    "dtype",
+    "torch_dtype",
+    "attn_implementation",
+    "_attn_implementation",
+    "return_dict",
+    "output_hidden_states",
+    "output_attentions",
+    "use_cache",
+}
+# Words about tokens, labels and training: no activation between two blocks depends on them.
+_NOT_WEIGHTS = {
+    "id2label",
+    "label2id",
+    "num_labels",
+    "problem_type",
+    "initializer_range",
+    "initializer_factor",
+    "task_specific_params",
+}
+_NOT_WEIGHTS_ENDS = ("_token_id", "dropout", "_dropout_prob", "_pdrop", "layerdrop")
+_SAMPLE = 256  # values of a tensor, evenly spaced
+
+
+def entry_of(name: str, value: Any, dtype: torch.dtype | None = None) -> bytes:
+    """What a digest says of one entry of a state dict; `dtype`: as it were in that dtype.
+
+    Quantized layers of torch's own pack their weights in tuples.
+    """
+    said = b""
+    for tensor in _tensors(value):
+        flat = tensor.reshape(-1)
+        sample = flat[:: max(1, flat.numel() // _SAMPLE)].to("cpu", torch.float32).contiguous()
+        said += f"{name}{tuple(tensor.shape)}{dtype or tensor.dtype}".encode()
+        said += sample.numpy().tobytes()
+    return said
+
+
+def digests_of(config: Any, entries: Mapping[str, bytes]) -> tuple[str, str]:
+    """The name of a model with these entries, and the name that codebooks fitted before version 0.2
+    know it by, which also covered ids of special tokens, labels and dropouts."""
+    said = config.to_diff_dict()
+    left_out = {name for name in said if name in _NOT_WEIGHTS or name.endswith(_NOT_WEIGHTS_ENDS)}
+    return _digest(said, entries, left_out), _digest(said, entries, set())
+
+
+def _digest(said: Mapping[str, Any], entries: Mapping[str, bytes], left_out: set[str]) -> str:
+    content = hashlib.sha256()
+    for name in sorted(said.keys() - _NOT_THE_MODEL - left_out):
+        content.update(f"{name}={said[name]!r};".encode())
+    for _, entry in sorted(entries.items()):
+        content.update(entry)
+    return content.hexdigest()[:16]
+
+
+def _tensors(value: Any) -> list[Tensor]:
+    if isinstance(value, tuple):
+        return [tensor for item in value for tensor in _tensors(item)]
+    if not isinstance(value, Tensor):
+        return []
+    return [value.int_repr() if value.is_quantized else value.detach()]
