@@ -15,10 +15,14 @@ def quantized_linear(
     inputs, outputs = rows.shape[-1], weight.shape[0]
     tensors = [weight, scale, minimum, bias]
     kept = [None if tensor is None else tensor.contiguous() for tensor in tensors]
+    values, scales, minima, added = (0 if tensor is None else tensor.data_ptr() for tensor in kept)
     out = torch.empty(vectors.shape[:-1] + (outputs,), dtype=torch.float32)
     _C.quantized_linear(
         rows.data_ptr(),
-        *(0 if tensor is None else tensor.data_ptr() for tensor in kept),
+        values,
+        scales,
+        minima,
+        added,
         out.data_ptr(),
         rows=out.numel() // max(1, outputs),
         inputs=inputs,

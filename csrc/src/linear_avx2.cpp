@@ -1,5 +1,5 @@
-// Without dot-product instructions: integers of 16 bits, two products and their sum at a time, which
-// neither saturates nor loses a bit, at twice the rate of fp32.
+// Without dot-product instructions: integers of 16 bits, two products and their sum at a time,
+// which neither saturates nor loses a bit, at twice the rate of fp32.
 
 #include <immintrin.h>
 

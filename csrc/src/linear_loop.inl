@@ -25,8 +25,8 @@ inline void store(float* to, Floats value) { *reinterpret_cast<Floats*>(to) = va
 inline float scale_at(const void* scales, bool half, std::size_t i) {
   if (!half) return static_cast<const float*>(scales)[i];
   // bfloat16 is the upper half of a float
-  const std::uint32_t bits = static_cast<std::uint32_t>(static_cast<const std::uint16_t*>(scales)[i])
-                             << 16;
+  const std::uint32_t bits =
+      static_cast<std::uint32_t>(static_cast<const std::uint16_t*>(scales)[i]) << 16;
   float value;
   __builtin_memcpy(&value, &bits, sizeof value);
   return value;
@@ -145,9 +145,9 @@ void few_rows(const LinearCall& call, std::size_t first, std::size_t last, void*
 // Where a tile's parts lie in the space that the caller gives.
 struct Tile {
   std::uint8_t* weights;  // [groups * padded / kStep, kTile, kStep], kOffset added
-  float* scales;    // [groups, kTile]
-  float* minima;    // [groups, kTile]
-  float* bias;      // [kTile]
+  float* scales;          // [groups, kTile]
+  float* minima;          // [groups, kTile]
+  float* bias;            // [kTile]
   std::int8_t* spread;
 };
 

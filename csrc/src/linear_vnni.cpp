@@ -1,6 +1,6 @@
-// With AVX-512 VNNI: four products of bytes and their sum at a time, at four times the rate of fp32.
-// One side has to be unsigned, which the weights become by adding 128; what that adds to a product
-// is 128 times the sum of the inputs, and is taken off again.
+// With AVX-512 VNNI: four products of bytes and their sum at a time, at four times the rate of
+// fp32. One side has to be unsigned, which the weights become by adding 128; what that adds to a
+// product is 128 times the sum of the inputs, and is taken off again.
 
 #include <immintrin.h>
 

@@ -71,6 +71,10 @@ class Engine(SessionHost):
             tokens; the answer says so. The rank that owns the answer is never left out, nor is any
             with logits="all". A late rank is back at the next block it reaches in time, a lost one
             after `rejoin`.
+        checkpoint: of a model that somebody else quantized, the digest of the checkpoint that it
+            was made from; the codes fitted for that one serve it.
+        mixed_forms: lets other ranks run other forms of the checkpoint ("float32", "int8", "int4"),
+            as long as all of them ask for it: answers are then a mixture of these forms'.
 
     Attributes:
         degraded: whether the last answer lacks anything, here or on a rank that shaped it.
@@ -106,9 +110,14 @@ class Engine(SessionHost):
         halo: int | None = None,
         deadline_ms: float | None = None,
         on_missing: Literal["raise", "degrade"] = "raise",
+        checkpoint: str | None = None,
+        mixed_forms: bool = False,
     ) -> None:
         self.model = model
         self.adapter = adapt(model)
+        if checkpoint is not None:
+            self.adapter.name_checkpoint(checkpoint)
+        self.mixed_forms = mixed_forms
         self.codebook = Codebook.dense() if codebook is None else codebook
         self.mesh = local_mesh(1)[0] if mesh is None else mesh
         self.shard_weights = None if weights is None else tuple(float(w) for w in weights)
@@ -146,7 +155,8 @@ class Engine(SessionHost):
     def _agree(self) -> None:
         self.mesh.agree(
             {
-                "model": self.adapter.digest(),
+                "model": self.adapter.checkpoint(),
+                "form": self.adapter.named_form(self.mixed_forms),
                 "codebook": self.codebook.digest,
                 "plan": f"weights {self.shard_weights or 'balanced'}, halo {_named(self.halo)}",
                 "deadline_ms": _named(self.deadline_ms),

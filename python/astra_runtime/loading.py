@@ -162,11 +162,11 @@ def _without_memory() -> Iterator[None]:
     """Parameters that are made in here take no memory; buffers are as they should be."""
     register = nn.Module.register_parameter
 
-    def on_meta(module: nn.Module, name: str, parameter: nn.Parameter | None) -> None:
-        register(module, name, parameter)
-        if parameter is not None:
-            grad = parameter.requires_grad
-            module._parameters[name] = nn.Parameter(parameter.to("meta"), requires_grad=grad)
+    def on_meta(self: nn.Module, name: str, param: nn.Parameter | None) -> None:
+        register(self, name, param)
+        if param is not None:
+            grad = param.requires_grad
+            self._parameters[name] = nn.Parameter(param.to("meta"), requires_grad=grad)
 
     nn.Module.register_parameter = on_meta  # type: ignore[method-assign]
     try:
@@ -197,7 +197,8 @@ class _Stored:
 
     def read(self) -> Tensor:
         tensor = torch.empty(self.shape, dtype=self.dtype)
-        view = memoryview(tensor.view(-1).view(torch.uint8).numpy())
+        data: Any = tensor.view(-1).view(torch.uint8).numpy()
+        view = memoryview(data)
         # read and not mapped, as mapped pages count as this process's memory
         with self.file.open("rb", buffering=0) as opened:
             opened.seek(self.start)

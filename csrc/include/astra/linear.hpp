@@ -1,10 +1,10 @@
 // Linear layers of integer weights: out = x w^T + bias, where weights have 8 or 4 bits and inputs
 // are rounded to 8. This header is the contract.
 //
-// A row of x and a row of w form `groups` groups of inputs / groups consecutive values. A group of x
-// is rounded by itself: with m = max |x|, x[k] becomes q[k] = round(x[k] * (127 / m)), half to even,
-// and stands for q[k] * (m / 127). These integers are the same on every processor. Products are
-// summed exactly within a group, groups one after the other in fp32. So a row's answer does not
+// A row of x and a row of w form `groups` groups of inputs / groups consecutive values. A group of
+// x is rounded by itself: with m = max |x|, x[k] becomes q[k] = round(x[k] * (127 / m)), half to
+// even, and stands for q[k] * (m / 127). These integers are the same on every processor. Products
+// are summed exactly within a group, groups one after the other in fp32. So a row's answer does not
 // depend on the rows beside it, nor on the number of threads; between instruction sets, and between
 // a few rows and many, it may differ by the rounding of fp32. A row with a NaN or an infinity gives
 // NaN.
@@ -40,8 +40,8 @@ struct LinearWeights {
   bool half_scales;
 };
 
-// x [rows, inputs], out [rows, outputs]. `threads`: at most so many work on it, this one among them.
-// `isa`: one of linear_isas(), or null for the quickest that this machine has.
+// x [rows, inputs], out [rows, outputs]. `threads`: at most so many work on it, this one among
+// them. `isa`: one of linear_isas(), or null for the quickest that this machine has.
 void quantized_linear(const float* x, const LinearWeights& weights, LinearShape shape, float* out,
                       unsigned threads = 1, const char* isa = nullptr);
 

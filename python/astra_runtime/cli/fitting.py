@@ -43,7 +43,7 @@ def _cache_folder(name: str, model: Any) -> Path:
 
     from ..models import adapt
 
-    return cache_folder() / "codebooks" / f"{Path(name).name}-{adapt(model).digest()}-transform"
+    return cache_folder() / "codebooks" / f"{Path(name).name}-{adapt(model).checkpoint()}-transform"
 
 
 def ensure_codebook(options: argparse.Namespace, model: Any, tokenizer: Any) -> tuple[Any, Path]:

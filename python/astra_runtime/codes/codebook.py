@@ -142,7 +142,10 @@ class Codebook(CodebookFields):
         return {name: t.contiguous() for name, t in tensors.items() if t is not None}
 
     def check_model(self, adapter: Adapter) -> None:
-        """Refuses a model that the codewords were not made for, saying what differs."""
+        """Refuses a model that the codewords were not made for, saying what differs.
+
+        Any form of the checkpoint will do: half-precision, quantized.
+        """
         if not self.coded:
             return
         self.codec.check_model(adapter)
@@ -154,11 +157,17 @@ class Codebook(CodebookFields):
                 if self.geometry.get(name) != value
             ]
             raise ValueError(f"codebook: made for another model: {'; '.join(wrong)}")
-        if self.model not in adapter.digests():
+        if self.model in adapter.digests():
+            return
+        made, form = f"codebook: made for a model with weights {self.model}", adapter.form()
+        if form == "float32" or adapter.checkpoint() != adapter.digest():
             raise ValueError(
-                f"codebook: made for a model with weights {self.model}, this model has "
-                f"{adapter.digest()}; fit a codebook for this model"
+                f"{made}, this model has {adapter.checkpoint()}; fit a codebook for this model"
             )
+        raise ValueError(
+            f"{made}; this model is of {form}, and its weights do not tell what they were made "
+            f"from: where it is a form of the same checkpoint, say checkpoint={self.model!r}"
+        )
 
     def save_pretrained(self, folder: str | os.PathLike[str]) -> None:
         """Writes the codebook into `folder`: both of its files, or neither where one fails."""

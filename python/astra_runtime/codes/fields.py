@@ -34,7 +34,7 @@ class CodebookFields:
             itself, which costs no bits. The first token is unlike all others: attention that has
             nothing to look at rests on it, and its code would have to be perfect.
         geometry: num_blocks, num_heads, num_key_value_heads, head_dim and hidden_size of the model.
-        model: digest of the model's weights (`Adapter.digest`).
+        model: digest of the checkpoint (`Adapter.checkpoint`); the codes serve every form of it.
         tables: fp32 [num_blocks, C, K, w]. w = 2·d·Hkv/C in space "kv", else D/C. In space
             "differential" those of block 0 are zero, and not used.
         scales: fp32 [num_blocks, Hkv, 2], space "kv": what keys and values are multiplied with

@@ -114,6 +114,21 @@ class Adapter(ABC):
         """Has the model, as it is now, be a form of that checkpoint."""
         self.model.astra_checkpoint = (self.digest(), *checkpoints)
 
+    def name_checkpoint(self, checkpoint: str) -> None:
+        """Takes the caller's word for what the model is a form of: `checkpoint`, a digest.
+
+        Raises:
+            ValueError: the weights themselves say that it is another's.
+        """
+        known = self.digests()
+        if checkpoint in known:
+            return
+        if self.form() == "float32" or self.checkpoint() != self.digest():
+            raise ValueError(
+                f"checkpoint: expected {self.checkpoint()}, as the weights say, got {checkpoint!r}"
+            )
+        self.set_checkpoints((checkpoint, checkpoint))
+
     def checkpoint(self) -> str:
         """Names the checkpoint in its float32 form, whatever form the model has."""
         return self.checkpoints()[0]
@@ -121,6 +136,13 @@ class Adapter(ABC):
     def form(self) -> str:
         """What the weights are kept in: "float32", "bfloat16", "int8", "int4" …"""
         return form_of(self.model)
+
+    def named_form(self, mixed: bool) -> str:
+        """What ranks have to agree on of their forms; `mixed`: what passes between them alone."""
+        if mixed:
+            return f"any, {str(self.dtype).removeprefix('torch.')} between ranks"
+        form = self.form()
+        return form if form == "float32" else f"{form} {self.digest()}"
 
     def digests(self) -> set[str]:
         """By which names codebooks may know the model: its own, and those of its checkpoint."""

@@ -1,4 +1,4 @@
-"""What names a model: its configuration, and of every tensor its name, shape, dtype and a sample."""
+"""What names a model: its configuration, and of every tensor name, shape, dtype and a sample."""
 
 from __future__ import annotations
 

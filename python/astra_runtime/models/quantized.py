@@ -162,7 +162,7 @@ def form_of(model: nn.Module) -> str:
 
 
 def activation_dtype(model: nn.Module) -> torch.dtype:
-    """The dtype of what goes from layer to layer: of the first weight that is no integer's scale."""
+    """What goes from layer to layer has it: the dtype of the first weight that is no scale."""
     for name, parameter in model.named_parameters():
         scales = name.endswith((".scale", ".minimum"))
         if parameter.is_floating_point() and not scales:

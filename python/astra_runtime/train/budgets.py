@@ -96,7 +96,7 @@ class TransformFit:
             TransformCodes.key,
             prefix=options.prefix,
             geometry=geometry(adapter),
-            model=adapter.digest(),
+            model=adapter.checkpoint(),
             notes=notes,
         )
         few = windows[:: max(1, len(windows) // SENSITIVITY_WINDOWS)][:SENSITIVITY_WINDOWS]

@@ -89,7 +89,7 @@ def _fit(
         scales=scales,
         prefix=options.prefix,
         geometry=geometry(adapter),
-        model=adapter.digest(),
+        model=adapter.checkpoint(),
         notes={
             "calibration_vectors": data.vectors,
             "iterations": options.iterations,

@@ -1,0 +1,195 @@
+"""Models of integers and of half precision: loading, memory, ranks, the codebook of all forms."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+
+from astra_runtime import Codebook, Engine
+from astra_runtime.errors import HandshakeRefused
+from astra_runtime.evaluate import run_ranks
+from astra_runtime.models import adapt
+from astra_runtime.models.quantized import (
+    QuantizedLinear,
+    form_of,
+    quantize,
+    quantize_groups,
+    quantize_signed,
+    weight_bytes,
+)
+from astra_runtime.store import load_model
+
+from .models import KINDS, inputs_for, tiny, windows_for
+
+
+def output(model: Any, kind: str) -> torch.Tensor:
+    with torch.inference_mode():
+        answer = model(**inputs_for(kind))
+    found: torch.Tensor = answer.logits if "logits" in answer else answer.last_hidden_state
+    return found
+
+
+def in_form(model: Any, form: str) -> Any:
+    quantized = copy.deepcopy(model)
+    quantize(quantized, form)
+    return quantized
+
+
+@pytest.fixture(scope="module")
+def llama() -> Any:
+    return tiny("llama", hidden_size=96)
+
+
+@pytest.fixture(scope="module")
+def codes(llama: Any) -> Codebook:
+    return Codebook.fit(llama, windows_for("llama"), space="kv", groups=3, codewords=8)
+
+
+def test_weights_are_within_half_a_step_of_their_integers() -> None:
+    weight = torch.randn(50, 64) * torch.rand(50, 1)
+    integers, scale = quantize_signed(weight)
+    assert integers.dtype == torch.int8
+    assert scale.shape == (50, 1)
+    assert ((integers * scale - weight).abs() <= 0.5001 * scale).all()
+    halves, scales, minima = quantize_groups(weight)
+    assert halves.shape == (50, 32)
+    assert scales.shape == minima.shape == (50, 2)
+    layer = QuantizedLinear(halves, scales, minima, None)
+    whole = layer(torch.eye(64)).T  # a vector of one 1 is rounded without loss
+    step = scales.float().repeat_interleave(32, 1)
+    assert ((whole - weight).abs() <= 0.6 * step).all()
+    with pytest.raises(ValueError, match="expected finite values"):
+        quantize_signed(torch.full((2, 4), torch.nan))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_ranks_of_integers_equal_one_device_of_the_same(kind: str) -> None:
+    model = tiny(kind)
+    quantized = in_form(model, "int8")
+    alone, before = output(quantized, kind), output(model, kind)
+    assert 0 < float((alone - before).norm() / before.norm()) < 0.1
+
+    def work(mesh: Any) -> torch.Tensor:
+        with Engine(quantized, None, mesh) as engine:
+            answer = engine(**inputs_for(kind), logits="all")
+        found: torch.Tensor = answer.logits if "logits" in answer else answer.last_hidden_state
+        return found
+
+    for answer in run_ranks(2, work):
+        torch.testing.assert_close(answer, alone, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("form", ["int8", "int4", "bfloat16"])
+def test_loading_tensor_by_tensor_gives_what_converting_the_whole_does(
+    llama: Any, form: str, tmp_path: Any
+) -> None:
+    llama.save_pretrained(tmp_path)
+    loaded = load_model(str(tmp_path), dtype=form)
+    if form == "bfloat16":
+        whole = type(llama).from_pretrained(tmp_path, dtype=torch.bfloat16).eval()
+    else:
+        whole = in_form(llama, form)
+    adapter = adapt(loaded)
+    assert (adapter.form(), form_of(whole)) == (form, form)
+    assert adapter.digest() == adapt(whole).digest()
+    assert adapter.checkpoint() == adapt(llama).digest() != adapter.digest()
+    assert loaded.config._attn_implementation == llama.config._attn_implementation
+    assert not loaded.training
+    torch.testing.assert_close(output(loaded, "llama"), output(whole, "llama"))
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_a_head_may_share_the_embeddings_integers(tied: bool, tmp_path: Any) -> None:
+    model = tiny("llama", tie_word_embeddings=tied)
+    model.save_pretrained(tmp_path)
+    loaded = load_model(str(tmp_path), dtype="int8")
+    shared = loaded.lm_head.weight is loaded.model.embed_tokens.weight
+    assert shared == tied
+    assert adapt(loaded).checkpoint() == adapt(model).digest()
+    torch.testing.assert_close(output(loaded, "llama"), output(in_form(model, "int8"), "llama"))
+
+
+def test_files_of_another_layout_are_left_to_transformers(tmp_path: Any) -> None:
+    import transformers
+
+    inner = tiny("gpt2").transformer
+    inner.save_pretrained(tmp_path)  # without the head's names
+    config = transformers.AutoConfig.from_pretrained(tmp_path)
+    config.architectures = ["GPT2LMHeadModel"]
+    config.save_pretrained(tmp_path)
+    loaded = load_model(str(tmp_path), dtype="int8")
+    assert adapt(loaded).form() == "int8"
+    assert adapt(loaded).checkpoint() == adapt(load_model(str(tmp_path))).digest()
+
+
+def test_bytes_of_weights() -> None:
+    sizes = {"hidden_size": 192, "intermediate_size": 512, "vocab_size": 2000}
+    model = tiny("llama", head_dim=32, tie_word_embeddings=True, **sizes)
+    whole = weight_bytes(model)
+    assert whole == sum(4 * p.numel() for p in model.parameters())  # shared ones count once
+    assert weight_bytes(in_form(model, "int8")) < 0.3 * whole
+    assert weight_bytes(in_form(model, "int4")) < 0.24 * whole
+
+
+def test_a_codebook_serves_every_form_of_its_checkpoint(llama: Any, codes: Codebook) -> None:
+    for form in ("int8", "int4"):
+        quantized = in_form(llama, form)
+
+        def work(mesh: Any, model: Any = quantized) -> torch.Tensor:
+            with Engine(model, codes, mesh) as engine:
+                found: torch.Tensor = engine(input_ids=inputs_for("llama")["input_ids"]).logits
+            return found
+
+        first, second = run_ranks(2, work)
+        assert torch.equal(first, second)
+    other = in_form(tiny("llama", seed=3, hidden_size=96), "int8")
+    with pytest.raises(ValueError, match="fit a codebook for this model"):
+        Engine(other, codes)
+
+
+def test_weights_that_changed_after_loading_are_no_form_any_more(
+    llama: Any, codes: Codebook
+) -> None:
+    quantized = in_form(llama, "int8")
+    quantized.lm_head.scale.data *= 1.5
+    with pytest.raises(ValueError, match=f"say checkpoint='{codes.model}'"):
+        Engine(quantized, codes)
+
+
+def test_a_form_that_somebody_else_made_needs_the_checkpoints_name(
+    llama: Any, codes: Codebook
+) -> None:
+    half = copy.deepcopy(llama).bfloat16()
+    with pytest.raises(ValueError, match="is of bfloat16.*say checkpoint="):
+        Engine(half, codes)
+    Engine(half, codes, checkpoint=codes.model).close()
+    with pytest.raises(ValueError, match="checkpoint: expected .*, as the weights say"):
+        Engine(llama, codes, checkpoint="0123456789abcdef")
+
+
+def test_ranks_of_different_forms_are_refused_unless_asked_for(llama: Any, codes: Codebook) -> None:
+    forms = [llama, in_form(llama, "int8")]
+
+    def work(mesh: Any, mixed: bool) -> torch.Tensor:
+        with Engine(forms[mesh.rank], codes, mesh, mixed_forms=mixed) as engine:
+            found: torch.Tensor = engine(input_ids=inputs_for("llama")["input_ids"]).logits
+        return found
+
+    with pytest.raises(HandshakeRefused, match="form"):
+        run_ranks(2, lambda mesh: work(mesh, False))
+    first, second = run_ranks(2, lambda mesh: work(mesh, True))
+    assert 0 < float((first - second).norm() / second.norm()) < 0.1  # each has a head of its own
+    with pytest.raises(HandshakeRefused, match="form"):
+        run_ranks(2, lambda mesh: work(mesh, mesh.rank == 1))
+
+
+def test_only_floating_point_is_quantized_and_only_to_known_forms(llama: Any) -> None:
+    with pytest.raises(ValueError, match="form: expected one of int8, int4, got 'int3'"):
+        quantize(copy.deepcopy(llama), "int3")
+    with pytest.raises(ValueError, match="expected floating-point weights, got int8"):
+        quantize(in_form(llama, "int8"), "int4")
+    with pytest.raises(ValueError, match="dtype: expected one of float32, bfloat16, int8, int4"):
+        load_model("smollm2", dtype="int2")
