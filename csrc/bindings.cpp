@@ -302,122 +302,122 @@ int mixed_attention(const py::tuple& shape, const py::tuple& query, const py::tu
   run(scores_of(queries.shape, dense.count + coded.count),
       [&] { found = astra::mixed_attention(queries, dense, coded); });
   return static_cast<int>(found);
-  void quantized_linear(std::uintptr_t x, std::uintptr_t values, std::uintptr_t scales,
-                        std::uintptr_t minima, std::uintptr_t bias, std::uintptr_t out,
-                        std::size_t rows, std::size_t inputs, std::size_t outputs,
-                        std::size_t groups, int bits, bool half_scales, unsigned threads,
-                        const char* isa) {
-    const py::gil_scoped_release release;
-    const astra::LinearWeights weights{reinterpret_cast<const void*>(values),
-                                       reinterpret_cast<const void*>(scales),
-                                       reinterpret_cast<const void*>(minima),
-                                       reinterpret_cast<const float*>(bias),
-                                       bits,
-                                       half_scales};
-    astra::quantized_linear(reinterpret_cast<const float*>(x), weights,
-                            {rows, inputs, outputs, groups}, reinterpret_cast<float*>(out), threads,
-                            isa);
+}
+
+void quantized_linear(std::uintptr_t x, std::uintptr_t values, std::uintptr_t scales,
+                      std::uintptr_t minima, std::uintptr_t bias, std::uintptr_t out,
+                      std::size_t rows, std::size_t inputs, std::size_t outputs, std::size_t groups,
+                      int bits, bool half_scales, unsigned threads, const char* isa) {
+  const py::gil_scoped_release release;
+  const astra::LinearWeights weights{reinterpret_cast<const void*>(values),
+                                     reinterpret_cast<const void*>(scales),
+                                     reinterpret_cast<const void*>(minima),
+                                     reinterpret_cast<const float*>(bias),
+                                     bits,
+                                     half_scales};
+  astra::quantized_linear(reinterpret_cast<const float*>(x), weights,
+                          {rows, inputs, outputs, groups}, reinterpret_cast<float*>(out), threads,
+                          isa);
+}
+
+// Bytes that somebody sent, in any contiguous buffer. Called for every frame: nothing but the
+// address and the size is asked for.
+class Bytes {
+ public:
+  explicit Bytes(py::handle source) {
+    if (PyObject_GetBuffer(source.ptr(), &view_, PyBUF_SIMPLE) != 0) throw py::error_already_set();
   }
+  Bytes(const Bytes&) = delete;
+  Bytes& operator=(const Bytes&) = delete;
+  ~Bytes() { PyBuffer_Release(&view_); }
 
-  // Bytes that somebody sent, in any contiguous buffer. Called for every frame: nothing but the
-  // address and the size is asked for.
-  class Bytes {
-   public:
-    explicit Bytes(py::handle source) {
-      if (PyObject_GetBuffer(source.ptr(), &view_, PyBUF_SIMPLE) != 0)
-        throw py::error_already_set();
-    }
-    Bytes(const Bytes&) = delete;
-    Bytes& operator=(const Bytes&) = delete;
-    ~Bytes() { PyBuffer_Release(&view_); }
+  const std::uint8_t* data() const { return static_cast<const std::uint8_t*>(view_.buf); }
+  std::size_t size() const { return static_cast<std::size_t>(view_.len); }
 
-    const std::uint8_t* data() const { return static_cast<const std::uint8_t*>(view_.buf); }
-    std::size_t size() const { return static_cast<std::size_t>(view_.len); }
+ private:
+  Py_buffer view_{};
+};
 
-   private:
-    Py_buffer view_{};
+std::int64_t field(py::handle value) {
+  const long long number = PyLong_AsLongLong(value.ptr());
+  if (number == -1 && PyErr_Occurred() != nullptr) throw py::error_already_set();
+  return number;
+}
+
+int check_header(py::handle data, const py::tuple& expected) {
+  if (expected.size() != 7) throw py::type_error("expected must be a header of seven fields");
+  const auto at = [&](std::size_t i) {
+    return field(PyTuple_GET_ITEM(expected.ptr(), static_cast<py::ssize_t>(i)));
   };
+  const astra::wire::Expected header{at(0), at(1), at(2), at(3), at(4), at(5), at(6)};
+  const Bytes bytes(data);
+  return static_cast<int>(astra::wire::check_header(bytes.data(), bytes.size(), header));
+}
 
-  std::int64_t field(py::handle value) {
-    const long long number = PyLong_AsLongLong(value.ptr());
-    if (number == -1 && PyErr_Occurred() != nullptr) throw py::error_already_set();
-    return number;
-  }
+bool is_bye(py::handle data, py::handle source) {
+  const Bytes bytes(data);
+  return astra::wire::is_bye(bytes.data(), bytes.size(), field(source));
+}
 
-  int check_header(py::handle data, const py::tuple& expected) {
-    if (expected.size() != 7) throw py::type_error("expected must be a header of seven fields");
-    const auto at = [&](std::size_t i) {
-      return field(PyTuple_GET_ITEM(expected.ptr(), static_cast<py::ssize_t>(i)));
-    };
-    const astra::wire::Expected header{at(0), at(1), at(2), at(3), at(4), at(5), at(6)};
-    const Bytes bytes(data);
-    return static_cast<int>(astra::wire::check_header(bytes.data(), bytes.size(), header));
-  }
+int judge_prefix(py::handle data) {
+  const Bytes bytes(data);
+  return static_cast<int>(astra::wire::judge_prefix(bytes.data(), bytes.size()));
+}
 
-  bool is_bye(py::handle data, py::handle source) {
-    const Bytes bytes(data);
-    return astra::wire::is_bye(bytes.data(), bytes.size(), field(source));
-  }
+py::tuple read_hello(py::handle data) {
+  const Bytes bytes(data);
+  astra::wire::Hello hello;
+  const auto verdict = astra::wire::read_hello(bytes.data(), bytes.size(), hello);
+  const auto* run = reinterpret_cast<const char*>(hello.run.data());
+  return py::make_tuple(static_cast<int>(verdict), hello.version, hello.world_size, hello.rank,
+                        hello.to, hello.reason_size, py::bytes(run, hello.run.size()));
+}
 
-  int judge_prefix(py::handle data) {
-    const Bytes bytes(data);
-    return static_cast<int>(astra::wire::judge_prefix(bytes.data(), bytes.size()));
-  }
-
-  py::tuple read_hello(py::handle data) {
-    const Bytes bytes(data);
-    astra::wire::Hello hello;
-    const auto verdict = astra::wire::read_hello(bytes.data(), bytes.size(), hello);
-    const auto* run = reinterpret_cast<const char*>(hello.run.data());
-    return py::make_tuple(static_cast<int>(verdict), hello.version, hello.world_size, hello.rank,
-                          hello.to, hello.reason_size, py::bytes(run, hello.run.size()));
-  }
-
-  py::tuple read_facts(py::handle data) {
-    const Bytes bytes(data);
-    std::array<astra::wire::Text, astra::wire::kMaxTexts> texts;
-    const auto facts = astra::wire::read_facts(bytes.data(), bytes.size(), texts);
-    py::list strings;
-    if (facts.error == astra::wire::FactsError::kNone) {
-      for (std::size_t i = 0; i < facts.count; ++i) {
-        const auto* start = reinterpret_cast<const char*>(bytes.data() + texts[i].offset);
-        strings.append(py::str(start, texts[i].size));
-      }
-    }
-    return py::make_tuple(static_cast<int>(facts.error), facts.position, strings);
-  }
-
-  py::tuple read_codes(py::handle data_source, py::handle bits, py::handle codewords,
-                       py::handle count_given, py::handle out_target) {
-    const std::size_t count = whole("count", count_given);
-    const Memory data(data_source, "data", Element::kUint8, false);
-    const Memory out(out_target, "out", Element::kInt32, true);
-    if (out.count() < count) {
-      throw py::value_error("out must hold at least " + std::to_string(count) + " codes, got " +
-                            std::to_string(out.count()));
-    }
-    const auto bound = static_cast<std::int32_t>(
-        std::clamp<py::ssize_t>(integer("codewords", codewords), 0, INT_MAX));
-    const int wide = width(bits);
-    astra::wire::Codes found;
-    run(count, [&] {
-      found = astra::wire::read_codes(data.as<std::uint8_t>(), data.count(), wide, bound,
-                                      out.as<std::int32_t>(), count);
-    });
-    const bool beyond = found.error == astra::wire::CodesError::kCode;
-    return py::make_tuple(static_cast<int>(found.error),
-                          beyond ? out.as<std::int32_t>()[found.index] : 0);
-  }
-
-  std::unique_ptr<astra::Keeper> keeper() {
-    try {
-      return std::make_unique<astra::Keeper>();
-    } catch (const std::system_error& error) {
-      const py::tuple facts = py::make_tuple(error.code().value(), error.what());
-      PyErr_SetObject(PyExc_OSError, facts.ptr());
-      throw py::error_already_set();
+py::tuple read_facts(py::handle data) {
+  const Bytes bytes(data);
+  std::array<astra::wire::Text, astra::wire::kMaxTexts> texts;
+  const auto facts = astra::wire::read_facts(bytes.data(), bytes.size(), texts);
+  py::list strings;
+  if (facts.error == astra::wire::FactsError::kNone) {
+    for (std::size_t i = 0; i < facts.count; ++i) {
+      const auto* start = reinterpret_cast<const char*>(bytes.data() + texts[i].offset);
+      strings.append(py::str(start, texts[i].size));
     }
   }
+  return py::make_tuple(static_cast<int>(facts.error), facts.position, strings);
+}
+
+py::tuple read_codes(py::handle data_source, py::handle bits, py::handle codewords,
+                     py::handle count_given, py::handle out_target) {
+  const std::size_t count = whole("count", count_given);
+  const Memory data(data_source, "data", Element::kUint8, false);
+  const Memory out(out_target, "out", Element::kInt32, true);
+  if (out.count() < count) {
+    throw py::value_error("out must hold at least " + std::to_string(count) + " codes, got " +
+                          std::to_string(out.count()));
+  }
+  const auto bound = static_cast<std::int32_t>(
+      std::clamp<py::ssize_t>(integer("codewords", codewords), 0, INT_MAX));
+  const int wide = width(bits);
+  astra::wire::Codes found;
+  run(count, [&] {
+    found = astra::wire::read_codes(data.as<std::uint8_t>(), data.count(), wide, bound,
+                                    out.as<std::int32_t>(), count);
+  });
+  const bool beyond = found.error == astra::wire::CodesError::kCode;
+  return py::make_tuple(static_cast<int>(found.error),
+                        beyond ? out.as<std::int32_t>()[found.index] : 0);
+}
+
+std::unique_ptr<astra::Keeper> keeper() {
+  try {
+    return std::make_unique<astra::Keeper>();
+  } catch (const std::system_error& error) {
+    const py::tuple facts = py::make_tuple(error.code().value(), error.what());
+    PyErr_SetObject(PyExc_OSError, facts.ptr());
+    throw py::error_already_set();
+  }
+}
 
 }  // namespace
 
@@ -442,31 +442,32 @@ PYBIND11_MODULE(_C, module) {
   module.def("attention_isas", [] {
     py::list names;
     for (const std::string& name : astra::attention_isas()) names.append(name);
-    module.def("quantized_linear", &quantized_linear, py::arg("x"), py::arg("values"),
-               py::arg("scales"), py::arg("minima"), py::arg("bias"), py::arg("out"),
-               py::arg("rows"), py::arg("inputs"), py::arg("outputs"), py::arg("groups"),
-               py::arg("bits"), py::arg("half_scales"), py::arg("threads"),
-               py::arg("isa") = py::none());
-    module.def("linear_isas", [] {
-      py::list names;
-      for (const std::string& name : astra::linear_isas()) names.append(name);
-      return names;
-    });
-    module.def("check_header", &check_header, py::arg("data"), py::arg("expected"));
-    module.def("is_bye", &is_bye, py::arg("data"), py::arg("source"));
-    module.def("judge_prefix", &judge_prefix, py::arg("data"));
-    module.def("read_hello", &read_hello, py::arg("data"));
-    module.def("read_facts", &read_facts, py::arg("data"));
-    module.def("read_codes", &read_codes, py::arg("data"), py::arg("bits"), py::arg("codewords"),
-               py::arg("count"), py::arg("out"));
-    py::class_<astra::Keeper>(module, "Keeper")
-        .def(py::init(&keeper))
-        .def_property_readonly("pid", &astra::Keeper::pid);
-    module.def("isa", &astra::isa);
-    module.def("available_isas", [] {
-      py::list names;
-      for (const std::string& name : astra::available_isas()) names.append(name);
-      return names;
-    });
-    module.def("set_isa", &astra::set_isa, py::arg("name"));
+    return names;
+  });
+  module.def("quantized_linear", &quantized_linear, py::arg("x"), py::arg("values"),
+             py::arg("scales"), py::arg("minima"), py::arg("bias"), py::arg("out"), py::arg("rows"),
+             py::arg("inputs"), py::arg("outputs"), py::arg("groups"), py::arg("bits"),
+             py::arg("half_scales"), py::arg("threads"), py::arg("isa") = py::none());
+  module.def("linear_isas", [] {
+    py::list names;
+    for (const std::string& name : astra::linear_isas()) names.append(name);
+    return names;
+  });
+  module.def("check_header", &check_header, py::arg("data"), py::arg("expected"));
+  module.def("is_bye", &is_bye, py::arg("data"), py::arg("source"));
+  module.def("judge_prefix", &judge_prefix, py::arg("data"));
+  module.def("read_hello", &read_hello, py::arg("data"));
+  module.def("read_facts", &read_facts, py::arg("data"));
+  module.def("read_codes", &read_codes, py::arg("data"), py::arg("bits"), py::arg("codewords"),
+             py::arg("count"), py::arg("out"));
+  py::class_<astra::Keeper>(module, "Keeper")
+      .def(py::init(&keeper))
+      .def_property_readonly("pid", &astra::Keeper::pid);
+  module.def("isa", &astra::isa);
+  module.def("available_isas", [] {
+    py::list names;
+    for (const std::string& name : astra::available_isas()) names.append(name);
+    return names;
+  });
+  module.def("set_isa", &astra::set_isa, py::arg("name"));
 }
