@@ -136,14 +136,8 @@ _TRITON: dict[str, str] = {
 VALUE_WIDTH = "values of another width than keys"
 MORE_QUERIES = "is_causal with more queries than keys"
 
-# Op -> what its Triton kernel does not take (yet) of what the reference takes.
-_MASKS = frozenset(("attn_mask", "window", "softcap", "sinks", VALUE_WIDTH, MORE_QUERIES))
-TRITON_LACKS: dict[str, frozenset[str]] = {
-    "attention": _MASKS,
-    "coded_attention": _MASKS,
-    "codeword_attention": frozenset((VALUE_WIDTH,)),
-    "mixed_attention": _MASKS | {"code_attn_mask"},
-}
+# Op -> what its Triton kernel does not take of what the reference takes.
+TRITON_LACKS: dict[str, frozenset[str]] = {}
 # The same of the C++ kernels.
 _SCORES = frozenset(("attn_mask", "window", "softcap"))
 NATIVE_LACKS: dict[str, frozenset[str]] = {
@@ -207,7 +201,8 @@ def choose_gradient(op: str, impl: str) -> Kernel:
 
 def _lacking(lacks: Mapping[str, frozenset[str]], op: str, uses: Sequence[str]) -> list[str]:
     """What of a call's arguments the op's kernel does not take."""
-    return [name for name in uses if name in lacks[op]] if uses else []
+    lacking = lacks.get(op, frozenset())
+    return [name for name in uses if name in lacking]
 
 
 @functools.cache

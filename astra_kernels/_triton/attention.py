@@ -7,17 +7,18 @@ kernel's signature.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from astra_kernels._triton import attend as kernels
+from astra_kernels._triton.attend_tiles import MOST_PAIRS, MOST_ROWS, AttendProblem
+from astra_kernels._triton.blocks import BASE_2, NATURAL, PLAIN
 from astra_kernels._triton.launch import capability, cdiv, launch, next_power_of_2, processors
 from astra_kernels._triton.packed import as_words
-from astra_kernels._triton.tiles import Problem, Tile, choose
+from astra_kernels._triton.tiles import Tile, choose
 
 State = tuple[Tensor, Tensor]
 
@@ -32,9 +33,6 @@ MOST_SPLITS = 64
 # Up to this many rows rotating queries, once a tile, costs less than reading a tile's angles.
 ROWS_TO_ROTATE = 16
 
-# Rows and programs beyond which a tile's speed no longer depends on how many more there are.
-MOST_ROWS, MOST_PAIRS = 1024, 256
-
 # Partial rows a program of ``combine`` reads at a time.
 COMBINED_AT_ONCE = 32
 
@@ -43,19 +41,25 @@ SMALLEST_SCALE = 2.0**-126
 
 
 class Dense(NamedTuple):
-    """Keys and values [B, Hkv, L, d] of query's dtype; mask bool [B, L] or None."""
+    """Keys [B, Hkv, L, d] and values [B, Hkv, L, d_v] of query's dtype; mask bool [B, L] or None.
+
+    ``attn_mask`` broadcasts to [B, H, M, L], bool or floats; ``window`` is (left, right).
+    """
 
     key: Tensor
     value: Tensor
     is_causal: bool = False
     mask: Tensor | None = None
+    attn_mask: Tensor | None = None
+    window: Sequence[int] | None = None
 
 
 class Coded(NamedTuple):
     """Tokens known by codes: integers [B, N, C], or with ``bits`` packed rows uint8 [B, bytes].
 
-    Tables are [R, Hkv, S, K, d/S]; ``shared`` says that all KV heads have one set of codes.
-    ``consecutive`` promises that the angles of ``rope`` grow by the same step from row to row.
+    Tables are [R, Hkv, S, K, d/S], those of values [R, Hkv, S, K, d_v/S]; ``shared`` says that all
+    KV heads have one set of codes. ``consecutive`` promises that the angles of ``rope`` grow by the
+    same step from row to row. ``attn_mask`` broadcasts to [B, H, M, N].
     """
 
     tokens: int
@@ -69,116 +73,28 @@ class Coded(NamedTuple):
     rope: tuple[Tensor, Tensor] | None = None
     mask: Tensor | None = None
     consecutive: bool = False
+    attn_mask: Tensor | None = None
 
 
 class Counted(NamedTuple):
-    """Codewords and how often they occur: counts [B, 1 or Hkv, K], tables [Hkv, 1, K, d]."""
+    """Codewords and how often they occur: counts [B, 1 or Hkv, K], tables [Hkv, 1, K, d or d_v]."""
 
     counts: Tensor
     key_table: Tensor
     value_table: Tensor
 
 
-@dataclass(frozen=True)
-class AttendProblem(Problem):
-    """The attention kernel; ``channels`` is d, padded, by halves where it is rotary."""
+class Scores(NamedTuple):
+    """What becomes of products: scale (None: 1/sqrt(d)), softcap, and sinks fp32 [H]."""
 
-    channels: int
-    staged: int  # itemsize of rows: the wider of query and tables
-    rotary: bool
-    composed: bool  # rows of several sub-vectors, put together in registers
-    summed: int  # additive stages
-    mixed: bool  # dense and coded keys in one launch
-    few_rows: int  # rows where they are few, padded; 0: many
-    angles: int = 0  # itemsize of the angles that are read for every key
-    packed: bool = False
-    causal: bool = False
-    rows: int = MOST_ROWS  # of a KV head, padded; as many or more
-    pairs: int = MOST_PAIRS  # batch rows times KV heads, padded; as many or more
-
-    def tiles(self) -> Sequence[Tile]:
-        size = 64 if self.channels <= 64 else min(self.channels, 256)
-        loaded = self.rotary or self.composed or self.mixed or self.summed > 1
-        if self.itemsize == 4:
-            return FLOAT_TILES[size, loaded]
-        if self.few_rows:
-            return _few_rows_tiles(self.few_rows, size, loaded)
-        family = _family(self.capability)
-        if family == 80 and self.summed > 1:
-            return _LAST if self.composed else _NARROW
-        return HALF_TILES[family, size, loaded]
-
-    def shared_bytes(self, tile: Tile) -> int:
-        row = self.channels * max(self.itemsize, self.staged)
-        # Keys and values wait in as many buffers as there are pipeline stages, each summand apart.
-        waiting = 2 * tile.stages * (self.summed if tile.stages > 1 else 1)
-        # Rows that were turned, put together or split into two tf32 pass through once more.
-        again = 2 if self.rotary or self.composed or self.itemsize == 4 else 0
-        # Angles as wide as rows fit what is left of so many buffers; what they have more is added.
-        wider = max(0, self.channels * self.angles - row) * max(1, tile.stages - 1)
-        return tile.rows * row + tile.columns * ((waiting + again) * row + wider) + 2048
-
-    def registers(self, tile: Tile) -> int:
-        threads = 32 * tile.warps
-        return 40 + tile.rows * (self.channels + 2 * tile.columns) // threads
-
-
-# Compute capabilities that multiply matrices by the same instruction: mma.sync (also on consumer
-# Blackwell, 120), wgmma, tcgen05.
-def _family(capability: int) -> int:
-    if capability < 90 or capability >= 120:
-        return 80
-    return 90 if capability < 100 else 100
-
-
-# (family, channels, whether rotation, composition or a second loop take registers) -> tiles, best
-# first. What spills, ahead-of-time compilation says (tests/triton_kernels/test_aot.py); what is
-# quickest, `warmup` finds among those that do not.
-_LAST = (Tile(32, 16, 4, 2), Tile(16, 16, 4, 1))
-_WIDE = (Tile(128, 64, 8, 3), Tile(128, 32, 8, 3), Tile(64, 64, 4, 3), Tile(64, 32, 4, 2), *_LAST)
-_NARROW = (Tile(64, 32, 4, 3), Tile(64, 32, 4, 2), *_LAST)
-_SMALL = (Tile(64, 32, 8, 2), Tile(32, 32, 4, 2), *_LAST)
-HALF_TILES: Mapping[tuple[int, int, bool], tuple[Tile, ...]] = {
-    (80, 64, False): _WIDE,
-    (80, 64, True): (Tile(128, 32, 8, 3), *_NARROW),
-    (80, 128, False): _WIDE,
-    (80, 128, True): _NARROW,
-    (80, 256, False): _SMALL,
-    (80, 256, True): _SMALL,
-    (90, 64, False): (*_WIDE, Tile(128, 128, 8, 3)),
-    (90, 64, True): _WIDE,
-    (90, 128, False): (*_WIDE, Tile(128, 64, 8, 4)),
-    (90, 128, True): (*_WIDE, Tile(128, 64, 8, 4)),
-    (90, 256, False): (Tile(128, 32, 8, 3), *_SMALL),
-    (90, 256, True): (Tile(128, 32, 8, 2), *_SMALL),
-    (100, 64, False): (*_WIDE, Tile(128, 128, 8, 3)),
-    (100, 64, True): _WIDE,
-    (100, 128, False): (*_WIDE, Tile(128, 64, 8, 4)),
-    (100, 128, True): (*_WIDE, Tile(128, 64, 8, 4)),
-    (100, 256, False): (Tile(128, 32, 8, 3), *_SMALL),
-    (100, 256, True): (Tile(128, 32, 8, 2), *_SMALL),
-}
-# fp32 operands are split into sums of two tf32 in registers, which leaves room for little else.
-FLOAT_TILES: Mapping[tuple[int, bool], tuple[Tile, ...]] = {
-    (64, False): (Tile(32, 32, 8, 2), Tile(16, 32, 8, 2), Tile(16, 16, 4, 1)),
-    (64, True): (Tile(16, 32, 4, 2), Tile(16, 16, 4, 1)),
-    (128, False): (Tile(16, 32, 8, 2), Tile(16, 16, 4, 2), Tile(16, 16, 4, 1)),
-    (128, True): (Tile(16, 32, 8, 2), Tile(16, 16, 4, 2), Tile(16, 16, 4, 1)),
-    (256, False): (Tile(16, 16, 8, 2), Tile(16, 16, 8, 1)),
-    (256, True): (Tile(16, 16, 8, 2), Tile(16, 16, 8, 1)),
-}
-
-
-def _few_rows_tiles(rows: int, size: int, loaded: bool) -> tuple[Tile, ...]:
-    last = (Tile(rows, 32, 4, 3), Tile(rows, 32, 4, 2), Tile(rows, 16, 4, 2), Tile(16, 16, 4, 1))
-    if rows * size > 32 * 128 or (loaded and (rows > 16 or size > 64)):
-        return last
-    return (Tile(rows, 64, 4, 3), Tile(rows, 64, 4, 4), Tile(rows, 64, 4, 2), *last)
+    scale: float | None = None
+    softcap: float | None = None
+    sinks: Tensor | None = None
 
 
 def attend(
     query: Tensor,
-    scale: float | None,
+    scores: Scores | float | None,
     *,
     dense: Dense | None = None,
     coded: Coded | None = None,
@@ -188,36 +104,50 @@ def attend(
 ) -> State:
     """One softmax over the dense keys and the coded (or counted) ones.
 
-    query [B, H, M, d] gives out [B, H, M, d], stored [B, M, H, d], and lse [B, H, M]. ``splits``
-    and ``tile`` override what is chosen.
+    query [B, H, M, d] gives out [B, H, M, d_v], stored [B, M, H, d_v], and lse [B, H, M].
+    ``scores`` may be the scale alone; ``splits`` and ``tile`` override what is chosen.
     """
-    batch, heads, num_queries, dim = query.shape
+    scores = scores if isinstance(scores, Scores) else Scores(scores)
+    batch, heads, num_queries, _ = query.shape
     kv_heads = _kv_heads(dense, coded, counted)
     group = heads // kv_heads
-    out = query.new_empty((batch, num_queries, heads, dim))
+    width = _value_width(dense, coded, counted)
+    out = query.new_empty((batch, num_queries, heads, width))
     lse = query.new_empty((batch, heads, num_queries), dtype=torch.float32)
     keys = _longest(dense, coded, counted)
-    if keys == 0 or query.numel() == 0:
-        return out.zero_().transpose(1, 2), lse.fill_(-math.inf)
+    if keys == 0 or query.numel() == 0 or out.numel() == 0:
+        return _nothing_seen(out, lse, scores.sinks)
     rows, pairs = num_queries * group, batch * kv_heads
-    problem = problem_of(query, dense, coded, counted)
+    units = _units(scores, dense, coded, counted)
+    problem = problem_of(query, dense, coded, counted, units)
     tile = tile or choose(problem)
     grid_rows = cdiv(rows, tile.rows)
     if splits is None:
         splits = _splits(query.device, grid_rows * pairs, cdiv(keys, tile.columns), problem)
     if splits == 1:
-        _run(query, scale, dense, coded, counted, out, lse, (grid_rows, 1, pairs), tile)
+        _run(query, scores, dense, coded, counted, out, lse, (grid_rows, 1, pairs), tile)
     else:
-        parts = query.new_empty((splits, pairs, rows, dim), dtype=torch.float32)
-        part_lse = query.new_empty((splits, pairs, rows), dtype=torch.float32)
+        planes = (2,) if units == NATURAL else ()
+        parts = query.new_empty((splits, pairs, rows, width), dtype=torch.float32)
+        part_lse = query.new_empty((*planes, splits, pairs, rows), dtype=torch.float32)
         grid = (grid_rows, splits, pairs)
-        _run(query, scale, dense, coded, counted, parts, part_lse, grid, tile)
-        _combine(parts, part_lse, out, lse, group)
+        _run(query, scores, dense, coded, counted, parts, part_lse, grid, tile)
+        _combine(parts, part_lse, out, lse, group, units)
     return out.transpose(1, 2), lse
 
 
+def _nothing_seen(out: Tensor, lse: Tensor, sinks: Tensor | None) -> State:
+    """Without keys: out 0, and lse -inf, or of sinks alone."""
+    lse.fill_(-math.inf) if sinks is None else lse.copy_(sinks[:, None])
+    return out.zero_().transpose(1, 2), lse
+
+
 def problem_of(
-    query: Tensor, dense: Dense | None, coded: Coded | None, counted: Counted | None
+    query: Tensor,
+    dense: Dense | None,
+    coded: Coded | None,
+    counted: Counted | None,
+    units: int = 0,
 ) -> AttendProblem:
     """What the choice of a tile depends on."""
     batch, heads, num_queries, dim = query.shape
@@ -230,7 +160,10 @@ def problem_of(
     return AttendProblem(
         capability(query.device),
         query.element_size(),
-        channels=max(_padded(dim), 2 * _padded(dim // 2)) if rotary else _padded(dim),
+        channels=max(
+            2 * _padded(dim // 2) if rotary else 0,
+            *(_padded(width) for width in (dim, _value_width(dense, coded, counted))),
+        ),
         staged=_staged(query, coded, counted),
         rotary=bool(rotary),
         **_composition(coded),
@@ -238,9 +171,11 @@ def problem_of(
         few_rows=_padded(rows) if rows <= FEW_ROWS else 0,
         angles=angles,
         packed=coded is not None and coded.bits is not None,
-        causal=dense is not None and dense.is_causal,
+        causal=dense is not None and (dense.is_causal or dense.window is not None),
         rows=min(MOST_ROWS, _padded(rows)),
         pairs=min(MOST_PAIRS, next_power_of_2(batch * kv_heads)),
+        natural=bool(units == NATURAL),
+        mask=max((mask.element_size() for mask in _masks(dense, coded)), default=0),
     )
 
 
@@ -261,6 +196,31 @@ def _kv_heads(dense: Dense | None, coded: Coded | None, counted: Counted | None)
         return coded.key_table.shape[1]
     assert counted is not None
     return counted.key_table.shape[0]
+
+
+def _value_width(dense: Dense | None, coded: Coded | None, counted: Counted | None) -> int:
+    """d_v."""
+    if dense is not None:
+        return dense.value.shape[3]
+    if coded is not None:
+        return coded.value_table.shape[2] * coded.value_table.shape[4]
+    assert counted is not None
+    return counted.value_table.shape[3]
+
+
+def _masks(dense: Dense | None, coded: Coded | None) -> list[Tensor]:
+    """Masks per query."""
+    masks = [keys.attn_mask for keys in (dense, coded) if keys is not None]
+    return [mask for mask in masks if mask is not None]
+
+
+def _units(
+    scores: Scores, dense: Dense | None, coded: Coded | None, counted: Counted | None
+) -> int:
+    """In what the kernel has scores, see ``loops``."""
+    if scores[1:] != (None, None) or _masks(dense, coded):
+        return int(NATURAL)
+    return int(PLAIN if counted is None else BASE_2)
 
 
 def _staged(query: Tensor, coded: Coded | None, counted: Counted | None) -> int:
@@ -299,7 +259,7 @@ def _splits(device: torch.device, programs: int, key_tiles: int, problem: Attend
 
 def _run(
     query: Tensor,
-    scale: float | None,
+    scores: Scores,
     dense: Dense | None,
     coded: Coded | None,
     counted: Counted | None,
@@ -317,42 +277,100 @@ def _run(
     local, unit = _dense_arguments(dense), _stride_unit(query, dense)
     codewords = tables[0].shape[3] if tables else 0
     value_codewords = tables[1].shape[3] if tables else 0
+    width, units = _value_width(dense, coded, counted), _units(scores, dense, coded, counted)
+    left, right = _window(dense)
+    num_keys = 0 if dense is None else dense.key.shape[2]
+    num_tokens = 0 if coded is None else coded.tokens
     launch(
         kernels.attend,
         grid,
         *(query, *(stride // unit for stride in query.stride()[:3]), out, lse),
         *(x // unit if isinstance(x, int) else x for x in local),
         *remote,
-        *(group, kv_heads, num_queries, 0 if dense is None else dense.key.shape[2]),
-        *(0 if coded is None else coded.tokens, codewords, value_codewords),
-        *_scale_and_sign(dim**-0.5 if scale is None else scale),
+        *(group, kv_heads, num_queries, num_keys, num_tokens, codewords, value_codewords),
+        *_scale_and_sign(dim**-0.5 if scores.scale is None else scores.scale, units),
+        *(scores.softcap, scores.sinks, left, right or None),
+        *_mask_arguments(query, None if dense is None else dense.attn_mask, num_keys, kv_heads),
+        *_mask_arguments(query, None if coded is None else coded.attn_mask, num_tokens, kv_heads),
         device=query.device,
         warps=tile.warps,
         stages=tile.stages,
         all_registers=_needs_registers(query, dense, coded),
         **_constants(dense, coded, counted),
+        CAUSAL=right is not None,
         ROTARY=_rotary(query, coded),
         UNIT=unit,
         HEAD=dim,
         BLOCK=_padded(dim),
         HALF_BLOCK=_padded((dim + 1) // 2),
+        VALUE_HEAD=width,
+        VALUE_BLOCK=_padded(width),
+        UNITS=units,
         ROWS=tile.rows,
         KEYS=tile.columns,
-        WHOLE=num_queries * group > FEW_ROWS and (dense is None or not tables),
+        WHOLE=num_queries * group > FEW_ROWS and (dense is None or not tables) and left is None,
         PARTIAL=grid[1] > 1,
         PRECISION="tf32x3" if query.dtype == torch.float32 else "ieee",
     )
 
 
-def _scale_and_sign(scale: float) -> tuple[float, float]:
-    """A positive scale in base 2, by which the largest score stays the largest, and its sign.
+def _window(dense: Dense | None) -> tuple[int | None, int | None]:
+    """How far queries see to the left and to the right of their key; None: to the end."""
+    if dense is None:
+        return None, None
+    left, right = (-1, -1) if dense.window is None else dense.window
+    if dense.is_causal:
+        right = 0
+    # Beyond all keys is no limit, and sums stay within 32 bits.
+    farthest = LARGEST_OFFSET // 4
+    limits = [None if size < 0 else min(int(size), farthest) for size in (left, right)]
+    return limits[0], limits[1]
 
-    Zero becomes the smallest normal number, which no hidden key's score of -inf turns into NaN.
+
+def _mask_arguments(
+    query: Tensor, mask: Tensor | None, tokens: int, kv_heads: int
+) -> tuple[Any, ...]:
+    """A mask per query and its four strides, and which keys it shows to any query.
+
+    A broadcast mask is read by strides of 0.
     """
-    base_2 = abs(scale) * math.log2(math.e)
-    if not math.isnan(base_2):  # which stays what it is
-        base_2 = max(base_2, SMALLEST_SCALE)
-    return base_2, math.copysign(1.0, scale)
+    if mask is None:
+        return (None,) * 8
+    seen = _seen(mask, kv_heads)
+    seen = seen.expand(*seen.shape[:2], tokens).contiguous()
+    seen = seen.expand(query.shape[0], kv_heads, tokens)
+    mask = mask.expand(*query.shape[:3], tokens)
+    _check_offsets(mask, axes=1)
+    if mask.dtype == torch.bool:
+        mask = mask.view(torch.uint8)
+    return (mask, *mask.stride(), seen, *seen.stride()[:2])
+
+
+def _seen(mask: Tensor, kv_heads: int) -> Tensor:
+    """Keys that any query of a KV head sees, uint8 [1 or B, 1 or Hkv, 1 or N].
+
+    What others hold must not matter; in the kernel this would cost more than the mask itself.
+    """
+    mask = mask[(None,) * (4 - mask.ndim)]
+    for axis in range(4):  # what is broadcast need not be read again and again
+        if mask.stride(axis) == 0:
+            mask = mask.narrow(axis, 0, min(1, mask.shape[axis]))
+    seen = mask.any(2) if mask.dtype == torch.bool else mask.amax(2) != -math.inf
+    if seen.shape[1] > 1:
+        seen = seen.unflatten(1, (kv_heads, -1)).any(2)
+    return seen.to(torch.uint8)
+
+
+def _scale_and_sign(scale: float, units: int) -> tuple[float, float]:
+    """A positive scale, by which the largest score stays the largest, and its sign.
+
+    In base 2 unless scores are natural. Zero becomes the smallest normal number, which no hidden
+    key's score of -inf turns into NaN.
+    """
+    size = abs(scale) * (1.0 if units == NATURAL else math.log2(math.e))
+    if not math.isnan(size):  # which stays what it is
+        size = max(size, SMALLEST_SCALE)
+    return size, math.copysign(1.0, scale)
 
 
 def _needs_registers(query: Tensor, dense: Dense | None, coded: Coded | None) -> bool:
@@ -426,7 +444,6 @@ def _constants(
         remote = kernels.CODES if coded is not None else kernels.COUNTS
     return {
         "DENSE": dense is not None and dense.key.shape[2] > 0,
-        "CAUSAL": dense is not None and dense.is_causal,
         "KEY_MASK": dense is not None and dense.mask is not None,
         "REMOTE": int(remote),
         "CODE_MASK": coded is not None and coded.mask is not None,
@@ -440,8 +457,10 @@ def _constants(
     }
 
 
-def _combine(parts: Tensor, part_lse: Tensor, out: Tensor, lse: Tensor, group: int) -> None:
-    splits, pairs, rows, dim = parts.shape
+def _combine(
+    parts: Tensor, part_lse: Tensor, out: Tensor, lse: Tensor, group: int, units: int
+) -> None:
+    splits, pairs, rows, width = parts.shape
     padded = next_power_of_2(splits)
     at_once = max(1, COMBINED_AT_ONCE // padded)
     launch(
@@ -451,10 +470,11 @@ def _combine(parts: Tensor, part_lse: Tensor, out: Tensor, lse: Tensor, group: i
         device=out.device,
         warps=4,
         stages=1,
-        HEAD=dim,
-        BLOCK=_padded(dim),
+        HEAD=width,
+        BLOCK=_padded(width),
         SPLITS=padded,
         ROWS=at_once,
+        UNITS=units,
     )
 
 

@@ -8,6 +8,13 @@ BLOCK a number of channels or items, padded to a power of two.
 import triton
 import triton.language as tl
 
+LN_2 = tl.constexpr(0.6931471805599453)
+LOG2_E = tl.constexpr(1.4426950408889634)
+
+# What UNITS says of scores: products, still to be multiplied by the scale; scores in base 2; scores
+# as they are defined.
+PLAIN, BASE_2, NATURAL = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)
+
 
 @triton.jit
 def read_codes(codes, index, mask, codewords, BITS: tl.constexpr):
@@ -162,21 +169,57 @@ def interleaved(one, two):
 
 
 @triton.jit
-def online_softmax(
-    scores, values, m_i, l_i, acc, scale, SCALED: tl.constexpr, PRECISION: tl.constexpr
-):
-    """The online softmax takes in a tile: scores [m, n] in base 2, values [n, d].
+def capped(scores, softcap, PRECISION: tl.constexpr):
+    """softcap * tanh(scores / softcap), in fp32."""
+    x = scores * (1.0 / softcap)
+    size = tl.abs(x)
+    rest = tl.exp2(size * (-2.0 * LOG2_E))
+    tanh = (1.0 - rest) / (1.0 + rest)
+    if PRECISION != "ieee":  # in fp32 the difference is too coarse where it is small: a series
+        square = x * x
+        series = 1.0 + square * (-1 / 3 + square * (2 / 15 + square * (-17 / 315)))
+        tanh = tl.where(size < 0.2, size * series, tanh)
+    return tl.where(x < 0.0, -softcap, softcap) * tanh
 
-    m_i [m] is the largest score so far, l_i [m] the sum of exp2(score - m_i), acc [m, d] the same
-    sum weighted by the values. A row that has seen nothing keeps m_i -inf and l_i 0. Not SCALED,
-    scores and m_i are still to be multiplied by ``scale``, which is positive: in one instruction
-    with the difference.
+
+@triton.jit
+def masked(scores, mask_rows, offset, row_mask, token_mask, EDGE: tl.constexpr):
+    """Natural scores [m, n] under a mask per query: uint8, 0 hides, or floats that are added.
+
+    mask_rows: [m] pointers, offset: [n]. A float of -inf hides whatever the score is. All tokens
+    are there unless EDGE.
+    """
+    places = mask_rows[:, None] + offset[None, :]
+    mask = row_mask[:, None]
+    if EDGE:
+        mask = mask & token_mask[None, :]
+    if mask_rows.dtype.element_ty == tl.uint8:
+        seen = tl.load(places, mask=mask, other=0) != 0
+        return tl.where(seen, scores, -float("inf"))
+    else:
+        bias = tl.load(places, mask=mask, other=-float("inf")).to(tl.float32)
+        return tl.where(bias == -float("inf"), bias, scores + bias)
+
+
+@triton.jit
+def online_softmax(
+    scores, values, m_i, l_i, acc, scale, UNITS: tl.constexpr, PRECISION: tl.constexpr
+):
+    """The online softmax takes in a tile: scores [m, n], values [n, d].
+
+    m_i [m] is the largest score so far, l_i [m] the sum of exp(score - m_i), acc [m, d] the same
+    sum weighted by the values. A row that has seen nothing keeps m_i -inf and l_i 0. PLAIN scores
+    and m_i are still to be multiplied by ``scale``, in base 2, which is positive: in one
+    instruction with the difference.
     """
     m_new = tl.maximum(m_i, tl.max(scores, 1))
     base = tl.where(m_new == float("-inf"), 0.0, m_new)
-    if SCALED:
+    if UNITS == BASE_2:
         weights = tl.exp2(scores - base[:, None])
         alpha = tl.exp2(m_i - base)
+    elif UNITS == NATURAL:  # the difference first: the smallest number in base 2 would be -inf
+        weights = tl.exp2((scores - base[:, None]) * LOG2_E)
+        alpha = tl.exp2((m_i - base) * LOG2_E)
     else:
         base *= scale
         weights = tl.exp2(scores * scale - base[:, None])

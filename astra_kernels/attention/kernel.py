@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from torch import Tensor
 
-from astra_kernels._triton.attention import Dense, State, attend
+from astra_kernels._triton.attention import Dense, Scores, State, attend
 
 
 def attention(
@@ -15,5 +17,10 @@ def attention(
     is_causal: bool = False,
     key_mask: Tensor | None = None,
     scale: float | None = None,
+    attn_mask: Tensor | None = None,
+    window: Sequence[int] | None = None,
+    softcap: float | None = None,
+    sinks: Tensor | None = None,
 ) -> State:
-    return attend(query, scale, dense=Dense(key, value, is_causal, key_mask))
+    dense = Dense(key, value, is_causal, key_mask, attn_mask, window)
+    return attend(query, Scores(scale, softcap, sinks), dense=dense)

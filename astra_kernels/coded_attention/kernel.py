@@ -9,7 +9,7 @@ from torch import Tensor
 
 from astra_kernels._checks import CodedShape
 from astra_kernels._rotary import Rope
-from astra_kernels._triton.attention import FEW_ROWS, Coded, Counted, Dense, State, attend
+from astra_kernels._triton.attention import FEW_ROWS, Coded, Counted, Dense, Scores, State, attend
 from astra_kernels._triton.expand import expand
 from astra_kernels._triton.launch import capability
 from astra_kernels._triton.strategies import COUNTED, EXPANDED, choose
@@ -29,19 +29,23 @@ def coded_attention(
     code_bits: int | None = None,
     shape: CodedShape | None = None,
     rope_consecutive: bool = False,
+    attn_mask: Tensor | None = None,
+    softcap: float | None = None,
+    sinks: Tensor | None = None,
     strategy: str | None = None,
 ) -> State:
     """``shape`` is needed where codes are packed; ``strategy`` overrides the choice."""
     coded = describe(
         codes, key_codebook, value_codebook, value_codes, rope, code_mask, code_bits, shape,
-        rope_consecutive,
+        rope_consecutive, attn_mask,
     )  # fmt: skip
+    scores = Scores(scale, softcap, sinks)
     strategy = strategy or choose_strategy(query, coded, value_codes is None)
     if strategy == COUNTED:
-        return attend(query, scale, counted=count(coded))
+        return attend(query, scores, counted=count(coded))
     if strategy == EXPANDED:
-        return attend(query, scale, dense=look_up(query, coded))
-    return attend(query, scale, coded=coded)
+        return attend(query, scores, dense=look_up(query, coded))
+    return attend(query, scores, coded=coded)
 
 
 def describe(
@@ -54,6 +58,7 @@ def describe(
     code_bits: int | None,
     shape: CodedShape | None,
     rope_consecutive: bool = False,
+    attn_mask: Tensor | None = None,
 ) -> Coded:
     """The coded side of a call as the launchers take it."""
     keys = key_codebook if key_codebook.ndim == 5 else key_codebook.unsqueeze(0)
@@ -71,6 +76,7 @@ def describe(
         rope=rope,
         mask=code_mask,
         consecutive=rope_consecutive,
+        attn_mask=attn_mask,
     )
 
 
@@ -83,7 +89,9 @@ def choose_strategy(query: Tensor, coded: Coded, same_codes: bool) -> str:
         codewords=codewords,
         rows=rows,
         few_rows=rows <= FEW_ROWS,
-        collapses=coded.rope is None and same_codes and stages * groups == 1,
+        collapses=(
+            coded.rope is None and coded.attn_mask is None and same_codes and stages * groups == 1
+        ),
     )
 
 
@@ -119,4 +127,4 @@ def look_up(query: Tensor, coded: Coded) -> Dense:
         dtype=query.dtype,
         code_mask=coded.mask,
     )
-    return Dense(key, value, mask=coded.mask)
+    return Dense(key, value, mask=coded.mask, attn_mask=coded.attn_mask)

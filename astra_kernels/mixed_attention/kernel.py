@@ -6,11 +6,14 @@ of their own, and merged.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
+import torch
 from torch import Tensor
 
 from astra_kernels._checks import CodedShape
 from astra_kernels._rotary import Rope
-from astra_kernels._triton.attention import Dense, State, attend
+from astra_kernels._triton.attention import Dense, Scores, State, attend
 from astra_kernels._triton.strategies import COUNTED, EXPANDED
 from astra_kernels.coded_attention.kernel import choose_strategy, count, describe, look_up
 from astra_kernels.merge_state.kernel import merge_state
@@ -33,20 +36,32 @@ def mixed_attention(
     code_bits: int | None = None,
     shape: CodedShape | None = None,
     rope_consecutive: bool = False,
+    attn_mask: Tensor | None = None,
+    window: Sequence[int] | None = None,
+    code_attn_mask: Tensor | None = None,
+    softcap: float | None = None,
+    sinks: Tensor | None = None,
     strategy: str | None = None,
 ) -> State:
     """``shape`` is needed where codes are packed; ``strategy`` overrides the choice."""
-    dense = Dense(key, value, is_causal, key_mask)
+    dense = Dense(key, value, is_causal, key_mask, attn_mask, window)
+    scores = Scores(scale, softcap, sinks)
     coded = describe(
         codes, key_codebook, value_codebook, value_codes, rope, code_mask, code_bits, shape,
-        rope_consecutive,
+        rope_consecutive, code_attn_mask,
     )  # fmt: skip
     if coded.tokens == 0:
-        return attend(query, scale, dense=dense)
+        return attend(query, scores, dense=dense)
     strategy = strategy or choose_strategy(query, coded, value_codes is None)
     if strategy == COUNTED:
-        return attend(query, scale, dense=dense, counted=count(coded))
-    if strategy == EXPANDED:
-        local = attend(query, scale, dense=dense)
-        return merge_state(*local, *attend(query, scale, dense=look_up(query, coded)))
-    return attend(query, scale, dense=dense, coded=coded)
+        return attend(query, scores, dense=dense, counted=count(coded))
+    if strategy == EXPANDED and not (_adds(attn_mask) and _adds(code_attn_mask)):
+        local = attend(query, scores, dense=dense)
+        far = attend(query, scores._replace(sinks=None), dense=look_up(query, coded))
+        return merge_state(*local, *far)
+    return attend(query, scores, dense=dense, coded=coded)
+
+
+def _adds(mask: Tensor | None) -> bool:
+    """Whether a mask may hold numbers beside which the logarithm of a sum is lost in lse."""
+    return mask is not None and mask.dtype != torch.bool

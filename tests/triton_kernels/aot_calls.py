@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from astra_kernels._checks import CodedShape
-from astra_kernels._triton.attention import Coded, Dense, attend
+from astra_kernels._triton.attention import Coded, Dense, Scores, attend
 from astra_kernels._triton.expand import expand
 from astra_kernels.codeword_attention.kernel import codeword_attention
 from astra_kernels.count_codes.kernel import count_codes
@@ -47,17 +47,21 @@ def attention(
     code_mask: bool = False, counted: bool = False, splits: int | None = None,
     heads: int = HEADS, kv_heads: int = KV_HEADS, tokens: int = TOKENS, name: str = "",
     angles_dtype: torch.dtype | None = None, consecutive: bool = False,
+    mask: bool = False, width: int = 0,
 ) -> Call:  # fmt: skip
     """Mixed attention; without local tokens (``near``) attention over codes alone."""
     options = {
         "m": m, "near": near, "rope": rope, "causal": causal, "groups": groups, "stages": stages,
-        "bits": bits, "mask": code_mask, "counted": counted,
+        "bits": bits, "mask": code_mask, "counted": counted, "attn_mask": mask, "d_v": width,
     }  # fmt: skip
     said = " ".join(f"{key}={value}" for key, value in options.items() if value)
 
     def run() -> object:
         query = torch.empty(1, heads, m, d, dtype=dtype)
-        tables = torch.empty(2, stages, kv_heads, groups, CODEWORDS, d // groups, dtype=dtype)
+        tables = [
+            torch.empty(stages, kv_heads, groups, CODEWORDS, size // groups, dtype=dtype)
+            for size in (d, width or d)
+        ]
         per_token = stages * kv_heads * groups
         codes = torch.empty(1, tokens, per_token, dtype=torch.int32)
         if bits is not None:
@@ -75,23 +79,37 @@ def attention(
             return mixed_attention(query, key, key, codes, *tables, is_causal=causal, **options)
         if counted:
             counts = torch.empty(1, kv_heads, CODEWORDS, dtype=torch.int32)
-            return codeword_attention(query, counts, *tables[:, 0])
+            return codeword_attention(query, counts, *(table[0] for table in tables))
         coded = Coded(
             *(tokens, codes, tables[0], False, codes, tables[1], False, bits),
             *(options["rope"], options["code_mask"], consecutive),
+            torch.empty(m, tokens, dtype=dtype) if mask else None,
         )
         return attend(query, None, coded=coded, splits=splits)
 
     return Call(name or f"attention d={d} {short(dtype)} {said}", d, run)
 
 
-def dense(d: int, dtype: torch.dtype, *, m: int = 512, causal: bool = False) -> Call:
+def dense(
+    d: int, dtype: torch.dtype, *, m: int = 512, causal: bool = False,
+    mask: torch.dtype | None = None, window: tuple[int, int] | None = None,
+    softcap: float | None = None, sinks: bool = False, width: int = 0, name: str = "",
+) -> Call:  # fmt: skip
+    """Dense attention; ``mask``: of one per query, the same for all heads."""
+    options = {"window": window, "softcap": softcap, "sinks": sinks, "d_v": width}
+    said = f"{' causal' * causal}{'' if mask is None else f' mask={short(mask)}'}" + "".join(
+        f" {key}={value}" for key, value in options.items() if value
+    )
+
     def run() -> object:
         query = torch.empty(1, HEADS, m, d, dtype=dtype)
         key = torch.empty(1, KV_HEADS, 2048, d, dtype=dtype)
-        return attend(query, None, dense=Dense(key, key, causal))
+        value = torch.empty(1, KV_HEADS, 2048, width or d, dtype=dtype)
+        attn_mask = None if mask is None else torch.empty(1, 1, m, 2048, dtype=mask)
+        scores = Scores(None, softcap, torch.empty(HEADS) if sinks else None)
+        return attend(query, scores, dense=Dense(key, value, causal, None, attn_mask, window))
 
-    return Call(f"dense d={d} {short(dtype)} m={m}{' causal' * causal}", d, run)
+    return Call(name or f"dense d={d} {short(dtype)} m={m}{said}", max(d, width), run)
 
 
 def search(
@@ -168,6 +186,7 @@ def few() -> list[Call]:
         attention(128, FLOAT, rope=True),
         attention(80, HALF, code_mask=True),
         dense(128, BF16, causal=True),
+        dense(128, BF16, mask=BF16, window=(256, 0), softcap=30.0, sinks=True),
         search(768, 1, BF16, bits=10),
         linear(24, 32, BF16, "rms", True),
         *(call for call in helpers(BF16, 10) if call.name.startswith(pick)),
@@ -235,6 +254,12 @@ def all_calls() -> Iterator[Call]:
         yield attention(d, dtype, m=m, near=1024, causal=True)
         yield attention(d, dtype, m=m, near=1024, causal=True, rope=True)
         yield attention(d, dtype, m=m, near=1024, counted=True)
+        yield dense(d, dtype, m=m, mask=dtype)
+        yield dense(d, dtype, m=m, mask=torch.bool, causal=True)
+        yield dense(d, dtype, m=m, window=(512, 0))
+        yield dense(d, dtype, m=m, causal=True, softcap=50.0, sinks=True)
+        yield attention(d, dtype, m=m, mask=True, rope=True)
+        yield attention(d, dtype, m=m, mask=True, groups=4, width=64)
     for d, bits in itertools.product((64, 128), (1, 4, 8, 10, 12, 16)):
         yield attention(d, BF16, rope=True, bits=bits)
         yield attention(d, BF16, m=1, rope=True, bits=bits)
