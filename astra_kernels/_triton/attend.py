@@ -102,13 +102,13 @@ def attend(
     acc = tl.zeros([ROWS, VALUE_BLOCK], tl.float32)
 
     # Where the rows' parts of masks begin; strides of broadcast axes are 0.
-    mask_position = position.to(tl.int64)
     if attn_mask is not None:
-        attn_mask += batch * attn_mask_b + query_head * attn_mask_h + mask_position * attn_mask_m
+        attn_mask += batch * attn_mask_b + query_head * attn_mask_h
+        attn_mask += position.to(tl.int64) * attn_mask_m
         seen += batch * seen_b + head * seen_h
     if code_attn_mask is not None:
         code_attn_mask += batch * code_attn_mask_b + query_head * code_attn_mask_h
-        code_attn_mask += mask_position * code_attn_mask_m
+        code_attn_mask += position.to(tl.int64) * code_attn_mask_m
         code_seen += batch * code_seen_b + head * code_seen_h
 
     if DENSE:
@@ -162,28 +162,30 @@ def attend(
     acc = acc / tl.where(empty, 1.0, l_i)[:, None]
     if UNITS == PLAIN:
         m_i *= scale
+    log_sum = tl.log2(tl.where(empty, 1.0, l_i))
+    if UNITS != NATURAL:
+        lse_2 = m_i + log_sum  # -inf where nothing was seen, as m_i
     channel = tl.arange(0, VALUE_BLOCK)
     out_mask = row_mask[:, None] & (channel < VALUE_HEAD)[None, :]
     if PARTIAL:
-        rows = num_queries * num_queries_per_kv
         split = (tl.program_id(1) * tl.num_programs(2) + tl.program_id(2)).to(tl.int64)
-        offset = split * rows + row
+        offset = split * (num_queries * num_queries_per_kv) + row
         if UNITS == NATURAL:
             # Apart: beside a mask of the smallest number the logarithm of a sum would be lost.
-            plane = (tl.num_programs(1) * tl.num_programs(2)).to(tl.int64) * rows
+            plane = (tl.num_programs(1) * tl.num_programs(2)).to(tl.int64)
+            plane *= num_queries * num_queries_per_kv
             tl.store(lse + offset, m_i, mask=row_mask)
             tl.store(lse + plane + offset, l_i, mask=row_mask)
         else:
-            tl.store(lse + offset, m_i + tl.log2(tl.where(empty, 1.0, l_i)), mask=row_mask)
+            tl.store(lse + offset, lse_2, mask=row_mask)
     else:
         heads = num_kv_heads * num_queries_per_kv
         offset = (batch * num_queries + position) * heads + query_head
         lse_offset = (batch * heads + query_head) * num_queries + position
-        log_sum = tl.log2(tl.where(empty, 1.0, l_i))  # m_i is -inf where nothing was seen
         if UNITS == NATURAL:
             tl.store(lse + lse_offset, m_i + log_sum * LN_2, mask=row_mask)
         else:
-            tl.store(lse + lse_offset, (m_i + log_sum) * LN_2, mask=row_mask)
+            tl.store(lse + lse_offset, lse_2 * LN_2, mask=row_mask)
     acc = acc.to(out.dtype.element_ty)
     tl.store(out + offset[:, None] * VALUE_HEAD + channel[None, :], acc, mask=out_mask)
 
