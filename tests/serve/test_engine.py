@@ -3,15 +3,22 @@
 from __future__ import annotations
 
 import asyncio
+import base64
+import contextlib
+import struct
 import time
+import zlib
 from collections.abc import Iterator
 from typing import Any
 
 import pytest
+import torch
+import torch.nn.functional as F
 
 from astra_runtime.serve.running import RunningService, Started
 from tests.runtime.models import tiny
 from tests.runtime.serve.service import alone, led
+from tests.runtime.serve.test_encoding import encoding, png
 from tests.serve.fakes import byte_tokenizer, serving
 
 openai = pytest.importorskip("openai")
@@ -124,6 +131,59 @@ def test_what_the_service_refuses_is_named(client: Any) -> None:
     with pytest.raises(openai.BadRequestError) as told:
         complete(client, "Once", logit_bias={"99999": 1})
     assert told.value.param == "logit_bias"
+
+
+@contextlib.contextmanager
+def asked(model: Any, kind: Any) -> Iterator[Any]:
+    """A client of a service of one rank that embeds or classifies."""
+    tokenizer = byte_tokenizer()
+    with encoding(model, 1) as leader:
+        started = Started(leader, tokenizer, lambda: None)
+        service = RunningService("tiny", kind, leader.context_length, lambda _: started)
+        with serving(service) as url:
+            yield openai.OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0)
+        service.close()
+
+
+def test_embeddings_are_the_models() -> None:
+    model = tiny("bert", vocab_size=len(byte_tokenizer()))
+    with asked(model, "encoder") as client:
+        answer = client.embeddings.create(model="tiny", input=["Hello", "world!"])
+        client.close()
+    ids = torch.tensor([byte_tokenizer()("world!")["input_ids"]])
+    with torch.no_grad():
+        pooled = model(input_ids=ids).last_hidden_state[0].mean(0)
+    vector = torch.tensor(answer.data[1].embedding)
+    torch.testing.assert_close(vector, F.normalize(pooled, dim=0), atol=1e-5, rtol=1e-4)
+    assert answer.usage.prompt_tokens == len("Helloworld!")
+
+
+def test_images_are_classified() -> None:
+    image = base64.b64encode(png()).decode()
+    with asked(tiny("vit", num_labels=5), "vision") as client:
+
+        def classify(*images: str) -> Any:
+            body = {"model": "tiny", "image": [*images], "top_k": 3}
+            return client.post("/images/classify", body=body, cast_to=dict[str, Any])
+
+        first, second = classify(image, f"data:image/png;base64,{image}")["data"]
+        assert first["labels"] == second["labels"]
+        assert len(first["labels"]) == 3
+        scores = [label["score"] for label in first["labels"]]
+        assert scores == sorted(scores, reverse=True)
+        bomb = png_header(60_000, 60_000)
+        for wrong in (b"no image", bomb):
+            with pytest.raises(openai.BadRequestError) as told:
+                classify(base64.b64encode(wrong).decode())
+            assert told.value.param == "image"
+        client.close()
+
+
+def png_header(width: int, height: int) -> bytes:
+    """The beginning of a PNG that would fill the memory."""
+    head = struct.pack(">IIBBBBB", width, height, 8, 0, 0, 0, 0)
+    crc = zlib.crc32(b"IHDR" + head)
+    return b"\x89PNG\r\n\x1a\n" + struct.pack(">I", 13) + b"IHDR" + head + struct.pack(">I", crc)
 
 
 def test_a_question_in_the_page_is_answered(browser: Any, running: Any) -> None:

@@ -55,6 +55,8 @@ class Preparation:
                     raise RequestRefused("image", f"expected at most {MAX_PIXELS} pixels")
                 plain = opened.convert("L" if self.channels == 1 else "RGB")
                 resized = plain.resize(self.size[::-1], Image.Resampling.BILINEAR)
+        except Image.DecompressionBombError as error:
+            raise RequestRefused("image", f"expected at most {MAX_PIXELS} pixels") from error
         except (UnidentifiedImageError, OSError, ValueError, SyntaxError) as error:
             raise RequestRefused("image", f"expected a PNG or JPEG: {error}") from error
         data = torch.frombuffer(bytearray(resized.tobytes()), dtype=torch.uint8)

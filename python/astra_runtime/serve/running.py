@@ -153,7 +153,8 @@ class RunningService:
 
     async def _answer(self, submit: Callable[[Any], Any]) -> Any:
         """The result of a request that has one, a concurrent future; to cancel it cancels that."""
-        return await asyncio.wrap_future(submit(self._leader()))
+        # decoding images would hold up everybody else in the event loop
+        return await asyncio.wrap_future(await asyncio.to_thread(submit, self._leader()))
 
     def close(self, drain_s: float = 0.0) -> None:
         """Takes no further request, lets those that run end for so long, and ends the rest."""
