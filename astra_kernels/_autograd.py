@@ -17,4 +17,4 @@ def undifferentiated(*tensors: Tensor | None) -> contextlib.AbstractContextManag
         for tensor in tensors:
             if tensor is not None and tensor.requires_grad:
                 return contextlib.nullcontext()
-    return torch._C._AutoDispatchBelowAutograd()
+    return torch._C._AutoDispatchBelowADInplaceOrView()

@@ -33,13 +33,17 @@ def check_dense(
     op: str, query: Tensor, key: Tensor, value: Tensor, key_mask: Tensor | None
 ) -> None:
     batch, _, _, dim = query.shape
-    for name, tensor in (("key", key), ("value", value)):
-        check_dtype(op, name, tensor, (query.dtype,))
-        check_ndim(op, name, tensor, "B, Hkv, L, d" if name == "key" else "B, Hkv, L, d_v")
-        check_device(op, name, tensor, query.device)
+    dtypes, device = (query.dtype,), query.device
+    check_dtype(op, "key", key, dtypes)
+    check_dtype(op, "value", value, dtypes)
+    check_ndim(op, "key", key, "B, Hkv, L, d")
+    check_ndim(op, "value", value, "B, Hkv, L, d_v")
+    check_device(op, "key", key, device)
+    check_device(op, "value", value, device)
     if key.shape[0] != batch or key.shape[3] != dim:
         fail_value(op, "key", f"[{batch}, Hkv, L, {dim}] (B and d of query)", shape_of(key))
-    if value.shape[:3] != key.shape[:3] or (value.shape[3] < 1 and dim > 0):
+    other = value.shape != key.shape
+    if other and (value.shape[:3] != key.shape[:3] or (value.shape[3] < 1 and dim > 0)):
         sizes = ", ".join(str(size) for size in key.shape[:3])
         expected = f"[{sizes}, d_v] with d_v >= 1 (B, Hkv and L of key)"
         fail_value(op, "value", expected, shape_of(value))

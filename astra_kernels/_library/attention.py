@@ -46,8 +46,8 @@ def given(**arguments: object) -> dict[str, Any]:
 
 def uses_of_dense(query: Tensor, key: Tensor, value: Tensor, is_causal: bool) -> tuple[str, ...]:
     """What a call asks for that no argument says."""
-    wide = (VALUE_WIDTH,) if value.shape[3] != query.shape[3] else ()
-    return (*wide, MORE_QUERIES) if is_causal and query.shape[2] > key.shape[2] else wide
+    uses = () if value.shape == key.shape else (VALUE_WIDTH,)
+    return (*uses, MORE_QUERIES) if is_causal and query.shape[2] > key.shape[2] else uses
 
 
 def check_attention(
@@ -82,9 +82,13 @@ def _attention(
 ) -> State:
     op = "attention"
     check_attention(op, query, key, value, key_mask, attn_mask, window)
-    checks.check_scores(op, query, softcap, sinks)
-    more = given(attn_mask=attn_mask, window=window, softcap=softcap, sinks=sinks)
-    uses = (*more, *uses_of_dense(query, key, value, is_causal))
+    uses = uses_of_dense(query, key, value, is_causal)
+    more = {}
+    # Small calls are as quick as they are without these arguments.
+    if attn_mask is not None or window is not None or softcap is not None or sinks is not None:
+        checks.check_scores(op, query, softcap, sinks)
+        more = given(attn_mask=attn_mask, window=window, softcap=softcap, sinks=sinks)
+        uses = (*more, *uses)
     kernel = _dispatch.choose(op, impl, query.device, query.dtype, uses)
     return stored_as_query(
         kernel.run(query, key, value, is_causal=is_causal, key_mask=key_mask, scale=scale, **more)
