@@ -51,10 +51,11 @@ def attention(
         A query that sees no key has out 0 and lse -inf, with sinks lse = the head's sink.
         Accumulation is fp32 (fp64). The same input gives the same bits on the same number of
         threads.
+        Gradients go to query, key, value, attn_mask and sinks, through out and lse.
 
     Raises:
         TypeError: a dtype that is not listed. ValueError: shapes or devices that do not fit.
-        RuntimeError: an input requires grad, or ``impl`` cannot run here or lacks an argument.
+        RuntimeError: ``impl`` cannot run here or lacks an argument.
 
     Example:
         >>> query, key, value = torch.randn(3, 1, 8, 5, 64).unbind()

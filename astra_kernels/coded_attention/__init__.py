@@ -69,10 +69,12 @@ def coded_attention(
         A query that sees no token has out 0 and lse -inf, with sinks lse = the head's sink.
         Accumulation is fp32 (fp64). The same input gives the same bits on the same number of
         threads.
+        Gradients go to query, the tables, attn_mask and sinks, through out and lse. On a GPU those
+        of tables are summed by atomics, in any order, but under ``use_deterministic_algorithms``.
 
     Raises:
         TypeError: a dtype that is not listed. ValueError: shapes or devices that do not fit, a
-        visible code out of range. RuntimeError: an input requires grad, or ``impl`` cannot run.
+        visible code out of range. RuntimeError: ``impl`` cannot run.
 
     Example:
         >>> keys, values = torch.randn(2, 2, 1, 1024, 64)  # 2 KV heads, 1024 codewords each

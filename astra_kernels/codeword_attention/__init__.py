@@ -43,10 +43,11 @@ def codeword_attention(
         lse: [B, H, M], natural log, fp32 (fp64 for fp64 queries).
         Where all counts are 0, out is 0 and lse -inf. Codewords of count 0 never matter. The same
         input gives the same bits on the same number of threads.
+        Gradients go to query and the tables, through out and lse.
 
     Raises:
         TypeError: a dtype that is not listed. ValueError: shapes or devices that do not fit, a
-        negative count. RuntimeError: an input requires grad, or ``impl`` cannot run here.
+        negative count. RuntimeError: ``impl`` cannot run here.
 
     Example:
         >>> keys, values = torch.randn(2, 2, 1, 1024, 64)

@@ -24,10 +24,12 @@ def decode(
 
     Returns:
         [..., C, w] of the codebook's dtype. Deterministic.
+        Gradients go to codebook. On a GPU they are summed by atomics, in any order, but under
+        ``use_deterministic_algorithms``.
 
     Raises:
         TypeError: a dtype that is not listed. ValueError: shapes or devices that do not fit, a
-        code out of range. RuntimeError: codebook requires grad, or ``impl`` cannot run here.
+        code out of range. RuntimeError: ``impl`` cannot run here.
 
     Example:
         >>> codebook = torch.tensor([[[0.0, 0.0], [1.0, 1.0]]])  # C = 1, K = 2, w = 2

@@ -31,10 +31,11 @@ def merge_state(
         -inf has no say, whatever its out holds; two such sides give out 0 and lse -inf. Where an
         lse is NaN or +inf (which some libraries give for an empty side: replace it by -inf), out
         and lse are NaN. The weights are taken in the dtype of lse. Deterministic.
+        Gradients go to all four inputs, through out and lse.
 
     Raises:
         TypeError: a dtype that is not listed. ValueError: shapes or devices that do not fit.
-        RuntimeError: an input requires grad, or ``impl`` cannot run here.
+        RuntimeError: ``impl`` cannot run here.
 
     Example:
         >>> query, key, value = torch.randn(3, 1, 8, 6, 64).unbind()

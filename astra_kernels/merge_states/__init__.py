@@ -27,10 +27,11 @@ def merge_states(outs: Tensor, lses: Tensor, *, impl: str = "auto") -> tuple[Ten
         A state whose lse is -inf has no say, whatever its out holds; where all are, and where
         S = 0, out is 0 and lse -inf. Where an lse is NaN or +inf (which some libraries give for an
         empty side: replace it by -inf), out and lse are NaN. Deterministic.
+        Gradients go to both inputs, through out and lse.
 
     Raises:
         TypeError: a dtype that is not listed. ValueError: shapes or devices that do not fit.
-        RuntimeError: an input requires grad, or ``impl`` cannot run here.
+        RuntimeError: ``impl`` cannot run here.
 
     Example:
         >>> query, key, value = torch.randn(3, 1, 8, 6, 64).unbind()

@@ -129,10 +129,13 @@ def mixed_attention(
         A query that sees nothing has out 0 and lse -inf, with sinks lse = the head's sink.
         Accumulation is fp32 (fp64). The same input gives the same bits on the same number of
         threads.
+        Gradients go to query, key, value, the tables, masks and sinks, through out and lse. On a
+        GPU those of tables are summed by atomics, in any order, but under
+        ``use_deterministic_algorithms``.
 
     Raises:
         TypeError: a dtype that is not listed. ValueError: shapes or devices that do not fit, a
-        visible code out of range. RuntimeError: an input requires grad, or ``impl`` cannot run.
+        visible code out of range. RuntimeError: ``impl`` cannot run.
 
     Example:
         >>> query, key, value = torch.randn(1, 8, 5, 64), *torch.randn(2, 1, 2, 5, 64)
