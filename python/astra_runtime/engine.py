@@ -132,7 +132,7 @@ class Engine(SessionHost):
         self.missing: dict[int, list[int]] = {}
         self.seconds = 0.0
         check_runnable(model)
-        check_attention(self.adapter.attentions)
+        check_attention(self.adapter.attentions, self.adapter.causal)
         self.codec = self.codebook.make_codec(self.adapter)
         self._watch = Watch(model, self.adapter.projecting() if self.codec.tabled else ())
         self._plan = functools.lru_cache(_SHAPES)(
@@ -313,7 +313,7 @@ class Engine(SessionHost):
         rank = mesh.rank
         self.degraded, self.missing = False, {}
         check_runnable(self.model)
-        check_attention(adapter.attentions)
+        check_attention(adapter.attentions, adapter.causal)
         pooled = check_answer(adapter, answer)
         given = check_inputs(adapter, inputs)
         batch, tokens = adapter.count(given)

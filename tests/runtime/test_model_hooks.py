@@ -320,6 +320,31 @@ def test_a_hook_that_no_table_knows_of_is_welcome() -> None:
     assert seen
 
 
+@pytest.mark.parametrize("where", ["attention", "configuration"])
+@pytest.mark.parametrize("kind", ["llama", "gpt2", "bert"])
+def test_attention_in_the_other_direction_is_refused(kind: str, where: str) -> None:
+    """Decoders that were made encoders, as some embedding models are, and the other way about."""
+    model, causal = tiny(kind), kind != "bert"
+    with Engine(model) as engine:
+        owners = adapt(model).attentions if where == "attention" else [model.config]
+        for owner in owners:
+            owner.is_causal = not causal
+        for make in (lambda: engine(**inputs_for(kind)), lambda: Engine(model)):
+            with pytest.raises(ValueError, match=f"expected is_causal={causal}.*{where}"):
+                make()
+
+
+def test_a_configuration_that_changes_while_an_engine_is_open() -> None:
+    model = tiny("mistral")
+    with Engine(model) as engine:
+        want = engine(**inputs_for("mistral")).logits
+        model.config.pad_token_id, model.config.use_cache = 5, False  # about other things
+        assert torch.equal(engine(**inputs_for("mistral")).logits, want)
+        model.config.sliding_window = 4
+        with pytest.raises(ModelChanged, match="sliding_window of the model's configuration"):
+            engine(**inputs_for("mistral"))
+
+
 def test_dropout_at_work_in_one_part_is_refused() -> None:
     model = tiny("gpt2", resid_pdrop=0.5)
     with Engine(model) as engine:

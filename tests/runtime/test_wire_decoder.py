@@ -47,7 +47,7 @@ HEADER = bytes(Frame(3).stamp(*EXPECTED[1:]))[:28]
 FACTS = wire.encode_fields({"model": "ab12", "plan": "Grüße, 三 ranks", "a": ""})[:60]
 
 
-@settings(max_examples=500)
+@settings(max_examples=300)
 @given(st.one_of(mutated(HEADER), st.binary(max_size=40)))
 def test_headers(data: bytes) -> None:
     fault = reference.header_fault(data, EXPECTED)
@@ -79,7 +79,7 @@ def test_byes(data: bytes, source: int) -> None:
     assert wire.is_bye(data, source) == reference.is_bye(data, source)
 
 
-@settings(max_examples=500)
+@settings(max_examples=300)
 @given(st.one_of(mutated(Hello(4, 2, 0, RUN).encode()), st.binary(max_size=40)))
 def test_hellos(data: bytes) -> None:
     assert (wire.judge_prefix(data) is None) == (reference.prefix_fault(data) is None)
@@ -95,7 +95,7 @@ def test_hellos(data: bytes) -> None:
         assert hello.encode()[:12] == data[:12]
 
 
-@settings(max_examples=500)
+@settings(max_examples=300)
 @given(st.one_of(mutated(FACTS), st.binary(max_size=40)))
 def test_facts(data: bytes) -> None:
     wanted = reference.facts(data)

@@ -55,8 +55,17 @@ def digests_of(config: Any, entries: Mapping[str, bytes]) -> tuple[str, str]:
     """The name of a model with these entries, and the name that codebooks fitted before version 0.2
     know it by, which also covered ids of special tokens, labels and dropouts."""
     said = config.to_diff_dict()
-    left_out = {name for name in said if name in _NOT_WEIGHTS or name.endswith(_NOT_WEIGHTS_ENDS)}
+    left_out = {name for name in said if _is_about_training(name)}
     return _digest(said, entries, left_out), _digest(said, entries, set())
+
+
+def is_beside_the_function(name: str) -> bool:
+    """Whether a word of a configuration is not about the function that the model computes."""
+    return name in _NOT_THE_MODEL or _is_about_training(name)
+
+
+def _is_about_training(name: str) -> bool:
+    return name in _NOT_WEIGHTS or name.endswith(_NOT_WEIGHTS_ENDS)
 
 
 def _digest(said: Mapping[str, Any], entries: Mapping[str, bytes], left_out: set[str]) -> str:

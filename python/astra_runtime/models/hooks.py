@@ -304,11 +304,14 @@ def own_attention(module: nn.Module) -> Callable[..., Any]:
     return function
 
 
-def check_attention(attentions: Sequence[nn.Module]) -> None:
+def check_attention(attentions: Sequence[nn.Module], causal: bool) -> None:
     """Refuses attention that is not plain, by name.
 
+    causal: whether the family's is.
+
     Raises:
-        ValueError: an attention function of the user's own, or a module that asks for none.
+        ValueError: an attention function of the user's own, a module that asks for none, a decoder
+            that was made to see later tokens, or an encoder not to.
     """
     for block, module in enumerate(attentions):
         config: Any = module.__dict__.get("config")
@@ -320,6 +323,13 @@ def check_attention(attentions: Sequence[nn.Module]) -> None:
             )
         if isinstance(config, _AttentionConfig):
             config = config._original
+        for owner, where in ((module, "attention"), (config, "configuration")):
+            told = getattr(owner, "is_causal", None)
+            if told is not None and bool(told) != causal:
+                raise ValueError(
+                    f"model: expected is_causal={causal}, as is usual for {config.model_type}, got "
+                    f"{told} in the {where} of block {block}"
+                )
         name = config._attn_implementation
         if name not in PLAIN:
             raise ValueError(

@@ -2,15 +2,16 @@
 
 Tables are made from weights once, when an engine is made. Whoever merges an adapter, loads other
 weights or converts the model afterwards would get answers of two models mixed. So a call begins
-with a look at every module, whether it is the one that was there, and at every parameter and
-buffer: whether it is the same tensor at the same address, and on a CPU a sample of its bits, since
-a write through `.data` leaves no other trace. The look takes about a microsecond a parameter. On an
-accelerator, where reading values would wait for the device, the version counter stands for them.
-Where tables were made from a module, a later hook or patch of it counts as well.
+with a look at the configuration, at every module, whether it is the one that was there, and at
+every parameter and buffer: whether it is the same tensor at the same address, and on a CPU a sample
+of its bits, since a write through `.data` leaves no other trace. The look takes about a microsecond
+a parameter. On an accelerator, where reading values would wait for the device, the version counter
+stands for them. Where tables were made from a module, a later hook or patch of it counts as well.
 """
 
 from __future__ import annotations
 
+import copy
 import operator
 from collections.abc import Iterable
 from typing import Any
@@ -20,6 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import ModelChanged
+from .digest import is_beside_the_function
 
 SAMPLE = 8  # values of a tensor, evenly spaced
 _BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}  # by bytes an element
@@ -38,6 +40,8 @@ class Watch:
             for path, module in model.named_modules()
         ]
         self._tabled = [(module, _function(module)) for module in tabled]
+        self._config: Any = model.config
+        self._words = copy.deepcopy(_words(self._config))
         self._slots: list[tuple[dict[str, Any], str, Tensor]] = []
         self._names: list[str] = []
         for prefix, module in model.named_modules():
@@ -83,6 +87,11 @@ class Watch:
         return None
 
     def _changed_module(self) -> str | None:
+        now = _words(self._config)
+        if now != self._words:
+            names = sorted(now.keys() | self._words.keys())
+            name = next(n for n in names if now.get(n) != self._words.get(n))
+            return f"{name} of the model's configuration"
         for path, module, children in self._modules:
             now = module._modules
             if len(now) != len(children) or not all(map(operator.is_, now.values(), children)):
@@ -109,6 +118,15 @@ class Watch:
         if not self._samples:
             return np.empty(0, np.uint8)
         return np.concatenate(self._samples, axis=None)
+
+
+def _words(config: Any) -> dict[str, Any]:
+    """What a configuration says of the function, some of which is read in every pass."""
+    return {
+        name: value
+        for name, value in vars(config).items()
+        if not (name.startswith("_") or is_beside_the_function(name))
+    }
 
 
 def _function(module: nn.Module) -> tuple[Any, ...]:

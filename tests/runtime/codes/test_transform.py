@@ -62,12 +62,17 @@ def simulated(model: Any, book: Codebook, plan: Plan, inputs: dict[str, Tensor])
 # The engine.
 
 
-@pytest.mark.parametrize("prefix", [None, 0, 3])
-@pytest.mark.parametrize("weights", [(1, 1), (5, 1, 3)])
-@pytest.mark.parametrize("kind", KINDS)
+# An encoder's first tokens see all others, so none is kept exact by every rank.
+@pytest.mark.parametrize(
+    ("kind", "weights", "prefix"),
+    [
+        *((kind, (5, 1, 3), prefix) for kind in ("llama", "gpt2") for prefix in (None, 0, 3)),
+        *((kind, (5, 1, 3), None) for kind in ("bert", "vit")),
+        ("llama", (1, 1), None),
+        ("bert", (1, 1), None),
+    ],
+)
 def test_ranks_equal_the_formulas(kind: str, weights: tuple[int, ...], prefix: int | None) -> None:
-    if prefix is not None and kind in ("bert", "vit"):
-        pytest.skip("an encoder's first tokens see all others")
     model, inputs = tiny(kind), inputs_for(kind, 23, batch=2)
     book = fitted(model, kind, prefix=prefix)
     plan = plan_of(kind, book, 23, weights)
