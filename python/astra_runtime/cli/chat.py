@@ -10,7 +10,7 @@ from typing import Any
 
 from ..console import say, show_json, working
 from ..errors import AstraError
-from .leading import Place, start
+from .leading import Place, start, started_early
 from .options import (
     add_fit_options,
     add_leader,
@@ -53,14 +53,15 @@ class _Chat:
 def run(options: argparse.Namespace) -> int:
     sampling = sampling_of(options)
     place = Place.of(options)
-    started = start(options, place, _Chat())
-    try:
-        if not getattr(started.tokenizer, "chat_template", None):
-            raise AstraError(f"model {options.model!r}: expected a chat template, it has none")
-        turns = _talk(options, started, sampling)
-    finally:
-        started.leader.close()
-        started.close()
+    with started_early(options, place) as others:
+        started = start(options, place, _Chat(), others)
+        try:
+            if not getattr(started.tokenizer, "chat_template", None):
+                raise AstraError(f"model {options.model!r}: expected a chat template, it has none")
+            turns = _talk(options, started, sampling)
+        finally:
+            started.leader.close()
+            started.close()
     if options.json:
         show_json({"world_size": len(place.addresses), "turns": turns})
     return 0

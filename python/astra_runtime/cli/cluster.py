@@ -138,9 +138,12 @@ class Cluster:
     @contextlib.contextmanager
     def ranks(self, model: Any, codebook: Any, folder: Path) -> Iterator[Any]:
         """The `Ranks` that this process leads; `folder` has the codebook."""
+        import torch
+
         from ..deploy.jobs import Ranks
         from ..transport.pacing import PacedMesh
 
+        torch.set_num_threads(self.options.threads)
         deadline = time.monotonic() + self.options.connect_timeout
         self.start(str(folder))
         self.wait_ready()
@@ -183,9 +186,6 @@ def cluster(
     settings: keyword arguments of `Ranks`.
     standing: they wait for this process again when it has left them.
     """
-    import torch
-
-    torch.set_num_threads(options.threads)
     with local_keys(options, world_size) as keys:
         ranks = Cluster(options, world_size, settings, link, keys, standing=standing)
         try:

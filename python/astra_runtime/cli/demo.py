@@ -50,9 +50,6 @@ def configure(parser: argparse.ArgumentParser) -> None:
 
 
 def run(options: argparse.Namespace) -> int:
-    import torch
-
-    from ..store import builtin_text, read_text, token_windows
     from ..transport import Link
 
     begun = time.perf_counter()
@@ -60,7 +57,6 @@ def run(options: argparse.Namespace) -> int:
     link = Link(options.mbit or None, options.delay_ms)
     settings = engine_options(options, world_size)
     check_trace(options)
-    text = builtin_text()[1] if options.text is None else read_text(options.text)
     say(
         f"ASTRA demo: {options.model} reads a prompt on {world_size} processes, "
         f"{options.threads} thread each. With the model and codebook cached this takes about a "
@@ -69,6 +65,11 @@ def run(options: argparse.Namespace) -> int:
     with cluster(options, world_size, settings, link) as others:
         if codebook_at_hand(options):
             others.start(options.codebook)
+        import torch  # which takes seconds, while the other ranks load too
+
+        from ..store import builtin_text, read_text, token_windows
+
+        text = builtin_text()[1] if options.text is None else read_text(options.text)
         model, tokenizer = load(options.model, decoder=True)
         ids = token_windows(tokenizer, text, window_tokens(options, model), 1)[0][None]
         say(f"the prompt has {ids.shape[1]} tokens")

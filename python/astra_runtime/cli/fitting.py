@@ -30,7 +30,7 @@ def codebook_at_hand(options: argparse.Namespace) -> bool:
 
     Only the loaded model tells whether it is for this very model; if not, one is fitted then.
     """
-    from astra_kernels._cache import cache_folder
+    from ..core import cache_folder
 
     if options.codebook:
         return True

@@ -6,6 +6,7 @@ import argparse
 import contextlib
 import json
 import threading
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -52,19 +53,28 @@ class Place:
         return cls(options, peers)
 
 
-def start(options: argparse.Namespace, place: Place, service: Any) -> Any:
-    """Loads model and codebook, on all ranks at once, and joins the ranks."""
+@contextlib.contextmanager
+def started_early(options: argparse.Namespace, place: Place) -> Iterator[Cluster | None]:
+    """This machine's other ranks, if this process starts them: they load while it imports torch.
+
+    None: they are other devices. Leaving the block ends the processes.
+    """
     from ..transport import Link
 
+    if place.peers is not None:
+        yield None
+        return
+    link = Link(options.mbit or None, options.delay_ms)
+    size = len(place.addresses)
+    with cluster(options, size, place.settings, link, standing=True) as others:
+        if codebook_at_hand(options):
+            others.start(options.codebook)
+        yield others
+
+
+def start(options: argparse.Namespace, place: Place, service: Any, others: Cluster | None) -> Any:
+    """Loads model and codebook, on all ranks at once, and joins the ranks."""
     with contextlib.ExitStack() as stack:
-        link = Link(options.mbit or None, options.delay_ms)
-        others = None
-        if place.peers is None:
-            others = stack.enter_context(
-                cluster(options, len(place.addresses), place.settings, link, standing=True)
-            )
-            if codebook_at_hand(options):
-                others.start(options.codebook)
         service.say(f"loading {options.model}")
         model, tokenizer = load(options.model, tokenizer=service.kind != "vision")
         if options.codebook is None and (len(place.addresses) == 1 or service.kind == "vision"):
@@ -72,9 +82,7 @@ def start(options: argparse.Namespace, place: Place, service: Any) -> Any:
         if not codebook_at_hand(options):
             service.say("fitting a codebook, once")
         codebook, folder = ensure_codebook(options, model, tokenizer)
-        started = _lead(
-            options, place, service, stack, others, model, tokenizer, codebook, folder, link
-        )
+        started = _lead(options, place, service, stack, others, model, tokenizer, codebook, folder)
         stack.pop_all()
     return started
 
@@ -89,7 +97,6 @@ def _lead(
     tokenizer: Any,
     codebook: Any,
     folder: Path,
-    link: Any,
 ) -> Any:
     """The leader of the ranks, which are joined first."""
     import torch
@@ -111,7 +118,7 @@ def _lead(
         others.wait_ready()
     service.say("waiting for all devices")
     waiting = Waiting(0, place.addresses if others is None else others.peers)
-    mesh = _join(options, place, service, others, link, waiting)
+    mesh = _join(options, service, others, waiting)
     stack.callback(mesh.close)
 
     def announce(mesh: Any) -> None:
@@ -151,16 +158,12 @@ def pooling_of(folder: str) -> str:
 
 
 def _join(
-    options: argparse.Namespace,
-    place: Place,
-    service: Any,
-    others: Cluster | None,
-    link: Any,
-    waiting: Waiting,
+    options: argparse.Namespace, service: Any, others: Cluster | None, waiting: Waiting
 ) -> Any:
     """The mesh; whoever has to be waited for is named, and a process that ended starts again."""
-    from ..transport import open_mesh
+    from ..transport import Link, open_mesh
 
+    link = Link(options.mbit or None, options.delay_ms)
     peers = waiting.peers
     begun = threading.Event()
 

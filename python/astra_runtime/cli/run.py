@@ -145,16 +145,11 @@ def check_local_keys(options: argparse.Namespace, place: Place) -> None:
 
 
 def run(options: argparse.Namespace) -> int:
-    import torch
-
-    from ..serve.sampling import sampling_to_json
-
     prompt = prompt_of(options)
     place = place_of(options)
     settings = engine_options(options, place.world_size)
     sampling = sampling_of(options)
     check_trace(options)
-    torch.set_num_threads(options.threads)
     with contextlib.ExitStack() as stack:
         others = None
         if place.local:
@@ -163,6 +158,11 @@ def run(options: argparse.Namespace) -> int:
                 others.start(DENSE)
             elif codebook_at_hand(options):
                 others.start(options.codebook)
+        import torch  # which takes seconds, while the other ranks load too
+
+        from ..serve.sampling import sampling_to_json
+
+        torch.set_num_threads(options.threads)
         model, tokenizer = load(options.model, decoder=True)
         ids = encode_prompt(options, tokenizer, prompt, speak=place.rank == 0)
         check_prompt(ids.shape[1], place.world_size)
@@ -223,12 +223,10 @@ def _answer(
 
 def prompt_of(options: argparse.Namespace) -> str:
     """The text of --prompt or --text, judged before a model is loaded."""
-    from ..store import read_text
+    if options.text is not None or options.prompt == "-":
+        from ..store import read_text
 
-    if options.text is not None:
-        text = read_text(options.text)
-    elif options.prompt == "-":
-        text = read_text("/dev/stdin")
+        text = read_text("/dev/stdin" if options.text is None else options.text)
     else:
         try:
             text = str(options.prompt)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import json
 import threading
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,7 @@ from typing import Any
 from ..console import say, show_json
 from ..errors import AstraError
 from .common import quiet_transformers
-from .leading import Place, start
+from .leading import Place, start, started_early
 from .options import (
     add_fit_options,
     add_leader,
@@ -80,8 +81,7 @@ def _add_limits(parser: argparse.ArgumentParser) -> None:
 def run(options: argparse.Namespace) -> int:
     import logging
 
-    from ..serve.http import HttpOptions, check_exposure, make_app, read_api_keys, run_server
-    from ..serve.running import RunningService
+    from ..serve.http import HttpOptions, check_exposure, read_api_keys
 
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     keys = read_api_keys(options.api_key, options.api_key_file)
@@ -98,10 +98,20 @@ def run(options: argparse.Namespace) -> int:
         trace_folder=None if options.trace is None else Path(options.trace),
         degrade=options.on_missing == "degrade",
     )
+    with started_early(options, place) as others:
+        _serve(options, place, others, http)
+    return 0
+
+
+def _serve(options: argparse.Namespace, place: Place, others: Any, http: Any) -> None:
+    """Listens, and answers 503 until the service has started, until a signal ends it."""
+    from ..serve.http import make_app, run_server
+    from ..serve.running import RunningService
+
     kind, limit = about_model(options.model)
     name = options.served_name or Path(options.model).name
     service = RunningService(
-        name, kind, limit, lambda service: start(options, place, service), place.addresses
+        name, kind, limit, lambda service: start(options, place, service, others), place.addresses
     )
     stopped = threading.Event()
 
@@ -126,7 +136,6 @@ def run(options: argparse.Namespace) -> int:
         show_json({"model": name, "world_size": len(place.addresses)})
     if service.failed is not None:
         raise AstraError(f"the service could not be started: {service.failed}")
-    return 0
 
 
 def _tell(service: Any, url: str, stopped: threading.Event) -> None:
@@ -142,7 +151,24 @@ def _tell(service: Any, url: str, stopped: threading.Event) -> None:
 
 def about_model(name: str) -> tuple[Any, int]:
     """What a model is for, and how many tokens it reads, from its configuration alone."""
-    from ..store import ModelNotFound, model_folder, token_limit
+    config = _configuration(name)
+    made = (config.get("architectures") or [""])[0]
+    if made.endswith(("ForCausalLM", "LMHeadModel")):
+        kind = "decoder"
+    else:
+        kind = "vision" if "image_size" in config else "encoder"
+    limit = config.get("max_position_embeddings", config.get("n_positions"))
+    return kind, 1 << 30 if limit is None else int(limit)
+
+
+def _configuration(name: str) -> dict[str, Any]:
+    """A model's config.json; torch and transformers are imported only where it has to be found."""
+    from ..core import cache_folder
+
+    for folder in (Path(name).expanduser(), cache_folder() / "models" / name):
+        if (folder / "config.json").is_file():
+            return dict(json.loads((folder / "config.json").read_text("utf-8")))
+    from ..store import ModelNotFound, model_folder
 
     quiet_transformers()
     import transformers
@@ -151,10 +177,4 @@ def about_model(name: str) -> tuple[Any, int]:
         config = transformers.AutoConfig.from_pretrained(model_folder(name), local_files_only=True)
     except (OSError, ValueError) as error:
         raise ModelNotFound(f"model {name!r} is not here: {str(error).splitlines()[0]}") from error
-    made = (config.architectures or [""])[0]
-    if made.endswith(("ForCausalLM", "LMHeadModel")):
-        kind = "decoder"
-    else:
-        kind = "vision" if hasattr(config, "image_size") else "encoder"
-    holder = argparse.Namespace(config=config)
-    return kind, token_limit(holder) or 1 << 30
+    return dict(config.to_dict())

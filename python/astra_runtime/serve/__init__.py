@@ -7,10 +7,11 @@
 `Encoding` does the same for embeddings and classes, `RunningService` for hosts with an event loop.
 """
 
-from .encoding import Encoding
-from .leader import Leader, Ticket
-from .rank import follow
-from .running import RunningService, Started
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
 from .service import (
     Done,
     Embedding,
@@ -27,6 +28,12 @@ from .service import (
     TimeIsUp,
     Token,
 )
+
+if TYPE_CHECKING:
+    from .encoding import Encoding
+    from .leader import Leader, Ticket
+    from .rank import follow
+    from .running import RunningService, Started
 
 __all__ = [
     "Done",
@@ -50,3 +57,19 @@ __all__ = [
     "Token",
     "follow",
 ]
+
+# What needs torch is imported when it is asked for: a server listens before it has loaded that.
+_LATE = {
+    "Encoding": ".encoding",
+    "Leader": ".leader",
+    "RunningService": ".running",
+    "Started": ".running",
+    "Ticket": ".leader",
+    "follow": ".rank",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _LATE:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(_LATE[name], __name__), name)

@@ -229,18 +229,17 @@ class Leader(Rounds):
         self._expire()
         with self._changed:
             work = self._next()
-            together = work is not None and self._is_for_all(work)
-            active = bool(self._answers)
-            idle = work is None and not active and not self._drop
-            if idle and not self._ended:
+            active = bool(self._answers or self._drop)
+            if work is None and not active and not self._ended:
                 self._changed.wait(IDLE_SECONDS)
-                idle = self._admission.next() is None
-        if work is None and not active and idle:
-            self._watch()
-        elif work is not None and together and not (active and self._just_read):
+                if self._is_busy() or self._ended:
+                    return
+        if work is not None and self._is_for_all(work) and not (active and self._just_read):
             self._read(work)
-        else:
+        elif work is not None or active:
             self._step(self._alone())
+        else:
+            self._watch()
 
     def _next(self) -> Work | None:
         """The request that comes next, with its owner: the rank that knows its beginning, unless

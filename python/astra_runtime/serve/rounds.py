@@ -21,7 +21,7 @@ from ..errors import AstraError
 from ..transport import Mesh, peers_of
 from ..transport.messages import receive_json, send_json
 from .rank import ABOUT, JOB, about_this_process
-from .service import NotReady, Peer, ServiceFailed
+from .service import CLOSING, STARTING, NotReady, Peer, ServiceFailed
 
 log = logging.getLogger("astra_runtime.serve")
 
@@ -30,7 +30,6 @@ BEAT_SECONDS = 1.0  # between rounds without work
 MAX_ABOUT = 1 << 16  # bytes of what a worker says of itself
 START_SECONDS = 60.0  # for the workers to begin
 RETRY_SECONDS = 0.5  # between tries to form the mesh again
-STARTING, CLOSING = "the service is starting", "the service is shutting down"
 
 
 class Rounds(ABC):

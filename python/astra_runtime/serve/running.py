@@ -11,9 +11,9 @@ from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 from ..errors import AstraError
-from .leader import Leader
-from .rounds import CLOSING
 from .service import (
+    CLOSING,
+    STARTING,
     Embedding,
     Event,
     GenerationRequest,
@@ -74,7 +74,7 @@ class RunningService:
         self.closing = threading.Event()
         self.failed: Exception | None = None
         self._addresses = addresses
-        self._doing = "the service is starting"
+        self._doing = STARTING
         self._started: Started | None = None
         self._over = threading.Event()
         self._thread = threading.Thread(target=self._start, args=(start,), name="astra-start")
@@ -129,7 +129,7 @@ class RunningService:
         def deliver(event: Event | AstraError | None) -> None:
             loop.call_soon_threadsafe(events.put_nowait, event)
 
-        leader: Leader = self._leader()
+        leader = self._leader()
         ticket = leader.submit(request, deliver)
         try:
             while (event := await events.get()) is not None:

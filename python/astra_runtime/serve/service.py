@@ -12,6 +12,8 @@ from typing import Any, Literal, Protocol
 
 from ..errors import AstraError
 
+STARTING, CLOSING = "the service is starting", "the service is shutting down"
+
 
 class QueueFull(AstraError):
     """More requests wait than the service takes. `retry_after`: seconds to try again after."""
