@@ -113,9 +113,10 @@ class FakeService:
             await asyncio.sleep(0.002 if self.endless else 0)
         reason = "length" if count == most else "stop"
         prompt = len(request.prompt_ids)
+        timeline = self.state.timeline if request.trace else ()
         yield Done(
             index, reason, held.decode(errors="replace"), prompt, count, cached_tokens=prompt // 2,
-            coded_tokens=prompt // 4, rank=index,
+            coded_tokens=prompt // 4, rank=index, timeline=timeline,
         )  # fmt: skip
 
     async def embed(self, texts: Sequence[Sequence[int]]) -> list[Embedding]:

@@ -266,3 +266,19 @@ def test_a_timeline_a_request(tmp_path: Path) -> None:
     file = tmp_path / f"{answer.headers['x-request-id']}.json"
     events = json.loads(file.read_text())["traceEvents"]
     assert {event["name"] for event in events if event["ph"] == "X"} == {"compute", "wait"}
+    with pytest.raises(AstraError, match="--trace: cannot make the folder"):
+        make_app(FakeService(), HttpOptions(trace_folder=file))
+
+
+def test_a_full_disk_takes_no_answer_away(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    from astra_runtime.serve.http import server_state
+
+    def full(*_: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(server_state, "_write_spans", full)
+    answer = call("POST", CHAT_PATH, content=BODY, options=HttpOptions(trace_folder=tmp_path))
+    assert answer.status_code == 200
+    assert "No space left" in caplog.text

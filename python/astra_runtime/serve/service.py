@@ -91,7 +91,7 @@ class GenerationRequest:
         within_s: seconds from now until the answer has to be whole; None: no limit.
         fresh: read the whole prompt anew, whatever is kept of earlier requests.
         degrade: rather an answer without a late device than an error, where the service may.
-        trace: keep a timeline of this request for `status()`.
+        trace: keep a timeline of this request, for `Done`.
     """
 
     id: str
@@ -126,6 +126,16 @@ class Token:
 
 
 @dataclass(frozen=True)
+class Span:
+    """What a rank did: `name` from `start` to `stop`, in seconds from the timeline's beginning."""
+
+    rank: int
+    name: str
+    start: float
+    stop: float
+
+
+@dataclass(frozen=True)
 class Done:
     """Answer `index` is whole. After the last one the stream ends.
 
@@ -138,6 +148,7 @@ class Done:
         degraded: the answer lacks tokens of a device that was late or lost.
         rank: which device has answered.
         seconds_queued, seconds_to_first_token, seconds: from the request's arrival.
+        timeline: what the ranks did for the request, where it asked for `trace`.
     """
 
     index: int
@@ -152,6 +163,7 @@ class Done:
     seconds_queued: float = 0.0
     seconds_to_first_token: float = 0.0
     seconds: float = 0.0
+    timeline: Sequence[Span] = ()
 
 
 Event = Token | Done
@@ -179,16 +191,6 @@ class Peer:
     prefill_tokens_per_s: float | None = None
     decode_tokens_per_s: float | None = None
     pid: int | None = None
-
-
-@dataclass(frozen=True)
-class Span:
-    """What a rank did: `name` from `start` to `stop`, in seconds from the timeline's beginning."""
-
-    rank: int
-    name: str
-    start: float
-    stop: float
 
 
 @dataclass(frozen=True)

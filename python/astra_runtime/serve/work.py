@@ -143,6 +143,7 @@ class Work:
                 seconds_queued=self.admitted - self.arrived,
                 seconds_to_first_token=first - self.arrived,
                 seconds=now - self.arrived,
+                timeline=self.timeline(now) if self.request.trace else (),
             )
         )
 

@@ -114,7 +114,7 @@ def _request(
         within_s=state.options.request_timeout_s,
         fresh=not options.cached,
         degrade=state.options.degrade,
-        trace=state.options.trace or state.options.trace_folder is not None,
+        trace=state.options.trace_folder is not None,
     )
 
 
@@ -126,7 +126,7 @@ class Answers:
     ) -> None:
         self.state, self.asked, self.shape, self.record = state, asked, shape, record
         self.choices = [Choice(i) for i in range(sum(each.n for each in asked))]
-        # one answer's figures for each prompt
+        # the figures of each prompt's last answer
         self.prompts: dict[int, Done] = {}
 
     async def whole(self) -> dict[str, Any]:
@@ -168,7 +168,9 @@ class Answers:
                 else:
                     self._count_done(choice, event, number)
                 yield choice, event
-        await self.state.write_trace(self.record.request)
+        for number, done in self.prompts.items():
+            name = self.record.request if len(self.asked) == 1 else self.asked[number].id
+            await self.state.write_trace(name, done.timeline)
 
     def _count_token(self, choice: Choice, event: Token) -> None:
         now, metrics = time.monotonic(), self.state.metrics
@@ -187,5 +189,5 @@ class Answers:
         self.record.take(event)
         self.state.metrics.count_answer(event)
         if number not in self.prompts:
-            self.prompts[number] = event
             self.state.metrics.count_prompt(event)
+        self.prompts[number] = event

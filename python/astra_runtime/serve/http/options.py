@@ -24,7 +24,6 @@ class HttpOptions:
         body_timeout_s: how long a client may take to send its body.
         request_timeout_s: how long an answer may take; None: as long as it does.
         heartbeat_s: how often a stream that waits says so, in a comment.
-        trace: whether each request's timeline is kept for the console.
         trace_folder: where each request's timeline is written, for ui.perfetto.dev; None: nowhere.
         degrade: answer without a device that is late, where the service may, and say so.
 
@@ -44,7 +43,6 @@ class HttpOptions:
     body_timeout_s: float = 30.0
     request_timeout_s: float | None = None
     heartbeat_s: float = 10.0
-    trace: bool = True
     trace_folder: Path | None = None
     degrade: bool = False
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import time
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -11,6 +12,7 @@ from typing import Any, TypeVar, cast
 
 from starlette.requests import Request
 
+from ...errors import AstraError
 from ..service import Event, GenerationRequest, Service, Span
 from .connection import SHUTTING_DOWN, Ending, read_body
 from .errors import ApiError, no_model, unavailable
@@ -20,6 +22,7 @@ from .options import HttpOptions
 from .schemas import Endpoint, parse_body
 
 T = TypeVar("T")
+logger = logging.getLogger("astra_runtime.serve")
 PATHS = {
     "decoder": "/v1/chat/completions or /v1/completions",
     "encoder": "/v1/embeddings",
@@ -36,6 +39,8 @@ class ServerState:
     """
 
     def __init__(self, service: Service, options: HttpOptions) -> None:
+        if options.trace_folder is not None:
+            make_folder(options.trace_folder)
         self.service, self.options = service, options
         self.metrics, self.ending = Metrics(service), Ending()
         self.created = int(time.time())
@@ -97,13 +102,24 @@ class ServerState:
             if close is not None:
                 await close()
 
-    async def write_trace(self, name: str) -> None:
-        """Writes the timeline of the last request, if the options say where to."""
+    async def write_trace(self, name: str, spans: Sequence[Span]) -> None:
+        """Writes the timeline of a request, if the options say where to."""
         if self.options.trace_folder is None:
             return
-        spans = self.service.status().timeline
         path = self.options.trace_folder / f"{name}.json"
-        await asyncio.get_running_loop().run_in_executor(None, _write_spans, path, name, spans)
+        try:
+            await asyncio.to_thread(_write_spans, path, name, spans)
+        except OSError as error:
+            # a full disk takes nobody's answer away
+            logger.error("a timeline could not be written: %s", error)
+
+
+def make_folder(folder: Path) -> None:
+    """Before hours of requests, and not after the first."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise AstraError(f"--trace: cannot make the folder {folder}: {error.strerror}") from error
 
 
 def _write_spans(path: Path, name: str, spans: Sequence[Span]) -> None:
