@@ -18,6 +18,7 @@ from .codes.codebook import Codebook
 from .costs import engine_plan
 from .errors import ends_the_call_alone
 from .exchange import send_picture
+from .hugging_face import DEFAULT_NEW_TOKENS, call_arguments, generate_as_asked
 from .inputs import (
     Views,
     check_answer,
@@ -209,6 +210,8 @@ class Engine(SessionHost):
 
     def __call__(
         self,
+        first: Tensor | None = None,
+        /,
         *,
         logits: str = "last",
         outputs: str = "every",
@@ -227,13 +230,23 @@ class Engine(SessionHost):
                 different ones, or none, raise RequestMismatch before any code is used.
             within_ms: the most that the call may take, answer included; then it ends with CallEnded
                 on every rank. None: as long as the deadlines of its waits allow.
+            first: the model's own first input, `input_ids` or `pixel_values`.
             inputs: `input_ids` [B, T], `attention_mask` [B, T], `token_type_ids` [B, T],
                 `pixel_values` [B, C, h, w]: whole, the same on every rank. Pictures that differ by
-                more than rounding are refused, as far as a few means of them tell.
+                more than rounding are refused, as far as a few means of them tell. Further
+                arguments of a Hugging Face call are taken where they mean something here
+                (`return_dict`, `logits_to_keep`, `use_cache=False` …), else refused by name.
 
         Returns:
-            The model's own output class.
+            The model's own output class; a tuple with `return_dict=False`.
         """
+        inputs, kept, as_tuple = call_arguments(inputs)
+        logits = kept or logits
+        if first is not None:
+            name = "input_ids" if self.adapter.token_ids else "pixel_values"
+            if name in inputs:
+                raise TypeError(f"{name}: expected once, got it by position and by name")
+            inputs[name] = first
         check_choice("logits", logits, ANSWERS)
         check_choice("outputs", outputs, ("every", "one"))
         request, within_ms = check_request(request), check_bound(within_ms)
@@ -250,7 +263,9 @@ class Engine(SessionHost):
             self._report(call)
             output.degraded, output.missing = self.degraded, self.missing
             output.seconds = self.seconds
-            return output if call.has_answer else None
+            if not call.has_answer:
+                return None
+            return output.to_tuple() if as_tuple else output
 
     @contextlib.contextmanager
     def _turn(self) -> Iterator[None]:
@@ -352,7 +367,7 @@ class Engine(SessionHost):
         input_ids: Tensor,
         *,
         attention_mask: Tensor | None = None,
-        max_new_tokens: int = 20,
+        max_new_tokens: int | None = None,
         eos_token_id: int | Sequence[int] | None = None,
         choose: Callable[[Tensor, Tensor], Tensor] | None = None,
         on_token: Callable[[Tensor], None] | None = None,
@@ -360,6 +375,8 @@ class Engine(SessionHost):
         on_block: Callable[[int], None] | None = None,
         request: int | None = None,
         within_ms: float | None = None,
+        generation_config: Any = None,
+        **keywords: Any,
     ) -> Tensor:
         """Continues `input_ids` [B, T]; the prompt is read by all ranks, the rest by its owner.
 
@@ -367,7 +384,7 @@ class Engine(SessionHost):
         the rest. It tells every other rank each token as it comes.
 
         Args:
-            max_new_tokens: at least 1.
+            max_new_tokens: at least 1; None: the generation config's, if one is used, else 20.
             eos_token_id: one or several that end a sequence; by default the model's own. A finished
                 sequence is continued with the end token it has until all have ended.
             choose: (ids [B, t], logits [B, V]) -> next token [B], by default the likeliest; a
@@ -378,6 +395,10 @@ class Engine(SessionHost):
                 one.
             on_block: called before each block of the prompt's pass, with its number.
             request, within_ms: as of a call.
+            generation_config, keywords: as of `model.generate`: `do_sample`, `temperature`,
+                `top_p`, `num_return_sequences`, `stopping_criteria`, `streamer` … With any of them
+                the model's own generation config counts, too; the owner draws from torch's
+                generator. Beams, assistants and the like are refused by name.
 
         Returns:
             int64 [B, T + new], on every rank.
@@ -388,7 +409,15 @@ class Engine(SessionHost):
         """
         if not (self.adapter.causal and hasattr(self.model, "lm_head")):
             raise ValueError("generate: expected a decoder with a language-model head")
-        max_new_tokens = check_integer("max_new_tokens", max_new_tokens, 1)
+        if generation_config is not None or keywords:
+            plain: dict[str, Any] = {"eos_token_id": eos_token_id, "choose": choose, "on_token": on_token}
+            plain |= {"stop": stop, "on_block": on_block, "request": request}
+            plain |= {"attention_mask": attention_mask, "max_new_tokens": max_new_tokens}
+            return generate_as_asked(
+                self, input_ids, generation_config, keywords, within_ms=within_ms, **plain
+            )
+        new_tokens = DEFAULT_NEW_TOKENS if max_new_tokens is None else max_new_tokens
+        max_new_tokens = check_integer("max_new_tokens", new_tokens, 1)
         request, within_ms = check_request(request), check_bound(within_ms)
         check_function("choose", choose)
         for name, function in (("on_token", on_token), ("stop", stop), ("on_block", on_block)):

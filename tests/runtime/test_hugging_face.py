@@ -1,0 +1,158 @@
+"""Calls and generations as Hugging Face scripts write them."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from transformers import GenerationConfig, LogitsProcessorList
+from transformers.generation import MaxLengthCriteria, StoppingCriteriaList
+from transformers.generation.logits_process import TemperatureLogitsWarper
+
+from astra_runtime import Engine
+from astra_runtime.evaluate import run_ranks
+
+from .models import inputs_for, tiny
+
+IDS = inputs_for("llama", 9, batch=2)["input_ids"]
+
+
+@pytest.fixture(scope="module")
+def model() -> Any:
+    return tiny("llama")
+
+
+@pytest.fixture(scope="module")
+def engine(model: Any) -> Any:
+    with Engine(model) as made:
+        yield made
+
+
+def test_a_call_takes_what_means_something(model: Any, engine: Any) -> None:
+    given = {"use_cache": False, "output_attentions": False, "output_hidden_states": None}
+    output = engine(IDS, return_dict=True, **given)
+    want = model(IDS).logits
+    torch.testing.assert_close(output.logits, want[:, -1:])
+    for keep, columns in ((0, slice(None)), (1, slice(-1, None))):
+        kept = engine(input_ids=IDS, logits_to_keep=keep).logits
+        torch.testing.assert_close(kept, want[:, columns])
+    as_tuple = engine(IDS, return_dict=False, logits="all")
+    assert isinstance(as_tuple, tuple)
+    torch.testing.assert_close(as_tuple[0], want)
+
+
+def test_a_picture_by_position() -> None:
+    model, inputs = tiny("vit"), inputs_for("vit")
+    with Engine(model) as engine:
+        found = engine(inputs["pixel_values"])
+    torch.testing.assert_close(found[0], model(**inputs)[0], rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("given", "wanted"),
+    [
+        ({"use_cache": True}, "use_cache: expected False, got True: sessions"),
+        ({"output_attentions": True}, "output_attentions: expected False"),
+        ({"output_hidden_states": True}, "output_hidden_states: expected False"),
+        ({"labels": IDS}, "labels: expected none, got one: compute the loss"),
+        ({"past_key_values": object()}, "past_key_values: expected none"),
+        ({"inputs_embeds": torch.zeros(1, 2, 3)}, "inputs_embeds: expected none"),
+        ({"position_ids": IDS}, "position_ids: expected none"),
+        ({"logits_to_keep": 3}, "logits_to_keep: expected 0"),
+        ({"bogus": 1}, "got also bogus"),
+    ],
+)
+def test_a_call_refuses_by_name(engine: Any, given: dict[str, Any], wanted: str) -> None:
+    with pytest.raises(ValueError, match=wanted):
+        engine(IDS, **given)
+    with pytest.raises(TypeError, match="input_ids: expected once"):
+        engine(IDS, input_ids=IDS)
+
+
+@pytest.mark.parametrize(
+    "keywords",
+    [
+        {"max_new_tokens": 6, "repetition_penalty": 1.3},
+        {"max_length": 14, "no_repeat_ngram_size": 2, "use_cache": True, "num_beams": 1},
+        {"max_new_tokens": 5, "suppress_tokens": [1, 2, 3], "min_new_tokens": 3, "eos_token_id": 7},
+        {"max_new_tokens": 6, "bad_words_ids": [[5], [6, 7]]},
+        {"max_new_tokens": 5, "do_sample": True, "temperature": 0.7, "top_k": 5, "top_p": 0.9},
+        {"max_new_tokens": 5, "do_sample": True, "min_p": 0.01, "num_return_sequences": 3},
+        {"generation_config": GenerationConfig(do_sample=True, typical_p=0.9, max_new_tokens=4)},
+        {
+            "max_new_tokens": 4,
+            "logits_processor": LogitsProcessorList([TemperatureLogitsWarper(2.0)]),
+        },
+        {"max_new_tokens": 9, "stopping_criteria": StoppingCriteriaList([MaxLengthCriteria(12)])},
+    ],
+)
+def test_generation_is_that_of_the_model(model: Any, engine: Any, keywords: dict[str, Any]) -> None:
+    """With the same seed, which one device draws from."""
+    torch.manual_seed(5)
+    want = model.generate(IDS, attention_mask=torch.ones_like(IDS), **keywords)
+    torch.manual_seed(5)
+    assert engine.generate(IDS, **keywords).tolist() == want.tolist()
+
+
+def test_finished_rows_are_padded(model: Any, engine: Any) -> None:
+    plain = engine.generate(IDS, max_new_tokens=6)
+    end = int(plain[0, IDS.shape[1] + 1])
+    keywords = {"max_new_tokens": 6, "eos_token_id": end, "pad_token_id": 0}
+    want = model.generate(IDS, attention_mask=torch.ones_like(IDS), do_sample=False, **keywords)
+    found = engine.generate(IDS, do_sample=False, **keywords)
+    assert found[:, : want.shape[1]].tolist() == want.tolist()
+
+
+def test_every_rank_returns_what_the_owner_drew(model: Any) -> None:
+    def work(mesh: Any) -> list[list[int]]:
+        with Engine(model, None, mesh) as engine:
+            return engine.generate(IDS, do_sample=True, top_k=4, max_new_tokens=4).tolist()
+
+    torch.manual_seed(1)
+    first, second = run_ranks(2, work)
+    assert first == second
+
+
+def test_a_streamer_hears_prompt_and_tokens(engine: Any) -> None:
+    class Streamer:
+        def __init__(self) -> None:
+            self.parts: list[torch.Tensor] = []
+            self.ended = False
+
+        def put(self, value: torch.Tensor) -> None:
+            self.parts.append(value)
+
+        def end(self) -> None:
+            self.ended = True
+
+    streamer = Streamer()
+    ids = engine.generate(IDS[:1], max_new_tokens=3, streamer=streamer)
+    assert streamer.ended
+    assert torch.equal(torch.cat([p.flatten() for p in streamer.parts]), ids.flatten())
+
+
+@pytest.mark.parametrize(
+    ("keywords", "error", "wanted"),
+    [
+        ({"num_beams": 4}, ValueError, "num_beams: expected 1"),
+        ({"assistant_model": object()}, ValueError, "assistant_model: expected none"),
+        ({"penalty_alpha": 0.6}, ValueError, "penalty_alpha: expected None"),
+        ({"return_dict_in_generate": True}, ValueError, "return_dict_in_generate: expected False"),
+        (
+            {"generation_config": GenerationConfig(num_beams=2)},
+            ValueError,
+            "generation_config.num_b",
+        ),
+        ({"num_return_sequences": 2}, ValueError, "num_return_sequences: expected 1"),
+        ({"max_length": 9}, ValueError, "max_length: expected more than the prompt's 9"),
+        ({"bogus": 1}, TypeError, "got 'bogus'"),
+        ({"do_sample": True, "choose": lambda ids, logits: ids[:, 0]}, ValueError, "choose: exp"),
+        ({"max_new_tokens": 0, "do_sample": True}, ValueError, "max_new_tokens"),
+    ],
+)
+def test_generation_refuses_by_name(
+    engine: Any, keywords: dict[str, Any], error: type[Exception], wanted: str
+) -> None:
+    with pytest.raises(error, match=wanted):
+        engine.generate(IDS, **keywords)
