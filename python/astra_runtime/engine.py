@@ -410,8 +410,8 @@ class Engine(SessionHost):
         if not (self.adapter.causal and hasattr(self.model, "lm_head")):
             raise ValueError("generate: expected a decoder with a language-model head")
         if generation_config is not None or keywords:
-            plain: dict[str, Any] = {"eos_token_id": eos_token_id, "choose": choose, "on_token": on_token}
-            plain |= {"stop": stop, "on_block": on_block, "request": request}
+            plain: dict[str, Any] = {"eos_token_id": eos_token_id, "choose": choose}
+            plain |= {"on_token": on_token, "stop": stop, "on_block": on_block, "request": request}
             plain |= {"attention_mask": attention_mask, "max_new_tokens": max_new_tokens}
             return generate_as_asked(
                 self, input_ids, generation_config, keywords, within_ms=within_ms, **plain
