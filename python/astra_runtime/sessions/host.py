@@ -6,6 +6,8 @@ import os
 import zlib
 from pathlib import Path
 
+import torch
+
 from ..codes.packed import PackedCodes
 from ..codes.store import CodeStore
 from ..inputs import check_integer
@@ -101,6 +103,7 @@ class SessionHost(EngineParts):
             world_size,
             self.codebook.prefix,
             world_size - 1,
+            torch.zeros(1, 0, dtype=torch.int64, device=self.adapter.device),
         )
 
     def _new_store(self) -> list[CodeStore] | None:

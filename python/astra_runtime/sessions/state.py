@@ -69,7 +69,7 @@ class SessionState:
     world_size: int
     prefix: int
     owner: int
-    ids: Tensor = field(default_factory=lambda: torch.zeros(1, 0, dtype=torch.int64))
+    ids: Tensor
     read: int = 0
     fresh: bool = False
     exact: list[list[Interval]] = field(default_factory=list)

@@ -146,21 +146,38 @@ class Connection(Channel):
     def _read_into(self, room: memoryview) -> int:
         """Bytes read; 0: none are here at the moment."""
         if self.unread:
-            count = min(len(self.unread), len(room))
-            room[:count] = self.unread[:count]
-            self.unread = self.unread[count:]
-            return count
+            return self._read_again(room)
         try:
             count = self.stream.read_into(room)
         except BlockingIOError:
             return 0
-        except ssl.SSLError as error:  # nothing that was not sealed by the peer gets any further
-            reason = (error.reason or str(error)).lower().replace("_", " ")
-            raise WireError("TLS record", "one that it sealed", reason, self.rank) from error
+        except ssl.SSLError as error:
+            raise self._foreign_record(error) from error
         except OSError as error:
             raise self.lost(error.strerror or str(error)) from error
         if count == 0:
             raise self.lost("it closed the connection")
+        self.stats.bytes_received_total = self.stream.received
+        return count
+
+    def _foreign_record(self, error: ssl.SSLError) -> WireError:
+        """Nothing that was not sealed by the peer gets any further."""
+        reason = (error.reason or str(error)).lower().replace("_", " ")
+        return WireError("TLS record", "one that it sealed", reason, self.rank)
+
+    def _read_again(self, room: memoryview) -> int:
+        """What was read before, and what follows it at once: TLS may have it in memory already, and
+        then no event of the socket tells of it."""
+        count = min(len(self.unread), len(room))
+        room[:count] = self.unread[:count]
+        self.unread = self.unread[count:]
+        if count < len(room):
+            try:
+                count += self.stream.read_into(room[count:])
+            except ssl.SSLError as error:
+                raise self._foreign_record(error) from error
+            except OSError:  # nothing, or an end, which is the next read's to tell
+                pass
         self.stats.bytes_received_total = self.stream.received
         return count
 
