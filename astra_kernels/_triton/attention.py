@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from astra_kernels._triton import attend as kernels
+from astra_kernels._triton import loops
 from astra_kernels._triton.attend_tiles import MOST_PAIRS, MOST_ROWS, AttendProblem
 from astra_kernels._triton.blocks import BASE_2, NATURAL, PLAIN
 from astra_kernels._triton.launch import capability, cdiv, launch, next_power_of_2, processors
@@ -155,24 +156,24 @@ def problem_of(
     rows = num_queries * heads // kv_heads
     rotary = _rotary(query, coded)
     angles = 0
-    if coded is not None and coded.rope is not None and rotary == kernels.ANGLES:
+    if coded is not None and coded.rope is not None and rotary == loops.ANGLES:
         angles = max(table.element_size() for table in coded.rope)
     return AttendProblem(
         capability(query.device),
         query.element_size(),
         channels=max(
-            2 * _padded(dim // 2) if rotary else 0,
-            *(_padded(width) for width in (dim, _value_width(dense, coded, counted))),
+            2 * padded(dim // 2) if rotary else 0,
+            *(padded(width) for width in (dim, _value_width(dense, coded, counted))),
         ),
         staged=_staged(query, coded, counted),
         rotary=bool(rotary),
         **_composition(coded),
         mixed=dense is not None and (coded is not None or counted is not None),
-        few_rows=_padded(rows) if rows <= FEW_ROWS else 0,
+        few_rows=padded(rows) if rows <= FEW_ROWS else 0,
         angles=angles,
         packed=coded is not None and coded.bits is not None,
         causal=dense is not None and (dense.is_causal or dense.window is not None),
-        rows=min(MOST_ROWS, _padded(rows)),
+        rows=min(MOST_ROWS, padded(rows)),
         pairs=min(MOST_PAIRS, next_power_of_2(batch * kv_heads)),
         natural=bool(units == NATURAL),
         mask=max((mask.element_size() for mask in _masks(dense, coded)), default=0),
@@ -182,11 +183,11 @@ def problem_of(
 def _rotary(query: Tensor, coded: Coded | None) -> int:
     """How looked-up keys are rotated, as the kernel's ROTARY says it."""
     if coded is None or coded.rope is None:
-        return int(kernels.UNROTATED)
+        return int(loops.UNROTATED)
     rows = query.shape[2] * query.shape[1] // coded.key_table.shape[1]
     if coded.consecutive and rows <= ROWS_TO_ROTATE:
-        return int(kernels.CONSECUTIVE)
-    return int(kernels.ANGLES)
+        return int(loops.CONSECUTIVE)
+    return int(loops.ANGLES)
 
 
 def _kv_heads(dense: Dense | None, coded: Coded | None, counted: Counted | None) -> int:
@@ -269,7 +270,7 @@ def _run(
     tile: Tile,
 ) -> None:
     _, heads, num_queries, dim = query.shape
-    query = _rows_contiguous(query)
+    query = rows_contiguous(query)
     _check_offsets(query)
     kv_heads = _kv_heads(dense, coded, counted)
     group = heads // kv_heads
@@ -278,7 +279,7 @@ def _run(
     codewords = tables[0].shape[3] if tables else 0
     value_codewords = tables[1].shape[3] if tables else 0
     width, units = _value_width(dense, coded, counted), _units(scores, dense, coded, counted)
-    left, right = _window(dense)
+    left, right = window(dense)
     num_keys = 0 if dense is None else dense.key.shape[2]
     num_tokens = 0 if coded is None else coded.tokens
     launch(
@@ -290,8 +291,8 @@ def _run(
         *(group, kv_heads, num_queries, num_keys, num_tokens, codewords, value_codewords),
         *_scale_and_sign(dim**-0.5 if scores.scale is None else scores.scale, units),
         *(scores.softcap, scores.sinks, left, right or None),
-        *_mask_arguments(query, None if dense is None else dense.attn_mask, num_keys, kv_heads),
-        *_mask_arguments(query, None if coded is None else coded.attn_mask, num_tokens, kv_heads),
+        *mask_arguments(query, None if dense is None else dense.attn_mask, num_keys, kv_heads),
+        *mask_arguments(query, None if coded is None else coded.attn_mask, num_tokens, kv_heads),
         device=query.device,
         warps=tile.warps,
         stages=tile.stages,
@@ -301,10 +302,10 @@ def _run(
         ROTARY=_rotary(query, coded),
         UNIT=unit,
         HEAD=dim,
-        BLOCK=_padded(dim),
-        HALF_BLOCK=_padded((dim + 1) // 2),
+        BLOCK=padded(dim),
+        HALF_BLOCK=padded((dim + 1) // 2),
         VALUE_HEAD=width,
-        VALUE_BLOCK=_padded(width),
+        VALUE_BLOCK=padded(width),
         UNITS=units,
         ROWS=tile.rows,
         KEYS=tile.columns,
@@ -314,7 +315,7 @@ def _run(
     )
 
 
-def _window(dense: Dense | None) -> tuple[int | None, int | None]:
+def window(dense: Dense | None) -> tuple[int | None, int | None]:
     """How far queries see to the left and to the right of their key; None: to the end."""
     if dense is None:
         return None, None
@@ -327,7 +328,7 @@ def _window(dense: Dense | None) -> tuple[int | None, int | None]:
     return limits[0], limits[1]
 
 
-def _mask_arguments(
+def mask_arguments(
     query: Tensor, mask: Tensor | None, tokens: int, kv_heads: int
 ) -> tuple[Any, ...]:
     """A mask per query and its four strides, and which keys it shows to any query.
@@ -383,7 +384,7 @@ def _needs_registers(query: Tensor, dense: Dense | None, coded: Coded | None) ->
 def _dense_arguments(dense: Dense | None) -> tuple[Any, ...]:
     if dense is None:
         return (None, 0, 0, 0, None, 0, 0, 0, None)
-    key, value = _rows_contiguous(dense.key), _rows_contiguous(dense.value)
+    key, value = rows_contiguous(dense.key), rows_contiguous(dense.value)
     mask = None if dense.mask is None else dense.mask.contiguous()
     _check_offsets(key, value)
     return (key, *key.stride()[:3], value, *value.stride()[:3], mask)
@@ -394,7 +395,7 @@ def _stride_unit(query: Tensor, dense: Dense | None) -> int:
     strides = list(query.stride()[:3])
     if dense is not None:
         for tensor in (dense.key, dense.value):
-            strides += _rows_contiguous(tensor).stride()[:3]
+            strides += rows_contiguous(tensor).stride()[:3]
     return math.gcd(16, *strides)
 
 
@@ -471,19 +472,19 @@ def _combine(
         warps=4,
         stages=1,
         HEAD=width,
-        BLOCK=_padded(width),
+        BLOCK=padded(width),
         SPLITS=padded,
         ROWS=at_once,
         UNITS=units,
     )
 
 
-def _padded(channels: int) -> int:
+def padded(channels: int) -> int:
     """Matrix instructions take powers of two, from 16 on."""
     return max(16, next_power_of_2(channels))
 
 
-def _rows_contiguous(x: Tensor) -> Tensor:
+def rows_contiguous(x: Tensor) -> Tensor:
     """Channels one after the other, rows within reach of 32 bits: other views are copied."""
     fine = (x.stride(-1) == 1 or x.shape[-1] == 1) and _reach(x, x.ndim - 1) < LARGEST_OFFSET
     return x if fine else x.contiguous()

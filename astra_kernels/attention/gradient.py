@@ -1,4 +1,5 @@
-"""The gradient of dense attention: torch's flash backward on a CPU where it serves, else by blocks.
+"""The gradient of dense attention: torch's flash backward on a CPU where it serves, the Triton
+kernels on a GPU, else by blocks.
 
 Keys of one softmax may come from several sources (dense, coded): with the log-sum-exp of all of
 them at hand each source's gradient stands alone, and those to the query are added.
@@ -53,14 +54,40 @@ def of_keys(
     fast: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients to query, key and value of what these keys add, in the dtype of accumulation;
-    that of the mask is added to ``grad_mask``. ``fast``: torch's flash kernel may be used."""
+    that of the mask is added to ``grad_mask``. ``fast``: more than blocks may be used."""
     if softmax.query.numel() == 0 or key.shape[2] == 0:
         dtype = compute_dtype(softmax.query)
         return tuple(zeros_like(x, dtype) for x in (softmax.query, key, value))  # type: ignore[return-value]
+    if fast and grad_mask is None and _triton_serves(softmax, key, value):
+        return _by_triton(softmax, key, value, see)
     served = softmax.out is not None and softmax.softcap is None and softmax.sums is None
     if not fast or not served or grad_mask is not None or not softmax.query.is_cpu:
         return blocks.backward(softmax, key, value, see, grad_mask)
     return _by_flash(softmax, key, value, see)
+
+
+def _triton_serves(softmax: Softmax, key: Tensor, value: Tensor) -> bool:
+    from astra_kernels._dispatch import runs_triton  # which imports this module
+
+    dtype = softmax.query.dtype
+    if softmax.sums is not None or dtype == torch.float64 or key.dtype != value.dtype:
+        return False
+    return key.dtype == dtype and runs_triton(softmax.query.device)
+
+
+def _by_triton(
+    softmax: Softmax, key: Tensor, value: Tensor, see: Visibility
+) -> tuple[Tensor, Tensor, Tensor]:
+    # Triton is optional: imported on first use.
+    from astra_kernels._triton.attention import Dense
+    from astra_kernels._triton.gradient import attention_gradient
+
+    left, right = (-1 if limit is None else limit for limit in (see.left, see.right))
+    dense = Dense(key, value, False, see.key_mask, see.attn_mask, (left, right))
+    return attention_gradient(
+        *(softmax.query, dense, softmax.lse, softmax.grad_out, softmax.delta),
+        *(softmax.scale, softmax.softcap),
+    )
 
 
 def _by_flash(

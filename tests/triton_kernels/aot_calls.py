@@ -16,6 +16,7 @@ import torch
 from astra_kernels._checks import CodedShape
 from astra_kernels._triton.attention import Coded, Dense, Scores, attend
 from astra_kernels._triton.expand import expand
+from astra_kernels._triton.gradient import attention_gradient
 from astra_kernels.codeword_attention.kernel import codeword_attention
 from astra_kernels.count_codes.kernel import count_codes
 from astra_kernels.decode.kernel import decode
@@ -112,6 +113,27 @@ def dense(
     return Call(name or f"dense d={d} {short(dtype)} m={m}{said}", max(d, width), run)
 
 
+def gradient(
+    d: int, dtype: torch.dtype, *, causal: bool = False, mask: torch.dtype | None = None,
+    window: tuple[int, int] | None = None, softcap: float | None = None, width: int = 0,
+) -> Call:  # fmt: skip
+    """The gradient of dense attention, of 512 queries to 2,048 keys."""
+    options = {"causal": causal, "mask": mask, "window": window, "softcap": softcap, "d_v": width}
+    said = "".join(f" {key}={value}" for key, value in options.items() if value)
+
+    def run() -> object:
+        query = torch.empty(1, HEADS, 512, d, dtype=dtype)
+        key = torch.empty(1, KV_HEADS, 2048, d, dtype=dtype)
+        value = torch.empty(1, KV_HEADS, 2048, width or d, dtype=dtype)
+        attn_mask = None if mask is None else torch.empty(1, 1, 512, 2048, dtype=mask)
+        grad_out = torch.empty(1, HEADS, 512, width or d, dtype=dtype)
+        rows = torch.empty(1, HEADS, 512)
+        dense = Dense(key, value, causal, None, attn_mask, window)
+        return attention_gradient(query, dense, rows, grad_out, rows, d**-0.5, softcap)
+
+    return Call(f"gradient d={d} {short(dtype)}{said}", max(d, width), run)
+
+
 def search(
     width: int, groups: int, dtype: torch.dtype, bits: int | None = None, name: str = ""
 ) -> Call:
@@ -187,6 +209,7 @@ def few() -> list[Call]:
         attention(80, HALF, code_mask=True),
         dense(128, BF16, causal=True),
         dense(128, BF16, mask=BF16, window=(256, 0), softcap=30.0, sinks=True),
+        gradient(128, BF16, causal=True),
         search(768, 1, BF16, bits=10),
         linear(24, 32, BF16, "rms", True),
         *(call for call in helpers(BF16, 10) if call.name.startswith(pick)),
@@ -254,6 +277,9 @@ def all_calls() -> Iterator[Call]:
         yield attention(d, dtype, m=m, near=1024, causal=True)
         yield attention(d, dtype, m=m, near=1024, causal=True, rope=True)
         yield attention(d, dtype, m=m, near=1024, counted=True)
+        yield gradient(d, dtype)
+        yield gradient(d, dtype, causal=True, softcap=50.0)
+        yield gradient(d, dtype, mask=dtype, window=(256, 0))
         yield dense(d, dtype, m=m, mask=dtype)
         yield dense(d, dtype, m=m, mask=torch.bool, causal=True)
         yield dense(d, dtype, m=m, window=(512, 0))
