@@ -329,6 +329,7 @@ class Engine(SessionHost):
         self.degraded, self.missing = False, {}
         check_runnable(self.model)
         check_attention(adapter.attentions, adapter.causal)
+        alike = repr((options, request, answer, everywhere)).encode()  # on all ranks
         pooled = check_answer(adapter, answer)
         given = check_inputs(adapter, inputs)
         batch, tokens = adapter.count(given)
@@ -344,7 +345,7 @@ class Engine(SessionHost):
             self._sizes(rank, plan, batch),
             mesh,
             batch,
-            plan.tag([*contents(given), repr((options, request)).encode()]),
+            plan.tag([*contents(given), alike]),
             Views.of(adapter, given, plan, rank),
             "last" if pooled else answer,
             None if last is None else LastTokens.of(last, plan),

@@ -99,6 +99,29 @@ def test_other_prompts_end_the_call_alone() -> None:
         assert torch.equal(before, after)
 
 
+ASKED = [
+    ({"logits": "last"}, {"logits": "all"}),
+    ({"logits": "all"}, {"logits": "last"}),
+    ({"logits": "local"}, {"logits": "last"}),
+    ({"outputs": "every"}, {"outputs": "one"}),  # the owner of the answer keeps it to itself
+]
+
+
+@pytest.mark.parametrize("asked", ASKED, ids=str)
+def test_ranks_that_ask_for_other_answers_find_out_and_go_on(asked: Any) -> None:
+    model, inputs = tiny("llama"), inputs_for("llama", 24)
+
+    def work(mesh: Mesh) -> tuple[Tensor, Tensor]:
+        with Engine(model, None, mesh) as engine:
+            before = engine(**inputs).logits
+            with pytest.raises(WireError, match="runs another plan"):
+                engine(**inputs, **asked[mesh.rank])
+            return before, engine(**inputs).logits
+
+    for before, after in run_ranks(2, work, timeout=5):
+        assert torch.equal(before, after)
+
+
 @pytest.mark.parametrize("request_", [-1, 2**63, 1.0, True, "7"])
 def test_a_request_is_an_integer(request_: Any) -> None:
     with Engine(tiny("llama")) as engine:
