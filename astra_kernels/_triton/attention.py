@@ -462,8 +462,8 @@ def _combine(
     parts: Tensor, part_lse: Tensor, out: Tensor, lse: Tensor, group: int, units: int
 ) -> None:
     splits, pairs, rows, width = parts.shape
-    padded = next_power_of_2(splits)
-    at_once = max(1, COMBINED_AT_ONCE // padded)
+    most = next_power_of_2(splits)
+    at_once = max(1, COMBINED_AT_ONCE // most)
     launch(
         kernels.combine,
         (cdiv(rows, at_once), pairs),
@@ -473,7 +473,7 @@ def _combine(
         stages=1,
         HEAD=width,
         BLOCK=padded(width),
-        SPLITS=padded,
+        SPLITS=most,
         ROWS=at_once,
         UNITS=units,
     )
