@@ -299,7 +299,11 @@ class Engine(SessionHost):
 
     def _report(self, call: Call) -> None:
         """What is known when a call has ended, for the host."""
-        self.missing = call.missing.by_rank() if call.missing else {}
+        missing = call.missing.by_rank() if call.missing else {}
+        mesh = call.mesh
+        if isinstance(mesh, RotatedMesh):  # errors and answers name the devices
+            missing = {mesh.original(rank): blocks for rank, blocks in missing.items()}
+        self.missing = dict(sorted(missing.items()))
         self.degraded = bool(self.missing)
         trailer = call.missing.width if call.missing else 0
         self.bits_per_token_block = call.sizes.bits_per_token_block(call.batch, trailer)

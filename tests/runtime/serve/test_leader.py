@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from typing import Any
 
 import pytest
@@ -301,3 +302,26 @@ def test_the_last_request_leaves_a_timeline(llama: Any) -> None:
     assert {span.rank for span in spans if span.name == "compute"} == {0, 1}
     assert [span.rank for span in spans if span.name == "decode"] == [done.rank]
     assert all(0 <= span.start <= span.stop <= done.seconds + 1 for span in spans)
+
+
+def test_a_rank_that_is_late_is_named_as_it_is(llama: Any) -> None:
+    """Where rank 0 owns a prompt, the shards are dealt from rank 1 on; ranks keep their names."""
+    ids = torch.tensor([prompt(60)])
+
+    def rank(mesh: Any) -> Any:
+        with Engine(llama, None, mesh, on_missing="degrade", deadline_ms=50) as engine:
+            if mesh.rank == 1:
+                real = mesh.send
+
+                def send(*frame: Any, block: int, **to: Any) -> None:
+                    if block == 1:
+                        time.sleep(1.0)  # many times the deadline
+                    real(*frame, block=block, **to)
+
+                mesh.send = send
+            engine.prefill(ids, owner=0)
+            return engine.missing
+
+    missing = run_ranks(2, rank)[0]
+    assert set(missing) == {1}
+    assert 1 in missing[1]
