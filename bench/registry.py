@@ -72,6 +72,12 @@ DEFAULT = (
     ),
     Bench("ops", "the ops on the CPU", 3, (_cpu("bench.ops", "ops"),)),
     Bench(
+        "ops_drop_in",
+        "masks, windows and gradients beside torch's own",
+        2,
+        (_cpu("bench.ops_drop_in", "ops_drop_in"),),
+    ),
+    Bench(
         "exchange",
         "one block's exchange beside gloo and ZeroMQ, in plain and inside TLS",
         5,

@@ -7,6 +7,7 @@ ds = p (dp - delta), where delta = sum(dout * out) - dlse, p = exp(s - lse), dp 
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -124,15 +125,21 @@ class Softmax:
     """A softmax over any keys, seen from one source of them: what its gradient needs."""
 
     query: Tensor
-    lse: Tensor
-    grad_out: Tensor  # [B, H, M, d_v]
-    delta: Tensor  # [B, H, M], sum(grad_out * out) - grad_lse
+    out: Tensor  # [B, H, M, d_v]
+    lse: Tensor  # [B, H, M]
+    grad_out: Tensor
+    grad_lse: Tensor | None
     scale: float
     softcap: float | None
-    # What delta is made of, where lse has no gradient.
-    out: Tensor | None = None
     # [B, H, M, 1], of exp(score - lse) over all keys, where lse is too coarse for them to be 1.
     sums: Tensor | None = None
+
+    @functools.cached_property
+    def delta(self) -> Tensor:
+        """[B, H, M], what is subtracted from the gradient of every weight."""
+        dtype = compute_dtype(self.query)
+        delta = (self.grad_out.to(dtype) * self.out.to(dtype)).sum(dim=3)
+        return delta if self.grad_lse is None else delta - self.grad_lse
 
 
 def is_coarse(lse: Tensor) -> bool:

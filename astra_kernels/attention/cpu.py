@@ -66,10 +66,10 @@ def flash(
     out, lse = _flash(query, key, value, 0.0, False, attn_mask=bias, scale=scale)
     if not lse.all():
         _mend(lse == 0, query, key, value, scale, bias, out, lse)
-    if hides:
+    # One sum tells that there is no NaN (or numbers that are as large).
+    if hides and not out.sum().isfinite():
         wrong = lse.isnan() | out.isnan().any(dim=3)
-        if wrong.any():
-            _mend(wrong, query, key, value, scale, bias, out, lse)
+        _mend(wrong, query, key, value, scale, bias, out, lse)
     out = out if out.shape[3] == width else out[..., :width]
     return out.to(dtype), lse.contiguous()
 
@@ -174,10 +174,15 @@ def _by_rows(
     if see.key_mask is not None:
         hidden = ~see.key_mask[:, None, :, None]
         key, value = key.masked_fill(hidden, 0.0), value.masked_fill(hidden, 0.0)
-    out, lse = new_state(query, value.shape[3])
     block = _rows_at_once(see)
-    if block < see.rows:
-        key, value = key.to(dtype), value.to(dtype)
+    if block >= see.rows:
+        low, high = see.span(0, see.rows)
+        bias = see.bias(0, see.rows, low, high, dtype, query.device)
+        if bias is not None:
+            bias = bias.expand(*bias.shape[:-2], see.rows, high - low)
+        return flash(query, key[:, :, low:high], value[:, :, low:high], scale, bias, hides=True)
+    out, lse = new_state(query, value.shape[3])
+    key, value = key.to(dtype), value.to(dtype)
     for start in range(0, see.rows, block):
         stop = min(start + block, see.rows)
         low, high = see.span(start, stop)
@@ -186,8 +191,6 @@ def _by_rows(
             bias = bias.expand(*bias.shape[:-2], stop - start, high - low)
         rows = query[:, :, start:stop].to(key.dtype)
         part = flash(rows, key[:, :, low:high], value[:, :, low:high], scale, bias, hides=True)
-        if block >= see.rows:
-            return part
         out[:, :, start:stop], lse[:, :, start:stop] = part
     return out, lse
 

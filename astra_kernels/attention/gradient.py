@@ -34,15 +34,10 @@ def softmax_of(
     scale: float | None,
     softcap: float | None,
 ) -> Softmax:
-    dtype = compute_dtype(query)
     if grad_out is None:
         grad_out = out.new_zeros(()).expand(out.shape)
     scale = query.shape[3] ** -0.5 if scale is None else scale
-    delta = torch.einsum("bhmd,bhmd->bhm", grad_out.to(dtype), out.to(dtype))
-    plain = grad_lse is None
-    if grad_lse is not None:
-        delta = delta - grad_lse
-    return Softmax(query, lse, grad_out, delta, scale, softcap, out=out if plain else None)
+    return Softmax(query, out, lse, grad_out, grad_lse, scale, softcap)
 
 
 def of_keys(
@@ -60,7 +55,7 @@ def of_keys(
         return tuple(zeros_like(x, dtype) for x in (softmax.query, key, value))  # type: ignore[return-value]
     if fast and grad_mask is None and _triton_serves(softmax, key, value):
         return _by_triton(softmax, key, value, see)
-    served = softmax.out is not None and softmax.softcap is None and softmax.sums is None
+    served = softmax.grad_lse is None and softmax.softcap is None and softmax.sums is None
     if not fast or not served or grad_mask is not None or not softmax.query.is_cpu:
         return blocks.backward(softmax, key, value, see, grad_mask)
     return _by_flash(softmax, key, value, see)
@@ -96,7 +91,6 @@ def _by_flash(
     dtype = compute_dtype(softmax.query)
     widths = (softmax.query.shape[3], key.shape[3], value.shape[3])
     width = max(widths)
-    assert softmax.out is not None
     if see.key_mask is not None:
         hidden = ~see.key_mask[:, None, :, None]
         key, value = key.masked_fill(hidden, 0.0), value.masked_fill(hidden, 0.0)
@@ -130,7 +124,6 @@ def _call(
     is_causal: bool = False,
     bias: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    assert softmax.out is not None
     query, out, grad_out = (x[:, :, rows] for x in (softmax.query, softmax.out, softmax.grad_out))
     return _flash(
         *(grad_out, query, key, value, out, softmax.lse[:, :, rows], 0.0, is_causal),
@@ -237,7 +230,7 @@ def attention(
     """Gradients by the arguments' names; those of ``wanted``, and maybe more."""
     see = visibility(query, key.shape[2], is_causal, key_mask, attn_mask, window)
     softmax = softmax_of(query, out, lse, grad_out, grad_lse, scale, softcap)
-    grad_mask = new_grad_mask(attn_mask, "attn_mask" in wanted, softmax.delta.dtype)
+    grad_mask = new_grad_mask(attn_mask, "attn_mask" in wanted, lse.dtype)
     if query.numel() > 0 and attn_mask is not None and blocks.is_coarse(lse):
         softmax = with_sums(softmax, [blocks.sums_of(softmax, key, see)], sinks)
     grads = of_keys(softmax, key, value, see, grad_mask, fast)

@@ -216,7 +216,7 @@ def coded_attention(
     """Gradients by the arguments' names; those of ``wanted``, and maybe more."""
     softmax = softmax_of(query, out, lse, grad_out, grad_lse, scale, softcap)
     tokens = describe(codes, key_codebook, value_codebook, value_codes, rope, code_mask)
-    grad_mask = new_grad_mask(attn_mask, "attn_mask" in wanted, softmax.delta.dtype)
+    grad_mask = new_grad_mask(attn_mask, "attn_mask" in wanted, lse.dtype)
     see = visibility(query, codes.shape[1], False, code_mask, attn_mask)
     if query.numel() > 0 and attn_mask is not None and blocks.is_coarse(lse):
         softmax = with_sums(softmax, [sums_of(softmax, tokens, see)], sinks)

@@ -18,10 +18,10 @@ def _part(softmax: Softmax, row: int, heads: slice) -> Softmax:
     return replace(
         softmax,
         query=softmax.query[place],
+        out=softmax.out[place],
         lse=softmax.lse[place],
         grad_out=softmax.grad_out[place],
-        delta=softmax.delta[place],
-        out=None if softmax.out is None else softmax.out[place],
+        grad_lse=None if softmax.grad_lse is None else softmax.grad_lse[place],
         sums=None if softmax.sums is None else softmax.sums[place],
     )
 

@@ -57,7 +57,7 @@ def mixed_attention(
         softmax = with_sums(softmax, sums, sinks)
     result: Gradients = {}
     for name, mask in (("attn_mask", attn_mask), ("code_attn_mask", code_attn_mask)):
-        grad_mask = new_grad_mask(mask, name in wanted, softmax.delta.dtype)
+        grad_mask = new_grad_mask(mask, name in wanted, lse.dtype)
         if grad_mask is not None:
             result[name] = grad_mask
     near = of_keys(softmax, key, value, local, result.get("attn_mask"), fast)
