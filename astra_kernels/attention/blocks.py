@@ -28,6 +28,14 @@ def compute_dtype(query: Tensor) -> torch.dtype:
     return torch.float64 if query.dtype == torch.float64 else torch.float32
 
 
+def new_state(query: Tensor, width: int | None = None) -> tuple[Tensor, Tensor]:
+    """Uninitialized out and lse; out [B, H, M, width or d] is stored as [B, M, H, …], the layout
+    that the flash kernel writes and that models want next."""
+    batch, heads, rows, dim = query.shape
+    out = query.new_empty((batch, rows, heads, dim if width is None else width)).transpose(1, 2)
+    return out, query.new_empty((batch, heads, rows), dtype=compute_dtype(query))
+
+
 def zeros_like(tensor: Tensor, dtype: torch.dtype) -> Tensor:
     """Zeros [B, H, M, d], stored as [B, M, H, d]."""
     batch, heads, rows, width = tensor.shape

@@ -1,9 +1,9 @@
-"""Dense attention on a CPU: torch's flash kernel, which also gives the log-sum-exp.
+"""Dense attention on a CPU: the C++ kernel where it serves, else torch's flash kernel.
 
-Five of its habits are worked around here. It divides by zero on an empty key set. It reports lse 0
-for a row that sees nothing, and out and lse 0 for one whose scores are all NaN. It misreads tensors
-whose last axis is not contiguous. And it lets NaN through from masked keys and values, so hidden
-keys are taken out instead of masked.
+The flash kernel also gives the log-sum-exp. Five of its habits are worked around here. It divides
+by zero on an empty key set. It reports lse 0 for a row that sees nothing, and out and lse 0 for one
+whose scores are all NaN. It misreads tensors whose last axis is not contiguous. And it lets NaN
+through from masked keys and values, so hidden keys are taken out instead of masked.
 """
 
 from __future__ import annotations
@@ -13,7 +13,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from astra_kernels.attention.blocks import compute_dtype, forward
+from astra_kernels.attention import native
+from astra_kernels.attention.blocks import compute_dtype, forward, new_state
 from astra_kernels.attention.visibility import Visibility, visibility
 
 # Rows of queries that share one flash call under a causal mask. The kernel skips keys in blocks of
@@ -25,14 +26,6 @@ CAUSAL_ROWS = 64
 CONVERTED = 2**22
 
 _flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default
-
-
-def new_state(query: Tensor, width: int | None = None) -> tuple[Tensor, Tensor]:
-    """Uninitialized out and lse; out [B, H, M, width or d] is stored as [B, M, H, …], the layout
-    that the flash kernel writes and that models want next."""
-    batch, heads, rows, dim = query.shape
-    out = query.new_empty((batch, rows, heads, dim if width is None else width)).transpose(1, 2)
-    return out, query.new_empty((batch, heads, rows), dtype=compute_dtype(query))
 
 
 def empty_state(query: Tensor, width: int | None = None) -> tuple[Tensor, Tensor]:
@@ -228,6 +221,10 @@ def attention(
     softcap: float | None = None,
     sinks: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
+    if attn_mask is None and window is None and softcap is None and native.serves(query.dtype):
+        return native.attention(
+            query, key, value, is_causal=is_causal, key_mask=key_mask, scale=scale, sinks=sinks
+        )
     if key_mask is not None and key_mask.all():
         key_mask = None
     more_queries = is_causal and query.shape[2] > key.shape[2]

@@ -11,10 +11,17 @@ import torch
 from torch import Tensor
 
 from astra_kernels import _C
-from astra_kernels.attention.cpu import new_state
+from astra_kernels.attention.blocks import new_state
 
 if TYPE_CHECKING:
     from astra_kernels._C import DenseKeys, Heads, Shape
+
+# Instruction sets with which the kernel was measured beside torch's flash kernel: it is faster for
+# one query and a thousand, one key and thousands (bench/native.py).
+MEASURED = ("avx2", "avx512")
+# An extension that was built before this kernel stays usable: a development tree is not rebuilt by
+# every change of csrc/.
+_SERVES = hasattr(_C, "mixed_attention") and _C.attention_isas()[-1] in MEASURED
 
 
 def attention(
@@ -33,6 +40,11 @@ def attention(
     dense = Dense(key, value, is_causal, key_mask)
     _C.attention(call.shape, call.query, dense.keys, *call.rest, isa)
     return call.state(query.dtype)
+
+
+def serves(dtype: torch.dtype) -> bool:
+    """Whether `impl="auto"` takes this kernel for what it knows."""
+    return dtype != torch.float64 and _SERVES
 
 
 class Call(NamedTuple):

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from astra_kernels.attention.blocks import compute_dtype
-from astra_kernels.attention.cpu import attention, flash, new_state
+from astra_kernels.attention.blocks import compute_dtype, new_state
+from astra_kernels.attention.cpu import attention, flash
 
 
 def codewords(

@@ -1,7 +1,8 @@
-"""Mixed-precision attention on a CPU: the two halves, then one softmax out of both.
+"""Mixed-precision attention on a CPU: in C++ where it serves; else the two halves, then one softmax
+out of both.
 
-Quicker than one flash call over concatenated keys (bench/ops.py, case `mixed_halves`): the halves
-need no copy of the local keys and keep the causal half cheap.
+Halves are quicker than one flash call over concatenated keys (bench/ops.py, case `mixed_halves`):
+they need no copy of the local keys and keep the causal half cheap.
 """
 
 from __future__ import annotations
@@ -12,8 +13,9 @@ from torch import Tensor
 
 from astra_kernels._rotary import Rope
 from astra_kernels.attention.cpu import attention
-from astra_kernels.coded_attention.cpu import coded_attention
+from astra_kernels.coded_attention.cpu import coded_attention, looks_up
 from astra_kernels.merge_state.cpu import merge_state
+from astra_kernels.mixed_attention import native
 
 
 def mixed_attention(
@@ -36,6 +38,18 @@ def mixed_attention(
     softcap: float | None = None,
     sinks: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
+    plain = attn_mask is None and window is None and code_attn_mask is None and softcap is None
+    if plain and looks_up(query, codes, key_codebook, rope, value_codes):
+        return native.mixed_attention(
+            *(query, key, value, codes, key_codebook, value_codebook),
+            is_causal=is_causal,
+            key_mask=key_mask,
+            scale=scale,
+            value_codes=value_codes,
+            rope=rope,
+            code_mask=code_mask,
+            sinks=sinks,
+        )
     local = attention(
         query,
         key,

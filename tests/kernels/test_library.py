@@ -296,7 +296,7 @@ def test_impl_that_is_not_there(monkeypatch, name):
     op = getattr(ak, name)
     with pytest.raises(ValueError, match=r"impl must be one of auto, .*, got 'cuda'"):
         op(*args, **options, impl="cuda")
-    if name != "encode":  # which has one
+    if name not in ("attention", "coded_attention", "encode", "mixed_attention"):  # which have one
         with pytest.raises(RuntimeError, match="there is no C\\+\\+ kernel for " + name):
             op(*args, **options, impl="native")
     with pytest.raises(RuntimeError, match="impl='triton' cannot run"):
