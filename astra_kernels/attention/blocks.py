@@ -1,5 +1,5 @@
 """Attention by blocks of scores in plain torch, on any device: what torch's flash kernel does not
-have (softcap, log-sum-exp that is differentiated, mask gradients), forward and backward.
+have (softcap, mask gradients), forward and backward.
 
 With lse at hand a block of weights is exp(scores - lse), so the backward keeps no scores:
 ds = p (dp - delta), where delta = sum(dout * out) - dlse, p = exp(s - lse), dp = dout v^T.

@@ -22,6 +22,9 @@ Gradients = dict[str, Tensor]
 # Rows of queries that share one flash call under a window: it computes whole blocks.
 BAND_ROWS = 128
 
+# Channels that are added where lse has a gradient: one is needed, eight keep rows aligned.
+LSE_CHANNELS = 8
+
 _flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward.default
 
 
@@ -55,10 +58,14 @@ def of_keys(
         return tuple(zeros_like(x, dtype) for x in (softmax.query, key, value))  # type: ignore[return-value]
     if fast and grad_mask is None and _triton_serves(softmax, key, value):
         return _by_triton(softmax, key, value, see)
-    served = softmax.grad_lse is None and softmax.softcap is None and softmax.sums is None
+    served = softmax.softcap is None and softmax.sums is None
     if not fast or not served or grad_mask is not None or not softmax.query.is_cpu:
         return blocks.backward(softmax, key, value, see, grad_mask)
-    return _by_flash(softmax, key, value, see)
+    grads = _by_flash(softmax, key, value, see)
+    if see.attn_mask is not None and not all(grad.sum().isfinite() for grad in grads):
+        # Keys that a mask hides from all rows may be NaN, which the kernel multiplies by 0.
+        return blocks.backward(softmax, key, value, see, grad_mask)
+    return grads
 
 
 def _triton_serves(softmax: Softmax, key: Tensor, value: Tensor) -> bool:
@@ -90,13 +97,17 @@ def _by_flash(
 ) -> tuple[Tensor, Tensor, Tensor]:
     dtype = compute_dtype(softmax.query)
     widths = (softmax.query.shape[3], key.shape[3], value.shape[3])
-    width = max(widths)
+    width = max(widths) + (0 if softmax.grad_lse is None else LSE_CHANNELS)
     if see.key_mask is not None:
         hidden = ~see.key_mask[:, None, :, None]
         key, value = key.masked_fill(hidden, 0.0), value.masked_fill(hidden, 0.0)
     query, key, value, out, grad_out = (
         _ready(x, width, dtype) for x in (softmax.query, key, value, softmax.out, softmax.grad_out)
     )
+    if softmax.grad_lse is not None:
+        # The kernel subtracts sum(grad_out * out) only: one more channel makes that delta.
+        out[..., -1] = -softmax.grad_lse
+        grad_out[..., -1] = 1.0
     lse = softmax.lse
     if not lse.isfinite().all():
         # A row that sees nothing has weights exp(-inf - inf) = 0.
