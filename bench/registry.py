@@ -270,6 +270,12 @@ OTHERS = (
         (_cpu("bench.vision --wide --keep build/vision", "accuracy_vision_wide"),),
     ),
     Bench(
+        "native",
+        "attention in C++ beside torch's flash kernel, on one thread",
+        4,
+        (_cpu("bench.native", "native"),),
+    ),
+    Bench(
         "choices",
         "what the constants of the CPU ops rest on",
         5,
