@@ -90,6 +90,12 @@ DEFAULT = (
         (_cpu("bench.demo", "latency_demo"),),
     ),
     Bench(
+        "forms",
+        "SmolLM2 in float32, bfloat16, int8 and int4, on one device and on two",
+        20,
+        (_cpu("bench.forms", "latency_forms"),),
+    ),
+    Bench(
         "calibrate",
         "transform codes of SmolLM2, kept in build/codebooks for the next ones",
         10,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import codecs
 import fcntl
+import hashlib
 import importlib
 import importlib.util
 import json
@@ -54,12 +55,19 @@ def _packaged(name: str) -> Path:
 def model_folder(name: str) -> str:
     """Where transformers can load `name` from: a folder, or the name of a cached hub model.
 
-    "smollm2" is converted once from its GGUF file into the cache folder (about half a minute).
+    "smollm2" is converted once from its GGUF file into the cache folder (about half a minute), and
+    so is any other GGUF file that `name` is the path of; a file that changed is converted anew.
+
+    Raises:
+        ModelNotFound: a path where no model is.
+        DamagedModel: a GGUF file that cannot be read.
     """
     if name == "minilm":
         return str(_packaged(name))
     if name != "smollm2":
         path = Path(name).expanduser()
+        if path.suffix == ".gguf":
+            return str(_converted(name, path))
         if path.exists() and not (path / "config.json").is_file():
             raise ModelNotFound(f"model {name!r}: expected a folder with config.json")
         return str(path) if path.exists() else name
@@ -67,6 +75,23 @@ def model_folder(name: str) -> str:
     if not (folder / "config.json").is_file():
         _convert(_packaged(name), folder)
     return str(folder)
+
+
+def _converted(name: str, file: Path) -> Path:
+    """The folder that a GGUF file is converted into, once for each content."""
+    if not _begins_as_gguf(file):
+        raise DamagedModel(f"model {name!r}: expected a GGUF file, which begins with GGUF")
+    facts = file.stat()
+    said = f"{file.resolve()} {facts.st_size} {facts.st_mtime_ns}"
+    digest = hashlib.sha256(said.encode()).hexdigest()[:16]
+    folder = cache_folder() / "models" / f"{file.stem}-{digest}"
+    if not (folder / "config.json").is_file():
+        try:
+            _convert(file, folder)
+        except (ValueError, KeyError, NotImplementedError, RuntimeError) as error:
+            why = str(error).splitlines()[0] if str(error) else type(error).__name__
+            raise DamagedModel(f"model {name!r} cannot be converted from GGUF: {why}") from error
+    return folder
 
 
 def at_hand(name: str) -> str:

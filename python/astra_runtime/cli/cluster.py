@@ -92,6 +92,10 @@ class Cluster:
         options, settings = self.options, self.settings
         arguments = ["--peers", ",".join(self.peers), "--model", options.model]
         arguments += [] if codebook is None else ["--codebook", codebook]
+        arguments += ["--dtype", options.dtype]
+        if options.checkpoint is not None:
+            arguments += ["--checkpoint", options.checkpoint]
+        arguments += ["--mixed-dtypes"] if settings["mixed_forms"] else []
         arguments += ["--threads", str(options.threads), "--timeout", str(options.timeout)]
         arguments += ["--connect-timeout", str(options.connect_timeout)]
         arguments += ["--on-missing", settings["on_missing"]]

@@ -19,17 +19,24 @@ def quiet_transformers() -> None:
     logging.disable_progress_bar()
 
 
-def load(name: str, *, decoder: bool = False, tokenizer: bool = True) -> tuple[Any, Any]:
-    """Model and tokenizer by name; `decoder`: only a model that can continue a text will do.
+def load(
+    options: argparse.Namespace, *, decoder: bool = False, tokenizer: bool = True
+) -> tuple[Any, Any]:
+    """Model and tokenizer of --model, --dtype and --checkpoint.
 
-    tokenizer: False: the model has none, and None stands for it.
+    Args:
+        decoder: only a model that can continue a text will do.
+        tokenizer: False: the model has none, and None stands for it.
     """
     from ..models import adapt
     from ..store import load_model, load_tokenizer
 
     quiet_transformers()
-    with working(f"loading {name}"):
-        model = load_model(name)
+    name, form = options.model, options.dtype
+    with working(f"loading {name}" + ("" if form == "float32" else f" in {form}")):
+        model = load_model(name, dtype=form)
+    if options.checkpoint is not None:
+        adapt(model).name_checkpoint(options.checkpoint)
     if not (adapt(model).causal and hasattr(model, "lm_head")) and decoder:
         raise AstraError(f"model {name!r}: expected a language model that continues texts")
     return model, load_tokenizer(name) if tokenizer else None

@@ -23,6 +23,7 @@ from .options import (
     check_trace,
     engine_options,
     positive,
+    settle_threads,
     two_or_more,
 )
 from .run import check_prompt
@@ -57,6 +58,7 @@ def run(options: argparse.Namespace) -> int:
     link = Link(options.mbit or None, options.delay_ms)
     settings = engine_options(options, world_size)
     check_trace(options)
+    settle_threads(options, world_size)
     say(
         f"ASTRA demo: {options.model} reads a prompt on {world_size} processes, "
         f"{options.threads} thread each. With the model and codebook cached this takes about a "
@@ -70,7 +72,7 @@ def run(options: argparse.Namespace) -> int:
         from ..store import builtin_text, read_text, token_windows
 
         text = builtin_text()[1] if options.text is None else read_text(options.text)
-        model, tokenizer = load(options.model, decoder=True)
+        model, tokenizer = load(options, decoder=True)
         ids = token_windows(tokenizer, text, window_tokens(options, model), 1)[0][None]
         say(f"the prompt has {ids.shape[1]} tokens")
         check_prompt(ids.shape[1], world_size)
@@ -149,6 +151,7 @@ def _continuation(ranks: Any, tokenizer: Any, ids: Any, new_tokens: int) -> dict
     times = answer["times"]
     return {
         "continuation": tokenizer.decode(answer["ids"][0], skip_special_tokens=True),
+        "devices": answer["devices"],
         "seconds_per_token": (times[-1] - times[0]) / max(1, len(times) - 1),
     }
 
@@ -185,6 +188,7 @@ def _setting(
         "tokens": tokens,
         "shards": shards,
         "threads": options.threads,
+        "dtype": options.dtype,
         "codebook": {name: getattr(codebook, name) for name in ("space", "groups", "codewords")},
         "link": {
             "mbit_per_s": options.mbit or None,

@@ -32,7 +32,7 @@ def run(options: argparse.Namespace) -> int:
     from ..train.calibration import as_windows
 
     text = builtin_text()[1] if options.text is None else read_text(options.text)
-    model, tokenizer = load(options.model)
+    model, tokenizer = load(options)
     tokens = window_tokens(options, model)
     windows = token_windows(tokenizer, text, tokens, options.windows)
     codebook, _ = ensure_codebook(options, model, tokenizer)

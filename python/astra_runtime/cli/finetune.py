@@ -77,7 +77,9 @@ def run(options: argparse.Namespace) -> int:
     folder = output_folder(options)
     if options.resume and not (folder / CHECKPOINT).is_file():
         raise AstraError(f"--resume: found no checkpoint {folder / CHECKPOINT}; start without it")
-    model, tokenizer = load(options.model)
+    if options.dtype != "float32":
+        raise AstraError(f"--dtype: expected float32, which training needs, got {options.dtype}")
+    model, tokenizer = load(options)
     model = model.to(device)
     length = window_tokens(options, model, shorten=True)
     windows = token_windows(tokenizer, text, length, options.windows)

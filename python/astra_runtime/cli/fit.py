@@ -143,7 +143,7 @@ def run(options: argparse.Namespace) -> int:
     size = size_of(options)
     text = None if options.text is None else read_text(options.text)
     folder = output_folder(options)
-    model, tokenizer = load(options.model)
+    model, tokenizer = load(options)
     if "groups" in size and size["groups"] is None:
         codewords = options.codewords or 1024
         size["groups"] = groups_within(

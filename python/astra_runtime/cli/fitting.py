@@ -57,6 +57,7 @@ def ensure_codebook(options: argparse.Namespace, model: Any, tokenizer: Any) -> 
         folder = Path(options.codebook)
         codebook = Codebook.from_pretrained(folder)
         codebook.check_model(adapt(model))
+        _say_form(model)
         return codebook, folder
     folder = _cache_folder(options.model, model)
     folder.parent.mkdir(parents=True, exist_ok=True)
@@ -66,9 +67,30 @@ def ensure_codebook(options: argparse.Namespace, model: Any, tokenizer: Any) -> 
         if not (folder / "astra_config.json").is_file():
             say(f"no codebook for {options.model} yet: fitting one, once, into {folder}")
             # quick: a text of two kinds, and nothing that the model writes; `astra fit` does more
-            codebook = fit_builtin(model, tokenizer, windows=14, sampled=0)
+            codebook = fit_builtin(_in_float32(options, model), tokenizer, windows=14, sampled=0)
             codebook.save_pretrained(folder)
+    _say_form(model)
     return Codebook.from_pretrained(folder), folder
+
+
+def _say_form(model: Any) -> None:
+    """Codes that serve another form than they were fitted for are told of."""
+    from ..models import adapt
+
+    form = adapt(model).form()
+    if form != "float32":
+        say(f"the weights are kept in {form}; the codes were fitted for the same checkpoint")
+
+
+def _in_float32(options: argparse.Namespace, model: Any) -> Any:
+    """The model that the codes of every form are fitted on."""
+    from ..models import adapt
+    from ..store import load_model
+
+    if adapt(model).form() == "float32":
+        return model
+    say("codes are fitted on the weights in float32, which takes their memory this once")
+    return load_model(options.model)
 
 
 def fit_builtin(model: Any, tokenizer: Any, *, space: str | None = None, **options: Any) -> Any:

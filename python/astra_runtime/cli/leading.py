@@ -15,7 +15,7 @@ from ..errors import AstraError
 from .cluster import Cluster, cluster
 from .common import load
 from .fitting import codebook_at_hand, ensure_codebook
-from .options import DENSE, check_keys, connect_options, engine_options, peers_of
+from .options import DENSE, check_keys, connect_options, engine_options, peers_of, settle_threads
 from .waiting import Waiting
 
 BEAT_SHARE = 0.2  # of --timeout: how often ranks without work are asked whether they are there
@@ -36,6 +36,7 @@ class Place:
         self.peers = peers
         self.addresses = peers or [f"rank {rank}, on this machine" for rank in range(size)]
         self.settings = engine_options(options, len(self.addresses))
+        settle_threads(options, 1 if peers else size)
 
     @classmethod
     def of(cls, options: argparse.Namespace) -> Place:
@@ -76,7 +77,7 @@ def start(options: argparse.Namespace, place: Place, service: Any, others: Clust
     """Loads model and codebook, on all ranks at once, and joins the ranks."""
     with contextlib.ExitStack() as stack:
         service.say(f"loading {options.model}")
-        model, tokenizer = load(options.model, tokenizer=service.kind != "vision")
+        model, tokenizer = load(options, tokenizer=service.kind != "vision")
         if options.codebook is None and (len(place.addresses) == 1 or service.kind == "vision"):
             options.codebook = DENSE  # there is nobody to send codes to, or no text to fit them on
         if not codebook_at_hand(options):

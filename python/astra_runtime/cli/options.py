@@ -43,10 +43,28 @@ def add_model(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--model",
         default=DEFAULT_MODEL,
-        help="smollm2, minilm, a folder, or a Hugging Face model in the local cache "
+        help="smollm2, minilm, a folder, a GGUF file, or a Hugging Face model in the local cache "
         "(default: %(default)s)",
     )
+    add_form(parser)
     parser.add_argument("--json", action="store_true", help="one JSON object on stdout")
+
+
+def add_form(parser: argparse.ArgumentParser) -> None:
+    """--dtype and --checkpoint; `common.load` reads them."""
+    parser.add_argument(
+        "--dtype",
+        choices=("float32", "bfloat16", "int8", "int4"),
+        default="float32",
+        help="what the weights are kept in (default: %(default)s); int8 takes about a quarter of "
+        "the memory, int4 less; a codebook serves all of them",
+    )
+    parser.add_argument(
+        "--checkpoint",
+        metavar="DIGEST",
+        help="of a model that somebody else quantized: the checkpoint that it was made from, as "
+        "astra_config.json of a codebook names it",
+    )
 
 
 def add_tokens(
@@ -66,7 +84,17 @@ def add_fit_options(parser: argparse.ArgumentParser) -> None:
 
 
 def add_mesh_options(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--threads", type=positive, default=1, help="CPU threads a rank (1)")
+    parser.add_argument(
+        "--threads",
+        type=positive,
+        help="CPU threads a rank (default: all cores; ranks on one machine share them)",
+    )
+    parser.add_argument(
+        "--mixed-dtypes",
+        action="store_true",
+        help="let devices keep the weights in float32, int8 or int4, each as its --dtype says; the "
+        "same on all devices (default: others than one's own are refused)",
+    )
     parser.add_argument(
         "--weights", metavar="W,W,…", help="shares of the tokens, one a rank (default: balanced)"
     )
@@ -170,7 +198,16 @@ def missing_of(options: argparse.Namespace) -> dict[str, Any]:
 def engine_options(options: argparse.Namespace, world_size: int) -> dict[str, Any]:
     """--weights, --halo, --on-missing and --deadline-ms, judged: keyword arguments of `Ranks`."""
     weights = weights_of(options, world_size)
-    return {"weights": weights, "halo": options.halo, **missing_of(options)}
+    mixed = {"mixed_forms": getattr(options, "mixed_dtypes", False)}
+    return {"weights": weights, "halo": options.halo, **missing_of(options), **mixed}
+
+
+def settle_threads(options: argparse.Namespace, processes: int) -> None:
+    """--threads, where nobody said how many: of `processes` that share this machine."""
+    from ..cores import threads_of
+
+    if options.threads is None:
+        options.threads = threads_of(processes)
 
 
 def add_trace(parser: argparse.ArgumentParser) -> None:

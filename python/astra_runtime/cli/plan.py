@@ -15,11 +15,13 @@ from .fitting import cached_codebook, ensure_codebook
 from .options import (
     DENSE,
     add_connection,
+    add_form,
     add_tokens,
     check_keys,
     connect_options,
     peers_of,
     positive,
+    settle_threads,
 )
 from .waiting import Waiting
 
@@ -42,6 +44,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
         help="a model's folder or smollm2 (default); with --flops also the name of a shape: "
         "vit-base, gpt2, gpt2-medium, llama-3-8b",
     )
+    add_form(parser)
     parser.add_argument("--json", action="store_true", help="one JSON object on stdout")
     add_tokens(parser, "of the input")
     parser.add_argument("--mbit", type=float, help="rate of each device's link (10, or measured)")
@@ -64,7 +67,9 @@ def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--flops", type=float, help="FLOP/s of a device; default: this machine is measured"
     )
-    parser.add_argument("--threads", type=positive, default=1, help="CPU threads measured with (1)")
+    parser.add_argument(
+        "--threads", type=positive, help="CPU threads measured with (default: all cores)"
+    )
     parser.add_argument(
         "--speeds",
         metavar="S,S,…",
@@ -98,8 +103,9 @@ def run(options: argparse.Namespace) -> int:
     speeds = _speeds(options)
     _check_rates(options)
     books = _read_books(options.codebook or [])
+    settle_threads(options, 1)  # every device has a machine of its own
     torch.set_num_threads(options.threads)
-    model, tokenizer = (shaped(options.model), None) if shape else load(options.model)
+    model, tokenizer = (shaped(options.model), None) if shape else load(options)
     adapter = adapt(model)
     options.tokens = (options.tokens or TOKENS) if shape else window_tokens(options, model)
     # beside the class token, which every rank of an encoder computes

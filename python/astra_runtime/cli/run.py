@@ -27,6 +27,7 @@ from .options import (
     engine_options,
     peers_of,
     positive,
+    settle_threads,
 )
 from .streaming import Streaming, add_sampling, sampling_of
 from .waiting import Waiting
@@ -89,6 +90,13 @@ class Place:
     def local(self) -> bool:
         return self.peers is None and not self.torchrun
 
+    @property
+    def on_this_machine(self) -> int:
+        """How many ranks share this machine's cores."""
+        if self.torchrun:
+            return int(os.environ.get("LOCAL_WORLD_SIZE", self.world_size))
+        return 1 if self.peers is not None else self.world_size
+
 
 def place_of(options: argparse.Namespace) -> Place:
     """Where the options and torchrun's variables place this process; refuses contradictions."""
@@ -150,6 +158,7 @@ def run(options: argparse.Namespace) -> int:
     settings = engine_options(options, place.world_size)
     sampling = sampling_of(options)
     check_trace(options)
+    settle_threads(options, place.on_this_machine)
     with contextlib.ExitStack() as stack:
         others = None
         if place.local:
@@ -163,7 +172,7 @@ def run(options: argparse.Namespace) -> int:
         from ..serve.sampling import sampling_to_json
 
         torch.set_num_threads(options.threads)
-        model, tokenizer = load(options.model, decoder=True)
+        model, tokenizer = load(options, decoder=True)
         ids = encode_prompt(options, tokenizer, prompt, speak=place.rank == 0)
         check_prompt(ids.shape[1], place.world_size)
         check_length(model, ids.shape[1], options.max_new_tokens)
@@ -343,6 +352,8 @@ def report(options: argparse.Namespace, tokenizer: Any, answer: Any, world_size:
                 "bits_per_token_block": answer["bits_per_token_block"],
                 "degraded": answer["degraded"],
                 "missing": {str(rank): blocks for rank, blocks in answer["missing"].items()},
+                "dtype": options.dtype,
+                **answer["devices"],
             }
         )
         return
@@ -354,6 +365,18 @@ def report(options: argparse.Namespace, tokenizer: Any, answer: Any, world_size:
         f"{answer['bits_per_token_block']:.0f} bits a token and block: first token after "
         f"{times[0]:.2f} s{pace} ({os.path.basename(options.model)})"
     )
+    devices = answer["devices"]
+    say(
+        f"threads by rank: {listed(devices['threads'])}; weights in {options.dtype}: "
+        f"{listed(devices['weight_bytes'], 2**20)} MiB; most memory: "
+        f"{listed(devices['peak_bytes'], 2**20)} MiB"
+    )
+
+
+def listed(by_rank: dict[str, int], unit: int = 1) -> str:
+    """Figures of the ranks, one where all are alike."""
+    figures = [str(round(value / unit)) for value in by_rank.values()]
+    return figures[0] if len({*figures}) == 1 else ", ".join(figures)
 
 
 def say_exactness(options: argparse.Namespace, codebook: Any, answer: Any) -> None:

@@ -24,6 +24,7 @@ from .options import (
     connect_options,
     engine_options,
     peers_of,
+    settle_threads,
 )
 from .waiting import Waiting
 
@@ -72,14 +73,18 @@ def run(options: argparse.Namespace) -> int:
     check_keys(options, peers)
     import torch
 
+    settle_threads(options, 1)
     torch.set_num_threads(options.threads)
-    model, tokenizer = load(options.model)
+    model, tokenizer = load(options)
     codebook, _ = ensure_codebook(options, model, tokenizer)
     torch.set_num_threads(options.threads)  # fitting used every core
     if options.parent:
         print(READY, flush=True)
     else:
-        say(f"rank {options.rank} of {len(peers)} waits for the others at {peers[options.rank]}")
+        say(
+            f"rank {options.rank} of {len(peers)} waits for the others at {peers[options.rank]}, "
+            f"{options.threads} thread(s)"
+        )
     worker = _Worker(options, peers, model, codebook, settings)
     jobs = worker.join_once() if options.once else worker.serve()
     if options.json:

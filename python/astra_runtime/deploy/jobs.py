@@ -18,10 +18,12 @@ from torch import Tensor, nn
 from ..codes.codebook import Codebook
 from ..codes.fields import DENSE_DTYPES
 from ..control import Control
+from ..cores import peak_bytes
 from ..decoding import Choose
 from ..engine import Engine
 from ..errors import WireError
 from ..evaluate import shard_loss
+from ..models.quantized import weight_bytes
 from ..store import token_limit
 from ..trace import Span, trace_of, tracing
 from ..transport import Mesh, require
@@ -42,6 +44,7 @@ class Ranks:
         halo: of the engine with codes; None: its default. The others have none.
         on_missing, deadline_ms: as the engine's. Where ranks may be left out, a job goes on without
             those that are late or lost, unless it needs them.
+        mixed_forms: as the engine's.
     """
 
     def __init__(
@@ -54,8 +57,10 @@ class Ranks:
         halo: int | None = None,
         on_missing: Literal["raise", "degrade"] = "raise",
         deadline_ms: float | None = None,
+        mixed_forms: bool = False,
     ) -> None:
         self.model, self.codebook = model, codebook
+        self.mixed_forms = mixed_forms
         self.on_missing, self.deadline_ms = on_missing, deadline_ms
         self.partial = on_missing == "degrade"
         self.mesh, self.timed = mesh, timed or mesh
@@ -88,6 +93,7 @@ class Ranks:
                 halo=halo,
                 deadline_ms=self.deadline_ms,
                 on_missing=self.on_missing,
+                mixed_forms=self.mixed_forms,
             )
             mesh.flush()  # nothing held by the link may be overtaken on the other mesh
         return self._engines[key]
@@ -285,6 +291,21 @@ class Ranks:
             "bits_per_token_block": engine.bits_per_token_block,
             "degraded": engine.degraded,
             "missing": engine.missing,
+            "devices": self.devices(),
+        }
+
+    def devices(self) -> dict[str, dict[str, int]]:
+        """Threads, bytes of the weights and most bytes of memory, each by rank that was there."""
+        late = self.deadline_ms / 1000 if self.partial and self.deadline_ms else None
+        own = {
+            "threads": torch.get_num_threads(),
+            "weight_bytes": weight_bytes(self.model),
+            "peak_bytes": peak_bytes(),
+        }
+        said = {name: self._exchange(float(value), late) for name, value in own.items()}
+        return {
+            name: {str(rank): int(values[rank]) for rank in sorted(values)}
+            for name, values in said.items()
         }
 
     def close(self) -> None:

@@ -29,7 +29,7 @@ LONG = " ".join(WORDS[i * 5 % 96] for i in range(90))
 
 @pytest.fixture
 def unloaded(monkeypatch: pytest.MonkeyPatch) -> None:
-    def load_model(name: str) -> Any:
+    def load_model(name: str, dtype: str = "float32") -> Any:
         raise AssertionError("the model was loaded first")
 
     monkeypatch.setattr(store, "load_model", load_model)

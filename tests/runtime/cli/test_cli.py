@@ -139,6 +139,10 @@ def test_run_prints_one_json_object(
         "bits_per_token_block",
         "degraded",
         "missing",
+        "dtype",
+        "threads",
+        "weight_bytes",
+        "peak_bytes",
     }
     assert found["text"] == alone["text"]
     assert found["world_size"] == 2

@@ -1,0 +1,44 @@
+"""Cores and memory of this machine, as this process may use them."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import os
+import resource
+import sys
+from pathlib import Path
+
+_CPUS = Path("/sys/devices/system/cpu")
+_QUOTA = Path("/sys/fs/cgroup/cpu.max")
+
+
+def physical_cores(cpus: Path = _CPUS, quota: Path = _QUOTA) -> int:
+    """Cores that this process may use; threads of one core count once, and so does a container's
+    share of the processor. At least 1."""
+    if hasattr(os, "sched_getaffinity"):
+        allowed = os.sched_getaffinity(0)
+    else:
+        allowed = set(range(os.cpu_count() or 1))
+    found = set()
+    for cpu in allowed:
+        siblings = str(cpu)
+        with contextlib.suppress(OSError):
+            siblings = (cpus / f"cpu{cpu}/topology/thread_siblings_list").read_text().strip()
+        found.add(siblings)
+    count = len(found)
+    with contextlib.suppress(OSError, ValueError):
+        most, period = quota.read_text().split()
+        count = min(count, math.ceil(int(most) / int(period)))  # "max" is no limit
+    return max(1, count)
+
+
+def threads_of(processes: int) -> int:
+    """Threads of each of so many processes that share this machine."""
+    return max(1, physical_cores() // processes)
+
+
+def peak_bytes() -> int:
+    """The most memory that this process has had."""
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else 1024 * peak

@@ -1,0 +1,87 @@
+"""--dtype, --threads and GGUF files on the command line."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from astra_runtime import cores, store
+from astra_runtime.cli.options import settle_threads
+from astra_runtime.store import DamagedModel, model_folder
+
+from .test_cli import PROMPT, here, home, model_options  # noqa: F401 - fixtures
+
+
+def test_a_run_in_int8_says_what_it_takes(home: Path, here: Any) -> None:  # noqa: F811
+    asked = ["run", *model_options(home), "--prompt", PROMPT, "--max-new-tokens", "3", "--json"]
+    whole = json.loads(here(*asked)[0])
+    out, told = here(*asked, "--dtype", "int8", "--world-size", "2", "--threads", "1")
+    found = json.loads(out)
+    assert found["dtype"] == "int8"
+    assert len(found["text"].split()) == 3
+    assert found["threads"] == {"0": 1, "1": 1}
+    assert found["weight_bytes"]["1"] < 0.4 * whole["weight_bytes"]["0"]
+    assert found["peak_bytes"]["0"] > found["weight_bytes"]["0"]
+    assert "the weights are kept in int8; the codes were fitted for the same checkpoint" in told
+
+
+def test_training_wants_float32(home: Path, here: Any, tmp_path: Path) -> None:  # noqa: F811
+    asked = [*model_options(home), "--output", str(tmp_path), "--dtype", "int4"]
+    told = here("finetune", *asked, code=1)[1]
+    assert "--dtype: expected float32, which training needs, got int4" in told
+
+
+def test_a_checkpoint_that_the_weights_contradict_is_refused(
+    home: Path,  # noqa: F811
+    here: Any,  # noqa: F811
+) -> None:
+    asked = [*model_options(home), "--prompt", PROMPT, "--checkpoint", "0123456789abcdef"]
+    assert "checkpoint: expected" in here("run", *asked, code=1)[1]
+
+
+def test_processes_share_the_physical_cores(tmp_path: Path, monkeypatch: Any) -> None:
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(range(8)))
+    for cpu in range(8):  # two threads a core
+        place = tmp_path / f"cpu{cpu}/topology"
+        place.mkdir(parents=True)
+        (place / "thread_siblings_list").write_text(f"{cpu % 4},{cpu % 4 + 4}\n")
+    quota = tmp_path / "cpu.max"
+    assert cores.physical_cores(tmp_path, quota) == 4
+    quota.write_text("250000 100000\n")  # a container's share: two and a half
+    assert cores.physical_cores(tmp_path, quota) == 3
+    quota.write_text("max 100000\n")
+    assert cores.physical_cores(tmp_path, quota) == 4
+    monkeypatch.setattr(cores, "physical_cores", lambda: 4)
+    for given, processes, threads in ((None, 1, 4), (None, 3, 1), (None, 9, 1), (7, 2, 7)):
+        options = argparse.Namespace(threads=given)
+        settle_threads(options, processes)
+        assert options.threads == threads
+
+
+def test_a_gguf_file_is_converted_once_for_each_content(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("ASTRA_CACHE", str(tmp_path / "cache"))
+    converted: list[Path] = []
+
+    def convert(file: Path, folder: Path) -> None:
+        folder.mkdir(parents=True)
+        (folder / "config.json").write_text("{}")
+        converted.append(folder)
+
+    monkeypatch.setattr(store, "_convert", convert)
+    file = tmp_path / "model.Q8_0.gguf"
+    with pytest.raises(DamagedModel, match="expected a GGUF file"):
+        model_folder(str(file))
+    file.write_bytes(b"GGUF one")
+    first = model_folder(str(file))
+    assert model_folder(str(file)) == first
+    assert converted == [Path(first)]
+    file.write_bytes(b"GGUF another")
+    assert model_folder(str(file)) != first
+    assert len(converted) == 2
