@@ -293,7 +293,10 @@ void absorb_panel(const Panel& panel, const KeyTile& tile, float* weights) {
 }
 
 // Few queries: channels side by side.
-constexpr std::size_t kChunk = kBlock / 2;  // vectors of values in registers
+// Vectors of values in registers: enough sums to hide the latency of an addition.
+constexpr std::size_t chunk_of(std::size_t rows) {
+  return rows > 2 ? kBlock / 2 : rows == 2 ? kBlock : 8;
+}
 constexpr std::size_t kFewRows = 4;         // queries in registers
 
 inline std::size_t value_channel(const FewRows& few, std::size_t vector) {
@@ -428,7 +431,7 @@ template <std::size_t kRows>
 void weigh_rows(const FewRows& few, std::size_t row, const KeyTile& tile, std::size_t count,
                 const float* weights, const float* alpha) {
   for (; row + kRows <= few.rows; row += kRows) {
-    weigh_few<kRows, kChunk>(few, row, tile, count, 0, weights, alpha);
+    weigh_few<kRows, chunk_of(kRows)>(few, row, tile, count, 0, weights, alpha);
   }
   if constexpr (kRows > 1) {
     if (row < few.rows) weigh_rows<kRows - 1>(few, row, tile, count, weights, alpha);
