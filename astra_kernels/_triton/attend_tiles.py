@@ -45,6 +45,8 @@ class AttendProblem(Problem):
         if self.few_rows:
             return _few_rows_tiles(self.few_rows, size, loaded)
         family = _family(self.capability)
+        if family == 80 and self.mask and (self.rotary or self.composed or self.mixed):
+            return _SMALL
         if family == 80 and self.summed > 1:
             return _LAST if self.composed else _NARROW
         return HALF_TILES[family, size, loaded]

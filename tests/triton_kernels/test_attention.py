@@ -35,8 +35,7 @@ def coded(case: Case, **options):
 
 @pytest.mark.parametrize(
     ("m", "d"),
-    [*((FEW, d) for d in (16, 32, 64, 72, 80, 96, 128, 144, 256)), (MANY, 16), (MANY, 72),
-     (MANY, 128), (MANY, 256)],
+    [*((FEW, d) for d in (16, 72, 80, 128, 144, 256)), (MANY, 72), (MANY, 128)],
 )  # fmt: skip
 @pytest.mark.parametrize("rope", [False, True])
 def test_head_dimensions(dtype, d, rope, m):
@@ -44,9 +43,7 @@ def test_head_dimensions(dtype, d, rope, m):
     assert_as_exact_as_torch(mixed(case, strategy="fused"), case)
 
 
-@pytest.mark.parametrize(
-    ("groups", "stages"), [(1, 2), (1, 3), (2, 1), (2, 2), (3, 1), (3, 3), (4, 1), (4, 2)]
-)
+@pytest.mark.parametrize(("groups", "stages"), [(1, 2), (2, 1), (3, 3), (4, 2)])
 @pytest.mark.parametrize("shared", [False, True])
 @pytest.mark.parametrize("rope", [False, True])
 def test_sub_vectors_and_stages(groups, stages, shared, rope):
@@ -55,8 +52,9 @@ def test_sub_vectors_and_stages(groups, stages, shared, rope):
 
 
 @pytest.mark.parametrize("strategy", STRATEGIES)
-@pytest.mark.parametrize(("m", "shared"), [(FEW, False), (FEW, True), (MANY, True)])
-@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize(
+    ("m", "shared", "masked"), [(FEW, False, True), (FEW, True, False), (MANY, True, True)]
+)
 def test_strategies_agree(dtype, strategy, m, shared, masked):
     case = make(b=2 if m == FEW else 1, m=m, n=70, shared=shared, code_mask=masked, dtype=dtype)
     assert_as_exact_as_torch(coded(case, strategy=strategy), case)
@@ -75,14 +73,17 @@ def test_batches_with_masks(strategy, value_codes, rope):
     assert_as_exact_as_torch(mixed(case, strategy=strategy), case)
 
 
-@pytest.mark.parametrize("strategy", STRATEGIES)
-@pytest.mark.parametrize(("m", "near"), [(1, 1), (FEW, 90), (MANY, MANY), (MANY, 80)])
+@pytest.mark.parametrize(
+    ("strategy", "m", "near"),
+    [*(("fused", *sizes) for sizes in ((1, 1), (FEW, 90), (MANY, MANY), (MANY, 80))),
+     ("counted", FEW, 90), ("expanded", MANY, 80)],
+)  # fmt: skip
 def test_causal(dtype, strategy, m, near):
     case = make(h=2, kv=1, m=m, near=near, n=33, causal=True, dtype=dtype)
     assert_as_exact_as_torch(mixed(case, strategy=strategy), case)
 
 
-@pytest.mark.parametrize(("h", "kv"), [(1, 1), (3, 1), (4, 4), (9, 3), (12, 2)])
+@pytest.mark.parametrize(("h", "kv"), [(3, 1), (9, 3), (12, 2)])
 @pytest.mark.parametrize("m", [1, 23])
 def test_grouped_queries(h, kv, m):
     case = make(b=2, h=h, kv=kv, m=m, near=20, n=50)

@@ -20,9 +20,10 @@ def decode(codes, codebook, **options):
     return ak.decode(codes, codebook, impl="triton", **options)
 
 
-@pytest.mark.parametrize("kind", DTYPES)
-@pytest.mark.parametrize("index", [torch.int32, torch.int64])
-@pytest.mark.parametrize("width", [1, 3, 8, 24, 768])
+@pytest.mark.parametrize(
+    ("index", "kind"), [*((torch.int32, kind) for kind in DTYPES), (torch.int64, torch.float16)]
+)
+@pytest.mark.parametrize("width", [1, 3, 24, 768])
 def test_exact(kind, index, width):
     codebook = torch.randn(3, 5, width).to(kind)
     codes = torch.randint(0, 5, (2, 7, 3), dtype=index)

@@ -75,7 +75,7 @@ def assert_as_exact_as_torch(case, norm, slack=1.0, **options):
 @pytest.mark.parametrize(
     ("norm", "known"), [(None, False), ("rms", True), ("layer", False), ("layer", True)]
 )
-@pytest.mark.parametrize(("groups", "width"), [(3, 24), (1, 72), (2, 64), (5, 16), (7, 3)])
+@pytest.mark.parametrize(("groups", "width"), [(3, 24), (1, 72), (7, 3)])
 def test_groups(dtype, norm, known, groups, width):
     *case, estimate = make(groups=groups, width=width, dtype=dtype)
     assert_as_exact_as_torch([*case, estimate if known else None], norm)
@@ -215,9 +215,8 @@ def test_through_the_public_function(device):
 
 @pytest.mark.parametrize("itemsize", [2, 4])
 @pytest.mark.parametrize("estimate_itemsize", [0, 2, 4])
-@pytest.mark.parametrize("capability", [80, 86, 90, 100, 120])
-@pytest.mark.parametrize("stages", [1, 4])
-@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize("capability", [80, 86, 90, 100])
+@pytest.mark.parametrize(("stages", "packed"), [(1, False), (4, True)])
 def test_a_tile_fits(itemsize, estimate_itemsize, capability, stages, packed):
     """On any chip, also with tables of twice the weight's size; the more tokens, the larger."""
     sizes = []
