@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import astra_kernels as ak
-from astra_kernels._triton import attend as kernels
+from astra_kernels._triton import loops as kernels
 from astra_kernels._triton import attention as launcher
 from astra_kernels._triton.launch import record
 from astra_kernels._triton.strategies import STRATEGIES

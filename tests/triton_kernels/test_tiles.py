@@ -15,7 +15,8 @@ from triton.runtime.errors import OutOfResources
 import astra_kernels as ak
 from astra_kernels import _dispatch
 from astra_kernels._triton import tiles, tuning
-from astra_kernels._triton.attention import AttendProblem, Coded, Dense, problem_of
+from astra_kernels._triton.attend_tiles import AttendProblem
+from astra_kernels._triton.attention import Coded, Dense, problem_of
 from astra_kernels._triton.launch import cdiv, launch, next_power_of_2, record
 from astra_kernels._triton.tiles import Tile
 from astra_kernels.encode import reference as encode_reference
