@@ -190,7 +190,8 @@ def test_tokens_in_several_blocks(monkeypatch, impl):
 def test_error_at_most_twice_that_of_torch(given, dtype):
     """Rows and keys of several blocks, both by torch's flash kernel and by blocks."""
     inputs = [torch.randn(1, h, 300, 32, dtype=dtype) for h in (4, 2, 2)]
-    seen = visibility_bias(inputs[0], 300, given.get("is_causal", False), None, None, given.get("window"))
+    causal, window = given.get("is_causal", False), given.get("window")
+    seen = visibility_bias(inputs[0], 300, causal, None, None, window)
 
     def grads(to, call):
         args = [x.to(to).requires_grad_() for x in inputs]

@@ -8,8 +8,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import astra_kernels as ak
-from astra_kernels._triton import loops as kernels
 from astra_kernels._triton import attention as launcher
+from astra_kernels._triton import loops as kernels
 from astra_kernels._triton.launch import record
 from astra_kernels._triton.strategies import STRATEGIES
 from astra_kernels._triton.tiles import Tile
