@@ -21,7 +21,8 @@ from torch import Tensor, nn
 from .models import adapt
 from .models.digest import digests_of, entry_of
 from .models.families import FAMILIES
-from .models.quantized import BITS, quantizable, quantize, quantized_module, tie_head
+from .models.quantize import quantize
+from .models.quantized import BITS, quantizable, quantized_module, tie_head
 
 FORMS = ("float32", "bfloat16", *BITS)
 _DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}

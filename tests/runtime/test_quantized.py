@@ -12,10 +12,10 @@ from astra_runtime import Codebook, Engine
 from astra_runtime.errors import HandshakeRefused
 from astra_runtime.evaluate import run_ranks
 from astra_runtime.models import adapt
+from astra_runtime.models.quantize import quantize
 from astra_runtime.models.quantized import (
     QuantizedLinear,
     form_of,
-    quantize,
     quantize_groups,
     quantize_signed,
     weight_bytes,

@@ -220,34 +220,3 @@ def tie_head(model: Any) -> None:
     """The head reads the embeddings' own integers, as it read their weights."""
     embeddings, head = model.get_input_embeddings(), model.get_output_embeddings()
     head.weight, head.scale = embeddings.weight, embeddings.scale
-
-
-def quantize(model: Any, form: str) -> None:
-    """Makes a model in memory one of integers, layer by layer; in place.
-
-    Args:
-        model: a supported Hugging Face model of floating-point weights, on a CPU.
-        form: "int8" or "int4".
-
-    Raises:
-        ValueError: another form, weights that are no plain floating point, or are not finite.
-    """
-    from .families import adapt
-
-    if form not in BITS:
-        raise ValueError(f"form: expected one of {', '.join(BITS)}, got {form!r}")
-    if is_quantized(model):
-        raise ValueError(f"model: expected floating-point weights, got {form_of(model)}")
-    adapter = adapt(model)
-    checkpoints = adapter.checkpoints()
-    kinds = quantizable(model, adapter.blocks)
-    head, embeddings = model.get_output_embeddings(), model.get_input_embeddings()
-    tied = head is not None and head.weight is getattr(embeddings, "weight", None)
-    for name, kind in kinds.items():
-        parent, _, last = name.rpartition(".")
-        module: Any = model.get_submodule(name)
-        made = quantized_module(kind, module.weight, getattr(module, "bias", None), form)
-        setattr(model.get_submodule(parent), last, made)
-    if tied and "head" in kinds.values():
-        tie_head(model)
-    adapter.set_checkpoints(checkpoints)
