@@ -270,8 +270,9 @@ def _launch(
 def _tiles(query: Tensor, channels: int) -> tuple[Tile, Tile]:
     """Rows and keys of a program of either kernel: of keys, of queries; none spills."""
     if query.element_size() == 4:
-        tile = Tile(16, 16, 4, 1) if channels > 64 else Tile(32, 32, 8, 1)
-        return tile, tile
+        if channels > 64:
+            return Tile(16, 16, 4, 1), Tile(16, 16, 8, 1)
+        return Tile(32, 32, 8, 1), Tile(32, 32, 8, 1)
     if channels > 128:
         return Tile(32, 32, 8, 1), Tile(32, 32, 8, 1)
     if channels > 64 or capability(query.device) < 90:
