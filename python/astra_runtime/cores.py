@@ -34,7 +34,10 @@ def physical_cores(cpus: Path = _CPUS, quota: Path = _QUOTA) -> int:
 
 
 def threads_of(processes: int) -> int:
-    """Threads of each of so many processes that share this machine."""
+    """Threads of each of so many processes that share this machine; OMP_NUM_THREADS, as of every
+    program that torch is in, where it is set."""
+    with contextlib.suppress(ValueError):
+        return max(1, int(os.environ.get("OMP_NUM_THREADS", "").split(",")[0]))
     return max(1, physical_cores() // processes)
 
 

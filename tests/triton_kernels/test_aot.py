@@ -43,7 +43,8 @@ def test_decisive_kernels_are_as_quick_as_the_table_says():
 
 
 @pytest.mark.timeout(600)
-@pytest.mark.parametrize("capability", [80, pytest.param(100, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("capability", [80, 100])
 def test_a_configuration_of_each_kind_compiles_elsewhere(capability):
     """The decisive ones are compiled for sm_90 above; `make test-aot` compiles all for sm_100."""
     outcomes = compiled("--few", "--capability", str(capability), "--processes", "1")

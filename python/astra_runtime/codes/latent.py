@@ -115,7 +115,9 @@ class DecoderState:
             self.latent = codes[0].transform.up.new_zeros(self.batch * self.tokens, self._rank(0))
         else:
             self.block = 1
-            self.latent = self._embedded(1, first.flatten(0, 1) @ codes[1].entry)
+            flat = first.flatten(0, 1)
+            # of a model of one block nothing is ever predicted
+            self.latent = self._embedded(1, flat @ codes[1].entry) if len(codes) > 1 else flat
 
     def _rank(self, block: int) -> int:
         return len(self.codes[block].transform.up)
