@@ -57,10 +57,13 @@ def test_processes_share_the_physical_cores(tmp_path: Path, monkeypatch: Any) ->
     quota.write_text("max 100000\n")
     assert cores.physical_cores(tmp_path, quota) == 4
     monkeypatch.setattr(cores, "physical_cores", lambda: 4)
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
     for given, processes, threads in ((None, 1, 4), (None, 3, 1), (None, 9, 1), (7, 2, 7)):
         options = argparse.Namespace(threads=given)
         settle_threads(options, processes)
         assert options.threads == threads
+    monkeypatch.setenv("OMP_NUM_THREADS", "3")  # as of every program that torch is in
+    assert cores.threads_of(1) == cores.threads_of(2) == 3
 
 
 def test_a_gguf_file_is_converted_once_for_each_content(
