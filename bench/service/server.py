@@ -113,7 +113,8 @@ def serving(model: str, ranks: int, mbit: float, delay_ms: float, *more: str) ->
     """A service of `ranks` processes, ready; ended at the end."""
     command = [sys.executable, "-m", "astra_runtime", "serve", "--model", model, "--port", "0"]
     command += ["--world-size", str(ranks), "--mbit", str(mbit), "--delay-ms", str(delay_ms)]
-    command += ["--served-name", "bench", "--max-queue", "256", *more]
+    # one thread a device, so that the single device and a rank are the same
+    command += ["--threads", "1", "--served-name", "bench", "--max-queue", "256", *more]
     path = os.pathsep.join([str(ROOT / "python"), str(ROOT), os.environ.get("PYTHONPATH", "")])
     process = subprocess.Popen(
         command, stderr=subprocess.PIPE, text=True, env=os.environ | {"PYTHONPATH": path}
