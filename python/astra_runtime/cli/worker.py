@@ -31,6 +31,7 @@ from .waiting import Waiting
 DAY = 86_400.0
 PAUSE = 0.2  # seconds before a rank that lost the others listens again
 RETRY_PAUSE, LONGEST_PAUSE = 1.0, 30.0  # after a failure to join; each is twice the one before
+UNASKED = 600.0  # seconds, the default of --connect-timeout: a worker goes on waiting behind it
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
@@ -53,7 +54,9 @@ def configure(parser: argparse.ArgumentParser) -> None:
         "last",
     )
     parser.add_argument(
-        "--rejoin", action="store_true", help="no effect any more: workers wait for the next run"
+        "--rejoin",
+        action="store_true",
+        help="wait for the first run, too, longer than a --connect-timeout that is given",
     )
     parser.add_argument("--rank", type=int, required=True, help="this process's place, from 0")
     parser.add_argument("--peers", required=True, help="host:port of every rank, by rank")
@@ -167,6 +170,7 @@ class _Worker:
 
     def _is_permanent(self, error: Exception) -> bool:
         """Whether joining can never succeed: this rank's own keys, address or arguments are bad.
+        So it is where the first run did not come within a --connect-timeout that was given.
 
         A port that was free for an earlier mesh may become free again.
         """
@@ -175,4 +179,7 @@ class _Worker:
 
         if isinstance(error, KeysError) or not isinstance(error, AstraError):
             return True
-        return isinstance(error, ConnectFailed) and not error.missing and self.meshes == 0
+        if not isinstance(error, ConnectFailed) or self.meshes:
+            return False
+        options = self.options  # who says how long to wait, and sees nobody by then, is told so
+        return not error.missing or (options.connect_timeout < UNASKED and not options.rejoin)
