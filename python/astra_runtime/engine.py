@@ -41,7 +41,7 @@ from .sessions.host import SessionHost
 from .store import token_limit
 from .trace import stage
 from .transport import Mesh, local_mesh
-from .transport.rotated import RotatedMesh
+from .transport.subset import Subset
 from .turns import turn_of
 from .warmup import example_inputs
 
@@ -301,8 +301,8 @@ class Engine(SessionHost):
         """What is known when a call has ended, for the host."""
         missing = call.missing.by_rank() if call.missing else {}
         mesh = call.mesh
-        if isinstance(mesh, RotatedMesh):  # errors and answers name the devices
-            missing = {mesh.original(rank): blocks for rank, blocks in missing.items()}
+        if isinstance(mesh, Subset):  # errors and answers name the devices
+            missing = {mesh.members[rank]: blocks for rank, blocks in missing.items()}
         self.missing = dict(sorted(missing.items()))
         self.degraded = bool(self.missing)
         trailer = call.missing.width if call.missing else 0
@@ -326,7 +326,8 @@ class Engine(SessionHost):
         adapter, mesh = self.adapter, self.mesh
         weights = self.shard_weights
         if owner is not None and owner != mesh.world_size - 1:
-            mesh = RotatedMesh(mesh, owner + 1)
+            ranks = range(mesh.world_size)
+            mesh = Subset(mesh, [(owner + 1 + n) % mesh.world_size for n in ranks])
             options = (*options, owner)
             weights = None if weights is None else weights[owner + 1 :] + weights[: owner + 1]
         rank = mesh.rank

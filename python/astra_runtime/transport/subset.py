@@ -1,9 +1,10 @@
-"""Some ranks of a mesh, in an order of their own, as the mesh of a call that needs no others."""
+"""Ranks of a mesh, some or all, in an order of their own, as the mesh of a call."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
+from astra_runtime.errors import AstraError
 from astra_runtime.transport.mesh import Mesh, Payload
 from astra_runtime.transport.stats import Stats
 from astra_runtime.wire import Frame
@@ -12,7 +13,8 @@ from astra_runtime.wire import Frame
 class Subset(Mesh):
     """The ranks `members` of `whole`, counted from 0 in that order.
 
-    What begins, ends and closes calls stays with `whole`, which this rank goes on using.
+    The frames are the same; every rank of a call has to use the same view. Errors name ranks as
+    `whole` does, which this rank goes on using.
 
     Example:
         >>> from astra_runtime.transport import local_mesh
@@ -24,7 +26,9 @@ class Subset(Mesh):
     def __init__(self, whole: Mesh, members: Sequence[int]) -> None:
         self.whole, self.members = whole, tuple(members)
         self.rank, self.world_size = self.members.index(whole.rank), len(self.members)
-        self.timeout, self.lossy = whole.timeout, whole.lossy
+        self._number = {rank: n for n, rank in enumerate(self.members)}
+        self.partial, self.lossy, self.resumes = whole.partial, whole.lossy, whole.resumes
+        self.timeout, self.options = whole.timeout, whole.options
         self.call, self.request = whole.call, whole.request
 
     @property
@@ -36,6 +40,10 @@ class Subset(Mesh):
         return self.whole.ended
 
     @property
+    def encrypted(self) -> bool:
+        return self.whole.encrypted
+
+    @property
     def stats(self) -> Stats:
         return self.whole.stats
 
@@ -43,6 +51,16 @@ class Subset(Mesh):
     def peer_stats(self) -> dict[int, Stats]:
         stats = self.whole.peer_stats
         return {n: stats[rank] for n, rank in enumerate(self.members) if n != self.rank}
+
+    @property
+    def missing_ranges(self) -> Mapping[int, Sequence[tuple[int, int]]]:
+        ranges = self.whole.missing_ranges
+        return {n: ranges[rank] for rank, n in self._number.items() if rank in ranges}
+
+    @property
+    def lost(self) -> Mapping[int, AstraError]:
+        lost = self.whole.lost
+        return {n: lost[rank] for rank, n in self._number.items() if rank in lost}
 
     def buffer(self, size: int) -> Frame:
         return self.whole.buffer(size)
@@ -62,7 +80,6 @@ class Subset(Mesh):
         timeout: float | None = None,
         partial: bool = False,
     ) -> dict[int, memoryview]:
-        number = {rank: n for n, rank in enumerate(self.members)}
         views = self.whole.receive(
             {self.members[n]: size for n, size in sizes.items()},
             block=block,
@@ -70,13 +87,23 @@ class Subset(Mesh):
             timeout=timeout,
             partial=partial,
         )
-        return {number[rank]: view for rank, view in views.items()}
+        return {self._number[rank]: view for rank, view in views.items()}
+
+    def begin(self, request: int | None = None) -> None:
+        self.whole.begin(request)
+        self.call, self.request = self.whole.call, self.whole.request
+
+    def cancel(self, error: BaseException) -> None:
+        self.whole.cancel(error)
 
     def check_cancelled(self) -> None:
         self.whole.check_cancelled()
 
     def interrupt(self, reason: str, call: int) -> None:
         self.whole.interrupt(reason, call)
+
+    def end_early(self) -> None:
+        self.whole.end_early()
 
     def flush(self) -> None:
         self.whole.flush()
