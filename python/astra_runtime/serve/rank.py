@@ -102,7 +102,7 @@ class Sequences:
     """
 
     def __init__(self, engine: Engine) -> None:
-        self.engine, self.model, self.adapter = engine, engine.model, engine.adapter
+        self.engine, self.adapter = engine, engine.adapter
         self._answers: dict[int, _Answer] = {}
         self._reading: list[_Reading] = []
         self._unreported: list[list[Any]] = []
@@ -173,7 +173,7 @@ class Sequences:
             if answers:
                 ids = torch.tensor([[answer.token] for answer in answers])
                 caches = [answer.cache for answer in answers]
-                read(self.model, self.adapter, caches, ids.to(self.adapter.device))
+                read(self.engine, caches, ids.to(self.adapter.device))
                 for answer in answers:
                     self._draw(answer)
             if self._reading:
@@ -181,16 +181,16 @@ class Sequences:
 
     def _read_piece(self, reading: _Reading) -> None:
         prompt, cache = reading.prompt, reading.cache
-        piece = prompt.ids[cache.position : cache.position + self._piece]
+        piece = prompt.ids[cache.length : cache.length + self._piece]
         start = time.perf_counter()
         ids = torch.tensor([list(piece)]).to(self.adapter.device)
-        read(self.model, self.adapter, [cache], ids)
+        read(self.engine, [cache], ids)
         seconds = time.perf_counter() - start
         reading.seconds += seconds
         if len(piece) == self._piece:
             ideal = self._piece * PIECE_SECONDS / max(seconds, 1e-6)
             self._piece = int(min(max(ideal, self._piece / 2, LEAST_PIECE), 2 * self._piece))
-        if cache.position == len(prompt.ids):
+        if cache.length == len(prompt.ids):
             self._reading.remove(reading)
             self._read.append([prompt.number, reading.seconds])
             self.answer(prompt, cache)

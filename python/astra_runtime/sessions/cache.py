@@ -7,6 +7,10 @@ from typing import Self
 import torch
 from torch import Tensor
 
+import astra_kernels as ak
+
+from ..trace import stage
+
 _SPARE = 64  # tokens of free room that a new buffer has at least
 
 
@@ -59,6 +63,14 @@ class KeyValues:
         buffer.key[:, :, start:stop] = key
         buffer.value[:, :, start:stop] = value
         buffer.filled = self._lengths[block] = stop
+
+    def attend(
+        self, block: int, query: Tensor, key: Tensor, value: Tensor, scale: float
+    ) -> tuple[Tensor, Tensor]:
+        """Adds new tokens, and attends from them, [1, H, M, d], to all so far: (out, lse)."""
+        self.append(block, key, value)
+        with stage("attend", block):
+            return ak.attention(query, *self.tensors(block), is_causal=True, scale=scale)
 
     def _writable(self, block: int, stop: int, key: Tensor, value: Tensor) -> _Buffer:
         buffer, start = self._buffers[block], self._lengths[block]

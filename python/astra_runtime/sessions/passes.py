@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -54,10 +54,23 @@ class PrefillLayer(Layer):
             self.codes.setdefault(source, {})[block] = bytes(payload.view)
 
 
+class Continued(Protocol):
+    """What one rank knows of a sequence that it continues by itself."""
+
+    @property
+    def length(self) -> int:
+        """Tokens so far."""
+
+    def attend(
+        self, block: int, query: Tensor, key: Tensor, value: Tensor, scale: float
+    ) -> tuple[Tensor, Tensor]:
+        """Adds new tokens, and attends from them to all so far: (out, lse)."""
+
+
 class SteadyLayer:
     """A pass of one rank by itself: each row continues a sequence of its own, all of it cached."""
 
-    def __init__(self, caches: Sequence[KeyValues]) -> None:
+    def __init__(self, caches: Sequence[Continued]) -> None:
         self.caches = caches
 
     def embedded(self, hidden: Tensor) -> Tensor:
@@ -67,19 +80,18 @@ class SteadyLayer:
         pass
 
     def attend(self, block: int, query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
-        outs = []
-        for row, cache in enumerate(self.caches):
-            this = slice(row, row + 1)
-            cache.append(block, key[this], value[this])
-            known = cache.tensors(block)
-            outs.append(ak.attention(query[this], *known, is_causal=True, scale=scale)[0])
-        return torch.cat(outs)
+        rows = [slice(row, row + 1) for row in range(len(self.caches))]
+        outs = [
+            cache.attend(block, query[row], key[row], value[row], scale)[0]
+            for row, cache in zip(rows, self.caches, strict=True)
+        ]
+        return outs[0] if len(outs) == 1 else torch.cat(outs)
 
     def finish(self, hidden: Tensor) -> Tensor:
         return hidden[:, -1:]
 
 
-def read_tokens(engine: EngineParts, caches: Sequence[KeyValues], ids: Tensor) -> Tensor:
+def read_tokens(engine: EngineParts, caches: Sequence[Continued], ids: Tensor) -> Tensor:
     """Reads the next tokens [B, M] of B sequences, each behind what its cache holds.
 
     Returns fp32 logits [B, V] behind the last ones. No other rank is asked for anything.
