@@ -18,8 +18,8 @@ from concurrent.futures import ThreadPoolExecutor
 
 import torch
 
+from astra_runtime import Engine
 from astra_runtime.console import say
-from astra_runtime.models import adapt
 from astra_runtime.serve.batch import Cache, read
 from astra_runtime.sessions.cache import KeyValues
 from astra_runtime.store import builtin_text, load_model, load_tokenizer, token_windows
@@ -93,12 +93,11 @@ def quantile(ordered: Sequence[float], share: float) -> float:
 
 def decode_cases(options: argparse.Namespace) -> list[Case]:
     """A step for 1, 4 and 8 sequences behind prompts, in one batch; per sequence beside it."""
-    model = load_model(options.model)
-    adapter = adapt(model)
+    engine = Engine(load_model(options.model))
     ids = torch.arange(options.tokens)[None] % 1000
-    first = Cache(KeyValues(len(adapter.blocks)))
+    first = Cache(KeyValues(len(engine.adapter.blocks)))
     with torch.no_grad():
-        read(model, adapter, [first], ids)
+        read(engine, [first], ids)
     alone, cases = 0.0, []
     for count in (1, 4, 8):
         caches = [first.fork() for _ in range(count)]
@@ -106,7 +105,7 @@ def decode_cases(options: argparse.Namespace) -> list[Case]:
         with torch.no_grad():
             for _ in range(1 + options.repeats * 4):
                 start = time.perf_counter()
-                read(model, adapter, caches, torch.full((count, 1), 7))
+                read(engine, caches, torch.full((count, 1), 7))
                 times.append(1e3 * (time.perf_counter() - start))
         ms = percentiles(times[1:])
         alone = alone or ms.p50

@@ -7,64 +7,30 @@ Each rank is a process with one thread, on a core of its own. Writes service_lon
 
 from __future__ import annotations
 
-import argparse
-import json
-import os
 import statistics
-import sys
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
-from subprocess import Popen
+from dataclasses import dataclass
 from typing import Any
 
-import torch
-
-import astra_runtime
 from astra_runtime import Engine
-from astra_runtime.console import say
-from astra_runtime.deploy.launch import free_ports
 from astra_runtime.serve import GenerationRequest, Leader, Sampling, follow
 from astra_runtime.store import load_tokenizer
-from astra_runtime.transport import Link
-from astra_runtime.transport.certificates import ephemeral_keys
-from bench.latency.subjects import MODELS, Subject
-from bench.link.rank import begin, outputs_of, popen_options
-from bench.report import Case, command_line, percentiles, quiet_transformers, write
-
-PATIENCE = 1800.0
+from bench.latency.processes import RankSettings, parser_of, rank_of, run, shape_of
+from bench.link.rank import begin
+from bench.report import Case, percentiles
 
 
 @dataclass(frozen=True)
-class Settings:
-    """What one rank runs."""
-
-    rank: int
-    addresses: list[str]
-    model: str
-    tokens: int
-    codes: str
-    mbit: float
-    rtt_ms: float
-    pairs: int
-    keys: str = ""
+class Settings(RankSettings):
+    pairs: int = 20
 
 
 def rank_main(setup: Settings) -> dict[str, list[float]]:
     """On rank 0 seconds to the first token, of the engine and of the service, by pair."""
-    cores = sorted(os.sched_getaffinity(0))
-    os.sched_setaffinity(0, {cores[setup.rank % len(cores)]})
-    torch.set_num_threads(1)
-    subject = Subject.make(setup.model, setup.tokens)
-    ids = subject.inputs["input_ids"]
-    link, world = Link(setup.mbit, setup.rtt_ms / 2), len(setup.addresses)
     seconds: dict[str, list[float]] = {"engine": [], "service": []}
-    with (
-        astra_runtime.connect(
-            setup.rank, world, setup.addresses, timeout=PATIENCE, keys=setup.keys, link=link
-        ) as mesh,
-        Engine(subject.model, subject.codebook(setup.codes), mesh) as engine,
-    ):
+    with rank_of(setup, setup.tokens) as (subject, mesh, engine):
+        ids = subject.inputs["input_ids"]
         for pair in range(1 + setup.pairs):
             moment = begin(mesh)
             engine(input_ids=ids)
@@ -90,59 +56,26 @@ def _first_token(engine: Engine, tokenizer: Any, ids: list[int]) -> float:
     raise AssertionError("a stream has at least one event")
 
 
-def measured(shared: Settings, ranks: int) -> dict[str, list[float]]:
-    with ephemeral_keys(ranks) as keys:
-        addresses = [f"127.0.0.1:{port}" for port in free_ports(ranks)]
-        processes = []
-        for rank in range(ranks):
-            setup = replace(shared, rank=rank, addresses=addresses, keys=str(keys))
-            command = [sys.executable, "-m", "bench.service.lone", "--rank"]
-            processes.append(Popen([*command, json.dumps(asdict(setup))], **popen_options()))
-        return dict(json.loads(outputs_of(processes, PATIENCE)[0]))
-
-
-def main(arguments: Sequence[str] | None = None) -> None:
-    about = (__doc__ or "").splitlines()[0]
-    parser = argparse.ArgumentParser(prog="bench.service.lone", description=about)
-    parser.add_argument("--model", choices=list(MODELS), default="smollm2")
-    parser.add_argument("--codes", default="transform:100", help="SPACE:GROUPS, transform:BITS")
-    parser.add_argument("--ranks", type=int, default=2)
-    parser.add_argument("--tokens", type=int, default=1024)
-    parser.add_argument("--mbit", type=float, default=10.0)
-    parser.add_argument("--rtt-ms", type=float, default=0.0)
-    parser.add_argument("--pairs", type=int, default=20)
-    parser.add_argument("--name", default="service_lone", help="of the result")
-    parser.add_argument("--rank", help=argparse.SUPPRESS)
-    options = parser.parse_args(arguments)
-    quiet_transformers()
-    if options.rank:
-        print(json.dumps(rank_main(Settings(**json.loads(options.rank)))))
-        return
-    names = ("model", "tokens", "codes", "mbit", "rtt_ms", "pairs")
-    shared = Settings(0, [], **{name: getattr(options, name) for name in names})
-    seconds = measured(shared, options.ranks)
-    ms = {name: [1e3 * t for t in times] for name, times in seconds.items()}
+def cases_of(setup: Settings, of_ranks: list[dict[str, list[float]]]) -> list[Case]:
+    ms = {name: [1e3 * t for t in times] for name, times in of_ranks[0].items()}
     added = [ours - theirs for ours, theirs in zip(ms["service"], ms["engine"], strict=True)]
-    shape = {"model": options.model, "tokens": options.tokens, "world_size": options.ranks}
-    shape |= {"mbit_per_s": options.mbit, "rtt_ms": options.rtt_ms}
     case = Case(
         "service_lone",
-        shape,
+        shape_of(setup, len(of_ranks)),
         "float32",
-        f"astra {options.codes}",
+        f"astra {setup.codes}",
         percentiles(ms["service"]),
         peers={"engine": statistics.median(ms["engine"])},
         extra={"added_ms": percentiles(added).p50},
     )
-    say(f"  {case.ms.p50:.0f} ms beside {dict(case.peers)}, {dict(case.extra)}")
-    path = write(
-        options.name,
-        [case],
-        command=command_line("bench.service.lone", arguments),
-        packages=("torch", "numpy", "transformers"),
-        link={"emulator": "paced by the sender", "mbit_per_s": options.mbit},
-    )
-    say(f"wrote {path}")
+    return [case]
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    about, module = (__doc__ or "").splitlines()[0], "bench.service.lone"
+    parser = parser_of(module, about, rtt_ms=0.0, name="service_lone")
+    parser.add_argument("--pairs", type=int, default=20)
+    run(parser, arguments, Settings, rank_main, cases_of)
 
 
 if __name__ == "__main__":

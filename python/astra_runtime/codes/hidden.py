@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from collections.abc import Sequence
 from typing import Any
 
@@ -120,9 +121,9 @@ class HiddenCodes(HiddenEncoder, DenseAttention):
 class SimulatedInputs(SimulatedCodec):
     """Of codecs whose receivers know block inputs, and project them themselves."""
 
+    @abstractmethod
     def remote_inputs(self, block: int, x: Tensor, received: Tensor | None) -> list[Tensor]:
         """Block inputs fp32 [B, S, D] as other ranks know them: of all, or of each receiver."""
-        raise NotImplementedError
 
     def remote_pairs(self, block: int, sent: SentTokens, received: Tensor | None) -> list[Pair]:
         inputs = self.remote_inputs(block, sent.hidden.float(), received)

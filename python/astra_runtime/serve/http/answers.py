@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -31,7 +32,7 @@ class Choice:
         self.characters += len(text)
 
 
-class Shape:
+class Shape(ABC):
     """What chat and text completions have in common; the subclasses differ in a choice's form."""
 
     whole: str
@@ -55,15 +56,17 @@ class Shape:
         """A chunk before the first token; None: there is none."""
         return None
 
+    @abstractmethod
     def piece(self, choice: Choice, text: str, tokens: Sequence[Token]) -> dict[str, Any]:
-        raise NotImplementedError
+        """A chunk of further text and the tokens that it is of."""
 
+    @abstractmethod
     def closing(self, choice: Choice) -> dict[str, Any]:
-        raise NotImplementedError
+        """The last chunk of a choice, with its finish reason."""
 
+    @abstractmethod
     def choice(self, choice: Choice) -> dict[str, Any]:
         """A whole answer."""
-        raise NotImplementedError
 
     def last(self, choices: Sequence[Choice], prompts: Sequence[Done]) -> dict[str, Any]:
         """The chunk with the usage, behind all choices."""
