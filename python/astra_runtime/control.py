@@ -28,6 +28,7 @@ class Control(IntEnum):
     ANSWER = 0xFF0B  # and these
     SESSION_SIZE = 0xFF0C  # bytes of the session that rank 0 has read
     SESSION = 0xFF0D  # its file
+    DONE = 0xFF0E  # a rank has done its part of a call that changes a session
     PING = 0xFF10  # link probe: a round trip
     BULK = 0xFF11  # link probe: frames that double in size
     RATES_SIZE = 0xFF12  # bytes of the measured rates that follow
@@ -66,6 +67,7 @@ _OF_CALLS = frozenset(
         Control.ANSWER,
         Control.SESSION_SIZE,
         Control.SESSION,
+        Control.DONE,
         Control.CANCEL,
     )
 )

@@ -42,7 +42,7 @@ def decode_together(
     """Step by step, every rank hears every session's next token; the tokens of each."""
     rank, mesh = engine.rank, engine.mesh
     limits = [(each.max_new_tokens, each.ends) for each in asked]
-    tag = _joint_tag(works, request, limits, places)
+    tag = joint_tag(works, request, limits, places)
     mine = {n: asked[n] for n, place in enumerate(places) if place == rank}
     decoder = Decoder(engine)
     answers = {n: decoder.join(works[n], options) for n, options in mine.items()}
@@ -62,7 +62,7 @@ def decode_together(
     return tokens
 
 
-def _joint_tag(works: Sequence[SessionState], *what: object) -> int:
+def joint_tag(works: Sequence[SessionState], *what: object) -> int:
     return session_tag(works[0], *what, [session_tag(work) for work in works[1:]])
 
 

@@ -16,6 +16,7 @@ from ..codes.packed import PackedCodes
 from ..control import Control
 from ..errors import NotFinite
 from ..trace import stage
+from ..transport import peers_of
 from .base import EngineParts, Running
 from .passes import read_tokens, whole
 from .state import Fine, SessionState, Span
@@ -202,6 +203,20 @@ def complete(engine: EngineParts, state: SessionState) -> None:
         payloads = [store.packed(first, last) for store in state.store]
         _append(state, start, decode(engine, state.ids, start, stop, payloads, fine))
     state.held = [piece for piece in state.held if piece[1] > state.cache.length]
+
+
+def confirm(engine: EngineParts, running: Running, tag: int) -> None:
+    """Every rank has done its part of the call, under the same tag; collective.
+
+    Ranks that only send would otherwise keep a result that another rank then refuses.
+    """
+    running.check_running()
+    mesh, peers = engine.mesh, peers_of(engine.mesh)
+    if not peers:
+        return
+    mesh.send(b"\1", block=Control.DONE, plan=tag, to=peers)
+    with stage("wait"):
+        mesh.receive(dict.fromkeys(peers, 1), block=Control.DONE, plan=tag)
 
 
 def session_tag(state: SessionState, *what: object) -> int:

@@ -22,9 +22,9 @@ from ..inputs import (
     check_integer,
     check_request,
 )
-from .answers import decode_together, move, receive_tokens, send_tokens, token_limit
+from .answers import decode_together, joint_tag, move, receive_tokens, send_tokens, token_limit
 from .base import EngineParts, Running
-from .codes import complete, session_tag, synchronize
+from .codes import complete, confirm, session_tag, synchronize
 from .cut import cut
 from .decoder import Asked
 from .files import packed
@@ -122,7 +122,7 @@ class Session:
         owner = state.owner if rank is None else _check_rank(engine, rank)
         check_function("between", between)
         cached = state.tokens
-        with self._call(request, within_ms, "append", ids) as (running, work):
+        with self._call(request, within_ms, "append") as (running, work):
             work.ids = torch.cat([work.ids, ids], 1)
             tokens, past = work.tokens - work.read, work.read
             shares = cut(engine, past, tokens, owner)
@@ -284,6 +284,7 @@ class Session:
         with one_call(self._engine, request, within_ms) as running:
             work = self._state.fork()
             yield running, work
+            confirm(self._engine, running, session_tag(work, *what))
         self._state = work
 
     def _remember(self, state: SessionState, rank: int) -> None:
@@ -343,6 +344,7 @@ def generate_together(
             session._remember(work, place)
             work.add_answer(new, place)
             synchronize(engine, work, running)
+        confirm(engine, running, joint_tag(works, request))
     for session, work in zip(sessions, works, strict=True):
         session._state = work
     return [session.ids for session in sessions]

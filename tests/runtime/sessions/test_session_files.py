@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import struct
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -196,7 +197,9 @@ def test_a_call_that_is_ended_leaves_the_session_as_it_was() -> None:
             session.generate(5, choose=lambda ids, logits: torch.tensor([97]))
         assert len(session) == 20
         assert torch.equal(session.generate(3), other.generate(3))
-        # ranks that are given different tokens find out, and the sessions stay
+        # ranks that are given different tokens find out, also one that only sends and is long done
+        # when the other begins; and the sessions stay
+        time.sleep(0.2 * engine.rank)
         with pytest.raises(WireError, match="another plan"):
             session.append(IDS[:, 20 + engine.rank : 38 + engine.rank])
         assert len(session) == 23
