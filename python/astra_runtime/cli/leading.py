@@ -15,7 +15,15 @@ from ..errors import AstraError
 from .cluster import Cluster, cluster
 from .common import load
 from .fitting import codebook_at_hand, ensure_codebook
-from .options import DENSE, check_keys, connect_options, engine_options, peers_of, settle_threads
+from .options import (
+    DENSE,
+    check_keys,
+    connect_options,
+    engine_options,
+    peers_of,
+    settle_threads,
+    sharing,
+)
 from .waiting import Waiting
 
 BEAT_SHARE = 0.2  # of --timeout: how often ranks without work are asked whether they are there
@@ -36,7 +44,7 @@ class Place:
         self.peers = peers
         self.addresses = peers or [f"rank {rank}, on this machine" for rank in range(size)]
         self.settings = engine_options(options, len(self.addresses))
-        settle_threads(options, 1 if peers else size)
+        settle_threads(options, sharing(peers, options.rank) if peers else size)
 
     @classmethod
     def of(cls, options: argparse.Namespace) -> Place:

@@ -87,7 +87,7 @@ def add_mesh_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--threads",
         type=positive,
-        help="CPU threads a rank (default: all cores; ranks on one machine share them)",
+        help="CPU threads a rank (default: all physical cores; ranks on one machine share them)",
     )
     parser.add_argument(
         "--mixed-dtypes",
@@ -263,6 +263,20 @@ def peers_of(options: argparse.Namespace) -> list[str]:
     if options.rank is None or not 0 <= options.rank < len(peers):
         raise AstraError(f"--rank: expected 0 to {len(peers) - 1} with --peers, got {options.rank}")
     return peers
+
+
+def sharing(peers: list[str], rank: int) -> int:
+    """How many of the ranks at these addresses share the machine of `rank`, itself among them.
+
+    That is the same host by name, or loopback under any name.
+    """
+    from ..transport.addresses import is_loopback, parse_address
+
+    hosts = [parse_address(peer)[0].lower() for peer in peers]
+    own = hosts[rank]
+    if is_loopback(own):
+        return sum(map(is_loopback, hosts))
+    return hosts.count(own)
 
 
 def connect_options(

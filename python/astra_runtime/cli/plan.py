@@ -22,6 +22,7 @@ from .options import (
     peers_of,
     positive,
     settle_threads,
+    sharing,
 )
 from .waiting import Waiting
 
@@ -103,7 +104,8 @@ def run(options: argparse.Namespace) -> int:
     speeds = _speeds(options)
     _check_rates(options)
     books = _read_books(options.codebook or [])
-    settle_threads(options, 1)  # every device has a machine of its own
+    # without --peers every device has a machine of its own
+    settle_threads(options, 1 if peers is None else sharing(peers, options.rank))
     torch.set_num_threads(options.threads)
     model, tokenizer = (shaped(options.model), None) if shape else load(options)
     adapter = adapt(model)

@@ -28,6 +28,7 @@ from .options import (
     peers_of,
     positive,
     settle_threads,
+    sharing,
 )
 from .streaming import Streaming, add_sampling, sampling_of
 from .waiting import Waiting
@@ -95,7 +96,7 @@ class Place:
         """How many ranks share this machine's cores."""
         if self.torchrun:
             return int(os.environ.get("LOCAL_WORLD_SIZE", self.world_size))
-        return 1 if self.peers is not None else self.world_size
+        return self.world_size if self.peers is None else sharing(self.peers, self.rank)
 
 
 def place_of(options: argparse.Namespace) -> Place:

@@ -25,6 +25,7 @@ from .options import (
     engine_options,
     peers_of,
     settle_threads,
+    sharing,
 )
 from .waiting import Waiting
 
@@ -76,7 +77,7 @@ def run(options: argparse.Namespace) -> int:
     check_keys(options, peers)
     import torch
 
-    settle_threads(options, 1)
+    settle_threads(options, sharing(peers, options.rank))
     torch.set_num_threads(options.threads)
     model, tokenizer = load(options)
     codebook, _ = ensure_codebook(options, model, tokenizer)

@@ -11,7 +11,9 @@ from typing import Any
 import pytest
 
 from astra_runtime import cores, store
-from astra_runtime.cli.options import settle_threads
+from astra_runtime.cli import _parser as parser_of
+from astra_runtime.cli import leading, run
+from astra_runtime.cli.options import settle_threads, sharing
 from astra_runtime.store import DamagedModel, model_folder
 
 from .test_cli import PROMPT, here, home, model_options  # noqa: F401 - fixtures
@@ -64,6 +66,30 @@ def test_processes_share_the_physical_cores(tmp_path: Path, monkeypatch: Any) ->
         assert options.threads == threads
     monkeypatch.setenv("OMP_NUM_THREADS", "3")  # as of every program that torch is in
     assert cores.threads_of(1) == cores.threads_of(2) == 3
+
+
+def test_only_ranks_that_share_a_machine_share_its_cores() -> None:
+    apart = ["10.0.0.1:7000", "10.0.0.2:7000", "10.0.0.3:7000"]
+    assert [sharing(apart, rank) for rank in range(3)] == [1, 1, 1]
+    together = ["10.0.0.1:7000", "10.0.0.2:7000", "10.0.0.1:7001"]
+    assert [sharing(together, rank) for rank in range(3)] == [2, 1, 2]
+    assert sharing(["127.0.0.1:7000", "[::1]:7001", "127.0.0.2:7002"], 1) == 3
+    assert sharing(["Desk:7000", "desk:7001", "127.0.0.1:7002"], 0) == 2
+
+
+def test_commands_of_a_mesh_settle_the_threads_of_their_machine(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(cores, "physical_cores", lambda: 8)
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    apart, together = "10.0.0.1:7000,10.0.0.2:7000", "10.0.0.1:7000,10.0.0.1:7001"
+    for peers, threads in ((apart, 8), (together, 4)):
+        place = run.Place(0, 2, peers.split(","))
+        assert cores.threads_of(place.on_this_machine) == threads
+        asked = ["serve", "--peers", peers, "--rank", "0", "--insecure"]
+        options = parser_of("serve").parse_args(asked)
+        leading.Place(options, peers.split(","))
+        assert options.threads == threads
 
 
 def test_a_gguf_file_is_converted_once_for_each_content(
