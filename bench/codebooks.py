@@ -1,26 +1,31 @@
 """Codebooks by the names that options and results use, and what they send.
 
 A name is "SPACE:GROUPS", "SPACE:BITS" where a fit is given a budget (`transform`), "none:DTYPE" for
-dense exchange, or "drop" for local-only.
+dense exchange, or "drop" for local-only. "transform:BITS+FINE" has FINE bits more for the last 32
+tokens before a cut, "transform:BITS+FINExTOKENS" for the last TOKENS.
 """
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Final, Literal
 
 import torch
 
 from astra_runtime import Codebook
+from astra_runtime.call import Sizes
 from astra_runtime.codes.base import geometry
 from astra_runtime.codes.dense import DenseExchange
 from astra_runtime.codes.local_only import LocalOnly
 from astra_runtime.codes.registry import codec_named
 from astra_runtime.models import Adapter
+from astra_runtime.plan import Plan
 
 CONTROLS: Final = {"exact": Codebook.dense(), "local_only": Codebook.local_only()}
 FOLDER: Final = Path("build/codebooks")  # what `bench.accuracy.calibrate` fits
 CODEWORDS: Final = 1024  # of random codebooks
+FINE_TOKENS: Final = 32  # that have fine codes, where a name does not say how many
 AfterLoss = Literal["stale", "out", "predicted"]
 
 
@@ -44,11 +49,22 @@ def size_of(name: str) -> dict[str, Any]:
     Example:
         >>> size_of("kv:3"), size_of("transform:100")
         ({'space': 'kv', 'groups': 3}, {'space': 'transform', 'bits': 100.0})
+        >>> size_of("transform:100+400x64")
+        {'space': 'transform', 'bits': 100.0, 'fine_bits': 400.0, 'fine_tokens': 64}
     """
     space, _, size = name.partition(":")
-    if budgeted(name):
-        return {"space": space, "bits": float(size)}
-    return {"space": space, "groups": int(size)}
+    if not budgeted(name):
+        return {"space": space, "groups": int(size)}
+    bits, _, fine = size.partition("+")
+    if not fine:
+        return {"space": space, "bits": float(bits)}
+    fine_bits, _, tokens = fine.partition("x")
+    return {
+        "space": space,
+        "bits": float(bits),
+        "fine_bits": float(fine_bits),
+        "fine_tokens": int(tokens or FINE_TOKENS),
+    }
 
 
 def after_loss(book: Codebook) -> tuple[AfterLoss, ...]:
@@ -81,9 +97,30 @@ def bits_per_token_block(book: Codebook, adapter: Adapter) -> float:
     return book.token_bits(adapter)
 
 
-def folder(bits: float, seed: int) -> Path:
+def payload_bits(book: Codebook, adapter: Adapter, plan: Plan) -> tuple[float, float]:
+    """Bits a token and block of a call of `plan`, fine codes counted: each payload once, and what
+    one receiver gets on average."""
+    sizes = Sizes.of(book.make_codec(adapter), len(adapter.blocks), 0, plan, 1)
+    return sizes.bits_per_token_block(1), sizes.bits_per_receiver(1)
+
+
+def folder(bits: float, seed: int, fine_bits: float = 0.0) -> Path:
     """Where `bench.accuracy.calibrate` puts SmolLM2's codebook of that budget and seed."""
-    return FOLDER / f"broad-{bits:g}-{seed}"
+    return FOLDER / f"broad-{bits:g}{f'+{fine_bits:g}' if fine_bits else ''}-{seed}"
+
+
+def calibrated(name: str, seed: int) -> Codebook:
+    """SmolLM2's codebook of a name with a budget, from `folder`."""
+    size = size_of(name)
+    fine_bits = size.get("fine_bits", 0.0)
+    book = Codebook.from_pretrained(folder(size["bits"], seed, fine_bits))
+    return replace(book, fine_tokens=size["fine_tokens"]) if fine_bits else book
+
+
+def without_fine(book: Codebook) -> Codebook:
+    """The same with its coarse codes alone."""
+    notes = {k: v for k, v in book.notes.items() if not k.startswith("fine_")}
+    return replace(book, fine=(), fine_tokens=0, fine_codewords=0, notes=notes)
 
 
 def random_codebook(name: str, adapter: Adapter) -> Codebook:

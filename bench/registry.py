@@ -231,6 +231,19 @@ OTHERS = (
         ("corpora",),
     ),
     Bench(
+        "accuracy-ranks",
+        "bits, FLOPs and accuracy of SmolLM2 on 2 to 16 ranks and six kinds of text",
+        90,
+        (
+            Run("bench.accuracy calibrate --bits 100 --seeds 0"),
+            _cpu(
+                "bench.accuracy ranks --codes transform:100+400 transform:100 kv:3",
+                "accuracy_ranks",
+            ),
+        ),
+        ("corpora",),
+    ),
+    Bench(
         "codes",
         "product, residual, gain-shape, scalar and lattice codes of the same vectors",
         60,

@@ -1,6 +1,6 @@
 """Accuracy against bits.
 
-    python -m bench.accuracy [lm | encoder | codes | calibrate | corpora] [OPTIONS]
+    python -m bench.accuracy [lm | ranks | encoder | codes | calibrate | corpora] [OPTIONS]
 
 Without a word it is `lm`, perplexity of SmolLM2. Each has a --help of its own.
 """
@@ -10,7 +10,7 @@ from __future__ import annotations
 import importlib
 import sys
 
-COMMANDS = ("lm", "encoder", "codes", "calibrate", "corpora")
+COMMANDS = ("lm", "ranks", "encoder", "codes", "calibrate", "corpora")
 
 
 def main() -> None:

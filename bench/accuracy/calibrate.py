@@ -3,8 +3,9 @@
     python -m bench.accuracy calibrate [--bits 30 100 …] [--seeds 0 1 2] [--text documentation:16 …]
 
 No text is of a domain that `bench.accuracy` calls unseen (handbook, devref). Seeds differ in the
-windows drawn, in the labels that the sensitivity is estimated from, and in k-means. Writes one
-folder a seed and budget to build/codebooks; what is there already is not fitted again.
+windows drawn, in the labels that the sensitivity is estimated from, and in k-means. Writes two
+folders a seed and budget to build/codebooks, with fine codes (`--fine-bits`) and the same without;
+what is there already is not fitted again.
 """
 
 import argparse
@@ -48,6 +49,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         prog="bench.accuracy calibrate", description=__doc__.splitlines()[0]
     )
     parser.add_argument("--bits", nargs="+", type=float, default=[10, 30, 100, 300, 600, 1500])
+    parser.add_argument("--fine-bits", type=float, default=400, help="for tokens before a cut")
     parser.add_argument("--seeds", nargs="+", type=int, default=[0])
     parser.add_argument("--text", nargs="+", default=TEXT, metavar="DOMAIN:WINDOWS")
     options = parser.parse_args(arguments)
@@ -55,17 +57,33 @@ def main(arguments: Sequence[str] | None = None) -> None:
     model, tokenizer = load_model("smollm2"), load_tokenizer("smollm2")
     rank = default_rank(adapt(model))
     for seed in options.seeds:
-        missing = [b for b in options.bits if not codebooks.folder(b, seed).is_dir()]
+        missing = [
+            bits
+            for bits in options.bits
+            if not codebooks.folder(bits, seed, options.fine_bits).is_dir()
+        ]
         if not missing:
             continue
         drawn = windows(tokenizer, options.text, seed)
-        settings = TransformOptions(prefix=1, codewords=None, rank=rank, iterations=8, seed=seed)
+        settings = TransformOptions(
+            prefix=1,
+            codewords=None,
+            rank=rank,
+            iterations=8,
+            seed=seed,
+            fine_bits=options.fine_bits,
+            fine_tokens=codebooks.FINE_TOKENS if options.fine_bits else 0,
+        )
         fit = TransformFit(model, as_windows(drawn), settings, stages(say))
         for bits in missing:
             codebook = fit.codebook(bits)
             codebook.notes["text"] = list(options.text)
-            codebook.save_pretrained(codebooks.folder(bits, seed))
-            say(f"{codebooks.folder(bits, seed)}: {codebook.bits:.1f} bits")
+            coarse = codebooks.folder(bits, seed)
+            if not coarse.is_dir():
+                codebooks.without_fine(codebook).save_pretrained(coarse)
+            if codebook.fine:
+                codebook.save_pretrained(codebooks.folder(bits, seed, options.fine_bits))
+            say(f"{coarse}: {codebook.bits:.1f} bits, fine ones {codebook.fine_bits:.1f}")
 
 
 if __name__ == "__main__":

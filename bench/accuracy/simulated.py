@@ -127,11 +127,10 @@ def codebook_of(name: str, seed: int, model: Any, tokenizer: Any) -> Codebook:
     book = codebooks.CONTROLS.get(name) or codebooks.control(name)
     if book is not None:
         return book
-    size = codebooks.size_of(name)
     if codebooks.budgeted(name):
-        return Codebook.from_pretrained(codebooks.folder(size["bits"], seed))
+        return codebooks.calibrated(name, seed)
     windows = calibrate.windows(tokenizer, calibrate.TEXT, seed)
-    return Codebook.fit(model, windows, **size, held_back=0, seed=seed)
+    return Codebook.fit(model, windows, **codebooks.size_of(name), held_back=0, seed=seed)
 
 
 def kept_codebook_of(name: str, model: Any, tokenizer: Any) -> Codebook:

@@ -1,10 +1,11 @@
-"""Tables of accuracy_lm.json and accuracy_encoder.json, as markdown."""
+"""Tables of accuracy_lm.json, accuracy_ranks.json and accuracy_encoder.json, as markdown."""
 
 from __future__ import annotations
 
 import statistics
 from typing import Any
 
+from bench.accuracy.calibrate import UNSEEN
 from bench.report.markdown import Report, Table, source, spread, table
 
 Row = dict[str, Any]
@@ -68,6 +69,48 @@ def _between_seeds(gaps: list[float]) -> str:
     return "1" if gaps else "–"
 
 
+def accuracy_ranks(report: Report) -> str:
+    """A line for codes and world size, a column for a text; seeds in one line.
+
+    ± is the standard error of the mean over windows, the last column the number of codebooks.
+    """
+    rows = [row for row in report["rows"] if "gap_recovered" in row]
+    texts = list(dict.fromkeys(row["domain"] for row in rows))
+    groups: dict[tuple[Any, ...], list[Row]] = {}
+    for row in rows:
+        groups.setdefault((row["world_size"], row["codes"], row["halo"]), []).append(row)
+    lines = []
+    for (ranks, codes, halo), of_codes in groups.items():
+        block, receiver, flops = (
+            statistics.fmean(row[key] for row in of_codes)
+            for key in ("bits_per_token_block", "bits_per_receiver", "flops_over_ideal")
+        )
+        line = [
+            codes,
+            f"{ranks}",
+            f"{halo}",
+            f"{block:.0f}",
+            f"{receiver:.0f}",
+            f"{flops:.2f}",
+            *(_kept([row for row in of_codes if row["domain"] == text]) for text in texts),
+            f"{len({row['seed'] for row in of_codes})}",
+        ]
+        lines.append((ranks, receiver, halo, line))
+    lines.sort(key=lambda entry: entry[:-1])
+    head = ["codes", "ranks", "halo", "bits, block", "bits, receiver", "FLOPs/ideal"]
+    names = [f"{text}, unseen" if text in UNSEEN else text for text in texts]
+    return table([*head, *names, "codebooks"], [line[-1] for line in lines]) + source(report)
+
+
+def _kept(rows: list[Row]) -> str:
+    """The share of the gap recovered on one text, over all windows and codebooks."""
+    if not rows:
+        return "–"
+    gap = statistics.fmean(row["gap_recovered"] for row in rows)
+    errors = [row["gap_spread"] / row["windows"] ** 0.5 for row in rows if row["gap_spread"]]
+    return f"{gap:.3f} ± {statistics.fmean(errors):.3f}" if errors else f"{gap:.3f}"
+
+
 def accuracy_encoder(report: Report) -> str:
     """Seeds in one row."""
     groups: dict[tuple[str, str], list[Row]] = {}
@@ -114,5 +157,6 @@ TABLES = {
         _shown,
         "four ranks without losses, both controls and a few of the codes in each space",
     ),
+    "accuracy_ranks": Table(("cpu-2core/accuracy_ranks",), accuracy_ranks),
     "accuracy_encoder": Table(("cpu-2core/accuracy_encoder",), accuracy_encoder),
 }

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from astra_runtime import Codebook
 from astra_runtime.models import adapt
 from bench import codebooks
-from bench.accuracy import calibrate, encoder, lm, simulated
+from bench.accuracy import calibrate, encoder, lm, ranks, simulated, tables
 from bench.lossy import degraded, perplexity
 from bench.report import Rows
 from tests.runtime.models import inputs_for, tiny, windows_for
@@ -35,7 +35,7 @@ def model():
 @pytest.fixture
 def windows(monkeypatch):
     """Three windows of 32 tokens, in place of 1,024."""
-    for module in (simulated, lm, degraded, perplexity):
+    for module in (simulated, lm, ranks, degraded, perplexity):
         monkeypatch.setattr(module, "TOKENS", TOKENS)
     return [inputs_for("llama", TOKENS, seed=seed)["input_ids"][0] for seed in range(3)]
 
@@ -100,6 +100,10 @@ def test_names_of_codebooks():
     assert codebooks.control("kv:3") is None
     assert codebooks.size_of("kv:3") == {"space": "kv", "groups": 3}
     assert codebooks.size_of("transform:1.25") == {"space": "transform", "bits": 1.25}
+    fine = {"space": "transform", "bits": 10.0, "fine_bits": 40.0, "fine_tokens": 32}
+    assert codebooks.size_of("transform:10+40") == fine
+    assert codebooks.size_of("transform:10+40x8") == fine | {"fine_tokens": 8}
+    assert codebooks.folder(10, 1) != codebooks.folder(10, 1, 40)
 
 
 def test_bits_are_those_of_the_payload(model, books):
@@ -156,6 +160,56 @@ def test_perplexity_by_text_and_ranks(results, monkeypatch, model, windows, book
     monkeypatch.setattr(lm, "losses", never)
     lm.main([*arguments, "--halos", "0", "2"])
     assert rows_of(results, "accuracy_lm") == rows
+
+
+def test_bits_work_and_accuracy_by_ranks(results, monkeypatch, model, windows, books):
+    fine = Codebook.fit(
+        model,
+        windows_for("llama"),
+        **codebooks.size_of("transform:12+40x4"),
+        codewords=16,
+        iterations=2,
+        held_back=0,
+    )
+    books["transform:12+40x4"] = fine
+    books["transform:12"] = codebooks.without_fine(fine)
+    in_place_of_smollm2(monkeypatch, ranks, model, windows, books)
+    names = ["transform:12", "transform:12+40x4"]
+    ranks.main(["--codes", *names, "--ranks", "2", "--domains", "handbook", "--halo", "0"])
+    rows = {row["codes"]: row for row in rows_of(results, "accuracy_ranks")}
+    assert set(rows) == {"exact", "local_only", *names}
+    exact = simulated.control_losses(model, windows, 2)["exact"]
+    assert rows["exact"]["losses"] == pytest.approx(exact, abs=1e-4)
+    coarse, both = (rows[name] for name in names)
+    # of the 15 or 16 tokens that rank 0 sends
+    more = sum(part.codes for part in fine.fine) * 6 / len(fine.fine)
+    assert both["bits_per_receiver"] - coarse["bits_per_receiver"] == pytest.approx(
+        more * 4 / 15, rel=0.15
+    )
+    assert both["flops_over_ideal"] > coarse["flops_over_ideal"]
+    assert both["perplexity"] != coarse["perplexity"]
+    table = tables.accuracy_ranks(
+        json.loads(next(results.glob("*/accuracy_ranks.json")).read_text())
+    )
+    assert "handbook, unseen" in table
+    assert len([line for line in table.splitlines() if "| transform:12" in line]) == 2
+
+
+def test_losses_that_were_measured_before_are_taken(results, monkeypatch, model, windows, books):
+    in_place_of_smollm2(monkeypatch, lm, model, windows, books)
+    in_place_of_smollm2(monkeypatch, ranks, model, windows, books)
+    lm.main(["--codes", "kv:3", "--ranks", "2", "--domains", "handbook", "--halos", "0"])
+
+    def never(*_, **__):
+        raise AssertionError("measured twice")
+
+    for name in ("losses", "exact_losses"):
+        monkeypatch.setattr(ranks, name, never)
+    ranks.main(["--codes", "kv:3", "--ranks", "2", "--domains", "handbook", "--halo", "0"])
+    before = {row["codes"]: row["losses"] for row in rows_of(results, "accuracy_lm")}
+    after = {row["codes"]: row["losses"] for row in rows_of(results, "accuracy_ranks")}
+    assert after == {name: before[name] for name in after}
+    assert set(after) == {"exact", "local_only", "kv:3"}
 
 
 def test_missing_frames(results, monkeypatch, model, windows, books):
