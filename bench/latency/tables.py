@@ -223,13 +223,20 @@ def _demo_rows(result: dict[str, Any]) -> list[list[str]]:
         [
             names[run["method"]],
             f"{run['seconds_to_first_token']:.2f}",
-            f"{run['speedup']:.2f}×",
+            _in_rounds(run),
             f"{run['bits_per_token_block']:.0f}",
             f"{run['perplexity']:.2f}",
         ]
         for run in result["runs"]
     ]
     return [*rows, ["local-only", "", "", "0", f"{result['local_only_perplexity']:.2f}"]]
+
+
+def _in_rounds(run: dict[str, Any]) -> str:
+    """The median speedup, and its range where there were several rounds."""
+    low, high = run.get("speedup_range", (1, 1))
+    text = f"{run['speedup']:.2f}×"
+    return text if low == high else f"{text} ({low:.2f}–{high:.2f})"
 
 
 OTHERS = (

@@ -1,7 +1,9 @@
 """What every benchmark shares: timing, the result file, markdown tables."""
 
+from astra_runtime.contention import Contention, Watch
+
 from .console import command_line, quiet_transformers, stages
-from .machine import Contention, Watch, cores, cpu_name
+from .machine import cores, cpu_name
 from .markdown import load, source, spread, table
 from .results import (
     RESULTS,

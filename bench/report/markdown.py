@@ -8,7 +8,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from .machine import Contention
+from astra_runtime.contention import Contention
+
 from .results import RESULTS
 
 Report = dict[str, Any]

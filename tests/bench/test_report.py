@@ -7,8 +7,9 @@ import os
 
 import pytest
 
+from astra_runtime import contention as of_machine
 from bench import report
-from bench.report import Case, Contention, Times, Watch, machine, stages
+from bench.report import Case, Contention, Times, Watch, stages
 from bench.report.console import command_line
 from bench.report.markdown import source
 
@@ -21,7 +22,7 @@ def stat(core: int, user: int, idle: int, steal: int = 0) -> str:
 def kernel(tmp_path, monkeypatch):
     """Stands in for /proc/stat, cores 3 and 4 being this process's; none of their time is its."""
     path = tmp_path / "stat"
-    monkeypatch.setattr(machine, "STAT", path)
+    monkeypatch.setattr(of_machine, "STAT", path)
     monkeypatch.setattr(os, "sched_getaffinity", lambda pid: {3, 4})
     monkeypatch.setattr(os, "times", lambda: (0.0,) * 5)
     path.write_text(stat(3, 100, 100) + stat(4, 0, 0) + stat(5, 0, 0))
@@ -45,6 +46,18 @@ def test_own_time_is_nobody_elses(kernel, monkeypatch):
     monkeypatch.setattr(os, "times", lambda: (seconds / 2, 0.0, seconds / 2, 0.0, 9.0))
     assert watch.contention() == Contention(0.0, 0.0)
     assert not watch.contention().disturbs
+
+
+def test_a_child_that_still_runs_is_nobody_else(kernel):
+    watch = Watch()
+    kernel.write_text(stat(3, 200, 100) + stat(4, 0, 100) + stat(5, 0, 0))
+    assert watch.contention() == Contention(0.5, 0.0)
+    assert watch.contention(ours=75 / os.sysconf("SC_CLK_TCK")) == Contention(0.125, 0.0)
+
+
+def test_where_the_kernel_tells_nothing_nothing_is_seen(kernel):
+    kernel.unlink()
+    assert Watch().contention() == Contention(0.0, 0.0)
 
 
 def test_a_moment_too_short_to_say_anything(kernel):

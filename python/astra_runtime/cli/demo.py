@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from ..console import say, show_json, working
+from ..contention import Watch
 from .cluster import cluster, traced, write_trace
 from .common import load, window_tokens
 from .fitting import codebook_at_hand, ensure_codebook
@@ -26,6 +27,7 @@ from .options import (
     settle_threads,
     two_or_more,
 )
+from .rounds import Sample, disturbance, in_turns, ratios, sample_of
 from .run import check_prompt
 
 CONTINUED = 40
@@ -46,7 +48,12 @@ def configure(parser: argparse.ArgumentParser) -> None:
     add_tokens(parser, "of the prompt", two_or_more)
     parser.add_argument("--mbit", type=float, default=10.0, help="link rate (10); 0: not limited")
     parser.add_argument("--delay-ms", type=float, default=0.0, help="one-way delay of the link")
-    parser.add_argument("--repeats", type=positive, default=3, help="timed runs, median reported")
+    parser.add_argument(
+        "--repeats",
+        type=positive,
+        default=3,
+        help="rounds at least; up to three times as many, until the speedup is known to 2 %%",
+    )
     add_trace(parser)
 
 
@@ -93,52 +100,76 @@ def run(options: argparse.Namespace) -> int:
 
 @dataclass(frozen=True)
 class Method:
-    """One row of the table; `samples` are seconds to the first token, of each run."""
+    """One row of the table.
+
+    Attributes:
+        samples: of each run.
+        baseline: the single device's of the same rounds.
+    """
 
     name: str
-    samples: list[float]
+    samples: list[Sample]
+    baseline: list[Sample]
     bits_per_token_block: float
     perplexity: float
 
-    def row(self, baseline: float) -> dict[str, Any]:
-        """As JSON shows it; `baseline`: seconds of a single device."""
-        median = statistics.median(self.samples)
+    def row(self) -> dict[str, Any]:
+        """As JSON shows it."""
+        speedups = ratios(self.baseline, self.samples)
         return {
             "method": self.name,
-            "seconds_to_first_token": median,
-            "speedup": baseline / median,
+            "seconds_to_first_token": statistics.median(s.seconds for s in self.samples),
+            "speedup": statistics.median(speedups),
+            "speedup_range": [min(speedups), max(speedups)],
+            "processor_speedup": statistics.median(s.processor for s in self.baseline)
+            / statistics.median(s.processor for s in self.samples),
             "bits_per_token_block": self.bits_per_token_block,
             "perplexity": self.perplexity,
-            "seconds": self.samples,
+            "seconds": [s.seconds for s in self.samples],
+            "processor_seconds": [s.processor for s in self.samples],
         }
 
 
 def _measure(options: argparse.Namespace, model: Any, ranks: Any, ids: Any) -> dict[str, Any]:
     """Times and perplexities of the three methods, and of the local-only control."""
-    prompt = ids.tolist()
-    say("ASTRA: codes on the link")
-    # warms every rank up
-    ranks.submit(do="prefill", input_ids=prompt, space="codes", repeats=1)
-    astra = ranks.submit(do="prefill", input_ids=prompt, space="codes", repeats=options.repeats)
-    say("single device: the model alone, in this process")
-    logits, single = _alone(model, ids, options.repeats)
-    say("dense sequence parallel: keys and values in fp32 on the same link (be patient)")
-    dense = ranks.submit(do="prefill", input_ids=prompt, space="none", repeats=1)
+    prompt, workers = ids.tolist(), 0.0
+
+    def job(space: str) -> Any:
+        return ranks.submit(do="prefill", input_ids=prompt, space=space, repeats=1)
+
+    def codes() -> Sample:
+        nonlocal workers
+        found = job("codes")
+        workers += sum(found["processor_seconds"][0][1:])
+        return sample_of(found)
+
+    say("one device and ASTRA, in turns")
+    astra, logits = job("codes"), _logits(model, ids)  # which warm everything up
+    watch, workers = Watch(), 0.0
+    rounds = in_turns(
+        {"single": lambda: _alone(model, ids), "astra": codes}, options.repeats, ("single", "astra")
+    )
+    contention = watch.contention(workers)
+    single = rounds["single"]
+    say("dense sequence parallel: keys and values in fp32 on the same link, once (be patient)")
+    dense = job("none")
     say("perplexity of the prompt after the first shard, link not limited")
     first = astra["sizes"][0] if ranks.mesh.world_size > 1 else 0
     perplexity = {"single": _perplexity(logits, ids, first)}
     for space in ("codes", "none", "drop"):
         total, count = ranks.submit(do="loss", input_ids=prompt, space=space)
         perplexity[space] = math.exp(total / count)
+    typical = [Sample(*map(statistics.median, zip(*single, strict=True)))]
+    bits = {"codes": astra["bits_per_token_block"], "none": dense["bits_per_token_block"]}
     methods = (
-        Method("single", single, 0.0, perplexity["single"]),
-        Method("dense", dense["seconds"], dense["bits_per_token_block"], perplexity["none"]),
-        Method("astra", astra["seconds"], astra["bits_per_token_block"], perplexity["codes"]),
+        Method("single", single, single, 0.0, perplexity["single"]),
+        Method("dense", [sample_of(dense)], typical, bits["none"], perplexity["none"]),
+        Method("astra", rounds["astra"], single, bits["codes"], perplexity["codes"]),
     )
-    baseline = statistics.median(single)
     return {
         **_setting(options, ranks, tokens=ids.shape[1], shards=astra["sizes"]),
-        "runs": [method.row(baseline) for method in methods],
+        "runs": [method.row() for method in methods],
+        "contention": disturbance(contention, single, options.threads),
         "local_only_perplexity": perplexity["drop"],
     }
 
@@ -156,18 +187,22 @@ def _continuation(ranks: Any, tokenizer: Any, ids: Any, new_tokens: int) -> dict
     }
 
 
-def _alone(model: Any, ids: Any, repeats: int) -> tuple[Any, list[float]]:
-    """All logits of the single device, and seconds to the last token's, of each of `repeats`."""
+def _logits(model: Any, ids: Any) -> Any:
+    """All logits of the single device."""
     import torch
 
-    samples = []
     with torch.inference_mode():
-        logits = model(input_ids=ids, use_cache=False).logits  # this run also warms it up
-        for _ in range(repeats):
-            start = time.perf_counter()
-            model(input_ids=ids, logits_to_keep=1, use_cache=False)
-            samples.append(time.perf_counter() - start)
-    return logits, samples
+        return model(input_ids=ids, use_cache=False).logits
+
+
+def _alone(model: Any, ids: Any) -> Sample:
+    """The single device, to the last token's logits."""
+    import torch
+
+    with torch.inference_mode():
+        start, used = time.perf_counter(), time.process_time()
+        model(input_ids=ids, logits_to_keep=1, use_cache=False)
+        return Sample(time.perf_counter() - start, time.process_time() - used)
 
 
 def _perplexity(logits: Any, ids: Any, first: int) -> float:
@@ -213,13 +248,26 @@ def show(result: dict[str, Any]) -> None:
         "dense": "dense sequence parallel (fp32)",
         "astra": "ASTRA",
     }
-    print(f"{'':32}{'first token':>12}{'speedup':>9}{'bits/token/block':>18}{'perplexity':>12}")
+    print(
+        f"{'':32}{'first token':>12}{'speedup':>9}{'range':>12}{'processor':>11}"
+        f"{'bits/token/block':>18}{'perplexity':>12}"
+    )
     for row in result["runs"]:
+        low, high = row["speedup_range"]
+        runs = "timed once" if len(row["seconds"]) == 1 else f"{low:.2f}–{high:.2f}"
         print(
             f"{names[row['method']]:32}{row['seconds_to_first_token']:10.2f} s"
-            f"{row['speedup']:8.2f}×{row['bits_per_token_block']:18.1f}{row['perplexity']:12.2f}"
+            f"{row['speedup']:8.2f}×{runs:>12}{row['processor_speedup']:10.2f}×"
+            f"{row['bits_per_token_block']:18.1f}{row['perplexity']:12.2f}"
         )
-    print(f"{'local only (remote dropped)':32}{'':39}{result['local_only_perplexity']:12.2f}")
+    print(f"{'local only (remote dropped)':32}{'':62}{result['local_only_perplexity']:12.2f}")
+    rounds = len(result["runs"][0]["seconds"])
+    print(
+        f"medians of {rounds} round{'s' if rounds > 1 else ''}, one device and ASTRA in turns; "
+        "processor: the ratio of processor time, one device's to the busiest rank's"
+    )
+    if result["contention"]["disturbed"]:
+        print(f"DISTURBED: {result['contention']['why']}; the processor column is steadier")
     if "continuation" in result:
         print(f"\ncontinued at {result['seconds_per_token']:.3f} s a token:")
         print(result["continuation"])

@@ -233,21 +233,24 @@ class Ranks:
 
         Every rank has the input when the clock starts; it stops when rank 0, which asked, has the
         logits (the last rank, which computes them, has them a vector's transfer earlier).
+        `processor_seconds` are every rank's, by run.
         """
         engine = self.engine(space, True, ids.shape[1])
-        seconds = []
+        seconds, processor = [], []
         before = self.timed.stats
         for _ in range(repeats):
             self.barrier()
             before = self.timed.stats
-            start = time.perf_counter()
+            start, used = time.perf_counter(), time.process_time()
             engine(input_ids=ids)
             seconds.append(time.perf_counter() - start)
+            processor.append(time.process_time() - used)
             self.timed.flush()
             self.barrier()
         sent = self.timed.stats - before
         return {
             "seconds": seconds,
+            "processor_seconds": [self.report(value) for value in processor],
             "bits_per_token_block": engine.bits_per_token_block,
             "sizes": _sizes(engine, ids.shape[1]),
             "bytes_sent_payload": self.report(float(sent.bytes_sent_payload)),
