@@ -289,6 +289,12 @@ OTHERS = (
         (_cpu("bench.vision --wide --keep build/vision", "accuracy_vision_wide"),),
     ),
     Bench(
+        "finetune",
+        "a step of `astra finetune` beside one masked softmax over all tokens",
+        3,
+        (_cpu("bench.finetune", "finetune"),),
+    ),
+    Bench(
         "native",
         "attention in C++ beside torch's flash kernel, on one thread",
         4,

@@ -1,13 +1,14 @@
 """N devices in one differentiable forward pass of an unmodified model: what training runs.
 
-All tokens are in one sequence, rank after rank, and masks say who sees whom: a token sees its own
-shard's keys and values as they are and other shards' quantized, in one softmax
+All tokens are in one sequence, rank after rank. A token sees its own shard's keys and values as
+they are and other shards' quantized, in one softmax
 
     softmax(q·[K, K̂]ᵀ/√d)·[V, V̂]           (Mixed-Precision Attention, arXiv 2505.19342)
 
-where K holds a shard's own tokens and K̂ everyone else's. With the tables of a `Codebook` this is
-what the engine's ranks compute together, to rounding; it costs twice the attention scores of the
-plain model, and no communication.
+where K holds a shard's own tokens and K̂ everyone else's. As in the engine, each shard attends to
+its own tokens and to the others' by themselves, and the two states are merged: no mask, and no
+scores of what is not seen. With the tables of a `Codebook` this is what the engine's ranks compute
+together, to rounding, without communication.
 
 Codes may be lost on their way (`lost`, `missed`): then a receiver leaves the shard out of that
 block's softmax. With a codec whose blocks build on each other it also goes on without the codewords
@@ -23,14 +24,15 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
+
+import astra_kernels as ak
 
 from ..codes.base import geometry
 from ..codes.codebook import Codebook
 from ..codes.registry import CODECS
 from ..codes.search import Search
-from ..codes.simulated import SentTokens, SimulatedCodec
+from ..codes.simulated import Pair, SentTokens, SimulatedCodec
 from ..models import Adapter, adapt
 from ..plan import Plan
 from .navq import NAVQ
@@ -56,6 +58,21 @@ def frozen(codebook: Codebook, device: torch.device | str) -> nn.ModuleList:
     return layers
 
 
+@dataclass(frozen=True)
+class Shard:
+    """One rank's part of a `Layout`.
+
+    Attributes:
+        rows: how many tokens it computes.
+        first: how many of these, the first, see no remote tokens: a decoder's replicated ones.
+        remote: those of the S tokens sent that it knows from codes; slices that are not empty.
+    """
+
+    rows: int
+    first: int
+    remote: tuple[slice, ...]
+
+
 @dataclass(frozen=True, eq=False)
 class Layout:
     """The tokens of all ranks in one sequence of length L, rank after rank.
@@ -64,13 +81,13 @@ class Layout:
         token: int64 [L], which token of the model's own sequence, class token first.
         rank: int64 [L], whose it is.
         sent: bool [L], whether other ranks know of it, through codes. S are.
-        start: int64 [L], from which token on its rank computes the sequence itself.
+        shards: of each rank.
     """
 
     token: Tensor
     rank: Tensor
     sent: Tensor
-    start: Tensor
+    shards: tuple[Shard, ...]
 
     @classmethod
     def make(cls, plan: Plan, device: torch.device, single_class_token: bool = False) -> Layout:
@@ -79,36 +96,37 @@ class Layout:
         token: list[int] = []
         rank: list[int] = []
         sent: list[bool] = []
-        start: list[int] = []
+        shards = []
         for n in range(plan.world_size):
             copies = plan.copies if n == 0 or not single_class_token else 0
             shard, halo = plan.shard(n), plan.num_leading(n) - plan.copies
             own = range(shard.start - halo, shard.stop)
+            before = sum(sent)
             token += [*range(copies), *own]
             rank += [n] * (copies + len(own))
             sent += [single_class_token] * copies + [False] * halo + [True] * (len(own) - halo)
-            start += [own.start] * (copies + len(own))
-        return cls(*(torch.tensor(column, device=device) for column in (token, rank, sent, start)))
+            known = [slice(0, before - halo)] if plan.causal else [slice(0, before)]
+            if not plan.causal and n + 1 < plan.world_size:
+                known.append(slice(sum(sent), None))
+            remote = tuple(part for part in known if part.stop != 0)
+            shards.append(Shard(copies + len(own), copies if plan.causal else 0, remote))
+        columns = {"token": token, "rank": rank, "sent": sent}
+        tensors = {name: torch.tensor(column, device=device) for name, column in columns.items()}
+        return cls(**tensors, shards=tuple(shards))
 
-    def mask(self, causal: bool, visible: Tensor | None) -> Tensor:
-        """Who sees whom: bool [B or 1, 1, L, L + S], local tokens first, then remote.
+    def local_masks(self, causal: bool, visible: Tensor) -> list[Tensor]:
+        """Which of its shard's tokens a token sees, bool [B, 1, M, M] for each shard of M tokens.
 
         `visible`, bool [B, tokens], is False at padding. A token always sees itself, so that
         padding, which nobody sees, has a softmax too.
         """
-        local = self.rank[:, None] == self.rank
-        remote = ~local[:, self.sent]
-        if causal:
-            local = local & (self.token[:, None] >= self.token)
-            remote = remote & (self.token[:, None] > self.token[self.sent])
-            # not what the halo has
-            remote = remote & (self.start[:, None] > self.token[self.sent])
-        both = torch.cat([local, remote], 1)[None, None]
-        if visible is None:
-            return both
-        no_padding = visible[:, self.token]
-        both = both & torch.cat([no_padding, no_padding[:, self.sent]], 1)[:, None, None]
-        return both | torch.eye(len(self.token), both.shape[-1], dtype=torch.bool).to(both.device)
+        masks = []
+        for token in self.token.split([shard.rows for shard in self.shards]):
+            mask = visible[:, None, None, token].expand(-1, -1, len(token), -1)
+            if causal:
+                mask = mask.tril()
+            masks.append(mask | torch.eye(len(token), dtype=torch.bool, device=mask.device))
+        return masks
 
 
 class Simulation:
@@ -171,7 +189,9 @@ class Simulation:
         self.single = single_class_token
         self.layout = Layout.make(plan, device, single_class_token)
         visible = self.adapter.visible(inputs)
-        self.mask = self.layout.mask(plan.causal, visible)
+        self.local_masks: Sequence[Tensor | None] = [None] * plan.world_size
+        if visible is not None:
+            self.local_masks = self.layout.local_masks(plan.causal, visible)
         self.counted = None if visible is None else visible[:, self.layout.token[self.layout.sent]]
         positions = self.adapter.positions(inputs)
         if positions is not None:
@@ -236,26 +256,59 @@ class Simulation:
 
     def attend(self, block: int, query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
         """Attention [B, H, L, d] over keys and values [B, Hkv, L, d] and remote, quantized ones."""
-        length = key.shape[2]
-        if self.codec is None:
-            return _attention(query, key, value, self.mask[..., :length], scale)
-        mask, received = self.mask, self._received(block)
-        attended = self._attended(received)
-        if attended is not None:
-            visible = attended[self.layout.rank]
-            mask = torch.cat([mask[..., :length], mask[..., length:] & visible], -1)
-        pairs = self._remote_pairs(block, key, value, received)
+        pairs: list[Pair] = []
+        seen = None
+        if self.codec is not None:
+            received = self._received(block)
+            seen = self._attended(received)
+            pairs = self._remote_pairs(block, key, value, received)
+        dtype = _dtype_of_attention(query)
+        pairs = [(key_of.to(dtype), value_of.to(dtype)) for key_of, value_of in pairs]
+        sizes = [shard.rows for shard in self.layout.shards]
+        shards = zip(*(x.to(dtype).split(sizes, 2) for x in (query, key, value)), strict=True)
         outputs = []
-        for n, (remote_key, remote_value) in enumerate(pairs):
-            rows = self.layout.rank == n if len(pairs) > 1 else slice(None)
-            keys = torch.cat([key, remote_key.to(key.dtype)], 2)
-            values = torch.cat([value, remote_value.to(value.dtype)], 2)
-            outputs.append(_attention(query[:, :, rows], keys, values, mask[:, :, rows], scale))
-        return outputs[0] if len(outputs) == 1 else torch.cat(outputs, 2)  # rank after rank
+        for n, tensors in enumerate(shards):
+            pair = pairs[n % len(pairs)] if pairs else None
+            out = self._attend(n, tensors, pair, None if seen is None else seen[n], scale)
+            outputs.append(out.transpose(1, 2))
+        return torch.cat(outputs, 1).transpose(1, 2)
+
+    def _attend(
+        self,
+        rank: int,
+        local: tuple[Tensor, ...],
+        remote: Pair | None,
+        seen: Tensor | None,
+        scale: float,
+    ) -> Tensor:
+        """Attention of one shard's queries over its own keys and values, and over what it knows of
+        the S tokens sent; `seen`, bool [S], says which of these are attended to, None: all."""
+        shard, mask = self.layout.shards[rank], self.local_masks[rank]
+        causal = self.plan.causal and mask is None
+        own, own_lse = ak.attention(*local, is_causal=causal, attn_mask=mask, scale=scale)
+        if remote is None or not shard.remote:
+            return own
+        first = shard.first
+        query, out, lse = local[0][:, :, first:], own[:, :, first:], own_lse[:, :, first:]
+        for part in shard.remote:
+            key, value = (x[:, :, part] for x in remote)
+            visible = self._visible(part, seen, len(query))
+            state = ak.attention(query, key, value, key_mask=visible, scale=scale)
+            out, lse = ak.merge_state(out, lse, *state)
+        return torch.cat([own[:, :, :first], out], 2) if first else out
+
+    def _visible(self, part: slice, seen: Tensor | None, batch: int) -> Tensor | None:
+        """Which of some tokens sent are no padding and attended to, bool [B, tokens]; None: all."""
+        if seen is not None:
+            seen = seen[None, part].expand(batch, -1)
+        if self.counted is None:
+            return seen
+        counted = self.counted[:, part]
+        return counted if seen is None else counted & seen
 
     def _remote_pairs(
         self, block: int, key: Tensor, value: Tensor, received: Tensor | None
-    ) -> list[tuple[Tensor, Tensor]]:
+    ) -> list[Pair]:
         """Keys (rotated) and values [B, Hkv, S, d] of the tokens sent, as other ranks see them."""
         assert self.codec is not None
         assert self.block_input is not None
@@ -312,8 +365,9 @@ class Simulation:
         return quantized.estimate, quantized.output
 
 
-def _attention(query: Tensor, key: Tensor, value: Tensor, mask: Tensor, scale: float) -> Tensor:
-    """[B, H, M, d] of queries [B, H, M, d] over [B, Hkv, N, d], under a mask [B or 1, 1, M, N]."""
-    heads = query.shape[1] // key.shape[1]  # of queries to a head of keys
-    key, value = key.repeat_interleave(heads, 1), value.repeat_interleave(heads, 1)
-    return F.scaled_dot_product_attention(query, key, value, attn_mask=mask, scale=scale)
+def _dtype_of_attention(query: Tensor) -> torch.dtype:
+    """That of the queries, or what mixed precision has attention run in."""
+    device = query.device.type
+    if query.dtype != torch.float64 and torch.is_autocast_enabled(device):
+        return torch.get_autocast_dtype(device)
+    return query.dtype

@@ -15,6 +15,7 @@ from astra_runtime.codes.rotary import rotate
 from astra_runtime.models import adapt
 from astra_runtime.plan import Plan
 from astra_runtime.train.simulate import Layout, Simulation, quantizers
+from bench.finetune import OneMask, make_mask
 
 from ..models import inputs_for, tiny
 from ..test_engine import fitted, logits_of, options_for, ranks_output, rounding
@@ -117,13 +118,69 @@ def test_who_sees_a_class_token() -> None:
     shared = Layout.make(plan, torch.device("cpu"))
     assert shared.token.tolist() == [0, 1, 2, 0, 3, 4, 5]
     assert shared.sent.tolist() == [False, True, True, False, True, True, True]
-    seen = shared.mask(False, None)[0, 0].int().tolist()
+    seen = make_mask(shared, plan, None)[0, 0].int().tolist()
     assert seen[0] == [1, 1, 1, 0, 0, 0, 0] + [0, 0, 1, 1, 1]
     assert seen[3] == [0, 0, 0, 1, 1, 1, 1] + [1, 1, 0, 0, 0]
     single = Layout.make(plan, torch.device("cpu"), single_class_token=True)
     assert single.token.tolist() == [0, 1, 2, 3, 4, 5]
-    seen = single.mask(False, None)[0, 0].int().tolist()
+    seen = make_mask(single, plan, None)[0, 0].int().tolist()
     assert seen[4] == [0, 0, 0, 1, 1, 1] + [1, 1, 1, 0, 0, 0]
+
+
+def gradients(
+    kind: type, model: Any, book: Codebook, plan: Plan, inputs: Any, **options: Any
+) -> Any:
+    """Of a loss to every weight, and the output; a third of the noise is there."""
+    layers = quantizers(book, "cpu", noise=0.3, commitment=0.1).double()
+    run = kind(model, book, plan, inputs, layers, **options)
+    output = logits_of(run.run())
+    model.zero_grad()
+    seen = run.adapter.visible(inputs)
+    read = output if seen is None else output[seen]
+    (read.square().mean() + run.commitment).backward()
+    return read.detach(), {
+        name: weight.grad.clone()
+        for name, weight in model.named_parameters()
+        if weight.grad is not None
+    }
+
+
+@pytest.mark.parametrize(
+    ("kind", "space", "changes"),
+    [
+        ("llama", "kv", {}),
+        ("llama", "kv", {"halo": 3, "copies": 2}),
+        ("llama", "hidden", {"padded": True}),
+        ("gpt2", "differential", {"missed": ((2, 0, 1),)}),
+        ("gpt2", "kv", {"padded": True, "missed": ((1, 0, 0), (2, 1, 2))}),
+        ("vit", "kv", {}),
+        ("vit", "hidden", {"single_class_token": True}),
+        ("vit", "kv", {"missed": ((0, 1, 1), (0, 2, 1))}),
+        ("bert", "kv", {"padded": True}),
+    ],
+)
+def test_gradients_are_those_of_one_masked_softmax(
+    kind: str, space: str, changes: dict[str, Any]
+) -> None:
+    model, inputs = tiny(kind).double(), inputs_for(kind, 23, batch=2)
+    if kind == "vit":
+        inputs["pixel_values"] = inputs["pixel_values"].double()
+    options = dict(changes)
+    if options.pop("padded", False):
+        inputs["attention_mask"] = torch.ones_like(inputs["input_ids"])
+        hidden = slice(15, None) if kind == "bert" else slice(9)
+        inputs["attention_mask"][1, hidden] = 0
+    book = fitted(kind, tiny(kind), space=space, groups=6)
+    plan = plan_for(model, inputs, (5, 1, 3))
+    copies = options.pop("copies", 0)
+    if copies:
+        plan = Plan.make(23 - copies, 3, causal=True, copies=copies, halo=options.pop("halo"))
+    found, grads = gradients(Simulation, model, book, plan, inputs, **options)
+    wanted, of_one_mask = gradients(OneMask, model, book, plan, inputs, **options)
+    torch.testing.assert_close(found, wanted, rtol=1e-9, atol=1e-9)
+    assert grads.keys() == of_one_mask.keys()
+    for name, grad in of_one_mask.items():
+        torch.testing.assert_close(grads[name], grad, rtol=1e-8, atol=1e-10, msg=name)
 
 
 @pytest.mark.parametrize("kind", ["vit", "bert"])
@@ -281,15 +338,14 @@ class Estimates(Simulation):
         remote_key, remote_value = self.adapter.project(block, self.mine)
         return [(rotate(remote_key, self.rope), remote_value)]
 
-    def attend(self, block: int, query: Tensor, *others: Any) -> Tensor:
-        whole = self.mask
-        if block in self.blocks:
-            length = len(self.layout.token)
-            self.mask = torch.cat([whole[..., :length], whole[..., length:] & False], -1)
-        try:
-            return super().attend(block, query, *others)
-        finally:
-            self.mask = whole
+    def attend(self, block: int, *tensors: Any) -> Tensor:
+        self.block = block
+        return super().attend(block, *tensors)
+
+    def _attended(self, received: Tensor | None) -> Tensor | None:
+        if self.block not in self.blocks:
+            return None
+        return torch.zeros(self.plan.world_size, self.plan.tokens, dtype=torch.bool)
 
 
 def run_with(kind: type, model: Any, book: Codebook, inputs: Any, **given: Any) -> Tensor:
