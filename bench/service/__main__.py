@@ -97,7 +97,7 @@ def decode_cases(options: argparse.Namespace) -> list[Case]:
     ids = torch.arange(options.tokens)[None] % 1000
     first = Cache(KeyValues(len(engine.adapter.blocks)))
     with torch.no_grad():
-        read(engine, [first], ids)
+        read(engine, [first], [ids])
     alone, cases = 0.0, []
     for count in (1, 4, 8):
         caches = [first.fork() for _ in range(count)]
@@ -105,7 +105,7 @@ def decode_cases(options: argparse.Namespace) -> list[Case]:
         with torch.no_grad():
             for _ in range(1 + options.repeats * 4):
                 start = time.perf_counter()
-                read(engine, caches, torch.full((count, 1), 7))
+                read(engine, caches, [torch.tensor([[7]])] * count)
                 times.append(1e3 * (time.perf_counter() - start))
         ms = percentiles(times[1:])
         alone = alone or ms.p50

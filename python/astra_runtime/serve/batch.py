@@ -1,8 +1,9 @@
-"""Several sequences that one rank decodes together: the weights are read once a step for all.
+"""Several sequences that one rank reads together: the weights are read once a step for all.
 
 A sequence's tokens differ in what they attend to, and in nothing else, so a step is one pass of the
-model over one token of each, with an attention of its own for every row: dense over the tokens
-computed here, and from codes over the others. No cache of the model's is used.
+model over the next tokens of each, one of an answer or a piece of a prompt. Each has an attention
+of its own: dense over the tokens computed here, and from codes over the others. No cache of the
+model's is used.
 """
 
 from __future__ import annotations
@@ -53,6 +54,10 @@ class Cache:
             known.append(block, *pair)
         return cls(known, prefix.tokens, prefix.logits, replace(prefix, local={}))
 
+    def known(self) -> KeyValues:
+        """Keys and values of the tokens so far; the cache goes on by itself."""
+        return self._known.fork()
+
     def fork(self) -> Cache:
         """Another sequence with the same beginning; nothing is copied."""
         return Cache(self._known.fork(), self.length, self.logits, self._prefix)
@@ -77,10 +82,11 @@ class Cache:
         return ak.merge_state(*state, *far)
 
 
-def read(engine: EngineParts, caches: Sequence[Cache], ids: Tensor) -> None:
-    """Reads `ids` int64 [B, M]: M more tokens of each of B sequences, in one pass of the model.
+def read(engine: EngineParts, caches: Sequence[Cache], new: Sequence[Tensor]) -> None:
+    """Reads the next tokens of each sequence, int64 [1, M] of any M, in one pass of the model.
 
     Each sequence then has the logits after its last token, and is M tokens longer.
     """
-    for cache, logits in zip(caches, read_tokens(engine, caches, ids), strict=True):
+    rows = read_tokens(engine, caches, new)
+    for cache, ids, logits in zip(caches, new, rows, strict=True):
         cache.advance(ids.shape[1], logits)

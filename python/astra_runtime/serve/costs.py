@@ -29,11 +29,17 @@ class PromptCosts:
 
     def heard_alone(self, tokens: int, seconds: float) -> None:
         """A rank has read a prompt by itself."""
-        self.token = _mixed(self.token, seconds / tokens)
+        if self.token is None or tokens > EXACT_TOKENS:  # of a few tokens each costs more
+            self.token = _mixed(self.token, seconds / tokens)
 
-    def heard_together(self, tokens: int, seconds: float) -> None:
-        """All ranks have read a prompt, pauses not counted."""
-        if self.token is None:
+    def heard_together(self, tokens: int, seconds: float, busy: float | None = None) -> None:
+        """All ranks have read a prompt, pauses not counted.
+
+        busy: seconds for which the busiest rank computed; None: not known.
+        """
+        if busy is not None and tokens > EXACT_TOKENS:
+            self.token = _mixed(self.token, busy / self._shard(tokens))
+        elif self.token is None:
             self.token = seconds / self._shard(tokens)
         rest = max(0.0, seconds - self.token * self._shard(tokens))
         self.exchange = _mixed(self.exchange, rest)
@@ -45,6 +51,15 @@ class PromptCosts:
         if self.token is None or self.exchange is None:
             return True
         return self.together(tokens) < self.token * tokens
+
+    def apart_is_faster(self, tokens: int, waiting: int) -> bool:
+        """Whether of so many prompts that wait, the first tokens come sooner on average where each
+        rank reads some of them by itself than where all ranks read one after the other."""
+        ranks = self._engine.mesh.world_size
+        if ranks == 1 or waiting < 2 or self.token is None:
+            return False
+        turns = sum(1 + i // ranks for i in range(waiting)) / waiting
+        return turns * self.token * tokens < self.together(tokens) * (waiting + 1) / 2
 
     def together(self, tokens: int) -> float:
         """Seconds that all ranks need for a prompt; 0 where nothing is known."""

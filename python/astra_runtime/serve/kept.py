@@ -1,4 +1,4 @@
-"""Prompts that stay on all ranks, so that another one with the same beginning costs the rest alone.
+"""Prompts that stay, so that another one with the same beginning costs the rest alone.
 
 A kept prompt is a session. Which one a prompt goes on from, and which are forgotten, the leader
 says in its jobs, so that all ranks do the same.
@@ -12,6 +12,7 @@ from collections.abc import Callable, Sequence
 import torch
 
 from ..engine import Engine
+from ..sessions.cache import KeyValues
 from ..sessions.session import Session
 from .batch import Cache
 
@@ -24,6 +25,7 @@ class Kept:
     def __init__(self, engine: Engine) -> None:
         self._engine = engine
         self._sessions: dict[int, Session] = {}
+        self._held: dict[int, KeyValues] = {}  # of prompts that this rank has read by itself
 
     @property
     def possible(self) -> bool:
@@ -33,6 +35,26 @@ class Kept:
     def forget(self, numbers: Sequence[int]) -> None:
         for number in numbers:
             self._sessions.pop(number, None)
+            self._held.pop(number, None)
+
+    def hold(self, number: int, known: KeyValues) -> None:
+        """Keys and values of a prompt that this rank alone has read, until the leader has heard of
+        it and says what becomes of them."""
+        if self.possible:
+            self._held[number] = known
+
+    def keep(self, number: int, ids: Sequence[int], owner: int) -> None:
+        """Keeps a prompt that `owner` has read by itself.
+
+        The other ranks get its codes when something that they are to do needs them.
+        """
+        session = self._engine.session()
+        state = session._state
+        state.add_unread(ids)
+        if self._engine.rank == owner:
+            state.cache = self._held.pop(number)
+        state.add_computed(0, len(ids), owner)
+        self._sessions[number] = session
 
     def read(
         self,

@@ -26,18 +26,18 @@ from ..transport import peers_of
 from .admission import Admission
 from .costs import PromptCosts
 from .kept import Prompts
+from .placement import Placement
 from .rank import Prompt, Sequences, ending_together, receive_report
 from .rounds import IDLE_SECONDS, Rounds
 from .service import (
     Event,
     GenerationRequest,
-    RequestRefused,
     ServiceFailed,
     Span,
     Status,
     TimeIsUp,
 )
-from .work import Answer, Deliver, Work
+from .work import Answer, Deliver, Limits, Work
 
 MEMORY_SHARE = 0.5  # of the free memory, for keys and values
 KEPT_SHARE = 0.25  # of that, for prompts that are kept after their answers
@@ -94,8 +94,10 @@ class Leader(Rounds):
         self._admission = Admission(engine.mesh.world_size, max_queue)
         self._sequences = Sequences(engine)
         self.costs = PromptCosts(engine)
+        self._placement = Placement(self._admission, self.costs, self._sequences.kept.possible)
         self._answers: dict[int, Answer] = {}
         self._drop: list[int] = []  # answers that their owners have to forget
+        self._keep: list[tuple[int, int, list[int]]] = []  # prompts to keep: number, owner, ids
         self._forget: list[int] = []  # kept prompts that the ranks have to forget
         self._prompts = Prompts(0)
         self._number = 0
@@ -116,7 +118,8 @@ class Leader(Rounds):
         Raises:
             RequestRefused, QueueFull, NotReady: at once.
         """
-        work = self._checked(request, deliver)
+        limits = Limits(self.context_length, self.vocabulary, self._token_bytes)
+        work = limits.work_of(request, deliver)
         with self._changed:
             self.check_open()
             self._admission.add(work)
@@ -163,36 +166,6 @@ class Leader(Rounds):
                 self._progress,
             )
 
-    # Before a request is queued.
-
-    def _checked(self, request: GenerationRequest, deliver: Deliver) -> Work:
-        tokens, limit = len(request.prompt_ids), self.context_length
-        if tokens < 1:
-            raise RequestRefused("prompt", "expected at least one token, got an empty prompt")
-        if not all(0 <= id < self.vocabulary for id in request.prompt_ids):
-            raise RequestRefused("prompt", f"expected token ids from 0 to {self.vocabulary - 1}")
-        if not all(0 <= id < self.vocabulary for id in request.sampling.logit_bias):
-            raise RequestRefused(
-                "logit_bias", f"expected token ids from 0 to {self.vocabulary - 1}"
-            )
-        room = limit - tokens + 1  # the last token is never read
-        asked = request.max_new_tokens
-        if room < 1 or (asked is not None and asked > room):
-            raise RequestRefused(
-                "messages",
-                f"this model's context is {limit} tokens, and the prompt has {tokens}"
-                + ("" if asked is None else f", with {asked} more asked for"),
-                "context_length_exceeded",
-            )
-        new_tokens = room if asked is None else asked
-        if new_tokens < 1:
-            raise RequestRefused("max_tokens", f"expected at least 1, got {new_tokens}")
-        now = time.monotonic()
-        size = self._token_bytes * (tokens + new_tokens) * request.n
-        within = request.within_s
-        deadline = None if within is None else now + within
-        return Work(request, new_tokens, deliver, now, size, deadline)
-
     # The leader's thread.
 
     def _is_busy(self) -> bool:
@@ -202,6 +175,7 @@ class Leader(Rounds):
         self._sequences = Sequences(self.engine)
         self._answers.clear()
         self._drop.clear()
+        self._keep.clear()
         self._forget.clear()
         together = Counter(one["machine"] for one in self._about.values())
         room = {
@@ -234,7 +208,8 @@ class Leader(Rounds):
                 self._changed.wait(IDLE_SECONDS)
                 if self._is_busy() or self._ended:
                     return
-        if work is not None and self._is_for_all(work) and not (active and self._just_read):
+            place = None if work is None else self._placement.of(work)
+        if work is not None and place == "all" and not (active and self._just_read):
             self._read(work)
         elif work is not None or active:
             self._step(self._alone())
@@ -253,23 +228,13 @@ class Leader(Rounds):
             work.owner = known[2]
         return work
 
-    def _is_for_all(self, work: Work) -> bool:
-        """Whether all ranks read its prompt, and so keep it; a single rank keeps longer ones."""
-        tokens = work.prompt_tokens
-        if work.base is not None:
-            return True
-        if self.engine.mesh.world_size == 1:
-            return self._sequences.kept.possible and tokens > EXACT_TOKENS
-        return self.costs.together_is_faster(tokens)
-
     def _alone(self) -> list[Work]:
         """The requests that come next and whose owners read their prompts by themselves."""
         admitted = []
         with self._changed:
-            while (work := self._next()) is not None:
-                if self._is_for_all(work):
-                    break
+            while (work := self._next()) is not None and self._placement.of(work) == "one":
                 self._begin(work)
+                work.reading = True
                 admitted.append(work)
         return admitted
 
@@ -281,12 +246,10 @@ class Leader(Rounds):
 
     def _job(self, **job: Any) -> None:
         with self._changed:
-            drop, self._drop = self._drop, []
-            forget, self._forget = self._forget, []
-        self._sequences.drop(drop)
-        self._sequences.kept.forget(forget)
-        whole = {"do": "round", "drop": drop, "forget": forget, "prompt": None, "pauses": []}
-        self._send_job(**whole | {"alone": []} | job)
+            said = {"drop": self._drop, "keep": self._keep, "forget": self._forget}
+            self._drop, self._keep, self._forget = [], [], []
+        self._sequences.follow(said)
+        self._send_job(**{"do": "round", "prompt": None, "pauses": [], "alone": []} | said | job)
 
     def _step(self, alone: list[Work]) -> None:
         """A round in which every rank decodes, and some begin to read prompts by themselves."""
@@ -304,8 +267,7 @@ class Leader(Rounds):
 
     def _read(self, work: Work) -> None:
         """A round in which all ranks read one prompt, with pauses for everybody else."""
-        new = work.prompt_tokens - (0 if work.base is None else work.base[1])
-        pauses = self.costs.pauses(new) if self._answers else []
+        pauses = self.costs.pauses(work.new_tokens) if self._answers else []
         with self._changed:
             self._begin(work)
             self._reading = work
@@ -332,7 +294,8 @@ class Leader(Rounds):
             ids = work.request.prompt_ids
             self._forget += self._prompts.add(prompt.number, ids, work.owner)
         if work.base is None:
-            self.costs.heard_together(work.prompt_tokens, seconds)
+            busy = max((_busy(spans) for spans in self._spans.values()), default=None)
+            self.costs.heard_together(work.prompt_tokens, seconds, busy)
 
     def _read_prompt(
         self, work: Work, prompt: Prompt, pauses: list[int]
@@ -402,6 +365,8 @@ class Leader(Rounds):
 
     def _heard(self, report: dict[str, Any]) -> None:
         now = time.monotonic()
+        for number, seconds in report["read"]:
+            self._heard_read(number, seconds, now)
         for number, *token in report["tokens"]:
             answer = self._answers.get(number)
             if answer is None:
@@ -417,9 +382,24 @@ class Leader(Rounds):
             if number in self._answers:
                 work = self._answers[number].work
                 self._end(work, ServiceFailed(reason))
-        for number, seconds in report["read"]:
-            if number in self._answers:
-                self.costs.heard_alone(self._answers[number].work.prompt_tokens, seconds)
+
+    def _heard_read(self, number: int, seconds: float, now: float) -> None:
+        """A rank has read a prompt by itself, and keeps what is known of it until it is told."""
+        work = next((w for w in self._admission.running if w.answers[0].number == number), None)
+        if work is None:
+            self._forget.append(number)
+            return
+        work.reading = False
+        work.spans.append(
+            Span(work.owner, "compute", work.admitted - work.arrived, now - work.arrived)
+        )
+        self.costs.heard_alone(work.prompt_tokens, seconds)
+        forgotten = [number]
+        if self._sequences.kept.possible and work.prompt_tokens > EXACT_TOKENS:
+            forgotten = self._prompts.add(number, work.request.prompt_ids, work.owner)
+        if number not in forgotten:
+            self._keep.append((number, work.owner, list(work.request.prompt_ids)))
+        self._forget += forgotten
 
     def _expire(self) -> None:
         """Ends what was cancelled, and what has no time left."""
@@ -455,3 +435,8 @@ class Leader(Rounds):
         if error is not None:
             work.send(error)
         work.send(None)
+
+
+def _busy(spans: Sequence[Any]) -> float:
+    """Seconds for which a rank computed, of its spans of a prompt."""
+    return sum(stop - start if name == "compute" else start - stop for name, start, stop in spans)

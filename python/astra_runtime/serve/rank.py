@@ -38,7 +38,7 @@ ABOUT = (Control.SERVICE_SIZE, Control.SERVICE)
 REPORT = (Control.TOKENS_SIZE, Control.TOKENS)
 MAX_JOB = 16 << 20  # bytes of its JSON
 MAX_REPORT = 16 << 20  # bytes of a rank's tokens of one round, with their alternatives
-PIECE_SECONDS = 0.15  # that reading a piece of a prompt should take: others wait for their tokens
+STEP_SECONDS = 0.35  # of a step with a piece of a prompt: answers wait for their next tokens
 NOTABLE = 1_000_000  # ns, of a wait in a timeline
 FIRST_PIECE, LEAST_PIECE = 32, 8  # tokens
 
@@ -166,33 +166,45 @@ class Sequences:
             self._answers.pop(number, None)
         self._reading = [one for one in self._reading if one.prompt.number not in gone]
 
-    def step(self) -> None:
-        """One piece of the first prompt that is read here, and one token of every answer."""
-        with torch.no_grad():
-            answers = list(self._answers.values())
-            if answers:
-                ids = torch.tensor([[answer.token] for answer in answers])
-                caches = [answer.cache for answer in answers]
-                read(self.engine, caches, ids.to(self.adapter.device))
-                for answer in answers:
-                    self._draw(answer)
-            if self._reading:
-                self._read_piece(self._reading[0])
+    def follow(self, job: dict[str, Any]) -> None:
+        """What a job says of answers and kept prompts."""
+        self.drop(job["drop"])
+        for number, owner, ids in job["keep"]:
+            self.kept.keep(number, ids, owner)
+        self.kept.forget(job["forget"])
 
-    def _read_piece(self, reading: _Reading) -> None:
+    def step(self) -> None:
+        """A token of every answer and a piece of the prompt that is read here, in one pass."""
+        answers = list(self._answers.values())
+        reading = self._reading[0] if self._reading else None
+        caches = [answer.cache for answer in answers]
+        new = [[answer.token] for answer in answers]
+        if reading is not None:
+            start = reading.cache.length
+            caches.append(reading.cache)
+            new.append(list(reading.prompt.ids[start : start + self._piece]))
+        if not new:
+            return
+        begun = time.perf_counter()
+        with torch.no_grad():
+            read(self.engine, caches, [torch.tensor([ids]).to(self.adapter.device) for ids in new])
+        seconds = time.perf_counter() - begun
+        for answer in answers:
+            self._draw(answer)
+        if reading is not None:
+            self._have_read(reading, len(new[-1]), seconds, len(answers))
+
+    def _have_read(self, reading: _Reading, tokens: int, seconds: float, others: int) -> None:
+        """A piece of a prompt, in a step of so many seconds with `others` tokens of answers."""
         prompt, cache = reading.prompt, reading.cache
-        piece = prompt.ids[cache.length : cache.length + self._piece]
-        start = time.perf_counter()
-        ids = torch.tensor([list(piece)]).to(self.adapter.device)
-        read(self.engine, [cache], ids)
-        seconds = time.perf_counter() - start
-        reading.seconds += seconds
-        if len(piece) == self._piece:
-            ideal = self._piece * PIECE_SECONDS / max(seconds, 1e-6)
+        reading.seconds += seconds * tokens / (tokens + others)
+        if tokens == self._piece:
+            ideal = self._piece * STEP_SECONDS / max(seconds, 1e-6)
             self._piece = int(min(max(ideal, self._piece / 2, LEAST_PIECE), 2 * self._piece))
         if cache.length == len(prompt.ids):
             self._reading.remove(reading)
             self._read.append([prompt.number, reading.seconds])
+            self.kept.hold(prompt.number, cache.known())
             self.answer(prompt, cache)
 
     def _draw(self, answer: _Answer) -> None:
@@ -273,8 +285,7 @@ class Worker:
     def run(self, job: dict[str, Any]) -> None:
         """One round. Raises what ends the mesh; what ends a prompt alone is reported."""
         sequences = self.sequences
-        sequences.drop(job["drop"])
-        sequences.kept.forget(job["forget"])
+        sequences.follow(job)
         if "encode" in job:
             self._encode(job)
             return

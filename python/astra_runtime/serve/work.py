@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from ..errors import AstraError
 from .rank import Prompt
 from .sampling import sampling_to_json
-from .service import Done, Event, GenerationRequest, Span, Token
+from .service import Done, Event, GenerationRequest, RequestRefused, Span, Token
 from .text import TextStream
 
 log = logging.getLogger("astra_runtime.serve")
@@ -37,6 +38,7 @@ class Work:
     Attributes:
         bytes: of keys and values that its answers may take on their owner.
         base: a kept prompt that it goes on from, and how many tokens they share; None: none.
+        reading: its owner is reading the prompt by itself.
     """
 
     request: GenerationRequest
@@ -52,6 +54,7 @@ class Work:
     admitted: float = 0.0
     first_token: float | None = None
     base: tuple[int, int] | None = None
+    reading: bool = False
     coded_tokens: int = 0
     degraded: bool = False
     spans: list[Span] = field(default_factory=list)
@@ -77,6 +80,11 @@ class Work:
             Answer(number + index, index, self, TextStream(tokenizer, self.request.stop))
             for index in range(self.request.n)
         ]
+
+    @property
+    def new_tokens(self) -> int:
+        """Those of the prompt that have to be read."""
+        return self.prompt_tokens - (0 if self.base is None else self.base[1])
 
     def prompt(self, ends: tuple[int, ...]) -> Prompt:
         """What the ranks have to know of it."""
@@ -150,3 +158,45 @@ class Work:
     @property
     def whole(self) -> bool:
         return all(answer.done for answer in self.answers)
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What a model can be asked.
+
+    Attributes:
+        context_length: tokens of a prompt and its answer together.
+        vocabulary: how many token ids there are.
+        token_bytes: of one token's keys and values.
+    """
+
+    context_length: int
+    vocabulary: int
+    token_bytes: int
+
+    def work_of(self, request: GenerationRequest, deliver: Deliver) -> Work:
+        """A request that can be queued, as of now. Raises RequestRefused where it cannot."""
+        self._check_ids("prompt", request.prompt_ids)
+        self._check_ids("logit_bias", list(request.sampling.logit_bias))
+        tokens, asked = len(request.prompt_ids), request.max_new_tokens
+        if tokens < 1:
+            raise RequestRefused("prompt", "expected at least one token, got an empty prompt")
+        room = self.context_length - tokens + 1  # the last token is never read
+        if room < 1 or (asked is not None and asked > room):
+            raise RequestRefused(
+                "messages",
+                f"this model's context is {self.context_length} tokens, and the prompt has {tokens}"
+                + ("" if asked is None else f", with {asked} more asked for"),
+                "context_length_exceeded",
+            )
+        new_tokens = room if asked is None else asked
+        if new_tokens < 1:
+            raise RequestRefused("max_tokens", f"expected at least 1, got {new_tokens}")
+        now, within = time.monotonic(), request.within_s
+        size = self.token_bytes * (tokens + new_tokens) * request.n
+        deadline = None if within is None else now + within
+        return Work(request, new_tokens, deliver, now, size, deadline)
+
+    def _check_ids(self, param: str, ids: Sequence[int]) -> None:
+        if not all(0 <= id < self.vocabulary for id in ids):
+            raise RequestRefused(param, f"expected token ids from 0 to {self.vocabulary - 1}")

@@ -187,7 +187,7 @@ def complete(engine: EngineParts, state: SessionState) -> None:
     """This rank gets keys and values of all tokens whose codes it has, and of the sinks."""
     sinks = min(state.prefix, state.read)
     if state.cache.length < sinks:
-        read_tokens(engine, [state.cache], state.ids[:, state.cache.length : sinks])
+        read_tokens(engine, [state.cache], [state.ids[:, state.cache.length : sinks]])
     while state.store is not None and state.cache.length < state.coded:
         start, stop = state.cache.length, state.coded
         ahead = [piece for piece in state.held if piece[1] > start]

@@ -160,23 +160,18 @@ class Decoder:
         return stepped
 
     def _read(self, answers: Sequence[Answer]) -> None:
-        """Gives logits to all of them: those of one unread token together, longer ones apart."""
-        single: list[tuple[Answer, Tensor]] = []
+        """Gives logits to all of them, in one pass."""
+        reading = []
         for answer in answers:
-            state = answer.state
-            if not answer.tokens and state.scores is not None:
-                answer.logits = state.scores
-                continue
-            unread = answer.ids[:, state.cache.length :]
-            if unread.shape[1] > 1:
-                answer.logits = read_tokens(self._engine, [state.cache], unread)
+            if not answer.tokens and answer.state.scores is not None:
+                answer.logits = answer.state.scores
             else:
-                single.append((answer, unread))
-        if single:
-            caches = [answer.state.cache for answer, _ in single]
-            rows = read_tokens(self._engine, caches, torch.cat([unread for _, unread in single]))
-            for row, (answer, _) in enumerate(single):
-                answer.logits = rows[row : row + 1]
+                reading.append(answer)
+        if reading:
+            caches = [answer.state.cache for answer in reading]
+            new = [answer.ids[:, answer.state.cache.length :] for answer in reading]
+            for answer, row in zip(reading, read_tokens(self._engine, caches, new), strict=True):
+                answer.logits = row[None]
 
     def _choose(self, answer: Answer) -> None:
         assert answer.logits is not None

@@ -68,10 +68,18 @@ class Continued(Protocol):
 
 
 class SteadyLayer:
-    """A pass of one rank by itself: each row continues a sequence of its own, all of it cached."""
+    """A pass of one rank by itself, over new tokens of several sequences side by side.
 
-    def __init__(self, caches: Sequence[Continued]) -> None:
-        self.caches = caches
+    Each goes on from what its own cache holds. To the model they are one sequence; only attention
+    tells them apart, and the head reads the last token of each.
+
+    Args:
+        caches: one a sequence.
+        lengths: how many new tokens each has.
+    """
+
+    def __init__(self, caches: Sequence[Continued], lengths: Sequence[int]) -> None:
+        self.caches, self.lengths = caches, list(lengths)
 
     def embedded(self, hidden: Tensor) -> Tensor:
         return hidden
@@ -80,28 +88,38 @@ class SteadyLayer:
         pass
 
     def attend(self, block: int, query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
-        rows = [slice(row, row + 1) for row in range(len(self.caches))]
+        tensors = [tensor.split(self.lengths, 2) for tensor in (query, key, value)]
         outs = [
-            cache.attend(block, query[row], key[row], value[row], scale)[0]
-            for row, cache in zip(rows, self.caches, strict=True)
+            cache.attend(block, *parts, scale)[0]
+            for cache, *parts in zip(self.caches, *tensors, strict=True)
         ]
-        return outs[0] if len(outs) == 1 else torch.cat(outs)
+        return outs[0] if len(outs) == 1 else torch.cat(outs, 2)
 
     def finish(self, hidden: Tensor) -> Tensor:
-        return hidden[:, -1:]
+        if len(self.lengths) == 1:
+            return hidden[:, -1:]
+        ends = torch.tensor(self.lengths, device=hidden.device).cumsum(0)
+        return hidden[:, ends - 1]
 
 
-def read_tokens(engine: EngineParts, caches: Sequence[Continued], ids: Tensor) -> Tensor:
-    """Reads the next tokens [B, M] of B sequences, each behind what its cache holds.
+def read_tokens(engine: EngineParts, caches: Sequence[Continued], new: Sequence[Tensor]) -> Tensor:
+    """Reads the next tokens of B sequences in one pass, so that the weights are read once.
 
-    Returns fp32 logits [B, V] behind the last ones. No other rank is asked for anything.
+    Args:
+        caches: what is known of each sequence so far; they grow by its new tokens.
+        new: int64 [1, M], M ≥ 1, of each; any M beside any other.
+
+    Returns:
+        fp32 logits [B, V] behind the last ones. No other rank is asked for anything.
     """
-    steps = torch.arange(ids.shape[1], device=ids.device)
-    starts = torch.tensor([cache.length for cache in caches], device=ids.device)
-    positions = starts[:, None] + steps
-    with engine.adapter.listening(SteadyLayer(caches)), stage("compute"):
-        output = engine.model(**_inputs(ids, positions))
-    logits: Tensor = output.logits[:, -1].float()
+    spans = [
+        torch.arange(cache.length, cache.length + ids.shape[1], device=ids.device)
+        for cache, ids in zip(caches, new, strict=True)
+    ]
+    layer = SteadyLayer(caches, [len(span) for span in spans])
+    with engine.adapter.listening(layer), stage("compute"):
+        output = engine.model(**_inputs(torch.cat(list(new), 1), torch.cat(spans)[None]))
+    logits: Tensor = output.logits[0].float()
     return logits
 
 

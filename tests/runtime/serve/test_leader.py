@@ -10,6 +10,7 @@ import torch
 
 from astra_runtime import Codebook, Engine
 from astra_runtime.evaluate import run_ranks
+from astra_runtime.serve.costs import PromptCosts
 from astra_runtime.serve.kept import Prompts
 from astra_runtime.serve.leader import Leader
 from astra_runtime.serve.service import (
@@ -46,7 +47,7 @@ def test_answers_equal_one_device(kind: str, world_size: int) -> None:
     assert [one.prompt_tokens for one in done] == [1, 3, 40, 150, 170, 9]
 
 
-def test_every_owner_gives_what_generate_gives(llama: Any) -> None:
+def test_every_owner_gives_what_generate_gives(llama: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """With codes: the shards are the same, whichever rank holds the last one."""
     book = Codebook.fit(llama, windows_for("llama"), groups=3, codewords=16, held_back=0)
     ids = prompt(150)
@@ -58,6 +59,7 @@ def test_every_owner_gives_what_generate_gives(llama: Any) -> None:
     expected = run_ranks(2, rank)[0]
     assert expected != alone(llama, ids, 6)  # the codes matter
     with led(llama, 2, book) as leader:
+        monkeypatch.setattr(leader.costs, "apart_is_faster", lambda *_: False)
         answers = [ask(leader, ids, 6, fresh=True) for _ in range(3)]
         assert [answer.wait().ids() for answer in answers] == [expected] * 3
         assert {answer.done().rank for answer in answers} == {0, 1}
@@ -261,6 +263,66 @@ def test_a_second_question_costs_its_own_tokens_alone(llama: Any) -> None:
         assert again.done().cached_tokens == 152  # what follows the last token is not kept
         fresh = ask(leader, [*document, 1, 2, 3], fresh=True).wait()
         assert (fresh.ids(), fresh.done().cached_tokens) == (first.ids(), 0)
+
+
+@pytest.mark.parametrize("coded", [False, True])
+def test_prompts_that_wait_are_read_by_a_rank_each_and_kept(
+    llama: Any, coded: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("astra_runtime.serve.costs.PromptCosts.apart_is_faster", _if_two_wait)
+    documents = [prompt(80 + n, seed=n) for n in range(5)]
+    book = Codebook.fit(llama, windows_for("llama"), groups=3, codewords=16, held_back=0)
+    with led(llama, 2, book if coded else None) as leader:
+        heard = [ask(leader, ids) for ids in documents]
+        for ids, one in zip(documents, heard, strict=True):
+            done = one.wait().done()
+            if not done.coded_tokens:  # the last one may have been read by all
+                assert one.ids() == alone(llama, ids, 5)
+        assert {one.done().rank for one in heard} == {0, 1}
+        assert sum(one.done().coded_tokens == 0 for one in heard) >= 3
+        by_one = [n for n, one in enumerate(heard) if n and not one.done().coded_tokens]
+        for ids in [documents[n] for n in by_one[:3]]:
+            second = ask(leader, [*ids, 7, 8]).wait()
+            assert second.done().cached_tokens == len(ids)
+            if not second.done().coded_tokens:  # the rank that has the document, by itself
+                assert second.ids() == alone(llama, [*ids, 7, 8], 5)
+        # the other rank goes on from codes, or with dense exchange from keys and values
+        ids, other = documents[by_one[0]], 1 - heard[by_one[0]].done().rank
+        monkeypatch.setattr(leader, "_next", _owned_by(leader, other))
+        third = ask(leader, [*ids, 9]).wait()
+        assert (third.done().rank, third.done().cached_tokens) == (other, len(ids))
+        if not coded:
+            assert third.ids() == alone(llama, [*ids, 9], 5)
+
+
+def _if_two_wait(costs: Any, tokens: int, waiting: int) -> bool:
+    return waiting >= 2
+
+
+def _owned_by(leader: Any, rank: int) -> Any:
+    real = leader._next
+
+    def following() -> Any:
+        work = real()
+        if work is not None:
+            work.owner = rank
+        return work
+
+    return following
+
+
+def test_prompts_are_read_apart_where_that_is_sooner(
+    llama: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(PromptCosts, "_shard", lambda costs, tokens: tokens // 2)
+    with led(llama, 2) as leader:
+        costs = leader.costs
+        assert not costs.apart_is_faster(1000, 8)  # nothing is known
+        costs.token, costs.exchange = 3e-3, 0.1  # 1.6 s together, 3 s apart
+        apart = {waiting: costs.apart_is_faster(1000, waiting) for waiting in (1, 2, 4, 16)}
+        assert apart == {1: False, 2: False, 4: False, 16: True}
+        costs.exchange = 1.0  # 2.5 s together
+        assert [costs.apart_is_faster(1000, waiting) for waiting in (1, 2)] == [False, True]
 
 
 def test_kept_prompts_are_forgotten_in_turn() -> None:
