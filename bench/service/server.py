@@ -9,9 +9,11 @@ import re
 import signal
 import subprocess
 import sys
+import threading
 import time
 import urllib.error
 import urllib.request
+from collections import deque
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -41,10 +43,24 @@ class Answer:
 
 
 class Server:
-    """A running `astra serve`. `url`: where."""
+    """A running `astra serve`.
+
+    Attributes:
+        url: where it listens.
+        lines: the last ones that it wrote.
+    """
 
     def __init__(self, process: subprocess.Popen[str], url: str) -> None:
         self.process, self.url = process, url
+        self.lines: deque[str] = deque(maxlen=1000)
+        threading.Thread(target=self._read, daemon=True).start()
+
+    def _read(self) -> None:
+        """So that it never waits for a reader."""
+        assert self.process.stderr is not None
+        with self.process.stderr as stream:
+            for line in stream:
+                self.lines.append(line.rstrip())
 
     def get(self, path: str) -> tuple[int, Any]:
         try:
@@ -126,7 +142,6 @@ def serving(model: str, ranks: int, mbit: float, delay_ms: float, *more: str) ->
                 break
         else:
             raise AstraError("the service ended before it listened")
-        drain(process)
         server = Server(process, found.group(1))
         server.wait_ready(START_SECONDS)
         yield server
@@ -137,12 +152,3 @@ def serving(model: str, ranks: int, mbit: float, delay_ms: float, *more: str) ->
         except subprocess.TimeoutExpired:
             process.kill()
             process.wait()
-
-
-def drain(process: subprocess.Popen[str]) -> None:
-    """Reads what it says on, so that it never waits for a reader."""
-    import threading
-
-    assert process.stderr is not None
-    stream = process.stderr
-    threading.Thread(target=lambda: [None for _ in stream], daemon=True).start()

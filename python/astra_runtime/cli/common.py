@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
+import gc
+from collections.abc import Iterator
 from typing import Any
 
 from ..console import say, working
@@ -19,6 +22,19 @@ def quiet_transformers() -> None:
     logging.disable_progress_bar()
 
 
+@contextlib.contextmanager
+def uncollected() -> Iterator[None]:
+    """For imports and loading, which make hundreds of thousands of objects and hardly any garbage:
+    to look through them again and again takes a second."""
+    before = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if before:
+            gc.enable()
+
+
 def load(
     options: argparse.Namespace, *, decoder: bool = False, tokenizer: bool = True
 ) -> tuple[Any, Any]:
@@ -28,18 +44,19 @@ def load(
         decoder: only a model that can continue a text will do.
         tokenizer: False: the model has none, and None stands for it.
     """
-    from ..models import adapt
-    from ..store import load_model, load_tokenizer
-
-    quiet_transformers()
     name, form = options.model, options.dtype
-    with working(f"loading {name}" + ("" if form == "float32" else f" in {form}")):
-        model = load_model(name, dtype=form)
-    if options.checkpoint is not None:
-        adapt(model).name_checkpoint(options.checkpoint)
-    if not (adapt(model).causal and hasattr(model, "lm_head")) and decoder:
-        raise AstraError(f"model {name!r}: expected a language model that continues texts")
-    return model, load_tokenizer(name) if tokenizer else None
+    with uncollected():
+        from ..models import adapt
+        from ..store import load_model, load_tokenizer
+
+        quiet_transformers()
+        with working(f"loading {name}" + ("" if form == "float32" else f" in {form}")):
+            model = load_model(name, dtype=form)
+        if options.checkpoint is not None:
+            adapt(model).name_checkpoint(options.checkpoint)
+        if not (adapt(model).causal and hasattr(model, "lm_head")) and decoder:
+            raise AstraError(f"model {name!r}: expected a language model that continues texts")
+        return model, load_tokenizer(name) if tokenizer else None
 
 
 def window_tokens(options: argparse.Namespace, model: Any, *, shorten: bool = False) -> int:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import gc
 import json
 import threading
 from collections.abc import Iterator
@@ -26,7 +27,7 @@ from .options import (
 )
 from .waiting import Waiting
 
-BEAT_SHARE = 0.2  # of --timeout: how often ranks without work are asked whether they are there
+BEAT_SHARE = 0.2  # of --timeout, in which ranks without work are asked twice whether they are there
 REJOIN_SECONDS = 30.0  # of one try to form the mesh again
 
 
@@ -144,7 +145,7 @@ def _lead(
     rounds: dict[str, Any] = {
         "max_queue": options.max_queue,
         "rejoin_seconds": REJOIN_SECONDS,
-        "beat_seconds": min(1.0, BEAT_SHARE * options.timeout),
+        "beat_seconds": min(0.5, BEAT_SHARE / 2 * options.timeout),
         "announce": announce,
         "on_away": away,
     }
@@ -156,6 +157,7 @@ def _lead(
         prepare = Preparation.of(model.config, place_of_model) if service.kind == "vision" else None
         leader = Encoding(engine, pooling=pooling_of(place_of_model), prepare=prepare, **rounds)
     stack.enter_context(leader)
+    gc.freeze()  # what is loaded stays: no collection has to look through it again, not at the end
     return Started(leader, tokenizer, stack.pop_all().close)
 
 

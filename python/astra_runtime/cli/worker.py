@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import gc
 import math
 import signal
 import time
@@ -13,7 +14,7 @@ from typing import Any
 from ..console import SILENCE, say, show_json
 from ..deploy.launch import READY, die_with
 from ..errors import AstraError
-from .common import load
+from .common import load, uncollected
 from .fitting import ensure_codebook
 from .options import (
     add_fit_options,
@@ -75,13 +76,15 @@ def run(options: argparse.Namespace) -> int:
     if options.rank == 0:
         raise AstraError("--rank: expected 1 or more; rank 0 leads, with `astra run --rank 0`")
     check_keys(options, peers)
-    import torch
+    with uncollected():
+        import torch
 
-    settle_threads(options, sharing(peers, options.rank))
-    torch.set_num_threads(options.threads)
-    model, tokenizer = load(options)
+        settle_threads(options, sharing(peers, options.rank))
+        torch.set_num_threads(options.threads)
+        model, tokenizer = load(options)
     codebook, _ = ensure_codebook(options, model, tokenizer)
     torch.set_num_threads(options.threads)  # fitting used every core
+    gc.freeze()  # what is loaded stays: no collection has to look through it again
     if options.parent:
         print(READY, flush=True)
     else:

@@ -6,6 +6,7 @@ from ..costs import EXACT_TOKENS
 from ..engine import Engine
 
 NEWEST = 0.3  # the weight of the newest figure
+UNKNOWN_CHECKS = 4  # segments of a prompt of unknown cost that nobody else waits for
 SEGMENT_SECONDS = 0.35  # that a prompt may be read before the others get a token
 
 
@@ -67,9 +68,19 @@ class PromptCosts:
 
     def pauses(self, tokens: int) -> list[int]:
         """The blocks before which all ranks pause, so that others do not wait for their tokens."""
-        segments = 1 + int(self.together(tokens) / SEGMENT_SECONDS)
+        return self._cuts(tokens, SEGMENT_SECONDS, self._blocks)
+
+    def checks(self, tokens: int, seconds: float) -> list[int]:
+        """The same where nobody waits for tokens: in so many seconds each rank has shown that it
+        goes on."""
+        return self._cuts(tokens, seconds, UNKNOWN_CHECKS)
+
+    def _cuts(self, tokens: int, seconds: float, unknown: int) -> list[int]:
+        """Cuts a prompt's blocks into segments of `seconds`; `unknown`: how many, where nothing is
+        known of its costs."""
+        segments = 1 + int(self.together(tokens) / seconds)
         if self.token is None:
-            segments = self._blocks
+            segments = unknown
         segments = min(segments, self._blocks)
         return sorted({self._blocks * i // segments for i in range(1, segments)} - {0})
 

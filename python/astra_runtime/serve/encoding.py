@@ -25,7 +25,7 @@ from ..store import token_limit
 from .costs import PromptCosts
 from .images import Preparation
 from .passes import Input, Passes, packed, unpacked
-from .rank import ending_together, receive_report
+from .rank import ending_together
 from .rounds import IDLE_SECONDS, Rounds
 from .service import (
     Embedding,
@@ -133,10 +133,10 @@ class Encoding(Rounds):
     def status(self) -> Status:
         """Who is here and what is going on; waits for nothing."""
         with self._changed:
-            running = int(self._running is not None)
+            running, reason = int(self._running is not None), self.reason
             return Status(
-                not self.reason,
-                self.reason,
+                not reason,
+                reason,
                 len(self._queue),
                 running,
                 self.max_queue,
@@ -228,7 +228,7 @@ class Encoding(Rounds):
         mesh = self.engine.mesh
         mesh.begin()
         with self.engine.calling(), ending_together(mesh):
-            reports = [own, *(receive_report(mesh, n) for n in range(1, mesh.world_size))]
+            reports = [own, *self._reports()]
         self._beaten = time.monotonic()
         if batch and batch[0]["owner"] is None:
             self.costs.heard_together(self._count(batch[0]), time.perf_counter() - start)

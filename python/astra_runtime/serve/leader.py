@@ -27,8 +27,8 @@ from .admission import Admission
 from .costs import PromptCosts
 from .kept import Prompts
 from .placement import Placement
-from .rank import Prompt, Sequences, ending_together, receive_report
-from .rounds import IDLE_SECONDS, Rounds
+from .rank import Prompt, Sequences, ending_together
+from .rounds import IDLE_SECONDS, LEAST_PATIENCE, Rounds
 from .service import (
     Event,
     GenerationRequest,
@@ -148,10 +148,10 @@ class Leader(Rounds):
     def status(self) -> Status:
         """Who is here and what is going on; waits for nothing."""
         with self._changed:
-            admission = self._admission
+            admission, reason = self._admission, self.reason
             return Status(
-                not self.reason,
-                self.reason,
+                not reason,
+                reason,
                 len(admission),
                 len(admission.running),
                 admission.max_queue,
@@ -267,7 +267,11 @@ class Leader(Rounds):
 
     def _read(self, work: Work) -> None:
         """A round in which all ranks read one prompt, with pauses for everybody else."""
-        pauses = self.costs.pauses(work.new_tokens) if self._answers else []
+        if self._answers:
+            pauses = self.costs.pauses(work.new_tokens)
+        else:
+            seconds = LEAST_PATIENCE * self.engine.mesh.timeout
+            pauses = self.costs.checks(work.new_tokens, seconds)
         with self._changed:
             self._begin(work)
             self._reading = work
@@ -348,6 +352,7 @@ class Leader(Rounds):
             self._sequences.step()
             self._collect()
             mesh.send(b"\1", block=Control.GO_ON, plan=0, to=peers_of(mesh))
+            self._told = time.monotonic()
         self._expire()
 
     def _collect(self) -> str | None:
@@ -356,8 +361,7 @@ class Leader(Rounds):
         self._sequences.confirm()
         self._spans = {0: report["spans"]}
         self._heard(report)
-        for rank in range(1, self.engine.mesh.world_size):
-            report = receive_report(self.engine.mesh, rank)
+        for rank, report in enumerate(self._reports(), 1):
             problem = report["problem"] or problem
             self._spans[rank] = report["spans"]
             self._heard(report)

@@ -390,5 +390,7 @@ def free_memory() -> int:
     return 1024 * int(fields["MemAvailable"].split()[0])
 
 
-def receive_report(mesh: Mesh, peer: int) -> dict[str, Any]:
-    return dict(receive_json(mesh, peer, blocks=REPORT, limit=MAX_REPORT, what="report"))
+def receive_report(mesh: Mesh, peer: int, seconds: float) -> dict[str, Any]:
+    """What a rank reports within `seconds`."""
+    options: dict[str, Any] = {"limit": MAX_REPORT, "what": "report", "timeout": seconds}
+    return dict(receive_json(mesh, peer, blocks=REPORT, **options))

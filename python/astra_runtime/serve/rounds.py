@@ -1,8 +1,9 @@
 """What every leader does, whatever is asked of it: rounds over a mesh that may end and form again.
 
 A killed rank is noticed within `IDLE_SECONDS` although nothing is going on, a stopped one by the
-beat, a round without work. Then everything that runs has failed, what waits goes on waiting, and
-the ranks connect again; the model stays loaded.
+beat, a round without work, or by the round that runs: silence is measured from the moment at which
+the ranks were told to go on, whatever the leader has done meanwhile. Then everything that runs has
+failed, what waits goes on waiting, and the ranks connect again; the model stays loaded.
 """
 
 from __future__ import annotations
@@ -12,15 +13,15 @@ import threading
 import time
 from abc import ABC, abstractmethod
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import suppress
 from typing import Any, Self
 
 from ..engine import Engine
 from ..errors import AstraError
 from ..transport import Mesh, peers_of
-from ..transport.messages import receive_json, send_json
-from .rank import ABOUT, JOB, about_this_process
+from ..transport.messages import LEAST_REST, receive_json, send_json
+from .rank import ABOUT, JOB, about_this_process, receive_report
 from .service import CLOSING, STARTING, NotReady, Peer, ServiceFailed
 
 log = logging.getLogger("astra_runtime.serve")
@@ -28,6 +29,7 @@ log = logging.getLogger("astra_runtime.serve")
 IDLE_SECONDS = 0.1  # between looks at who is there, without work
 BEAT_SECONDS = 1.0  # between rounds without work
 MAX_ABOUT = 1 << 16  # bytes of what a worker says of itself
+LEAST_PATIENCE = 0.5  # of a mesh's timeout
 START_SECONDS = 60.0  # for the workers to begin
 RETRY_SECONDS = 0.5  # between tries to form the mesh again
 
@@ -64,7 +66,7 @@ class Rounds(ABC):
         self._closing = self._ended = False
         self._about: dict[int, dict[str, Any]] = {}
         self._counts: Counter[str] = Counter()
-        self._beaten = 0.0
+        self._beaten = self._told = 0.0
         self._thread = threading.Thread(target=self._serve, name="astra-leader", daemon=True)
 
     # What a kind of service says of itself; the lock is held where nothing else is said.
@@ -117,22 +119,30 @@ class Rounds(ABC):
         """Raises NotReady where no request can be taken; with the lock."""
         if self._closing or self._ended:
             raise NotReady(CLOSING)
-        if self._reason:
-            raise NotReady(self._reason)
+        if reason := self.reason:
+            raise NotReady(reason)
 
     @property
     def reason(self) -> str:
-        """Why nothing is answered at the moment; "": it is."""
-        return CLOSING if self._closing else self._reason
+        """Why nothing is answered at the moment; "": it is.
+
+        A connection that has ended is seen here before the leader's thread comes to it.
+        """
+        if self._closing or self._reason:
+            return CLOSING if self._closing else self._reason
+        gone = self.engine.mesh.disconnected()
+        ranks = ", ".join(f"rank {rank}" for rank in gone)
+        return f"waiting for all devices: {ranks} closed the connection" if gone else ""
 
     def peer(self, rank: int, running: int, tokens_per_s: float | None) -> Peer:
         mesh = self.engine.mesh
         stats = mesh.stats if rank == 0 else mesh.peer_stats.get(rank)
         options, about = mesh.options, self._about.get(rank, {})
+        away = rank != 0 and (self._reason or rank in mesh.disconnected())
         return Peer(
             rank,
             options.peers[rank] if options is not None and options.peers else "this process",
-            "here" if rank == 0 or not self._reason else "away",
+            "away" if away else "here",
             running,
             0 if stats is None else stats.bytes_sent_total,
             0 if stats is None else stats.bytes_received_total,
@@ -161,6 +171,19 @@ class Rounds(ABC):
 
     def _send_job(self, **job: Any) -> None:
         send_json(self.engine.mesh, job, blocks=JOB, to=peers_of(self.engine.mesh))
+        self._told = time.monotonic()
+
+    def _reports(self) -> Iterator[dict[str, Any]]:
+        """What the other ranks report of a round, or of its part up to a pause, by rank.
+
+        They have as long as the mesh waits, from when they were told to begin; where this rank has
+        taken most of that itself, `LEAST_PATIENCE` of it from now on. All of them together.
+        """
+        mesh = self.engine.mesh
+        now = time.monotonic()
+        until = max(self._told + mesh.timeout, now + LEAST_PATIENCE * mesh.timeout)
+        for rank in range(1, mesh.world_size):
+            yield receive_report(mesh, rank, max(LEAST_REST, until - time.monotonic()))
 
     def _greet(self) -> None:
         """Hears of every worker what it has, and is ready from then on."""

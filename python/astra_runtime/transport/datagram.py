@@ -219,6 +219,9 @@ class DatagramMesh(PeerMesh[_Peer]):
         alive = self._control.alive()
         return [rank for rank in alive if rank not in self._lost]
 
+    def disconnected(self) -> list[int]:
+        return sorted({*self._control.disconnected(), *self._lost})
+
     @property
     def encrypted(self) -> bool:
         return self._control.encrypted

@@ -138,6 +138,20 @@ class Mesh(ABC):
             return [self.rank]
         return [rank for rank in range(self.world_size) if rank not in self.lost]
 
+    def disconnected(self) -> list[int]:
+        """The ranks whose connections have ended, ascending; without a call, from any thread.
+
+        What a killed process leaves is seen at once; unlike `alive`, one that is slow to answer is
+        never taken for gone. After the end: all others.
+
+        Example:
+            >>> local_mesh(2)[0].disconnected()
+            []
+        """
+        if self.ended is not None:
+            return sorted(peers_of(self))
+        return sorted(self.lost)
+
     def buffer(self, size: int) -> Frame:
         """A reusable frame of `size` payload bytes: write into `.payload`, then `send` it."""
         return Frame(size)

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import json
 import struct
+import time
 from collections.abc import Iterable
 from typing import Any
 
 from astra_runtime.errors import WireError
 from astra_runtime.transport.mesh import Mesh
+
+LEAST_REST = 0.5  # seconds for the rest of a message whose first bytes came at the last moment
 
 
 def send_json(mesh: Mesh, value: Any, *, blocks: tuple[int, int], to: Iterable[int]) -> None:
@@ -29,10 +32,15 @@ def receive_json(
 ) -> Any:
     """What `peer` sent so; more than `limit` bytes of `what` are a WireError.
 
-    timeout: seconds until its first bytes, instead of the mesh's.
+    timeout: seconds to wait for it, instead of the mesh's; what follows its first bytes has to come
+    within those of the mesh as well.
     """
-    first = mesh.receive({peer: 8}, block=blocks[0], plan=0, timeout=timeout)
+    seconds = mesh.timeout if timeout is None else timeout
+    start = time.monotonic()
+    first = mesh.receive({peer: 8}, block=blocks[0], plan=0, timeout=seconds)
     size = struct.unpack("<Q", first[peer])[0]
     if size > limit:
         raise WireError(f"{what} size", f"at most {limit}", size, peer)
-    return json.loads(bytes(mesh.receive({peer: size}, block=blocks[1], plan=0)[peer]))
+    left = min(mesh.timeout, max(LEAST_REST, seconds - (time.monotonic() - start)))
+    view = mesh.receive({peer: size}, block=blocks[1], plan=0, timeout=left)[peer]
+    return json.loads(bytes(view))

@@ -138,6 +138,9 @@ class PacedMesh(Mesh):
     def alive(self) -> list[int]:
         return self._mesh.alive()
 
+    def disconnected(self) -> list[int]:
+        return self._mesh.disconnected()
+
     def buffer(self, size: int) -> Frame:
         return self._mesh.buffer(size)
 

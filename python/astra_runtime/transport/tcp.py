@@ -106,20 +106,29 @@ class TcpMesh(PeerMesh[Connection]):
         return self._lost
 
     def alive(self) -> list[int]:
-        events = select.poll()
         try:
             with self._lifetime:
-                for peer in self._peers.values():
-                    events.register(peer.fd, _ENDED)
-                ended = {fd for fd, _ in events.poll(0)}
-                ranks = [
-                    peer.rank
-                    for peer in self._peers.values()
-                    if peer.fd not in ended and peer.rank not in self._lost and answers(peer.sock)
-                ]
+                ended = self._ended_peers()
+                peers = [peer for peer in self._peers.values() if peer.rank not in ended]
+                ranks = [peer.rank for peer in peers if answers(peer.sock)]
         except AstraError:
             ranks = []
         return sorted([self.rank, *ranks])
+
+    def disconnected(self) -> list[int]:
+        try:
+            with self._lifetime:
+                return sorted(self._ended_peers())
+        except AstraError:
+            return sorted(self._peers)
+
+    def _ended_peers(self) -> set[int]:
+        """The ranks whose connections have ended, as far as the kernel knows at the moment."""
+        events = select.poll()
+        for peer in self._peers.values():
+            events.register(peer.fd, _ENDED)
+        ended = {self._by_fd[fd].rank for fd, _ in events.poll(0)}
+        return ended | self._lost.keys()
 
     def send(
         self, payload: Payload, *, block: int, plan: int, to: Sequence[int], partial: bool = False

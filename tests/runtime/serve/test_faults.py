@@ -7,12 +7,14 @@ import socket
 import threading
 import time
 from collections.abc import Callable, Iterator
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
 from astra_runtime import Engine, connect
 from astra_runtime.errors import AstraError
+from astra_runtime.serve import rounds
 from astra_runtime.serve.leader import Leader
 from astra_runtime.serve.rank import follow
 from astra_runtime.serve.service import NotReady, ServiceFailed
@@ -110,6 +112,47 @@ def test_what_runs_fails_and_what_waits_is_answered(llama: Any) -> None:
 def ask_when_ready(leader: Leader) -> list[int]:
     wait_for(lambda: leader.status().ready)
     return ask(leader, prompt(150)).wait().ids()
+
+
+def test_an_ended_connection_is_seen_without_a_round(llama: Any) -> None:
+    """Whatever the leader's thread computes meanwhile."""
+    with pair(llama) as (leader, other):
+        with leader._changed:  # no round begins
+            other.may.clear()
+            other.die()
+            wait_for(lambda: not leader.status().ready)
+            assert leader._reason == ""
+            assert "rank 1 closed the connection" in leader.status().reason
+            with pytest.raises(NotReady, match="rank 1"):
+                ask(leader, prompt(8))
+        other.may.set()
+        wait_for(lambda: leader.status().rejoined == 1)
+
+
+@pytest.mark.parametrize(
+    ("own", "waits"),
+    [
+        (0.5, [3.5, 3.25]),  # of 4 s since the ranks were told to begin
+        (3.9, [2.0, 1.75]),  # half as long at the least, since ranks are not equally quick
+    ],
+)
+def test_silence_is_measured_from_when_the_ranks_were_told(
+    monkeypatch: pytest.MonkeyPatch, own: float, waits: list[float]
+) -> None:
+    """The wait for a report does not add up with this rank's own work, nor with other waits."""
+    now, waited = [100.0 + own], []
+
+    def report(mesh: Any, rank: int, seconds: float) -> dict[str, Any]:
+        waited.append(seconds)
+        now[0] += 0.25
+        return {}
+
+    monkeypatch.setattr(rounds, "time", SimpleNamespace(monotonic=lambda: now[0]))
+    monkeypatch.setattr(rounds, "receive_report", report)
+    engine = SimpleNamespace(mesh=SimpleNamespace(world_size=3, timeout=4.0))
+    leader: Any = SimpleNamespace(engine=engine, _told=100.0)
+    assert list(rounds.Rounds._reports(leader)) == [{}, {}]
+    assert waited == pytest.approx(waits)
 
 
 def test_a_worker_of_ones_own_rejoins(llama: Any) -> None:

@@ -230,16 +230,18 @@ def test_nothing_is_kept_of_what_was_sent(maker: str) -> None:
 def test_who_is_alive(maker: str) -> None:
     meshes = makers()[maker](3)
     assert [mesh.alive() for mesh in meshes] == [[0, 1, 2]] * 3
+    assert [mesh.disconnected() for mesh in meshes] == [[]] * 3
     together([meshes[1].close])
     assert meshes[1].alive() == [1]
     if maker != "gloo":  # which shows a loss only to a call
         deadline = time.monotonic() + 20
-        while meshes[0].alive() != [0, 2]:
+        while meshes[0].alive() != [0, 2] or meshes[0].disconnected() != [1]:
             assert time.monotonic() < deadline
             time.sleep(0.01)
     for mesh in (meshes[0], meshes[2]):
         mesh.abort(GIVEN_UP)
         assert mesh.alive() == [mesh.rank]
+        assert mesh.disconnected() == sorted({0, 1, 2} - {mesh.rank})
 
 
 def test_alive_can_be_asked_during_a_call() -> None:
