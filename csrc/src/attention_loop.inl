@@ -63,21 +63,34 @@ inline Floats exp2(Floats x) {
   return y * power;
 }
 
-// Step kStep of a transposition: trades the blocks of kStep lanes across the diagonal.
-template <std::size_t kStep>
-inline void trade(Floats& a, Floats& b) {
-  Ints low;
-  Ints high;
-  for (std::size_t l = 0; l < kLanes; ++l) {
-    const auto at = static_cast<std::int32_t>(l);
-    constexpr auto kOther = static_cast<std::int32_t>(kLanes);
-    constexpr auto kMove = static_cast<std::int32_t>(kStep);
-    low[l] = (l & kStep) != 0 ? kOther + at - kMove : at;
-    high[l] = (l & kStep) != 0 ? kOther + at : at + kMove;
-  }
+// Where a lane comes from when blocks of `step` lanes are traded across the diagonal: lanes of the
+// first vector are numbered from 0, those of the second from kLanes.
+constexpr std::int32_t low_lane(std::size_t lane, std::size_t step) {
+  return static_cast<std::int32_t>((lane & step) != 0 ? kLanes + lane - step : lane);
+}
+constexpr std::int32_t high_lane(std::size_t lane, std::size_t step) {
+  return static_cast<std::int32_t>((lane & step) != 0 ? kLanes + lane : lane + step);
+}
+
+// GCC has Clang's builtin from version 12 on, Clang has none of GCC's.
+template <std::size_t kStep, std::size_t... kLane>
+inline void trade_lanes(Floats& a, Floats& b, std::index_sequence<kLane...>) {
+#ifdef __clang__
+  const Floats first = __builtin_shufflevector(a, b, low_lane(kLane, kStep)...);
+  b = __builtin_shufflevector(a, b, high_lane(kLane, kStep)...);
+#else
+  const Ints low = {low_lane(kLane, kStep)...};
+  const Ints high = {high_lane(kLane, kStep)...};
   const Floats first = __builtin_shuffle(a, b, low);
   b = __builtin_shuffle(a, b, high);
+#endif
   a = first;
+}
+
+// Step kStep of a transposition.
+template <std::size_t kStep>
+inline void trade(Floats& a, Floats& b) {
+  trade_lanes<kStep>(a, b, std::make_index_sequence<kLanes>());
 }
 
 template <std::size_t kStep>

@@ -24,6 +24,9 @@ namespace {
 
 constexpr std::size_t kStack = 65536;
 
+// The flag of waitpid for tasks without a signal at their end; the header's constant is unsigned.
+constexpr int kCloned = static_cast<int>(__WCLONE);
+
 // What a keeper waits for, at the bottom of its stack.
 struct Waits {
   int death;     // the process's pidfd
@@ -57,7 +60,7 @@ __attribute__((no_sanitize("address", "undefined"))) int keep(void* given) {
 
 Keeper::Keeper() : owner_(getpid()) {
   // Those of the program that this process was before execve.
-  while (waitpid(-1, nullptr, __WCLONE | WNOHANG) > 0) {
+  while (waitpid(-1, nullptr, kCloned | WNOHANG) > 0) {
   }
   const auto death = static_cast<int>(syscall(SYS_pidfd_open, owner_, 0));
   if (death < 0) fail(errno, "keeper: pidfd_open");
@@ -104,7 +107,7 @@ Keeper::~Keeper() {
   close(pipe_);
   if (getpid() != owner_) return;
   kill(pid_, SIGKILL);
-  while (waitpid(pid_, nullptr, __WCLONE) < 0 && errno == EINTR) {
+  while (waitpid(pid_, nullptr, kCloned) < 0 && errno == EINTR) {
   }
   munmap(stack_, kStack);
 }
