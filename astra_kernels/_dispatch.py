@@ -128,6 +128,7 @@ _TRITON: dict[str, str] = {
         "decode",
         "lookup_linear",
         "merge_state",
+        "merge_states",
         "mixed_attention",
     )
 }

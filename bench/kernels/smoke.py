@@ -205,6 +205,7 @@ def other_calls(dtype: torch.dtype, device: str) -> Iterator[tuple[str, Call]]:
     out = torch.randn(2, 1, HEADS, 70, 64, dtype=dtype, device=device)
     lse = torch.randn(2, 1, HEADS, 70, device=device)
     yield "merge_state", lambda impl: ak.merge_state(out[0], lse[0], out[1], lse[1], impl=impl)
+    yield "merge_states", lambda impl: ak.merge_states(out, lse, impl=impl)
     for bits in (1, 5, 10, 16):
         numbers = torch.randint(0, 2**bits, (333,), dtype=torch.int32, device=device)
 

@@ -24,6 +24,7 @@ from astra_kernels.encode.kernel import encode
 from astra_kernels.encode_packed.kernel import encode_packed
 from astra_kernels.lookup_linear.kernel import lookup_linear
 from astra_kernels.merge_state.kernel import merge_state
+from astra_kernels.merge_states.kernel import merge_states
 from astra_kernels.mixed_attention.kernel import mixed_attention
 from astra_kernels.pack.kernel import pack, unpack
 
@@ -174,6 +175,7 @@ def helpers(dtype: torch.dtype, bits: int, d: int = 128) -> Iterator[Call]:
     angles = torch.empty(TOKENS, d, dtype=dtype)
     out, lse = torch.empty(1, 512, HEADS, d, dtype=dtype), torch.empty(1, HEADS, 512)
     state = (out.transpose(1, 2), lse)
+    four = (out.expand(4, *out.shape), torch.empty(4, 1, 512, HEADS))
     calls = {
         "pack": lambda: pack(codes, bits),
         "unpack": lambda: unpack(packed[0], bits, codes.numel()),
@@ -187,6 +189,7 @@ def helpers(dtype: torch.dtype, bits: int, d: int = 128) -> Iterator[Call]:
             rope=(angles, angles),
         ),
         "merge": lambda: merge_state(*state, *state),
+        "merge states": lambda: merge_states(*four),
     }  # fmt: skip
     for name, run in calls.items():
         yield Call(f"{name} d={d} {short(dtype)} bits={bits}", d, run)

@@ -172,6 +172,7 @@ CALLS = (
     ),
     Call("decode", "decode", lambda: (codes(40, 3), torch.randn(3, CODEWORDS, 8))),
     Call("merge_state", "merge_state", lambda: (*state(), *state())),
+    Call("merge_states", "merge_states", lambda: (torch.randn(3, 2, 5, 8), torch.randn(3, 2, 5))),
     Call("pack", "pack", lambda: (codes(333), BITS), takes_impl=False),
     Call("unpack", "unpack", lambda: (packed(1, 333)[0], BITS, 333), takes_impl=False),
 )  # fmt: skip
@@ -221,7 +222,7 @@ def operator_arguments(monkeypatch, call, inputs, impl) -> tuple[Any, ...]:
 
 def test_every_op_is_called():
     elsewhere = {"fold_norm", "packed_size", "warmup", "scaled_dot_product_attention"}
-    elsewhere |= {"attention_varlen", "coded_attention_paged", "merge_states", "quantized_linear"}
+    elsewhere |= {"attention_varlen", "coded_attention_paged", "quantized_linear"}
     assert {call.op for call in CALLS} == set(ak.__all__) - elsewhere
 
 
