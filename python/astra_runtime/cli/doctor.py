@@ -191,9 +191,11 @@ def _check_keys() -> str:
     if not named:
         return "made and read"
     now = datetime.datetime.now(datetime.UTC)
-    expired = [one.rank for one in show_keys(named) if one.expires <= now]
-    if expired:
-        raise RuntimeError(f"{credentials.ENVIRONMENT}: the keys of ranks {expired} have expired")
+    for one in show_keys(named):
+        if wrong := one.why_invalid(now):
+            raise RuntimeError(
+                f"{credentials.ENVIRONMENT}: the certificate of rank {one.rank} {wrong}"
+            )
     return f"made and read; those of {credentials.ENVIRONMENT} are valid"
 
 

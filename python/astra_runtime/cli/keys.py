@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import datetime
 from typing import Any
 
 from ..console import say, show_json
@@ -42,7 +43,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
     show = actions.add_parser(
         "show",
         help="the ranks in a folder of keys, and when they expire",
-        description="The ranks in a folder of keys, and when they expire.",
+        description="The ranks in a folder of keys, when they expire, and which are not valid now.",
         epilog="example:\n  astra keys show keys/ --json",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
@@ -87,11 +88,13 @@ def _show(options: argparse.Namespace) -> int:
     from ..transport.certificates import show_keys
 
     shown = show_keys(options.folder)
+    now = datetime.datetime.now(datetime.UTC)
     if options.json:
         ranks: list[dict[str, Any]] = [
             {
                 "rank": one.rank,
                 "expires": one.expires.isoformat(),
+                "valid": not one.why_invalid(now),
                 "hosts": list(one.hosts),
                 "serial": one.serial,
             }
@@ -101,5 +104,7 @@ def _show(options: argparse.Namespace) -> int:
         return 0
     for one in shown:
         bound = f", at {' '.join(one.hosts)} only" if one.hosts else ""
-        print(f"rank {one.rank:<5} until {one.expires:%Y-%m-%d %H:%M} UTC{bound}")
+        wrong = one.why_invalid(now)
+        mark = f": {wrong}" if wrong else ""
+        print(f"rank {one.rank:<5} until {one.expires:%Y-%m-%d %H:%M} UTC{bound}{mark}")
     return 0

@@ -212,12 +212,19 @@ def _write_public(path: Path, certificate: Any) -> None:
 
 @dataclass(frozen=True)
 class RankCertificate:
-    """One certificate of a folder."""
+    """One certificate of a folder, valid from `begins` to `expires`."""
 
     rank: int
+    begins: datetime.datetime
     expires: datetime.datetime
     hosts: tuple[str, ...]
     serial: str  # hexadecimal
+
+    def why_invalid(self, now: datetime.datetime) -> str:
+        """ "has expired", "is not valid yet", or "" where it is valid."""
+        if now > self.expires:
+            return "has expired"
+        return "is not valid yet" if now < self.begins else ""
 
 
 def show_keys(folder: str | os.PathLike[str]) -> list[RankCertificate]:
@@ -239,8 +246,9 @@ def show_keys(folder: str | os.PathLike[str]) -> list[RankCertificate]:
         rank = named_rank(subject)
         if rank is None:
             raise KeysError(f"keys: expected {str(path)!r} to name one rank, got {kinds}")
-        expires, serial = certificate.not_valid_after_utc, f"{certificate.serial_number:x}"
-        certificates.append(RankCertificate(rank, expires, tuple(hosts_of(subject)), serial))
+        dates = (certificate.not_valid_before_utc, certificate.not_valid_after_utc)
+        serial = f"{certificate.serial_number:x}"
+        certificates.append(RankCertificate(rank, *dates, tuple(hosts_of(subject)), serial))
     if not certificates:
         raise KeysError(f"keys: expected a folder written by `astra keys init`, got {folder!s}")
     return sorted(certificates, key=lambda certificate: certificate.rank)

@@ -12,6 +12,7 @@ import stat
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -364,6 +365,7 @@ def test_init_and_show(astra: Callable[..., tuple[str, str]], tmp_path: Path) ->
         (1, ["pi-2.local"]),
     ]
     assert {one["expires"] for one in shown} == {made["expires"]}
+    assert [one["valid"] for one in shown] == [True, True]
     out, _ = astra("keys", "show", f"{folder}/rank-1")
     assert out.startswith("rank 1")
     assert "at pi-2.local only" in out
@@ -371,6 +373,26 @@ def test_init_and_show(astra: Callable[..., tuple[str, str]], tmp_path: Path) ->
     assert "holds keys already" in said
     _, said = astra("keys", "show", str(tmp_path), code=1)
     assert "expected a folder written by `astra keys init`" in said
+
+
+@pytest.mark.parametrize(
+    ("days", "words"), [(500, "has expired"), (-500, "is not valid yet"), (0, None)]
+)
+def test_show_marks_what_is_not_valid_now(
+    astra: Callable[..., tuple[str, str]],
+    monkeypatch: pytest.MonkeyPatch,
+    days: int,
+    words: str | None,
+) -> None:
+    moment = datetime.datetime.now(datetime.UTC) + datetime.timedelta(days=days)
+    clock = SimpleNamespace(datetime=SimpleNamespace(now=lambda _: moment), UTC=datetime.UTC)
+    monkeypatch.setattr("astra_runtime.cli.keys.datetime", clock)
+    out, _ = astra("keys", "show", str(key_folder()))
+    lines = out.splitlines()
+    assert len(lines) > 1
+    assert all(line.endswith(f"UTC: {words}" if words else "UTC") for line in lines)
+    shown = json.loads(astra("keys", "show", str(key_folder()), "--json")[0])["ranks"]
+    assert {one["valid"] for one in shown} == {words is None}
 
 
 def test_init_says_what_to_do_with_the_keys(
