@@ -168,6 +168,12 @@ OTHERS = (
         ("codebooks",),
     ),
     Bench(
+        "frames",
+        "a steady stream of pictures over two processes, and what its tail is made of",
+        9,
+        (_cpu("bench.latency.frames", "latency_frames"),),
+    ),
+    Bench(
         "service",
         "concurrent chats on two processes at 10 Mbit/s beside one, and a lone request",
         15,

@@ -239,6 +239,28 @@ def _in_rounds(run: dict[str, Any]) -> str:
     return text if low == high else f"{text} ({low:.2f}–{high:.2f})"
 
 
+def frames(report: Report) -> str:
+    """Percentiles of a steady stream, and what its slowest hundredth has over the mean."""
+    rows = []
+    for case in report["cases"]:
+        times = (case["ms"]["p50"], case["p99_ms"], case["p99.9_ms"], case["max_ms"])
+        name = case["impl"] if case["impl"] == "one device" else f"**{case['impl']}**"
+        added = [_over_mean(case, rank) for rank in range(len(case["tail_ms"]))]
+        first = [f"{added[0][key]:+.0f}" for key in ("late", "cpu", "away", "wait", "gc")]
+        others = [f"{max(one[key] for one in added[1:]):+.0f}" for key in ("cpu", "away")]
+        if not case["peers"]:
+            others = ["", ""]  # they do nothing
+        rows.append([name, f"{case['pictures']}", *(f"{t:.0f}" for t in times), *first, *others])
+    head = ["", "pictures", "p50 (ms)", "p99", "p99.9", "max", "late", "computing"]
+    head += ["without its core", "waiting", "collecting", "other rank: computing"]
+    return table([*head, "without its core"], rows) + source(report)
+
+
+def _over_mean(case: dict[str, Any], rank: int) -> dict[str, float]:
+    tail, mean = case["tail_ms"][rank], case["mean_ms"][rank]
+    return {key: tail[key] - mean[key] for key in tail}
+
+
 OTHERS = (
     *("vit-base_256", "vit-base_4096", "vit-base-int8_1024", "gpt2_1024", "gpt2-medium_1024"),
     *("llama_1024", "vit-base_1024_many"),
@@ -286,6 +308,7 @@ TABLES = {
         lambda case: case["shape"]["world_size"] in (4, 8, 32),
         "4, 8 and 32 ranks",
     ),
+    "latency_frames": Table(_of("frames"), frames),
     "latency_scaled": Table(
         _of("scaled"), scaled, _scaled, "`hidden:1`, the faster of the two settings"
     ),

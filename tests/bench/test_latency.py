@@ -9,7 +9,7 @@ import torch
 
 from bench.baselines import methods
 from bench.latency import __main__ as program
-from bench.latency import record
+from bench.latency import frames, record
 from bench.latency import tables as tables_latency
 from bench.latency.record import Event, Recording
 from bench.latency.subjects import Subject
@@ -128,3 +128,31 @@ def test_quantized_weights_run_as_ranks():
         assert not torch.equal(logits, exact)
     with Engine(other, Codebook.none()) as engine:
         assert engine.adapter.digest() != answers[0][1]
+
+
+def test_the_tail_of_a_stream_is_named_by_what_it_exceeds():
+    def noted(ms, **more):
+        keys = ("late", "cpu", "wait", "away", "gc", "faults", "major_faults", "preempted")
+        return {"ms": ms, "stages": {}, **dict.fromkeys(keys, 0.0), **more}
+
+    quick = [noted(10.0 + n / 1000) for n in range(199)]
+    first = {"astra": [*quick, noted(50.0, wait=38.0)], "single": quick[:100]}
+    other = {"astra": [*quick, noted(50.0, away=36.0)], "single": quick[:100]}
+    setup = frames.Settings("vit-base", 196, "hidden:1", 10.0, 2.0)
+    ours, alone = frames.cases_of(setup, [first, other])
+    assert (ours.impl, alone.impl) == ("astra hidden:1", "one device")
+    assert ours.ms.p50 == 10.099
+    assert [ours.extra[name] for name in ("p99_ms", "p99.9_ms", "max_ms")] == [10.197, 50.0, 50.0]
+    assert [one["picture"] for one in ours.extra["slowest"]] == [199, 198]
+    # half of the two slowest, over the mean of all
+    assert ours.extra["tail_ms"][0]["wait"] == 19.0
+    assert ours.extra["mean_ms"][1]["away"] == pytest.approx(0.18)
+    cases = [ours.as_dict(), alone.as_dict()]
+    machine = {"command": "c", "device": "d", "versions": {}}
+    (row,) = [
+        line for line in tables_latency.frames({"cases": cases, **machine}).splitlines()
+        if "hidden" in line
+    ]  # fmt: skip
+    cells = [cell.strip() for cell in row.strip("|").split("|")]
+    assert cells[1:6] == ["200", "10", "10", "50", "50"]
+    assert cells[6:] == ["+0", "+0", "+0", "+19", "+0", "+0", "+18"]
