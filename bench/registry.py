@@ -183,7 +183,7 @@ OTHERS = (
     Bench(
         "service-faults",
         "a service whose workers are killed and stopped at random moments",
-        60,
+        22,
         (_cpu("bench.service.faults", "service_faults"),),
     ),
     Bench(

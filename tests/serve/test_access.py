@@ -212,6 +212,10 @@ def test_metrics() -> None:
     assert samples["astra_requests_queued",] == 1
     assert samples["astra_requests_running",] == 2
     assert samples["astra_wire_bytes_total", "sent"] == 5000
+    assert samples["astra_peer_sent_bytes_total", "1"] == 5000
+    assert samples["astra_peer_busy_ratio", "0"] == 0.43
+    assert samples["astra_peer_round_trip_seconds", "0"] == 0.0025
+    assert ("astra_peer_busy_ratio", "1") not in samples
     assert samples["astra_peers", "here"] == samples["astra_peers", "away"] == 1
     assert samples["astra_degraded_answers_total",] == 0
     assert samples["astra_ready",] == 1

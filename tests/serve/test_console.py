@@ -87,6 +87,9 @@ def test_devices_queue_and_timeline_are_shown(page: Any) -> None:
     # each device's own view of the one link
     assert "↑ 5.0 kB ↓ 7.0 kB" in peers.nth(0).inner_text()
     assert "↑ 7.0 kB ↓ 5.0 kB" in peers.nth(1).inner_text()
+    assert "43 %" in peers.nth(0).inner_text()
+    assert "↑ 1.0 Mbit/s ↓ 0 bit/s" in peers.nth(0).inner_text()
+    assert "2.5 ms" in peers.nth(0).inner_text()
     assert "2 running · 1 waiting" in page.inner_text("#queue")
     assert page.locator("#timeline rect.compute").count() == 2  # the bar, and in the legend
     assert "750 ms" in page.text_content("#timeline svg")

@@ -230,6 +230,8 @@ class Encoding(Rounds):
         with self.engine.calling(), ending_together(mesh):
             reports = [own, *self._reports()]
         self._beaten = time.monotonic()
+        for rank, report in enumerate(reports):
+            self._note(rank, report)
         if batch and batch[0]["owner"] is None:
             self.costs.heard_together(self._count(batch[0]), time.perf_counter() - start)
         for report in reports:

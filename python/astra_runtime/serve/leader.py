@@ -27,7 +27,7 @@ from .admission import Admission
 from .costs import PromptCosts
 from .kept import Prompts
 from .placement import Placement
-from .rank import Prompt, Sequences, ending_together
+from .rank import Prompt, Sequences, busy_seconds, ending_together
 from .rounds import IDLE_SECONDS, LEAST_PATIENCE, Rounds
 from .service import (
     Event,
@@ -298,7 +298,7 @@ class Leader(Rounds):
             ids = work.request.prompt_ids
             self._forget += self._prompts.add(prompt.number, ids, work.owner)
         if work.base is None:
-            busy = max((_busy(spans) for spans in self._spans.values()), default=None)
+            busy = max((busy_seconds(spans) for spans in self._spans.values()), default=None)
             self.costs.heard_together(work.prompt_tokens, seconds, busy)
 
     def _read_prompt(
@@ -360,10 +360,12 @@ class Leader(Rounds):
         report, problem = self._sequences.report(), None
         self._sequences.confirm()
         self._spans = {0: report["spans"]}
+        self._note(0, report, len(report["tokens"]))
         self._heard(report)
         for rank, report in enumerate(self._reports(), 1):
             problem = report["problem"] or problem
             self._spans[rank] = report["spans"]
+            self._note(rank, report, len(report["tokens"]))
             self._heard(report)
         return problem
 
@@ -439,8 +441,3 @@ class Leader(Rounds):
         if error is not None:
             work.send(error)
         work.send(None)
-
-
-def _busy(spans: Sequence[Any]) -> float:
-    """Seconds for which a rank computed, of its spans of a prompt."""
-    return sum(stop - start if name == "compute" else start - stop for name, start, stop in spans)

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from ..engine import Engine
 from ..errors import CallEnded
+from ..trace import Trace, tracing
 
 Input = dict[str, Any]  # of one pass, as jobs carry it
 
@@ -25,10 +26,12 @@ class Passes:
     def run(self, batch: Sequence[Input]) -> dict[str, Any]:
         """What this rank reports: parts of vectors by input, and seconds of its own passes."""
         parts, seconds, problem = [], [], None
+        trace, begun = Trace(), time.perf_counter()
         for index, one in enumerate(batch):
             start = time.perf_counter()
             try:
-                part = self._pass(one)
+                with tracing(trace):
+                    part = self._pass(one)
             except (CallEnded, ValueError) as error:
                 problem = str(error)
                 continue
@@ -37,7 +40,8 @@ class Passes:
                 parts.append([index, packed(total), weight, first])
                 if one["owner"] is not None:
                     seconds.append([index, time.perf_counter() - start])
-        return {"parts": parts, "seconds": seconds, "problem": problem}
+        busy = max(0.0, time.perf_counter() - begun - trace.seconds()["wait"])
+        return {"parts": parts, "seconds": seconds, "problem": problem, "busy": round(busy, 6)}
 
     def _pass(self, one: Input) -> tuple[Tensor, float, str | None] | None:
         """Sum of token states, how many, and the class token's; None: nothing is this rank's."""

@@ -111,6 +111,7 @@ class Sequences:
         self._piece = FIRST_PIECE
         self.kept = Kept(engine)
         self.spans: list[list[Any]] = []  # of the last prompt that all ranks have read
+        self._busy = 0.0  # seconds of computing that were not reported
 
     def __len__(self) -> int:
         return len(self._answers) + len(self._reading)
@@ -130,6 +131,7 @@ class Sequences:
                 return self._read_together(prompt, between, within_ms)
         finally:
             self.spans = notable(trace.spans, start, trace.clock())
+            self._busy += busy_seconds(self.spans)
 
     def _read_together(
         self, prompt: Prompt, between: Callable[[int], None], within_ms: float | None
@@ -189,6 +191,7 @@ class Sequences:
         with torch.no_grad():
             read(self.engine, caches, [torch.tensor([ids]).to(self.adapter.device) for ids in new])
         seconds = time.perf_counter() - begun
+        self._busy += seconds
         for answer in answers:
             self._draw(answer)
         if reading is not None:
@@ -236,6 +239,7 @@ class Sequences:
             "read": list(self._read),
             "running": len(self),
             "spans": self.spans,
+            "busy": round(self._busy, 6),
         }
 
     def confirm(self) -> None:
@@ -243,7 +247,7 @@ class Sequences:
         self._unreported.clear()
         self._failed.clear()
         self._read.clear()
-        self.spans = []
+        self.spans, self._busy = [], 0.0
 
 
 def notable(spans: Sequence[Any], start: int, stop: int) -> list[list[Any]]:
@@ -256,6 +260,11 @@ def notable(spans: Sequence[Any], start: int, stop: int) -> list[list[Any]]:
     return [
         [name, round((a - start) / 1e9, 4), round((b - start) / 1e9, 4)] for name, _, a, b in whole
     ]
+
+
+def busy_seconds(spans: Sequence[Any]) -> float:
+    """Seconds for which a rank computed, of its spans of a prompt."""
+    return sum(stop - start if name == "compute" else start - stop for name, start, stop in spans)
 
 
 @contextmanager

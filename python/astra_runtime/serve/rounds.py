@@ -21,6 +21,7 @@ from ..engine import Engine
 from ..errors import AstraError
 from ..transport import Mesh, peers_of
 from ..transport.messages import LEAST_REST, receive_json, send_json
+from .activity import Activity
 from .rank import ABOUT, JOB, about_this_process, receive_report
 from .service import CLOSING, STARTING, NotReady, Peer, ServiceFailed
 
@@ -63,10 +64,11 @@ class Rounds(ABC):
         self._announce, self._on_away = announce, on_away
         self._changed = threading.Condition()
         self._reason = STARTING
-        self._closing = self._ended = False
+        self._closing = self._ended = self._idle = False
         self._about: dict[int, dict[str, Any]] = {}
         self._counts: Counter[str] = Counter()
         self._beaten = self._told = 0.0
+        self._activity = Activity(engine.mesh.world_size)
         self._thread = threading.Thread(target=self._serve, name="astra-leader", daemon=True)
 
     # What a kind of service says of itself; the lock is held where nothing else is said.
@@ -138,6 +140,8 @@ class Rounds(ABC):
         mesh = self.engine.mesh
         stats = mesh.stats if rank == 0 else mesh.peer_stats.get(rank)
         options, about = mesh.options, self._about.get(rank, {})
+        activity, trip = self._activity, self._activity.round_trip(rank)
+        sent, received = activity.bytes_per_s(rank) or (None, None)
         away = rank != 0 and (self._reason or rank in mesh.disconnected())
         return Peer(
             rank,
@@ -147,7 +151,12 @@ class Rounds(ABC):
             0 if stats is None else stats.bytes_sent_total,
             0 if stats is None else stats.bytes_received_total,
             tokens_per_s,
-            pid=about.get("pid"),
+            activity.tokens_per_s(rank),
+            about.get("pid"),
+            activity.busy(rank),
+            sent,
+            received,
+            None if trip is None else 1e3 * trip,
         )
 
     # The thread.
@@ -184,6 +193,14 @@ class Rounds(ABC):
         until = max(self._told + mesh.timeout, now + LEAST_PATIENCE * mesh.timeout)
         for rank in range(1, mesh.world_size):
             yield receive_report(mesh, rank, max(LEAST_REST, until - time.monotonic()))
+            if self._idle:
+                self._activity.answered(rank, time.monotonic() - self._told)
+
+    def _note(self, rank: int, report: dict[str, Any], tokens: int = 0) -> None:
+        """What a report says of the rank's work, and the mesh of its link."""
+        mesh = self.engine.mesh
+        stats = mesh.stats if rank == 0 else mesh.peer_stats[rank]
+        self._activity.heard(rank, report["busy"], tokens, stats)
 
     def _greet(self) -> None:
         """Hears of every worker what it has, and is ready from then on."""
@@ -196,6 +213,7 @@ class Rounds(ABC):
             )
         with self._changed:
             self._about = about
+            self._activity = Activity(mesh.world_size)
             self._begin_mesh()
             self._reason = ""
             self._changed.notify_all()
@@ -231,7 +249,11 @@ class Rounds(ABC):
         mesh = self.engine.mesh
         lost = set(range(mesh.world_size)) - set(mesh.alive())
         if lost or time.monotonic() - self._beaten > self._beat_seconds:
-            self._beat()
+            self._idle = True
+            try:
+                self._beat()
+            finally:
+                self._idle = False
 
     def __enter__(self) -> Self:
         """Waits until all ranks are there. Raises NotReady where they are not within a minute."""

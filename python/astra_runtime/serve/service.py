@@ -178,8 +178,13 @@ class Peer:
         running: sequences that it decodes at the moment.
         bytes_sent, bytes_received: what rank 0 has sent to it and received from it so far (rank 0:
             over all links).
-        prefill_tokens_per_s, decode_tokens_per_s: latest figures; None: none yet.
+        prefill_tokens_per_s, decode_tokens_per_s: latest figures, the second of all its answers
+            together; None: none yet.
         pid: of a process that this service started; None: somebody else's.
+        busy: the share of the last seconds for which it computed, 0 to 1; None: not known yet.
+        bytes_sent_per_s, bytes_received_per_s: in the last seconds, as `bytes_sent` and
+            `bytes_received`.
+        rtt_ms: between a question of rank 0's and the answer, where there was no work.
     """
 
     rank: int
@@ -191,6 +196,10 @@ class Peer:
     prefill_tokens_per_s: float | None = None
     decode_tokens_per_s: float | None = None
     pid: int | None = None
+    busy: float | None = None
+    bytes_sent_per_s: float | None = None
+    bytes_received_per_s: float | None = None
+    rtt_ms: float | None = None
 
 
 @dataclass(frozen=True)

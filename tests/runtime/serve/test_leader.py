@@ -357,6 +357,25 @@ def test_a_broken_prompt_is_kept_by_nobody(llama: Any, monkeypatch: pytest.Monke
         assert leader.status().rejoined == 0
 
 
+def test_the_status_knows_what_the_ranks_do(llama: Any) -> None:
+    with led(llama, 2, beat_seconds=0.0) as leader:
+        answers = [ask(leader, prompt(150)), ask(leader, prompt(8)), ask(leader, prompt(9))]
+        for answer in answers:
+            answer.wait()
+        deadline = time.monotonic() + 20
+        while leader.status().peers[1].rtt_ms is None:
+            assert time.monotonic() < deadline
+        for peer in leader.status().peers:
+            assert peer.busy is not None
+            assert 0 < peer.busy <= 1
+            assert peer.decode_tokens_per_s is not None
+            assert peer.decode_tokens_per_s > 0
+        other = leader.status().peers[1]
+        assert other.bytes_sent_per_s is None or other.bytes_sent_per_s >= 0
+        assert other.rtt_ms is not None
+        assert other.rtt_ms > 0
+
+
 def test_the_last_request_leaves_a_timeline(llama: Any) -> None:
     with led(llama, 2) as leader:
         done = ask(leader, prompt(150)).wait().done()

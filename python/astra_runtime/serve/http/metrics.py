@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
@@ -97,11 +97,38 @@ class _StatusCollector:
             CounterMetricFamily, "wire_bytes", "Bytes between rank 0 and the others.",
             "direction", wire,
         )  # fmt: skip
+        yield from _by_rank(status.peers)
         for name, value in (("peers_lost", status.lost), ("peers_rejoined", status.rejoined)):
             text = "How often " + (
                 "a device was lost." if name == "peers_lost" else "all were back."
             )
             yield CounterMetricFamily(f"astra_{name}", text, value=value)
+
+
+def _by_rank(peers: Any) -> Iterator[Metric]:
+    """What is known of each device: a sample a rank, none where it is not known."""
+    known = {
+        "peer_busy_ratio": ("The share of the last seconds for which a device computed.", "busy"),
+        "peer_decode_tokens_per_second": (
+            "Tokens a second of a device's answers, when it last decoded.", "decode_tokens_per_s",
+        ),
+        "peer_prefill_tokens_per_second": (
+            "Tokens a second of a prompt that one device reads.", "prefill_tokens_per_s",
+        ),
+    }  # fmt: skip
+    for name, (text, attribute) in known.items():
+        values = {str(peer.rank): getattr(peer, attribute) for peer in peers}
+        values = {rank: value for rank, value in values.items() if value is not None}
+        yield _labelled(GaugeMetricFamily, name, text, "rank", values)
+    trips = {str(peer.rank): peer.rtt_ms / 1e3 for peer in peers if peer.rtt_ms is not None}
+    text = "Between a question of rank 0's and the answer, without work."
+    yield _labelled(GaugeMetricFamily, "peer_round_trip_seconds", text, "rank", trips)
+    for direction in ("sent", "received"):
+        text = f"Bytes that rank 0 has {direction}, by the other device."
+        crossed = {
+            str(peer.rank): getattr(peer, f"bytes_{direction}") for peer in peers if peer.rank
+        }
+        yield _labelled(CounterMetricFamily, f"peer_{direction}_bytes", text, "rank", crossed)
 
 
 def _states(status: Any) -> dict[str, int]:
@@ -116,7 +143,7 @@ def _labelled(
     name: str,
     text: str,
     label: str,
-    values: dict[str, int],
+    values: Mapping[str, float],
 ) -> Metric:
     family = kind(f"astra_{name}", text, labels=[label])
     for value, count in values.items():

@@ -253,6 +253,8 @@ function crossed(peer) {
   return peer.rank === 0 ? both : both.reverse();
 }
 
+const known = (value) => value !== null && value !== undefined;
+
 function peerRow(peer, old, gone) {
   const facts = [["state", peer.state]];
   if (peer.state === "here") {
@@ -260,9 +262,15 @@ function peerRow(peer, old, gone) {
     facts[0] = ["doing", peer.running ? `writes ${answers}` : "idle"];
     if (peer.prefill_tokens_per_s) facts.push(["reads", rate(peer.prefill_tokens_per_s)]);
     if (peer.decode_tokens_per_s) facts.push(["writes", rate(peer.decode_tokens_per_s)]);
+    if (known(peer.busy)) facts.push(["busy", `${Math.round(100 * peer.busy)} %`]);
+    if (known(peer.rtt_ms)) facts.push(["answers in", `${peer.rtt_ms.toFixed(1)} ms`]);
   }
   const [up, down] = crossed(peer);
-  if (old && gone > 0) {
+  if (known(peer.bytes_sent_per_s)) {
+    const rates = [peer.bytes_sent_per_s, peer.bytes_received_per_s].map(bits);
+    if (peer.rank !== 0) rates.reverse();
+    facts.push(["link now", `↑ ${rates[0]} ↓ ${rates[1]}`]);
+  } else if (old && gone > 0) {
     const [upBefore, downBefore] = crossed(old);
     const rates = [up - upBefore, down - downBefore].map((n) => bits(Math.max(0, n) / gone));
     facts.push(["link now", `↑ ${rates[0]} ↓ ${rates[1]}`]);
