@@ -34,8 +34,11 @@ def prompts_of(model: str, tokens: int, count: int) -> list[str]:
     return [f"{n}. {tokenizer.decode(window)}" for n, window in enumerate(windows)]
 
 
-def chats(options: argparse.Namespace, ranks: int) -> list[tuple[float, list[Answer]]]:
-    """Seconds and answers of each repeat of all clients asking at once."""
+def chats(
+    options: argparse.Namespace, ranks: int
+) -> tuple[list[tuple[float, list[Answer]]], float]:
+    """Seconds and answers of each repeat of all clients asking at once, and seconds of the start,
+    from the command until it is ready."""
     prompts = prompts_of(options.model, options.tokens, options.clients * (1 + options.repeats))
     found = []
     with (
@@ -50,11 +53,13 @@ def chats(options: argparse.Namespace, ranks: int) -> list[tuple[float, list[Ans
                 raise SystemExit(f"a request failed: {broken[0]}")
             if repeat:  # the first one warms up
                 found.append((time.monotonic() - start, answers))
-    return found
+    return found, server.start_seconds
 
 
 def chat_case(options: argparse.Namespace) -> Case:
-    runs = {ranks: chats(options, ranks) for ranks in (1, options.ranks)}
+    runs, starts = {}, {}
+    for ranks in (1, options.ranks):
+        runs[ranks], starts[ranks] = chats(options, ranks)
     each = {
         ranks: [1e3 * seconds / options.clients for seconds, _ in found]
         for ranks, found in runs.items()
@@ -76,6 +81,7 @@ def chat_case(options: argparse.Namespace) -> Case:
         "rtt_ms": options.rtt_ms,
     }
     added |= {"clients": options.clients, "answer_tokens": options.answer}
+    added |= {"start_seconds": starts[options.ranks], "start_seconds_single": starts[1]}
     return Case(
         "chats",
         shape,

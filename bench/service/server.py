@@ -48,7 +48,10 @@ class Server:
     Attributes:
         url: where it listens.
         lines: the last ones that it wrote.
+        start_seconds: from its start until it was ready.
     """
+
+    start_seconds = 0.0
 
     def __init__(self, process: subprocess.Popen[str], url: str) -> None:
         self.process, self.url = process, url
@@ -132,6 +135,7 @@ def serving(model: str, ranks: int, mbit: float, delay_ms: float, *more: str) ->
     # one thread a device, so that the single device and a rank are the same
     command += ["--threads", "1", "--served-name", "bench", "--max-queue", "256", *more]
     path = os.pathsep.join([str(ROOT / "python"), str(ROOT), os.environ.get("PYTHONPATH", "")])
+    start = time.monotonic()
     process = subprocess.Popen(
         command, stderr=subprocess.PIPE, text=True, env=os.environ | {"PYTHONPATH": path}
     )
@@ -144,6 +148,7 @@ def serving(model: str, ranks: int, mbit: float, delay_ms: float, *more: str) ->
             raise AstraError("the service ended before it listened")
         server = Server(process, found.group(1))
         server.wait_ready(START_SECONDS)
+        server.start_seconds = time.monotonic() - start
         yield server
     finally:
         process.send_signal(signal.SIGTERM)
