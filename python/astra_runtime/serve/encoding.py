@@ -220,7 +220,7 @@ class Encoding(Rounds):
         """One round; the pooled vector, or the logits, of each input."""
         far = [one if one["owner"] != 0 else {"owner": 0} for one in batch]
         self._send_job(
-            do="round", drop=[], keep=[], forget=[], prompt=None, pauses=[], alone=[],
+            do="round", drop=[], keep=[], grow=[], forget=[], prompt=None, pauses=[], alone=[],
             encode=far, pooling=self.pooling,
         )  # fmt: skip
         start = time.perf_counter()

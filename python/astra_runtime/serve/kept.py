@@ -43,18 +43,41 @@ class Kept:
         if self.possible:
             self._held[number] = known
 
-    def keep(self, number: int, ids: Sequence[int], owner: int) -> None:
-        """Keeps a prompt that `owner` has read by itself.
+    def keep(
+        self, number: int, ids: Sequence[int], owner: int, known: KeyValues | None = None
+    ) -> None:
+        """Keeps a prompt that `owner` has read by itself, and what it has answered with it.
 
         The other ranks get its codes when something that they are to do needs them.
+
+        known: on the owner, its keys and values where the prompt that is held lacks some.
         """
         session = self._engine.session()
+        self._sessions[number] = session
+        held = self._held.pop(number, None)
+        if held is None or held.length < len(ids):
+            held = known
+        self._add(session, ids, owner, held)
+
+    def grow(
+        self, number: int, ids: Sequence[int], owner: int, known: KeyValues | None = None
+    ) -> None:
+        """A kept prompt goes on with what `owner` has answered; `known` on the owner: keys and
+        values of both."""
+        self._add(self._sessions[number], ids, owner, known)
+
+    def _add(
+        self, session: Session, ids: Sequence[int], owner: int, known: KeyValues | None
+    ) -> None:
         state = session._state
+        start = state.tokens
         state.add_unread(ids)
         if self._engine.rank == owner:
-            state.cache = self._held.pop(number)
-        state.add_computed(0, len(ids), owner)
-        self._sessions[number] = session
+            assert known is not None, "the owner has computed them"
+            known.truncate(state.tokens)
+            assert known.length == state.tokens, (known.length, state.tokens)
+            state.cache = known
+        state.add_computed(start, state.tokens, owner)
 
     def read(
         self,
@@ -119,6 +142,20 @@ class Prompts:
         """Keeps a prompt; which others are to be forgotten for it, or this one itself."""
         self._prompts[number] = tuple(ids), owner
         self._tokens += len(ids)
+        return self._evicted()
+
+    def extend(self, number: int, ids: Sequence[int]) -> list[int] | None:
+        """A kept prompt goes on with its answer; which are to be forgotten for that, itself
+        perhaps. None: it is not kept."""
+        if number not in self._prompts:
+            return None
+        kept, owner = self._prompts[number]
+        self._prompts[number] = (*kept, *ids), owner
+        self._prompts.move_to_end(number)
+        self._tokens += len(ids)
+        return self._evicted()
+
+    def _evicted(self) -> list[int]:
         forgotten = []
         while self._tokens > self.room and self._prompts:
             oldest, (kept, _) = self._prompts.popitem(last=False)

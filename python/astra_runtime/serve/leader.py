@@ -98,6 +98,7 @@ class Leader(Rounds):
         self._answers: dict[int, Answer] = {}
         self._drop: list[int] = []  # answers that their owners have to forget
         self._keep: list[tuple[int, int, list[int]]] = []  # prompts to keep: number, owner, ids
+        self._grow: list[tuple[int, int, list[int]]] = []  # kept ones, and what was answered
         self._forget: list[int] = []  # kept prompts that the ranks have to forget
         self._prompts = Prompts(0)
         self._number = 0
@@ -176,6 +177,7 @@ class Leader(Rounds):
         self._answers.clear()
         self._drop.clear()
         self._keep.clear()
+        self._grow.clear()
         self._forget.clear()
         together = Counter(one["machine"] for one in self._about.values())
         room = {
@@ -246,8 +248,9 @@ class Leader(Rounds):
 
     def _job(self, **job: Any) -> None:
         with self._changed:
-            said = {"drop": self._drop, "keep": self._keep, "forget": self._forget}
-            self._drop, self._keep, self._forget = [], [], []
+            said = {"drop": self._drop, "keep": self._keep}
+            said |= {"grow": self._grow, "forget": self._forget}
+            self._drop, self._keep, self._grow, self._forget = [], [], [], []
         self._sequences.follow(said)
         self._send_job(**{"do": "round", "prompt": None, "pauses": [], "alone": []} | said | job)
 
@@ -296,7 +299,7 @@ class Leader(Rounds):
             return
         if self._sequences.kept.possible:
             ids = work.request.prompt_ids
-            self._forget += self._prompts.add(prompt.number, ids, work.owner)
+            self._forget_prompts(self._prompts.add(prompt.number, ids, work.owner))
         if work.base is None:
             busy = max((busy_seconds(spans) for spans in self._spans.values()), default=None)
             self.costs.heard_together(work.prompt_tokens, seconds, busy)
@@ -379,6 +382,7 @@ class Leader(Rounds):
                 continue
             if answer.work.heard(answer, token, now):
                 del self._answers[number]
+                self._keep_answer(answer)
                 if not token[-1]:  # its owner does not know
                     with self._changed:
                         self._drop.append(number)
@@ -400,12 +404,37 @@ class Leader(Rounds):
             Span(work.owner, "compute", work.admitted - work.arrived, now - work.arrived)
         )
         self.costs.heard_alone(work.prompt_tokens, seconds)
-        forgotten = [number]
         if self._sequences.kept.possible and work.prompt_tokens > EXACT_TOKENS:
-            forgotten = self._prompts.add(number, work.request.prompt_ids, work.owner)
-        if number not in forgotten:
-            self._keep.append((number, work.owner, list(work.request.prompt_ids)))
-        self._forget += forgotten
+            self._keep_alone(number, work.owner, work.request.prompt_ids)
+        else:
+            self._forget.append(number)
+
+    def _keep_alone(self, number: int, owner: int, ids: Sequence[int]) -> None:
+        """What a rank has computed by itself is kept, if there is room."""
+        forgotten = self._prompts.add(number, ids, owner)
+        self._forget = [other for other in self._forget if other != number]
+        self._keep.append((number, owner, list(ids)))
+        self._forget_prompts(forgotten)
+
+    def _keep_answer(self, answer: Answer) -> None:
+        """A kept prompt goes on with its first answer, all of it that the model has read: the next
+        question of a conversation begins with both."""
+        number, work, new = answer.number, answer.work, answer.ids[:-1]
+        if answer.index or not new or not self._sequences.kept.possible:
+            return
+        whole = [*work.request.prompt_ids, *new]
+        forgotten = self._prompts.extend(number, new)
+        if forgotten is not None:
+            self._grow.append((number, work.owner, new))
+            self._forget_prompts(forgotten)
+        elif work.base is None and work.prompt_tokens <= EXACT_TOKENS < len(whole):
+            self._keep_alone(number, work.owner, whole)
+
+    def _forget_prompts(self, numbers: Sequence[int]) -> None:
+        """The ranks have to forget them, and not to keep them first."""
+        self._forget += numbers
+        self._keep = [kept for kept in self._keep if kept[0] not in numbers]
+        self._grow = [grown for grown in self._grow if grown[0] not in numbers]
 
     def _expire(self) -> None:
         """Ends what was cancelled, and what has no time left."""

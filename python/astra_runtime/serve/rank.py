@@ -74,9 +74,15 @@ class Prompt:
 
 @dataclass(eq=False)
 class _Answer:
-    """An answer that this rank decodes. `token`: drawn, and not read by the model yet."""
+    """An answer that this rank decodes.
+
+    Attributes:
+        first: of its prompt's.
+        token: drawn, and not read by the model yet.
+    """
 
     number: int
+    first: bool
     cache: Cache
     sampler: Sampler
     ends: frozenset[int]
@@ -104,6 +110,7 @@ class Sequences:
     def __init__(self, engine: Engine) -> None:
         self.engine, self.adapter = engine, engine.adapter
         self._answers: dict[int, _Answer] = {}
+        self._ended: dict[int, Cache] = {}  # since the last job: the next one may keep them
         self._reading: list[_Reading] = []
         self._unreported: list[list[Any]] = []
         self._failed: list[list[Any]] = []
@@ -153,6 +160,7 @@ class Sequences:
         for index, sampler in enumerate(prompt.samplers()):
             answer = _Answer(
                 prompt.number + index,
+                index == 0,
                 cache.fork() if index + 1 < prompt.answers else cache,
                 sampler,
                 frozenset(prompt.ends),
@@ -170,10 +178,19 @@ class Sequences:
 
     def follow(self, job: dict[str, Any]) -> None:
         """What a job says of answers and kept prompts."""
-        self.drop(job["drop"])
         for number, owner, ids in job["keep"]:
-            self.kept.keep(number, ids, owner)
+            self.kept.keep(number, ids, owner, self._known(number))
+        for number, owner, ids in job["grow"]:
+            self.kept.grow(number, ids, owner, self._known(number))
+        self.drop(job["drop"])
         self.kept.forget(job["forget"])
+        self._ended.clear()
+
+    def _known(self, number: int) -> KeyValues | None:
+        """Keys and values of an answer that is given here, or has ended since the last job."""
+        answer = self._answers.get(number)
+        cache = self._ended.get(number) if answer is None else answer.cache
+        return None if cache is None else cache.known()
 
     def step(self) -> None:
         """A token of every answer and a piece of the prompt that is read here, in one pass."""
@@ -227,6 +244,8 @@ class Sequences:
             reason = "length" if answer.drawn == answer.max_new_tokens else ""
         if reason:
             del self._answers[answer.number]
+            if answer.first and self.kept.possible:
+                self._ended[answer.number] = answer.cache
         self._unreported.append(
             [answer.number, position, choice.token, choice.logprob, choice.top, reason]
         )

@@ -21,14 +21,18 @@ Deliver = Callable[[Event | AstraError | None], None]  # None: the stream has en
 
 @dataclass(eq=False)
 class Answer:
-    """One answer of a request. `tokens`: heard of so far."""
+    """One answer of a request. `ids`: of its tokens, heard of so far."""
 
     number: int
     index: int
     work: Work
     text: TextStream
-    tokens: int = 0
+    ids: list[int] = field(default_factory=list)
     done: bool = False
+
+    @property
+    def tokens(self) -> int:
+        return len(self.ids)
 
 
 @dataclass(eq=False)
@@ -118,7 +122,7 @@ class Work:
         position, id, logprob, top, reason = token
         if answer.done or position != answer.tokens:
             return answer.done  # reported again, or behind a stop text
-        answer.tokens += 1
+        answer.ids.append(id)
         if self.first_token is None:
             self.first_token = now
         if reason != "stop":

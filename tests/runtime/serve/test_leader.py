@@ -325,6 +325,72 @@ def test_prompts_are_read_apart_where_that_is_sooner(
         assert [costs.apart_is_faster(1000, waiting) for waiting in (1, 2)] == [False, True]
 
 
+@pytest.mark.parametrize("world_size", [1, 2])
+def test_the_next_turn_knows_the_answer(llama: Any, world_size: int) -> None:
+    """Whoever has read the prompt: all ranks or one, and whatever has ended the answer."""
+    with led(llama, world_size) as leader:
+        for tokens, new, stop in ((120, 10, ()), (40, 30, ()), (100, 30, (9,))):
+            first, given = prompt(tokens, seed=new + tokens), []
+            expected = alone(llama, first, new)
+            given = [f" {expected[n]} " for n in stop]
+            answer = ask(leader, first, new, stop=given).wait().ids()
+            assert answer == expected[: len(answer)]
+            turn = [*first, *answer, 5, 6]
+            second = ask(leader, turn, 6).wait()
+            assert second.ids() == alone(llama, turn, 6)
+            assert second.done().cached_tokens == len(first) + len(answer) - 1
+            turn += [*second.ids(), 7]
+            third = ask(leader, turn).wait()
+            assert third.ids() == alone(llama, turn, 5)
+            assert third.done().cached_tokens == len(turn) - 2
+            other = [*turn[: tokens + 5], 9]  # goes on from the middle of the first answer
+            again = ask(leader, other).wait()
+            assert again.ids() == alone(llama, other, 5)
+            assert again.done().cached_tokens == tokens + 5
+        assert leader.status().lost == 0
+
+
+def test_what_was_answered_with_codes_is_known_to_all_ranks(llama: Any) -> None:
+    book = Codebook.fit(llama, windows_for("llama"), groups=3, codewords=16, held_back=0)
+    with led(llama, 2, book) as leader:
+        turn = prompt(120)
+        for _ in range(3):
+            heard = [ask(leader, turn, 12), ask(leader, turn, 12)]
+            answers = [one.wait() for one in heard]
+            assert all(one.error() is None for one in answers)
+            turn = [*turn, *answers[0].ids(), 3, 4]
+        assert answers[0].done().cached_tokens >= 120 + 11
+        long = [*turn, *prompt(70, seed=4)]  # all ranks read it, and need the codes
+        assert ask(leader, long).wait().done().cached_tokens >= len(turn) - 3
+        assert leader.status().lost == 0
+
+
+def test_a_prompt_that_is_forgotten_is_not_kept_first(llama: Any) -> None:
+    """Where both would be said in one job."""
+    with led(llama, 2) as leader, leader._changed:
+        leader._prompts.room = 150
+        leader._keep_alone(1000, 0, [1] * 100)
+        assert leader._keep == [(1000, 0, [1] * 100)]
+        leader._keep_alone(1001, 0, [2] * 100)
+        assert (leader._keep, leader._forget) == ([(1001, 0, [2] * 100)], [1000])
+        leader._forget_prompts([1001])
+        assert leader._keep == []
+        leader._forget.clear()
+        leader._prompts.clear()
+
+
+def test_a_kept_prompt_that_outgrows_the_room_is_forgotten() -> None:
+    prompts = Prompts(100)
+    prompts.add(1, [1] * 40, 0)
+    prompts.add(2, [2] * 40, 1)
+    assert prompts.extend(1, [3] * 10) == []
+    assert prompts.find([*[1] * 40, *[3] * 20]) == (1, 50, 0)
+    assert prompts.extend(1, [3] * 30) == [2]
+    assert prompts.extend(2, [3]) is None
+    assert prompts.extend(1, [3] * 30) == [1]
+    assert prompts.find([1] * 40) is None
+
+
 def test_kept_prompts_are_forgotten_in_turn() -> None:
     prompts = Prompts(100)
     assert prompts.add(1, [1] * 40, 0) == []
