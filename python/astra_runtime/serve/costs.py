@@ -6,7 +6,7 @@ from ..costs import EXACT_TOKENS
 from ..engine import Engine
 
 NEWEST = 0.3  # the weight of the newest figure
-UNKNOWN_CHECKS = 4  # segments of a prompt of unknown cost that nobody else waits for
+UNKNOWN_CHECKS = 3  # segments of a prompt of unknown cost that nobody else waits for
 SEGMENT_SECONDS = 0.35  # that a prompt may be read before the others get a token
 
 
