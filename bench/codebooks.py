@@ -1,7 +1,7 @@
 """Codebooks by the names that options and results use, and what they send.
 
 A name is "SPACE:GROUPS", "SPACE:BITS" where a fit is given a budget (`transform`), "none:DTYPE" for
-dense exchange, or "drop" for local-only. "transform:BITS+FINE" has FINE bits more for the last 32
+dense exchange, or "drop" for local-only. "transform:BITS+FINE" has FINE bits more for the last 64
 tokens before a cut, "transform:BITS+FINExTOKENS" for the last TOKENS.
 """
 
@@ -25,7 +25,7 @@ from astra_runtime.plan import Plan
 CONTROLS: Final = {"exact": Codebook.dense(), "local_only": Codebook.local_only()}
 FOLDER: Final = Path("build/codebooks")  # what `bench.accuracy.calibrate` fits
 CODEWORDS: Final = 1024  # of random codebooks
-FINE_TOKENS: Final = 32  # that have fine codes, where a name does not say how many
+FINE_TOKENS: Final = 64  # that have fine codes, where a name does not say how many
 AfterLoss = Literal["stale", "out", "predicted"]
 
 

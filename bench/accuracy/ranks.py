@@ -1,6 +1,6 @@
 """Bits, work and accuracy side by side: SmolLM2 on 2 to 16 ranks, on texts seen and unseen.
 
-    python -m bench.accuracy ranks [--codes transform:100+400 …] [--ranks 2 4 8 16] [--seeds 0 …]
+    python -m bench.accuracy ranks [--codes transform:100+400 …] [--ranks 2 4 8 16] [--every 4]
 
 Codes are those of `bench.accuracy.calibrate`. Texts of which that calibrates on another part are
 *seen*; handbook and devref are kinds of text that no codebook ever saw. Ranks with equal shards are
@@ -54,16 +54,21 @@ def exact_losses(model: Any, windows: Sequence[Tensor]) -> list[Tensor]:
 class Study:
     """The model, its windows by text, and the rows measured so far."""
 
-    def __init__(self, model: Any, windows: dict[str, list[Tensor]], rows: Rows) -> None:
-        self.model, self.windows, self.rows = model, windows, rows
+    def __init__(
+        self, model: Any, windows: dict[str, list[Tensor]], rows: Rows, every: int = 1
+    ) -> None:
+        self.model, self.rows, self.every = model, rows, every
+        self.drawn = {domain: len(of_domain) for domain, of_domain in windows.items()}
+        self.windows = {domain: of_domain[::every] for domain, of_domain in windows.items()}
         self.exact: dict[str, list[Tensor]] = {}
         self.before = (load(f"cpu-{cores()}core/{lm.RESULT}") or {"rows": []})["rows"]
 
     def _losses(self, place: Mapping[str, Any], book: Codebook | None) -> Losses:
         """Of codes, or, None, of one device; those measured before where there are any."""
+        measured = {**place, "windows": self.drawn[place["domain"]], "lost": 0.0}
         for row in self.before:
-            if not row["lost"] and place.items() <= row.items():
-                return list(row["losses"])
+            if measured.items() <= row.items():
+                return list(row["losses"][:: self.every])
         domain, ranks = place["domain"], place["world_size"]
         if book is not None:
             halo = place["halo"]
@@ -129,6 +134,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--domains", nargs="+", choices=DOMAINS, default=list(DOMAINS))
     parser.add_argument("--seeds", nargs="+", type=int, default=[0], help="of the fits")
     parser.add_argument("--windows", type=int, default=16, help="of 1024 tokens, a domain")
+    parser.add_argument("--every", type=int, default=1, help="of these, one in so many")
     parser.add_argument("--halo", type=int, help="tokens (the engine's default)")
     options = parser.parse_args(arguments)
     quiet_transformers()
@@ -138,7 +144,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         for domain in options.domains
     }
     rows = Rows(RESULT, command=command_line("bench.accuracy ranks", arguments), say=say)
-    study = Study(model, windows, rows)
+    study = Study(model, windows, rows, options.every)
     for seed, name in product(options.seeds, options.codes):
         book = codebook_of(name, seed, model, tokenizer)
         for domain, ranks in product(options.domains, options.ranks):

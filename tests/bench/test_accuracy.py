@@ -100,7 +100,7 @@ def test_names_of_codebooks():
     assert codebooks.control("kv:3") is None
     assert codebooks.size_of("kv:3") == {"space": "kv", "groups": 3}
     assert codebooks.size_of("transform:1.25") == {"space": "transform", "bits": 1.25}
-    fine = {"space": "transform", "bits": 10.0, "fine_bits": 40.0, "fine_tokens": 32}
+    fine = {"space": "transform", "bits": 10.0, "fine_bits": 40.0, "fine_tokens": 64}
     assert codebooks.size_of("transform:10+40") == fine
     assert codebooks.size_of("transform:10+40x8") == fine | {"fine_tokens": 8}
     assert codebooks.folder(10, 1) != codebooks.folder(10, 1, 40)
@@ -210,6 +210,12 @@ def test_losses_that_were_measured_before_are_taken(results, monkeypatch, model,
     after = {row["codes"]: row["losses"] for row in rows_of(results, "accuracy_ranks")}
     assert after == {name: before[name] for name in after}
     assert set(after) == {"exact", "local_only", "kv:3"}
+    asked = ["--codes", "kv:3", "--ranks", "2", "--domains", "handbook", "--halo", "0"]
+    ranks.main([*asked, "--every", "2"])
+    row = next(
+        r for r in rows_of(results, "accuracy_ranks") if (r["codes"], r["windows"]) == ("kv:3", 2)
+    )
+    assert row["losses"] == before["kv:3"][::2]
 
 
 def test_missing_frames(results, monkeypatch, model, windows, books):

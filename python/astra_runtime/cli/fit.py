@@ -11,8 +11,15 @@ from typing import Any
 from ..console import say, show_json
 from ..errors import AstraError
 from .common import load, window_tokens
-from .fitting import SAMPLED, WINDOWS, fit_builtin, fit_text, verdict
-from .options import add_model, add_tokens, output_folder, positive, two_or_more
+from .fitting import FINE_SHARE, FINE_TOKENS, SAMPLED, WINDOWS, fit_builtin, fit_text, verdict
+from .options import (
+    add_model,
+    add_tokens,
+    not_negative,
+    output_folder,
+    positive,
+    two_or_more,
+)
 
 
 def coded_key(text: str) -> str:
@@ -58,13 +65,16 @@ def configure(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--fine-bits",
-        type=positive,
+        type=not_negative,
         metavar="BITS",
         help="at most so many bits more for the last tokens before a cut, sent to the next rank "
-        "alone, in place of a halo (transform of a decoder)",
+        f"alone; 0: none, and a halo instead (transform of a decoder: {FINE_SHARE} times --bits)",
     )
     parser.add_argument(
-        "--fine-tokens", type=positive, default=32, help="how many tokens those are (32)"
+        "--fine-tokens",
+        type=positive,
+        default=FINE_TOKENS,
+        help=f"how many tokens those are ({FINE_TOKENS})",
     )
     parser.add_argument("--shared", action="store_true", help="kv: one set of codes for all heads")
     parser.add_argument("--text", metavar="FILE", help="calibration text (default: built-in)")
@@ -128,7 +138,7 @@ def size_of(options: argparse.Namespace) -> dict[str, Any]:
             raise AstraError(
                 f"--space {space} chooses groups itself: expected --bits or --target-gap"
             )
-        fine = {"fine_bits": options.fine_bits or 0, "fine_tokens": options.fine_tokens}
+        fine = {"fine_bits": options.fine_bits, "fine_tokens": options.fine_tokens}
         return size | {"bits": options.bits, "target_gap": options.target_gap} | fine
     if options.fine_bits:
         raise AstraError(f"--fine-bits: expected with --space transform, got {space}")

@@ -17,6 +17,9 @@ from .options import DENSE
 
 SAMPLED, SAMPLED_TOKENS = 24, 512  # windows that a model writes, and the length of each
 WINDOWS, OTHERS = 26, 10  # of the text given; of the built-in text's second domain
+FINE_TOKENS = 64  # before a cut that have fine codes
+# Bits of those, for each bit of the others.
+FINE_SHARE = 4
 
 
 def cached_codebook(name: str, model: Any) -> Path | None:
@@ -118,12 +121,13 @@ def fit_text(
     windows: int = WINDOWS,
     sampled: int | None = None,
     others: str | None = None,
+    fine_bits: float | None = None,
     **options: Any,
 ) -> Any:
     """A codebook fitted on windows of a text, with progress and a plain word on its worth.
 
     A few windows more are of the text `others`. `sampled` ones are written by the model itself;
-    None: as many as serve the codec well.
+    None: as many as serve the codec well. `fine_bits` None: `default_fine_bits`.
     """
     from ..codes.registry import codec_named
     from ..models import is_language_model
@@ -138,6 +142,9 @@ def fit_text(
         sampled = SAMPLED if writes and codec_named(space).gains_by_variety else 0
     if sampled and not writes:
         raise AstraError("--sampled: expected a language model, which writes text, or 0 windows")
+    if fine_bits is None:
+        fine_bits = default_fine_bits(model, space, options.get("bits"))
+    options["fine_bits"] = fine_bits
     with progress_bar() as progress:
         size = min(length, SAMPLED_TOKENS)
         more = token_windows(tokenizer, others, length, OTHERS) if others else []
@@ -152,6 +159,19 @@ def fit_text(
         codebook = fit(model, calibration, space=space, progress=progress, **options)
     say(verdict(codebook.notes.get("held_back")))
     return codebook
+
+
+def default_fine_bits(model: Any, space: str, bits: float | None) -> float:
+    """Of the last tokens before a cut, of a decoder whose codec is given a budget of `bits`."""
+    from ..codes.registry import codec_named
+    from ..models import adapt
+    from ..train.budgets import DEFAULT_BITS
+
+    adapter = adapt(model)
+    if not (codec_named(space).allots_bits and adapter.causal):
+        return 0
+    dense = 64.0 * adapter.num_key_value_heads * adapter.head_dim
+    return min(FINE_SHARE * (bits or DEFAULT_BITS), dense)
 
 
 @contextlib.contextmanager

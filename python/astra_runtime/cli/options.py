@@ -137,7 +137,7 @@ def add_halo(parser: argparse.ArgumentParser) -> None:
         type=not_negative,
         metavar="H",
         help="tokens before its shard that a rank computes, too: better answers for more work "
-        "(default: 32 with codes, at most an eighth of a shard)",
+        "(default: 0 with fine codes, 32 with others, at most an eighth of a shard)",
     )
 
 

@@ -54,7 +54,7 @@ class FitOptions:
     codewords: int | None = None
     bits: float | None = None
     fine_bits: float = 0.0
-    fine_tokens: int = 32
+    fine_tokens: int = 64
     target_gap: float | None = None
     extra: Tensor | Sequence[Tensor] = ()
     prefix: int | None = None

@@ -25,6 +25,7 @@ from transformers import PreTrainedTokenizerFast
 
 from astra_runtime import Codebook, transport
 from astra_runtime.cli import COMMANDS, main
+from astra_runtime.cli.fitting import default_fine_bits
 from astra_runtime.deploy import launch
 from astra_runtime.deploy.launch import free_ports
 from astra_runtime.store import DOMAINS, builtin_text, token_windows
@@ -289,7 +290,9 @@ def test_bits_alone_make_transform_codes_that_run(
     # of 29 and 30 tokens a rank, whole bytes
     assert "local_overlap" in json.loads(out)["perplexity"]
     found_bits = json.loads(out)["bits_per_token_block"]
-    assert found_bits == pytest.approx(found["bits_per_token_block"], rel=0.02)
+    assert 60 < found["fine_bits"] <= 80  # of all 29: fewer than those that would have fine codes
+    both = found["bits_per_token_block"] + found["fine_bits"]
+    assert found_bits == pytest.approx(both, rel=0.02)
     out, _ = here(
         "run", *model, "--codebook", book, "--prompt", PROMPT, "--world-size", "2",
         "--max-new-tokens", "3", "--json",
@@ -323,6 +326,22 @@ def test_a_target_is_met_by_the_fewest_bits_tried(
         assert found["bits_per_token_block"] <= wanted
         assert found["held_back"]["gap_recovered"] >= target
         assert len(found["tried"]) == tried
+
+
+@pytest.mark.parametrize(
+    ("kind", "space", "bits", "wanted"),
+    [
+        ("llama", "transform", None, 400),
+        ("llama", "transform", 10, 40),
+        ("llama", "transform", 3000, 64 * 3 * 16),  # no more than dense fp32
+        ("llama", "kv", None, 0),
+        ("bert", "transform", None, 0),  # an encoder's tokens look both ways
+    ],
+)
+def test_fine_codes_of_a_decoder_by_default(
+    kind: str, space: str, bits: float | None, wanted: float
+) -> None:
+    assert default_fine_bits(tiny(kind), space, bits) == wanted
 
 
 FOUND = {"windows": 2, "world_size": 2, "metric": "perplexity", "exact": 1.0, "astra": 1.5}
