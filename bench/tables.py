@@ -21,6 +21,7 @@ from bench.report import ROOT, goals
 from bench.report import kernels as of_kernels
 from bench.report import transport as of_transport
 from bench.report.markdown import Table
+from bench.service import tables as service
 from bench.vision import tables as vision
 
 TABLES: dict[str, Table] = {
@@ -30,6 +31,7 @@ TABLES: dict[str, Table] = {
     **vision.TABLES,
     **of_transport.TABLES,
     **lossy.TABLES,
+    **service.TABLES,
     **of_kernels.TABLES,
     **goals.TABLES,
 }

@@ -186,7 +186,7 @@ def tries(server: Server, clients: Clients, options: argparse.Namespace) -> dict
         say(f"  {number}: {name}, noticed after {noticed:.0f} ms, ready {back:.0f} ms after return")
         for problem in clients.wrong[wrong:]:
             say(f"    wrong: {problem}")
-        if number % SAMPLE == SAMPLE - 1:
+        if number % SAMPLE == SAMPLE - 1 or number == options.tries - 1:
             samples.append({"tries": number + 1, **sample(server.process.pid)})
     seconds = time.monotonic() - begun
     rows = [kind.row(name) for name, kind in kinds.items() if kind.noticed]
