@@ -31,6 +31,20 @@ struct KeyTile {
   std::size_t count;  // at most kTileKeys
 };
 
+// The same as rows anywhere in memory, each read as a whole.
+struct KeyRows {
+  const float* const* keys;  // [count]
+  // [count], or null: weights are then summed by codeword, as FewRows has it.
+  const float* const* values;
+  const std::uint32_t* value_codes;  // [count], where `values` is null
+  // [count] each, or null: angles by which keys are still to be rotated, as `gather` does.
+  const float* const* cos;
+  const float* const* sin;
+  std::size_t first;
+  std::size_t count;
+  bool scattered;  // in no order, so that the processor does not foresee them
+};
+
 // The online-softmax state of queries that stand side by side.
 struct Panel {
   std::size_t vectors;  // 1 to kMostPanelVectors
@@ -60,6 +74,11 @@ struct FewRows {
   float* sum;      // [rows]
   std::int32_t* limits;
   std::size_t most;
+  // Where keys outnumber codewords, the weights of equal values are summed before these are read.
+  float* by_codeword;   // [rows / 4 rounded up, codewords, 4], scaled as `out` is
+  std::uint8_t* used;   // [codewords]: not 0 if a visible key has it
+  std::uint32_t* list;  // room for `codewords` of them
+  std::size_t codewords;
 };
 
 struct AttentionKernels {
@@ -71,10 +90,19 @@ struct AttentionKernels {
   void (*absorb)(const Panel& panel, const KeyTile& tile, float* weights);
   // out[r] points at the value_width channels of query r's output.
   void (*store)(const Panel& panel, std::size_t count, float* const* out);
-  // `weights` has room for kMostFew * kTileKeys floats.
-  void (*absorb_few)(const FewRows& few, const KeyTile& tile, float* weights);
-  // key * cos + rotate_half(key) * sin in place; rotate_half pairs channel c with c + width / 2.
-  void (*rotate)(float* key, const float* cos, const float* sin, std::size_t width);
+  // `weights` has room for kMostFew * kTileKeys floats. Keys are rotated only if half their width
+  // is a multiple of `lanes`.
+  void (*absorb_few)(const FewRows& few, const KeyRows& rows, float* weights);
+  // out += the weights by codeword times `values`, [codewords, value_width].
+  void (*absorb_codewords)(const FewRows& few, const float* values);
+  // Rows one after another in `keys` and `values`, where they may be already; values only if they
+  // are rows. Keys become
+  // key * cos + rotate_half(key) * sin; rotate_half pairs channel c with c + width / 2.
+  void (*gather)(const KeyRows& rows, std::size_t width, std::size_t value_width, float* keys,
+                 float* values);
+  // to = the sums of `stages` vectors each, `parts` side by side: words[stage * parts + part].
+  void (*compose)(const float* const* words, std::size_t stages, std::size_t parts,
+                  std::size_t width, float* to);
 };
 
 // As in kernels.hpp, each has a translation unit and flags of its own, and shares nothing inline.

@@ -96,9 +96,9 @@ inline void trade(Floats& a, Floats& b) {
 template <std::size_t kStep>
 inline void transpose(Floats (&x)[kLanes]) {
   if constexpr (kStep < kLanes) {
-    for (std::size_t i = 0; i < kLanes; ++i) {
-      if ((i & kStep) == 0) trade<kStep>(x[i], x[i + kStep]);
-    }
+    each<kLanes>([&](auto i) {
+      if constexpr ((i.value & kStep) == 0) trade<kStep>(x[i.value], x[i.value + kStep]);
+    });
     transpose<kStep * 2>(x);
   }
 }
@@ -106,8 +106,12 @@ inline void transpose(Floats (&x)[kLanes]) {
 // Rows [row, row + kLanes) of `count`, channels [c, c + kLanes): one vector a channel.
 inline void load_block(const float* const* rows, std::size_t row, std::size_t count, std::size_t c,
                        Floats (&x)[kLanes]) {
-  for (std::size_t i = 0; i < kLanes; ++i) {
-    x[i] = row + i < count ? load(rows[row + i] + c) : Floats{};
+  if (row + kLanes <= count) {
+    each<kLanes>([&](auto i) { x[i.value] = load(rows[row + i.value] + c); });
+  } else {
+    each<kLanes>([&](auto i) {
+      x[i.value] = row + i.value < count ? load(rows[row + i.value] + c) : Floats{};
+    });
   }
   transpose<1>(x);
 }
@@ -120,9 +124,8 @@ void load_panel(const float* const* rows, std::size_t count, float factor, const
     for (; c + kLanes <= panel.width; c += kLanes) {
       Floats x[kLanes];
       load_block(rows, row, count, c, x);
-      for (std::size_t i = 0; i < kLanes; ++i) {
-        store(panel.queries + (c + i) * stride + row, x[i] * factor);
-      }
+      float* to = panel.queries + c * stride + row;
+      each<kLanes>([&](auto i) { store(to + i.value * stride, x[i.value] * factor); });
     }
     for (; c < panel.width; ++c) {
       Floats x{};
@@ -146,11 +149,12 @@ void store_panel(const Panel& panel, std::size_t count, float* const* out) {
     std::size_t c = 0;
     for (; c + kLanes <= panel.value_width; c += kLanes) {
       Floats x[kLanes];
-      for (std::size_t i = 0; i < kLanes; ++i) {
-        x[i] = load(panel.out + (c + i) * stride + row) * factor;
-      }
+      const float* from = panel.out + c * stride + row;
+      each<kLanes>([&](auto i) { x[i.value] = load(from + i.value * stride) * factor; });
       transpose<1>(x);
-      for (std::size_t i = 0; i < kLanes && row + i < count; ++i) store(out[row + i] + c, x[i]);
+      each<kLanes>([&](auto i) {
+        if (row + i.value < count) store(out[row + i.value] + c, x[i.value]);
+      });
     }
     for (; c < panel.value_width; ++c) {
       const Floats x = load(panel.out + c * stride + row) * factor;
@@ -159,30 +163,46 @@ void store_panel(const Panel& panel, std::size_t count, float* const* out) {
   }
 }
 
-// Scores of kKeys keys for all queries of the panel, written to `scores` and taken into `max`.
-// `place` is the first key's; kMasked: some queries do not see all of these keys.
-template <std::size_t kKeys, std::size_t kVectors, bool kMasked>
+// How many keys of the tile the vectors of a panel see, each at least as many as the one before.
+template <std::size_t kVectors>
+struct Seen {
+  Seen(const Panel& panel, const KeyTile& tile, std::size_t count) {
+    each<kVectors>([&](auto v) {
+      const auto limit = static_cast<std::size_t>(panel.limits[(v.value + 1) * kLanes - 1]);
+      const std::size_t seen = limit > tile.first ? limit - tile.first : 0;
+      keys[v.value] = seen < count ? seen : count;
+    });
+  }
+
+  std::size_t keys[kVectors];
+};
+
+// Scores of kKeys keys for the queries of the panel from vector kFirst on, written to `scores` and
+// taken into `max`. `place` is the first key's; kMasked: some queries do not see all of these keys.
+template <std::size_t kKeys, std::size_t kVectors, std::size_t kFirst, bool kMasked>
 inline void score(const Panel& panel, const float* keys, std::size_t key_stride, std::size_t place,
                   float* scores, Floats (&max)[kVectors]) {
-  Floats sums[kKeys][kVectors];
+  constexpr std::size_t kUsed = kVectors - kFirst;
+  Floats sums[kKeys][kUsed];
   const float* row[kKeys];
   each<kKeys>([&](auto k) {
     row[k.value] = keys + k.value * key_stride;
-    each<kVectors>([&](auto v) { sums[k.value][v.value] = Floats{}; });
+    each<kUsed>([&](auto v) { sums[k.value][v.value] = Floats{}; });
   });
-  const float* queries = panel.queries;
+  const float* queries = panel.queries + kFirst * kLanes;
   const std::size_t width = panel.width;
   for (std::size_t c = 0; c < width; ++c, queries += kVectors * kLanes) {
-    Floats query[kVectors];
-    each<kVectors>([&](auto v) { query[v.value] = load(queries + v.value * kLanes); });
+    Floats query[kUsed];
+    each<kUsed>([&](auto v) { query[v.value] = load(queries + v.value * kLanes); });
     each<kKeys>([&](auto k) {
       const Floats key = all(row[k.value][c]);
-      each<kVectors>([&](auto v) { sums[k.value][v.value] += query[v.value] * key; });
+      each<kUsed>([&](auto v) { sums[k.value][v.value] += query[v.value] * key; });
     });
   }
   if constexpr (kMasked) {
-    each<kVectors>([&](auto v) {
-      const Ints limits = *reinterpret_cast<const Ints*>(panel.limits + v.value * kLanes);
+    each<kUsed>([&](auto v) {
+      const std::int32_t* own = panel.limits + (kFirst + v.value) * kLanes;
+      const Ints limits = *reinterpret_cast<const Ints*>(own);
       each<kKeys>([&](auto k) {
         Floats& sum = sums[k.value][v.value];
         sum = limits > static_cast<std::int32_t>(place + k.value) ? sum : all(-kInfinity);
@@ -190,17 +210,18 @@ inline void score(const Panel& panel, const float* keys, std::size_t key_stride,
     });
   }
   each<kKeys>([&](auto k) {
-    each<kVectors>([&](auto v) {
-      max[v.value] = larger(max[v.value], sums[k.value][v.value]);
-      store(scores + (k.value * kVectors + v.value) * kLanes, sums[k.value][v.value]);
+    each<kUsed>([&](auto v) {
+      constexpr std::size_t kVector = kFirst + v.value;
+      max[kVector] = larger(max[kVector], sums[k.value][v.value]);
+      store(scores + (k.value * kVectors + kVector) * kLanes, sums[k.value][v.value]);
     });
   });
 }
 
 // Blocks of kKeys keys while they last, then of half as many.
 template <std::size_t kKeys, std::size_t kVectors>
-void score_all(const Panel& panel, const KeyTile& tile, std::size_t count, std::size_t done,
-               float* scores, Floats (&max)[kVectors]) {
+void score_all(const Panel& panel, const KeyTile& tile, const Seen<kVectors>& seen,
+               std::size_t count, std::size_t done, float* scores, Floats (&max)[kVectors]) {
   for (; done + kKeys <= count; done += kKeys) {
     const float* keys = tile.keys + done * tile.key_stride;
     const std::size_t place = tile.first + done;
@@ -208,36 +229,46 @@ void score_all(const Panel& panel, const KeyTile& tile, std::size_t count, std::
     if (kKeys == kBlock && place + kKeys <= panel.least) {
       // The last few keys need no code of their own.
       constexpr bool kMasked = kKeys != kBlock;
-      score<kKeys, kVectors, kMasked>(panel, keys, tile.key_stride, place, to, max);
+      score<kKeys, kVectors, 0, kMasked>(panel, keys, tile.key_stride, place, to, max);
+    } else if (kVectors == 1 || seen.keys[0] > done) {
+      score<kKeys, kVectors, 0, true>(panel, keys, tile.key_stride, place, to, max);
+    } else if (kVectors == 2 || seen.keys[1 % kVectors] > done) {
+      score<kKeys, kVectors, 1 % kVectors, true>(panel, keys, tile.key_stride, place, to, max);
     } else {
-      score<kKeys, kVectors, true>(panel, keys, tile.key_stride, place, to, max);
+      score<kKeys, kVectors, 2 % kVectors, true>(panel, keys, tile.key_stride, place, to, max);
     }
   }
   if constexpr (kKeys > 1) {
-    if (done < count) score_all<kKeys / 2, kVectors>(panel, tile, count, done, scores, max);
+    if (done < count) score_all<kKeys / 2, kVectors>(panel, tile, seen, count, done, scores, max);
   }
 }
 
 // out = out * alpha + weights^T values for columns [c, c + kColumns). A tile is summed on its own:
 // the error of long sums grows with the number of tiles rather than of keys.
 template <std::size_t kColumns, std::size_t kVectors>
-inline void weigh(const Panel& panel, const KeyTile& tile, std::size_t count, std::size_t c,
-                  const float* weights, const Floats (&alpha)[kVectors]) {
+inline void weigh(const Panel& panel, const KeyTile& tile, const Seen<kVectors>& seen,
+                  std::size_t c, const float* weights, const Floats (&alpha)[kVectors]) {
   Floats sums[kColumns][kVectors];
   float* out = panel.out + c * kVectors * kLanes;
-  each<kColumns>([&](auto i) {
-    each<kVectors>([&](auto v) { sums[i.value][v.value] = Floats{}; });
-  });
+  each<kColumns>(
+      [&](auto i) { each<kVectors>([&](auto v) { sums[i.value][v.value] = Floats{}; }); });
   const float* values = tile.values + c;
   const std::size_t stride = tile.value_stride;
-  for (std::size_t k = 0; k < count; ++k, values += stride, weights += kVectors * kLanes) {
-    Floats weight[kVectors];
-    each<kVectors>([&](auto v) { weight[v.value] = load(weights + v.value * kLanes); });
-    each<kColumns>([&](auto i) {
-      const Floats value = all(values[i.value]);
-      each<kVectors>([&](auto v) { sums[i.value][v.value] += weight[v.value] * value; });
-    });
-  }
+  std::size_t k = 0;
+  // First the keys that all vectors see, then those that all but the first see, and so on.
+  each<kVectors>([&](auto first) {
+    constexpr std::size_t kFirst = first.value;
+    for (; k < seen.keys[kFirst]; ++k, values += stride, weights += kVectors * kLanes) {
+      Floats weight[kVectors - kFirst];
+      each<kVectors - kFirst>(
+          [&](auto v) { weight[v.value] = load(weights + (kFirst + v.value) * kLanes); });
+      each<kColumns>([&](auto i) {
+        const Floats value = all(values[i.value]);
+        each<kVectors - kFirst>(
+            [&](auto v) { sums[i.value][kFirst + v.value] += weight[v.value] * value; });
+      });
+    }
+  });
   each<kColumns>([&](auto i) {
     each<kVectors>([&](auto v) {
       float* at = out + (i.value * kVectors + v.value) * kLanes;
@@ -247,14 +278,14 @@ inline void weigh(const Panel& panel, const KeyTile& tile, std::size_t count, st
 }
 
 template <std::size_t kColumns, std::size_t kVectors>
-void weigh_all(const Panel& panel, const KeyTile& tile, std::size_t count, std::size_t c,
+void weigh_all(const Panel& panel, const KeyTile& tile, const Seen<kVectors>& seen, std::size_t c,
                const float* weights, const Floats (&alpha)[kVectors]) {
   for (; c + kColumns <= panel.value_width; c += kColumns) {
-    weigh<kColumns, kVectors>(panel, tile, count, c, weights, alpha);
+    weigh<kColumns, kVectors>(panel, tile, seen, c, weights, alpha);
   }
   if constexpr (kColumns > 1) {
     if (c < panel.value_width) {
-      weigh_all<kColumns / 2, kVectors>(panel, tile, count, c, weights, alpha);
+      weigh_all<kColumns / 2, kVectors>(panel, tile, seen, c, weights, alpha);
     }
   }
 }
@@ -264,34 +295,29 @@ inline Floats shift_of(Floats max) { return max == -kInfinity ? Floats{} : max; 
 
 template <std::size_t kVectors>
 void absorb(const Panel& panel, const KeyTile& tile, float* weights) {
-  const std::size_t seen = panel.most - tile.first;
-  const std::size_t count = seen < tile.count ? seen : tile.count;
+  const std::size_t most = panel.most - tile.first;
+  const std::size_t count = most < tile.count ? most : tile.count;
+  const Seen<kVectors> seen(panel, tile, count);
   Floats max[kVectors];
   for (std::size_t v = 0; v < kVectors; ++v) max[v] = load(panel.max + v * kLanes);
-  score_all<kBlock, kVectors>(panel, tile, count, 0, weights, max);
+  score_all<kBlock, kVectors>(panel, tile, seen, count, 0, weights, max);
 
   Floats alpha[kVectors];
-  Floats shift[kVectors];
-  Floats sum[kVectors];
   for (std::size_t v = 0; v < kVectors; ++v) {
-    shift[v] = shift_of(max[v]);
-    alpha[v] = exp2(load(panel.max + v * kLanes) - shift[v]);
-    sum[v] = Floats{};
+    const Floats shift = shift_of(max[v]);
+    alpha[v] = exp2(load(panel.max + v * kLanes) - shift);
     store(panel.max + v * kLanes, max[v]);
-  }
-  for (std::size_t k = 0; k < count; ++k) {
-    for (std::size_t v = 0; v < kVectors; ++v) {
+    Floats sum{};
+    for (std::size_t k = 0; k < seen.keys[v]; ++k) {
       float* at = weights + (k * kVectors + v) * kLanes;
-      const Floats weight = exp2(load(at) - shift[v]);
-      sum[v] += weight;
+      const Floats weight = exp2(load(at) - shift);
+      sum += weight;
       store(at, weight);
     }
-  }
-  for (std::size_t v = 0; v < kVectors; ++v) {
     float* at = panel.sum + v * kLanes;
-    store(at, load(at) * alpha[v] + sum[v]);
+    store(at, load(at) * alpha[v] + sum);
   }
-  weigh_all<kBlock, kVectors>(panel, tile, count, 0, weights, alpha);
+  weigh_all<kBlock, kVectors>(panel, tile, seen, 0, weights, alpha);
 }
 
 void absorb_panel(const Panel& panel, const KeyTile& tile, float* weights) {
@@ -305,185 +331,15 @@ void absorb_panel(const Panel& panel, const KeyTile& tile, float* weights) {
   }
 }
 
-// Few queries: channels side by side.
-// Vectors of values in registers: enough sums to hide the latency of an addition.
-constexpr std::size_t chunk_of(std::size_t rows) {
-  return rows > 2 ? kBlock / 2 : rows == 2 ? kBlock : 8;
-}
-constexpr std::size_t kFewRows = 4;         // queries in registers
+#include "attention_gather.inl"
 
-inline std::size_t value_channel(const FewRows& few, std::size_t vector) {
-  const std::size_t c = vector * kLanes;
-  return c + kLanes <= few.value_width ? c : few.value_width - kLanes;
-}
-
-// All ones where the last vector of a row does not repeat channels.
-inline Ints fresh_lanes(const FewRows& few) {
-  Ints fresh;
-  for (std::size_t l = 0; l < kLanes; ++l) fresh[l] = l >= few.stride - few.width ? -1 : 0;
-  return fresh;
-}
-
-// The sums of kLanes vectors, one a lane.
-template <std::size_t kStep>
-inline Floats sums_of(Floats (&x)[kLanes]) {
-  for (std::size_t i = 0; i < kLanes; i += 2 * kStep) {
-    trade<kStep>(x[i], x[i + kStep]);
-    x[i] += x[i + kStep];
-  }
-  if constexpr (kStep * 2 < kLanes) return sums_of<kStep * 2>(x);
-  return x[0];
-}
-
-template <std::size_t kRows>
-void score_few(const FewRows& few, std::size_t first_row, const KeyTile& tile, std::size_t count,
-               float* weights) {
-  const std::size_t vectors = few.stride / kLanes;
-  const std::size_t last = few.width - kLanes;
-  const Ints fresh = fresh_lanes(few);
-  const float* queries = few.queries + first_row * few.stride;
-  Ints lane;
-  for (std::size_t l = 0; l < kLanes; ++l) lane[l] = static_cast<std::int32_t>(l);
-  for (std::size_t start = 0; start < count; start += kLanes) {
-    Floats parts[kRows][kLanes];
-    for (std::size_t i = 0; i < kLanes; ++i) {
-      // Behind the last key, its scores again; they are masked below.
-      const std::size_t k = start + i < count ? start + i : count - 1;
-      const float* key = tile.keys + k * tile.key_stride;
-      Floats sums[kRows];
-      const Floats end = (Floats)((Ints)load(key + last) & fresh);
-      for (std::size_t r = 0; r < kRows; ++r) {
-        sums[r] = end * load(queries + r * few.stride + (vectors - 1) * kLanes);
-      }
-      for (std::size_t v = 0; v + 1 < vectors; ++v) {
-        const Floats x = load(key + v * kLanes);
-        for (std::size_t r = 0; r < kRows; ++r) {
-          sums[r] += x * load(queries + r * few.stride + v * kLanes);
-        }
-      }
-      for (std::size_t r = 0; r < kRows; ++r) parts[r][i] = sums[r];
-    }
-    for (std::size_t r = 0; r < kRows; ++r) {
-      const std::size_t seen = static_cast<std::size_t>(few.limits[first_row + r]);
-      const std::size_t end = seen < tile.first + count ? seen : tile.first + count;
-      const auto here = static_cast<std::int32_t>(end) - static_cast<std::int32_t>(tile.first + start);
-      const Floats scores = sums_of<1>(parts[r]);
-      store(weights + (first_row + r) * kTileKeys + start, lane < here ? scores : all(-kInfinity));
-    }
-  }
-}
-
-// Scores to weights, in place; gives alpha, by which the row's former sums are multiplied.
-inline float soften(const FewRows& few, std::size_t row, std::size_t count, float* weights) {
-  Floats max = all(few.max[row]);
-  for (std::size_t k = 0; k < count; k += kLanes) max = larger(max, load(weights + k));
-  float top = max[0];
-  for (std::size_t l = 1; l < kLanes; ++l) top = max[l] > top ? max[l] : top;
-  const float shift = top == -kInfinity ? 0.0F : top;
-  const float alpha = exp2(all(few.max[row] - shift))[0];
-  Floats sum{};
-  for (std::size_t k = 0; k < count; k += kLanes) {
-    const Floats weight = exp2(load(weights + k) - shift);
-    sum += weight;
-    store(weights + k, weight);
-  }
-  float total = few.sum[row] * alpha;
-  for (std::size_t l = 0; l < kLanes; ++l) total += sum[l];
-  few.sum[row] = total;
-  few.max[row] = top;
-  return alpha;
-}
-
-template <std::size_t kRows, std::size_t kVectors>
-void weigh_few(const FewRows& few, std::size_t first_row, const KeyTile& tile, std::size_t count,
-               std::size_t vector, const float* weights, const float* alpha) {
-  const std::size_t vectors = few.out_stride / kLanes;
-  for (; vector + kVectors <= vectors; vector += kVectors) {
-    std::size_t channel[kVectors];
-    for (std::size_t v = 0; v < kVectors; ++v) channel[v] = value_channel(few, vector + v);
-    Floats sums[kRows][kVectors];
-    float* out = few.out + first_row * few.out_stride + vector * kLanes;
-    for (std::size_t r = 0; r < kRows; ++r) {
-      for (std::size_t v = 0; v < kVectors; ++v) sums[r][v] = Floats{};
-    }
-    const float* values = tile.values;
-    for (std::size_t k = 0; k < count; ++k, values += tile.value_stride) {
-      for (std::size_t v = 0; v < kVectors; ++v) {
-        const Floats value = load(values + channel[v]);
-        for (std::size_t r = 0; r < kRows; ++r) {
-          sums[r][v] += value * weights[(first_row + r) * kTileKeys + k];
-        }
-      }
-    }
-    for (std::size_t r = 0; r < kRows; ++r) {
-      for (std::size_t v = 0; v < kVectors; ++v) {
-        float* at = out + r * few.out_stride + v * kLanes;
-        store(at, load(at) * alpha[first_row + r] + sums[r][v]);
-      }
-    }
-  }
-  if constexpr (kVectors > 1) {
-    if (vector < vectors) {
-      weigh_few<kRows, kVectors / 2>(few, first_row, tile, count, vector, weights, alpha);
-    }
-  }
-}
-
-template <std::size_t kRows>
-void score_rows(const FewRows& few, std::size_t row, const KeyTile& tile, std::size_t count,
-                float* weights) {
-  for (; row + kRows <= few.rows; row += kRows) {
-    score_few<kRows>(few, row, tile, count, weights);
-  }
-  if constexpr (kRows > 1) {
-    if (row < few.rows) score_rows<kRows - 1>(few, row, tile, count, weights);
-  }
-}
-
-template <std::size_t kRows>
-void weigh_rows(const FewRows& few, std::size_t row, const KeyTile& tile, std::size_t count,
-                const float* weights, const float* alpha) {
-  for (; row + kRows <= few.rows; row += kRows) {
-    weigh_few<kRows, chunk_of(kRows)>(few, row, tile, count, 0, weights, alpha);
-  }
-  if constexpr (kRows > 1) {
-    if (row < few.rows) weigh_rows<kRows - 1>(few, row, tile, count, weights, alpha);
-  }
-}
-
-void absorb_few(const FewRows& few, const KeyTile& tile, float* weights) {
-  if (tile.first >= few.most) return;
-  const std::size_t seen = few.most - tile.first;
-  const std::size_t count = seen < tile.count ? seen : tile.count;
-  float alpha[kMostFew];
-  score_rows<kFewRows>(few, 0, tile, count, weights);
-  for (std::size_t r = 0; r < few.rows; ++r) {
-    alpha[r] = soften(few, r, count, weights + r * kTileKeys);
-  }
-  weigh_rows<kFewRows>(few, 0, tile, count, weights, alpha);
-}
-
-void rotate(float* key, const float* cos, const float* sin, std::size_t width) {
-  const std::size_t half = width / 2;
-  std::size_t c = 0;
-  for (; c + kLanes <= half; c += kLanes) {
-    const Floats low = load(key + c);
-    const Floats high = load(key + half + c);
-    store(key + c, low * load(cos + c) - high * load(sin + c));
-    store(key + half + c, high * load(cos + half + c) + low * load(sin + half + c));
-  }
-  for (; c < half; ++c) {
-    const float low = key[c];
-    const float high = key[half + c];
-    key[c] = low * cos[c] - high * sin[c];
-    key[half + c] = high * cos[half + c] + low * sin[half + c];
-  }
-}
+#include "attention_few.inl"
 
 }  // namespace
 
 const AttentionKernels ASTRA_ATTENTION = {
-    ASTRA_NAME, kLanes, load_panel, absorb_panel, store_panel, absorb_few, rotate,
+    ASTRA_NAME, kLanes,           load_panel, absorb_panel, store_panel,
+    absorb_few, absorb_codewords, gather,     compose,
 };
 
 }  // namespace astra::detail

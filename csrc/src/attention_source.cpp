@@ -1,5 +1,6 @@
 #include "attention_source.hpp"
 
+#include <algorithm>
 #include <cstring>
 #include <stdexcept>
 #include <string>
@@ -9,19 +10,18 @@ namespace {
 
 // Rows at this distance fall on few sets of the L1 cache; the products read eight at once.
 constexpr std::size_t kCrowding = 2048;
+// Weights of so many codewords stay in L2.
+constexpr std::size_t kMostCodewords = 4096;
 
 bool crowds(std::size_t stride, std::size_t width) {
   return stride != width && stride * sizeof(float) % kCrowding == 0;
 }
 
-void copy_rows(const float* from, std::size_t stride, const VisibleKeys& visible, std::size_t first,
-               std::size_t count, std::size_t width, float* to) {
-  for (std::size_t k = 0; k < count; ++k) {
-    const std::size_t place =
-        visible.places == nullptr ? first + k : static_cast<std::size_t>(visible.places[first + k]);
-    std::memcpy(to + k * width, from + place * stride, width * sizeof(float));
-  }
-}
+#if defined(__BYTE_ORDER__) && __BYTE_ORDER__ == __ORDER_LITTLE_ENDIAN__
+constexpr bool kLittleEndian = true;
+#else
+constexpr bool kLittleEndian = false;
+#endif
 
 // The codes of one batch row.
 class CodeReader {
@@ -37,18 +37,48 @@ class CodeReader {
         size_((count * codes.per_token * bits_ + 7) / 8),
         per_token_(codes.per_token) {}
 
-  std::uint32_t operator()(std::size_t token, std::size_t index) const {
-    const std::size_t at = token * per_token_ + index;
-    if (integers_ != nullptr) return static_cast<std::uint32_t>(integers_[at]);
-    const std::size_t bit = at * bits_;
-    const std::size_t byte = bit / 8;
-    std::uint32_t word = bytes_[byte];
-    if (byte + 1 < size_) word |= static_cast<std::uint32_t>(bytes_[byte + 1]) << 8;
-    if (byte + 2 < size_) word |= static_cast<std::uint32_t>(bytes_[byte + 2]) << 16;
-    return word >> bit % 8 & ((1U << bits_) - 1);
+  // Code number `index` of the tokens of a tile.
+  void operator()(const TilePlace& place, std::size_t index, std::uint32_t* to) const {
+    if (place.visible->places != nullptr) {
+      const std::int32_t* places = place.visible->places + place.first;
+      for (std::size_t k = 0; k < place.count; ++k) {
+        to[k] = code(static_cast<std::size_t>(places[k]) * per_token_ + index);
+      }
+      return;
+    }
+    std::size_t at = place.first * per_token_ + index;
+    std::size_t k = 0;
+    if (integers_ != nullptr) {
+      for (; k < place.count; ++k, at += per_token_) {
+        to[k] = static_cast<std::uint32_t>(integers_[at]);
+      }
+      return;
+    }
+    const std::uint32_t mask = (1U << bits_) - 1;
+    const std::size_t step = per_token_ * bits_;
+    std::size_t bit = at * bits_;
+    // As many as can be read by words.
+    const std::size_t words =
+        kLittleEndian && size_ > bit / 8 + 3 ? ((size_ - 4) * 8 + 7 - bit) / step + 1 : 0;
+    for (; k < std::min(words, place.count); ++k, bit += step) {
+      std::uint32_t word = 0;
+      std::memcpy(&word, bytes_ + bit / 8, sizeof(word));
+      to[k] = word >> bit % 8 & mask;
+    }
+    for (at += k * per_token_; k < place.count; ++k, at += per_token_) to[k] = code(at);
   }
 
  private:
+  std::uint32_t code(std::size_t at) const {
+    if (integers_ != nullptr) return static_cast<std::uint32_t>(integers_[at]);
+    const std::size_t bit = at * bits_;
+    std::uint32_t word = 0;
+    for (std::size_t i = 0; i < 3 && bit / 8 + i < size_; ++i) {
+      word |= std::uint32_t{bytes_[bit / 8 + i]} << 8 * i;
+    }
+    return word >> bit % 8 & ((1U << bits_) - 1);
+  }
+
   const std::int32_t* integers_;
   const std::uint8_t* bytes_;
   std::size_t bits_;
@@ -78,24 +108,56 @@ HeadTable head_table(const CodeTable& table, const TokenCodes& codes, std::size_
           shared ? table.groups : kv_heads * table.groups};
 }
 
-// The vector of a token; false if it has a code that the table lacks.
-bool look_up(const HeadTable& table, const CodeReader& codes, std::size_t token, float* to) {
+const float* vectors_of(const HeadTable& table, std::size_t stage, std::size_t group) {
+  return table.vectors + stage * table.stage_stride + group * table.codewords * table.width;
+}
+
+std::size_t words_of(const CodeTable& table) { return table.stages * table.groups; }
+
+// The codes of a tile for one stage and group; false if one is not in the table, which becomes 0.
+bool read_codes(const HeadTable& table, const CodeReader& codes, const TilePlace& place,
+                std::size_t stage, std::size_t group, std::uint32_t* to) {
+  codes(place, stage * table.codes_of_stage + table.first_code + group, to);
+  std::uint32_t most = 0;
+  for (std::size_t k = 0; k < place.count; ++k) most = std::max(most, to[k]);
+  if (most < table.codewords) return true;
+  for (std::size_t k = 0; k < place.count; ++k) {
+    if (to[k] >= table.codewords) to[k] = 0;
+  }
+  return false;
+}
+
+// Rows of a tile, put together in `to`. `words` has room for the pointers of a whole tile, which
+// are all found before any is followed.
+bool compose_rows(const HeadTable& table, const CodeReader& codes, const TilePlace& place,
+                  const AttentionKernels& kernels, const float** words, float* to,
+                  TileMemory& memory, const float** rows) {
+  const std::size_t parts = table.stages * table.groups;
   bool good = true;
-  for (std::size_t group = 0; group < table.groups; ++group, to += table.width) {
-    for (std::size_t stage = 0; stage < table.stages; ++stage) {
-      std::uint32_t code = codes(token, stage * table.codes_of_stage + table.first_code + group);
-      good = good && code < table.codewords;
-      if (code >= table.codewords) code = 0;
-      const float* word = table.vectors + stage * table.stage_stride +
-                          (group * table.codewords + code) * table.width;
-      if (stage == 0) {
-        std::memcpy(to, word, table.width * sizeof(float));
-      } else {
-        for (std::size_t c = 0; c < table.width; ++c) to[c] += word[c];
-      }
+  for (std::size_t part = 0; part < parts; ++part) {
+    const std::size_t stage = part / table.groups;
+    const std::size_t group = part % table.groups;
+    good = read_codes(table, codes, place, stage, group, memory.codes) && good;
+    const float* vectors = vectors_of(table, stage, group);
+    for (std::size_t k = 0; k < place.count; ++k) {
+      words[k * parts + part] = vectors + memory.codes[k] * table.width;
+      __builtin_prefetch(words[k * parts + part]);
     }
   }
+  for (std::size_t k = 0; k < place.count; ++k, to += table.groups * table.width) {
+    kernels.compose(words + k * parts, table.stages, table.groups, table.width, to);
+    rows[k] = to;
+  }
   return good;
+}
+
+void point(const HeadTable& table, const std::uint32_t* codes, std::size_t count,
+           const float** rows) {
+  for (std::size_t k = 0; k < count; ++k) rows[k] = table.vectors + codes[k] * table.width;
+}
+
+bool alike(const TokenCodes& a, const TokenCodes& b) {
+  return a.data == b.data && a.bits == b.bits && a.per_token == b.per_token;
 }
 
 void check(const char* name, const TokenCodes& codes, const CodeTable& table, std::size_t kv_heads,
@@ -118,32 +180,53 @@ void check(const char* name, const TokenCodes& codes, const CodeTable& table, st
 
 }  // namespace
 
-KeyTile DenseSource::tile(std::size_t batch, std::size_t kv_head, const VisibleKeys& visible,
-                          std::size_t first, std::size_t count, bool in_place,
-                          float* scratch) const {
+std::size_t DenseSource::scratch_floats() const {
+  return kTileKeys * (shape_.width + shape_.value_width);
+}
+
+KeyTile DenseSource::tile(const TilePlace& place, TileMemory& memory) const {
   const float* bases[2] = {dense_.keys, dense_.values};
   const HeadStrides* strides[2] = {&dense_.key_strides, &dense_.value_strides};
   const float* rows[2];
   std::size_t row_strides[2];
   for (std::size_t i = 0; i < 2; ++i) {
-    const float* base = bases[i] + batch * strides[i]->batch + kv_head * strides[i]->head;
+    const float* base =
+        bases[i] + place.batch * strides[i]->batch + place.kv_head * strides[i]->head;
     const std::size_t stride = strides[i]->row;
     const std::size_t width = i == 0 ? shape_.width : shape_.value_width;
-    if (visible.places != nullptr || (!in_place && crowds(stride, width))) {
-      float* to = scratch + i * kTileKeys * shape_.width;
-      copy_rows(base, stride, visible, first, count, width, to);
+    if (place.visible->places != nullptr || crowds(stride, width)) {
+      float* to = memory.scratch + i * kTileKeys * shape_.width;
+      for (std::size_t k = 0; k < place.count; ++k) {
+        const float* from = base + place.visible->place(place.first + k) * stride;
+        std::memcpy(to + k * width, from, width * sizeof(float));
+      }
       rows[i] = to;
       row_strides[i] = width;
     } else {
-      rows[i] = base + first * stride;
+      rows[i] = base + place.first * stride;
       row_strides[i] = stride;
     }
   }
-  return {rows[0], row_strides[0], rows[1], row_strides[1], first, count};
+  return {rows[0], row_strides[0], rows[1], row_strides[1], place.first, place.count};
 }
 
-CodedSource::CodedSource(const CodedKeys& coded, const AttentionShape& shape, Rotate rotate)
-    : coded_(coded), shape_(shape), rotate_(rotate) {
+KeyRows DenseSource::rows(const TilePlace& place, TileMemory& memory, bool /*as_codes*/) const {
+  const HeadStrides& by_key = dense_.key_strides;
+  const HeadStrides& by_value = dense_.value_strides;
+  const float* keys = dense_.keys + place.batch * by_key.batch + place.kv_head * by_key.head;
+  const float* values =
+      dense_.values + place.batch * by_value.batch + place.kv_head * by_value.head;
+  for (std::size_t k = 0; k < place.count; ++k) {
+    const std::size_t row = place.visible->place(place.first + k);
+    memory.keys[k] = keys + row * by_key.row;
+    memory.values[k] = values + row * by_value.row;
+  }
+  return {memory.keys, memory.values, nullptr, nullptr, nullptr, place.first, place.count, false};
+}
+
+CodedSource::CodedSource(const CodedKeys& coded, const AttentionShape& shape,
+                         const AttentionKernels& kernels)
+    : coded_(coded), shape_(shape), kernels_(kernels) {
   check("key_codes", coded.key_codes, coded.key_table, shape.kv_heads, shape.width);
   check("value_codes", coded.value_codes, coded.value_table, shape.kv_heads, shape.value_width);
   if (coded.cos != nullptr && shape.width % 2 != 0) {
@@ -152,31 +235,100 @@ CodedSource::CodedSource(const CodedKeys& coded, const AttentionShape& shape, Ro
   }
 }
 
-KeyTile CodedSource::tile(std::size_t batch, std::size_t kv_head, const VisibleKeys& visible,
-                          std::size_t first, std::size_t count, bool /*in_place*/,
-                          float* scratch) const {
-  const CodeReader key_codes(coded_.key_codes, coded_.count, batch);
-  const CodeReader value_codes(coded_.value_codes, coded_.count, batch);
-  const HeadTable key_table =
-      head_table(coded_.key_table, coded_.key_codes, shape_.kv_heads, kv_head, shape_.width);
-  const HeadTable value_table = head_table(coded_.value_table, coded_.value_codes, shape_.kv_heads,
-                                           kv_head, shape_.value_width);
-  float* key = scratch;
-  float* value = scratch + kTileKeys * shape_.width;
-  for (std::size_t k = 0; k < count; ++k) {
-    const std::size_t token =
-        visible.places == nullptr ? first + k : static_cast<std::size_t>(visible.places[first + k]);
-    if (!look_up(key_table, key_codes, token, key)) found_ = CodesFound::kBadKeyCode;
-    if (!look_up(value_table, value_codes, token, value)) found_ = CodesFound::kBadValueCode;
-    if (coded_.cos != nullptr) {
-      const std::size_t angle = batch * coded_.rope_stride + token * shape_.width;
-      rotate_(key, coded_.cos + angle, coded_.sin + angle, shape_.width);
-    }
-    key += shape_.width;
-    value += shape_.value_width;
+std::size_t CodedSource::scratch_floats() const {
+  const std::size_t words = std::max(words_of(coded_.key_table), words_of(coded_.value_table));
+  return kTileKeys *
+         (shape_.width + shape_.value_width + words * (sizeof(const float*) / sizeof(float)));
+}
+
+std::size_t CodedSource::by_codeword(std::size_t keys) const {
+  const std::size_t codewords = coded_.value_table.codewords;
+  const bool pays =
+      words_of(coded_.value_table) == 1 && codewords <= std::min(keys, kMostCodewords);
+  return pays ? codewords : 0;
+}
+
+const float* CodedSource::codewords(std::size_t kv_head) const {
+  return head_table(coded_.value_table, coded_.value_codes, shape_.kv_heads, kv_head,
+                    shape_.value_width)
+      .vectors;
+}
+
+// Keys that are not yet rotated, and values.
+KeyRows CodedSource::find(const TilePlace& place, TileMemory& memory, bool as_codes) const {
+  float* to = memory.scratch;
+  float* value_to = to + kTileKeys * shape_.width;
+  auto* words = reinterpret_cast<const float**>(value_to + kTileKeys * shape_.value_width);
+  const CodeReader key_codes(coded_.key_codes, coded_.count, place.batch);
+  const CodeReader value_codes(coded_.value_codes, coded_.count, place.batch);
+  const HeadTable keys =
+      head_table(coded_.key_table, coded_.key_codes, shape_.kv_heads, place.kv_head, shape_.width);
+  const HeadTable values = head_table(coded_.value_table, coded_.value_codes, shape_.kv_heads,
+                                      place.kv_head, shape_.value_width);
+  KeyRows rows{memory.keys, memory.values, nullptr,     nullptr,
+               nullptr,     place.first,   place.count, true};
+
+  const bool single = words_of(coded_.key_table) == 1;
+  const bool single_value = words_of(coded_.value_table) == 1;
+  bool good = single
+                  ? read_codes(keys, key_codes, place, 0, 0, memory.codes)
+                  : compose_rows(keys, key_codes, place, kernels_, words, to, memory, memory.keys);
+  if (!good) found_ = CodesFound::kBadKeyCode;
+  if (single) point(keys, memory.codes, place.count, memory.keys);
+
+  const std::uint32_t* used = memory.codes;
+  if (single_value && !(single && alike(coded_.key_codes, coded_.value_codes) &&
+                        keys.codewords == values.codewords)) {
+    used = memory.value_codes;
+    good = read_codes(values, value_codes, place, 0, 0, memory.value_codes);
+  } else if (!single_value) {
+    good =
+        compose_rows(values, value_codes, place, kernels_, words, value_to, memory, memory.values);
   }
-  return {scratch, shape_.width, scratch + kTileKeys * shape_.width, shape_.value_width,
-          first,   count};
+  if (!good) found_ = CodesFound::kBadValueCode;
+  if (as_codes) {
+    rows.values = nullptr;
+    rows.value_codes = used;
+  } else if (single_value) {
+    point(values, used, place.count, memory.values);
+  }
+  return with_angles(rows, place, memory);
+}
+
+// Where the angles of key k of a tile begin.
+std::size_t CodedSource::angle_of(const TilePlace& place, std::size_t k) const {
+  const std::size_t token = place.visible->place(place.first + k);
+  return place.batch * coded_.rope_stride + token * shape_.width;
+}
+
+KeyRows CodedSource::with_angles(KeyRows rows, const TilePlace& place, TileMemory& memory) const {
+  if (coded_.cos == nullptr) return rows;
+  for (std::size_t k = 0; k < place.count; ++k) {
+    const std::size_t angle = angle_of(place, k);
+    memory.cos[k] = coded_.cos + angle;
+    memory.sin[k] = coded_.sin + angle;
+  }
+  rows.cos = memory.cos;
+  rows.sin = memory.sin;
+  return rows;
+}
+
+KeyRows CodedSource::rows(const TilePlace& place, TileMemory& memory, bool as_codes) const {
+  KeyRows rows = find(place, memory, as_codes);
+  if (rows.cos == nullptr || shape_.width % (2 * kernels_.lanes) == 0) return rows;
+  float* keys = memory.scratch;
+  kernels_.gather(rows, shape_.width, shape_.value_width, keys, keys + kTileKeys * shape_.width);
+  for (std::size_t k = 0; k < place.count; ++k) memory.keys[k] = keys + k * shape_.width;
+  rows.cos = rows.sin = nullptr;
+  return rows;
+}
+
+KeyTile CodedSource::tile(const TilePlace& place, TileMemory& memory) const {
+  const KeyRows rows = find(place, memory, false);
+  float* keys = memory.scratch;
+  float* values = keys + kTileKeys * shape_.width;
+  kernels_.gather(rows, shape_.width, shape_.value_width, keys, values);
+  return {keys, shape_.width, values, shape_.value_width, place.first, place.count};
 }
 
 }  // namespace astra::detail
