@@ -195,6 +195,11 @@ def choose(
     raise ValueError(f"astra_kernels.{op}: impl must be one of {', '.join(IMPLS)}, got {impl!r}")
 
 
+def native_takes(op: str, uses: Sequence[str]) -> bool:
+    """Whether the C++ kernel of ``op`` takes all that a call uses."""
+    return op in _NATIVE and not _lacking(NATIVE_LACKS, op, uses)
+
+
 def choose_gradient(op: str, impl: str) -> Kernel:
     """The gradient of ``op``, whose forward ran by ``impl``."""
     return functools.partial(_GRADIENT[op], fast=impl == "auto")

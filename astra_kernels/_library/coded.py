@@ -23,6 +23,7 @@ from astra_kernels._library.attention import (
 from astra_kernels._library.gradients import States, register_gradient
 from astra_kernels._library.packing import unpack_rows
 from astra_kernels._library.registration import State, register, split, wants_check
+from astra_kernels.coded_attention.cpu import looks_up
 
 CODED = (
     "Tensor codes, Tensor key_codebook, Tensor value_codebook, Tensor? value_codes, "
@@ -74,6 +75,24 @@ def _uses_of_codes(query: Tensor, coded: CodedInput) -> tuple[str, ...]:
     return (VALUE_WIDTH,) if wide else ()
 
 
+def _choose(
+    op: str,
+    query: Tensor,
+    coded: CodedInput,
+    shape: checks.CodedShape,
+    impl: str,
+    uses: Sequence[str],
+) -> Implementation:
+    """`auto` on a CPU takes the C++ kernel here where it serves: this one reads packed codes where
+    they lie, and checks them as it goes."""
+    if impl == "auto" and query.device.type == "cpu" and _dispatch.native_takes(op, uses):
+        sizes = (shape.tokens, shape.key_codes)
+        rope = None if coded.cos is None or coded.sin is None else (coded.cos, coded.sin)
+        if looks_up(query, sizes, coded.key_codebook, rope, coded.value_codes):
+            impl = "native"
+    return _dispatch.choose(op, impl, query.device, query.dtype, uses)
+
+
 def _coded_arguments(
     op: str,
     kernel: Implementation,
@@ -118,7 +137,7 @@ def _coded_attention(query: Tensor, *args: Any) -> State:
     shape = check_scored_codes(op, query, coded, rest)
     more = given(attn_mask=coded.attn_mask, softcap=rest.softcap, sinks=rest.sinks)
     uses = (*more, *_uses_of_codes(query, coded))
-    kernel = _dispatch.choose(op, rest.impl, query.device, query.dtype, uses)
+    kernel = _choose(op, query, coded, shape, rest.impl, uses)
     arguments = _coded_arguments(op, kernel, coded, shape, rest)
     return stored_as_query(kernel.run(query, **arguments, **more))
 
@@ -194,7 +213,7 @@ def _mixed_attention(query: Tensor, *args: Any) -> State:
     shape = _check_mixed(query, dense, coded, rest)
     more = _more_of_mixed(dense, coded, rest)
     uses = (*more, *uses_of_dense(query, dense.key, dense.value, dense.is_causal))
-    kernel = _dispatch.choose(op, rest.impl, query.device, query.dtype, uses)
+    kernel = _choose(op, query, coded, shape, rest.impl, uses)
     arguments = _coded_arguments(op, kernel, coded, shape, rest)
     visible = {"is_causal": dense.is_causal, "key_mask": dense.key_mask}
     state = kernel.run(query, dense.key, dense.value, **visible, **arguments, **more)

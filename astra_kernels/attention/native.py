@@ -58,7 +58,8 @@ class Call(NamedTuple):
     rest: tuple[Heads, int, float, int, int]
 
     def state(self, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        return self.out.to(dtype), self.lse
+        out = self.out
+        return (out if out.dtype == dtype else out.to(dtype)), self.lse
 
 
 def prepare(
@@ -100,7 +101,8 @@ class Dense:
 
 def in_rows(tensor: Tensor) -> Tensor:
     """In fp32, with adjacent channels; a copy only where it must be."""
-    tensor = tensor.float()
+    if tensor.dtype != torch.float32:
+        tensor = tensor.float()
     return tensor if tensor.stride(3) == 1 or tensor.shape[3] == 1 else tensor.contiguous()
 
 

@@ -51,9 +51,9 @@ def gather(index: Tensor, table: Tensor, shape: tuple[int, int], dtype: torch.dt
     return vectors.view(*shape, kv_heads, groups * width).transpose(1, 2)
 
 
-def _counting_from(query: Tensor, codes: Tensor) -> float:
+def _counting_from(query: Tensor, codes_per_token: int) -> float:
     serves = attention_native.serves(query.dtype)
-    if query.shape[2] < DECODING_ROWS and codes.shape[2] > 1:
+    if query.shape[2] < DECODING_ROWS and codes_per_token > 1:
         return COUNTING_BESIDE_NATIVE_DECODING if serves else COUNTING_TOKENS_PER_CODEWORD_DECODING
     return COUNTING_BESIDE_NATIVE if serves else COUNTING_TOKENS_PER_CODEWORD
 
@@ -99,21 +99,32 @@ def _visible_only(
 
 
 def collapses(
-    query: Tensor, codes: Tensor, keys: Tensor, rope: Rope | None, value_codes: Tensor | None
+    query: Tensor,
+    codes: tuple[int, int],
+    table: Tensor,
+    rope: Rope | None,
+    value_codes: Tensor | None,
 ) -> bool:
-    """Whether codes are counted: equal codes have equal keys, and there are enough of them."""
-    if rope is not None or value_codes is not None or keys.shape[0] * keys.shape[2] != 1:
+    """Whether codes are counted: equal codes have equal keys, and there are enough of them.
+
+    `codes`: the numbers of tokens and of a token's codes.
+    """
+    stages, groups = (table.shape[0] if table.ndim == 5 else 1), table.shape[-3]
+    if rope is not None or value_codes is not None or stages * groups != 1:
         return False
-    return codes.shape[1] >= keys.shape[3] * _counting_from(query, codes)
+    return codes[0] >= table.shape[-2] * _counting_from(query, codes[1])
 
 
 def looks_up(
-    query: Tensor, codes: Tensor, table: Tensor, rope: Rope | None, value_codes: Tensor | None
+    query: Tensor,
+    codes: tuple[int, int],
+    table: Tensor,
+    rope: Rope | None,
+    value_codes: Tensor | None,
 ) -> bool:
     """Whether the C++ kernel is the fastest: it serves, and codes are not counted instead."""
-    keys = table if table.ndim == 5 else table.unsqueeze(0)
     serves = attention_native.serves(query.dtype)
-    return serves and not collapses(query, codes, keys, rope, value_codes)
+    return serves and not collapses(query, codes, table, rope, value_codes)
 
 
 def coded_attention(
@@ -131,7 +142,8 @@ def coded_attention(
     sinks: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     plain = attn_mask is None and softcap is None
-    if plain and looks_up(query, codes, key_codebook, rope, value_codes):
+    sizes = (codes.shape[1], codes.shape[2])
+    if plain and looks_up(query, sizes, key_codebook, rope, value_codes):
         return native.coded_attention(
             *(query, codes, key_codebook, value_codebook),
             value_codes=value_codes,
@@ -152,7 +164,7 @@ def coded_attention(
         )
     keys = key_codebook if key_codebook.ndim == 5 else key_codebook.unsqueeze(0)
     values = value_codebook if value_codebook.ndim == 5 else value_codebook.unsqueeze(0)
-    if attn_mask is None and collapses(query, codes, keys, rope, value_codes):
+    if attn_mask is None and collapses(query, sizes, keys, rope, value_codes):
         counts = count(codes, keys.shape[3])
         return codewords(query, counts, keys[0], values[0], scale, softcap)
     dtype = compute_dtype(query)

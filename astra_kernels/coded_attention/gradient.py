@@ -244,7 +244,8 @@ def of_codes(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """``of_tokens``, or of the codewords where counting codes takes less."""
     other_codes = None if same_codes else tokens.value_codes
-    counted = collapses(softmax.query, tokens.codes, tokens.keys, tokens.rope, other_codes)
+    sizes = (tokens.codes.shape[1], tokens.codes.shape[2])
+    counted = collapses(softmax.query, sizes, tokens.keys, tokens.rope, other_codes)
     if see.attn_mask is not None or not counted or not tokens.codes.is_cpu:
         return of_tokens(softmax, tokens, see, grad_mask, fast)
     counts = count(tokens.codes, tokens.keys.shape[3], tokens.code_mask)

@@ -39,7 +39,8 @@ def mixed_attention(
     sinks: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     plain = attn_mask is None and window is None and code_attn_mask is None and softcap is None
-    if plain and looks_up(query, codes, key_codebook, rope, value_codes):
+    sizes = (codes.shape[1], codes.shape[2])
+    if plain and looks_up(query, sizes, key_codebook, rope, value_codes):
         return native.mixed_attention(
             *(query, key, value, codes, key_codebook, value_codebook),
             is_causal=is_causal,

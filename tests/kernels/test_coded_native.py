@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 
 import astra_kernels as ak
 from astra_kernels import _C
+from astra_kernels._checks import CodedShape
 from astra_kernels.coded_attention.native import coded_attention as native
 from astra_kernels.mixed_attention.native import mixed_attention as native_mixed
 
@@ -140,6 +141,58 @@ def test_negative_and_wide_codes(wrong):
     codes[0, 4] = wrong
     with pytest.raises(ValueError, match=r"codes must be in \[0, 5\)"):
         ak.coded_attention(query, codes, keys, values, impl="native")
+
+
+@pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.parametrize("group", [1, 3, 6])
+@pytest.mark.parametrize("bits", [None, 6])
+def test_more_tokens_than_codewords(isa, group, bits):
+    """Single queries sum the weights of equal values first: what no token has never matters, and
+    neither does the order of scores that grow and fall by far."""
+    n, k, d = 300, 40, 64
+    query, (keys, values) = 3 * torch.randn(1, 2 * group, 1, d), table(2, 2, 1, k, d)
+    codes = torch.randint(1, k, (1, n, 2), dtype=torch.int32)
+    keys[:, 0], values[:, :, 0] = keys[:, 0] * 4, float("nan")
+    mask = torch.rand(1, n) > 0.2
+    codes[~mask] = 0
+    options = {"rope": rotary(n, d), "code_mask": mask, "sinks": torch.randn(2 * group)}
+    clean = values.nan_to_num(0.0)
+    want = in_float64(ak.coded_attention, query, codes, keys, clean, **options)
+    if bits is not None:
+        codes = pack_rows(codes, bits)
+        sizes = {"tokens": n, "key_codes": 2, "value_codes": 2}
+        shape = CodedShape(**sizes, key_codewords=k, value_codewords=k)
+        options |= {"code_bits": bits, "shape": shape}
+    got = native(query, codes, keys, values, **options, isa=isa)
+    for ours, exactly in zip(got, want, strict=True):
+        torch.testing.assert_close(ours.double(), exactly.double(), rtol=2e-5, atol=2e-5)
+
+
+@pytest.mark.parametrize("isa", ISAS)
+def test_values_that_are_no_numbers(isa):
+    """A visible NaN shows in its channel, whichever way values are summed."""
+    query, (keys, values) = torch.randn(1, 1, 1, 32), table(2, 1, 1, 8, 32)
+    values[0, 0, 3, 5] = float("nan")
+    codes = torch.arange(100, dtype=torch.int32).view(1, 100, 1) % 8
+    out, lse = native(query, codes, keys, values, isa=isa)
+    assert out.isnan().nonzero().tolist() == [[0, 0, 0, 5]]
+    assert lse.isfinite().all()
+
+
+@pytest.mark.parametrize("rows", [1, 30])
+def test_auto_reads_packed_codes_in_place(monkeypatch, rows):
+    query, (keys, values) = torch.randn(2, 4, rows, 16), table(2, 2, 1, 100, 16)
+    codes = torch.randint(0, 100, (2, 70, 2), dtype=torch.int32)
+    packed = pack_rows(codes, 7)
+    key, value = torch.randn(2, 2, 2, 9, 16)
+    want = ak.coded_attention(query, codes, keys, values, impl="native")
+    want_mixed = ak.mixed_attention(query, key, value, codes, keys, values, impl="native")
+    monkeypatch.setattr("astra_kernels._library.coded.unpack_rows", None)
+    options = {"code_bits": 7, "num_tokens": 70}
+    got = ak.coded_attention(query, packed, keys, values, **options)
+    got_mixed = ak.mixed_attention(query, key, value, packed, keys, values, **options)
+    assert all(torch.equal(a, b) for a, b in zip(got, want, strict=True))
+    assert torch.equal(got_mixed, want_mixed)
 
 
 def test_half_precision():
