@@ -21,11 +21,10 @@ from astra_runtime.store import load_model, load_tokenizer, token_windows
 from astra_runtime.train.budgets import TransformFit, TransformOptions, default_rank
 from astra_runtime.train.calibration import as_windows
 from bench import codebooks
-from bench.accuracy.corpora import corpus
+from bench.accuracy.corpora import UNSEEN, corpus
 from bench.report import quiet_transformers, stages
 
 TEXT = ("documentation:16", "manpages:14", "fortunes:14", "source:12")
-UNSEEN = ("handbook", "devref")
 TOKENS = 1024
 CANDIDATES = 200  # windows of a domain, evenly spread over its text, that a seed draws from
 CHARACTERS = 3_000_000  # at most, of a domain

@@ -7,14 +7,17 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from statistics import fmean
 from typing import Any
 
 from bench import gpt2
+from bench.accuracy.tables import most_windows
 
 from .markdown import Report, load
 
 CPU = "cpu-2core"
 GPUS = ("h100", "h200")
+DEFAULT_CODES = "transform:100+400"  # what `astra fit` makes of SmolLM2
 Case = Mapping[str, Any]
 
 
@@ -170,6 +173,32 @@ def vision(name: str, compression: float) -> Callable[[], Figure | None]:
             good.append(goal["reached"] and flops <= 1.25)
             counts = counts and goal["counts"]
         return Figure("; ".join(texts), all(good), counts) if texts else None
+
+    return figure
+
+
+def by_ranks(
+    ranks: int, documentation: float, handbook: float, flops: float
+) -> Callable[[], Figure | None]:
+    """Of SmolLM2's default codes, the share of the gap recovered on a text like the calibration's
+    and on one of another kind, and FLOPs over ideal; goals in the same order."""
+
+    def figure() -> Figure | None:
+        measured = {
+            domain: [
+                row
+                for row in most_windows((load(f"{CPU}/accuracy_ranks") or {"rows": []})["rows"])
+                if (row["codes"], row["domain"]) == (DEFAULT_CODES, domain)
+                and row["world_size"] == ranks
+            ]
+            for domain in ("documentation", "handbook")
+        }
+        if not all(measured.values()):
+            return None
+        seen, unseen = (fmean(row["gap_recovered"] for row in rows) for rows in measured.values())
+        work = max(row["flops_over_ideal"] for rows in measured.values() for row in rows)
+        reached = seen >= documentation and unseen >= handbook and work <= flops
+        return Figure(f"{seen:.3f} and {unseen:.3f} at {work:.3f} FLOPs", reached)
 
     return figure
 

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from .figures import (
     Figure,
     at_least,
+    by_ranks,
     exchange,
     fastest,
     fault,
@@ -194,6 +195,18 @@ GOALS = (
         "GPT-2 on prose, ≥100× fewer bits, ≤1.25 of the ideal FLOPs",
         "perplexity ≤13.8 % over exact",
         gpt2_wide("prose"),
+    ),
+    Goal(
+        ACCURACY,
+        "SmolLM2, N=4, 100 bits, 150 a receiver with fine codes: gap recovered, seen and unseen",
+        "≥0.95 and ≥0.92 at ≤1.10 of the ideal FLOPs",
+        by_ranks(4, 0.95, 0.92, 1.10),
+    ),
+    Goal(
+        ACCURACY,
+        "SmolLM2, N=8, 100 bits, 150 a receiver with fine codes: gap recovered, seen and unseen",
+        "≥0.93 and ≥0.90 at ≤1.25 of the ideal FLOPs",
+        by_ranks(8, 0.93, 0.90, 1.25),
     ),
     Goal(FAULTS, "kill −9 names the rank", "≥324, p99 ≤50 ms", fault("kill", 324, 50)),
     Goal(FAULTS, "SIGSTOP", "≥30, at the deadline ±10 %", fault("stop", 30)),

@@ -103,6 +103,23 @@ def test_a_goal_counts_where_the_control_is_worse(results, ratio, without, resul
     assert f"{ratio - 1:+.1%}" in line
 
 
+def test_accuracy_by_ranks_is_that_of_most_windows(results):
+    row = {"codes": "transform:100+400", "world_size": 8, "seed": 0, "halo": 0, "windows": 4}
+    row |= {"domain": "documentation", "gap_recovered": 0.9, "flops_over_ideal": 1.2}
+    more = {**row, "windows": 16, "gap_recovered": 0.94}
+    what = "| SmolLM2, N=8, 100 bits"
+    results("accuracy_ranks", rows=[row, more])
+    (line,) = (line for line in goals.goals().splitlines() if line.find(what) > 0)
+    assert line.split("|")[5].strip() == "not measured"
+    for gap, verdict in ((0.91, "reached"), (0.89, "**missed**")):
+        results(
+            "accuracy_ranks", rows=[row, more, {**more, "domain": "handbook", "gap_recovered": gap}]
+        )
+        (line,) = (line for line in goals.goals().splitlines() if line.find(what) > 0)
+        cells = [cell.strip() for cell in line.split("|")[4:6]]
+        assert cells == [f"0.940 and {gap:.3f} at 1.200 FLOPs", verdict]
+
+
 def test_of_variants_of_a_kernel_the_fastest_counts(results, tmp_path):
     def kernel(name, ms, **shape):
         times = {"ms": {"p50": ms}, "peers": {"sdpa": 30.0}, "floor_ms": 1.0}
