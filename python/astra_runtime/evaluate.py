@@ -70,7 +70,7 @@ class Measured:
         bits_per_token_block: payload bits a token and block, each payload counted once.
         bits_per_receiver: those that one receiver gets of a token and block, on average.
         local_overlap: without remote tokens but for those that each rank computes itself, the
-            codebook's prefix and the halo; None where there are none.
+            codebook's prefix and the halo; None where there are none, or it was not measured.
     """
 
     metric: str
@@ -119,14 +119,15 @@ def measure(
     *,
     world_size: int,
     halo: int | None = None,
+    overlap: bool = True,
     progress: Callable[[int, int], None] = lambda done, steps: None,
 ) -> Measured:
     """Compares `codebook` with both controls over `windows`; the ranks are threads.
 
     All use the same equal shards (with attention-sink tokens, to a token). Exact is dense exchange
     in fp32, which equals the single device to rounding. `halo` is of the engine, for `codebook`;
-    None: its default for the shortest window. `progress` hears of windows done and in all, over all
-    methods.
+    None: its default for the shortest window. `overlap`: whether `local_overlap` is measured, too.
+    `progress` hears of windows done and in all, over all methods.
     """
     if world_size < 2:
         raise ValueError(
@@ -142,7 +143,7 @@ def measure(
     if halo is None:
         halo = default_halo(adapt(model), codebook, shortest - codebook.prefix, world_size)
 
-    overlaps = language and bool(codebook.prefix or halo)
+    overlaps = overlap and language and bool(codebook.prefix or halo)
     methods = 4 if overlaps else 3
 
     def run(book: Codebook, halo: int = 0) -> list[list[Any]]:
@@ -175,11 +176,11 @@ def measure(
     if not language:  # every rank has the whole output
         coded, alone = (_error(outputs[0], exact[0]) for outputs in (astra, local_only))
         return Measured("error", 0.0, coded, alone, bits, bits_per_receiver=each)
-    overlap = None
+    computed = None
     if overlaps:
-        overlap = _perplexity(run(replace(Codebook.local_only(), prefix=codebook.prefix), halo))
+        computed = _perplexity(run(replace(Codebook.local_only(), prefix=codebook.prefix), halo))
     of_exact, coded, alone = map(_perplexity, (exact, astra, local_only))
-    return Measured("perplexity", of_exact, coded, alone, bits, overlap, each)
+    return Measured("perplexity", of_exact, coded, alone, bits, computed, each)
 
 
 def _output(output: Any) -> Tensor:

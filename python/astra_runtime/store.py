@@ -330,26 +330,55 @@ def token_limit(model: Any) -> int | None:
     return None if limit is None else int(limit)
 
 
+def excerpts(text: str, count: int, characters: int) -> list[str]:
+    """`count` parts of a text, evenly spaced; each begins with a paragraph where one is near."""
+    near, parts = characters // 4, []
+    room = max(0, len(text) - characters - near)
+    for number in range(count):
+        start = number * room // max(1, count - 1)
+        found = text.find("\n\n", start, start + near) if start else -1
+        start = start if found < 0 else found + 2
+        parts.append(text[start : start + characters])
+    return parts
+
+
+class _Tokens:
+    """Token ids of a text; an encoder's windows are framed by class token and separator."""
+
+    def __init__(self, tokenizer: Any, text: str) -> None:
+        first = getattr(tokenizer, "cls_token_id", None)
+        last = getattr(tokenizer, "sep_token_id", None)
+        self.frame = [] if first is None or last is None else [first, last]
+        self.ids: Tensor = tokenizer(
+            text, return_tensors="pt", verbose=False, add_special_tokens=not self.frame
+        ).input_ids[0]
+
+    def window(self, start: int, tokens: int) -> Tensor:
+        """int64, at most `tokens` of them, the frame counted."""
+        body = self.ids[start : start + tokens - len(self.frame)].long()
+        if not self.frame:
+            return body
+        first, last = self.frame
+        return torch.cat([torch.tensor([first]), body, torch.tensor([last])])
+
+
+def first_tokens(tokenizer: Any, text: str, tokens: int) -> Tensor:
+    """The beginning of a text, int64 [at most `tokens`], framed as `token_windows` are."""
+    return _Tokens(tokenizer, text).window(0, tokens)
+
+
 def token_windows(tokenizer: Any, text: str, tokens: int, windows: int) -> list[Tensor]:
     """`windows` windows of `tokens` token ids, evenly spaced over the text, not overlapping.
 
     An encoder's windows each begin with its class token and end with its separator.
     """
-    first, last = getattr(tokenizer, "cls_token_id", None), getattr(tokenizer, "sep_token_id", None)
-    framed = first is not None and last is not None
-    ids = tokenizer(
-        text, return_tensors="pt", verbose=False, add_special_tokens=not framed
-    ).input_ids[0]
-    body = tokens - 2 if framed else tokens
-    if not 1 <= body <= len(ids):
+    tokenized = _Tokens(tokenizer, text)
+    found, body = len(tokenized.ids), tokens - len(tokenized.frame)
+    if not 1 <= body <= found:
         raise AstraError(
-            f"text: expected at least {tokens} tokens, got {len(ids) + tokens - body}; "
+            f"text: expected at least {tokens} tokens, got {found + tokens - body}; "
             "give a longer text or ask for fewer tokens"
         )
-    count = min(windows, len(ids) // body)
-    starts = [i * (len(ids) - body) // max(1, count - 1) for i in range(count)]
-    bodies = [ids[start : start + body].long() for start in starts]
-    if not framed:
-        return bodies
-    ends = torch.tensor([first]), torch.tensor([last])
-    return [torch.cat([ends[0], part, ends[1]]) for part in bodies]
+    count = min(windows, found // body)
+    starts = [i * (found - body) // max(1, count - 1) for i in range(count)]
+    return [tokenized.window(start, tokens) for start in starts]

@@ -155,6 +155,8 @@ def test_a_halo_is_worth_something_without_any_codes() -> None:
     assert found.local_overlap is not None
     assert found.local_overlap != found.local_only
     assert measure(model, book, windows, world_size=2, halo=0).local_overlap is None
+    without = measure(model, book, windows, world_size=2, halo=6, overlap=False)
+    assert without == replace(found, local_overlap=None)
 
 
 def test_ranks_with_other_halos_refuse_each_other() -> None:

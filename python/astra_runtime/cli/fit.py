@@ -11,7 +11,16 @@ from typing import Any
 from ..console import say, show_json
 from ..errors import AstraError
 from .common import load, window_tokens
-from .fitting import FINE_SHARE, FINE_TOKENS, SAMPLED, WINDOWS, fit_builtin, fit_text, verdict
+from .fitting import (
+    FINE_SHARE,
+    FINE_TOKENS,
+    MORE_WINDOWS,
+    OTHERS,
+    WINDOWS,
+    fit_builtin,
+    fit_text,
+    verdict,
+)
 from .options import (
     add_model,
     add_tokens,
@@ -82,15 +91,16 @@ def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--windows",
         type=positive,
-        default=WINDOWS,
-        help=f"windows, two of them held out ({WINDOWS})",
+        help=f"windows of the text, two of them held out (space transform: {WINDOWS} of the "
+        f"built-in one, {WINDOWS + OTHERS} of another; else {MORE_WINDOWS})",
     )
     parser.add_argument(
         "--sampled",
         type=int,
+        default=0,
         metavar="WINDOWS",
-        help=f"windows of text that the model itself writes, to calibrate on as well: codes serve "
-        f"other domains better (space transform of a language model: {SAMPLED}; else 0)",
+        help="windows of text that the model itself writes, to calibrate on as well: for a model "
+        "of another language or field than the text (0; 24 take a minute or two)",
     )
     parser.add_argument("--world-size", type=two_or_more, default=4, help="ranks to evaluate (4)")
     parser.add_argument("--iterations", type=positive, default=8, help="k-means iterations (8)")

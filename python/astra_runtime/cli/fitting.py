@@ -15,11 +15,15 @@ from ..console import say, working
 from ..errors import AstraError
 from .options import DENSE
 
-SAMPLED, SAMPLED_TOKENS = 24, 512  # windows that a model writes, and the length of each
-WINDOWS, OTHERS = 26, 10  # of the text given; of the built-in text's second domain
+WINDOWS, MORE_WINDOWS = 10, 26  # of the text, of a codec that learns from few, and of the others
+OTHERS = 6  # windows of the built-in text's second domain
+CHARACTERS = 10  # more than a token has
+SAMPLED_TOKENS = 512  # of a window that the model writes
 FINE_TOKENS = 64  # before a cut that have fine codes
 # Bits of those, for each bit of the others.
 FINE_SHARE = 4
+# Of the default fit: raised when it changes, so that no codebook cached before passes for one.
+DEFAULT_FIT = 2
 
 
 def cached_codebook(name: str, model: Any) -> Path | None:
@@ -37,8 +41,13 @@ def codebook_at_hand(options: argparse.Namespace) -> bool:
 
     if options.codebook:
         return True
-    fitted = f"{Path(options.model).name}-*-transform/astra_config.json"
+    fitted = f"{default_name(options.model, '*')}/astra_config.json"
     return any((cache_folder() / "codebooks").glob(fitted))
+
+
+def default_name(name: str, checkpoint: str) -> str:
+    """What the folder of the default codebook for the model `name` is called."""
+    return f"{Path(name).name}-{checkpoint}-transform-{DEFAULT_FIT}"
 
 
 def _cache_folder(name: str, model: Any) -> Path:
@@ -46,7 +55,7 @@ def _cache_folder(name: str, model: Any) -> Path:
 
     from ..models import adapt
 
-    return cache_folder() / "codebooks" / f"{Path(name).name}-{adapt(model).checkpoint()}-transform"
+    return cache_folder() / "codebooks" / default_name(name, adapt(model).checkpoint())
 
 
 def ensure_codebook(options: argparse.Namespace, model: Any, tokenizer: Any) -> tuple[Any, Path]:
@@ -69,8 +78,7 @@ def ensure_codebook(options: argparse.Namespace, model: Any, tokenizer: Any) -> 
             fcntl.flock(lock, fcntl.LOCK_EX)  # of several ranks on one machine, one fits
         if not (folder / "astra_config.json").is_file():
             say(f"no codebook for {options.model} yet: fitting one, once, into {folder}")
-            # quick: a text of two kinds, and nothing that the model writes; `astra fit` does more
-            codebook = fit_builtin(_in_float32(options, model), tokenizer, windows=14, sampled=0)
+            codebook = fit_builtin(_in_float32(options, model), tokenizer)
             codebook.save_pretrained(folder)
     _say_form(model)
     return Codebook.from_pretrained(folder), folder
@@ -118,47 +126,65 @@ def fit_text(
     *,
     space: str,
     tokens: int = 1024,
-    windows: int = WINDOWS,
-    sampled: int | None = None,
+    windows: int | None = None,
+    sampled: int = 0,
     others: str | None = None,
     fine_bits: float | None = None,
     **options: Any,
 ) -> Any:
     """A codebook fitted on windows of a text, with progress and a plain word on its worth.
 
-    A few windows more are of the text `others`. `sampled` ones are written by the model itself;
-    None: as many as serve the codec well. `fine_bits` None: `default_fine_bits`.
+    A few windows more are of the text `others`, and `sampled` ones are written by the model itself.
+    `windows` None: as many of the text as serve the codec. `fine_bits` None: `default_fine_bits`.
     """
     from ..codes.registry import codec_named
     from ..models import is_language_model
     from ..store import token_limit, token_windows
     from ..train.fit import fit
-    from ..train.sample import BATCH, document_token, sampled_windows
 
-    length = min(tokens, token_limit(model) or tokens)
-    calibration = token_windows(tokenizer, text, length, windows)
-    writes = is_language_model(model)
-    if sampled is None:
-        sampled = SAMPLED if writes and codec_named(space).gains_by_variety else 0
-    if sampled and not writes:
+    if sampled and not is_language_model(model):
         raise AstraError("--sampled: expected a language model, which writes text, or 0 windows")
     if fine_bits is None:
         fine_bits = default_fine_bits(model, space, options.get("bits"))
     options["fine_bits"] = fine_bits
+    length = min(tokens, token_limit(model) or tokens)
+    if windows is None:
+        few = WINDOWS if others else WINDOWS + OTHERS
+        windows = few if codec_named(space).gains_by_variety else MORE_WINDOWS
     with progress_bar() as progress:
-        size = min(length, SAMPLED_TOKENS)
-        more = token_windows(tokenizer, others, length, OTHERS) if others else []
-        options["extra"] = more + sampled_windows(
-            model,
-            sampled,
-            size,
-            start=document_token(tokenizer),
-            seed=options.get("seed", 0),
-            progress=lambda done: progress("sampling", done, -(-sampled // BATCH) * size),
-        )
-        codebook = fit(model, calibration, space=space, progress=progress, **options)
+        progress("reading", 0, 1)
+        calibration = token_windows(tokenizer, text, length, windows)
+        extra = _excerpts(tokenizer, others, length) if others else []
+        if sampled:
+            extra += _sampled(model, tokenizer, sampled, length, options.get("seed", 0), progress)
+        codebook = fit(model, calibration, space=space, extra=extra, progress=progress, **options)
     say(verdict(codebook.notes.get("held_back")))
     return codebook
+
+
+def _excerpts(tokenizer: Any, text: str, tokens: int) -> list[Any]:
+    """Windows of a long text, of which only these parts are made tokens of."""
+    from ..store import excerpts, first_tokens
+
+    parts = excerpts(text, OTHERS, CHARACTERS * tokens)
+    return [first_tokens(tokenizer, part, tokens) for part in parts]
+
+
+def _sampled(
+    model: Any, tokenizer: Any, windows: int, tokens: int, seed: int, progress: Any
+) -> list[Any]:
+    from ..train.sample import BATCH, document_token, sampled_windows
+
+    size = min(tokens, SAMPLED_TOKENS)
+    steps = -(-windows // BATCH) * size
+    return sampled_windows(
+        model,
+        windows,
+        size,
+        start=document_token(tokenizer),
+        seed=seed,
+        progress=lambda done: progress("sampling", done, steps),
+    )
 
 
 def default_fine_bits(model: Any, space: str, bits: float | None) -> float:

@@ -15,13 +15,15 @@ from ..codes.fine import FineCode
 from ..codes.transform import TransformCodes
 from ..models import Adapter, Inputs, adapt
 from .calibration import Progress, record
-from .fit_transform import Rows, allocate, embedding_of, fit_blocks, fit_fine
+from .fit_transform import SEARCH, Rows, allocate, embedding_of, fit_blocks, fit_fine
 from .options import FitData, FitOptions
 from .sensitivity import Cost, sensitivity
 
-SENSITIVITY_WINDOWS = 8  # a backward pass each; F needs no more
+# Windows with a backward pass each; of a decoder short ones, as a pass keeps all activations.
+PASSES, DECODER_TOKENS = 8, 384
 DEFAULT_BITS = 100.0
 FINE_CODEWORDS = 64  # of a group of fine codes, which are many
+FINE_ROWS = 4096  # tokens that they are fitted on: as many as k-means of so few codewords sees
 MANY_BITS = 200.0  # beyond, groups are so many that each has few codewords
 TARGET_FROM, TARGET_LEAST, TARGET_MOST = 40.0, 5.0, 1280.0  # budgets tried for a target
 
@@ -99,10 +101,14 @@ class TransformFit:
             model=adapter.checkpoint(),
             notes=notes,
         )
-        few = windows[:: max(1, len(windows) // SENSITIVITY_WINDOWS)][:SENSITIVITY_WINDOWS]
         prefix = options.prefix
         fisher = sensitivity(
-            model, few, prefix=prefix, world_size=4, seed=options.seed, progress=progress
+            model,
+            _few(windows, adapter),
+            prefix=prefix,
+            world_size=4,
+            seed=options.seed,
+            progress=progress,
         )
         recorded = record(adapter, TransformCodes.early, windows, progress, prefix)
         copies, embedding = adapter.class_tokens + prefix, None
@@ -118,7 +124,13 @@ class TransformFit:
         options, blocks = self.options, len(self.rows.blocks)
         codewords = options.codewords_for(bits)
         with torch.no_grad():  # not inference mode: the tensors made here may be trained with
-            counts = allocate(self.rows, self.cost, bits, (codewords - 1).bit_length())
+            counts = allocate(
+                self.rows,
+                self.cost,
+                bits,
+                (codewords - 1).bit_length(),
+                progress=lambda step: self.progress("sharing bits out", step, SEARCH),
+            )
             transforms = fit_blocks(
                 self.rows,
                 self.cost,
@@ -132,7 +144,7 @@ class TransformFit:
             fine: tuple[FineCode, ...] = ()
             if options.fine_tokens:
                 fine = fit_fine(
-                    self.rows,
+                    self.rows.few(FINE_ROWS),
                     self.cost,
                     transforms,
                     options.fine_bits,
@@ -153,6 +165,15 @@ class TransformFit:
         notes |= {"fine_bits": options.fine_bits, "fine_codes": [part.codes for part in fine]}
         tokens = options.fine_tokens
         return replace(made, fine=fine, fine_tokens=tokens, fine_codewords=FINE_CODEWORDS)
+
+
+def _few(windows: list[Inputs], adapter: Adapter) -> list[Inputs]:
+    """Evenly spaced ones for gradients, of a decoder their beginnings."""
+    count = min(PASSES, len(windows))
+    few = [windows[i * len(windows) // count] for i in range(count)]
+    if not adapter.causal:
+        return few
+    return [{name: ids[:, :DECODER_TOKENS] for name, ids in window.items()} for window in few]
 
 
 def fit_transform(data: FitData, options: TransformOptions) -> Codebook:

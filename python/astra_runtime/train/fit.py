@@ -137,7 +137,9 @@ def _evaluate(
     def step(done: int, steps: int) -> None:
         progress("evaluating", done, steps)
 
-    measured: Measured = measure(model, codebook, windows, world_size=ranks, progress=step)
+    measured: Measured = measure(
+        model, codebook, windows, world_size=ranks, overlap=False, progress=step
+    )
     return {
         "windows": len(windows),
         "world_size": ranks,

@@ -29,8 +29,44 @@ from .sensitivity import Cost
 RIDGE = 3e-3  # of the features' own variance, in regressions
 SEARCH = 24  # steps towards the water level, at most
 STRIDE = 6.0  # the first ones, in its logarithm: three bits more on every axis
+LEFT = 0.01  # of the budget, that the search may leave
 MEMBERS = 64  # vectors a codeword that k-means sees: more cost time and change little
 SAMPLE = 8192  # rows are enough to tell where bits go
+
+
+@dataclass(frozen=True, eq=False)
+class Centred:
+    """Rows x [n, F] without their mean, in parts that stand side by side.
+
+    Attributes:
+        gram: xᵀx, [F, F]. Of the embeddings it is made once, for the regressions of all blocks.
+    """
+
+    parts: tuple[Tensor, ...]
+    mean: Tensor
+    gram: Tensor
+
+    @classmethod
+    def of(cls, rows: Tensor) -> Centred:
+        mean = rows.mean(0)
+        rows = rows - mean
+        return cls((rows,), mean, rows.T @ rows)
+
+    def beside(self, other: Centred) -> Centred:
+        across = self.cross(other.parts[0])
+        above, below = torch.cat([self.gram, across], 1), torch.cat([across.T, other.gram], 1)
+        mean = torch.cat([self.mean, other.mean])
+        return Centred(self.parts + other.parts, mean, torch.cat([above, below]))
+
+    def cross(self, y: Tensor) -> Tensor:
+        """xᵀy, [F, E]."""
+        return torch.cat([part.T @ y for part in self.parts])
+
+    def product(self, weights: Tensor) -> Tensor:
+        """x·weights, [n, E], of weights [F, E]."""
+        shares = weights.split([part.shape[1] for part in self.parts])
+        first, *others = (part @ share for part, share in zip(self.parts, shares, strict=True))
+        return sum(others, first)
 
 
 @dataclass(eq=False)
@@ -45,6 +81,12 @@ class Rows:
         """Whether every rank computes block 0 itself, from the token ids."""
         return self.embedding is not None
 
+    def few(self, count: int) -> Rows:
+        """Evenly spaced tokens, `count` or up to twice as many."""
+        few = slice(None, None, max(1, len(self.blocks[0]) // count))
+        embedding = None if self.embedding is None else self.embedding[few]
+        return Rows([block[few] for block in self.blocks], embedding)
+
     def features(self, estimate: Tensor | None) -> Tensor:
         """[ŷ of the block before, ê], [n, F]; F is 0 where there is neither."""
         present = [t for t in (estimate, self.embedding) if t is not None]
@@ -58,6 +100,14 @@ def regression(gram: Tensor, cross: Tensor, count: int) -> Tensor:
     raised = gram.clone()
     raised.diagonal().mul_(1 + RIDGE).add_(1e-6 * count)
     return torch.cholesky_solve(cross, torch.linalg.cholesky(raised))
+
+
+def _known(estimate: Tensor | None, embedding: Centred | None, rows: Tensor) -> Centred:
+    """ŷ of the block before and ê, as far as there are such, of the same tokens as `rows`."""
+    if estimate is None:
+        return embedding or Centred.of(rows[:, :0])
+    of_estimate = Centred.of(estimate)
+    return of_estimate if embedding is None else of_estimate.beside(embedding)
 
 
 @dataclass(eq=False)
@@ -77,6 +127,7 @@ def _models(rows: Rows) -> Iterator[_Model]:
     start = 0 if rows.embedding is None else 1
 
     few = slice(None, None, max(1, len(rows.blocks[0]) // SAMPLE))
+    embedding = None if rows.embedding is None else Centred.of(rows.embedding[few])
 
     def one(block: int) -> _Model:
         y = rows.blocks[block][few]
@@ -84,13 +135,14 @@ def _models(rows: Rows) -> Iterator[_Model]:
         width = y.shape[1]
         if not block:
             return _Model(torch.zeros(width, width), y.T @ y / len(y))
-        present = [rows.blocks[block - 1], rows.embedding]
-        x = torch.cat([t[few] for t in present if t is not None], 1)
-        x = x - x.mean(0)
-        weights = regression(x.T @ x, x.T @ y, len(x))
-        residual = y - x @ weights
-        free = max(1, len(y) - x.shape[1])  # what the regression has learned by heart is no gain
-        return _Model(weights[:width], residual.T @ residual / free)
+        x = _known(rows.blocks[block - 1][few], embedding, y)
+        cross = x.cross(y)
+        weights = regression(x.gram, cross, len(y))
+        predicted = weights.T @ cross
+        # of what is left: (y − x·weights)ᵀ(y − x·weights), without x·weights
+        left = y.T @ y - predicted - predicted.T + weights.T @ (x.gram @ weights)
+        free = max(1, len(y) - len(weights))  # what the regression has learned by heart is no gain
+        return _Model(weights[:width], left / free)
 
     return map_cores(one, range(start, len(rows.blocks)))
 
@@ -100,75 +152,97 @@ def _positive(eigenvalues: Tensor) -> Tensor:
     return eigenvalues.clamp(min=max(1e-9 * float(eigenvalues.max()), 1e-30))
 
 
+def _bits(eigenvalues: Tensor, level: float) -> float:
+    """Of a block at a water level: ½·log₂(λ/level) an axis."""
+    return float((0.5 * torch.log2(_positive(eigenvalues) / level)).clamp(min=0).sum())
+
+
 def _codes(eigenvalues: Tensor, level: float, code_bits: int) -> int:
-    """Codes of a block at a water level: ½·log₂(λ/level) bits an axis, in whole codes."""
-    bits = (0.5 * torch.log2(_positive(eigenvalues) / level)).clamp(min=0).sum()
-    return round(float(bits) / code_bits)
+    """Codes of a block at a water level, in whole ones."""
+    return round(_bits(eigenvalues, level) / code_bits)
 
 
-def allocate(rows: Rows, cost: Cost, bits: float, code_bits: int) -> list[int]:
+def allocate(
+    rows: Rows,
+    cost: Cost,
+    bits: float,
+    code_bits: int,
+    progress: Callable[[int], None] = lambda step: None,
+) -> list[int]:
     """Codes a token of every block, at most `bits` a block on average, by reverse water-filling.
 
-    Every axis is coded to the same error, the water
-    level, or not at all; the level that spends the budget is found by bisection.
+    Every axis is coded to the same error, the water level, or not at all; the level that spends
+    nearly the whole budget is found by bisection. The rest goes to the blocks that rounding to
+    whole codes took most from. `progress` hears of the steps towards the level, SEARCH at most.
     """
     blocks = len(rows.blocks)
     models = list(_models(rows))
     start = blocks - len(models)
     roots, inverse = cost.root, cost.inverse
 
-    def spent(level: float) -> list[int]:
-        counts = [0] * start
+    def spent(level: float) -> list[float]:
+        """Codes of every block, before they are rounded."""
+        wanted = [0.0] * start
         error = torch.zeros_like(roots[0])  # covariance of y − ŷ
         for block, model in enumerate(models, start):
             spread = model.step.T @ error @ model.step + model.noise
             values, axes = torch.linalg.eigh(roots[block] @ spread @ roots[block])
-            counts.append(_codes(values, level, code_bits))
+            wanted.append(_bits(values, level) / code_bits)
             back = axes.T @ inverse[block]
-            errors = values.clamp(min=0, max=level) if counts[-1] else values.clamp(min=0)
+            errors = values.clamp(min=0, max=level) if round(wanted[-1]) else values.clamp(min=0)
             error = back.T @ (errors[:, None] * back)
-        return counts
+        return wanted
 
     tops = (
         float(torch.linalg.eigvalsh(root @ model.noise @ root).max())
         for root, model in zip(roots[start:], models, strict=True)
     )
-    budget, best = bits * blocks, [0] * blocks
+    budget, best = bits * blocks, [0.0] * blocks
     high, spends = math.log2(max([*tops, 1e-30])) + 4, 0  # log2 of a level that spends nothing
     low, most = high - STRIDE, 0
-    for _ in range(SEARCH):
+    for step in range(SEARCH):
+        progress(step)
         middle = low
         if most:  # a level that spends too much is known: nearly straight between the two
             part = (most - budget) / max(most - spends, 1)
             middle = low + (high - low) * min(max(part, 0.05), 0.95)
-        counts = spent(2.0**middle)
-        total = sum(counts) * code_bits
+        wanted = spent(2.0**middle)
+        total = sum(map(round, wanted)) * code_bits
         if total > budget:
             low, most = middle, total
         else:
-            high, spends, best = middle, total, counts
+            high, spends, best = middle, total, wanted
             low = low if most else low - STRIDE
-        if sum(best) * code_bits > budget - code_bits:
+        if budget - spends < max(code_bits, LEFT * budget):
             break
-    return best
+    progress(SEARCH)
+    return _rounded(best, int(budget // code_bits))
+
+
+def _rounded(wanted: Sequence[float], most: int) -> list[int]:
+    """Whole codes, at most `most` in all: one more each where rounding took most away, if some are
+    left."""
+    counts = [round(codes) for codes in wanted]
+    order = sorted(range(len(counts)), key=lambda block: counts[block] - wanted[block])
+    for block in order[: max(0, most - sum(counts))]:
+        counts[block] += wanted[block] > 0
+    return counts
 
 
 def predictor(
-    x: Tensor, y: Tensor, root: Tensor, inverse: Tensor, rank: int
+    x: Centred, y: Tensor, root: Tensor, inverse: Tensor, rank: int
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Low-rank factors and offset: the best prediction of that rank, errors weighed by root².
 
     Reduced-rank regression (Izenman 1975): the regression in coordinates where every error costs
     the same, cut to the principal axes of what it predicts.
     """
-    mean_x, mean_y = x.mean(0), y.mean(0)
-    centred = x - mean_x
-    gram = centred.T @ centred
-    full = regression(gram, centred.T @ ((y - mean_y) @ root), len(x))
-    _, axes = torch.linalg.eigh(full.T @ gram @ full)
+    mean = y.mean(0)
+    full = regression(x.gram, x.cross(y - mean) @ root, len(y))
+    _, axes = torch.linalg.eigh(full.T @ x.gram @ full)
     axes = axes[:, -rank:]
     down, up = full @ axes, axes.T @ inverse
-    return down, up, mean_y - mean_x @ down @ up
+    return down, up, mean - x.mean @ down @ up
 
 
 def balanced_groups(bits: Tensor, codes: int) -> list[list[int]]:
@@ -203,8 +277,7 @@ def fit_quantizer(
     seed: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """analysis, synthesis and tables for the errors [n, E] that the predictor leaves."""
-    weighed = missing @ root
-    values, axes = torch.linalg.eigh(weighed.T @ weighed / len(weighed))
+    values, axes = torch.linalg.eigh(root @ _covariance(missing) @ root)
     values, axes = values.flip(0), axes.flip(1)
     bits = _level(values, codes * (codewords - 1).bit_length())
     groups = balanced_groups(bits, min(codes, len(bits)))
@@ -240,16 +313,17 @@ def fit_blocks(
 ) -> tuple[Transform, ...]:
     """The code of every block, in turn: each is fitted on what the blocks before really left."""
     transforms: list[Transform] = []
+    embedding = None if rows.embedding is None else Centred.of(rows.embedding)
     estimate: Tensor | None = None  # ŷ of the block before
     for block, y in enumerate(rows.blocks):
         if block == 0 and rows.starts_exact:
             transforms.append(Transform.zero_codes(y.shape[1], codewords))
             estimate = y
         else:
-            x = rows.features(estimate)
+            x = _known(estimate, embedding, y)
             weights = cost.root[block], cost.inverse[block]
             down, up, offset = predictor(x, y, *weights, rank)
-            estimate = offset + x @ down @ up
+            estimate = offset + (x.mean @ down + x.product(down)) @ up
             parts = (down, up, offset)
             residual = y - estimate
             if counts[block]:

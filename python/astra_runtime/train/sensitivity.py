@@ -2,23 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import contextlib
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..codes.codebook import Codebook
 from ..codes.layouts import merge_heads, split_heads
 from ..codes.rotary import rotate, unrotate
 from ..models import Adapter, Inputs, adapt, is_language_model
-from ..parallel import map_cores
 from ..plan import Plan
 from .calibration import Progress
 from .simulate import Simulation
 
+# Times the median length of a window's gradients, to which longer ones are shortened.
+LONGEST = 3.0
 # Of F's mean diagonal, added to it: what few windows say nothing of costs something too.
 FLOOR = 3e-3
 
@@ -54,39 +55,68 @@ def sensitivity(
 
     The gradient is of the log-likelihood of answers that the model itself draws, so that half of
     δᵀFδ is, to second order, the Kullback–Leibler divergence that an error δ causes. Of a model
-    without logits, the answer is its output and the error its square over its variance.
+    without logits, the answer is its output and the error its square over its variance. One token
+    in a hundred has more than half of E[g·gᵀ], so the longest gradients are shortened: what they
+    say holds for themselves alone, and from few windows it would drown the rest.
     """
     adapter = adapt(model)
     total = torch.zeros(len(adapter.blocks), 1, 1, dtype=torch.float64)
 
-    def of_window(numbered: tuple[int, Inputs]) -> tuple[Tensor, int]:
-        number, inputs = numbered
+    def of_window(number: int, inputs: Inputs) -> tuple[Tensor, int]:
         plan = _equal_plan(adapter, inputs, prefix, world_size)
         generator = torch.Generator(adapter.device).manual_seed(seed + number)
         probe = _Probe(model, plan, inputs)
         with torch.enable_grad():
-            loss = _drawn_loss(model, probe.run(), generator)
-            gradients = _gradients(loss, [probe.leaves[n] for n in range(len(adapter.blocks))])
+            answer, slope = _drawn_slope(model, probe.run(), generator)
+            leaves = [probe.leaves.pop(n) for n in range(len(adapter.blocks))]
+            gradients = _gradients(answer, slope, leaves)
         # nobody receives the last shard
         received = plan.bounds[-2] if plan.causal else plan.tokens
-        rows = torch.stack([g[:, :received].flatten(0, 1) for g in gradients]).double()
-        return (rows.transpose(1, 2) @ rows).cpu(), rows.shape[1]
+        grams = []
+        for gradient in gradients:
+            rows = _shortened(gradient[:, :received].flatten(0, 1)).double()
+            grams.append((rows.T @ rows).cpu())
+        return torch.stack(grams), len(rows)
 
     count = 0
     progress("weighing", 0, len(windows))
-    for done, (gram, tokens) in enumerate(map_cores(of_window, list(enumerate(windows)))):
-        total, count = total + gram, count + tokens
-        progress("weighing", done + 1, len(windows))
+    with _frozen(model):
+        for number, window in enumerate(windows):  # one by one: a pass takes much memory
+            gram, tokens = of_window(number, window)
+            total, count = total + gram, count + tokens
+            progress("weighing", number + 1, len(windows))
     if not bool(total.isfinite().all()):
         raise ValueError("model: gradients are not finite on the calibration data")
     return (total / count).float()
 
 
-def _gradients(loss: Tensor, leaves: list[Tensor]) -> list[Tensor]:
-    """Of the loss by the leaves. ValueError: they do not pass through the model."""
+def _shortened(gradients: Tensor) -> Tensor:
+    """Rows [n, E], none longer than LONGEST times the median of those that are not 0."""
+    lengths = gradients.norm(dim=1)
+    some = lengths[lengths > 0]
+    if not len(some):
+        return gradients
+    return gradients * (LONGEST * some.median() / lengths).clamp(max=1)[:, None]
+
+
+@contextlib.contextmanager
+def _frozen(model: nn.Module) -> Iterator[None]:
+    """No gradients by weights, for which every layer would keep its input."""
+    trained = [weight for weight in model.parameters() if weight.requires_grad]
+    for weight in trained:
+        weight.requires_grad_(False)
+    try:
+        yield
+    finally:
+        for weight in trained:
+            weight.requires_grad_(True)
+
+
+def _gradients(answer: Tensor, slope: Tensor, leaves: list[Tensor]) -> list[Tensor]:
+    """Of (answer · slope).sum() by the leaves. ValueError: they do not pass through the model."""
     gradients: tuple[Tensor | None, ...] = (None,)
-    if loss.requires_grad:
-        gradients = torch.autograd.grad(loss, leaves, allow_unused=True)
+    if answer.requires_grad:
+        gradients = torch.autograd.grad(answer, leaves, slope, allow_unused=True)
     through = [gradient for gradient in gradients if gradient is not None]
     if len(through) < len(leaves):
         raise ValueError(
@@ -104,18 +134,23 @@ def _equal_plan(adapter: Adapter, inputs: Inputs, prefix: int, world_size: int) 
     return Plan.make(tokens, ranks, causal=adapter.causal, copies=copies)
 
 
-def _drawn_loss(model: nn.Module, output: Any, generator: torch.Generator) -> Tensor:
-    """The negative log-likelihood of answers drawn from the model's own distribution."""
+@torch.no_grad()
+def _drawn_slope(
+    model: nn.Module, output: Any, generator: torch.Generator
+) -> tuple[Tensor, Tensor]:
+    """What the model answers, and the gradient by it of the negative log-likelihood of answers
+    drawn from the model's own distribution; of the same shape."""
     if is_language_model(model) or "logits" in output:
-        logits = output.logits.flatten(0, -2).float()
+        logits = output.logits
         if not bool(logits.isfinite().all()):
             raise ValueError("model: its output is not finite on the calibration data")
-        with torch.no_grad():
-            drawn = torch.multinomial(logits.softmax(-1), 1, generator=generator)[:, 0]
-        return F.cross_entropy(logits, drawn, reduction="sum")
-    answer = output.last_hidden_state.float()
+        chances = logits.flatten(0, -2).float().softmax(-1)
+        drawn = torch.multinomial(chances, 1, generator=generator)
+        chances.scatter_add_(1, drawn, chances.new_full(drawn.shape, -1.0))
+        return logits, chances.view_as(logits).to(logits.dtype)
+    answer = output.last_hidden_state
     direction = torch.randn(answer.shape, generator=generator, device=answer.device)
-    return (answer * direction).sum() / answer.detach().std()
+    return answer, (direction / answer.float().std()).to(answer.dtype)
 
 
 @dataclass(frozen=True, eq=False)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import contextlib
 import io
 import json
@@ -25,10 +26,16 @@ from transformers import PreTrainedTokenizerFast
 
 from astra_runtime import Codebook, transport
 from astra_runtime.cli import COMMANDS, main
-from astra_runtime.cli.fitting import default_fine_bits
+from astra_runtime.cli.fitting import codebook_at_hand, default_fine_bits, default_name
 from astra_runtime.deploy import launch
 from astra_runtime.deploy.launch import free_ports
-from astra_runtime.store import DOMAINS, builtin_text, token_windows
+from astra_runtime.store import (
+    DOMAINS,
+    builtin_text,
+    excerpts,
+    first_tokens,
+    token_windows,
+)
 from tests.processes import Fork, fork_workers, runs, workers_of
 
 from ..models import tiny
@@ -513,6 +520,37 @@ def test_domains_are_different_texts() -> None:
     assert builtin_text("source")[1].count("def ") > 20 * builtin_text()[1].count("def ")
     with pytest.raises(ValueError, match="expected one of documentation, source, got 'prose'"):
         builtin_text("prose")
+
+
+def test_excerpts_are_spread_and_begin_with_a_paragraph() -> None:
+    text = "\n\n".join(f"{n:04} " + "word " * 20 for n in range(300))
+    parts = excerpts(text, 3, 1000)
+    assert [len(part) for part in parts] == [1000, 1000, 1000]
+    numbers = [int(part[:4]) for part in parts]
+    assert numbers[0] == 0
+    assert abs(numbers[1] - 145) < 4
+    assert excerpts("short", 2, 1000) == ["short", "short"]
+    assert excerpts(text, 1, 50) == [text[:50]]
+
+
+def test_the_first_tokens_are_those_of_a_window(home: Path) -> None:
+    from astra_runtime.store import load_tokenizer
+
+    tokenizer = load_tokenizer(str(home / "model"))
+    (window,) = token_windows(tokenizer, TEXT, 20, 1)
+    assert torch.equal(first_tokens(tokenizer, TEXT, 20), window)
+    assert len(first_tokens(tokenizer, TEXT, 1 << 20)) < 1 << 20
+
+
+def test_a_default_codebook_of_another_default_is_not_taken(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("ASTRA_CACHE", str(tmp_path))
+    options = argparse.Namespace(model="some/model", codebook=None)
+    for name, taken in (("model-0-transform", False), (default_name("some/model", "0"), True)):
+        (tmp_path / "codebooks" / name).mkdir(parents=True)
+        (tmp_path / "codebooks" / name / "astra_config.json").touch()
+        assert codebook_at_hand(options) is taken
 
 
 def test_windows_are_spread_and_do_not_overlap(home: Path) -> None:

@@ -21,8 +21,10 @@ from astra_runtime.models import adapt
 from astra_runtime.plan import Plan
 from astra_runtime.train.calibration import as_windows
 from astra_runtime.train.fit_transform import (
+    Centred,
     Rows,
     _level,
+    _rounded,
     allocate,
     balanced_groups,
     fit_blocks,
@@ -30,7 +32,7 @@ from astra_runtime.train.fit_transform import (
     predictor,
     regression,
 )
-from astra_runtime.train.sensitivity import Cost, sensitivity
+from astra_runtime.train.sensitivity import Cost, _shortened, sensitivity
 from astra_runtime.train.simulate import Simulation as Package
 from astra_runtime.train.simulate import quantizers
 from astra_runtime.transport import Mesh
@@ -249,6 +251,29 @@ def test_sensitivity_is_what_an_error_costs() -> None:
         assert told == pytest.approx(real, rel=0.35), block
 
 
+def test_few_long_gradients_do_not_drown_the_others() -> None:
+    rows = torch.randn(101, 6, generator=torch.Generator().manual_seed(0))
+    rows = rows / rows.norm(dim=1, keepdim=True) * torch.linspace(1, 2, 101)[:, None]
+    rows[7] *= 1000
+    rows[8] = 0
+    found = _shortened(rows)
+    torch.testing.assert_close(found[7], rows[7] / rows[7].norm() * 4.5, rtol=0.02, atol=0)
+    others = torch.arange(101) != 7
+    assert torch.equal(found[others], rows[others])
+    assert torch.equal(_shortened(torch.zeros(3, 2)), torch.zeros(3, 2))
+
+
+def test_weights_ask_for_gradients_as_before() -> None:
+    model = tiny("gpt2")
+    first, *others = model.parameters()
+    first.requires_grad_(False)
+    cost = sensitivity(model, as_windows(windows_for("gpt2")[:1]), prefix=1, world_size=2, seed=0)
+    assert bool((cost.diagonal(dim1=1, dim2=2) > 0).all())
+    assert not first.requires_grad
+    assert all(weight.requires_grad for weight in others)
+    assert all(weight.grad is None for weight in model.parameters())
+
+
 def test_roots_squared_are_the_costs() -> None:
     half = torch.randn(2, 6, 6)
     cost = half @ half.transpose(1, 2)
@@ -294,6 +319,23 @@ def test_what_can_be_predicted_needs_no_bits() -> None:
     assert counts[0] > counts[1]  # the second follows from the first
 
 
+def test_what_rounding_leaves_goes_where_it_took_most() -> None:
+    assert _rounded([2.4, 1.2, 0.3, 3.0], 8) == [3, 1, 1, 3]
+    assert _rounded([2.4, 1.2, 0.0, 3.0], 20) == [3, 2, 0, 4]  # nothing is to be gained by a 0
+    assert _rounded([2.4, 1.2], 3) == [2, 1]
+
+
+def test_features_side_by_side_are_as_one() -> None:
+    generator = torch.Generator().manual_seed(0)
+    a, b, y = (torch.randn(50, n, generator=generator) + 2 for n in (3, 4, 2))
+    parts, whole = Centred.of(a).beside(Centred.of(b)), Centred.of(torch.cat([a, b], 1))
+    weights = torch.randn(7, 2, generator=generator)
+    torch.testing.assert_close(parts.mean, whole.mean)
+    torch.testing.assert_close(parts.gram, whole.gram, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(parts.cross(y), whole.cross(y), rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(parts.product(weights), whole.product(weights))
+
+
 def test_the_level_spends_the_budget() -> None:
     values = torch.tensor([100.0, 30.0, 2.0, 0.5, 0.01])
     for budget in (1.0, 4.0, 30.0):
@@ -314,12 +356,12 @@ def test_a_predictor_of_full_rank_is_the_regression() -> None:
     half = torch.randn(5, 5, generator=generator)
     cost = Cost.of((half @ half.T)[None])
     root, inverse = cost.root[0], cost.inverse[0]
-    squeeze, spread, offset = predictor(x, y, root, inverse, 5)
+    squeeze, spread, offset = predictor(Centred.of(x), y, root, inverse, 5)
     centred = x - x.mean(0)
     full = regression(centred.T @ centred, centred.T @ (y - y.mean(0)), len(x))
     torch.testing.assert_close(squeeze @ spread, full, rtol=1e-3, atol=1e-3)
     torch.testing.assert_close(offset + x.mean(0) @ full, y.mean(0), rtol=1e-3, atol=1e-3)
-    worse = predictor(x, y, root, inverse, 1)
+    worse = predictor(Centred.of(x), y, root, inverse, 1)
     assert worse[0].shape == (7, 1)
 
     def error(parts: tuple[Tensor, Tensor, Tensor]) -> float:

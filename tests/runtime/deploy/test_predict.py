@@ -318,6 +318,7 @@ def test_codes_are_looked_at_or_the_plan_says_that_they_were_not(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     from astra_runtime import Codebook
+    from astra_runtime.cli.fitting import default_name
 
     monkeypatch.setenv("ASTRA_CACHE", str(tmp_path))
     asked = ["plan", "--json", "--model", str(own / "model"), "--world-size", "2"]
@@ -328,7 +329,7 @@ def test_codes_are_looked_at_or_the_plan_says_that_they_were_not(
     assert main([*asked, "--tokens", "30", "--codebook", "none"]) == 0
     assert "codes were not looked at" not in capsys.readouterr().err
     book = Codebook.from_pretrained(own / "other")
-    name = f"model-{book.model}-transform"
+    name = default_name("model", str(book.model))
     book.save_pretrained(tmp_path / "codebooks" / name)
     assert main([*asked, "--flops", "1e9"]) == 0
     found = json.loads(capsys.readouterr().out)
