@@ -1,12 +1,14 @@
 """Codebooks by the names that options and results use, and what they send.
 
 A name is "SPACE:GROUPS", "SPACE:BITS" where a fit is given a budget (`transform`), "none:DTYPE" for
-dense exchange, or "drop" for local-only. "transform:BITS+FINE" has FINE bits more for the last 64
-tokens before a cut, "transform:BITS+FINExTOKENS" for the last TOKENS.
+dense exchange, "drop" for local-only, or "default" for what the commands use where none is named.
+"transform:BITS+FINE" has FINE bits more for the last 64 tokens before a cut,
+"transform:BITS+FINExTOKENS" for the last TOKENS.
 """
 
 from __future__ import annotations
 
+import argparse
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Final, Literal
@@ -15,17 +17,22 @@ import torch
 
 from astra_runtime import Codebook
 from astra_runtime.call import Sizes
+from astra_runtime.cli.fitting import FINE_SHARE, ensure_codebook
 from astra_runtime.codes.base import geometry
 from astra_runtime.codes.dense import DenseExchange
 from astra_runtime.codes.local_only import LocalOnly
 from astra_runtime.codes.registry import codec_named
+from astra_runtime.codes.transform import TransformCodes
 from astra_runtime.models import Adapter
 from astra_runtime.plan import Plan
+from astra_runtime.store import load_tokenizer
+from astra_runtime.train.budgets import DEFAULT_BITS
 
 CONTROLS: Final = {"exact": Codebook.dense(), "local_only": Codebook.local_only()}
 FOLDER: Final = Path("build/codebooks")  # what `bench.accuracy.calibrate` fits
 CODEWORDS: Final = 1024  # of random codebooks
 FINE_TOKENS: Final = 64  # that have fine codes, where a name does not say how many
+DEFAULT: Final = "default"
 AfterLoss = Literal["stale", "out", "predicted"]
 
 
@@ -121,6 +128,19 @@ def without_fine(book: Codebook) -> Codebook:
     """The same with its coarse codes alone."""
     notes = {k: v for k, v in book.notes.items() if not k.startswith("fine_")}
     return replace(book, fine=(), fine_tokens=0, fine_codewords=0, notes=notes)
+
+
+def default(model_name: str, model: Any) -> Codebook:
+    """The codebook that `astra serve`, `run` and `demo` use, from the cache or fitted now."""
+    options = argparse.Namespace(model=model_name, codebook=None)
+    return ensure_codebook(options, model, load_tokenizer(model_name))[0]
+
+
+def full_name(name: str) -> str:
+    """Of "default", what it stands for: SPACE:BITS+FINE."""
+    if name != DEFAULT:
+        return name
+    return f"{TransformCodes.key}:{DEFAULT_BITS:g}+{FINE_SHARE * DEFAULT_BITS:g}"
 
 
 def random_codebook(name: str, adapter: Adapter) -> Codebook:

@@ -165,7 +165,6 @@ OTHERS = (
         "the second question about a document beside the first, two processes at 10 Mbit/s",
         8,
         (_cpu("bench.latency.sessions", "latency_sessions"),),
-        ("codebooks",),
     ),
     Bench(
         "frames",
@@ -178,7 +177,6 @@ OTHERS = (
         "concurrent chats on two processes at 10 Mbit/s beside one, and a lone request",
         15,
         (_cpu("bench.service", "service"), _cpu("bench.service.lone", "service_lone")),
-        ("codebooks",),
     ),
     Bench(
         "service-faults",
@@ -255,6 +253,13 @@ OTHERS = (
         60,
         (_cpu("bench.accuracy codes", "codes"),),
         ("corpora", "codebooks"),
+    ),
+    Bench(
+        "fitting",
+        "the default fit of SmolLM2 and of a 1B shape: seconds, memory, what the codes keep",
+        40,
+        (_cpu("bench.accuracy fitting --models smollm2 llama-1b", "fitting"),),
+        ("corpora",),
     ),
     Bench(
         "encoder",

@@ -1,8 +1,9 @@
 """Accuracy against bits.
 
-    python -m bench.accuracy [lm | ranks | encoder | codes | calibrate | corpora] [OPTIONS]
+    python -m bench.accuracy [COMMAND] [OPTIONS]
 
-Without a word it is `lm`, perplexity of SmolLM2. Each has a --help of its own.
+COMMAND is one of lm, ranks, encoder, codes, fitting, calibrate and corpora; without a word it is
+`lm`, perplexity of SmolLM2. Each has a --help of its own.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ from __future__ import annotations
 import importlib
 import sys
 
-COMMANDS = ("lm", "ranks", "encoder", "codes", "calibrate", "corpora")
+COMMANDS = ("lm", "ranks", "encoder", "codes", "fitting", "calibrate", "corpora")
 
 
 def main() -> None:

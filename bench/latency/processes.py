@@ -21,6 +21,7 @@ from astra_runtime.console import say
 from astra_runtime.deploy.launch import free_ports
 from astra_runtime.transport import Link, Mesh
 from astra_runtime.transport.certificates import ephemeral_keys
+from bench import codebooks
 from bench.latency.subjects import MODELS, Subject
 from bench.link.rank import outputs_of, popen_options
 from bench.report import Case, command_line, quiet_transformers, write
@@ -78,7 +79,9 @@ def parser_of(module: str, about: str, *, rtt_ms: float, name: str) -> argparse.
     """The options of such a benchmark; `name`: of its result."""
     parser = argparse.ArgumentParser(prog=module, description=about)
     parser.add_argument("--model", choices=list(MODELS), default="smollm2")
-    parser.add_argument("--codes", default="transform:100", help="SPACE:GROUPS, transform:BITS")
+    parser.add_argument(
+        "--codes", default=codebooks.DEFAULT, help="SPACE:GROUPS, transform:BITS, or default"
+    )
     parser.add_argument("--ranks", type=int, default=2)
     parser.add_argument("--tokens", type=int, default=1024, help="of a prompt")
     parser.add_argument("--mbit", type=float, default=10.0)
@@ -104,6 +107,8 @@ def run(
     given = vars(options)
     names = [field.name for field in fields(settings) if field.name in given]
     shared = settings(**{name: given[name] for name in names if name != "rank"})
+    if shared.codes == codebooks.DEFAULT:  # fitted now, on all cores, if it was not before
+        Subject.make(shared.model, shared.tokens).codebook(shared.codes)
     cases = cases_of(shared, outputs(parser.prog, shared, options.ranks))
     for case in cases:
         say(f"  {case.name}: {case.ms.p50:.0f} ms, {dict(case.peers)} {dict(case.extra)}")
@@ -125,5 +130,5 @@ def shape_of(setup: RankSettings, ranks: int) -> dict[str, Any]:
         "world_size": ranks,
         "mbit_per_s": setup.mbit,
         "rtt_ms": setup.rtt_ms,
-        "space": setup.codes.partition(":")[0],
+        "space": codebooks.full_name(setup.codes).partition(":")[0],
     }

@@ -21,6 +21,7 @@ from torch import Tensor
 from astra_runtime import Engine
 from astra_runtime.sessions.session import Session
 from astra_runtime.transport import Mesh
+from bench import codebooks
 from bench.latency.processes import RankSettings, parser_of, rank_of, run, shape_of
 from bench.link.rank import begin
 from bench.report import Case, percentiles
@@ -103,7 +104,7 @@ def cases_of(setup: Settings, of_ranks: list[dict[str, list[float | None]]]) -> 
             f"over_{other}": percentiles([ours / theirs for ours, theirs in pairs]).p50,
         }
         label = f"latency_session_{name}_{setup.tokens}_{ranks}ranks_{setup.mbit:g}mbit"
-        shape, method = shape_of(setup, ranks), f"astra {setup.codes}"
+        shape, method = shape_of(setup, ranks), f"astra {codebooks.full_name(setup.codes)}"
         cases.append(Case(label, shape, "float32", method, ms[name], extra=added))
     return cases
 

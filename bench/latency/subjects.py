@@ -77,6 +77,8 @@ class Subject:
 
     def codebook(self, setting: str) -> Codebook:
         """Of a budget the fitted one; of "kv:1", "hidden:1:256" … one with random tables."""
+        if setting == codebooks.DEFAULT:
+            return codebooks.default(self.name, self.model)
         if codebooks.budgeted(setting):
             return Codebook.from_pretrained(codebooks.folder(codebooks.size_of(setting)["bits"], 0))
         return codebooks.random_codebook(setting, adapt(self.model))

@@ -16,6 +16,7 @@ from typing import Any
 from astra_runtime import Engine
 from astra_runtime.serve import GenerationRequest, Leader, Sampling, follow
 from astra_runtime.store import load_tokenizer
+from bench import codebooks
 from bench.latency.processes import RankSettings, parser_of, rank_of, run, shape_of
 from bench.link.rank import begin
 from bench.report import Case, percentiles
@@ -63,7 +64,7 @@ def cases_of(setup: Settings, of_ranks: list[dict[str, list[float]]]) -> list[Ca
         "service_lone",
         shape_of(setup, len(of_ranks)),
         "float32",
-        f"astra {setup.codes}",
+        f"astra {codebooks.full_name(setup.codes)}",
         percentiles(ms["service"]),
         peers={"engine": statistics.median(ms["engine"])},
         extra={"added_ms": percentiles(added).p50},

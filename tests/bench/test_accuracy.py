@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import argparse
 import json
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -12,7 +14,7 @@ import torch.nn.functional as F
 from astra_runtime import Codebook
 from astra_runtime.models import adapt
 from bench import codebooks
-from bench.accuracy import calibrate, encoder, lm, ranks, simulated, tables
+from bench.accuracy import calibrate, encoder, fitting, lm, ranks, simulated, tables
 from bench.lossy import degraded, perplexity
 from bench.report import Rows
 from tests.runtime.models import inputs_for, tiny, windows_for
@@ -260,3 +262,41 @@ def test_embeddings_of_an_encoder(results, monkeypatch):
 def test_calibration_text_is_never_that_of_the_evaluation():
     with pytest.raises(ValueError, match="expected no domain that is to be unseen, got handbook"):
         calibrate.windows(None, ["handbook:2"], 0)
+
+
+def test_a_fit_is_measured_and_what_its_codes_keep(results, monkeypatch, model, windows, tmp_path):
+    book = Codebook.fit(
+        model, windows_for("llama"), space="transform", bits=20, codewords=16, held_back=0
+    )
+    in_place_of_smollm2(monkeypatch, fitting, model, windows, {})
+    other = tmp_path / "other"
+    book.save_pretrained(other)
+
+    def saves(name, folder):
+        book.save_pretrained(folder)
+        return [sys.executable, "-c", "x = bytearray(1 << 26)"]
+
+    monkeypatch.setattr(fitting, "command_of", saves)
+    fitting.main(["--domains", "novels", "--beside", str(other)])
+    (row,) = rows_of(results, "fitting")
+    assert row["model_bytes"] == sum(4 * weight.numel() for weight in model.parameters())
+    assert row["peak_bytes"] > 1 << 26
+    assert row["seconds"] > 0
+    assert row["processor_seconds"] > 0
+    kept = row["kept"]["novels"]
+    assert kept["other"]["gap_recovered"] == kept["gap_recovered"]
+    assert kept["other"]["ours_more"] == kept["other"]["standard_error"] == 0
+
+
+def test_a_fit_that_fails_is_not_measured():
+    with pytest.raises(subprocess.CalledProcessError):
+        fitting.usage([sys.executable, "-c", "raise SystemExit(3)"])
+
+
+def test_a_shape_is_fitted_as_by_default(monkeypatch):
+    monkeypatch.setattr(fitting, "TOKENS", 60)
+    monkeypatch.setattr(fitting, "BITS", 16)
+    said = []
+    monkeypatch.setattr(fitting, "say", said.append)
+    fitting.main(["--fit", "llama-tiny"])
+    assert said[0].startswith("16.0 bits")
