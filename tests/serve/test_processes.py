@@ -153,5 +153,6 @@ def test_it_drains_and_ends_at_once(server: Server) -> None:
         os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOWAIT)
         taken = cpu_seconds(process.pid) - before
     assert process.wait() == 0
+    assert not [line for line in server.lines if "leak" in line]
     # more than that would be seconds on a busy machine
     assert taken < 1.0

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import gc
 import json
 import threading
 from pathlib import Path
@@ -10,7 +11,7 @@ from typing import Any
 
 from ..console import say, show_json
 from ..errors import AstraError
-from .common import quiet_transformers
+from .common import end_at_once, quiet_transformers
 from .leading import Place, start, started_early
 from .options import (
     add_fit_options,
@@ -100,6 +101,9 @@ def run(options: argparse.Namespace) -> int:
     )
     with started_early(options, place) as others:
         _serve(options, place, others, http)
+    if gc.get_freeze_count():
+        # it was not collected meanwhile, and libraries would report it as leaked
+        end_at_once(0)
     return 0
 
 

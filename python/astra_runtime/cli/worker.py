@@ -84,7 +84,8 @@ def run(options: argparse.Namespace) -> int:
         model, tokenizer = load(options)
     codebook, _ = ensure_codebook(options, model, tokenizer)
     torch.set_num_threads(options.threads)  # fitting used every core
-    gc.freeze()  # what is loaded stays: no collection has to look through it again
+    if options.parent and not options.once:
+        gc.freeze()  # what is loaded stays: no collection has to look through it again
     if options.parent:
         print(READY, flush=True)
     else:
