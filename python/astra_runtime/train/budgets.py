@@ -142,13 +142,14 @@ class TransformFit:
                 progress=lambda block: self.progress("clustering", block + 1, blocks),
             )
             fine: tuple[FineCode, ...] = ()
+            fine_codewords = min(FINE_CODEWORDS, len(self.rows.blocks[0]))
             if options.fine_tokens:
                 fine = fit_fine(
                     self.rows.few(FINE_ROWS),
                     self.cost,
                     transforms,
                     options.fine_bits,
-                    codewords=FINE_CODEWORDS,
+                    codewords=fine_codewords,
                     iterations=options.iterations,
                     seed=options.seed,
                     progress=lambda block: self.progress(
@@ -164,7 +165,7 @@ class TransformFit:
             return made
         notes |= {"fine_bits": options.fine_bits, "fine_codes": [part.codes for part in fine]}
         tokens = options.fine_tokens
-        return replace(made, fine=fine, fine_tokens=tokens, fine_codewords=FINE_CODEWORDS)
+        return replace(made, fine=fine, fine_tokens=tokens, fine_codewords=fine_codewords)
 
 
 def _few(windows: list[Inputs], adapter: Adapter) -> list[Inputs]:

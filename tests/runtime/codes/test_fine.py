@@ -105,6 +105,23 @@ def test_budget_file_and_digest(books: dict[str, Codebook], tmp_path: Path) -> N
     assert replace(book, fine_tokens=5).digest != book.digest
 
 
+def test_few_calibration_vectors_make_few_codewords() -> None:
+    windows = windows_for("llama")[:2, :20]
+    book = Codebook.fit(
+        tiny("llama"),
+        windows,
+        space="transform",
+        bits=12,
+        codewords=16,
+        rank=8,
+        held_back=0,
+        fine_bits=30,
+    )
+    assert book.fine_codewords == 2 * 19  # without the first token, which is exact
+    assert book.fine_bits <= 30
+    assert book.fine_tokens == 64
+
+
 def test_bits_count_each_payload_once(books: dict[str, Codebook]) -> None:
     model, inputs, book = tiny("llama"), inputs_for("llama", 23), books["llama"]
     plan = Plan.make(22, 2, causal=True, copies=1, shard_weights=(1, 1))
