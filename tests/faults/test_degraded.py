@@ -17,9 +17,9 @@ from .report import Row
 COMMAND = "python -m pytest -m faults tests/faults/test_degraded.py"
 WORLD = 3
 CALLS = 3
-DEADLINE = 0.3  # seconds, of a block
-SLEEP = 0.8
-SLACK_MS = 1000.0  # for a call beside its deadlines
+DEADLINE = 0.3  # seconds, of a block; more where a call takes as long
+LATER = 0.5  # seconds, after the deadline
+AMPLE = 60.0  # seconds, which no call takes
 
 
 class Case(NamedTuple):
@@ -37,9 +37,26 @@ def cases(seed: int, count: int) -> list[Case]:
     ]
 
 
-def run(forks: Forks, case: Case, *, sleep: float) -> list[dict[str, Any]]:
+class Pace(NamedTuple):
+    """How quick this machine is now, in milliseconds: what a call takes that lacks nothing."""
+
+    call_ms: float
+
+    @property
+    def deadline_ms(self) -> float:
+        return max(1e3 * DEADLINE, 2 * self.call_ms)
+
+    @property
+    def slack_ms(self) -> float:
+        """For a call, beside its deadlines."""
+        return max(1000.0, 10 * self.call_ms)
+
+
+def run(
+    forks: Forks, case: Case, deadline_ms: float, *, sleep: float = 0.0
+) -> list[dict[str, Any]]:
     options: dict[str, Any] = {"peers": free_ports(WORLD), "calls": CALLS}
-    options |= {"on_missing": "degrade", "deadline_ms": 1e3 * DEADLINE}
+    options |= {"on_missing": "degrade", "deadline_ms": deadline_ms}
     options["keys"] = str(key_folder()) if case.encrypted else None
     tasks = [("tests.faults.rank:rank", {**options, "number": n}) for n in range(WORLD)]
     if sleep:
@@ -48,7 +65,7 @@ def run(forks: Forks, case: Case, *, sleep: float) -> list[dict[str, Any]]:
     return [outcome.told for outcome in forks.run(tasks, seconds=60.0)]
 
 
-def fault_of(case: Case, told: dict[str, Any], whole: str) -> tuple[str | None, float]:
+def fault_of(case: Case, told: dict[str, Any], whole: str, pace: Pace) -> tuple[str | None, float]:
     """What is wrong with the answers of a rank that went on, and the time its first one took.
 
     `whole`: the digest of an answer that lacks nothing, as the last one has to be again.
@@ -67,20 +84,22 @@ def fault_of(case: Case, told: dict[str, Any], whole: str) -> tuple[str | None, 
             fault = f"the flag contradicts what is missing: {answer}"
         elif answer["degraded"] == (answer["digest"] == whole):
             fault = f"the flag contradicts the answer: {answer}"
-        elif answer["ms"] > 1e3 * DEADLINE * deadlines + SLACK_MS:
+        elif answer["ms"] > pace.deadline_ms * deadlines + pace.slack_ms:
             fault = f"took too long for {deadlines} deadlines: {answer}"
     return fault and f"{case}: {fault}", first["ms"]
 
 
 def try_degraded(forks: Forks, count: int, seed: int) -> Row:
-    row = Row("degraded", COMMAND, seed, extra={"deadline_ms": 1e3 * DEADLINE})
-    undisturbed = run(forks, Case(1, 0, False), sleep=0.0)
-    (whole,) = {answer["digest"] for told in undisturbed for answer in told["answers"]}
+    undisturbed = run(forks, Case(1, 0, False), 1e3 * AMPLE)
+    answers = [answer for told in undisturbed for answer in told["answers"]]
+    (whole,) = {answer["digest"] for answer in answers}
+    pace = Pace(max(answer["ms"] for answer in answers))
+    row = Row("degraded", COMMAND, seed, extra={"deadline_ms": pace.deadline_ms})
     for case in cases(seed, count):
-        told = run(forks, case, sleep=SLEEP)
+        told = run(forks, case, pace.deadline_ms, sleep=1e-3 * pace.deadline_ms + LATER)
         for number in range(WORLD):
             if number != case.victim:
-                row.count(*fault_of(case, told[number], whole))
+                row.count(*fault_of(case, told[number], whole, pace))
     return row
 
 

@@ -188,12 +188,12 @@ def test_every_rank_names_the_one_that_stopped() -> None:
 
 def test_saying_why_never_takes_long() -> None:
     """One peer is gone, one does not read and has a full buffer."""
-    with raw_peer(world_size=3) as (mesh, peers):
+    with raw_peer(world_size=3, timeout=60) as (mesh, peers):
         mesh.send(bytes(30 << 20), block=0, plan=PLAN, to=[0])
         peers[1].close()
         start = time.monotonic()
         mesh.abort(ValueError("x"))
-        assert time.monotonic() - start < 2  # 0.2 on a free machine; no wait is shorter than 5
+        assert time.monotonic() - start < 30  # 0.2 on a free machine; every other wait is 60
         mesh.abort(ValueError("again"))
         with pytest.raises(AstraError, match="the mesh is closed"):
             mesh.receive({0: 1}, block=0, plan=PLAN)
@@ -230,12 +230,13 @@ def test_a_failing_model_fails_on_every_rank() -> None:
 
 
 def test_a_deadline_by_block_sees_who_stopped() -> None:
+    """Of several ranks that are late the first is named, so here it is whoever stopped."""
     model, inputs = tiny("llama"), inputs_for("llama", 12)
     stopped = threading.Event()
 
     def work(mesh: Mesh) -> Any:
         with Engine(model, None, mesh, deadline_ms=250) as engine:
-            if mesh.rank == 1:
+            if mesh.rank == 0:
                 stopped.wait(20)
                 return None
             start = time.monotonic()
@@ -246,8 +247,8 @@ def test_a_deadline_by_block_sees_who_stopped() -> None:
                 stopped.set()
             return caught.value, seconds
 
-    (first, _), _, (last, seconds) = as_ranks(local_mesh(3, timeout=2 * PROMPT), work)
-    assert (first.rank, first.block) == (last.rank, last.block) == (1, 0)
+    _, (first, _), (last, seconds) = as_ranks(local_mesh(3, timeout=2 * PROMPT), work)
+    assert (first.rank, first.block) == (last.rank, last.block) == (0, 0)
     assert first.seconds == last.seconds == 0.25
     assert 0.24 < seconds < PROMPT
 
