@@ -145,9 +145,13 @@ class Softmax:
     @functools.cached_property
     def delta(self) -> Tensor:
         """[B, H, M], what is subtracted from the gradient of every weight."""
-        dtype = compute_dtype(self.query)
-        delta = (self.grad_out.to(dtype) * self.out.to(dtype)).sum(dim=3)
-        return delta if self.grad_lse is None else delta - self.grad_lse
+        delta = torch.empty_like(self.lse)
+        size = max(1, BLOCK * delta.shape[2] // max(1, self.out.numel()))
+        for start in range(0, delta.shape[2], size):
+            rows = slice(start, start + size)
+            grad_out, out = (x[:, :, rows].to(delta.dtype) for x in (self.grad_out, self.out))
+            torch.sum(grad_out * out, dim=3, out=delta[:, :, rows])
+        return delta if self.grad_lse is None else delta.sub_(self.grad_lse)
 
 
 def is_coarse(lse: Tensor) -> bool:

@@ -7,7 +7,7 @@ them at hand each source's gradient stands alone, and those to the query are add
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 
 import torch
@@ -15,7 +15,7 @@ from torch import Tensor
 
 from astra_kernels.attention import blocks
 from astra_kernels.attention.blocks import Softmax, compute_dtype, zeros_like
-from astra_kernels.attention.visibility import HIDDEN, Visibility, visibility
+from astra_kernels.attention.visibility import HIDDEN, Visibility, of_heads, visibility
 
 Gradients = dict[str, Tensor]
 
@@ -24,6 +24,10 @@ BAND_ROWS = 128
 
 # Channels that are added where lse has a gradient: one is needed, eight keep rows aligned.
 LSE_CHANNELS = 8
+
+# Numbers of queries that are brought into another dtype or width at a time, unless that left
+# threads idle.
+CONVERTED = 2**18
 
 _flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward.default
 
@@ -50,22 +54,88 @@ def of_keys(
     see: Visibility,
     grad_mask: Tensor | None,
     fast: bool,
+    dtype: torch.dtype | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients to query, key and value of what these keys add, in the dtype of accumulation;
-    that of the mask is added to ``grad_mask``. ``fast``: more than blocks may be used."""
+    """Gradients to query, key and value of what these keys add; that of the mask is added to
+    ``grad_mask``. ``fast``: more than blocks may be used. ``dtype``: that of accumulation, or one
+    that the gradients may be in already."""
+    accumulated = compute_dtype(softmax.query)
+    dtype = accumulated if dtype is None else dtype
     if softmax.query.numel() == 0 or key.shape[2] == 0:
-        dtype = compute_dtype(softmax.query)
         return tuple(zeros_like(x, dtype) for x in (softmax.query, key, value))  # type: ignore[return-value]
     if fast and grad_mask is None and _triton_serves(softmax, key, value):
         return _by_triton(softmax, key, value, see)
-    served = softmax.softcap is None and softmax.sums is None
-    if not fast or not served or grad_mask is not None or not softmax.query.is_cpu:
+    if not softmax.query.is_cpu:
         return blocks.backward(softmax, key, value, see, grad_mask)
-    grads = _by_flash(softmax, key, value, see)
-    if see.attn_mask is not None and not all(grad.sum().isfinite() for grad in grads):
+    flash = fast and grad_mask is None and softmax.softcap is None and softmax.sums is None
+    converts = softmax.query.dtype != accumulated or (flash and not _is_ready(softmax, value, see))
+    if not converts:
+        return _on_cpu(softmax, key, value, see, grad_mask, flash)
+    tensors = (softmax.query, key, value)
+    grads = tuple(zeros_like(x, dtype) for x in tensors)
+    for batch, heads, kv_heads in _some_heads(softmax.query, key):
+        part = _on_cpu(
+            _of_heads(softmax, batch, heads),
+            key[batch, kv_heads],
+            value[batch, kv_heads],
+            see.of_heads(batch, heads),
+            None if grad_mask is None else of_heads(grad_mask, batch, heads),
+            flash,
+        )
+        for grad, own, places in zip(grads, part, (heads, kv_heads, kv_heads), strict=True):
+            grad[batch, places] = own
+        # The next heads' take their place.
+        del part, own
+    return grads  # type: ignore[return-value]
+
+
+def _is_ready(softmax: Softmax, value: Tensor, see: Visibility) -> bool:
+    """Whether torch's flash kernel takes the tensors of a call as they are."""
+    one_width = softmax.query.shape[3] == value.shape[3]
+    return one_width and softmax.grad_lse is None and see.key_mask is None
+
+
+def _some_heads(query: Tensor, key: Tensor) -> Iterator[tuple[slice, slice, slice]]:
+    """Batch rows, heads and KV heads of a call, so many at a time as `CONVERTED` says."""
+    batch, heads, rows, dim = query.shape
+    kv_heads = key.shape[1]
+    group = heads // kv_heads
+    busy = -(-2 * torch.get_num_threads() // group)
+    count = max(1, busy, CONVERTED // (group * rows * dim))
+    num_heads, num_rows = min(count, kv_heads), max(1, count // kv_heads)
+    for row in range(0, batch, num_rows):
+        for head in range(0, kv_heads, num_heads):
+            last = min(head + num_heads, kv_heads)
+            yield slice(row, row + num_rows), slice(head * group, last * group), slice(head, last)
+
+
+def _of_heads(softmax: Softmax, batch: slice, heads: slice) -> Softmax:
+    place = (batch, heads)
+    return replace(
+        softmax,
+        query=softmax.query[place],
+        out=softmax.out[place],
+        lse=softmax.lse[place],
+        grad_out=softmax.grad_out[place],
+        grad_lse=None if softmax.grad_lse is None else softmax.grad_lse[place],
+        sums=None if softmax.sums is None else softmax.sums[place],
+    )
+
+
+def _on_cpu(
+    softmax: Softmax,
+    key: Tensor,
+    value: Tensor,
+    see: Visibility,
+    grad_mask: Tensor | None,
+    flash: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    if flash:
+        grads = _by_flash(softmax, key, value, see)
         # Keys that a mask hides from all rows may be NaN, which the kernel multiplies by 0.
-        return blocks.backward(softmax, key, value, see, grad_mask)
-    return grads
+        if see.attn_mask is None or all(grad.sum().isfinite() for grad in grads):
+            return grads
+    return blocks.backward(softmax, key, value, see, grad_mask)
 
 
 def _triton_serves(softmax: Softmax, key: Tensor, value: Tensor) -> bool:
@@ -101,29 +171,25 @@ def _by_flash(
     if see.key_mask is not None:
         hidden = ~see.key_mask[:, None, :, None]
         key, value = key.masked_fill(hidden, 0.0), value.masked_fill(hidden, 0.0)
-    query, key, value, out, grad_out = (
-        _ready(x, width, dtype) for x in (softmax.query, key, value, softmax.out, softmax.grad_out)
-    )
-    if softmax.grad_lse is not None:
-        # The kernel subtracts sum(grad_out * out) only: one more channel makes that delta.
-        out[..., -1] = -softmax.grad_lse
-        grad_out[..., -1] = 1.0
+    key, value = (_in_rows(_ready(x, width, dtype)) for x in (key, value))
     lse = softmax.lse
     if not lse.isfinite().all():
         # A row that sees nothing has weights exp(-inf - inf) = 0.
         lse = lse.masked_fill(lse == HIDDEN, float("inf"))
-    softmax = replace(softmax, query=query, out=out, grad_out=grad_out, lse=lse)
-    grads = _pieces(softmax, key, value, see)
+    grads = _pieces(replace(softmax, lse=lse), key, value, see)
     return tuple(  # type: ignore[return-value]
         x if x.shape[3] == wide else x[..., :wide] for x, wide in zip(grads, widths, strict=True)
     )
 
 
 def _ready(tensor: Tensor, width: int, dtype: torch.dtype) -> Tensor:
-    """As the kernel takes it: of one width and dtype, channels one after the other."""
-    tensor = tensor.to(dtype)
-    if tensor.shape[3] != width:
-        return torch.nn.functional.pad(tensor, (0, width - tensor.shape[3]))
+    """Of one width and dtype, as the kernel takes it."""
+    tensor, more = tensor.to(dtype), width - tensor.shape[3]
+    return torch.nn.functional.pad(tensor, (0, more)) if more else tensor
+
+
+def _in_rows(tensor: Tensor) -> Tensor:
+    """Channels one after the other."""
     return tensor if tensor.stride(3) == 1 else tensor.contiguous()
 
 
@@ -135,9 +201,17 @@ def _call(
     is_causal: bool = False,
     bias: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    query, out, grad_out = (x[:, :, rows] for x in (softmax.query, softmax.out, softmax.grad_out))
+    width, dtype = key.shape[3], key.dtype
+    tensors = (softmax.query, softmax.out, softmax.grad_out)
+    query, out, grad_out = (_ready(x[:, :, rows], width, dtype) for x in tensors)
+    if softmax.grad_lse is not None:
+        # The kernel subtracts sum(grad_out * out) only: one more channel makes that delta.
+        out[..., -1] = -softmax.grad_lse[:, :, rows]
+        grad_out[..., -1] = 1.0
+    # The kernel copies grad_out by itself, unless it is stored as it wants it.
     return _flash(
-        *(grad_out, query, key, value, out, softmax.lse[:, :, rows], 0.0, is_causal),
+        *(grad_out, _in_rows(query), key, value, _in_rows(out), softmax.lse[:, :, rows]),
+        *(0.0, is_causal),
         attn_mask=bias,
         scale=softmax.scale,
     )
@@ -147,44 +221,56 @@ def _pieces(
     softmax: Softmax, key: Tensor, value: Tensor, see: Visibility
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Calls of the kernel that make up the whole, and leave out what is not seen."""
-    if see.open or (see.causal and see.rows == see.tokens):
-        return _call(softmax, key, value, is_causal=not see.open)
-    grads = (
-        zeros_like(softmax.query, key.dtype),
-        zeros_like(key, key.dtype),
-        zeros_like(value, key.dtype),
-    )
-    if see.causal:
-        # The keys before the square that all rows see, then the square; rows above it see nothing.
-        square = min(see.rows, see.tokens)
-        first = see.tokens - square
-        rows = slice(see.rows - square, see.rows)
-        if first > 0:
-            part = _call(softmax, key[:, :, :first], value[:, :, :first], rows)
-            _add(grads, part, rows, slice(0, first))
-        part = _call(softmax, key[:, :, first:], value[:, :, first:], rows, is_causal=True)
-        _add(grads, part, rows, slice(first, see.tokens))
-        return grads
-    block = min(BAND_ROWS, see.rows) if see.banded else _rows_at_once(see)
+    block = _rows_at_once(softmax, key, see)
+    square = see.causal and see.rows == see.tokens
+    if block >= see.rows and (see.open or square):
+        return _call(softmax, key, value, is_causal=square)
+    batch, heads, num_rows, _ = softmax.query.shape
+    grad_query = key.new_zeros((batch, num_rows, heads, key.shape[3])).transpose(1, 2)
+    grads = (grad_query, zeros_like(key, key.dtype), zeros_like(value, key.dtype))
     for start in range(0, see.rows, block):
-        rows = slice(start, min(start + block, see.rows))
-        low, high = see.span(rows.start, rows.stop)
-        if low == high:
-            continue
-        bias = see.bias(rows.start, rows.stop, low, high, key.dtype, key.device)
-        if bias is not None:
-            bias = bias.expand(*bias.shape[:-2], rows.stop - start, high - low)
-        part = _call(softmax, key[:, :, low:high], value[:, :, low:high], rows, bias=bias)
-        _add(grads, part, rows, slice(low, high))
+        for rows, keys, is_causal in _seen(see, start, min(start + block, see.rows)):
+            bias = None
+            if not see.causal:
+                places = (rows.start, rows.stop, keys.start, keys.stop)
+                bias = see.bias(*places, key.dtype, key.device)
+            if bias is not None:
+                size = (rows.stop - rows.start, keys.stop - keys.start)
+                bias = bias.expand(*bias.shape[:-2], *size)
+            part = _call(softmax, key[:, :, keys], value[:, :, keys], rows, is_causal, bias)
+            _add(grads, part, rows, keys)
+            del part
     return grads
 
 
-def _rows_at_once(see: Visibility) -> int:
-    """All, unless a mask has to be converted."""
-    mask = see.attn_mask
-    if mask is None or mask.shape[2] == 1 or mask.dtype in (torch.float32, torch.float64):
-        return see.rows
-    return max(1, min(see.rows, blocks.BLOCK * 8 * see.rows // max(1, mask.numel())))
+def _seen(see: Visibility, start: int, stop: int) -> list[tuple[slice, slice, bool]]:
+    """What rows start..stop see as rectangles of rows and keys; of a square the half below its
+    diagonal, where the last is True."""
+    if not see.causal:
+        low, high = see.span(start, stop)
+        return [(slice(start, stop), slice(low, high), False)] if low < high else []
+    place = see.tokens - see.rows
+    # Rows above see nothing.
+    start = max(start, -place)
+    if start >= stop:
+        return []
+    rows, first = slice(start, stop), place + start
+    square = (rows, slice(first, place + stop), True)
+    return [(rows, slice(0, first), False), square] if first > 0 else [square]
+
+
+def _rows_at_once(softmax: Softmax, key: Tensor, see: Visibility) -> int:
+    """All, unless a band leaves out keys, or a mask or the queries have to be converted."""
+    mask, block = see.attn_mask, see.rows
+    if see.banded and not see.causal:
+        block = min(BAND_ROWS, block)
+    if mask is not None and mask.shape[2] > 1 and mask.dtype.itemsize < 4:
+        block = max(1, min(block, blocks.BLOCK * 8 * see.rows // max(1, mask.numel())))
+    query, width = softmax.query, key.shape[3]
+    if query.dtype != key.dtype or query.shape[3] != width or softmax.out.shape[3] != width:
+        per_row = query.shape[0] * query.shape[1] * width
+        block = min(block, max(BAND_ROWS, CONVERTED // per_row))
+    return block
 
 
 def _add(
@@ -244,7 +330,7 @@ def attention(
     grad_mask = new_grad_mask(attn_mask, "attn_mask" in wanted, lse.dtype)
     if query.numel() > 0 and attn_mask is not None and blocks.is_coarse(lse):
         softmax = with_sums(softmax, [blocks.sums_of(softmax, key, see)], sinks)
-    grads = of_keys(softmax, key, value, see, grad_mask, fast)
+    grads = of_keys(softmax, key, value, see, grad_mask, fast, query.dtype)
     result = dict(zip(("query", "key", "value"), grads, strict=True))
     if grad_mask is not None:
         result["attn_mask"] = grad_mask

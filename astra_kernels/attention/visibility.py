@@ -56,6 +56,12 @@ class Visibility:
         key_mask = None if self.key_mask is None else self.key_mask[:, low:high]
         return replace(self, tokens=high - low, key_mask=key_mask, attn_mask=mask)
 
+    def of_heads(self, batch: slice, heads: slice) -> Visibility:
+        """The same of some batch rows and heads."""
+        mask = None if self.attn_mask is None else of_heads(self.attn_mask, batch, heads)
+        key_mask = None if self.key_mask is None else self.key_mask[batch]
+        return replace(self, key_mask=key_mask, attn_mask=mask)
+
     def bias(
         self, start: int, stop: int, low: int, high: int, dtype: torch.dtype, device: torch.device
     ) -> Tensor | None:
@@ -118,6 +124,12 @@ def visibility(
     if attn_mask is not None:
         attn_mask = _not_expanded(attn_mask)
     return Visibility(rows, tokens, left, right, key_mask, attn_mask)
+
+
+def of_heads(mask: Tensor, batch: slice, heads: slice) -> Tensor:
+    """Of a mask of four axes what some batch rows and heads see."""
+    mask = mask[batch] if mask.shape[0] > 1 else mask
+    return mask[:, heads] if mask.shape[1] > 1 else mask
 
 
 def _not_expanded(mask: Tensor) -> Tensor:

@@ -4,6 +4,7 @@ ways in which torch asks for them."""
 from __future__ import annotations
 
 import importlib
+import sys
 
 import pytest
 import torch
@@ -423,3 +424,45 @@ def test_modules_of_the_gradients_use_no_reference():
     for name in ("attention", "coded_attention", "codeword_attention", "mixed_attention"):
         module = importlib.import_module(f"astra_kernels.{name}.gradient")
         assert not any("reference" in str(x) for x in vars(module))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"is_causal": True},
+        {"window": (3, 2)},
+        {"attn_mask": torch.arange(198).view(2, 1, 11, 9) % 4 > 0},
+        {"attn_mask": torch.arange(36.0).view(1, 4, 1, 9).sin()},
+        {"key_mask": torch.arange(9).expand(2, -1) > 2},
+        {"softcap": 2.0},
+    ],
+    ids=["plain", "causal", "window", "bool", "float", "keys", "softcap"],
+)
+def test_some_heads_and_rows_at_a_time(monkeypatch, dtype, options):
+    """Tensors that are converted for torch's kernel are so a few heads and rows at a time."""
+    torch.manual_seed(0)
+    query = torch.randn(2, 4, 11, 8, dtype=dtype, requires_grad=True)
+    key, value = (torch.randn(2, 2, 9, w, dtype=dtype, requires_grad=True) for w in (8, 6))
+    options = {
+        name: x.to(dtype) if isinstance(x, torch.Tensor) and x.is_floating_point() else x
+        for name, x in options.items()
+    }
+    out, lse = ak.attention(query, key, value, **options)
+    lse = lse.masked_fill(lse == -torch.inf, 0.0)
+    loss = (out.float() * torch.randn(out.shape)).sum() + (lse * torch.randn(lse.shape)).sum()
+
+    def grads():
+        return torch.autograd.grad(loss, (query, key, value), retain_graph=True)
+
+    whole = grads()
+    module = sys.modules["astra_kernels.attention.gradient"]
+    monkeypatch.setattr(module, "CONVERTED", 1)
+    monkeypatch.setattr(module, "BAND_ROWS", 4)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 1)
+    parts = list(module._some_heads(query, key))
+    assert len(parts) == 4
+    tolerance = 1e-5 if dtype == torch.float32 else 1e-2
+    for found, wanted in zip(grads(), whole, strict=True):
+        torch.testing.assert_close(found, wanted, rtol=tolerance, atol=tolerance)
