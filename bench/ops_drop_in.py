@@ -6,8 +6,8 @@
 The baseline `sdpa` is torch's own function for the same call, `index_select_sdpa` rows gathered
 from the tables and torch's autograd. Backwards are timed alone, on a graph that is kept.
 `peak_bytes` are what a process of its own needed at most for a forward and a backward, over what it
-had after one before, with freed memory given back: the least of three processes. With `--before` a process of each checkout makes the same calls in turns: `before` is
-the older one.
+had after one before, with freed memory given back: the least of three processes. With `--before` a
+process of each checkout makes the same calls in turns: `before` is the older one.
 """
 
 import argparse
