@@ -80,5 +80,5 @@ class Subject:
         if setting == codebooks.DEFAULT:
             return codebooks.default(self.name, self.model)
         if codebooks.budgeted(setting):
-            return Codebook.from_pretrained(codebooks.folder(codebooks.size_of(setting)["bits"], 0))
+            return codebooks.calibrated(setting, 0)
         return codebooks.random_codebook(setting, adapt(self.model))

@@ -221,6 +221,8 @@ def first_token(
 ) -> Prediction:
     """Follows all ranks of a plan through all blocks.
 
+    Fine codes are counted on the links; their work, a few tokens' of each shard, is not.
+
     Args:
         rates: of every rank.
         link: of every rank.
@@ -247,8 +249,10 @@ def first_token(
             start = max(sent[n], uplink[n])
             receivers = plan.receivers(n) if size else ()
             for receiver in sorted(receivers, key=lambda r: (r - n) % world):
-                frames.append((start, takes, receiver))
-                start += takes
+                fine = _fine_bytes(codebook, plan, block, n) if receiver == n + 1 else 0.0
+                longer = link.seconds(math.ceil(size + fine)) if fine else takes
+                frames.append((start, longer, receiver))
+                start += longer
                 uplink[n] = start
         for start, takes, receiver in sorted(frames):
             # through the switch as it comes: the last bit leaves both links at the same time
@@ -268,6 +272,15 @@ def first_token(
     answer = ready[plan.owner] if causal else _class_tokens(adapter, ready, link)
     owner = rates[plan.owner]
     return Prediction(answer + owner.once, tuple(busy), tuple(waiting))
+
+
+def _fine_bytes(codebook: Codebook, plan: Plan, block: int, rank: int) -> float:
+    """Of a block's frame from `rank` to the next, behind the codes that every receiver gets."""
+    if not codebook.fine:
+        return 0.0
+    tokens = plan.fine_tokens(rank, codebook.fine_tokens)
+    bits = codebook.fine[block].codes * codebook.fine_code_bits
+    return bits * (tokens.stop - tokens.start) / 8
 
 
 def _class_tokens(adapter: Adapter, ready: Sequence[float], link: Link) -> float:

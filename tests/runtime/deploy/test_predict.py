@@ -112,6 +112,20 @@ def test_frames_to_more_peers_cross_the_uplink_one_after_another() -> None:
     assert seconds(4) == pytest.approx(3 * seconds(2), rel=0.2)
 
 
+def test_fine_codes_lengthen_the_next_ranks_frame() -> None:
+    options = {"bits": 12, "codewords": 16, "iterations": 2, "held_back": 0}
+    model = tiny("llama")
+    book = book_of(model, "llama", space="transform", fine_bits=60, fine_tokens=4, **options)
+    coarse = replace(book, fine=(), fine_tokens=0, fine_codewords=0)
+    plan = Plan.make(30, 2, causal=True, copies=1)
+    idle, link = Rates(0, 0, 0, 0, 0, 0), Link(mbit_per_s=1)
+    with_fine, without = (
+        first_token(adapt(model), b, plan, [idle] * 2, link).seconds for b in (book, coarse)
+    )
+    more = sum(4 * part.codes * 6 for part in book.fine)  # bits of the last 4 of 15 tokens
+    assert with_fine - without == pytest.approx(more / 1e6, rel=0.1)  # up to whole bytes
+
+
 def test_slow_links_and_more_bits_cost_time() -> None:
     adapter = adapter_of(shaped("vit-base"))
 
