@@ -11,6 +11,7 @@ from pathlib import Path
 
 _CPUS = Path("/sys/devices/system/cpu")
 _QUOTA = Path("/sys/fs/cgroup/cpu.max")
+_MEMORY = Path("/proc/meminfo")
 
 
 def physical_cores(cpus: Path = _CPUS, quota: Path = _QUOTA) -> int:
@@ -39,6 +40,15 @@ def threads_of(processes: int) -> int:
     with contextlib.suppress(ValueError):
         return max(1, int(os.environ.get("OMP_NUM_THREADS", "").split(",")[0]))
     return max(1, physical_cores() // processes)
+
+
+def available_bytes() -> int:
+    """Memory that programs may still take, as the kernel estimates it; 0 where nobody says."""
+    with contextlib.suppress(OSError, KeyError):
+        lines = _MEMORY.read_text().splitlines()
+        fields = dict(line.split(":", 1) for line in lines)
+        return 1024 * int(fields["MemAvailable"].split()[0])
+    return 0
 
 
 def peak_bytes() -> int:

@@ -23,6 +23,7 @@ from ..decoding import Choose
 from ..engine import Engine
 from ..errors import WireError
 from ..evaluate import shard_loss
+from ..models import adapt
 from ..models.quantized import weight_bytes
 from ..store import token_limit
 from ..trace import Span, trace_of, tracing
@@ -302,7 +303,7 @@ class Ranks:
         late = self.deadline_ms / 1000 if self.partial and self.deadline_ms else None
         own = {
             "threads": torch.get_num_threads(),
-            "weight_bytes": weight_bytes(self.model),
+            "weight_bytes": weight_bytes(self.model) + adapt(self.model).hooks.packed_bytes,
             "peak_bytes": peak_bytes(),
         }
         said = {name: self._exchange(float(value), late) for name, value in own.items()}

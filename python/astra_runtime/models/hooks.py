@@ -23,6 +23,7 @@ from typing import Any, Protocol
 from torch import Tensor, nn
 
 from ..errors import ModelChanged
+from .packed import PackedForward, affordable, bytes_of, can_pack, packable
 
 ATTENTION = "astra"  # the name under which the attention is known to transformers
 # Attention functions that compute softmax(q·kᵀ/√d + mask)·v and nothing else.
@@ -190,6 +191,8 @@ class Hooks:
         self.index = {module: i for i, module in enumerate(self.attentions)}
         self._handles: list[Any] = []
         self._users = 0
+        self._packed: list[PackedForward] = []
+        self._packers = 0
 
     @contextlib.contextmanager
     def installed(self) -> Iterator[None]:
@@ -222,8 +225,59 @@ class Hooks:
                 _current.reset(token)
         running.check_whole()
 
+    def pack(self, asked: bool | None) -> bool:
+        """Keeps copies of the blocks' weights for calls, see `packed`; whether there are any.
+
+        One of several users makes them, and the last one that calls `unpack` ends them.
+
+        Args:
+            asked: None: where they are worth their memory; False: this user needs none.
+
+        Raises:
+            ValueError: they were asked for, and cannot be made.
+        """
+        if asked is False:
+            return False
+        layers = packable(self.blocks) if can_pack() else []
+        if asked and not layers:
+            raise ValueError(
+                "pack_weights: expected layers of fp32 on a CPU with MKL, got none; leave it out"
+            )
+        with _lock:
+            if not self._packed and (not layers or (asked is None and not affordable(layers))):
+                return False
+            self._packers += 1
+            if not self._packed:
+                self._packed = [PackedForward(layer) for layer in layers]
+                if self._users:
+                    self._read_packed()
+        return True
+
+    def unpack(self) -> None:
+        """Undoes one `pack` that made or found copies."""
+        with _lock:
+            self._packers -= 1
+            if not self._packers:
+                self._read_own()
+                self._packed = []
+
+    @property
+    def packed_bytes(self) -> int:
+        """Of the copies in memory."""
+        return bytes_of(forward.layer for forward in self._packed)
+
+    def _read_packed(self) -> None:
+        for forward in self._packed:
+            forward.layer.__dict__.setdefault("forward", forward)
+
+    def _read_own(self) -> None:
+        for forward in self._packed:
+            if forward.layer.__dict__.get("forward") is forward:
+                del forward.layer.__dict__["forward"]
+
     def _install(self) -> None:
         register_attention()
+        self._read_packed()
         for index, block in enumerate(self.blocks):
             hook = _Hook(self, _before_block(index))
             self._handles.append(block.register_forward_pre_hook(hook, with_kwargs=True))
@@ -236,6 +290,7 @@ class Hooks:
             module.__dict__["config"] = _AttentionConfig(config)
 
     def _remove(self) -> None:
+        self._read_own()
         for handle in self._handles:
             handle.remove()
         self._handles.clear()

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 from ..errors import ModelChanged
 from .digest import is_beside_the_function
+from .packed import PackedForward
 
 SAMPLE = 8  # values of a tensor, evenly spaced
 _BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}  # by bytes an element
@@ -131,11 +132,12 @@ def _words(config: Any) -> dict[str, Any]:
 
 def _function(module: nn.Module) -> tuple[Any, ...]:
     """What tells, besides its parameters, which function a module computes."""
+    forward = module.__dict__.get("forward")
     return (
         type(module),
         tuple(module._forward_hooks.values()),
         tuple(module._forward_pre_hooks.values()),
-        module.__dict__.get("forward"),
+        None if isinstance(forward, PackedForward) else forward,
         getattr(module, "eps", None),
         getattr(module, "variance_epsilon", None),
     )

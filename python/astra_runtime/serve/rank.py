@@ -20,6 +20,7 @@ from typing import Any
 import torch
 
 from ..control import Control
+from ..cores import available_bytes
 from ..engine import Engine
 from ..errors import AstraError, CallEnded, WireError, ends_the_call_alone
 from ..sessions.cache import KeyValues
@@ -413,9 +414,7 @@ def machine() -> str:
 
 def free_memory() -> int:
     """Bytes that a new program could have without any being swapped out."""
-    lines = Path("/proc/meminfo").read_text().splitlines()
-    fields = dict(line.split(":", 1) for line in lines)
-    return 1024 * int(fields["MemAvailable"].split()[0])
+    return available_bytes()
 
 
 def receive_report(mesh: Mesh, peer: int, seconds: float) -> dict[str, Any]:
