@@ -27,7 +27,7 @@ SOAK_CALLS ?= 20000
 FAULTS ?= bench/results/cpu-$(shell nproc)core/faults.json
 SOURCES := $(shell find csrc -type f) CMakeLists.txt setup.py pyproject.toml $(CONSTRAINTS)
 
-.PHONY: help setup demo test test-core test-slow test-aot aot-table test-faults test-sanitized soak fuzz test-install test-lowest lint format docs bench clean
+.PHONY: help setup demo test test-core test-slow test-aot aot-table test-faults test-sanitized soak fuzz test-install test-lowest lint format docs bench rivals clean
 
 help:
 	@echo "make demo    one device, dense exchange and ASTRA side by side (real model, processes, sockets)"
@@ -42,6 +42,7 @@ help:
 	@echo "make test-lowest  the core of the tests on the lowest versions that pyproject.toml allows"
 	@echo "make docs    the documents and the API reference as a site, in build/site"
 	@echo "make lint    ruff, mypy, clang-format, whether the tables are what the results say"
+	@echo "make rivals  the environment of the benchmark rivals: llama.cpp, compiled, and CTranslate2"
 	@echo "make bench   benchmarks, results and tables; its first lines say what it runs and leaves out"
 
 setup: $(STAMP)
@@ -134,6 +135,17 @@ test-lowest: $(STAMP) .venv-lowest/.set-up
 	@echo "== the core of the tests on the lowest versions: about 4 minutes =="
 	OMP_NUM_THREADS=1 PYTHONPATH=python:. .venv-lowest/bin/python -m pytest -q -n 2 -p no:cacheprovider $(LOWEST_TESTS)
 
+# What people run instead, beside this environment's packages: a folder named in a .pth file.
+.venv-rivals/.set-up: $(STAMP) pyproject.toml $(CONSTRAINTS)
+	@echo "== llama.cpp and CTranslate2 in .venv-rivals; llama.cpp is compiled, a quarter of an hour =="
+	test -x .venv-rivals/bin/python || $(BIN)/python -m venv .venv-rivals
+	$(BIN)/python -c "import sysconfig; print(sysconfig.get_path('purelib'))" > "$$(.venv-rivals/bin/python -c "import sysconfig; print(sysconfig.get_path('purelib'))")/z_shared.pth"
+	$(BIN)/python -c 'import tomllib; print(*tomllib.load(open("pyproject.toml", "rb"))["project"]["optional-dependencies"]["rivals"], sep="\n")' \
+	  | CMAKE_ARGS="-DGGML_RPC=ON -DGGML_NATIVE=ON -DLLAVA_BUILD=OFF" .venv-rivals/bin/python -m pip install --quiet -c $(CONSTRAINTS) --no-binary llama-cpp-python -r /dev/stdin
+	@touch $@
+
+rivals: .venv-rivals/.set-up
+
 test-install: $(STAMP)
 	@echo "== wheel and sdist in an environment with the base dependencies only: about 5 minutes =="
 	$(BIN)/python -m tests.install --torch "$(TORCH)" --constraints $(CONSTRAINTS) --folder build/install
@@ -164,4 +176,4 @@ bench: $(STAMP)
 	@$(BIN)/python -m bench
 
 clean:
-	rm -rf build $(VENV) .venv-aot
+	rm -rf build $(VENV) .venv-aot .venv-rivals

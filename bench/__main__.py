@@ -24,6 +24,7 @@ from bench.registry import BENCHES, Bench, Run, chosen, writers
 from bench.report import ROOT, Watch
 
 CLANG = ("clang++", "clang++-19", "clang++-16", "clang++-14")  # as the Makefile tries
+RIVALS = ROOT / ".venv-rivals/bin/python"
 FIGURE = "latency_vit-base_1024"  # that the pages show
 AFTERWARDS = (Run(f"bench.latency.plots {FIGURE}"), Run("bench.tables"), Run("bench.guard"))
 
@@ -38,6 +39,7 @@ def lacking(bench: Bench) -> str:
         "clang": lambda: "" if any(map(shutil.which, CLANG)) else "no clang++",
         "corpora": _corpora,
         "codebooks": lambda: "",  # those of `calibrate`, which comes before
+        "rivals": lambda: "" if RIVALS.exists() else "no rivals: make rivals",
     }
     reasons = (checks[need]() for need in bench.needs)
     return "; ".join(filter(None, reasons))

@@ -36,7 +36,8 @@ class Bench:
         minutes: about, on two cores without other work; estimated where no run was timed.
         runs: in this order.
         needs: beside `make setup`: "root", "GPU", "clang", "corpora" (Debian's texts, see
-            `bench.accuracy corpora`), "codebooks" (what the benchmark `calibrate` makes).
+            `bench.accuracy corpora`), "codebooks" (what the benchmark `calibrate` makes), "rivals"
+            (`make rivals`).
     """
 
     name: str
@@ -177,6 +178,13 @@ OTHERS = (
         "concurrent chats on two processes at 10 Mbit/s beside one, and a lone request",
         15,
         (_cpu("bench.service", "service"), _cpu("bench.service.lone", "service_lone")),
+    ),
+    Bench(
+        "rivals",
+        "llama.cpp, CTranslate2 and torch beside ours, on one device and on two",
+        8,
+        (_cpu("bench.rivals", "latency_rivals"),),
+        ("root", "codebooks", "rivals"),
     ),
     Bench(
         "service-faults",
