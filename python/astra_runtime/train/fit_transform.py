@@ -126,7 +126,7 @@ def _models(rows: Rows) -> Iterator[_Model]:
     """Of every block that is coded, in order."""
     start = 0 if rows.embedding is None else 1
 
-    few = slice(None, None, max(1, len(rows.blocks[0]) // SAMPLE))
+    few = slice(None, None, -(-len(rows.blocks[0]) // SAMPLE))
     embedding = None if rows.embedding is None else Centred.of(rows.embedding[few])
 
     def one(block: int) -> _Model:
