@@ -32,6 +32,14 @@ from bench.report import Case, Times, write
 HEADS, KV_HEADS, DIM = 9, 3, 64
 ROUNDS = 200
 
+# This checkout's benchmark with the `astra_kernels` of the folder that it is given.
+WORKER = """
+import sys, bench
+sys.path.insert(0, sys.argv[1])
+from bench.ops_drop_in import serve_calls
+serve_calls()
+"""
+
 
 def inputs(rows: int, tokens: int, grad: bool = False) -> tuple[Tensor, Tensor, Tensor]:
     query = torch.randn(1, HEADS, rows, DIM, requires_grad=grad)
@@ -144,6 +152,7 @@ def plain_calls() -> dict[str, Callable[[], object]]:
 @torch.no_grad()
 def serve_calls() -> None:
     """Makes the calls that stdin names, and says how long one took, in ms."""
+    torch.manual_seed(0)
     calls = plain_calls()
     for line in sys.stdin:
         name, repeats = line.split()
@@ -157,10 +166,9 @@ def before_cases(folder: Path, rounds: int) -> Iterator[Case]:
     """The older checkout has its own `astra_kernels`, and this file's calls."""
     workers = {}
     for name, root in (("ours", Path(__file__).parents[1]), ("before", folder)):
-        paths = os.pathsep.join((str(root), str(Path(__file__).parents[1])))
         workers[name] = subprocess.Popen(
-            [sys.executable, "-P", "-m", "bench.ops_drop_in", "--calls"],
-            env={**os.environ, "PYTHONPATH": paths},
+            [sys.executable, "-P", "-c", WORKER, str(root.resolve())],
+            env={**os.environ, "PYTHONPATH": str(Path(__file__).parents[1])},
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,
@@ -221,14 +229,10 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=ROUNDS, help="turns of --before")
     parser.add_argument("--no-write", action="store_true", help="print only")
     parser.add_argument("--peak", choices=("ours", "sdpa"), help=argparse.SUPPRESS)
-    parser.add_argument("--calls", action="store_true", help=argparse.SUPPRESS)
     args = parser.parse_args()
     torch.manual_seed(0)
     if args.peak:
         print_peak(args.peak, args.rows)
-        return
-    if args.calls:
-        serve_calls()
         return
     done = list(cases(args.rows))
     if args.before:
