@@ -7,6 +7,7 @@ import json
 import pytest
 import torch
 
+from bench import codebooks
 from bench.baselines import methods
 from bench.latency import __main__ as program
 from bench.latency import frames, record
@@ -34,6 +35,21 @@ def ticking():
 @pytest.fixture(scope="module")
 def subject():
     return Subject.make("tiny", 64)
+
+
+def test_the_default_codebook_is_that_of_the_commands(subject, monkeypatch):
+    asked = []
+
+    def ensure(options, model, tokenizer):
+        asked.append((options.model, options.codebook, model, tokenizer))
+        return "book", "folder"
+
+    monkeypatch.setattr(codebooks, "ensure_codebook", ensure)
+    monkeypatch.setattr(codebooks, "load_tokenizer", lambda name: f"tokenizer of {name}")
+    assert subject.codebook("default") == "book"
+    assert asked == [("tiny", None, subject.model, "tokenizer of tiny")]
+    assert codebooks.full_name("default") == "transform:100+400"
+    assert codebooks.full_name("kv:3") == "kv:3"
 
 
 def test_played_events_take_what_they_are_worth():
