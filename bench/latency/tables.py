@@ -318,6 +318,20 @@ def _closed_form(row: dict[str, Any]) -> bool:
 
 _RATES = "10, 100 and 500 Mbit/s at a round trip of 2 ms"
 _BASELINES = "the fastest baseline of each kind"
+
+
+def forms(report: Report) -> str:
+    """The first token by forms of the weights, on one device and on two."""
+    rows = []
+    for case in report["cases"]:
+        ours, single = case["ms"]["p50"] / 1e3, case["peers"]["single"] / 1e3
+        plain = case["peers"]["single_float32"] / 1e3
+        ratios = [f"{single / ours:.2f}×", f"{plain / ours:.2f}×"]
+        rows.append([case["dtype"], f"{single:.2f}", f"{ours:.2f}", *ratios])
+    head = ["form", "one device (s)", "two (s)", "over one", "over one in float32"]
+    return table(head, rows) + source(report)
+
+
 TABLES = {
     "demo": Table(
         _of("demo"),
@@ -326,6 +340,7 @@ TABLES = {
         "links without delay",
     ),
     "demo_short": Table(_of("demo"), demo_short),
+    "latency_forms": Table(_of("forms"), forms),
     "latency_vit": Table(_of("vit-base_1024"), latency, _rates, _RATES),
     "latency_vit_stages": Table(_of("vit-base_1024"), stages),
     "latency_vit_real": Table(_of("real_vit-base"), partial(real, baselines=FEW), shown=_BASELINES),

@@ -52,6 +52,31 @@ def ops(report: Report) -> str:
     return table(head, rows) + source(report)
 
 
+def beside(report: Report) -> str:
+    """Times beside the baselines', and peaks of memory where they were measured."""
+    peaks = any("peak_bytes" in case for case in report["cases"])
+    rows = []
+    for case in report["cases"]:
+        ours, names = case["ms"]["p50"], ("B", "blocks")
+        shape = ", ".join(f"{k}={v}" for k, v in case["shape"].items() if k not in names)
+        row = [
+            case["name"].removesuffix("_2threads"),
+            shape or "–",
+            f"{ours:.3g}",
+            ", ".join(f"{name} {ms:.3g}" for name, ms in case["peers"].items()) or "–",
+            ", ".join(f"{ours / ms:.2f}" for ms in case["peers"].values()) or "–",
+        ]
+        if peaks:
+            row.append(_peaks(case.get("peak_bytes", {})))
+        rows.append(row)
+    head = ["case", "shape", "ms", "baselines (ms)", "of their time"]
+    return table(head + ["peak memory (MB)"] * peaks, rows) + source(report)
+
+
+def _peaks(peaks: dict[str, int]) -> str:
+    return ", ".join(f"{name} {count / 1e6:.1f}" for name, count in peaks.items()) or "–"
+
+
 # By name and the shape's first two sizes: an op where it is faster, and those where it is slower.
 OPS = {
     ("attention_causal", 512),
@@ -128,5 +153,13 @@ TABLES = {
         "attention with and without codes, encoding in one and in three groups, the slower cases "
         "among them",
     ),
+    "native": Table(
+        ("cpu-2core/native",),
+        beside,
+        lambda case: case["shape"]["d"] == 64 and not case["name"].startswith("counting"),
+        "heads of 64 channels, without the counts of codes",
+    ),
+    "ops_drop_in": Table(("cpu-2core/ops_drop_in",), beside),
+    "finetune": Table(("cpu-2core/finetune",), beside),
     "kernels_h100": Table(("h100/kernels",), kernels),
 }

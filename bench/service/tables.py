@@ -1,4 +1,4 @@
-"""The table of service_faults.json: a report in, markdown out."""
+"""Tables of service.json and service_faults.json: a report in, markdown out."""
 
 from __future__ import annotations
 
@@ -35,4 +35,23 @@ def faults(report: Report) -> str:
     return f"{table(head, rows)}{source(report)}. {note}"
 
 
-TABLES = {"service_faults": Table(("cpu-2core/service_faults",), faults)}
+def service(report: Report) -> str:
+    """Chats side by side, and steps of several sequences on one device beside one after another."""
+    rows = []
+    for case in report["cases"]:
+        ours, single, shape = case["ms"]["p50"], case["peers"]["single"], case["shape"]
+        count = shape.get("B", 0)
+        what = f"a step of {count} sequence{'s' * (count > 1)}"
+        if "clients" in case:
+            what = f"{case['clients']} chats, ms a request"
+        first = ("first_token_p50_ms", "first_token_p50_ms_single")
+        tokens = [f"{case[name] / 1e3:.1f}" if name in case else "–" for name in first]
+        rows.append([what, f"{ours:,.0f}", f"{single:,.0f}", f"{single / ours:.2f}×", *tokens])
+    head = ["case", "ms", "one device (ms)", "of its rate", "first token, p50 (s)"]
+    return table([*head, "one device's (s)"], rows) + source(report)
+
+
+TABLES = {
+    "service": Table(("cpu-2core/service",), service),
+    "service_faults": Table(("cpu-2core/service_faults",), faults),
+}
