@@ -76,7 +76,10 @@ class Visibility:
             bias = bias if bias.shape[2] == 1 else bias[:, :, start:stop]
             bias = bias if bias.shape[3] == 1 else bias[..., low:high]
             if bias.dtype == torch.bool:
-                hidden = ~bias if hidden is None else hidden | ~bias
+                if hidden is None:
+                    shown = torch.zeros((), dtype=dtype, device=device)
+                    return torch.where(bias, shown, HIDDEN)
+                hidden = hidden | ~bias
                 bias = None
         if hidden is None:
             return None if bias is None else bias.to(dtype)
