@@ -19,6 +19,7 @@ import astra_runtime
 from astra_runtime import Engine
 from astra_runtime.console import say
 from astra_runtime.deploy.launch import free_ports
+from astra_runtime.steady import keep_memory
 from astra_runtime.transport import Link, Mesh
 from astra_runtime.transport.certificates import ephemeral_keys
 from bench import codebooks
@@ -52,6 +53,7 @@ def rank_of(setup: RankSettings, tokens: int) -> Iterator[tuple[Subject, Mesh, E
     cores = sorted(os.sched_getaffinity(0))
     os.sched_setaffinity(0, {cores[setup.rank % len(cores)]})
     torch.set_num_threads(1)
+    keep_memory()
     subject = Subject.make(setup.model, tokens)
     link, world = Link(setup.mbit, setup.rtt_ms / 2), len(setup.addresses)
     with (

@@ -32,6 +32,7 @@ from astra_runtime.console import say
 from astra_runtime.costs import engine_plan
 from astra_runtime.deploy import predict
 from astra_runtime.models import adapt
+from astra_runtime.steady import keep_memory
 from astra_runtime.transport import Link as PacedLink
 from astra_runtime.transport.certificates import ephemeral_keys
 from bench.baselines import GlooComm, methods
@@ -68,6 +69,7 @@ def rank_main(setup: Settings) -> dict[str, list[float | None]]:
     cores = sorted(os.sched_getaffinity(0))
     os.sched_setaffinity(0, {cores[setup.rank % len(cores)]})
     torch.set_num_threads(1)
+    keep_memory()
     subject = Subject.make(setup.model, setup.tokens)
     world = len(setup.addresses)
     host = setup.addresses[0].rpartition(":")[0]

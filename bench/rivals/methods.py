@@ -88,11 +88,13 @@ def astra(setup: Settings) -> Iterator[Once]:
 
     import astra_runtime
     from astra_runtime import Codebook, Engine
+    from astra_runtime.steady import keep_memory
     from astra_runtime.store import load_model
     from bench.link.rank import begin
     from bench.report import quiet_transformers
 
     quiet_transformers()
+    keep_memory()  # as the command line does
     torch.set_num_threads(setup.threads)
     model = load_model(setup.folder, dtype=setup.form)
     ids = torch.tensor([_prompt(setup)["ids"]])

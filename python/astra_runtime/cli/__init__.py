@@ -75,6 +75,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     for ending in (signal.SIGTERM, signal.SIGHUP):
         if signal.getsignal(ending) is not signal.SIG_IGN:  # as nohup leaves it
             signal.signal(ending, lambda number, _: sys.exit(128 + number))  # `finally` runs
+    from ..steady import keep_memory
+
+    keep_memory()
     os.environ.setdefault("HF_HUB_OFFLINE", "1")  # nothing here ever downloads
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     from ..errors import AstraError
