@@ -14,7 +14,7 @@ from ..codes.codebook import Codebook
 from ..codes.fine import FineCode
 from ..codes.transform import TransformCodes
 from ..models import Adapter, Inputs, adapt
-from .calibration import Progress, record
+from .calibration import Progress, record_pairs
 from .fit_transform import SEARCH, Rows, allocate, embedding_of, fit_blocks, fit_fine
 from .options import FitData, FitOptions
 from .sensitivity import Cost, sensitivity
@@ -110,13 +110,12 @@ class TransformFit:
             seed=options.seed,
             progress=progress,
         )
-        recorded = record(adapter, TransformCodes.early, windows, progress, prefix)
+        pairs = record_pairs(adapter, windows, progress, prefix)
         copies, embedding = adapter.class_tokens + prefix, None
         if adapter.token_ids:
             embedding = torch.cat(
                 [embedding_of(adapter, window)[:, copies:].flatten(0, 1) for window in windows]
             )
-        pairs = [recorded.pairs(block) for block in range(len(adapter.blocks))]
         self.rows, self.cost = Rows(pairs, embedding), Cost.of(fisher.to(adapter.device))
 
     def codebook(self, bits: float) -> Codebook:

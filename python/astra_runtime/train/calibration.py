@@ -104,6 +104,34 @@ def record(
     return Recorded(adapter, by_window)
 
 
+def record_pairs(
+    adapter: Adapter, windows: list[Inputs], progress: Progress, prefix: int = 0
+) -> list[Tensor]:
+    """Keys and values of every block, side by side as `merge_heads` puts them: [n, E] each.
+
+    What `record` keeps, but written at once where it stays: many small tensors that are kept, among
+    large ones that are not, would scatter over several times the memory.
+    """
+    tokens = [adapter.count(window)[1] - prefix for window in windows]
+    width = 2 * adapter.num_key_value_heads * adapter.head_dim
+    rows = [torch.empty(sum(tokens), width, device=adapter.device) for _ in adapter.blocks]
+    parts = list(zip(*(block.split(tokens) for block in rows), strict=True))
+
+    def run(numbered: tuple[int, Inputs]) -> None:
+        number, window = numbered
+        recorder = _RowRecorder(adapter, window, prefix, parts[number])
+        with torch.inference_mode(), adapter.listening(recorder):
+            adapter.model(**window)
+
+    progress("calibrating", 0, len(windows))
+    with adapter.installed():
+        for done, _ in enumerate(map_cores(run, list(enumerate(windows)))):
+            progress("calibrating", done + 1, len(windows))
+    for block, pairs in enumerate(rows):
+        check_finite(pairs, block)
+    return rows
+
+
 class _Recorder:
     """A listener of one window: the block inputs, or the keys (not rotated) and values."""
 
@@ -134,6 +162,22 @@ class _Recorder:
         return hidden[:, :1]  # the head's work is not needed
 
 
+class _RowRecorder(_Recorder):
+    """Of keys and values, which it writes into `rows`, [T, E] of every block."""
+
+    def __init__(
+        self, adapter: Adapter, window: Inputs, prefix: int, rows: Sequence[Tensor]
+    ) -> None:
+        super().__init__(adapter, False, window, prefix)
+        self.rows = rows
+
+    def attend(self, block: int, query: Tensor, key: Tensor, value: Tensor, scale: float) -> None:
+        plain = unrotate(key.float(), self.rope)[:, :, self.copies :]
+        pairs = merge_heads(plain, value[:, :, self.copies :].float())
+        self.rows[block].copy_(pairs.flatten(0, 1))
+        self.blocks[block] = (self.rows[block],)
+
+
 @dataclass
 class Recorded:
     """What was recorded, by window and block. A block's part is freed when it is taken."""
@@ -147,12 +191,6 @@ class Recorded:
         for blocks in self.by_window:
             blocks[block] = None
         return taken
-
-    def pairs(self, block: int) -> Tensor:
-        """Keys and values of a block, side by side as `merge_heads` puts them: [n, E]."""
-        y = torch.cat([merge_heads(key, value).flatten(0, 1) for key, value in self.take(block)])
-        check_finite(y, block)
-        return y
 
     def vectors(
         self, codec: type[PackedCodes], block: int, groups: int, shared: bool
