@@ -129,6 +129,8 @@ def cases() -> Iterator[Case]:
             run = partial(plain, square(M, L, width), dtype, grad)
             yield Case("values of another width", f"{dtype} {width} {grad}", run)
         yield from _layouts(dtype, grad)
+        yield from _long(dtype, grad)
+        yield from _strided_masks(dtype, grad)
     for dtype, shapes in product(DTYPES, EMPTY):
         yield Case("no tokens or batch", f"{dtype} {shapes}", partial(plain, shapes, dtype))
     for dtype in DTYPES:
@@ -184,6 +186,42 @@ def _layouts(dtype: torch.dtype, grad: bool) -> Iterator[Case]:
         *(three_axes, two_axes, five_axes, every_other),
     ):
         yield Case("layouts and broadcast batches", f"{run.__name__} {dtype} {grad}", run)
+
+
+def _long(dtype: torch.dtype, grad: bool) -> Iterator[Case]:
+    """More queries and keys than kernels take at a time, and widths that no vector divides."""
+    rows, tokens = 267, 514
+    for width in (8, 31):
+        shapes = tuple((1, 2, count, width) for count in (rows, tokens, tokens))
+        equal = ((1, 2, rows, width),) * 3
+        runs = {
+            "plain": partial(plain, shapes, dtype, grad),
+            "causal": partial(plain, equal, dtype, grad, is_causal=True),
+            "bool": partial(masked, shapes, (rows, tokens), "bool", dtype, grad),
+            "float": partial(masked, shapes, (1, 2, rows, tokens), "float", dtype, grad),
+        }
+        for kind, run in runs.items():
+            yield Case("hundreds of tokens", f"{kind} {width} {dtype} {grad}", run)
+
+
+def _strided_masks(dtype: torch.dtype, grad: bool) -> Iterator[Case]:
+    def expanded(mask: Tensor) -> Tensor:
+        return mask[:1, :1].expand(B, H, -1, -1)
+
+    def transposed(mask: Tensor) -> Tensor:
+        return mask.mT.contiguous().mT
+
+    def every_other(mask: Tensor) -> Tensor:
+        return mask.repeat_interleave(2, dim=3)[..., ::2]
+
+    def run(view: Any, boolean: bool) -> None:
+        mask = torch.randn(B, H, M, L, dtype=dtype)
+        given = view(mask > -1 if boolean else mask)
+        same(*tensors(square(), dtype, grad), attn_mask=given)
+
+    for view, boolean in product((expanded, transposed, every_other), (False, True)):
+        name = f"{view.__name__} {dtype} {boolean} {grad}"
+        yield Case("masks of any strides", name, partial(run, view, boolean))
 
 
 def _nothing_seen(dtype: torch.dtype) -> None:
