@@ -184,7 +184,7 @@ OTHERS = (
         "llama.cpp, CTranslate2 and torch beside ours, on one device and on two",
         8,
         (_cpu("bench.rivals", "latency_rivals"),),
-        ("root", "codebooks", "rivals"),
+        ("root", "rivals"),
     ),
     Bench(
         "service-faults",

@@ -27,7 +27,13 @@ from pathlib import Path
 from typing import Any, Final
 
 from astra_runtime.console import say
-from astra_runtime.store import builtin_text, load_tokenizer, model_folder, token_windows
+from astra_runtime.store import (
+    builtin_text,
+    load_model,
+    load_tokenizer,
+    model_folder,
+    token_windows,
+)
 from astra_runtime.transport.certificates import ephemeral_keys
 from bench import codebooks
 from bench.link.model import Link
@@ -269,7 +275,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--threads", nargs="+", type=int, default=[1, 2], help="of single devices")
     parser.add_argument("--methods", nargs="+", choices=list(METHODS), default=list(METHODS))
     parser.add_argument("--rpc", nargs="*", default=["Q8_0"], help="llama.cpp's forms over RPC")
-    parser.add_argument("--codebook", default=str(codebooks.folder(100, 0)))
+    parser.add_argument("--codebook", help="a folder; default: the commands' own")
     parser.add_argument("--python", type=Path, default=PYTHON, help="where the rivals are")
     parser.add_argument("--name", default="latency_rivals", help="of the result")
     options = parser.parse_args(arguments)
@@ -282,6 +288,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     with tempfile.TemporaryDirectory() as folder:
         prompt = Path(folder) / "prompt.json"
         write_prompt(prompt, options.tokens)
+        if options.codebook is None:
+            options.codebook = str(Path(folder) / "codebook")
+            book = codebooks.default("smollm2", load_model("smollm2"))
+            book.save_pretrained(options.codebook)
         rows = measure(options, prompt)
     path = write(
         options.name,
