@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 
 import pytest
 
+from astra_runtime.control import Control
 from tests.runtime.ranks import free_ports, key_folder
 
 from .forks import Forks, Outcome
@@ -97,8 +98,10 @@ def fault_of(case: Case, outcome: Outcome, struck: float) -> tuple[str | None, f
     if "error" not in told:
         return f"{case}: a survivor ended with {outcome}", 1e3 * IN_TIME
     late = told["raised"] - max(struck, told["began"])
-    # One that is still a block behind the victim may be the first to know; its cause is everyone's.
-    blocks = {case.block - 1, case.block, case.block + 1, told["waited"]}
+    # One that is a block behind the victim or before it may be the first to know; its cause is
+    # everyone's. After the last block comes the answer.
+    ahead = case.block + 1 if case.block + 1 < BLOCKS else Control.HEAD
+    blocks = {case.block - 1, case.block, ahead, told["waited"]}
     right = told["error"] == "PeerLost" and told["rank"] == case.victim and told["block"] in blocks
     if right and late <= IN_TIME:
         return None, 1e3 * late
