@@ -34,12 +34,15 @@ inline Floats sums_of(Floats (&x)[kLanes]) {
   return x[0];
 }
 
+template <std::size_t kStep, std::size_t... kLane>
+inline Floats across_lanes(Floats x, std::index_sequence<kLane...>) {
+  return shuffled<static_cast<std::int32_t>(kLane ^ kStep)...>(x, x);
+}
+
 // Lane l of `x` in lane l ^ kStep.
 template <std::size_t kStep>
 inline Floats across(Floats x) {
-  Ints from;
-  for (std::size_t l = 0; l < kLanes; ++l) from[l] = static_cast<std::int32_t>(l ^ kStep);
-  return __builtin_shuffle(x, from);
+  return across_lanes<kStep>(x, std::make_index_sequence<kLanes>());
 }
 
 template <std::size_t kStep = kLanes / 2>
@@ -260,7 +263,6 @@ inline void add_to(float* by_codeword, std::uint32_t code, Four weights) {
 // Adds the weights of a tile to those of their codewords; those of rows that are not there are 0.
 void sum_by_codeword(const FewRows& few, const KeyRows& rows, std::size_t count,
                      const float* weights) {
-  typedef std::int32_t Places __attribute__((vector_size(16)));
   const std::uint32_t* codes = rows.value_codes;
   for (std::size_t k = 0; k < count; ++k) few.used[codes[k]] = 1;
   for (std::size_t row = 0; row < few.rows; row += 4) {
@@ -272,14 +274,14 @@ void sum_by_codeword(const FewRows& few, const KeyRows& rows, std::size_t count,
       for (std::size_t r = 0; r < 4; ++r) {
         x[r] = *reinterpret_cast<const Four*>(weight + r * kTileKeys + k);
       }
-      const Four a = __builtin_shuffle(x[0], x[1], Places{0, 4, 1, 5});
-      const Four b = __builtin_shuffle(x[0], x[1], Places{2, 6, 3, 7});
-      const Four c = __builtin_shuffle(x[2], x[3], Places{0, 4, 1, 5});
-      const Four d = __builtin_shuffle(x[2], x[3], Places{2, 6, 3, 7});
-      add_to(by_codeword, codes[k], __builtin_shuffle(a, c, Places{0, 1, 4, 5}));
-      add_to(by_codeword, codes[k + 1], __builtin_shuffle(a, c, Places{2, 3, 6, 7}));
-      add_to(by_codeword, codes[k + 2], __builtin_shuffle(b, d, Places{0, 1, 4, 5}));
-      add_to(by_codeword, codes[k + 3], __builtin_shuffle(b, d, Places{2, 3, 6, 7}));
+      const Four a = shuffled<0, 4, 1, 5>(x[0], x[1]);
+      const Four b = shuffled<2, 6, 3, 7>(x[0], x[1]);
+      const Four c = shuffled<0, 4, 1, 5>(x[2], x[3]);
+      const Four d = shuffled<2, 6, 3, 7>(x[2], x[3]);
+      add_to(by_codeword, codes[k], shuffled<0, 1, 4, 5>(a, c));
+      add_to(by_codeword, codes[k + 1], shuffled<2, 3, 6, 7>(a, c));
+      add_to(by_codeword, codes[k + 2], shuffled<0, 1, 4, 5>(b, d));
+      add_to(by_codeword, codes[k + 3], shuffled<2, 3, 6, 7>(b, d));
     }
     for (; k < count; ++k) {
       add_to(by_codeword, codes[k],

@@ -14,10 +14,14 @@ constexpr std::size_t kLanes = ASTRA_LANES;
 constexpr std::size_t kBlock = ASTRA_BLOCK;
 constexpr float kInfinity = __builtin_inff();
 
-// aligned(4): they are loaded from anywhere.
-typedef float Floats __attribute__((vector_size(4 * ASTRA_LANES), aligned(4), may_alias));
-typedef std::int32_t Ints __attribute__((vector_size(4 * ASTRA_LANES), aligned(4), may_alias));
-typedef std::uint32_t Bits __attribute__((vector_size(4 * ASTRA_LANES), aligned(4), may_alias));
+typedef float Floats __attribute__((vector_size(4 * ASTRA_LANES)));
+typedef std::int32_t Ints __attribute__((vector_size(4 * ASTRA_LANES)));
+typedef std::uint32_t Bits __attribute__((vector_size(4 * ASTRA_LANES)));
+
+// What is loaded from anywhere, and stored there, and nothing else: Clang forgets an alignment that
+// belongs to a name where the name goes through a template.
+typedef float LooseFloats __attribute__((vector_size(4 * ASTRA_LANES), aligned(4), may_alias));
+typedef std::int32_t LooseInts __attribute__((vector_size(4 * ASTRA_LANES), aligned(4), may_alias));
 
 template <std::size_t kValue>
 struct Constant {
@@ -36,8 +40,8 @@ inline void each(Body body) {
   each_of(body, std::make_index_sequence<kCount>());
 }
 
-inline Floats load(const float* from) { return *reinterpret_cast<const Floats*>(from); }
-inline void store(float* to, Floats x) { *reinterpret_cast<Floats*>(to) = x; }
+inline Floats load(const float* from) { return *reinterpret_cast<const LooseFloats*>(from); }
+inline void store(float* to, Floats x) { *reinterpret_cast<LooseFloats*>(to) = x; }
 // Subtracted, as 0 + x is not x where x is -0, which would cost an addition.
 inline Floats all(float x) { return x - Floats{}; }
 
@@ -72,18 +76,22 @@ constexpr std::int32_t high_lane(std::size_t lane, std::size_t step) {
   return static_cast<std::int32_t>((lane & step) != 0 ? kLanes + lane : lane + step);
 }
 
-// GCC has Clang's builtin from version 12 on, Clang has none of GCC's.
+// Lanes of `a`, numbered from 0, and of `b`, numbered on. GCC has Clang's builtin from version 12
+// on, Clang has none of GCC's.
+template <std::int32_t... kFrom, class Vector>
+inline Vector shuffled(Vector a, Vector b) {
+#ifdef __clang__
+  return __builtin_shufflevector(a, b, kFrom...);
+#else
+  const decltype(a < b) from = {kFrom...};
+  return __builtin_shuffle(a, b, from);
+#endif
+}
+
 template <std::size_t kStep, std::size_t... kLane>
 inline void trade_lanes(Floats& a, Floats& b, std::index_sequence<kLane...>) {
-#ifdef __clang__
-  const Floats first = __builtin_shufflevector(a, b, low_lane(kLane, kStep)...);
-  b = __builtin_shufflevector(a, b, high_lane(kLane, kStep)...);
-#else
-  const Ints low = {low_lane(kLane, kStep)...};
-  const Ints high = {high_lane(kLane, kStep)...};
-  const Floats first = __builtin_shuffle(a, b, low);
-  b = __builtin_shuffle(a, b, high);
-#endif
+  const Floats first = shuffled<low_lane(kLane, kStep)...>(a, b);
+  b = shuffled<high_lane(kLane, kStep)...>(a, b);
   a = first;
 }
 
@@ -202,7 +210,7 @@ inline void score(const Panel& panel, const float* keys, std::size_t key_stride,
   if constexpr (kMasked) {
     each<kUsed>([&](auto v) {
       const std::int32_t* own = panel.limits + (kFirst + v.value) * kLanes;
-      const Ints limits = *reinterpret_cast<const Ints*>(own);
+      const Ints limits = *reinterpret_cast<const LooseInts*>(own);
       each<kKeys>([&](auto k) {
         Floats& sum = sums[k.value][v.value];
         sum = limits > static_cast<std::int32_t>(place + k.value) ? sum : all(-kInfinity);
