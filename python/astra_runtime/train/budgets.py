@@ -180,17 +180,19 @@ def fit_transform(data: FitData, options: TransformOptions) -> Codebook:
     """The codebook of a budget, or of the smallest that recovers `target_gap` of the gap."""
     if options.target_gap is not None and data.evaluate is None:
         raise ValueError("target_gap: expected windows to hold out, on which it is measured")
-    prepared = TransformFit(data.model, data.windows, options, data.progress)
 
-    def at(budget: float) -> Codebook:
-        codebook = prepared.codebook(budget)
+    def evaluated(codebook: Codebook) -> Codebook:
         if data.evaluate is not None:
             codebook.notes["held_back"] = data.evaluate(codebook)
         return codebook
 
-    if options.target_gap is None:
-        return at(options.bits)
-    return _smallest(at, options.target_gap)
+    def prepared() -> TransformFit:
+        return TransformFit(data.model, data.windows, options, data.progress)
+
+    if options.target_gap is None:  # what was recorded is gone before the evaluation
+        return evaluated(prepared().codebook(options.bits))
+    fit = prepared()
+    return _smallest(lambda budget: evaluated(fit.codebook(budget)), options.target_gap)
 
 
 def _check_budget(options: FitOptions, rank: int, adapter: Adapter) -> float:
