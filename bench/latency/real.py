@@ -81,7 +81,7 @@ def rank_main(setup: Settings) -> dict[str, list[float | None]]:
         timeout=datetime.timedelta(seconds=PATIENCE),
     )
     seconds: dict[str, list[float | None]] = {}
-    every, adapter = methods(), adapt(subject.model)
+    every = methods()
     with contextlib.ExitStack() as stack:
         mesh = stack.enter_context(
             astra_runtime.connect(
@@ -103,8 +103,7 @@ def rank_main(setup: Settings) -> dict[str, list[float | None]]:
         for repeat in range(1 + setup.repeats):  # all methods in turns: the machine's pace drifts
             for name, once in list(passes.items()):
                 moment = begin(mesh)
-                with adapter.installed():  # packed weights are every method's
-                    has = once() is not None
+                has = once() is not None
                 taken = time.monotonic() - moment
                 mesh.flush()
                 dist.barrier()

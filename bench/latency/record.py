@@ -13,7 +13,6 @@ from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 from astra_runtime import Codebook, Engine
-from astra_runtime.models import adapt
 from astra_runtime.trace import Trace, tracing
 from bench.baselines import Method
 from bench.latency.subjects import Subject
@@ -169,9 +168,6 @@ def astra(
 def baseline(
     subject: Subject, method: Method, world_size: int, repeats: int, clock: Any = "cpu"
 ) -> list[Recording]:
-    """With weights packed as the engine's are."""
-    adapter = adapt(subject.model)
-
     def prepare(mesh: VirtualMesh) -> tuple[None, Pass, Callable[[], int]]:
         comm = VirtualComm(mesh)
         return (
@@ -180,13 +176,7 @@ def baseline(
             lambda: comm.bytes_sent,
         )
 
-    packed = adapter.hooks.pack(None)
-    try:
-        with adapter.installed():
-            return _execute(world_size, prepare, repeats, clock)
-    finally:
-        if packed:
-            adapter.hooks.unpack()
+    return _execute(world_size, prepare, repeats, clock)
 
 
 def median_stages(recordings: Sequence[Recording]) -> dict[str, float]:

@@ -77,9 +77,9 @@ class Engine(SessionHost):
         mixed_forms: lets other ranks run other forms of the checkpoint ("float32", "int8", "int4"),
             as long as all of them ask for it: answers are then a mixture of these forms'.
         pack_weights: keeps a second copy of the linear layers' fp32 weights, in the order in which
-            products read them: the fewer tokens a rank has, the faster, for twice the memory.
-            Engines of one model share it. None: where this torch can and a quarter of the free
-            memory is enough.
+            MKL's products read them: the fewer tokens a rank has, the faster, for twice the memory.
+            Engines of one model share it. MKL does not promise that a copy serves any number of
+            rows; tests show that it does, on the processors where they have run.
 
     Attributes:
         degraded: whether the last answer lacks anything, here or on a rank that shaped it.
@@ -117,7 +117,7 @@ class Engine(SessionHost):
         on_missing: Literal["raise", "degrade"] = "raise",
         checkpoint: str | None = None,
         mixed_forms: bool = False,
-        pack_weights: bool | None = None,
+        pack_weights: bool = False,
     ) -> None:
         self.model = model
         self.adapter = adapt(model)
@@ -155,7 +155,9 @@ class Engine(SessionHost):
             functools.partial(Sizes.of, self.codec, len(self.adapter.blocks))
         )
         self._running: Endable | None = None
-        self._packed = self.adapter.hooks.pack(pack_weights)
+        self._packed = pack_weights
+        if pack_weights:
+            self.adapter.hooks.pack()
         try:
             self._agree()
         except BaseException:

@@ -196,12 +196,10 @@ def _logits(model: Any, ids: Any) -> Any:
 
 
 def _alone(model: Any, ids: Any) -> Sample:
-    """The single device, to the last token's logits; with packed weights where the ranks have."""
+    """The single device, to the last token's logits."""
     import torch
 
-    from ..models import adapt
-
-    with torch.inference_mode(), adapt(model).installed():
+    with torch.inference_mode():
         start, used = time.perf_counter(), time.process_time()
         model(input_ids=ids, logits_to_keep=1, use_cache=False)
         return Sample(time.perf_counter() - start, time.process_time() - used)

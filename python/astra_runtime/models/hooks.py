@@ -23,7 +23,7 @@ from typing import Any, Protocol
 from torch import Tensor, nn
 
 from ..errors import ModelChanged
-from .packed import PackedForward, affordable, bytes_of, can_pack, packable
+from .packed import PackedForward, bytes_of, can_pack, packable
 
 ATTENTION = "astra"  # the name under which the attention is known to transformers
 # Attention functions that compute softmax(q·kᵀ/√d + mask)·v and nothing else.
@@ -225,36 +225,28 @@ class Hooks:
                 _current.reset(token)
         running.check_whole()
 
-    def pack(self, asked: bool | None) -> bool:
-        """Keeps copies of the blocks' weights for calls, see `packed`; whether there are any.
+    def pack(self) -> None:
+        """Keeps copies of the blocks' weights for calls, see `packed`.
 
         One of several users makes them, and the last one that calls `unpack` ends them.
 
-        Args:
-            asked: None: where they are worth their memory; False: this user needs none.
-
         Raises:
-            ValueError: they were asked for, and cannot be made.
+            ValueError: they cannot be made.
         """
-        if asked is False:
-            return False
         layers = packable(self.blocks) if can_pack() else []
-        if asked and not layers:
+        if not layers:
             raise ValueError(
                 "pack_weights: expected layers of fp32 on a CPU with MKL, got none; leave it out"
             )
         with _lock:
-            if not self._packed and (not layers or (asked is None and not affordable(layers))):
-                return False
             self._packers += 1
             if not self._packed:
                 self._packed = [PackedForward(layer) for layer in layers]
                 if self._users:
                     self._read_packed()
-        return True
 
     def unpack(self) -> None:
-        """Undoes one `pack` that made or found copies."""
+        """Undoes one `pack`."""
         with _lock:
             self._packers -= 1
             if not self._packers:

@@ -20,12 +20,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..cores import available_bytes
-
 ORDERED_FOR: Final = 1024  # rows: the order that was fastest for any number of them
 LEAST_ROWS: Final = 4  # with fewer, reading the weights takes all the time
 LEAST_WEIGHTS: Final = 1 << 16  # of a layer that is worth a copy
-MOST_MEMORY: Final = 0.25  # of what is free, that the copies may take
 _PAGE: Final = 2 << 20  # a huge one, up to which the copy of a layer takes memory
 
 
@@ -48,11 +45,6 @@ def _fits(weight: Tensor) -> bool:
 def bytes_of(layers: Iterable[nn.Linear]) -> int:
     """Memory that the copies of these layers take, or a little less."""
     return sum(layer.weight.nbytes + _PAGE for layer in layers)
-
-
-def affordable(layers: Iterable[nn.Linear]) -> bool:
-    """Whether the copies take a small part of the memory that is free."""
-    return bytes_of(layers) <= MOST_MEMORY * available_bytes()
 
 
 class PackedForward:
