@@ -360,7 +360,6 @@ TABLES = {
         _of("scaled"), scaled, _scaled, "`hidden:1`, the faster of the two settings"
     ),
     "rivals": Table(_of("rivals"), rivals),
-    "rivals_short": Table(_of("rivals"), partial(rivals, best=True)),
     "link": Table(("cpu-2core/link",), links),
     "scaling": Table(
         ("cpu-2core/scaling",), scaling, _closed_form, "10 Mbit/s, two models and two lengths"
