@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import gc
 import json
 import threading
 from collections.abc import Iterator
@@ -157,7 +156,6 @@ def _lead(
         prepare = Preparation.of(model.config, place_of_model) if service.kind == "vision" else None
         leader = Encoding(engine, pooling=pooling_of(place_of_model), prepare=prepare, **rounds)
     stack.enter_context(leader)
-    gc.freeze()  # what is loaded stays: no collection has to look through it again
     return Started(leader, tokenizer, stack.pop_all().close)
 
 

@@ -110,14 +110,18 @@ def run(options: argparse.Namespace) -> int:
 def _serve(options: argparse.Namespace, place: Place, others: Any, http: Any) -> None:
     """Listens, and answers 503 until the service has started, until a signal ends it."""
     from ..serve.http import make_app, run_server
-    from ..serve.running import RunningService
+    from ..serve.running import RunningService, Started
 
     kind, limit = about_model(options.model)
     name = options.served_name or Path(options.model).name
-    service = RunningService(
-        name, kind, limit, lambda service: start(options, place, service, others), place.addresses
-    )
     stopped = threading.Event()
+
+    def begin(service: Any) -> Started:
+        started = start(options, place, service, others)
+        gc.freeze()  # what is loaded stays: no collection has to look through it again
+        return started
+
+    service = RunningService(name, kind, limit, begin, place.addresses)
 
     def listening(url: str) -> None:
         say(f"listening at {url}, loading {options.model}")
