@@ -22,10 +22,6 @@ from astra_kernels.attention.visibility import Visibility, visibility
 # `causal_rows`).
 CAUSAL_ROWS = 64
 
-# Rows of queries that share one flash call where its output has to be stored in another order, or a
-# mask be made numbers: what is copied stays in the cache.
-COPIED_ROWS = 256
-
 # Numbers of a mask that are made the kernel's dtype at a time.
 CONVERTED = 2**22
 
@@ -171,7 +167,7 @@ def _by_rows(
     if see.key_mask is not None:
         hidden = ~see.key_mask[:, None, :, None]
         key, value = key.masked_fill(hidden, 0.0), value.masked_fill(hidden, 0.0)
-    block = _rows_at_once(see, query)
+    block = _rows_at_once(see)
     if block >= see.rows:
         low, high = see.span(0, see.rows)
         bias = see.bias(0, see.rows, low, high, dtype, query.device)
@@ -192,19 +188,15 @@ def _by_rows(
     return out, lse
 
 
-def _rows_at_once(see: Visibility, query: Tensor) -> int:
-    """All, unless a band leaves out keys, a mask has to be converted or the output be copied."""
+def _rows_at_once(see: Visibility) -> int:
+    """All, unless a band leaves out keys or a mask has to be converted."""
     rows = max(1, see.rows)
     if see.banded:
         return min(CAUSAL_ROWS, rows)
     mask = see.attn_mask
-    converts = mask is not None and mask.shape[2] > 1 and mask.dtype.itemsize < 4
-    # The kernel stores its output as the queries are.
-    if converts or not query.transpose(1, 2).is_contiguous():
-        rows = min(COPIED_ROWS, rows)
-    if converts and mask is not None:
-        rows = max(1, min(rows, CONVERTED * see.rows // max(1, mask.numel())))
-    return rows
+    if mask is None or mask.shape[2] == 1 or mask.dtype in (torch.float32, torch.float64):
+        return rows
+    return max(1, min(rows, CONVERTED * rows // max(1, mask.numel())))
 
 
 def with_sinks(state: tuple[Tensor, Tensor], sinks: Tensor) -> tuple[Tensor, Tensor]:
