@@ -59,8 +59,8 @@ def flash(
     out, lse = _flash(query, key, value, 0.0, False, attn_mask=bias, scale=scale)
     if not lse.all():
         _mend(lse == 0, query, key, value, scale, bias, out, lse)
-    # One sum tells that there is no NaN (or numbers that are as large).
-    if hides and not out.sum().isfinite():
+    # One sum, in the order of memory, tells that there is no NaN (or numbers that are as large).
+    if hides and not (out if out.is_contiguous() else out.transpose(1, 2)).sum().isfinite():
         wrong = lse.isnan() | out.isnan().any(dim=3)
         _mend(wrong, query, key, value, scale, bias, out, lse)
     out = out if out.shape[3] == width else out[..., :width]
