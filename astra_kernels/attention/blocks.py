@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -152,6 +152,19 @@ class Softmax:
             grad_out, out = (x[:, :, rows].to(delta.dtype) for x in (self.grad_out, self.out))
             torch.sum(grad_out * out, dim=3, out=delta[:, :, rows])
         return delta if self.grad_lse is None else delta.sub_(self.grad_lse)
+
+    def part(self, batch: slice, heads: slice) -> Softmax:
+        """That of some batch rows and some heads; views."""
+        place = (batch, heads)
+        return replace(
+            self,
+            query=self.query[place],
+            out=self.out[place],
+            lse=self.lse[place],
+            grad_out=self.grad_out[place],
+            grad_lse=None if self.grad_lse is None else self.grad_lse[place],
+            sums=None if self.sums is None else self.sums[place],
+        )
 
 
 def is_coarse(lse: Tensor) -> bool:

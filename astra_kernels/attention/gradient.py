@@ -75,7 +75,7 @@ def of_keys(
     grads = tuple(zeros_like(x, dtype) for x in tensors)
     for batch, heads, kv_heads in _some_heads(softmax.query, key):
         part = _on_cpu(
-            _of_heads(softmax, batch, heads),
+            softmax.part(batch, heads),
             key[batch, kv_heads],
             value[batch, kv_heads],
             see.of_heads(batch, heads),
@@ -107,19 +107,6 @@ def _some_heads(query: Tensor, key: Tensor) -> Iterator[tuple[slice, slice, slic
         for head in range(0, kv_heads, num_heads):
             last = min(head + num_heads, kv_heads)
             yield slice(row, row + num_rows), slice(head * group, last * group), slice(head, last)
-
-
-def _of_heads(softmax: Softmax, batch: slice, heads: slice) -> Softmax:
-    place = (batch, heads)
-    return replace(
-        softmax,
-        query=softmax.query[place],
-        out=softmax.out[place],
-        lse=softmax.lse[place],
-        grad_out=softmax.grad_out[place],
-        grad_lse=None if softmax.grad_lse is None else softmax.grad_lse[place],
-        sums=None if softmax.sums is None else softmax.sums[place],
-    )
 
 
 def _on_cpu(

@@ -2,28 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 import torch
 from torch import Tensor
 
 from astra_kernels.attention.blocks import Softmax, compute_dtype, zeros_like
 from astra_kernels.attention.gradient import Gradients, of_keys, softmax_of
 from astra_kernels.attention.visibility import visibility
-
-
-def _part(softmax: Softmax, row: int, heads: slice) -> Softmax:
-    """The softmax of one batch row and some heads."""
-    place = (slice(row, row + 1), heads)
-    return replace(
-        softmax,
-        query=softmax.query[place],
-        out=softmax.out[place],
-        lse=softmax.lse[place],
-        grad_out=softmax.grad_out[place],
-        grad_lse=None if softmax.grad_lse is None else softmax.grad_lse[place],
-        sums=None if softmax.sums is None else softmax.sums[place],
-    )
 
 
 def of_codewords(
@@ -50,7 +34,7 @@ def of_codewords(
                 for table in (key_codebook, value_codebook)
             )
             query_heads = slice(head * group, (head + 1) * group)
-            part = _part(softmax, row, query_heads)
+            part = softmax.part(slice(row, row + 1), query_heads)
             see = visibility(part.query, len(present), attn_mask=bias)
             grads = of_keys(part, key, value, see, None, fast)
             grad_query[row : row + 1, query_heads] = grads[0]

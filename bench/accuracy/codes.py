@@ -39,13 +39,13 @@ from astra_runtime.codes.kv import KeyValueCodes
 from astra_runtime.console import say
 from astra_runtime.models import adapt
 from astra_runtime.parallel import map_cores
-from astra_runtime.store import load_model, load_tokenizer, token_windows
+from astra_runtime.store import load_model, load_tokenizer
 from astra_runtime.train.calibration import as_windows, record
 from astra_runtime.train.kmeans import kmeans
 from astra_runtime.train.navq import Quantized
 from bench import codebooks
 from bench.accuracy import calibrate
-from bench.accuracy.corpora import corpus
+from bench.accuracy.corpora import held_out
 from bench.accuracy.simulated import control_losses, figures, losses
 from bench.report import Rows, command_line, quiet_transformers
 
@@ -258,10 +258,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         of_block, scales = recorded.vectors(KeyValueCodes, block, 1, True)
         assert scales is not None, "key/value codes are scaled"
         vectors.append((of_block, scales))
-    windows = {
-        domain: token_windows(tokenizer, corpus(domain)[1], calibrate.TOKENS, options.windows)
-        for domain in DOMAINS
-    }
+    windows = held_out(tokenizer, DOMAINS, calibrate.TOKENS, options.windows)
     controls = {name: control_losses(model, of_text, RANKS) for name, of_text in windows.items()}
     rows = Rows(
         "codes",

@@ -13,12 +13,13 @@ import html.parser
 import re
 import shutil
 import subprocess
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
+from typing import Any
 
 from astra_kernels._cache import cache_folder
 from astra_runtime.errors import AstraError
-from astra_runtime.store import builtin_text
+from astra_runtime.store import builtin_text, token_windows
 
 BUILTIN = {
     "documentation": "Python's language reference: English technical prose",
@@ -60,6 +61,11 @@ def split(documents: Sequence[str]) -> tuple[str, str]:
         p for text in rest for p in _paragraphs(text) if p not in evaluation
     )
     return "\n\n".join(calibration), "\n\n".join(evaluation)
+
+
+def held_out(tokenizer: Any, domains: Iterable[str], tokens: int, windows: int) -> dict[str, Any]:
+    """Of each domain, windows of the part that no codebook is fitted on: int64 [tokens] each."""
+    return {name: token_windows(tokenizer, corpus(name)[1], tokens, windows) for name in domains}
 
 
 def available(domain: str) -> bool:

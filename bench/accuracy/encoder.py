@@ -29,7 +29,7 @@ from astra_runtime.plan import Plan
 from astra_runtime.store import load_model, load_tokenizer, token_windows
 from astra_runtime.train.simulate import Simulation
 from bench import codebooks
-from bench.accuracy.corpora import corpus
+from bench.accuracy.corpora import corpus, held_out
 from bench.report import Rows, command_line, quiet_transformers
 
 TOKENS, RANKS, NEIGHBOURS = 256, 4, 10
@@ -91,9 +91,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     quiet_transformers()
     model, tokenizer = load_model("minilm"), load_tokenizer("minilm")
     calibration = token_windows(tokenizer, corpus("documentation")[0], TOKENS, options.calibration)
-    texts = {
-        d: token_windows(tokenizer, corpus(d)[1], TOKENS, options.texts) for d in options.domains
-    }
+    texts = held_out(tokenizer, options.domains, TOKENS, options.texts)
     exact = {d: embeddings(model, Codebook.dense(), texts[d]) for d in options.domains}
     rows = Rows(
         RESULT,

@@ -28,8 +28,8 @@ import torch
 from astra_runtime import Codebook
 from astra_runtime.cli.fitting import OTHERS, WINDOWS, default_fine_bits, progress_bar
 from astra_runtime.console import say
-from astra_runtime.store import load_model, load_tokenizer, token_windows
-from bench.accuracy.corpora import corpus
+from astra_runtime.store import load_model, load_tokenizer
+from bench.accuracy.corpora import held_out
 from bench.accuracy.simulated import TOKENS, Losses, control_losses, figures, losses
 from bench.codebooks import without_fine
 from bench.report import command_line, quiet_transformers, write
@@ -174,10 +174,7 @@ def _row(name: str, options: argparse.Namespace) -> dict[str, Any]:
             return row
         book, tokenizer = Codebook.from_pretrained(folder), load_tokenizer(name)
         others = {Path(at).name: Codebook.from_pretrained(at) for at in options.beside}
-        windows = {
-            domain: token_windows(tokenizer, corpus(domain)[1], TOKENS, options.windows)
-            for domain in options.domains
-        }
+        windows = held_out(tokenizer, options.domains, TOKENS, options.windows)
         return row | {"kept": kept(model, book, others, windows)}
 
 

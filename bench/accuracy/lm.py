@@ -27,9 +27,9 @@ from astra_runtime import Codebook
 from astra_runtime.console import say
 from astra_runtime.costs import engine_plan, flops_over_ideal
 from astra_runtime.models import adapt
-from astra_runtime.store import load_model, load_tokenizer, token_windows
+from astra_runtime.store import load_model, load_tokenizer
 from bench import codebooks
-from bench.accuracy.corpora import corpus
+from bench.accuracy.corpora import held_out
 from bench.accuracy.simulated import TOKENS, Losses, codebook_of, figures, losses, rounded
 from bench.report import Rows, command_line, quiet_transformers
 
@@ -102,10 +102,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     options = parser.parse_args(arguments)
     quiet_transformers()
     model, tokenizer = load_model("smollm2"), load_tokenizer("smollm2")
-    windows = {
-        domain: token_windows(tokenizer, corpus(domain)[1], TOKENS, options.windows)
-        for domain in options.domains
-    }
+    windows = held_out(tokenizer, options.domains, TOKENS, options.windows)
     rows = Rows(
         RESULT,
         command=command_line("bench.accuracy", arguments),

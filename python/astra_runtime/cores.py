@@ -43,12 +43,10 @@ def threads_of(processes: int) -> int:
 
 
 def available_bytes() -> int:
-    """Memory that programs may still take, as the kernel estimates it; 0 where nobody says."""
-    with contextlib.suppress(OSError, KeyError):
-        lines = _MEMORY.read_text().splitlines()
-        fields = dict(line.split(":", 1) for line in lines)
-        return 1024 * int(fields["MemAvailable"].split()[0])
-    return 0
+    """Memory that programs may still take without any being swapped out, by the kernel's estimate.
+    OSError: there is no /proc."""
+    fields = dict(line.split(":", 1) for line in _MEMORY.read_text().splitlines())
+    return 1024 * int(fields["MemAvailable"].split()[0])
 
 
 def peak_bytes() -> int:

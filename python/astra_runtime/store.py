@@ -86,7 +86,7 @@ def _converted(name: str, file: Path) -> Path:
     digest = hashlib.sha256(said.encode()).hexdigest()[:16]
     folder = cache_folder() / "models" / f"{file.stem}-{digest}"
     if not (folder / "config.json").is_file():
-        try:
+        try:  # transformers has no implementation of some of a GGUF file's architectures
             _convert(file, folder)
         except (ValueError, KeyError, NotImplementedError, RuntimeError) as error:
             why = str(error).splitlines()[0] if str(error) else type(error).__name__

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from astra_runtime import Codebook
 from astra_runtime.models import adapt
 from bench import codebooks
-from bench.accuracy import calibrate, encoder, fitting, lm, ranks, simulated, tables
+from bench.accuracy import calibrate, corpora, encoder, fitting, lm, ranks, simulated, tables
 from bench.lossy import degraded, perplexity
 from bench.report import Rows
 from tests.runtime.models import inputs_for, tiny, windows_for
@@ -54,8 +54,10 @@ def in_place_of_smollm2(monkeypatch, module, model, windows, books):
     """Model, texts and codebooks of a benchmark; windows of a text are those of the test."""
     monkeypatch.setattr(module, "load_model", lambda name: model)
     monkeypatch.setattr(module, "load_tokenizer", lambda name: None)
-    monkeypatch.setattr(module, "corpus", lambda domain: ("", ""))
-    monkeypatch.setattr(module, "token_windows", lambda *_: windows)
+    for place in (module, corpora):
+        if hasattr(place, "token_windows"):
+            monkeypatch.setattr(place, "corpus", lambda domain: ("", ""))
+            monkeypatch.setattr(place, "token_windows", lambda *_: windows)
     if hasattr(module, "codebook_of"):
         monkeypatch.setattr(module, "codebook_of", lambda name, *_: books[name])
 

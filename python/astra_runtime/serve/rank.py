@@ -404,17 +404,12 @@ def _follow_once(engine: Engine, idle: float) -> int:
 
 def about_this_process() -> dict[str, Any]:
     """What a worker tells the leader of itself: its process, its machine, the memory there."""
-    return {"pid": os.getpid(), "machine": machine(), "memory": free_memory()}
+    return {"pid": os.getpid(), "machine": machine(), "memory": available_bytes()}
 
 
 def machine() -> str:
     """Names this machine, until it starts anew; containers of one machine are told apart."""
     return f"{Path('/proc/sys/kernel/random/boot_id').read_text().strip()} {socket.gethostname()}"
-
-
-def free_memory() -> int:
-    """Bytes that a new program could have without any being swapped out."""
-    return available_bytes()
 
 
 def receive_report(mesh: Mesh, peer: int, seconds: float) -> dict[str, Any]:
