@@ -232,19 +232,18 @@ def test_a_failing_model_fails_on_every_rank() -> None:
 def test_a_deadline_by_block_sees_who_stopped() -> None:
     """Of several ranks that are late the first is named, so here it is whoever stopped."""
     model, inputs = tiny("llama"), inputs_for("llama", 12)
-    stopped = threading.Event()
+    noticed = threading.Barrier(3, timeout=20)
 
     def work(mesh: Mesh) -> Any:
         with Engine(model, None, mesh, deadline_ms=250) as engine:
             if mesh.rank == 0:
-                stopped.wait(20)
+                noticed.wait()  # it leaves when both others have their error, not before
                 return None
             start = time.monotonic()
             with pytest.raises(DeadlineExceeded) as caught:
                 engine(**inputs)
             seconds = time.monotonic() - start
-            if mesh.rank == 2:
-                stopped.set()
+            noticed.wait()
             return caught.value, seconds
 
     _, (first, _), (last, seconds) = as_ranks(local_mesh(3, timeout=2 * PROMPT), work)
