@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 
@@ -113,7 +114,9 @@ class Kept:
 
 
 class Prompts:
-    """What the leader knows of the prompts that all ranks keep: the longest unused goes first.
+    """What the leader knows of the prompts that the ranks keep, and has to tell them of these.
+
+    The longest unused goes first.
 
     Args:
         room: how many tokens are kept.
@@ -123,6 +126,9 @@ class Prompts:
         self.room = room
         self._prompts: OrderedDict[int, tuple[tuple[int, ...], int]] = OrderedDict()
         self._tokens = 0
+        self._keep: list[tuple[int, int, list[int]]] = []  # number, owner, ids
+        self._grow: list[tuple[int, int, list[int]]] = []
+        self._forget: list[int] = []
 
     def find(self, ids: Sequence[int]) -> tuple[int, int, int] | None:
         """The prompt with the longest common beginning, how long that is, and who owns it.
@@ -139,10 +145,17 @@ class Prompts:
         return best
 
     def add(self, number: int, ids: Sequence[int], owner: int) -> list[int]:
-        """Keeps a prompt; which others are to be forgotten for it, or this one itself."""
+        """All ranks have read a prompt and keep it; which others are to be forgotten for it, or
+        this one itself."""
         self._prompts[number] = tuple(ids), owner
         self._tokens += len(ids)
-        return self._evicted()
+        return self._evict()
+
+    def add_alone(self, number: int, ids: Sequence[int], owner: int) -> list[int]:
+        """One rank has read a prompt by itself, and the ranks have to be told that it is kept."""
+        self._forget = [other for other in self._forget if other != number]
+        self._keep.append((number, owner, list(ids)))
+        return self.add(number, ids, owner)
 
     def extend(self, number: int, ids: Sequence[int]) -> list[int] | None:
         """A kept prompt goes on with its answer; which are to be forgotten for that, itself
@@ -153,19 +166,30 @@ class Prompts:
         self._prompts[number] = (*kept, *ids), owner
         self._prompts.move_to_end(number)
         self._tokens += len(ids)
-        return self._evicted()
+        self._grow.append((number, owner, list(ids)))
+        return self._evict()
 
-    def _evicted(self) -> list[int]:
-        forgotten = []
+    def forget(self, number: int) -> None:
+        """What a rank has of a prompt that is not kept is of no use."""
+        self._forget.append(number)
+
+    def changes(self) -> dict[str, Any]:
+        """What the ranks have to be told since the last time, as jobs carry it."""
+        said = {"keep": self._keep, "grow": self._grow, "forget": self._forget}
+        self._keep, self._grow, self._forget = [], [], []
+        return said
+
+    def _evict(self) -> list[int]:
+        """Makes room. The ranks have to forget what goes, and not to keep it first."""
+        gone = []
         while self._tokens > self.room and self._prompts:
             oldest, (kept, _) = self._prompts.popitem(last=False)
             self._tokens -= len(kept)
-            forgotten.append(oldest)
-        return forgotten
-
-    def clear(self) -> None:
-        self._prompts.clear()
-        self._tokens = 0
+            gone.append(oldest)
+        self._forget += gone
+        self._keep = [kept for kept in self._keep if kept[0] not in gone]
+        self._grow = [grown for grown in self._grow if grown[0] not in gone]
+        return gone
 
 
 def _common(first: Sequence[int], second: Sequence[int]) -> int:

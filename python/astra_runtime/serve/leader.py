@@ -97,9 +97,6 @@ class Leader(Rounds):
         self._placement = Placement(self._admission, self.costs, self._sequences.kept.possible)
         self._answers: dict[int, Answer] = {}
         self._drop: list[int] = []  # answers that their owners have to forget
-        self._keep: list[tuple[int, int, list[int]]] = []  # prompts to keep: number, owner, ids
-        self._grow: list[tuple[int, int, list[int]]] = []  # kept ones, and what was answered
-        self._forget: list[int] = []  # kept prompts that the ranks have to forget
         self._prompts = Prompts(0)
         self._number = 0
         self._reading: Work | None = None  # whose prompt all ranks read
@@ -176,9 +173,6 @@ class Leader(Rounds):
         self._sequences = Sequences(self.engine)
         self._answers.clear()
         self._drop.clear()
-        self._keep.clear()
-        self._grow.clear()
-        self._forget.clear()
         together = Counter(one["machine"] for one in self._about.values())
         room = {
             rank: self._memory or int(MEMORY_SHARE * one["memory"] / together[one["machine"]])
@@ -248,9 +242,8 @@ class Leader(Rounds):
 
     def _job(self, **job: Any) -> None:
         with self._changed:
-            said = {"drop": self._drop, "keep": self._keep}
-            said |= {"grow": self._grow, "forget": self._forget}
-            self._drop, self._keep, self._grow, self._forget = [], [], [], []
+            said = {"drop": self._drop, **self._prompts.changes()}
+            self._drop = []
         self._sequences.follow(said)
         self._send_job(**{"do": "round", "prompt": None, "pauses": [], "alone": []} | said | job)
 
@@ -294,12 +287,12 @@ class Leader(Rounds):
             for name, a, b in spans
         ]
         if problem is not None:
-            self._forget.append(prompt.number)
+            self._prompts.forget(prompt.number)
             self._end(work, self._failure(work, problem))
             return
         if self._sequences.kept.possible:
             ids = work.request.prompt_ids
-            self._forget_prompts(self._prompts.add(prompt.number, ids, work.owner))
+            self._prompts.add(prompt.number, ids, work.owner)
         if work.base is None:
             busy = max((busy_seconds(spans) for spans in self._spans.values()), default=None)
             self.costs.heard_together(work.prompt_tokens, seconds, busy)
@@ -397,7 +390,7 @@ class Leader(Rounds):
         """A rank has read a prompt by itself, and keeps what is known of it until it is told."""
         work = next((w for w in self._admission.running if w.answers[0].number == number), None)
         if work is None:
-            self._forget.append(number)
+            self._prompts.forget(number)
             return
         work.reading = False
         work.spans.append(
@@ -405,16 +398,9 @@ class Leader(Rounds):
         )
         self.costs.heard_alone(work.prompt_tokens, seconds)
         if self._sequences.kept.possible and work.prompt_tokens > EXACT_TOKENS:
-            self._keep_alone(number, work.owner, work.request.prompt_ids)
+            self._prompts.add_alone(number, work.request.prompt_ids, work.owner)
         else:
-            self._forget.append(number)
-
-    def _keep_alone(self, number: int, owner: int, ids: Sequence[int]) -> None:
-        """What a rank has computed by itself is kept, if there is room."""
-        forgotten = self._prompts.add(number, ids, owner)
-        self._forget = [other for other in self._forget if other != number]
-        self._keep.append((number, owner, list(ids)))
-        self._forget_prompts(forgotten)
+            self._prompts.forget(number)
 
     def _keep_answer(self, answer: Answer) -> None:
         """A kept prompt goes on with its first answer, all of it that the model has read: the next
@@ -423,18 +409,9 @@ class Leader(Rounds):
         if answer.index or not new or not self._sequences.kept.possible:
             return
         whole = [*work.request.prompt_ids, *new]
-        forgotten = self._prompts.extend(number, new)
-        if forgotten is not None:
-            self._grow.append((number, work.owner, new))
-            self._forget_prompts(forgotten)
-        elif work.base is None and work.prompt_tokens <= EXACT_TOKENS < len(whole):
-            self._keep_alone(number, work.owner, whole)
-
-    def _forget_prompts(self, numbers: Sequence[int]) -> None:
-        """The ranks have to forget them, and not to keep them first."""
-        self._forget += numbers
-        self._keep = [kept for kept in self._keep if kept[0] not in numbers]
-        self._grow = [grown for grown in self._grow if grown[0] not in numbers]
+        kept = self._prompts.extend(number, new) is not None
+        if not kept and work.base is None and work.prompt_tokens <= EXACT_TOKENS < len(whole):
+            self._prompts.add_alone(number, whole, work.owner)
 
     def _expire(self) -> None:
         """Ends what was cancelled, and what has no time left."""

@@ -365,18 +365,18 @@ def test_what_was_answered_with_codes_is_known_to_all_ranks(llama: Any) -> None:
         assert leader.status().lost == 0
 
 
-def test_a_prompt_that_is_forgotten_is_not_kept_first(llama: Any) -> None:
+def test_a_prompt_that_is_forgotten_is_not_kept_first() -> None:
     """Where both would be said in one job."""
-    with led(llama, 2) as leader, leader._changed:
-        leader._prompts.room = 150
-        leader._keep_alone(1000, 0, [1] * 100)
-        assert leader._keep == [(1000, 0, [1] * 100)]
-        leader._keep_alone(1001, 0, [2] * 100)
-        assert (leader._keep, leader._forget) == ([(1001, 0, [2] * 100)], [1000])
-        leader._forget_prompts([1001])
-        assert leader._keep == []
-        leader._forget.clear()
-        leader._prompts.clear()
+    prompts = Prompts(150)
+    assert prompts.add_alone(1000, [1] * 100, 0) == []
+    assert prompts.changes() == {"keep": [(1000, 0, [1] * 100)], "grow": [], "forget": []}
+    prompts.forget(1001)  # its owner has read it, and then answered: it is kept after all
+    assert prompts.add_alone(1001, [2] * 100, 0) == [1000]
+    assert prompts.changes() == {"keep": [(1001, 0, [2] * 100)], "grow": [], "forget": [1000]}
+    assert prompts.add_alone(1002, [3] * 150, 1) == [1001]
+    assert prompts.add(1003, [4] * 150, 1) == [1002]
+    assert prompts.changes() == {"keep": [], "grow": [], "forget": [1001, 1002]}
+    assert prompts.changes() == {"keep": [], "grow": [], "forget": []}
 
 
 def test_a_kept_prompt_that_outgrows_the_room_is_forgotten() -> None:
