@@ -70,6 +70,18 @@ if can_make_keys():
     MAKERS["tls"] = tls_mesh
 
 
+def open_files() -> set[tuple[str, str]]:
+    """The descriptors of this process and what each of them is.
+
+    A test looks at those it opened itself: the collector may close an earlier test's at any time.
+    """
+    found = set()
+    for name in os.listdir("/proc/self/fd"):
+        with contextlib.suppress(OSError):  # of this listing
+            found.add((name, os.readlink(f"/proc/self/fd/{name}")))
+    return found
+
+
 def together(calls: list[Callable[[], Any]], *, errors_too: bool = False) -> list[Any]:
     """Runs the calls at the same time, one thread each; results, or exceptions, in order."""
     results: list[Any] = [None] * len(calls)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import gc
-import os
 import socket
 import struct
 import threading
@@ -27,6 +26,7 @@ from ..ranks import (
     PLAN,
     all_to_all,
     as_ranks,
+    open_files,
     paced_mesh,
     send_blocks,
     together,
@@ -226,10 +226,11 @@ def test_steady_state_keeps_memory_flat() -> None:
 
 
 def test_threads_and_descriptors_are_given_back() -> None:
-    def count() -> tuple[int, int]:
-        return threading.active_count(), len(os.listdir("/proc/self/fd"))
-
-    before = count()
-    as_ranks(local_mesh(4), lambda mesh: all_to_all(mesh, 3, 100))
-    as_ranks(paced_mesh(3), lambda mesh: all_to_all(mesh, 3, 100))
-    assert count() == before
+    threads, files = set(threading.enumerate()), open_files()
+    for maker, world_size in ((local_mesh, 4), (paced_mesh, 3)):
+        meshes = maker(world_size)
+        opened = open_files() - files
+        assert len(opened) > len(meshes)
+        as_ranks(meshes, lambda mesh: all_to_all(mesh, 3, 100))
+        assert not open_files() & opened
+    assert set(threading.enumerate()) <= threads
