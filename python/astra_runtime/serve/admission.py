@@ -76,25 +76,23 @@ class Admission:
         return iter(tuple(self._queue))
 
     def answers_of(self, rank: int) -> int:
-        return sum(work.request.n for work in self.running if work.owner == rank)
+        return sum(work.num_answers(rank) for work in self.running)
+
+    def has_room(self, rank: int, size: int, answers: int) -> bool:
+        """Whether `rank` can take so many more answers, of `size` bytes together."""
+        taken = sum(work.answer_bytes * work.num_answers(rank) for work in self.running)
+        own = self.answers_of(rank)
+        return taken + size <= self.budget[rank] and (not own or own + answers <= MAX_ANSWERS)
 
     def may_own(self, work: Work, rank: int) -> bool:
         """Whether `rank` has room for its answers, and not many more than the chosen owner has."""
-        taken = sum(running.bytes for running in self.running if running.owner == rank)
         ahead = self.answers_of(rank) - self.answers_of(work.owner)
-        return taken + work.bytes <= self.budget[rank] and ahead < MOST_AHEAD
+        return self.has_room(rank, work.bytes, work.request.n) and ahead < MOST_AHEAD
 
     def _owner_for(self, work: Work) -> int | None:
         """The rank with the fewest answers of those with room; the next in turn where several."""
-        taken = dict.fromkeys(range(self.world_size), 0)
-        for running in self.running:
-            taken[running.owner] += running.bytes
-        free = [
-            rank
-            for rank in range(self.world_size)
-            if taken[rank] + work.bytes <= self.budget[rank]
-            and (not self.answers_of(rank) or self.answers_of(rank) + work.request.n <= MAX_ANSWERS)
-        ]
+        ranks, n = range(self.world_size), work.request.n
+        free = [rank for rank in ranks if self.has_room(rank, work.bytes, n)]
         turn = self._last_owner + 1
         return min(
             free,

@@ -1,4 +1,4 @@
-"""Whether a prompt is read faster by all ranks together or by one alone, from what was seen."""
+"""What prompts and answers cost, from what was seen: for decisions about which ranks do what."""
 
 from __future__ import annotations
 
@@ -90,6 +90,64 @@ class PromptCosts:
             return tokens
         plan = self._engine.plan(tokens)
         return max(plan.size(n) + plan.num_leading(n) for n in range(plan.world_size))
+
+
+class AnswerCosts:
+    """Learns what it takes to decode several answers to one prompt on one rank, or on several.
+
+    All ranks step together, so a step takes as long as that of the rank with most answers.
+
+    Args:
+        prompts: what reading costs.
+    """
+
+    def __init__(self, prompts: PromptCosts) -> None:
+        self._prompts = prompts
+        self._steps: dict[int, float] = {}  # seconds of a step, by answers
+        self._shared: float | None = None  # seconds a token of a prompt that was shared
+        self._tokens: float | None = None  # of an answer
+
+    def heard_step(self, answers: int, seconds: float) -> None:
+        """A rank has decoded a token of each of so many answers."""
+        self._steps[answers] = _mixed(self._steps.get(answers), seconds)
+
+    def heard_shared(self, tokens: int, seconds: float) -> None:
+        """Other ranks than its owner can go on with a prompt of so many tokens."""
+        self._shared = _mixed(self._shared, seconds / tokens)
+
+    def heard_answer(self, tokens: int) -> None:
+        """An answer has so many tokens."""
+        self._tokens = _mixed(self._tokens, tokens)
+
+    def added(self) -> float | None:
+        """Seconds that one more answer adds to a step; None: nothing is known.
+
+        At least those of a token of a prompt, which shares a pass with many others.
+        """
+        least, sizes = self._prompts.token, sorted(self._steps)
+        if len(sizes) < 2:
+            return least
+        mean = sum(sizes) / len(sizes)
+        spread = sum((size - mean) ** 2 for size in sizes)
+        slope = sum((size - mean) * self._steps[size] for size in sizes) / spread
+        return max(slope, least or 0.0)
+
+    def sharing(self, tokens: int) -> float | None:
+        """Seconds until other ranks can go on with a prompt that all have read; None: not known.
+
+        Before it was measured: those of the exchange while a prompt is read, as about as much has
+        not been sent yet.
+        """
+        return self._prompts.exchange if self._shared is None else self._shared * tokens
+
+    def is_sooner(self, fewer: int, most_tokens: int, seconds: float) -> bool:
+        """Whether answers of at most so many tokens, the first of them drawn, are whole sooner
+        where steps have `fewer` answers, after `seconds` in which nobody steps."""
+        tokens = most_tokens if self._tokens is None else min(most_tokens, self._tokens)
+        if fewer < 1 or tokens <= 1:
+            return False
+        added = self.added()
+        return added is None or fewer * added * (tokens - 1) > seconds
 
 
 def _mixed(old: float | None, new: float) -> float:

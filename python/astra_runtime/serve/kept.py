@@ -7,13 +7,14 @@ says in its jobs, so that all ranks do the same.
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import Any
 
 import torch
 
 from ..engine import Engine
 from ..sessions.cache import KeyValues
+from ..sessions.codes import complete, synchronize
 from ..sessions.session import Session
 from .batch import Cache
 
@@ -107,6 +108,22 @@ class Kept:
         assert state.scores is not None, "the owner has read the last token"
         return Cache(state.cache.fork(), state.tokens, state.scores[0])
 
+    def share(self, number: int, ranks: Collection[int]) -> None:
+        """`ranks` get what they need to go on with a prompt that all ranks have read; collective.
+
+        Every rank hears the codes that it lacks, as far as the prompt's owner did not wait for it.
+        """
+        engine, session = self._engine, self._sessions[number]
+        with session._call(number, None, "share") as (running, work):
+            synchronize(engine, work, running)
+            if engine.rank in ranks:
+                complete(engine, work)
+
+    def shared(self, number: int) -> Cache:
+        """How this rank goes on with a prompt that was shared with it."""
+        state = self._sessions[number]._state
+        return Cache(state.cache.fork(), state.tokens)
+
     def num_coded(self, number: int, rank: int) -> int:
         """Of how many tokens of a prompt `rank` has codes alone."""
         state = self._sessions[number]._state
@@ -171,6 +188,12 @@ class Prompts:
 
     def forget(self, number: int) -> None:
         """What a rank has of a prompt that is not kept is of no use."""
+        self._forget.append(number)
+
+    def lose(self, number: int) -> None:
+        """A prompt may not be the same on all ranks any more, and is not used again."""
+        kept, _ = self._prompts.pop(number, ((), 0))
+        self._tokens -= len(kept)
         self._forget.append(number)
 
     def changes(self) -> dict[str, Any]:

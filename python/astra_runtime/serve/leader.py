@@ -1,8 +1,9 @@
 """Rank 0 of a service that generates: takes requests, has all ranks work, hands out the tokens.
 
 It admits requests first come, first served, as many as memory has room for; decides by cost whether
-a prompt is read by all ranks together or by its owner alone; and lets owners rotate, so that N
-ranks decode for N users at once. While the ranks read a prompt together, they pause at blocks that
+a prompt is read by all ranks together or by its owner alone, and whether several answers to it are
+decoded by one rank or by several; and lets owners rotate, so that N ranks decode for N users at
+once. While the ranks read a prompt together, they pause at blocks that
 the job names, and decode a token of everything else.
 """
 
@@ -24,10 +25,11 @@ from ..store import token_limit
 from ..trace import stage
 from ..transport import peers_of
 from .admission import Admission
-from .costs import PromptCosts
+from .costs import AnswerCosts, PromptCosts
 from .kept import Prompts
 from .placement import Placement
-from .rank import Prompt, Sequences, busy_seconds, ending_together
+from .prompt import Move, Prompt
+from .rank import Sequences, busy_seconds, ending_together
 from .rounds import IDLE_SECONDS, LEAST_PATIENCE, Rounds
 from .service import (
     Event,
@@ -94,12 +96,15 @@ class Leader(Rounds):
         self._admission = Admission(engine.mesh.world_size, max_queue)
         self._sequences = Sequences(engine)
         self.costs = PromptCosts(engine)
-        self._placement = Placement(self._admission, self.costs, self._sequences.kept.possible)
+        self.answer_costs = AnswerCosts(self.costs)
+        keeps = self._sequences.kept.possible
+        self._placement = Placement(self._admission, self.costs, self.answer_costs, keeps)
         self._answers: dict[int, Answer] = {}
         self._drop: list[int] = []  # answers that their owners have to forget
         self._prompts = Prompts(0)
         self._number = 0
         self._reading: Work | None = None  # whose prompt all ranks read
+        self._moving: tuple[Work, Move] | None = None  # with the next step
         self._progress: float | None = None
         self._just_read = False
         self._spans: dict[int, list[Any]] = {}  # of the round before, by rank
@@ -173,6 +178,7 @@ class Leader(Rounds):
         self._sequences = Sequences(self.engine)
         self._answers.clear()
         self._drop.clear()
+        self._moving = None
         together = Counter(one["machine"] for one in self._about.values())
         room = {
             rank: self._memory or int(MEMORY_SHARE * one["memory"] / together[one["machine"]])
@@ -229,14 +235,15 @@ class Leader(Rounds):
         admitted = []
         with self._changed:
             while (work := self._next()) is not None and self._placement.of(work) == "one":
-                self._begin(work)
-                work.reading = True
+                self._begin(work, self._placement.spread_short(work))
+                work.reading = {answer.rank for answer in work.answers}
                 admitted.append(work)
         return admitted
 
-    def _begin(self, work: Work) -> None:
+    def _begin(self, work: Work, places: Sequence[int] | None = None) -> None:
         self._admission.admit(work)
-        work.begin(self._number, self.tokenizer, time.monotonic())
+        places = [work.owner] * work.request.n if places is None else places
+        work.begin(self._number, places, self.tokenizer, time.monotonic())
         self._number += work.request.n
         self._answers |= {answer.number: answer for answer in work.answers}
 
@@ -245,21 +252,48 @@ class Leader(Rounds):
             said = {"drop": self._drop, **self._prompts.changes()}
             self._drop = []
         self._sequences.follow(said)
-        self._send_job(**{"do": "round", "prompt": None, "pauses": [], "alone": []} | said | job)
+        nothing: dict[str, Any] = {"prompt": None, "pauses": [], "alone": [], "move": None}
+        self._send_job(**{"do": "round"} | nothing | said | job)
 
     def _step(self, alone: list[Work]) -> None:
         """A round in which every rank decodes, and some begin to read prompts by themselves."""
         prompts = [work.prompt(self._ends) for work in alone]
-        self._job(alone=[asdict(prompt) for prompt in prompts])
+        moving, self._moving = self._moving, None
+        if moving is not None and moving[0].state == "over":
+            moving = None
+        move = None if moving is None else asdict(moving[1])
+        self._job(alone=[asdict(prompt) for prompt in prompts], move=move)
+        problem = None if moving is None else self._move(*moving)
         mesh = self.engine.mesh
         mesh.begin()
         with self.engine.calling(), ending_together(mesh):
             for prompt in prompts:
-                if prompt.owner == 0:
+                if 0 in prompt.places:
                     self._sequences.read_alone(prompt)
             self._sequences.step()
-            self._collect()
+            problem = self._collect() or problem
         self._just_read, self._beaten = False, time.monotonic()
+        if moving is not None:
+            self._have_moved(*moving, problem)
+
+    def _move(self, work: Work, move: Move) -> str | None:
+        """Other ranks take answers; why that has failed, or None."""
+        for index, _ in move.drawn:
+            work.answers[index].rank = move.prompt.places[index]
+        start = time.perf_counter()
+        try:
+            self._sequences.move(move)
+        except CallEnded as error:
+            return str(error)
+        self.answer_costs.heard_shared(work.prompt_tokens, time.perf_counter() - start)
+        for rank in move.ranks:
+            work.coded_tokens[rank] = self._sequences.kept.num_coded(move.prompt.number, rank)
+        return None
+
+    def _have_moved(self, work: Work, move: Move, problem: str | None) -> None:
+        if problem is not None:
+            self._prompts.lose(move.prompt.number)
+            self._end(work, self._failure(work, problem))
 
     def _read(self, work: Work) -> None:
         """A round in which all ranks read one prompt, with pauses for everybody else."""
@@ -296,6 +330,10 @@ class Leader(Rounds):
         if work.base is None:
             busy = max((busy_seconds(spans) for spans in self._spans.values()), default=None)
             self.costs.heard_together(work.prompt_tokens, seconds, busy)
+        if work.prompt_tokens <= self._prompts.room and work.state == "running":
+            patience = LEAST_PATIENCE * self.engine.mesh.timeout
+            move = self._placement.move(work, self._ends, patience)
+            self._moving = None if move is None else (work, move)
 
     def _read_prompt(
         self, work: Work, prompt: Prompt, pauses: list[int]
@@ -318,7 +356,8 @@ class Leader(Rounds):
             within = max(1e-3, 1e3 * (work.deadline - time.monotonic()))
         try:
             cache = self._sequences.read_together(prompt, between, within)
-            work.degraded, work.coded_tokens = self.engine.degraded, self._num_coded(prompt)
+            work.degraded = self.engine.degraded
+            work.coded_tokens[work.owner] = self._num_coded(prompt)
             self._counts["degraded"] += work.degraded
             if cache is not None:
                 self._sequences.answer(prompt, cache)
@@ -357,24 +396,27 @@ class Leader(Rounds):
         self._sequences.confirm()
         self._spans = {0: report["spans"]}
         self._note(0, report, len(report["tokens"]))
-        self._heard(report)
+        self._heard(0, report)
         for rank, report in enumerate(self._reports(), 1):
             problem = report["problem"] or problem
             self._spans[rank] = report["spans"]
             self._note(rank, report, len(report["tokens"]))
-            self._heard(report)
+            self._heard(rank, report)
         return problem
 
-    def _heard(self, report: dict[str, Any]) -> None:
+    def _heard(self, rank: int, report: dict[str, Any]) -> None:
         now = time.monotonic()
+        if report["step"]:
+            self.answer_costs.heard_step(*report["step"])
         for number, seconds in report["read"]:
-            self._heard_read(number, seconds, now)
+            self._heard_read(rank, number, seconds, now)
         for number, *token in report["tokens"]:
             answer = self._answers.get(number)
             if answer is None:
                 continue
             if answer.work.heard(answer, token, now):
                 del self._answers[number]
+                self.answer_costs.heard_answer(answer.tokens)
                 self._keep_answer(answer)
                 if not token[-1]:  # its owner does not know
                     with self._changed:
@@ -386,16 +428,17 @@ class Leader(Rounds):
                 work = self._answers[number].work
                 self._end(work, ServiceFailed(reason))
 
-    def _heard_read(self, number: int, seconds: float, now: float) -> None:
-        """A rank has read a prompt by itself, and keeps what is known of it until it is told."""
+    def _heard_read(self, rank: int, number: int, seconds: float, now: float) -> None:
+        """A rank has read a prompt by itself; its owner keeps what is known of it until it is
+        told."""
         work = next((w for w in self._admission.running if w.answers[0].number == number), None)
         if work is None:
             self._prompts.forget(number)
             return
-        work.reading = False
-        work.spans.append(
-            Span(work.owner, "compute", work.admitted - work.arrived, now - work.arrived)
-        )
+        work.reading.discard(rank)
+        work.spans.append(Span(rank, "compute", work.admitted - work.arrived, now - work.arrived))
+        if rank != work.owner:
+            return
         self.costs.heard_alone(work.prompt_tokens, seconds)
         if self._sequences.kept.possible and work.prompt_tokens > EXACT_TOKENS:
             self._prompts.add_alone(number, work.request.prompt_ids, work.owner)

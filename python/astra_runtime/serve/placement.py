@@ -1,12 +1,14 @@
-"""Which ranks read a prompt: all of them together, or one by itself."""
+"""Which ranks read a prompt, all together or one by itself, and which decode its answers."""
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Literal
 
 from ..costs import EXACT_TOKENS
 from .admission import Admission
-from .costs import PromptCosts
+from .costs import SEGMENT_SECONDS, AnswerCosts, PromptCosts
+from .prompt import Move
 from .work import Work
 
 Place = Literal["all", "one", "later"]
@@ -20,17 +22,20 @@ class Placement:
 
     Args:
         admission: what waits and what runs.
-        costs: of the prompts so far.
+        costs, answer_costs: of the prompts and answers so far.
         keeps: whether prompts are kept.
     """
 
-    def __init__(self, admission: Admission, costs: PromptCosts, keeps: bool) -> None:
+    def __init__(
+        self, admission: Admission, costs: PromptCosts, answer_costs: AnswerCosts, keeps: bool
+    ) -> None:
         self._admission, self._costs, self._keeps = admission, costs, keeps
+        self._answer_costs = answer_costs
 
     def of(self, work: Work) -> Place:
         """Who reads its prompt: "all" ranks; "one", its owner, which may be chosen anew here; or
         nobody yet, as ranks are busy with prompts of their own."""
-        busy = {running.owner for running in self._admission.running if running.reading}
+        busy = self._busy()
         base = work.base
         if base is not None and 2 * base[1] < work.prompt_tokens:
             work.base = None  # what little it shares is read again, if it is read by one rank
@@ -40,6 +45,68 @@ class Placement:
         if not self._is_for_all(work):
             return "one"
         return "later" if busy else "all"
+
+    def _busy(self) -> set[int]:
+        """The ranks that read prompts by themselves."""
+        return {rank for running in self._admission.running for rank in running.reading}
+
+    def spread_short(self, work: Work) -> list[int]:
+        """By answer, who decodes it after a prompt that is read by one rank, or by each of several
+        where it is short: that takes no longer."""
+        is_short = work.prompt_tokens <= EXACT_TOKENS
+        return self._spread(work, 0.0) if is_short else [work.owner] * work.request.n
+
+    def spread(self, work: Work, patience: float) -> list[int]:
+        """The same after a prompt that all ranks have read. They have to hear codes before, and to
+        rebuild what these stand for: in less than `patience` seconds."""
+        seconds = self._answer_costs.sharing(work.prompt_tokens)
+        others = len(self._admission.running) > 1
+        if seconds is None or seconds > (SEGMENT_SECONDS if others else patience):
+            return [work.owner] * work.request.n
+        return self._spread(work, seconds)
+
+    def move(self, work: Work, ends: tuple[int, ...], patience: float) -> Move | None:
+        """Which answers to a prompt that all ranks have read others than its owner go on with, now
+        that their first tokens are drawn. `ends`: as of `Work.prompt`."""
+        places = self.spread(work, patience)
+        drawn = [
+            (answer.index, answer.ids[0])
+            for answer in work.answers
+            if places[answer.index] != work.owner and answer.ids and not answer.done
+        ]
+        if not drawn:
+            return None
+        return Move(replace(work.prompt(ends), ids=(), places=places), drawn)
+
+    def _spread(self, work: Work, seconds: float) -> list[int]:
+        """The first answer stays at the owner, which keeps the prompt; the next go to whoever has
+        fewest, where all are whole sooner so."""
+        admission, owner, n = self._admission, work.owner, work.request.n
+        ranks, busy = range(admission.world_size), self._busy()
+        counts = {rank: admission.answers_of(rank) - work.num_answers(rank) for rank in ranks}
+        together, apart = max(counts[owner] + n, *counts.values()), {owner: 1}
+        for _ in range(n - 1):
+            free = [
+                rank
+                for rank in ranks
+                if rank == owner or (rank not in busy and self._has_room(work, rank, apart))
+            ]
+            chosen = min(
+                free,
+                key=lambda rank: (
+                    counts[rank] + apart.get(rank, 0),
+                    (rank - owner) % admission.world_size,
+                ),
+            )
+            apart[chosen] = apart.get(chosen, 0) + 1
+        most = max(counts[rank] + apart.get(rank, 0) for rank in ranks)
+        if not self._answer_costs.is_sooner(together - most, work.max_new_tokens, seconds):
+            return [owner] * n
+        return [rank for rank, count in apart.items() for _ in range(count)]
+
+    def _has_room(self, work: Work, rank: int, apart: dict[int, int]) -> bool:
+        count = apart.get(rank, 0) + 1
+        return self._admission.has_room(rank, count * work.answer_bytes, count)
 
     def _is_apart(self, work: Work, busy: int) -> bool:
         tokens, waiting = work.prompt_tokens, len(self._admission) + busy

@@ -11,7 +11,7 @@ import logging
 import os
 import socket
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,7 +30,8 @@ from ..transport.messages import receive_json, send_json
 from .batch import Cache, read
 from .kept import Kept
 from .passes import Passes
-from .sampling import Sampler, sampling_from_json
+from .prompt import Move, Prompt
+from .sampling import Sampler
 
 log = logging.getLogger("astra_runtime.serve")
 
@@ -42,35 +43,6 @@ MAX_REPORT = 16 << 20  # bytes of a rank's tokens of one round, with their alter
 STEP_SECONDS = 0.35  # of a step with a piece of a prompt: answers wait for their next tokens
 NOTABLE = 1_000_000  # ns, of a wait in a timeline
 FIRST_PIECE, LEAST_PIECE = 32, 8  # tokens
-
-
-@dataclass(frozen=True)
-class Prompt:
-    """A prompt and how to continue it, as jobs carry it.
-
-    Attributes:
-        number: of the first answer; the others have the following ones.
-        owner: the rank that answers.
-        ids: of the prompt.
-        answers: how many.
-        ends: tokens that end an answer.
-        sampling, top_logprobs, max_new_tokens: as of `GenerationRequest`.
-        base: a kept prompt that it goes on from, and how many tokens they share; None: none.
-    """
-
-    number: int
-    owner: int
-    ids: Sequence[int]
-    answers: int
-    max_new_tokens: int
-    ends: Sequence[int]
-    sampling: dict[str, Any]
-    top_logprobs: int | None = None
-    base: tuple[int, int] | None = None
-
-    def samplers(self) -> list[Sampler]:
-        sampling = sampling_from_json(self.sampling)
-        return [Sampler(sampling, n, self.top_logprobs) for n in range(self.answers)]
 
 
 @dataclass(eq=False)
@@ -94,10 +66,11 @@ class _Answer:
 
 @dataclass(eq=False)
 class _Reading:
-    """A prompt that this rank reads by itself."""
+    """A prompt that this rank reads by itself. `wanted`: which of its answers it then gives."""
 
     prompt: Prompt
     cache: Cache
+    wanted: set[int]
     seconds: float = 0.0
 
 
@@ -120,23 +93,31 @@ class Sequences:
         self.kept = Kept(engine)
         self.spans: list[list[Any]] = []  # of the last prompt that all ranks have read
         self._busy = 0.0  # seconds of computing that were not reported
+        self._stepped: list[Any] | None = None  # answers of the last step, and its seconds
 
     def __len__(self) -> int:
         return len(self._answers) + len(self._reading)
 
     def read_alone(self, prompt: Prompt) -> None:
         """Begins to read a prompt without the other ranks."""
-        self._reading.append(_Reading(prompt, Cache(KeyValues(len(self.adapter.blocks)))))
+        cache = Cache(KeyValues(len(self.adapter.blocks)))
+        self._reading.append(_Reading(prompt, cache, set(prompt.indices(self.engine.rank))))
 
     def read_together(
         self, prompt: Prompt, between: Callable[[int], None], within_ms: float | None = None
     ) -> Cache | None:
         """Has all ranks read a prompt; collective. Its owner gets what it needs to go on."""
+        with self._traced():
+            return self._read_together(prompt, between, within_ms)
+
+    @contextmanager
+    def _traced(self) -> Iterator[None]:
+        """What this rank does for a prompt goes into the next report."""
         trace = trace_of(self.adapter.device)
         start = trace.clock()
         try:
             with tracing(trace):
-                return self._read_together(prompt, between, within_ms)
+                yield
         finally:
             self.spans = notable(trace.spans, start, trace.clock())
             self._busy += busy_seconds(self.spans)
@@ -156,26 +137,46 @@ class Sequences:
         )
         return None if prefix is None else Cache.of(prefix)
 
-    def answer(self, prompt: Prompt, cache: Cache) -> None:
-        """Draws the first tokens behind a prompt that was read."""
-        for index, sampler in enumerate(prompt.samplers()):
-            answer = _Answer(
-                prompt.number + index,
-                index == 0,
-                cache.fork() if index + 1 < prompt.answers else cache,
-                sampler,
-                frozenset(prompt.ends),
-                prompt.max_new_tokens,
-            )
-            self._answers[answer.number] = answer
-            self._draw(answer)
+    def answer(self, prompt: Prompt, cache: Cache, wanted: Collection[int] | None = None) -> None:
+        """Draws the first tokens behind a prompt that was read, of this rank's answers.
+
+        wanted: their indices, where some are not any more; None: all are.
+        """
+        indices = prompt.indices(self.engine.rank) if wanted is None else sorted(wanted)
+        for index in indices:
+            last = index == indices[-1]
+            self._draw(self._begin(prompt, index, cache if last else cache.fork()))
+
+    def _begin(self, prompt: Prompt, index: int, cache: Cache) -> _Answer:
+        number, ends = prompt.number + index, frozenset(prompt.ends)
+        sampler, most = prompt.sampler(index), prompt.max_new_tokens
+        answer = _Answer(number, index == 0, cache, sampler, ends, most)
+        self._answers[number] = answer
+        return answer
+
+    def move(self, move: Move) -> None:
+        """Other ranks go on with answers to a prompt that all ranks have read; collective.
+
+        Each goes on as its owner would have done, but for what it knows as codes.
+        """
+        prompt, rank = move.prompt, self.engine.rank
+        with self._traced():
+            self.kept.share(prompt.number, move.ranks)
+        vocabulary = int(self.adapter.model.config.vocab_size)
+        for index, token in move.drawn:
+            self._answers.pop(prompt.number + index, None)
+            if prompt.places[index] == rank:
+                answer = self._begin(prompt, index, self.kept.shared(prompt.number))
+                answer.sampler.resume([token], vocabulary)
+                answer.token, answer.drawn = token, 1
 
     def drop(self, numbers: Sequence[int]) -> None:
         """Forgets answers, whether they were begun or not."""
-        gone = set(numbers)
-        for number in gone:
+        for number in numbers:
             self._answers.pop(number, None)
-        self._reading = [one for one in self._reading if one.prompt.number not in gone]
+            for one in self._reading:
+                one.wanted.discard(number - one.prompt.number)
+        self._reading = [one for one in self._reading if one.wanted]
 
     def follow(self, job: dict[str, Any]) -> None:
         """What a job says of answers and kept prompts."""
@@ -210,6 +211,8 @@ class Sequences:
             read(self.engine, caches, [torch.tensor([ids]).to(self.adapter.device) for ids in new])
         seconds = time.perf_counter() - begun
         self._busy += seconds
+        if reading is None:
+            self._stepped = [len(answers), round(seconds, 6)]
         for answer in answers:
             self._draw(answer)
         if reading is not None:
@@ -225,8 +228,9 @@ class Sequences:
         if cache.length == len(prompt.ids):
             self._reading.remove(reading)
             self._read.append([prompt.number, reading.seconds])
-            self.kept.hold(prompt.number, cache.known())
-            self.answer(prompt, cache)
+            if prompt.owner == self.engine.rank:
+                self.kept.hold(prompt.number, cache.known())
+            self.answer(prompt, cache, reading.wanted)
 
     def _draw(self, answer: _Answer) -> None:
         logits = answer.cache.logits
@@ -260,6 +264,7 @@ class Sequences:
             "running": len(self),
             "spans": self.spans,
             "busy": round(self._busy, 6),
+            "step": self._stepped,
         }
 
     def confirm(self) -> None:
@@ -267,7 +272,7 @@ class Sequences:
         self._unreported.clear()
         self._failed.clear()
         self._read.clear()
-        self.spans, self._busy = [], 0.0
+        self.spans, self._busy, self._stepped = [], 0.0, None
 
 
 def notable(spans: Sequence[Any], start: int, stop: int) -> list[list[Any]]:
@@ -318,11 +323,11 @@ class Worker:
         if "encode" in job:
             self._encode(job)
             return
-        problem = self._read_together(job) if job["prompt"] else None
+        problem = self._read_together(job) if job["prompt"] else self._move(job)
         self.mesh.begin()
         with self.engine.calling(), ending_together(self.mesh):
             for prompt in job["alone"]:
-                if prompt["owner"] == self.mesh.rank:
+                if self.mesh.rank in prompt["places"]:
                     sequences.read_alone(Prompt(**prompt))
             if not job["prompt"]:
                 sequences.step()
@@ -350,6 +355,15 @@ class Worker:
             return str(error)
         if cache is not None:
             self.sequences.answer(prompt, cache)
+        return None
+
+    def _move(self, job: dict[str, Any]) -> str | None:
+        """Why answers could not be moved; None: they were, or there are none to move."""
+        try:
+            if job["move"]:
+                self.sequences.move(Move.from_json(job["move"]))
+        except CallEnded as error:
+            return str(error)
         return None
 
     def _pause(self) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import secrets
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -62,6 +63,14 @@ class Sampler:
         values, ids = log_probabilities.topk(min(self.top_logprobs, len(logits)))
         top = list(zip(ids.tolist(), values.tolist(), strict=True))
         return Choice(token, float(log_probabilities[token]), top)
+
+    def resume(self, tokens: Sequence[int], vocabulary: int) -> None:
+        """Goes on as if it had drawn `tokens`, each of `vocabulary`, which another rank has."""
+        for token in tokens:
+            if self.sampling.temperature:
+                # how far the generator goes depends on the number of scores alone
+                self._sampled(torch.zeros(vocabulary))
+            self._counts[token] += 1
 
     def _penalized(self, logits: Tensor) -> Tensor:
         asked = self.sampling

@@ -86,7 +86,8 @@ class GenerationRequest:
         prompt_ids: at least one token.
         max_new_tokens: None: as many as the model's context has room for.
         stop: texts that end the answer and are not part of it.
-        n: answers, each with its `index`; they draw with seed, seed + 1, ….
+        n: answers, each with its `index`; they draw with seed, seed + 1, …. Each is
+            decoded by one rank, not all by the same.
         top_logprobs: how many alternatives each token names, 0 to 20; None: no log-probabilities.
         within_s: seconds from now until the answer has to be whole; None: no limit.
         fresh: read the whole prompt anew, whatever is kept of earlier requests.
@@ -146,7 +147,7 @@ class Done:
         cached_tokens: of the prompt's, those that were known from earlier requests.
         coded_tokens: of the prompt's, those that the answering rank knew as codes only.
         degraded: the answer lacks tokens of a device that was late or lost.
-        rank: which device has answered.
+        rank: which device has given this answer.
         seconds_queued, seconds_to_first_token, seconds: from the request's arrival.
         timeline: what the ranks did for the request, where it asked for `trace`.
     """

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from ..errors import AstraError
-from .rank import Prompt
+from .prompt import Prompt
 from .sampling import sampling_to_json
 from .service import Done, Event, GenerationRequest, RequestRefused, Span, Token
 from .text import TextStream
@@ -21,10 +21,16 @@ Deliver = Callable[[Event | AstraError | None], None]  # None: the stream has en
 
 @dataclass(eq=False)
 class Answer:
-    """One answer of a request. `ids`: of its tokens, heard of so far."""
+    """One answer of a request.
+
+    Attributes:
+        rank: that decodes it.
+        ids: of its tokens, heard of so far.
+    """
 
     number: int
     index: int
+    rank: int
     work: Work
     text: TextStream
     ids: list[int] = field(default_factory=list)
@@ -40,16 +46,19 @@ class Work:
     """A request, and what has become of it. Times are those of `time.monotonic`.
 
     Attributes:
-        bytes: of keys and values that its answers may take on their owner.
+        answer_bytes: of keys and values that each of its answers may take.
+        owner: the rank that has its prompt read, and decodes its answers unless others help.
         base: a kept prompt that it goes on from, and how many tokens they share; None: none.
-        reading: its owner is reading the prompt by itself.
+        reading: the ranks that are reading its prompt, each by itself.
+        coded_tokens: of its prompt, those of which a rank has codes alone; by rank, 0 if it is not
+            there.
     """
 
     request: GenerationRequest
     max_new_tokens: int
     deliver: Deliver
     arrived: float
-    bytes: int
+    answer_bytes: int
     deadline: float | None = None
     state: Literal["queued", "running", "over"] = "queued"
     cancelled: bool = False
@@ -58,8 +67,8 @@ class Work:
     admitted: float = 0.0
     first_token: float | None = None
     base: tuple[int, int] | None = None
-    reading: bool = False
-    coded_tokens: int = 0
+    reading: set[int] = field(default_factory=set)
+    coded_tokens: dict[int, int] = field(default_factory=dict)
     degraded: bool = False
     spans: list[Span] = field(default_factory=list)
 
@@ -70,20 +79,30 @@ class Work:
             spans.insert(0, Span(0, "queued", 0.0, self.admitted - self.arrived))
         if self.first_token is not None:
             first = self.first_token - self.arrived
-            spans.append(Span(self.owner, "decode", first, now - self.arrived))
+            ranks = sorted({answer.rank for answer in self.answers})
+            spans += [Span(rank, "decode", first, now - self.arrived) for rank in ranks]
         return spans
 
     @property
     def prompt_tokens(self) -> int:
         return len(self.request.prompt_ids)
 
-    def begin(self, number: int, tokenizer: Any, now: float) -> None:
-        """It is admitted; its answers get numbers from `number` on."""
+    def begin(self, number: int, places: Sequence[int], tokenizer: Any, now: float) -> None:
+        """It is admitted; its answers get numbers from `number` on, and their ranks."""
         self.state, self.admitted = "running", now
         self.answers = [
-            Answer(number + index, index, self, TextStream(tokenizer, self.request.stop))
-            for index in range(self.request.n)
+            Answer(number + index, index, rank, self, TextStream(tokenizer, self.request.stop))
+            for index, rank in enumerate(places)
         ]
+
+    def num_answers(self, rank: int) -> int:
+        """How many of its answers `rank` decodes, or has decoded; 0 before it is admitted."""
+        return sum(answer.rank == rank for answer in self.answers)
+
+    @property
+    def bytes(self) -> int:
+        """Of keys and values that all its answers may take on one rank."""
+        return self.answer_bytes * self.request.n
 
     @property
     def new_tokens(self) -> int:
@@ -97,7 +116,7 @@ class Work:
             self.answers[0].number,
             self.owner,
             list(request.prompt_ids),
-            request.n,
+            [answer.rank for answer in self.answers],
             self.max_new_tokens,
             list(ends),
             sampling_to_json(request.sampling),
@@ -149,9 +168,9 @@ class Work:
                 self.prompt_tokens,
                 answer.tokens,
                 cached_tokens=0 if self.base is None else self.base[1],
-                coded_tokens=self.coded_tokens,
+                coded_tokens=self.coded_tokens.get(answer.rank, 0),
                 degraded=self.degraded,
-                rank=self.owner,
+                rank=answer.rank,
                 seconds_queued=self.admitted - self.arrived,
                 seconds_to_first_token=first - self.arrived,
                 seconds=now - self.arrived,
@@ -197,7 +216,7 @@ class Limits:
         if new_tokens < 1:
             raise RequestRefused("max_tokens", f"expected at least 1, got {new_tokens}")
         now, within = time.monotonic(), request.within_s
-        size = self.token_bytes * (tokens + new_tokens) * request.n
+        size = self.token_bytes * (tokens + new_tokens)
         deadline = None if within is None else now + within
         return Work(request, new_tokens, deliver, now, size, deadline)
 

@@ -60,6 +60,7 @@ def test_every_owner_gives_what_generate_gives(llama: Any, monkeypatch: pytest.M
     assert expected != alone(llama, ids, 6)  # the codes matter
     with led(llama, 2, book) as leader:
         monkeypatch.setattr(leader.costs, "apart_is_faster", lambda *_: False)
+        monkeypatch.setattr(leader.costs, "together_is_faster", lambda *_: True)
         answers = [ask(leader, ids, 6, fresh=True) for _ in range(3)]
         assert [answer.wait().ids() for answer in answers] == [expected] * 3
         assert {answer.done().rank for answer in answers} == {0, 1}
