@@ -12,6 +12,9 @@ from astra_kernels._triton.tiles import Problem, Tile
 # Rows and programs beyond which a tile's speed no longer depends on how many more there are.
 MOST_ROWS, MOST_PAIRS = 1024, 256
 
+# What the known GPUs run; others compile to other registers.
+TRITON_3_6 = triton.__version__.startswith("3.6.")
+
 # Elements of a mask per query that a thread may hold.
 MOST_MASKED = 16
 
@@ -51,6 +54,11 @@ class AttendProblem(Problem):
             return _SMALL
         if family == 90 and size == 128 and self.mask and self.rotary and not self.mixed:
             return _MASKED_ROTARY
+        if family == 80 and size == 128 and not TRITON_3_6 and not self.natural:
+            if self.mixed and self.rotary:
+                return _SMALL
+            if not loaded:
+                return _HALVED
         if family == 80 and self.summed > 1:
             return _LAST if self.composed else _NARROW
         return HALF_TILES[family, size, loaded]
@@ -91,9 +99,12 @@ _LAST = (Tile(32, 16, 4, 2), Tile(16, 16, 4, 1))
 _WIDE = (Tile(128, 64, 8, 3), Tile(128, 32, 8, 3), Tile(64, 64, 4, 3), Tile(64, 32, 4, 2), *_LAST)
 _NARROW = (Tile(64, 32, 4, 3), Tile(64, 32, 4, 2), *_LAST)
 _SMALL = (Tile(64, 32, 8, 2), Tile(32, 32, 4, 2), *_LAST)
-# Of a mask per query beside rotated keys, 128 by 32 spill 56 bytes by Triton 3.9, and none by 3.6.
+# By Triton 3.9 some tiles spill that do not by 3.6, at 128 channels: on sm_80, 64 columns over
+# codewords alone 128 bytes, rotated keys of both kinds in four warps 8; on sm_90, 128 by 32 with a
+# mask per query beside rotated keys 56.
+_HALVED = (Tile(128, 32, 8, 3), Tile(64, 32, 4, 2), *_LAST)
 _MASKED_ROTARY = (
-    *((Tile(128, 32, 8, 3),) if triton.__version__.startswith("3.6.") else ()),
+    *((Tile(128, 32, 8, 3),) if TRITON_3_6 else ()),
     *(Tile(128, 16, 8, 3), *_SMALL),
 )
 HALF_TILES: Mapping[tuple[int, int, bool], tuple[Tile, ...]] = {
