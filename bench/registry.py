@@ -162,6 +162,17 @@ OTHERS = (
         ),
     ),
     Bench(
+        "curve",
+        "ASTRA on 2 to 32 ranks beside what bounds it, and from 1k to 8k tokens, with memory",
+        20,
+        (
+            _cpu("bench.latency.curve --model vit-base", "latency_curve_vit-base"),
+            _cpu("bench.latency.curve --model smollm2", "latency_curve_smollm2"),
+            _cpu("bench.latency.curve --model smollm2-int8", "latency_curve_smollm2-int8"),
+            _cpu("bench.latency.curve --lengths", "latency_lengths_smollm2"),
+        ),
+    ),
+    Bench(
         "sessions",
         "the second question about a document beside the first, two processes at 10 Mbit/s",
         8,

@@ -15,6 +15,7 @@ from pathlib import Path
 
 from bench.accuracy import tables as accuracy
 from bench.gpt2 import tables as gpt2
+from bench.latency import curve_tables
 from bench.latency import tables as latency
 from bench.lossy import tables as lossy
 from bench.report import ROOT, goals
@@ -26,6 +27,7 @@ from bench.vision import tables as vision
 
 TABLES: dict[str, Table] = {
     **latency.TABLES,
+    **curve_tables.TABLES,
     **accuracy.TABLES,
     **gpt2.TABLES,
     **vision.TABLES,

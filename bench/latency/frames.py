@@ -10,9 +10,11 @@ so that one that takes too long makes the next one late, too.
 
 Of each picture a rank notes how late it began, and within its call: processor time of the thread
 (`cpu`), waiting for other ranks (`wait`), the rest (`away`: it wanted its core and did not have
-it), garbage collections, page faults and involuntary context switches. Writes latency_frames.json:
-the percentiles, and the means over the slowest hundredth beside those over all. `slowest` has these
-pictures one by one, with the stages of rank 0.
+it), garbage collections, page faults and involuntary context switches. As the kernel counts them:
+how long the thread was ready to run and did not (`queued`), and what the hypervisor took of the
+core (`steal`, to 10 ms). Writes latency_frames.json: the percentiles, and the means over the
+slowest hundredth beside those over all. `slowest` has these pictures one by one, with the stages of
+rank 0. `tail_over_single` is p99 over p50, over the same of one device.
 """
 
 from __future__ import annotations
@@ -25,9 +27,11 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from astra_runtime import Engine
+from astra_runtime.contention import stolen_seconds
 from astra_runtime.trace import Trace, tracing
 from astra_runtime.transport import Mesh, peers_of
 from astra_runtime.transport.messages import receive_json, send_json
@@ -39,7 +43,9 @@ from bench.report import Case, percentiles
 WARM_UP = 5  # of each kind, before the rate is chosen
 SPARE = 1.2
 AHEAD = 0.2  # seconds from the choice to the first picture
-PARTS = ("late", "cpu", "wait", "away", "gc")  # of a picture's time on one rank, in ms
+# Of a picture's time on one rank, in ms.
+PARTS = ("late", "cpu", "wait", "away", "gc", "queued", "steal")
+SCHEDULED = Path("/proc/thread-self/schedstat")
 TURNS = (0xFFE2, 0xFFE3)  # control numbers that the engine does not use
 COUNTS = ("faults", "major_faults", "preempted")
 Noted = dict[str, Any]  # of one picture on one rank
@@ -121,12 +127,14 @@ def _noted(way: Callable[[], object], moment: float, counted: Collections) -> No
     """Reads a picture at its moment, or at once where that has passed."""
     time.sleep(max(0.0, moment - time.monotonic()))
     trace = Trace()
+    core = _of_the_kernel()
     collected, before = counted.seconds, resource.getrusage(resource.RUSAGE_THREAD)
     cpu, start = time.thread_time(), time.monotonic()
     with tracing(trace):
         way()
     stop, cpu = time.monotonic(), time.thread_time() - cpu
     after = resource.getrusage(resource.RUSAGE_THREAD)
+    queued, steal = (now - then for now, then in zip(_of_the_kernel(), core, strict=True))
     stages = {name: 1e3 * seconds for name, seconds in trace.seconds().items()}
     wait = stages.get("wait", 0.0)
     return {
@@ -136,11 +144,20 @@ def _noted(way: Callable[[], object], moment: float, counted: Collections) -> No
         "wait": wait,
         "away": max(0.0, 1e3 * (stop - start - cpu) - wait),
         "gc": 1e3 * (counted.seconds - collected),
+        "queued": queued,
+        "steal": steal,
         "faults": after.ru_minflt - before.ru_minflt,
         "major_faults": after.ru_majflt - before.ru_majflt,
         "preempted": after.ru_nivcsw - before.ru_nivcsw,
         "stages": stages,
     }
+
+
+def _of_the_kernel() -> tuple[float, float]:
+    """Milliseconds so far: that this thread was ready and did not run, and that the hypervisor took
+    of the cores that it may use; zeros where the kernel does not say."""
+    queued = float(SCHEDULED.read_text().split()[1]) / 1e6 if SCHEDULED.is_file() else 0.0
+    return queued, 1e3 * stolen_seconds()
 
 
 def quantile(ordered: Sequence[float], share: float) -> float:
@@ -156,7 +173,11 @@ def cases_of(setup: Settings, of_ranks: list[dict[str, list[Noted]]]) -> list[Ca
         times = _times(of_ranks, name)
         added = {f"p{share:g}_ms": quantile(times, share / 100) for share in (95, 99, 99.9)}
         added |= {"max_ms": times[-1], "pictures": len(times), **_tail(of_ranks, name)}
+        added["p99_over_p50"] = added["p99_ms"] / p50[name]
         peers = {"single": p50["single"]} if name == "astra" else {}
+        if name == "astra":
+            alone = quantile(_times(of_ranks, "single"), 0.99) / p50["single"]
+            added["tail_over_single"] = added["p99_over_p50"] / alone
         ms = percentiles(times)
         cases.append(Case("frames", shape, "float32", label, ms, peers=peers, extra=added))
     return cases

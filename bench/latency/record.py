@@ -18,7 +18,7 @@ from bench.baselines import Method
 from bench.latency.subjects import Subject
 from bench.link.comm import VirtualComm
 from bench.link.model import Link
-from bench.link.virtual import SocketCosts, VirtualMesh, World
+from bench.link.virtual import Lap, SocketCosts, VirtualMesh, World
 
 ANY = Link(100.0, rtt_ms=1.0)  # while executing; times on it are not looked at
 
@@ -42,12 +42,14 @@ class Recording:
     Attributes:
         payload: bytes that ranks sent, for each token of the input; headers not counted.
         stages: seconds by stage, of the rank that is busy longest; empty for baselines.
+        stages_of: the same of every rank.
     """
 
     ranks: list[list[Event]]
     answers: tuple[int, ...]
     payload: float
     stages: dict[str, float] = field(default_factory=dict)
+    stages_of: tuple[dict[str, float], ...] = ()
 
     @property
     def computing(self) -> list[float]:
@@ -57,9 +59,14 @@ class Recording:
         """Seconds until the first rank has the answer, on devices `speed` times as fast."""
         if len(self.ranks) == 1:
             return self.computing[0] / speed
+        laps = self.laps(link, costs, speed)
+        return min(laps[n].finish for n in self.answers)
+
+    def laps(self, link: Link, costs: SocketCosts, speed: float = 1.0) -> list[Lap]:
+        """The same pass on that link, by rank; what sockets cost is in `computing`."""
         world = World(len(self.ranks), link, costs=costs, speed=speed, clock=lambda: 0.0)
 
-        def work(mesh: VirtualMesh) -> float:
+        def work(mesh: VirtualMesh) -> Lap:
             for event in self.ranks[mesh.rank]:
                 mesh.spend(event.computed / speed)
                 with mesh.state.off_clock():
@@ -67,10 +74,9 @@ class Recording:
                         world.post(mesh.state, event.to, event.size, None)
                     elif event.sources:
                         world.await_from(mesh.state, event.sources, None)
-            return mesh.lap().finish
+            return mesh.lap()
 
-        finishes = world.run(work).results
-        return min(finishes[n] for n in self.answers)
+        return world.run(work).results
 
 
 class _Recorder(World):
@@ -101,7 +107,8 @@ class _Recorder(World):
         return super().await_from(rank, sources, *args, **options)
 
 
-Pass = Callable[[], bool]  # one pass of one rank: whether it has the answer
+# One pass of one rank, to warm up or not: whether it has the answer.
+Pass = Callable[[bool], bool]
 
 
 def _execute(
@@ -114,7 +121,7 @@ def _execute(
 
     Args:
         prepare: makes, on each rank's thread, what is to be closed in the end, the pass, and a
-            count of the payload bytes sent so far.
+            count of the payload bytes sent so far. The pass is told whether it is to warm up.
     """
     world = _Recorder(world_size, clock=clock)
 
@@ -122,11 +129,11 @@ def _execute(
         closing, once, sent = prepare(mesh)
         passes = []
         try:
-            for _ in range(1 + repeats):
+            for number in range(1 + repeats):
                 mesh.start()
                 before, trace = sent(), Trace(lambda: round(1e9 * mesh.now))
                 with tracing(trace):
-                    has = once()
+                    has = once(number == 0)
                 with mesh.state.off_clock():
                     world.note(mesh.state)
                     # the end of the pass, before the next start empties the list
@@ -143,9 +150,10 @@ def _execute(
         events, has, sent, stages = map(list, zip(*passes, strict=True))
         busiest = max(range(world_size), key=lambda n: sum(e.computed for e in events[n]))
         answers = tuple(n for n in range(world_size) if has[n])
-        waits = stages[busiest] if any(stages[busiest].values()) else {}
-        waits.pop("wait", None)  # of the link while executing
-        recordings.append(Recording(events, answers, sum(sent), waits))
+        for of_rank in stages:
+            of_rank.pop("wait", None)  # of the link while executing
+        own = stages[busiest] if any(stages[busiest].values()) else {}
+        recordings.append(Recording(events, answers, sum(sent), own, tuple(stages)))
     return recordings
 
 
@@ -156,11 +164,12 @@ def astra(
 
     def prepare(mesh: VirtualMesh) -> tuple[Engine, Pass, Callable[[], int]]:
         engine = Engine(subject.model, codebook, mesh)
-        return (
-            engine,
-            lambda: engine(outputs="one", **subject.inputs) is not None,
-            lambda: mesh.stats.bytes_sent_payload,
-        )
+
+        def once(warm_up: bool) -> bool:
+            inputs = subject.warm_up if warm_up else subject.inputs
+            return engine(outputs="one", **inputs) is not None
+
+        return engine, once, lambda: mesh.stats.bytes_sent_payload
 
     return _execute(world_size, prepare, repeats, clock)
 
@@ -170,11 +179,12 @@ def baseline(
 ) -> list[Recording]:
     def prepare(mesh: VirtualMesh) -> tuple[None, Pass, Callable[[], int]]:
         comm = VirtualComm(mesh)
-        return (
-            None,
-            lambda: method.run(subject.model, subject.inputs, comm) is not None,
-            lambda: comm.bytes_sent,
-        )
+
+        def once(warm_up: bool) -> bool:
+            inputs = subject.warm_up if warm_up else subject.inputs
+            return method.run(subject.model, inputs, comm) is not None
+
+        return None, once, lambda: comm.bytes_sent
 
     return _execute(world_size, prepare, repeats, clock)
 

@@ -273,18 +273,20 @@ def _in_rounds(run: dict[str, Any]) -> str:
 
 def frames(report: Report) -> str:
     """Percentiles of a steady stream, and what its slowest hundredth has over the mean."""
-    rows = []
+    rows, parts = [], ("late", "cpu", "away", "steal", "wait", "gc")
     for case in report["cases"]:
         times = (case["ms"]["p50"], case["p99_ms"], case["p99.9_ms"], case["max_ms"])
+        ratio = f"{case['p99_ms'] / case['ms']['p50']:.2f}"
         name = case["impl"] if case["impl"] == "one device" else f"**{case['impl']}**"
         added = [_over_mean(case, rank) for rank in range(len(case["tail_ms"]))]
-        first = [f"{added[0][key]:+.0f}" for key in ("late", "cpu", "away", "wait", "gc")]
+        first = [f"{added[0][key]:+.0f}" for key in parts]
         others = [f"{max(one[key] for one in added[1:]):+.0f}" for key in ("cpu", "away")]
         if not case["peers"]:
             others = ["", ""]  # they do nothing
-        rows.append([name, f"{case['pictures']}", *(f"{t:.0f}" for t in times), *first, *others])
-    head = ["", "pictures", "p50 (ms)", "p99", "p99.9", "max", "late", "computing"]
-    head += ["without its core", "waiting", "collecting", "other rank: computing"]
+        rows.append([name, f"{case['pictures']}", *(f"{t:.0f}" for t in times), ratio])
+        rows[-1] += [*first, *others]
+    head = ["", "pictures", "p50 (ms)", "p99", "p99.9", "max", "p99/p50", "late", "computing"]
+    head += ["without its core", "of it stolen", "waiting", "collecting", "other rank: computing"]
     return table([*head, "without its core"], rows) + source(report)
 
 

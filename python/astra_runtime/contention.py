@@ -52,6 +52,12 @@ class Watch:
         return Contention(max(0.0, busy - own) / total, max(0.0, steal) / total)
 
 
+def stolen_seconds() -> float:
+    """What the hypervisor has taken since boot of the cores that this process may use, in steps of
+    a clock tick; 0 where there is no /proc/stat."""
+    return _ticks()[1] / os.sysconf("SC_CLK_TCK")
+
+
 def _ticks() -> tuple[float, float, float, float]:
     """Clock ticks since boot of the cores that this process may use: (busy, steal, all), and those
     that it and its ended children used."""

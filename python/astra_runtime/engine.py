@@ -270,7 +270,7 @@ class Engine(SessionHost):
             call, kwargs, _ = self._prepare(inputs, logits, outputs == "every", request)
             with (
                 self._ending_together(call, request, within_ms),
-                self.adapter.listening(Layer(call)),
+                self.adapter.listening(Layer(call), self.adapter.patch_rows(call.plan, call.rank)),
                 stage("compute"),
             ):
                 send_picture(call)

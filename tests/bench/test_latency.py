@@ -10,7 +10,7 @@ import torch
 from bench import codebooks
 from bench.baselines import methods
 from bench.latency import __main__ as program
-from bench.latency import frames, record
+from bench.latency import curve, curve_tables, frames, record
 from bench.latency import tables as tables_latency
 from bench.latency.record import Event, Recording
 from bench.latency.subjects import Subject
@@ -116,6 +116,32 @@ def test_a_run_writes_cases_that_tables_show(tmp_path, monkeypatch):
         assert f"| {mbit} |" in shown
 
 
+def test_a_curve_names_what_bounds_it(tmp_path, monkeypatch):
+    monkeypatch.setattr("bench.report.results.RESULTS", tmp_path)
+    monkeypatch.setattr(curve, "settle", lambda: None)  # the test's own process stays as it is
+    curve.main(
+        ["--model", "tiny", "--tokens", "96", "--ranks", "2", "--repeats", "1", "--name", "curve"]
+    )
+    (path,) = tmp_path.rglob("curve.json")
+    report = json.loads(path.read_text())
+    (case,) = report["cases"]
+    assert set(case["peers"]) == {"single", "torch"}
+    assert case["floor_ms"] == pytest.approx(min(case["peers"].values()) / 2, rel=1e-3)
+    assert sum(case["stages_ms"].values()) == pytest.approx(case["ms"]["p50"], rel=0.01)
+    assert case["frames"] == 4  # one a block
+    assert case["payload_bytes"] < 4 * 96
+    assert case["uplink_headers_ms"] == pytest.approx(4 * 8e-4 * (28 + 22 + 52 + 18), rel=1e-3)
+    assert "| tiny | 96 | 2 |" in curve_tables.curve(report)
+
+
+def test_the_memory_of_ranks_is_shown():
+    rank = {"weight_bytes": 2**20, "loaded_bytes": 3 * 2**20, "peak_bytes": 5 * 2**20}
+    more = rank | {"peak_bytes": 7 * 2**20}
+    machine = {"command": "c", "device": "d", "versions": {}}
+    found = [{"tokens": 8192, "world_size": 2, "by_rank": [rank, more]}]
+    assert "| 8,192 | 2 | 1 | 3 | 7 | 4 |" in curve_tables.memory({"memory": found, **machine})
+
+
 def test_a_square_of_patches_is_needed():
     with pytest.raises(ValueError, match="expected a square of patches for vit-base, got 1000"):
         Subject.make("vit-base", 1000)
@@ -148,7 +174,7 @@ def test_quantized_weights_run_as_ranks():
 
 def test_the_tail_of_a_stream_is_named_by_what_it_exceeds():
     def noted(ms, **more):
-        keys = ("late", "cpu", "wait", "away", "gc", "faults", "major_faults", "preempted")
+        keys = (*frames.PARTS, *frames.COUNTS)
         return {"ms": ms, "stages": {}, **dict.fromkeys(keys, 0.0), **more}
 
     quick = [noted(10.0 + n / 1000) for n in range(199)]
@@ -171,4 +197,6 @@ def test_the_tail_of_a_stream_is_named_by_what_it_exceeds():
     ]  # fmt: skip
     cells = [cell.strip() for cell in row.strip("|").split("|")]
     assert cells[1:6] == ["200", "10", "10", "50", "50"]
-    assert cells[6:] == ["+0", "+0", "+0", "+19", "+0", "+0", "+18"]
+    assert cells[6:] == ["1.01", "+0", "+0", "+0", "+0", "+19", "+0", "+0", "+18"]
+    assert ours.extra["p99_over_p50"] == pytest.approx(10.197 / 10.099)
+    assert ours.extra["tail_over_single"] == pytest.approx(10.197 / 10.099 / (10.098 / 10.049))

@@ -25,6 +25,7 @@ from ..plan import Plan
 from .digest import digests_of, entry_of
 from .heads import head_reads
 from .hooks import Hooks, Listener
+from .patches import PatchRows
 from .projection import Projection
 from .quantized import activation_dtype, form_of
 
@@ -221,19 +222,29 @@ class Adapter(ABC):
         """The module whose output is cut into shards, for families that are cut after embedding."""
         return None
 
+    def patch_product(self) -> nn.Module | None:
+        """The module that makes patches of pixels, where it may be given some of the rows."""
+        return None
+
+    def patch_rows(self, plan: Plan, rank: int) -> PatchRows | None:
+        """Of a picture, the rows of patches that `rank` needs; None: all, or it is no picture."""
+        return None
+
     # Hooks, present during calls.
 
     @cached_property
     def hooks(self) -> Hooks:
-        return Hooks(self.blocks, self.attentions, self.final, self.cut_after())
+        return Hooks(self.blocks, self.attentions, self.final, self.cut_after(), self.patch_product)
 
     def installed(self) -> contextlib.AbstractContextManager[None]:
         """Keeps the hooks in the model, for several calls in a row; see `Hooks.installed`."""
         return self.hooks.installed()
 
-    def listening(self, listener: Listener) -> contextlib.AbstractContextManager[None]:
+    def listening(
+        self, listener: Listener, rows: PatchRows | None = None
+    ) -> contextlib.AbstractContextManager[None]:
         """Lets `listener` hear of this model's passes in this thread; see `Hooks.listening`."""
-        return self.hooks.listening(listener)
+        return self.hooks.listening(listener, rows)
 
 
 adapters_lock = threading.RLock()  # ranks that are threads share one model, and so one adapter

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from ..plan import Plan
 from .base import Adapter, adapters, adapters_lock
 from .heads import ROW, check_head
+from .patches import PatchRows, patch_product
 from .projection import Projection, folded, is_plain, joined
 
 
@@ -267,6 +268,15 @@ class ViT(Adapter):
     def cut_after(self) -> nn.Module:
         module: nn.Module = self.base.embeddings
         return module
+
+    def patch_product(self) -> nn.Module | None:
+        return patch_product(self.base.embeddings, _pair(self.model.config.patch_size))
+
+    def patch_rows(self, plan: Plan, rank: int) -> PatchRows | None:
+        if plan.world_size == 1:
+            return None
+        patches = slice(plan.bounds[rank], plan.bounds[rank + 1])
+        return PatchRows(patches, _pair(self.model.config.patch_size))
 
 
 class Bert(Adapter):

@@ -24,6 +24,7 @@ from torch import Tensor, nn
 
 from ..errors import ModelChanged
 from .packed import PackedForward, bytes_of, can_pack, packable
+from .patches import PatchRows
 
 ATTENTION = "astra"  # the name under which the attention is known to transformers
 # Attention functions that compute softmax(q·kᵀ/√d + mask)·v and nothing else.
@@ -57,8 +58,8 @@ class _Pass:
     attention was. `passes` counts forward passes that were heard of from end to end.
     """
 
-    def __init__(self, hooks: Hooks, listener: Listener) -> None:
-        self.hooks, self.listener = hooks, listener
+    def __init__(self, hooks: Hooks, listener: Listener, rows: PatchRows | None) -> None:
+        self.hooks, self.listener, self.rows = hooks, listener, rows
         self.block, self.attended, self.passes = -1, True, 0
 
     def before_block(self, block: int, hidden: Tensor) -> None:
@@ -177,6 +178,7 @@ class Hooks:
         final: gives the module whose output is, or holds as last_hidden_state, what the head reads
             (it may be the model itself, which nothing here keeps alive).
         embedding: the module whose output is cut, for families that are cut after embedding.
+        patch_product: gives the module that makes patches of pixels, where it may be given some.
     """
 
     def __init__(
@@ -185,9 +187,10 @@ class Hooks:
         attentions: Sequence[nn.Module],
         final: Callable[[], nn.Module],
         embedding: nn.Module | None,
+        patch_product: Callable[[], nn.Module | None],
     ) -> None:
         self.blocks, self.attentions = list(blocks), list(attentions)
-        self.final, self.embedding = final, embedding
+        self.final, self.embedding, self.patch_product = final, embedding, patch_product
         self.index = {module: i for i, module in enumerate(self.attentions)}
         self._handles: list[Any] = []
         self._users = 0
@@ -210,13 +213,16 @@ class Hooks:
                     self._remove()
 
     @contextlib.contextmanager
-    def listening(self, listener: Listener) -> Iterator[None]:
+    def listening(self, listener: Listener, rows: PatchRows | None = None) -> Iterator[None]:
         """Lets `listener` hear of this model's forward passes in this thread.
+
+        Args:
+            rows: of a picture, those that it needs; None: all.
 
         Raises:
             ModelChanged: a pass in which a block's attention or hooks did not run exactly once.
         """
-        running = _Pass(self, listener)
+        running = _Pass(self, listener, rows)
         with self.installed():
             token = _current.set(running)
             try:
@@ -274,6 +280,10 @@ class Hooks:
             hook = _Hook(self, _before_block(index))
             self._handles.append(block.register_forward_pre_hook(hook, with_kwargs=True))
         self._handles.append(self.final().register_forward_hook(_Hook(self, _finish)))
+        product = self.patch_product()
+        if product is not None:
+            self._handles.append(product.register_forward_pre_hook(_Hook(self, _crop)))
+            self._handles.append(product.register_forward_hook(_Hook(self, _fill)))
         if self.embedding is not None:
             self._handles.append(self.embedding.register_forward_hook(_Hook(self, _embedded)))
         for module in self.attentions:
@@ -310,6 +320,14 @@ def _finish(running: _Pass, args: Any, output: Any) -> Any:
 
 def _embedded(running: _Pass, args: Any, output: Tensor) -> Tensor:
     return running.listener.embedded(output)
+
+
+def _crop(running: _Pass, args: tuple[Tensor]) -> tuple[Tensor] | None:
+    return None if running.rows is None else (running.rows.crop(args[0]),)
+
+
+def _fill(running: _Pass, args: Any, output: Tensor) -> Tensor | None:
+    return None if running.rows is None else running.rows.fill(output)
 
 
 def _attention(

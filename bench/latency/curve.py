@@ -1,0 +1,256 @@
+"""What bends the curve: the first token on 1 to 32 ranks, and from 1k to 8k tokens.
+
+    python -m bench.latency.curve --model vit-base                 # also smollm2, smollm2-int8
+    python -m bench.latency.curve --lengths                        # SmolLM2, 1k to 8k tokens
+
+On the virtual clock, as `bench.latency`, but for ASTRA alone, with TLS records counted, and on one
+core that all ranks have in turn. Writes latency_curve_<model>.json, or latency_lengths_<model>.json
+with the most memory that each rank had at the greatest length, as processes of their own.
+
+`single` is this engine on one device, `torch` the model's own pass; the ideal, `floor_ms`, is the
+faster one's time over N. `bound_ms` is what the linear layers allow, whose products of few rows are
+slower a row: their measured time for T/N rows, and all else of the single device over N.
+
+`stages_ms` are those of the rank that has the answer, and add up to its time: "prepare" is what a
+call takes outside of the model's pass, "sockets" what system calls cost, "wait" what is left of
+links and slower ranks. `busy_ms` has every rank's
+computing. `uplink_ms` is how long the busiest uplink sends, `uplink_headers_ms` what of it is not
+payload: a frame's header, TLS, TCP, IP and Ethernet.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ctypes
+import json
+import math
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict
+from functools import partial
+from typing import Any
+
+import torch
+
+from astra_runtime import Codebook
+from astra_runtime.console import say
+from astra_runtime.cores import peak_bytes
+from astra_runtime.costs import flops_over_ideal
+from astra_runtime.models import Adapter, adapt
+from astra_runtime.models.quantized import weight_bytes
+from astra_runtime.steady import keep_memory
+from astra_runtime.wire import HEADER_SIZE
+from bench.baselines import methods
+from bench.latency.processes import RankSettings, outputs, rank_of
+from bench.latency.record import Recording, astra, baseline
+from bench.latency.subjects import MODELS, SETTINGS, Subject
+from bench.link.model import Link
+from bench.link.virtual import SocketCosts, World
+from bench.report import Case, command_line, percentiles, quiet_transformers, write
+
+MODULE = "bench.latency.curve"
+RANKS, LENGTHS = (2, 4, 8, 16, 32), (1024, 2048, 4096, 8192)
+FEW_RANKS = (2, 4)  # for every length
+SLOW = 8.0  # processor seconds: what takes longer is measured once
+TORCH_TOKENS = 2048  # the model's own pass is measured up to this length
+_M_ARENA_MAX = -8
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(prog=MODULE, description=__doc__.splitlines()[0])
+    parser.add_argument("--model", choices=list(MODELS), default="smollm2")
+    parser.add_argument("--codes", help="as bench.latency's settings; default: the model's usual")
+    parser.add_argument("--lengths", action="store_true", help="several lengths, on few ranks")
+    parser.add_argument("--ranks", nargs="+", type=int)
+    parser.add_argument("--tokens", nargs="+", type=int)
+    parser.add_argument("--mbit", type=float, default=10.0)
+    parser.add_argument("--rtt-ms", type=float, default=2.0)
+    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--name", help="of the result")
+    parser.add_argument("--rank", help=argparse.SUPPRESS)
+    options = parser.parse_args(arguments)
+    quiet_transformers()
+    if options.rank:
+        print(json.dumps(memory_of_rank(RankSettings(**json.loads(options.rank)))))
+        return
+    options.ranks = options.ranks or list(FEW_RANKS if options.lengths else RANKS)
+    options.tokens = options.tokens or list(LENGTHS if options.lengths else LENGTHS[:1])
+    options.codes = options.codes or usual_codes(options.model)
+    extra: dict[str, Any] = {"repeats": options.repeats}
+    if options.lengths:
+        extra["memory"] = memory(options)
+    settle()
+    costs = SocketCosts.measured()
+    link = Link(options.mbit, rtt_ms=options.rtt_ms, tls=True)
+    cases = [case for tokens in options.tokens for case in cases_of(options, tokens, link, costs)]
+    path = write(
+        options.name or f"latency_{'lengths' if options.lengths else 'curve'}_{options.model}",
+        cases,
+        command=command_line(MODULE, arguments),
+        packages=("torch", "numpy", "transformers"),
+        link={"emulator": "virtual clock", **asdict(link)},
+        extra=extra | {"socket_costs": costs._asdict()},
+    )
+    say(f"wrote {path}")
+
+
+def usual_codes(model: str) -> str:
+    """What the commands use for a language model, and for the others the first setting."""
+    return "default" if model.startswith("smollm2") else SETTINGS[model][0]
+
+
+def settle() -> None:
+    """One thread, and memory that is kept in one place: ranks are threads here, and glibc would
+    give each an arena of its own, which hands memory back."""
+    torch.set_num_threads(1)
+    if keep_memory():
+        ctypes.CDLL(None).mallopt(_M_ARENA_MAX, 1)
+
+
+def cases_of(
+    options: argparse.Namespace, tokens: int, link: Link, costs: SocketCosts
+) -> list[Case]:
+    """The cases of one length."""
+    subject = Subject.make(options.model, tokens)
+    adapter, book = adapt(subject.model), subject.codebook(options.codes)
+    taken, recordings = measured(subject, book, adapter, options)
+    single = min(statistics.median(taken[name]) for name in ("single", "torch") if name in taken)
+    whole = statistics.median(taken["products 1"])
+    cases = []
+    for ranks in options.ranks:
+        of_rows = statistics.median(taken[f"products {ranks}"])
+        bound = of_rows + (single - whole) / ranks
+        of_ranks = recordings[ranks]
+        times = percentiles([1e3 * r.finish(link, costs) for r in of_ranks])
+        middle = sorted(of_ranks, key=lambda r: r.finish(link, costs))[(len(of_ranks) - 1) // 2]
+        case = Case(
+            name=f"curve_{options.model}_{tokens}_{ranks}ranks",
+            shape={
+                "model": options.model,
+                "tokens": tokens,
+                "world_size": ranks,
+                "mbit_per_s": link.mbit_per_s,
+                "rtt_ms": link.rtt_ms,
+                "space": book.space,
+            },
+            dtype=adapter.form(),
+            impl=f"astra {options.codes}",
+            ms=times,
+            floor_ms=1e3 * single / ranks,
+            peers={n: 1e3 * statistics.median(taken[n]) for n in ("single", "torch") if n in taken},
+            extra={
+                "speedup": 1e3 * single / times.p50,
+                "bound_ms": 1e3 * bound,
+                "bound_speedup": single / bound,
+                "products_speedup": whole / of_rows,
+                "flop_bound": ranks / flops_over_ideal(adapter, book, tokens, ranks),
+                **played(middle, link, costs),
+            },
+        )
+        say(f"  {case.name}: {case.extra['speedup']:.2f}x, bound {case.extra['bound_speedup']:.2f}")
+        cases.append(case)
+    return cases
+
+
+def measured(
+    subject: Subject, book: Codebook, adapter: Adapter, options: argparse.Namespace
+) -> tuple[dict[str, list[float]], dict[int, list[Recording]]]:
+    """Processor seconds of single devices and of the products alone, by name; and recordings, by
+    number of ranks. All in turns: the machine's pace drifts."""
+    dense = Codebook.dense()
+    alone: dict[str, Callable[[], float]] = {
+        "single": lambda: astra(subject, dense, 1, 1)[0].computing[0]
+    }
+    if subject.tokens <= TORCH_TOKENS:
+        own = methods()["single"]
+        alone["torch"] = lambda: baseline(subject, own, 1, 1)[0].computing[0]
+    for ranks in (1, *options.ranks):
+        rows = adapter.class_tokens + math.ceil(subject.tokens / ranks)
+        alone[f"products {ranks}"] = partial(on_one_core, partial(products, adapter, rows))
+    passes: dict[int, Callable[[], list[Recording]]] = {
+        ranks: partial(astra, subject, book, ranks, 1) for ranks in options.ranks
+    }
+    taken: dict[str, list[float]] = {name: [] for name in alone}
+    recordings: dict[int, list[Recording]] = {ranks: [] for ranks in passes}
+    for _ in range(options.repeats):
+        for name, once in alone.items():
+            if not taken[name] or taken[name][0] <= SLOW:
+                taken[name].append(once())
+        for ranks, record in passes.items():
+            if not recordings[ranks] or sum(recordings[ranks][0].computing) <= SLOW:
+                recordings[ranks] += record()
+    return taken, recordings
+
+
+def on_one_core(work: Callable[[], float]) -> float:
+    """What `work` gives on the core that ranks have."""
+    return World(1, Link(1.0)).run(lambda mesh: work()).results[0]
+
+
+@torch.inference_mode()
+def products(adapter: Adapter, rows: int) -> float:
+    """Processor seconds of all linear layers of the blocks, in order, for so many tokens."""
+    layers = [layer for block in adapter.blocks for layer in block.modules()]
+    pairs = [(layer, width) for layer in layers if (width := width_of(layer))]
+    inputs = {width: torch.randn(1, rows, width).to(adapter.dtype) for _, width in pairs}
+    for layer, width in pairs[: len(pairs) // len(adapter.blocks)]:
+        layer(inputs[width])
+    start = time.thread_time()
+    for layer, width in pairs:
+        layer(inputs[width])
+    return time.thread_time() - start
+
+
+def width_of(layer: Any) -> int:
+    """Numbers of a vector that a linear layer takes, GPT-2's and quantized ones too; else 0."""
+    return int(getattr(layer, "in_features", 0) or getattr(layer, "nx", 0))
+
+
+def played(recording: Recording, link: Link, costs: SocketCosts) -> dict[str, Any]:
+    """Where the time of one pass goes on a link."""
+    laps = recording.laps(link, costs)
+    rank = min(recording.answers, key=lambda n: laps[n].finish)
+    stages = dict(recording.stages_of[rank])
+    stages["prepare"] = recording.computing[rank] - sum(stages.values())
+    stages["sockets"] = laps[rank].computing - recording.computing[rank]
+    stages["wait"] = laps[rank].waiting
+    sizes = [[event.size for event in events if event.to >= 0] for events in recording.ranks]
+    sending = [sum(map(link.seconds, each)) for each in sizes]
+    most = max(range(len(sending)), key=sending.__getitem__)
+    payload = sum(sizes[most]) - HEADER_SIZE * len(sizes[most])
+    return {
+        "answer_rank": rank,
+        "stages_ms": {name: 1e3 * seconds for name, seconds in stages.items()},
+        "busy_ms": [round(1e3 * lap.computing, 2) for lap in laps],
+        "frames": len(sizes[most]),
+        "payload_bytes": payload,
+        "uplink_ms": 1e3 * sending[most],
+        "uplink_headers_ms": 1e3 * sending[most] - 8e-3 * payload / link.mbit_per_s,
+    }
+
+
+def memory(options: argparse.Namespace) -> list[dict[str, Any]]:
+    """What each rank needs for the longest input: processes, the link as it is timed."""
+    found = []
+    for ranks in (1, *options.ranks):
+        shared = RankSettings(
+            options.model, max(options.tokens), options.codes, options.mbit, options.rtt_ms
+        )
+        say(f"  memory of {ranks} ranks at {shared.tokens} tokens")
+        by_rank = outputs(MODULE, shared, ranks)
+        found.append({"tokens": shared.tokens, "world_size": ranks, "by_rank": by_rank})
+    return found
+
+
+def memory_of_rank(setup: RankSettings) -> dict[str, int]:
+    """Bytes: before the call, the most that there were, and what of them is weights."""
+    with rank_of(setup, setup.tokens) as (subject, _, engine):
+        before = peak_bytes()
+        engine(outputs="one", **subject.inputs)
+        weights = weight_bytes(subject.model)
+        return {"loaded_bytes": before, "peak_bytes": peak_bytes(), "weight_bytes": weights}
+
+
+if __name__ == "__main__":
+    main()
