@@ -71,7 +71,7 @@ class Report:
     shared: int
     matrix: str
     copies: int  # asynchronous copies, the mark of a pipelined loop
-    loops: tuple[Loop, ...] = ()
+    loops: tuple[Loop, ...] = ()  # empty, too, where nobody asked for them
 
 
 def signature(launch: Launch) -> tuple[dict[str, str], dict[str, Any], dict[tuple[int], Any]]:
@@ -99,7 +99,8 @@ def signature(launch: Launch) -> tuple[dict[str, str], dict[str, Any], dict[tupl
     return ordered, constants, aligned
 
 
-def compile_launch(launch: Launch, capability: int) -> Report:
+def compile_launch(launch: Launch, capability: int, *, listed: bool = True) -> Report:
+    """``listed``: with what its loops consist of, which takes the disassembler a while."""
     types, constants, aligned = signature(launch)
     compiled = triton.compile(
         ASTSource(launch.kernel, types, constants, aligned),
@@ -111,7 +112,8 @@ def compile_launch(launch: Launch, capability: int) -> Report:
     cubin = compiled.asm["cubin"]
     registers, stack = resources(cubin)
     copies = ptx.count("cp.async.c")
-    return Report(registers, stack, compiled.metadata.shared, matrix, copies, tuple(loops(cubin)))
+    inner = loops(cubin) if listed else ()
+    return Report(registers, stack, compiled.metadata.shared, matrix, copies, inner)
 
 
 @dataclass(frozen=True)
@@ -147,7 +149,7 @@ def check(call: Call, capability: int, kernels: Iterable[str] = ()) -> Iterator[
         tile = tile_of(launch)
         bound = next((p.shared_bytes(tile) for p in problems if tile in p.tiles()), None)
         try:
-            report, wrong = compile_launch(launch, capability), ""
+            report, wrong = compile_launch(launch, capability, listed=call.decisive), ""
         except Exception as error:  # whatever the compiler raises is the outcome
             report, wrong = None, f"{type(error).__name__}: {error}"
         if report is not None:

@@ -6,6 +6,7 @@ The counts are those of a warp and a pass, whatever the predicates of its instru
 
 from __future__ import annotations
 
+import functools
 import re
 import subprocess
 import tempfile
@@ -65,14 +66,15 @@ class Loop:
         return dict(sorted(widths.items()))
 
 
-def loops(cubin: bytes) -> list[Loop]:
+@functools.lru_cache(maxsize=256)
+def loops(cubin: bytes) -> tuple[Loop, ...]:
     """The innermost loops of the kernel in a cubin, in the order in which they stand."""
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "kernel.cubin"
         path.write_bytes(cubin)
         command = [str(BIN / "nvdisasm"), "-c", str(path)]
         listing = subprocess.run(command, check=True, capture_output=True, text=True).stdout
-    return loops_of(listing)
+    return tuple(loops_of(listing))
 
 
 def loops_of(listing: str) -> list[Loop]:
@@ -97,6 +99,7 @@ def loops_of(listing: str) -> list[Loop]:
     return [Loop(last - first, dict(Counter(opcodes[first:last]))) for first, last in sorted(inner)]
 
 
+@functools.lru_cache(maxsize=256)
 def resources(cubin: bytes) -> tuple[int, int]:
     """Registers and stack bytes of a thread."""
     with tempfile.TemporaryDirectory() as folder:
