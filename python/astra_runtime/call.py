@@ -16,6 +16,7 @@ from .errors import CallEnded
 from .inputs import Views
 from .last_tokens import LastTokens
 from .missing import Missing
+from .models import Adapter
 from .plan import Plan
 from .transport import Frame, Mesh
 
@@ -156,6 +157,8 @@ class Call(Endable):
         deadline: seconds that a block's exchange may take; None: as long as the mesh waits.
         patience: seconds to wait for the answer; None: as long as the mesh waits.
         missing: who was left out, where that is allowed; None: everybody is needed.
+        verified: the adapter, where this call has to verify that blocks compute what other ranks
+            compute from their codes, see `codes.verify`.
     """
 
     rank: int
@@ -176,6 +179,7 @@ class Call(Endable):
     deadline: float | None = None
     patience: float | None = None
     missing: Missing | None = None
+    verified: Adapter | None = None
     state: CallState = field(default_factory=CallState)
 
     @cached_property

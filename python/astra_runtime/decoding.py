@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from .call import Call
 from .control import Control
-from .errors import AstraError, CallEnded, InvalidChoice
+from .errors import AstraError, CallEnded, InvalidChoice, NotFinite
 from .exchange import receive_tensors, send_tensor
 from .inputs import check_integer
 from .layer import Layer
@@ -130,7 +130,10 @@ def generate(
 
 
 def next_token(rank: int, ids: Tensor, scores: Tensor, choose: Choose | None) -> Tensor:
-    """The next token of each sequence, int64 [B]; InvalidChoice where `choose` gave none."""
+    """The next token of each sequence, int64 [B]; InvalidChoice where `choose` gave none, NotFinite
+    where `scores` hold NaN, of which any token could be the likeliest."""
+    if bool(scores.isnan().any()):
+        raise NotFinite(rank, "the logits behind its tokens hold NaN")
     if choose is None:
         return scores.argmax(-1)
     batch, vocabulary = scores.shape

@@ -27,6 +27,8 @@ from .inputs import (
     check_function,
     check_inputs,
     check_integer,
+    check_kind,
+    check_numbers,
     check_request,
     contents,
     num_padding,
@@ -34,7 +36,7 @@ from .inputs import (
 from .last_tokens import LastTokens
 from .layer import Layer
 from .missing import Missing, check_deadlines, waiting_limits
-from .models import Watch, adapt, check_attention, check_runnable
+from .models import Watch, adapt, check_attention, check_head_module, check_runnable
 from .plan import Plan, check_halo
 from .prefill import Prefix, prefill
 from .sessions.host import SessionHost
@@ -121,17 +123,20 @@ class Engine(SessionHost):
     ) -> None:
         self.model = model
         self.adapter = adapt(model)
+        check_kind("checkpoint", checkpoint, str)
         if checkpoint is not None:
             self.adapter.name_checkpoint(checkpoint)
         self.mixed_forms = mixed_forms
+        check_kind("codebook", codebook, Codebook)
+        check_kind("mesh", mesh, Mesh)
         self.codebook = Codebook.dense() if codebook is None else codebook
         self.mesh = local_mesh(1)[0] if mesh is None else mesh
-        self.shard_weights = None if weights is None else tuple(float(w) for w in weights)
+        self.shard_weights = None if weights is None else check_numbers("weights", weights)
         if self.shard_weights is not None:  # refuses those that no plan can have
             number, ranks = len(self.shard_weights), self.mesh.world_size
             Plan.make(number, ranks, causal=True, shard_weights=self.shard_weights)
-        check_halo(halo or 0, self.adapter.causal)
-        self.halo = halo
+        self.halo = halo if halo is None else check_integer("halo", halo, 0)
+        check_halo(self.halo or 0, self.adapter.causal)
         check_deadlines(on_missing, deadline_ms, self.mesh)
         self.deadline_ms, self.on_missing = deadline_ms, on_missing
         self.degraded, self.bits_per_token_block, self.bits_per_receiver = False, 0.0, 0.0
@@ -139,8 +144,13 @@ class Engine(SessionHost):
         self.seconds = 0.0
         check_runnable(model)
         check_attention(self.adapter.attentions, self.adapter.causal)
+        check_head_module(model, self.adapter.hidden_size, self.adapter.dtype)
         self.codec = self.codebook.make_codec(self.adapter)
-        self._watch = Watch(model, self.adapter.projecting() if self.codec.tabled else ())
+        tabled = self.adapter.projecting() if self.codec.tabled else []
+        if self.codec.early:
+            tabled = [*tabled, *self.adapter.attentions]
+        self._watch = Watch(model, tabled)
+        self._verified = not self.codec.early or self.mesh.world_size == 1
         self._plan = functools.lru_cache(_SHAPES)(
             functools.partial(
                 engine_plan,
@@ -148,7 +158,7 @@ class Engine(SessionHost):
                 self.codebook,
                 world_size=self.mesh.world_size,
                 shard_weights=self.shard_weights,
-                halo=halo,
+                halo=self.halo,
             )
         )
         self._sizes = functools.lru_cache(_SHAPES)(
@@ -315,6 +325,8 @@ class Engine(SessionHost):
 
     def _report(self, call: Call) -> None:
         """What is known when a call has ended, for the host."""
+        if call.verified is not None and any(call.sizes.num_sent.values()):
+            self._verified = True
         missing = call.missing.by_rank() if call.missing else {}
         mesh = call.mesh
         if isinstance(mesh, Subset):  # errors and answers name the devices
@@ -376,6 +388,7 @@ class Engine(SessionHost):
             deadline=deadline,
             patience=patience,
             missing=Missing(mesh.world_size, blocks) if self.on_missing == "degrade" else None,
+            verified=None if self._verified else adapter,
         )
         kwargs = adapter.local_inputs(given, plan, rank)
         # a shard's hidden states or attentions would pass for the sequence's
@@ -529,6 +542,12 @@ class Engine(SessionHost):
     def _end_running(self, reason: str) -> None:
         if (call := self._running) is not None:
             call.end(reason)
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        raise TypeError(
+            "an engine is one rank's end of its mesh, and cannot be copied or pickled: copy the "
+            "model, and make an engine of it"
+        )
 
     def __enter__(self) -> Engine:
         return self

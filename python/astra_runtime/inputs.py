@@ -191,7 +191,10 @@ def contents(inputs: Mapping[str, Tensor]) -> list[bytes]:
 def picture_means(pixels: Tensor) -> Tensor:
     """fp32 [B, 17] on the CPU: the means of 16 parts of each picture, and its root mean square."""
     plain = pixels.float()
-    parts = F.adaptive_avg_pool2d(plain.mean(1, keepdim=True), _GRID).flatten(1)
+    # unlike shares, so that pictures whose channels changed places differ
+    shares = torch.linspace(0.5, 1.5, plain.shape[1], device=plain.device)
+    mixed = (plain * (shares / shares.mean())[:, None, None]).mean(1, keepdim=True)
+    parts = F.adaptive_avg_pool2d(mixed, _GRID).flatten(1)
     size = plain.square().mean((1, 2, 3)).sqrt()
     return torch.cat([parts, size[:, None]], 1).cpu()
 
@@ -213,6 +216,19 @@ def check_integer(name: str, value: Any, least: int, most: int | None = None) ->
     if number < least or (most is not None and number > most):
         raise ValueError(f"{name}: expected {wanted}, got {number}")
     return number
+
+
+def check_kind(name: str, value: Any, kind: type) -> None:
+    """None will do as well."""
+    if value is not None and not isinstance(value, kind):
+        raise TypeError(f"{name}: expected {kind.__name__} or None, got {type(value).__name__}")
+
+
+def check_numbers(name: str, values: Any) -> tuple[float, ...]:
+    try:
+        return tuple(float(value) for value in values)
+    except (TypeError, ValueError):
+        raise TypeError(f"{name}: expected numbers, one for each rank, got {values!r}") from None
 
 
 def check_request(request: Any) -> int | None:

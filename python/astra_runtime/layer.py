@@ -25,6 +25,7 @@ import astra_kernels as ak
 from .call import Call
 from .codes.base import Payload, Pending, visible_tokens
 from .codes.staging import read_later
+from .codes.verify import check_projection
 from .errors import NotFinite
 from .exchange import compare_pictures, gather, receive_payloads
 from .trace import stage
@@ -39,6 +40,7 @@ class Layer:
     def __init__(self, call: Call) -> None:
         self.call = call
         self._unsent: Callable[[], None] | None = None  # sends codes that are still being made
+        self._input: Tensor | None = None  # of the block, where its projection is to be verified
 
     def embedded(self, hidden: Tensor) -> Tensor:
         """The class token's copy and this rank's shard of all embeddings."""
@@ -51,13 +53,18 @@ class Layer:
             call.between(block)
         call.check_running()
         if call.codec.early and not call.state.decoding:
-            self.send_codes(block, (hidden[:, call.sizes.sent_slice],))
+            sent = hidden[:, call.sizes.sent_slice]
+            if call.verified is not None:
+                call.codec.check_input(block, sent)
+                self._input = hidden
+            self.send_codes(block, (sent,))
 
     def attend(self, block: int, query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
         """Mixed-precision attention: [B, H, M, d] over local [B, Hkv, L, d] and remote tokens."""
         call, decoding = self.call, self.call.state.decoding
         if call.keeps_local:
             call.state.local[block] = key, value
+        self._verify(block, key, value)
         if not (call.codec.early or decoding):
             sent = call.sizes.sent_slice
             self.send_codes(block, (key[:, :, sent], value[:, :, sent]))
@@ -79,6 +86,12 @@ class Layer:
         with stage("merge", block):
             merged, _ = ak.merge_state(local[:, :, first:], local_lse[:, :, first:], out, lse)
             return torch.cat([local[:, :, :first], merged], 2) if first else merged
+
+    def _verify(self, block: int, key: Tensor, value: Tensor) -> None:
+        call, hidden, self._input = self.call, self._input, None
+        if call.verified is not None and hidden is not None and call.sizes.receivers:
+            sent, rope = call.sizes.sent_slice, call.views.local_rope
+            check_projection(call.verified, block, hidden, (key, value), sent, rope)
 
     def _attend_locally(
         self, block: int, query: Tensor, key: Tensor, value: Tensor, scale: float

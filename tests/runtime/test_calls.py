@@ -199,6 +199,30 @@ def test_other_pictures_are_refused() -> None:
         torch.testing.assert_close(before, after, rtol=0, atol=0.05)
 
 
+def test_pictures_of_other_channel_orders_are_refused() -> None:
+    """RGB on one host, BGR on the other: every mean over the channels is the same."""
+    model, picture = tiny("vit", num_channels=3), torch.randn(1, 3, 20, 20)
+    picture += torch.tensor([0.5, 0.0, -0.5])[:, None, None]
+
+    def work(mesh: Mesh) -> None:
+        with Engine(model, None, mesh) as engine, pytest.raises(InputsDiffer):
+            engine(pixel_values=picture.flip(1) if mesh.rank else picture)
+
+    run_ranks(2, work, timeout=20)
+
+
+def test_tokens_are_not_drawn_from_what_is_no_number() -> None:
+    """Token 0 was the likeliest, on every rank, without a word."""
+    model = tiny("llama")
+    model.model.norm.weight.data[3] = torch.nan
+
+    def work(mesh: Mesh) -> None:
+        with Engine(model, None, mesh) as engine, pytest.raises(CallEnded, match="hold NaN"):
+            engine.generate(**inputs_for("llama"), max_new_tokens=2)
+
+    run_ranks(2, work, timeout=20)
+
+
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 @pytest.mark.parametrize("space", ["kv", "hidden", "differential", "none"])
 def test_what_is_not_finite_is_never_coded(space: str, value: float) -> None:

@@ -108,6 +108,9 @@ class CodeCosts:
     fine_receive: float = 0.0
 
 
+GEOMETRY = ("num_blocks", "num_heads", "num_key_value_heads", "head_dim", "hidden_size")
+
+
 def geometry(adapter: Adapter) -> dict[str, int]:
     """The sizes of a model that a codebook depends on."""
     return {
@@ -236,6 +239,10 @@ class Codec(ABC):
     def begin(self, inputs: Mapping[str, Tensor], plan: Plan, rank: int) -> Codec:
         """The codec of one forward pass of `rank`: another one where blocks build on each other."""
         return self
+
+    def check_input(self, block: int, hidden: Tensor) -> None:  # noqa: B027
+        """Raises ModelChanged where the input [B, T, D] of a block, of the tokens that are sent, is
+        not what other ranks take it for without having received anything."""
 
     @abstractmethod
     def payload_bytes(self, block: int, batch: int, tokens: int) -> int:

@@ -18,7 +18,8 @@ from torch import Tensor, nn
 
 from ..files import written_together
 from ..models import Adapter
-from .base import Codec, geometry
+from .base import GEOMETRY, Codec, geometry
+from .checks import check_fields
 from .dense import DenseExchange
 from .fields import DENSE_DTYPES, CodebookFields
 from .fine import FINE, FineCode
@@ -141,11 +142,18 @@ class Codebook(CodebookFields):
             tensors |= {f"{block:03}.{name}": t for name, t in fine.tensors().items()}
         return {name: t.contiguous() for name, t in tensors.items() if t is not None}
 
+    def check_fields(self) -> None:
+        """Refuses what no fit writes: see `checks.py`."""
+        sizes = self.geometry
+        width = self.codec.coded_width(sizes) if self.coded and _is_whole(sizes) else None
+        check_fields(self, width)
+
     def check_model(self, adapter: Adapter) -> None:
         """Refuses a model that the codewords were not made for, saying what differs.
 
         Any form of the checkpoint will do: half-precision, quantized.
         """
+        self.check_fields()
         if not self.coded:
             return
         self.codec.check_model(adapter)
@@ -203,13 +211,27 @@ class Codebook(CodebookFields):
                 raise ValueError(f"expected format {FORMAT}")
             digest = config.pop("digest")
             codebook = cls(**config, **_fields_of(tensors))
-        except (SafetensorError, ValueError, TypeError, KeyError, AttributeError) as error:
+        except (SafetensorError, *_DAMAGED) as error:
             raise ValueError(f"codebook: {path} cannot be read: {error}") from error
         if codebook.digest != digest:
             raise ValueError(
                 f"codebook: {path} is damaged: expected content {digest}, got {codebook.digest}"
             )
+        try:
+            codebook.check_fields()
+        except ValueError as error:
+            raise ValueError(f"codebook: {path} cannot be read: {error}") from error
         return codebook
+
+
+_DAMAGED = (ValueError, TypeError, KeyError, AttributeError, RuntimeError)
+
+
+def _is_whole(sizes: Any) -> bool:
+    """Whether a geometry says all that a model's does, in numbers."""
+    return isinstance(sizes, dict) and all(
+        type(sizes.get(name)) is int and sizes[name] > 0 for name in GEOMETRY
+    )
 
 
 def _fields_of(tensors: dict[str, Tensor]) -> dict[str, Any]:

@@ -19,6 +19,7 @@ from .hidden import HiddenCodes, SimulatedInputs
 from .packed import search_flops
 from .rotary import Rope
 from .simulated import Quantize, SimulatedCodec
+from .verify import check_embedding
 
 
 class DifferentialCodes(HiddenCodes):
@@ -78,6 +79,10 @@ class DifferentialCodes(HiddenCodes):
 
     def payload_bytes(self, block: int, batch: int, tokens: int) -> int:
         return super().payload_bytes(block, batch, tokens) if block else 0
+
+    def check_input(self, block: int, hidden: Tensor) -> None:
+        if block == 0:
+            check_embedding(hidden, self.own)
 
     def encode(self, block: int, what: Any, rope: Rope, out: memoryview) -> Pending | None:
         missing = (what.float() - self.own).unflatten(-1, (self.groups, -1))

@@ -2,7 +2,7 @@
 
 from .base import Adapter, Inputs, check_runnable, is_language_model, with_cache
 from .families import adapt
-from .heads import EVERY, ROW
+from .heads import EVERY, ROW, check_head_module
 from .hooks import Listener, check_attention
 from .watch import Watch
 
@@ -15,6 +15,7 @@ __all__ = [
     "Watch",
     "adapt",
     "check_attention",
+    "check_head_module",
     "check_runnable",
     "is_language_model",
     "with_cache",

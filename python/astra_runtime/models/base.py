@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from ..plan import Plan
 from .digest import digests_of, entry_of
-from .heads import head_reads
+from .heads import check_forward, head_reads
 from .hooks import Hooks, Listener
 from .patches import PatchRows
 from .projection import Projection
@@ -54,6 +54,11 @@ class Adapter(ABC):
         self.head = head_reads(model)
         self.blocks: list[nn.Module] = self.find_blocks()
         self.attentions = [self.attention_of(block) for block in self.blocks]
+        if len(set(self.attentions)) < len(self.attentions):
+            raise ValueError(
+                "model: expected an attention module of its own in every block, got one that "
+                "several share; make copies of it (copy.deepcopy)"
+            )
         self.hidden_size = int(config.hidden_size)
         self.num_heads = int(config.num_attention_heads)
         self.num_key_value_heads = int(getattr(config, "num_key_value_heads", self.num_heads))
@@ -259,8 +264,9 @@ def check_runnable(model: nn.Module) -> None:
     """Refuses a model that cannot be run by engines, by name.
 
     Raises:
-        ValueError: training mode, weights that are not in memory, attention that is not plain.
+        ValueError: training mode, weights that are not in memory, a forward pass of the user's own.
     """
+    check_forward(model)
     if model.training:
         raise ValueError("model: expected evaluation mode, got training: call model.eval()")
     for path, module in model.named_modules():

@@ -289,6 +289,11 @@ class Bert(Adapter):
         config: Any = model.config
         if config.is_decoder:
             raise ValueError("model: expected BERT as an encoder, got is_decoder=True")
+        if config.chunk_size_feed_forward:
+            raise ValueError(
+                "model: expected chunk_size_feed_forward=0, which computes the same, as a rank's "
+                f"tokens are no multiple of {config.chunk_size_feed_forward}"
+            )
 
     def find_blocks(self) -> list[nn.Module]:
         return list(self.base.encoder.layer)
@@ -360,6 +365,8 @@ def adapt(model: nn.Module) -> Adapter:
         ValueError: a model of another family, a head that cannot be given what it reads, attention
             over a sliding window, rotary positions that depend on a rank's own length.
     """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model: expected a Hugging Face model, got {type(model).__name__}")
     with adapters_lock:
         kept = adapters.get(model)
         if kept is None or not kept.is_current():

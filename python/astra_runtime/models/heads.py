@@ -9,7 +9,11 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import nn
+
+from .projection import is_plain
+from .quantized import QuantizedLinear
 
 # How a head reads the hidden states. TOKENS: each token by itself, any of them. EVERY: each token
 # by itself, and its answer means nothing without all of them. CLASS: the class token. ROW: of each
@@ -73,6 +77,68 @@ def check_head(model: nn.Module) -> None:
         f"{type(model).__module__}.{type(model).__name__}; {hint}, and apply what is around it to "
         "the engine's answer"
     )
+
+
+def check_forward(model: nn.Module) -> None:
+    """Refuses a model, or one whose base, computes something else than its class does: what is
+    around the blocks in a forward pass of the user's own would see a shard for the whole.
+
+    Raises:
+        ValueError: a base of the user's own, a `forward` that was set on the model or its base;
+            accelerate's and torch.compile's are those of the class.
+    """
+    prefix = getattr(model, "base_model_prefix", "")
+    for module in dict.fromkeys((model, getattr(model, prefix, model))):
+        where = "the model" if module is model else f"model.{prefix}"
+        kind = _forward_of(module)
+        if module is not model and not kind.__module__.startswith("transformers."):
+            raise ValueError(
+                f"model: expected a forward of transformers' own in {where}, got that of "
+                f"{kind.__module__}.{kind.__name__}"
+            )
+        set_on = module.__dict__.get("forward")
+        if set_on is None or "_hf_hook" in module.__dict__:
+            continue
+        compiled: Any = getattr(set_on, "_torchdynamo_orig_callable", None)
+        if getattr(compiled, "__func__", None) is not kind.__dict__["forward"]:
+            raise ValueError(
+                f"model: expected the forward of {kind.__name__} in {where}, got another one that "
+                "was set on it; take it away (del model.forward), and apply what it adds to the "
+                "engine's answer"
+            )
+
+
+_HEADS = ("lm_head", "score", "cls", "qa_outputs", "classifier")
+_LINEAR = (nn.Linear, nn.LayerNorm, nn.Dropout, QuantizedLinear)
+
+
+def _own_class(module: nn.Module) -> tuple[type, ...]:
+    return (type(module),) if type(module).__module__.startswith("transformers.") else ()
+
+
+@torch.no_grad()
+def check_head_module(model: nn.Module, hidden_size: int, dtype: torch.dtype) -> None:
+    """Refuses a head that was put in or hooked and reads tokens together: it gets some of them.
+
+    Raises:
+        ValueError: it gives other answers of tokens one by one than of all.
+    """
+    name = next((name for name in _HEADS if hasattr(model, name)), None)
+    if head_reads(model) == CLASS or name is None:
+        return
+    head: Any = getattr(model, name)
+    if all(is_plain(part, *_LINEAR, *_own_class(part)) for part in head.modules()):
+        return
+    device = next(model.parameters()).device
+    tokens = torch.arange(3 * hidden_size, device=device).sin().to(dtype).view(1, 3, -1)
+    whole = head(tokens)
+    apart = torch.cat([head(token) for token in tokens.split(1, 1)], 1)
+    bound = 0.05 * whole.abs().amax().float()
+    if not bool(((whole - apart).abs().float() <= bound).all()):
+        raise ValueError(
+            f"model: expected a head that reads each token by itself, got {type(head).__name__} in "
+            f"{name}, whose answer to a token depends on others"
+        )
 
 
 def _is_model(model: nn.Module, name: str) -> bool:

@@ -37,6 +37,13 @@ def is_plain(module: nn.Module, *kinds: type) -> bool:
     )
 
 
+_RMS = ("LlamaRMSNorm", "MistralRMSNorm", "Qwen2RMSNorm")
+
+
+def _is_own(module: nn.Module) -> bool:
+    return type(module).__module__.startswith("transformers.")
+
+
 @torch.no_grad()
 def joined(linears: Sequence[nn.Module]) -> tuple[Tensor, Tensor | None] | None:
     """Weight and bias of several linear layers of one input; None: they are more than that."""
@@ -56,7 +63,7 @@ def folded(norm: Any, weight: Tensor, bias: Tensor | None) -> Projection | None:
     """The projection behind `norm`, a layer norm or transformers' RMS norm; None: it is another."""
     if is_plain(norm, nn.LayerNorm):
         kind, eps = "layer", norm.eps
-    elif is_plain(norm, type(norm)) and type(norm).__name__.endswith("RMSNorm"):
+    elif is_plain(norm, type(norm)) and type(norm).__name__ in _RMS and _is_own(norm):
         kind, eps = "rms", norm.variance_epsilon
     else:
         return None

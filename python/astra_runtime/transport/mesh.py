@@ -109,6 +109,9 @@ class Mesh(ABC):
         both sides. Ranks may load their models unequally fast: the wait is as long as the one for
         joining, where that is longer than `timeout`.
         """
+        for name, value in fields.items():
+            if not (isinstance(name, str) and isinstance(value, str)):
+                raise TypeError(f"agree: expected names and values as text, got {name}: {value!r}")
         peers = peers_of(self)
         self.send(wire.encode_fields(fields), block=Control.FINGERPRINT, plan=0, to=peers)
         sizes = dict.fromkeys(peers, wire.FIELDS_SIZE)
@@ -250,6 +253,9 @@ class Mesh(ABC):
         if connect_timeout is not None:
             options = replace(options, connect_timeout=connect_timeout)
         return self.reconnect_factory(options, self.store)
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        raise TypeError("a mesh holds this process's connections, and cannot be copied or pickled")
 
     def __enter__(self) -> Self:
         return self

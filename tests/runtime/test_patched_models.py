@@ -1,0 +1,201 @@
+"""Models that their users have changed: hooks, patches, heads and layers of their own."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from astra_runtime import AstraError, Codebook, Engine
+from astra_runtime.evaluate import run_ranks
+from astra_runtime.models import adapt
+from astra_runtime.transport import Mesh, local_mesh
+
+from .models import inputs_for, tiny
+
+
+def _twice(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    if args:
+        return (args[0] * 2, *args[1:]), kwargs
+    return args, {**kwargs, "hidden_states": kwargs["hidden_states"] * 2}
+
+
+def _hook_attention(model: Any) -> None:
+    for module in adapt(model).attentions:
+        module.register_forward_pre_hook(_twice, with_kwargs=True)
+
+
+def _patch_attention(model: Any) -> None:
+    for module in adapt(model).attentions:
+        own: Callable[..., Any] = module.forward
+        module.forward = lambda hidden_states, *args, own=own, **kwargs: own(
+            hidden_states * 2, *args, **kwargs
+        )
+
+
+def _hook_block(model: Any) -> None:
+    adapt(model).blocks[0].register_forward_pre_hook(_twice, with_kwargs=True)
+
+
+@pytest.mark.parametrize(
+    ("kind", "space", "change", "words"),
+    [
+        ("llama", "hidden", _hook_attention, "attention of block 0 "),
+        ("gpt2", "hidden", _patch_attention, "attention of block 0 "),
+        ("bert", "differential", _hook_attention, "attention of block 0 "),
+        ("llama", "differential", _hook_block, "input of block 0 "),
+    ],
+)
+def test_keys_that_other_ranks_would_compute_otherwise(
+    kind: str, space: str, change: Callable[[Any], None], words: str
+) -> None:
+    """Codes of block inputs are projected by whoever receives them: a hook in front of the
+    attention was left out there, without a word. Key/value codes need none of it."""
+    model, inputs = tiny(kind), inputs_for(kind, 24)
+    change(model)
+    count = 23 if kind == "bert" else 24  # lossless
+    options: dict[str, Any] = {"groups": 1, "codewords": count, "held_back": 0}
+    books = [
+        Codebook.fit(model, inputs["input_ids"], space=name, **options) for name in (space, "kv")
+    ]
+
+    def work(mesh: Mesh) -> Tensor:
+        with (
+            Engine(model, books[0], mesh, halo=0) as engine,
+            pytest.raises(AstraError, match=words),
+        ):
+            engine(**inputs, logits="all")
+        with Engine(model, books[1], mesh, halo=0) as engine:
+            answer: Tensor = engine(**inputs, logits="all")[0]
+            return answer
+
+    with torch.no_grad():
+        want = model(**inputs)[0]
+    for got in run_ranks(2, work, timeout=20):
+        torch.testing.assert_close(got, want, atol=1e-3, rtol=1e-3)
+
+
+def test_a_hook_on_the_attention_that_comes_later() -> None:
+    model, inputs = tiny("llama"), inputs_for("llama", 24)
+    book = Codebook.fit(
+        model, inputs["input_ids"], space="hidden", groups=2, codewords=24, held_back=0
+    )
+    with Engine(model, book) as engine:
+        engine(**inputs)
+        _hook_attention(model)
+        with pytest.raises(AstraError, match=r"layers\.0\.self_attn computes"):
+            engine(**inputs)
+
+
+class Mixing(nn.Module):
+    """A head that reads all tokens."""
+
+    def __init__(self, head: nn.Module) -> None:
+        super().__init__()
+        self.head = head
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        mixed: Tensor = self.head(hidden + hidden.mean(1, keepdim=True))
+        return mixed
+
+
+class Adapted(Mixing):
+    """One that reads each by itself, as adapters do."""
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        adapted: Tensor = self.head(hidden) + self.head(hidden.tanh())
+        return adapted
+
+
+def test_heads_that_read_tokens_together_are_refused() -> None:
+    model = tiny("llama")
+    own = model.lm_head
+    for change in (lambda: None, lambda: setattr(model, "lm_head", Adapted(own))):
+        change()
+        Engine(model).close()
+    model.lm_head = Mixing(own)
+    with pytest.raises(ValueError, match="lm_head"):
+        Engine(model)
+    model.lm_head = own
+    handle = own.register_forward_hook(lambda _, x, out: out - out.mean(1, keepdim=True))
+    with pytest.raises(ValueError, match="lm_head"):
+        Engine(model)
+    handle.remove()
+    Engine(model).close()
+
+
+@pytest.mark.parametrize("where", ["the model", "its base"])
+def test_a_forward_that_was_set_on_the_model_is_refused(where: str) -> None:
+    """It would see a shard's hidden states for the sequence's."""
+    model = tiny("llama")
+    patched = model if where == "the model" else model.model
+    with Engine(model) as engine:
+        own = patched.forward
+        patched.forward = lambda *args, **kwargs: own(*args, **kwargs)
+        for call in (lambda: Engine(model), lambda: engine(**inputs_for("llama"))):
+            with pytest.raises(ValueError, match="forward of Llama"):
+                call()
+        del patched.forward
+        engine(**inputs_for("llama"))
+
+
+def test_blocks_that_cannot_be_cut_are_refused() -> None:
+    shared = tiny("llama")
+    shared.model.layers[2] = shared.model.layers[0]
+    with pytest.raises(ValueError, match="several share"):
+        Engine(shared)
+    with pytest.raises(ValueError, match="chunk_size_feed_forward=0"):
+        Engine(tiny("bert", chunk_size_feed_forward=4))
+
+
+def test_a_norm_of_the_users_own_is_not_folded() -> None:
+    """It may be named like transformers' and compute something else."""
+
+    class OneMoreRMSNorm(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.weight, self.variance_epsilon = nn.Parameter(torch.ones(48)), 1e-6
+
+    for norm in (OneMoreRMSNorm(), nn.RMSNorm(48)):
+        model = tiny("llama")
+        assert adapt(model).projection(0) is not None
+        model.model.layers[0].input_layernorm = norm
+        assert adapt(model).projection(0) is None
+
+
+@pytest.mark.parametrize("what", ["engine", "mesh"])
+@pytest.mark.parametrize("way", [copy.copy, copy.deepcopy, pickle.dumps])
+def test_engines_and_meshes_are_not_copied(what: str, way: Callable[[Any], Any]) -> None:
+    """What had been copied of a mesh before its sockets closed the mesh's own descriptors."""
+    meshes = local_mesh(2)
+    engine = Engine(tiny("llama"))
+    with pytest.raises(TypeError, match=f"{what} .*copied"):
+        way(engine if what == "engine" else meshes[0])
+    for mesh in meshes:
+        mesh.close()
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"codebook": "folder"}, "codebook: expected Codebook"),
+        ({"mesh": "mesh"}, "mesh: expected Mesh"),
+        ({"halo": 2.5}, "halo: expected an integer"),
+        ({"weights": "a"}, "weights: expected numbers"),
+        ({"deadline_ms": "5"}, "deadline_ms: expected milliseconds"),
+        ({"checkpoint": 5}, "checkpoint: expected str"),
+    ],
+    ids=str,
+)
+def test_arguments_of_other_types(options: dict[str, Any], words: str) -> None:
+    with pytest.raises(TypeError, match=words):
+        Engine(tiny("llama"), **options)
+    with pytest.raises(TypeError, match="model: expected"):
+        Engine(None)  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match="agree: expected"):
+        local_mesh(1)[0].agree({"step": 1})  # type: ignore[dict-item]
