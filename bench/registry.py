@@ -167,7 +167,9 @@ OTHERS = (
         20,
         (
             _cpu("bench.latency.curve --model vit-base", "latency_curve_vit-base"),
-            _cpu("bench.latency.curve --model smollm2", "latency_curve_smollm2"),
+            _cpu(
+                "bench.latency.curve --model smollm2 --codes default kv:3", "latency_curve_smollm2"
+            ),
             _cpu("bench.latency.curve --model smollm2-int8", "latency_curve_smollm2-int8"),
             _cpu("bench.latency.curve --lengths", "latency_lengths_smollm2"),
         ),

@@ -14,8 +14,9 @@ slower a row: their measured time for T/N rows, and all else of the single devic
 `stages_ms` are those of the rank that has the answer, and add up to its time: "prepare" is what a
 call takes outside of the model's pass, "sockets" what system calls cost, "wait" what is left of
 links and slower ranks. `busy_ms` has every rank's
-computing. `uplink_ms` is how long the busiest uplink sends, `uplink_headers_ms` what of it is not
-payload: a frame's header, TLS, TCP, IP and Ethernet.
+computing. `uplink_ms` is how long the busiest uplink sends, `downlink_ms` how long the busiest
+downlink receives, `uplink_headers_ms` what of the former is not payload: a frame's header, TLS,
+TCP, IP and Ethernet.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ import json
 import math
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from functools import partial
 from typing import Any
@@ -55,12 +56,13 @@ FEW_RANKS = (2, 4)  # for every length
 SLOW = 8.0  # processor seconds: what takes longer is measured once
 TORCH_TOKENS = 2048  # the model's own pass is measured up to this length
 _M_ARENA_MAX = -8
+Setting = tuple[str, int]  # codes and ranks
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog=MODULE, description=__doc__.splitlines()[0])
     parser.add_argument("--model", choices=list(MODELS), default="smollm2")
-    parser.add_argument("--codes", help="as bench.latency's settings; default: the model's usual")
+    parser.add_argument("--codes", nargs="+", help="as bench.latency's settings; memory: the first")
     parser.add_argument("--lengths", action="store_true", help="several lengths, on few ranks")
     parser.add_argument("--ranks", nargs="+", type=int)
     parser.add_argument("--tokens", nargs="+", type=int)
@@ -76,7 +78,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         return
     options.ranks = options.ranks or list(FEW_RANKS if options.lengths else RANKS)
     options.tokens = options.tokens or list(LENGTHS if options.lengths else LENGTHS[:1])
-    options.codes = options.codes or usual_codes(options.model)
+    options.codes = options.codes or [usual_codes(options.model)]
     extra: dict[str, Any] = {"repeats": options.repeats}
     if options.lengths:
         extra["memory"] = memory(options)
@@ -113,15 +115,16 @@ def cases_of(
 ) -> list[Case]:
     """The cases of one length."""
     subject = Subject.make(options.model, tokens)
-    adapter, book = adapt(subject.model), subject.codebook(options.codes)
-    taken, recordings = measured(subject, book, adapter, options)
+    adapter = adapt(subject.model)
+    books = {codes: subject.codebook(codes) for codes in options.codes}
+    taken, recordings = measured(subject, books, adapter, options)
     single = min(statistics.median(taken[name]) for name in ("single", "torch") if name in taken)
     whole = statistics.median(taken["products 1"])
     cases = []
-    for ranks in options.ranks:
+    for codes, ranks in recordings:
+        book, of_ranks = books[codes], recordings[codes, ranks]
         of_rows = statistics.median(taken[f"products {ranks}"])
         bound = of_rows + (single - whole) / ranks
-        of_ranks = recordings[ranks]
         times = percentiles([1e3 * r.finish(link, costs) for r in of_ranks])
         middle = sorted(of_ranks, key=lambda r: r.finish(link, costs))[(len(of_ranks) - 1) // 2]
         case = Case(
@@ -135,7 +138,7 @@ def cases_of(
                 "space": book.space,
             },
             dtype=adapter.form(),
-            impl=f"astra {options.codes}",
+            impl=f"astra {codes}",
             ms=times,
             floor_ms=1e3 * single / ranks,
             peers={n: 1e3 * statistics.median(taken[n]) for n in ("single", "torch") if n in taken},
@@ -154,10 +157,10 @@ def cases_of(
 
 
 def measured(
-    subject: Subject, book: Codebook, adapter: Adapter, options: argparse.Namespace
-) -> tuple[dict[str, list[float]], dict[int, list[Recording]]]:
+    subject: Subject, books: Mapping[str, Codebook], adapter: Adapter, options: argparse.Namespace
+) -> tuple[dict[str, list[float]], dict[Setting, list[Recording]]]:
     """Processor seconds of single devices and of the products alone, by name; and recordings, by
-    number of ranks. All in turns: the machine's pace drifts."""
+    codes and number of ranks. All in turns: the machine's pace drifts."""
     dense = Codebook.dense()
     alone: dict[str, Callable[[], float]] = {
         "single": lambda: astra(subject, dense, 1, 1)[0].computing[0]
@@ -168,18 +171,21 @@ def measured(
     for ranks in (1, *options.ranks):
         rows = adapter.class_tokens + math.ceil(subject.tokens / ranks)
         alone[f"products {ranks}"] = partial(on_one_core, partial(products, adapter, rows))
-    passes: dict[int, Callable[[], list[Recording]]] = {
-        ranks: partial(astra, subject, book, ranks, 1) for ranks in options.ranks
+    passes: dict[Setting, Callable[[], list[Recording]]] = {
+        (codes, ranks): partial(astra, subject, book, ranks, 1)
+        for codes, book in books.items()
+        for ranks in options.ranks
     }
     taken: dict[str, list[float]] = {name: [] for name in alone}
-    recordings: dict[int, list[Recording]] = {ranks: [] for ranks in passes}
+    recordings: dict[Setting, list[Recording]] = {setting: [] for setting in passes}
     for _ in range(options.repeats):
         for name, once in alone.items():
             if not taken[name] or taken[name][0] <= SLOW:
                 taken[name].append(once())
-        for ranks, record in passes.items():
-            if not recordings[ranks] or sum(recordings[ranks][0].computing) <= SLOW:
-                recordings[ranks] += record()
+        for setting, record in passes.items():
+            done = recordings[setting]
+            if not done or sum(done[0].computing) <= SLOW:
+                done += record()
     return taken, recordings
 
 
@@ -218,6 +224,9 @@ def played(recording: Recording, link: Link, costs: SocketCosts) -> dict[str, An
     sizes = [[event.size for event in events if event.to >= 0] for events in recording.ranks]
     sending = [sum(map(link.seconds, each)) for each in sizes]
     most = max(range(len(sending)), key=sending.__getitem__)
+    receiving = [0.0] * len(laps)
+    for event in (event for events in recording.ranks for event in events if event.to >= 0):
+        receiving[event.to] += link.seconds(event.size)
     payload = sum(sizes[most]) - HEADER_SIZE * len(sizes[most])
     return {
         "answer_rank": rank,
@@ -225,6 +234,7 @@ def played(recording: Recording, link: Link, costs: SocketCosts) -> dict[str, An
         "busy_ms": [round(1e3 * lap.computing, 2) for lap in laps],
         "frames": len(sizes[most]),
         "payload_bytes": payload,
+        "downlink_ms": 1e3 * max(receiving),
         "uplink_ms": 1e3 * sending[most],
         "uplink_headers_ms": 1e3 * sending[most] - 8e-3 * payload / link.mbit_per_s,
     }
@@ -235,7 +245,7 @@ def memory(options: argparse.Namespace) -> list[dict[str, Any]]:
     found = []
     for ranks in (1, *options.ranks):
         shared = RankSettings(
-            options.model, max(options.tokens), options.codes, options.mbit, options.rtt_ms
+            options.model, max(options.tokens), options.codes[0], options.mbit, options.rtt_ms
         )
         say(f"  memory of {ranks} ranks at {shared.tokens} tokens")
         by_rank = outputs(MODULE, shared, ranks)

@@ -21,8 +21,8 @@ COLUMNS = {
 def curve(*reports: Report) -> str:
     """By number of ranks: speedup beside what bounds it, and where the time goes."""
     rows = [_row(case) for report in reports for case in report["cases"]]
-    head = ["model", "tokens", "ranks", "one device (s)", "first token (s)", "**speedup**"]
-    head += ["bound by products", "by FLOPs", *(f"{name} (ms)" for name in COLUMNS)]
+    head = ["model", "codes", "tokens", "ranks", "one device (s)", "first token (s)", "**speedup**"]
+    head += ["bound by products", "by FLOPs", "by the link", *(f"{name} (ms)" for name in COLUMNS)]
     head += ["busiest uplink (ms)", "of it headers"]
     return table(head, rows) + _sources(reports)
 
@@ -31,15 +31,18 @@ def _row(case: dict[str, Any]) -> list[str]:
     shape, stages = case["shape"], case["stages_ms"]
     form = "" if case["dtype"] == "float32" else f" {case['dtype']}"
     parts = (sum(stages.get(name, 0.0) for name in names) for names in COLUMNS.values())
+    single, link = min(case["peers"].values()), max(case["uplink_ms"], case["downlink_ms"])
     return [
         shape["model"].removesuffix("-int8") + form,
+        case["impl"].removeprefix("astra "),
         f"{shape['tokens']:,}",
         f"{shape['world_size']}",
-        f"{min(case['peers'].values()) / 1e3:.2f}",
+        f"{single / 1e3:.2f}",
         f"{case['ms']['p50'] / 1e3:.3f}",
         f"{case['speedup']:.2f}×",
         f"{case['bound_speedup']:.2f}×",
         f"{case['flop_bound']:.2f}×",
+        f"{single / link:.1f}×",
         *(f"{milliseconds:.0f}" for milliseconds in parts),
         f"{case['uplink_ms']:.0f}",
         f"{case['uplink_headers_ms']:.0f}",

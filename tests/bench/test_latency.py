@@ -131,7 +131,7 @@ def test_a_curve_names_what_bounds_it(tmp_path, monkeypatch):
     assert case["frames"] == 4  # one a block
     assert case["payload_bytes"] < 4 * 96
     assert case["uplink_headers_ms"] == pytest.approx(4 * 8e-4 * (28 + 22 + 52 + 18), rel=1e-3)
-    assert "| tiny | 96 | 2 |" in curve_tables.curve(report)
+    assert "| tiny | hidden:1 | 96 | 2 |" in curve_tables.curve(report)
 
 
 def test_the_memory_of_ranks_is_shown():
