@@ -433,7 +433,8 @@ class Engine(SessionHost):
             generation_config, keywords: as of `model.generate`: `do_sample`, `temperature`,
                 `top_p`, `num_return_sequences`, `stopping_criteria`, `streamer` … With any of them
                 the model's own generation config counts, too; the owner draws from torch's
-                generator. Beams, assistants and the like are refused by name.
+                generator. Several answers to one prompt are drawn by all ranks, as the owner would
+                draw them. Beams, assistants and the like are refused by name.
 
         Returns:
             int64 [B, T + new], on every rank.

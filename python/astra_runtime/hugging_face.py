@@ -8,6 +8,7 @@ before anything is sent.
 from __future__ import annotations
 
 import copy
+import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -15,7 +16,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .decoding import end_tokens
+from .decoding import Generation, end_tokens
+from .inputs import check_function, check_integer
+from .sessions.several import draw_several
 
 # What a call may be told, and the only values that say what happens anyway.
 _CALL = {
@@ -112,6 +115,8 @@ class Asked:
 
     Attributes:
         choose, stop: as `Engine.generate` takes them; None: its own.
+        warp: what `choose` does to the logits before it draws, where any row may be drawn by
+            itself; None: it is not to draw, or a function of the host's own takes part.
         returned: answers for each row of the prompt.
         pad: what stands behind the end of a finished row; None: the end token again.
         streamer: hears of the prompt and of every token.
@@ -121,6 +126,7 @@ class Asked:
     eos_token_id: Any = None
     choose: Callable[[Tensor, Tensor], Tensor] | None = None
     stop: Callable[[Tensor], bool] | None = None
+    warp: Callable[[Tensor, Tensor], Tensor] | None = None
     returned: int = 1
     pad: int | None = None
     streamer: Any = None
@@ -157,11 +163,50 @@ def generate_as_asked(
             )
     if (streamer := asked.streamer) is not None:
         options["on_token"] = _streaming(streamer, prompt, options.get("on_token"))
-    ids: Tensor = engine.generate(prompt, **options)
+    if asked.returned > 1 and asked.warp is not None and _is_for_all(engine, input_ids, options):
+        ids = _draw_several(engine, input_ids, asked, options)
+    else:
+        ids = engine.generate(prompt, **options)
     if streamer is not None:
         streamer.end()
     ends = end_tokens(engine.model, options.get("eos_token_id"), engine.model.config.vocab_size)
     return _padded(ids, prompt.shape[1], ends, asked.pad)
+
+
+def _is_for_all(engine: Any, input_ids: Any, options: Mapping[str, Any]) -> bool:
+    """Whether every rank can draw some of several answers: to one prompt, without padding."""
+    mesh = engine.mesh
+    if mesh.world_size == 1 or not mesh.resumes or "stop" in options or "on_block" in options:
+        return False
+    if not (engine.adapter.causal and engine.codec.keeps_sessions and engine.on_missing == "raise"):
+        return False
+    mask = options.get("attention_mask")
+    whole = mask is None or (isinstance(mask, Tensor) and bool((mask == 1).all()))
+    return isinstance(input_ids, Tensor) and input_ids.shape[:1] == (1,) and whole
+
+
+def _draw_several(
+    engine: Any, input_ids: Tensor, asked: Asked, options: Mapping[str, Any]
+) -> Tensor:
+    """`engine.generate` of several answers to one prompt, each drawn by a rank."""
+    most = check_integer("max_new_tokens", options.get("max_new_tokens", DEFAULT_NEW_TOKENS), 1)
+    ends = end_tokens(engine.model, options.get("eos_token_id"), engine.model.config.vocab_size)
+    check_function("on_token", options.get("on_token"))
+    assert asked.warp is not None
+    start = time.perf_counter()
+    engine.bits_per_token_block = engine.bits_per_receiver = 0.0  # unless ranks exchange codes
+    ids = draw_several(
+        engine,
+        engine.session(),
+        input_ids,
+        asked.returned,
+        asked.warp,
+        Generation(most, ends, None, options.get("on_token")),
+        request=options.get("request"),
+        within_ms=options.get("within_ms"),
+    )
+    engine.seconds = time.perf_counter() - start
+    return ids
 
 
 def _streaming(
@@ -208,11 +253,13 @@ def generation_arguments(
     processors += list(functions["logits_processor"] or [])
     criteria = list(functions["stopping_criteria"] or [])
     sample = bool(getattr(given, "do_sample", False))
+    own = functions["logits_processor"]
     return Asked(
         _new_tokens(given, input_ids.shape[1]),
         getattr(given, "eos_token_id", None),
         _chooser(processors, sample) if processors or sample else None,
         _stopper(criteria) if criteria else None,
+        _warper(processors) if sample and not own else None,
         int(getattr(given, "num_return_sequences", None) or 1),
         getattr(given, "pad_token_id", None),
         functions["streamer"],
@@ -282,12 +329,22 @@ def _processors(config: Any, tokens: int, model: nn.Module) -> list[Any]:
     return made
 
 
+def _warper(processors: Sequence[Any]) -> Callable[[Tensor, Tensor], Tensor]:
+    def warp(ids: Tensor, logits: Tensor) -> Tensor:
+        for processor in processors:
+            logits = processor(ids, logits)
+        return logits
+
+    return warp
+
+
 def _chooser(processors: Sequence[Any], sample: bool) -> Callable[[Tensor, Tensor], Tensor]:
     """Draws as `model.generate` does, from torch's own generator."""
 
+    warp = _warper(processors)
+
     def choose(ids: Tensor, logits: Tensor) -> Tensor:
-        for processor in processors:
-            logits = processor(ids, logits)
+        logits = warp(ids, logits)
         if not sample:
             return logits.argmax(-1)
         return torch.multinomial(logits.softmax(-1), 1)[:, 0]

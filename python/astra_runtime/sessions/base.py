@@ -28,6 +28,7 @@ class EngineParts(ABC):
     halo: int | None
     deadline_ms: float | None
     on_missing: str
+    seconds: float
 
     @property
     @abstractmethod

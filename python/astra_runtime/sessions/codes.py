@@ -47,6 +47,15 @@ def _lacking(state: SessionState, peer: int, source: int) -> list[Span]:
     return [s for s in state.pending if s.source == source and peer not in s.known]
 
 
+def most_lacking(engine: EngineParts, state: SessionState) -> int:
+    """Bytes that `synchronize` would send to the rank that lacks most, the same on every rank."""
+    sizes = {span: sum(map(sum, _span_sizes(engine, state, span))) for span in state.pending}
+    return max(
+        sum(size for span, size in sizes.items() if rank not in span.known)
+        for rank in range(state.world_size)
+    )
+
+
 def _num_fine(engine: EngineParts, state: SessionState, span: Span) -> int:
     """How many of the span's last tokens get fine codes: of those at the session's end, which
     nobody but their source has heard of."""

@@ -1,0 +1,173 @@
+"""Several answers to one prompt, drawn by all ranks at once: `num_return_sequences`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from ..costs import EXACT_TOKENS
+from ..decoding import Choose, Generation
+from ..errors import InvalidChoice
+from .answers import decode_together, move, token_limit
+from .base import EngineParts, Running
+from .codes import complete, confirm, most_lacking, session_tag, synchronize
+from .decoder import Asked
+from .files import broadcast
+from .passes import read_tokens
+from .session import Session, _check_ids, one_call
+from .state import SessionState
+
+Warp = Callable[[Tensor, Tensor], Tensor]  # (ids [1, t], logits [1, V]) -> scores [1, V]
+
+# Of codes, or of keys and values, that other ranks may have to hear before they can answer.
+MOST_SHARED = 4 << 20  # bytes
+
+
+def draw_several(
+    engine: EngineParts,
+    session: Session,
+    ids: Tensor,
+    count: int,
+    warp: Warp,
+    asked: Generation,
+    *,
+    request: int | None,
+    within_ms: float | None,
+) -> Tensor:
+    """`count` answers to one prompt, each drawn by a rank; collective.
+
+    The prompt is read once. Up to `EXACT_TOKENS` tokens each rank reads them by itself; of longer
+    ones the ranks hear the codes that they lack, unless these are more than `MOST_SHARED` bytes:
+    then their owner draws all answers. It draws the first one in any case.
+
+    Args:
+        session: an empty one, which is of no use afterwards.
+        ids: int64 [1, T].
+        warp: what is done to the logits of an answer before one draws from them.
+        asked: `choose` and `stop` are not used.
+
+    Returns:
+        int64 [count, T + new], on every rank. With dense exchange, to rounding, what the owner
+        draws by itself from torch's generator, which is as far afterwards as it would be then.
+    """
+    ids = _check_ids(engine, ids, 0)
+    options = Asked(asked.max_new_tokens, asked.ends)
+    options.check_room(ids.shape[1], token_limit(engine))
+    if ids.shape[1] > EXACT_TOKENS:
+        session.append(ids, request=request, within_ms=within_ms)
+        if within_ms is not None:
+            within_ms = max(1e-3, within_ms - 1e3 * engine.seconds)
+    state = session._state
+    with one_call(engine, request, within_ms) as running:
+        if state.read:
+            places = _share(engine, state, count, running)
+        else:
+            places = _places(engine, state, count)
+            _read_alone(engine, state, ids)
+        tag = session_tag(state, request, options.max_new_tokens, options.ends, count)
+        draws = Draws(_generator(engine, state.owner, tag), count, ids.shape[1])
+        works = [state.fork() for _ in range(count)]
+        for work, place in zip(works, places, strict=True):
+            move(engine, work, place, running)
+        rows = [replace(options, choose=draws.chooser(n, engine.rank, warp)) for n in range(count)]
+        hear = _columns(asked, engine.rank, count)
+        tokens = decode_together(engine, works, places, rows, hear, request, running)
+        confirm(engine, running, tag)
+    steps = max(map(len, tokens))
+    if engine.rank == state.owner and engine.adapter.device.type == "cpu":
+        torch.set_rng_state(draws.state_after(steps))
+    new = [row + row[-1:] * (steps - len(row)) for row in tokens]
+    return torch.cat([ids.expand(count, -1), torch.tensor(new, device=ids.device)], 1)
+
+
+class Draws:
+    """Draws of several rows by several ranks: each as if one had drawn all rows at once.
+
+    A token is the first to arrive in a race of exponential times, at the tokens' probabilities, as
+    in `torch.multinomial`. Each rank knows all rows' times, as it has the owner's generator.
+
+    Args:
+        prompt: tokens before the first that is drawn.
+    """
+
+    def __init__(self, generator: torch.Generator, rows: int, prompt: int) -> None:
+        self._generator, self._rows, self._prompt = generator, rows, prompt
+        self._steps = 0
+        self._times = torch.empty(0)  # [rows, V]
+
+    def chooser(self, row: int, rank: int, warp: Warp) -> Choose:
+        def choose(ids: Tensor, logits: Tensor) -> Tensor:
+            probabilities = warp(ids, logits).softmax(-1)[0].cpu()
+            if not bool(probabilities.isfinite().all()):
+                raise InvalidChoice(rank, "the model's logits are not finite")
+            self._advance(ids.shape[1] - self._prompt + 1, len(probabilities))
+            return (probabilities / self._times[row]).argmax()[None]
+
+        return choose
+
+    def _advance(self, steps: int, vocabulary: int) -> None:
+        while self._steps < steps:
+            self._times = torch.empty(self._rows, vocabulary).exponential_(
+                1, generator=self._generator
+            )
+            self._steps += 1
+
+    def state_after(self, steps: int) -> Tensor:
+        """The generator's, when so many tokens of each row are drawn."""
+        self._advance(steps, self._times.shape[1])
+        return self._generator.get_state()
+
+
+def _generator(engine: EngineParts, owner: int, tag: int) -> torch.Generator:
+    """That of torch on the owner, in the same state on all ranks; on a CPU."""
+    generator, state = torch.Generator(), None
+    if engine.rank == owner:
+        device = engine.adapter.device
+        if device.type == "cpu":
+            generator.set_state(torch.get_rng_state())
+        else:
+            generator.manual_seed(int(torch.randint(1 << 62, (1,), device=device)))
+        state = generator.get_state().numpy().tobytes()
+    state = broadcast(engine, state, owner, tag)
+    generator.set_state(torch.frombuffer(bytearray(state), dtype=torch.uint8))
+    return generator
+
+
+def _places(engine: EngineParts, state: SessionState, count: int) -> list[int]:
+    return [(state.owner + n) % engine.mesh.world_size for n in range(count)]
+
+
+def _share(engine: EngineParts, state: SessionState, count: int, running: Running) -> list[int]:
+    """Who draws which answer, after a prompt that was read together; each has what that takes."""
+    if most_lacking(engine, state) > MOST_SHARED:
+        return [state.owner] * count
+    places = _places(engine, state, count)
+    synchronize(engine, state, running)
+    if engine.rank in places:
+        complete(engine, state)
+    return places
+
+
+def _read_alone(engine: EngineParts, state: SessionState, ids: Tensor) -> None:
+    """This rank reads all but the last token, which each answer begins with."""
+    state.ids, before = ids, ids[:, :-1]
+    if before.shape[1]:
+        read_tokens(engine, [state.cache], [before])
+    state.read = before.shape[1]
+
+
+def _columns(asked: Generation, rank: int, count: int) -> Callable[[Tensor], None] | None:
+    """Hands out a token of each answer at each step; of those that have ended, the last again."""
+    if asked.on_token is None:
+        return None
+    last = torch.zeros(count, dtype=torch.int64)
+
+    def hear(step: Tensor) -> None:
+        nonlocal last
+        last = torch.where(step < 0, last.to(step.device), step)
+        asked.hear(rank, last)
+
+    return hear
