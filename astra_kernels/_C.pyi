@@ -24,7 +24,7 @@ def encode(
 
 # csrc/include/astra/attention.hpp. An address is that of contiguous memory, or 0 for none; the
 # caller vouches for all of them.
-# An fp32 tensor [batch, heads, rows, width]: its address, and its strides but for the last, 1.
+# A tensor [batch, heads, rows, width]: its address, and its strides but for the last, 1.
 Heads = tuple[int, tuple[int, ...]]
 # batch, heads, kv_heads, rows, width, value_width
 Shape = tuple[int, int, int, int, int, int]
@@ -48,6 +48,7 @@ def attention(
     sinks: int,
     threads: int,
     isa: str = "",
+    storage: int = 0,
 ) -> None: ...
 def coded_attention(
     shape: Shape,
@@ -59,6 +60,7 @@ def coded_attention(
     sinks: int,
     threads: int,
     isa: str = "",
+    storage: int = 0,
 ) -> int:
     """0, or 1 or 2 where a code of the keys or of the values is in no table."""
 
@@ -73,8 +75,12 @@ def mixed_attention(
     sinks: int,
     threads: int,
     isa: str = "",
+    storage: int = 0,
 ) -> int:
     """As coded_attention."""
+
+def attention_dtypes() -> list[str]:
+    """By the `storage` of a call: that of queries, out, and dense keys and values."""
 
 def attention_isas() -> list[str]: ...
 def quantized_linear(

@@ -10,6 +10,7 @@
 #include <climits>
 #include <cstdint>
 #include <cstring>
+#include <iterator>
 #include <memory>
 #include <string>
 #include <system_error>
@@ -199,16 +200,19 @@ astra::HeadStrides strides(const char* name, const py::tuple& given) {
 struct Heads {
   Heads(const char* name, const py::tuple& given) {
     if (given.size() != 2) throw py::type_error(std::string(name) + " must be (address, strides)");
-    address = reinterpret_cast<float*>(given[0].cast<std::uintptr_t>());
+    address = reinterpret_cast<void*>(given[0].cast<std::uintptr_t>());
     by = strides(name, given[1].cast<py::tuple>());
   }
-  float* address;
+  void* address;
   astra::HeadStrides by;
 };
 
+// By astra::Storage.
+constexpr const char* kStorages[] = {"float32", "bfloat16", "float16"};
+
 astra::Queries queries_of(const py::tuple& shape, const py::tuple& query, const py::tuple& out,
                           std::uintptr_t lse, float scale, std::uintptr_t sinks, unsigned threads,
-                          const std::string& isa) {
+                          const std::string& isa, int storage) {
   const auto [batch, heads, kv_heads, rows, width, value_width] = sizes<6>("shape", shape);
   const Heads q("query", query);
   const Heads o("out", out);
@@ -223,6 +227,11 @@ astra::Queries queries_of(const py::tuple& shape, const py::tuple& query, const 
   queries.sinks = reinterpret_cast<const float*>(sinks);
   queries.threads = threads;
   queries.isa = isa.c_str();
+  if (storage < 0 || storage >= static_cast<int>(std::size(kStorages))) {
+    throw py::value_error("storage must be an index of attention_dtypes(), got " +
+                          std::to_string(storage));
+  }
+  queries.storage = static_cast<astra::Storage>(storage);
   return queries;
 }
 
@@ -275,16 +284,16 @@ astra::CodedKeys coded_of(const py::tuple& given) {
 
 void attention(const py::tuple& shape, const py::tuple& query, const py::tuple& dense_given,
                const py::tuple& out, std::uintptr_t lse, float scale, std::uintptr_t sinks,
-               unsigned threads, const std::string& isa) {
-  const auto queries = queries_of(shape, query, out, lse, scale, sinks, threads, isa);
+               unsigned threads, const std::string& isa, int storage) {
+  const auto queries = queries_of(shape, query, out, lse, scale, sinks, threads, isa, storage);
   const astra::DenseKeys dense = dense_of(dense_given);
   run(scores_of(queries.shape, dense.count), [&] { astra::attention(queries, dense); });
 }
 
 int coded_attention(const py::tuple& shape, const py::tuple& query, const py::tuple& coded_given,
                     const py::tuple& out, std::uintptr_t lse, float scale, std::uintptr_t sinks,
-                    unsigned threads, const std::string& isa) {
-  const auto queries = queries_of(shape, query, out, lse, scale, sinks, threads, isa);
+                    unsigned threads, const std::string& isa, int storage) {
+  const auto queries = queries_of(shape, query, out, lse, scale, sinks, threads, isa, storage);
   const astra::CodedKeys coded = coded_of(coded_given);
   astra::CodesFound found{};
   run(scores_of(queries.shape, coded.count),
@@ -294,8 +303,9 @@ int coded_attention(const py::tuple& shape, const py::tuple& query, const py::tu
 
 int mixed_attention(const py::tuple& shape, const py::tuple& query, const py::tuple& dense_given,
                     const py::tuple& coded_given, const py::tuple& out, std::uintptr_t lse,
-                    float scale, std::uintptr_t sinks, unsigned threads, const std::string& isa) {
-  const auto queries = queries_of(shape, query, out, lse, scale, sinks, threads, isa);
+                    float scale, std::uintptr_t sinks, unsigned threads, const std::string& isa,
+                    int storage) {
+  const auto queries = queries_of(shape, query, out, lse, scale, sinks, threads, isa, storage);
   const astra::DenseKeys dense = dense_of(dense_given);
   const astra::CodedKeys coded = coded_of(coded_given);
   astra::CodesFound found{};
@@ -432,13 +442,18 @@ PYBIND11_MODULE(_C, module) {
              py::arg("threads"));
   module.def("attention", &attention, py::arg("shape"), py::arg("query"), py::arg("dense"),
              py::arg("out"), py::arg("lse"), py::arg("scale"), py::arg("sinks"), py::arg("threads"),
-             py::arg("isa") = "");
+             py::arg("isa") = "", py::arg("storage") = 0);
   module.def("coded_attention", &coded_attention, py::arg("shape"), py::arg("query"),
              py::arg("coded"), py::arg("out"), py::arg("lse"), py::arg("scale"), py::arg("sinks"),
-             py::arg("threads"), py::arg("isa") = "");
+             py::arg("threads"), py::arg("isa") = "", py::arg("storage") = 0);
   module.def("mixed_attention", &mixed_attention, py::arg("shape"), py::arg("query"),
              py::arg("dense"), py::arg("coded"), py::arg("out"), py::arg("lse"), py::arg("scale"),
-             py::arg("sinks"), py::arg("threads"), py::arg("isa") = "");
+             py::arg("sinks"), py::arg("threads"), py::arg("isa") = "", py::arg("storage") = 0);
+  module.def("attention_dtypes", [] {
+    py::list names;
+    for (const char* name : kStorages) names.append(name);
+    return names;
+  });
   module.def("attention_isas", [] {
     py::list names;
     for (const std::string& name : astra::attention_isas()) names.append(name);

@@ -52,6 +52,21 @@ def blocks(batch_heads: int, see: Visibility) -> Iterator[tuple[int, int, list[t
         yield start, stop, [(k, min(k + keys, high)) for k in range(low, high, keys)]
 
 
+def some_heads(query: Tensor, key: Tensor, most: int) -> Iterator[tuple[slice, slice, slice]]:
+    """Batch rows, heads and KV heads of a call: at most so many numbers of queries, or of keys, at
+    a time, unless that left threads idle."""
+    batch, heads, rows, dim = query.shape
+    kv_heads, tokens = key.shape[1:3]
+    group = heads // kv_heads
+    busy = -(-2 * torch.get_num_threads() // group)
+    count = max(1, busy, most // (max(group * rows, tokens) * dim))
+    num_heads, num_rows = min(count, kv_heads), max(1, count // kv_heads)
+    for row in range(0, batch, num_rows):
+        for head in range(0, kv_heads, num_heads):
+            last = min(head + num_heads, kv_heads)
+            yield slice(row, row + num_rows), slice(head * group, last * group), slice(head, last)
+
+
 def folded(tensor: Tensor, kv_heads: int, start: int, stop: int, dtype: torch.dtype) -> Tensor:
     """Rows start..stop of [B, H, M, d] as [B, Hkv, G * rows, d]: they share a KV head's keys."""
     part = tensor[:, :, start:stop].to(dtype)
@@ -116,11 +131,11 @@ def forward(
             weights = scores.sub_(top.unsqueeze(3)).exp_()
             total = weights.sum(dim=3, keepdim=True).clamp_(min=torch.finfo(dtype).tiny)
             part = (weights / total).view(batch, kv_heads, -1, high - low) @ v
-            _take_in(out[:, :, start:stop], lse[:, :, start:stop], part, part_lse)
+            take_in(out[:, :, start:stop], lse[:, :, start:stop], part, part_lse)
     return out, lse
 
 
-def _take_in(out: Tensor, lse: Tensor, part: Tensor, part_lse: Tensor) -> None:
+def take_in(out: Tensor, lse: Tensor, part: Tensor, part_lse: Tensor) -> None:
     """Merges the state of more keys into (out, lse), in place."""
     part = part.reshape(out.shape)
     lead = (part_lse - lse).masked_fill_((part_lse == HIDDEN) & (lse == HIDDEN), HIDDEN)

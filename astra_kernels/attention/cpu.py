@@ -9,13 +9,21 @@ through from masked keys and values, so hidden keys are taken out instead of mas
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from astra_kernels.attention import native
-from astra_kernels.attention.blocks import compute_dtype, forward, new_state
-from astra_kernels.attention.visibility import Visibility, visibility
+from astra_kernels.attention.blocks import (
+    compute_dtype,
+    forward,
+    is_coarse,
+    new_state,
+    some_heads,
+    take_in,
+)
+from astra_kernels.attention.visibility import Visibility, of_heads, visibility
 
 # Rows of queries that share one flash call under a causal mask. The kernel skips keys in blocks of
 # 512 only; cutting the rows leaves out most of the other half of the square (bench/ops.py, case
@@ -24,6 +32,11 @@ CAUSAL_ROWS = 64
 
 # Numbers of a mask that are made the kernel's dtype at a time.
 CONVERTED = 2**22
+
+# Numbers of queries or of keys of some heads that are brought into another dtype or width at a
+# time, unless that left threads idle; and of one head, where threads would be idle.
+HEADS_CONVERTED = 2**19
+MOST_CONVERTED = 2**20
 
 _flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default
 
@@ -50,7 +63,7 @@ def flash(
     dtype = query.dtype
     if dtype in (torch.float16, torch.bfloat16):
         # Without AMX the half-precision kernel is slower than fp32, and far less exact.
-        query, key, value = query.float(), key.float(), value.float()
+        return _in_fp32(query, key, value, scale, bias, hides)
     if width != query.shape[3]:
         scale = query.shape[3] ** -0.5 if scale is None else scale
         query, key, value = _of_one_width(query, key, value)
@@ -64,7 +77,55 @@ def flash(
         wrong = lse.isnan() | out.isnan().any(dim=3)
         _mend(wrong, query, key, value, scale, bias, out, lse)
     out = out if out.shape[3] == width else out[..., :width]
-    return out.to(dtype), lse.contiguous()
+    return out, lse.contiguous()
+
+
+def _in_fp32(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    scale: float | None,
+    bias: Tensor | None,
+    hides: bool,
+) -> tuple[Tensor, Tensor]:
+    """``flash``, some rows and some keys at a time in fp32."""
+    num_rows, num_keys = (
+        max(256, MOST_CONVERTED * x.shape[2] // max(1, x.numel())) for x in (query, key)
+    )
+    out, lse = new_state(query, value.shape[3])
+    for start in range(0, query.shape[2], num_rows):
+        rows = slice(start, start + num_rows)
+        wide = query[:, :, rows].float()
+        own = None if bias is None else bias[..., rows, :]
+        state = _over_keys(wide, key, value, scale, own, hides, num_keys)
+        if num_keys < key.shape[2] and is_coarse(state[1]):
+            # Such parts cannot be weighed by their lse.
+            state = _over_keys(wide, key, value, scale, own, hides, key.shape[2])
+        out[:, :, rows], lse[:, :, rows] = state
+    return out, lse
+
+
+def _over_keys(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    scale: float | None,
+    bias: Tensor | None,
+    hides: bool,
+    num_keys: int,
+) -> tuple[Tensor, Tensor]:
+    """Queries in fp32 over keys that are made so, ``num_keys`` at a time."""
+    state: tuple[Tensor, Tensor] | None = None
+    for start in range(0, key.shape[2], num_keys):
+        keys = slice(start, start + num_keys)
+        k, v = key[:, :, keys].float(), value[:, :, keys].float()
+        part = flash(query, k, v, scale, None if bias is None else bias[..., keys], hides)
+        if state is None:
+            state = part
+        else:
+            take_in(*state, *part)
+    assert state is not None
+    return state
 
 
 def _of_one_width(query: Tensor, key: Tensor, value: Tensor) -> list[Tensor]:
@@ -175,14 +236,13 @@ def _by_rows(
             bias = bias.expand(*bias.shape[:-2], see.rows, high - low)
         return flash(query, key[:, :, low:high], value[:, :, low:high], scale, bias, hides=True)
     out, lse = new_state(query, value.shape[3])
-    key, value = key.to(dtype), value.to(dtype)
     for start in range(0, see.rows, block):
         stop = min(start + block, see.rows)
         low, high = see.span(start, stop)
         bias = see.bias(start, stop, low, high, dtype, query.device)
         if bias is not None:
             bias = bias.expand(*bias.shape[:-2], stop - start, high - low)
-        rows = query[:, :, start:stop].to(key.dtype)
+        rows = query[:, :, start:stop]
         part = flash(rows, key[:, :, low:high], value[:, :, low:high], scale, bias, hides=True)
         out[:, :, start:stop], lse[:, :, start:stop] = part
     return out, lse
@@ -227,6 +287,51 @@ def attention(
         )
     if key_mask is not None and key_mask.all():
         key_mask = None
+    options: dict[str, Any] = {
+        "is_causal": is_causal,
+        "scale": scale,
+        "window": window,
+        "softcap": softcap,
+    }
+    if _is_ready(query, value, key_mask):
+        state = _whole(query, key, value, key_mask=key_mask, attn_mask=attn_mask, **options)
+        return state if sinks is None else with_sinks(state, sinks)
+    out, lse = new_state(query, value.shape[3])
+    if attn_mask is not None:
+        attn_mask = attn_mask[(None,) * (4 - attn_mask.ndim)]
+    for batch, heads, kv_heads in some_heads(query, key, HEADS_CONVERTED):
+        place, own = (batch, heads), (batch, kv_heads)
+        q, k, v = query[place], key[own], value[own]
+        if max(q.numel(), k.numel(), v.numel()) <= MOST_CONVERTED:
+            q, k, v = q.to(lse.dtype), k.to(lse.dtype), v.to(lse.dtype)
+        state = _whole(
+            *(q, k, v),
+            key_mask=None if key_mask is None else key_mask[batch],
+            attn_mask=None if attn_mask is None else of_heads(attn_mask, batch, heads),
+            **options,
+        )
+        out[place], lse[place] = state if sinks is None else with_sinks(state, sinks[heads])
+    return out, lse
+
+
+def _is_ready(query: Tensor, value: Tensor, key_mask: Tensor | None) -> bool:
+    """Whether torch's flash kernel takes the tensors of a call as they are."""
+    one_width = query.shape[3] == value.shape[3]
+    return query.dtype == compute_dtype(query) and one_width and key_mask is None
+
+
+def _whole(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    *,
+    is_causal: bool,
+    key_mask: Tensor | None,
+    scale: float | None,
+    attn_mask: Tensor | None,
+    window: Sequence[int] | None,
+    softcap: float | None,
+) -> tuple[Tensor, Tensor]:
     more_queries = is_causal and query.shape[2] > key.shape[2]
     if attn_mask is None and window is None and softcap is None and not more_queries:
         if key_mask is not None:
@@ -238,7 +343,7 @@ def attention(
     else:
         see = visibility(query, key.shape[2], is_causal, key_mask, attn_mask, window)
         state = _seen(query, key, value, scale, softcap, see)
-    return state if sinks is None else with_sinks(state, sinks)
+    return state
 
 
 def _seen(

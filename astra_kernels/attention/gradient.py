@@ -7,14 +7,14 @@ them at hand each source's gradient stands alone, and those to the query are add
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 
 import torch
 from torch import Tensor
 
 from astra_kernels.attention import blocks
-from astra_kernels.attention.blocks import Softmax, compute_dtype, zeros_like
+from astra_kernels.attention.blocks import Softmax, compute_dtype, some_heads, zeros_like
 from astra_kernels.attention.visibility import HIDDEN, Visibility, of_heads, visibility
 
 Gradients = dict[str, Tensor]
@@ -25,9 +25,12 @@ BAND_ROWS = 128
 # Channels that are added where lse has a gradient: one is needed, eight keep rows aligned.
 LSE_CHANNELS = 8
 
-# Numbers of queries that are brought into another dtype or width at a time, unless that left
-# threads idle.
+# Numbers of queries or of keys that are brought into another dtype or width at a time, unless that
+# left threads idle.
 CONVERTED = 2**18
+
+# The same of the keys of one head, where threads would be idle.
+MOST_CONVERTED = 2**20
 
 _flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward.default
 
@@ -54,15 +57,16 @@ def of_keys(
     see: Visibility,
     grad_mask: Tensor | None,
     fast: bool,
-    dtype: torch.dtype | None = None,
+    dtypes: tuple[torch.dtype, torch.dtype] | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients to query, key and value of what these keys add; that of the mask is added to
-    ``grad_mask``. ``fast``: more than blocks may be used. ``dtype``: that of accumulation, or one
-    that the gradients may be in already."""
+    ``grad_mask``. ``fast``: more than blocks may be used. ``dtypes``: those that the gradients to
+    the query, and to key and value, may be in already; None: that of accumulation."""
     accumulated = compute_dtype(softmax.query)
-    dtype = accumulated if dtype is None else dtype
+    to_query, to_keys = (accumulated, accumulated) if dtypes is None else dtypes
+    tensors = ((softmax.query, to_query), (key, to_keys), (value, to_keys))
     if softmax.query.numel() == 0 or key.shape[2] == 0:
-        return tuple(zeros_like(x, dtype) for x in (softmax.query, key, value))  # type: ignore[return-value]
+        return tuple(zeros_like(x, dtype) for x, dtype in tensors)  # type: ignore[return-value]
     if fast and grad_mask is None and _triton_serves(softmax, key, value):
         return _by_triton(softmax, key, value, see)
     if not softmax.query.is_cpu:
@@ -71,42 +75,49 @@ def of_keys(
     converts = softmax.query.dtype != accumulated or (flash and not _is_ready(softmax, value, see))
     if not converts:
         return _on_cpu(softmax, key, value, see, grad_mask, flash)
-    tensors = (softmax.query, key, value)
-    grads = tuple(zeros_like(x, dtype) for x in tensors)
-    for batch, heads, kv_heads in _some_heads(softmax.query, key):
-        part = _on_cpu(
-            softmax.part(batch, heads),
-            key[batch, kv_heads],
-            value[batch, kv_heads],
-            see.of_heads(batch, heads),
-            None if grad_mask is None else of_heads(grad_mask, batch, heads),
-            flash,
-        )
-        for grad, own, places in zip(grads, part, (heads, kv_heads, kv_heads), strict=True):
-            grad[batch, places] = own
-        # The next heads' take their place.
-        del part, own
+    grads = tuple(zeros_like(x, dtype) for x, dtype in tensors)
+    for batch, heads, kv_heads in some_heads(softmax.query, key, CONVERTED):
+        place, own = (batch, heads), (batch, kv_heads)
+        mask = None if grad_mask is None else of_heads(grad_mask, batch, heads)
+        part = (softmax.part(batch, heads), key[own], value[own], see.of_heads(batch, heads), mask)
+        grads[0][place] = _by_keys(*part, flash, grads[1][own], grads[2][own])
     return grads  # type: ignore[return-value]
+
+
+def _by_keys(
+    softmax: Softmax,
+    key: Tensor,
+    value: Tensor,
+    see: Visibility,
+    grad_mask: Tensor | None,
+    flash: bool,
+    grad_key: Tensor,
+    grad_value: Tensor,
+) -> Tensor:
+    """Some keys at a time: the gradient to the query; those to key and value are written."""
+    batch, heads, tokens, width = key.shape
+    size = max(256, MOST_CONVERTED // (batch * heads * width))
+    grad_query: Tensor | None = None
+    for start in range(0, tokens, size):
+        stop = min(start + size, tokens)
+        keys = slice(start, stop)
+        mask = grad_mask
+        if mask is not None and mask.shape[3] > 1:
+            mask = mask[..., keys]
+        some = see if size >= tokens else see.of_keys(start, stop)
+        part = _on_cpu(softmax, key[:, :, keys], value[:, :, keys], some, mask, flash)
+        grad_key[:, :, keys], grad_value[:, :, keys] = part[1:]
+        grad_query = part[0] if grad_query is None else grad_query.add_(part[0])
+        # The next keys' take their place.
+        del part
+    assert grad_query is not None
+    return grad_query
 
 
 def _is_ready(softmax: Softmax, value: Tensor, see: Visibility) -> bool:
     """Whether torch's flash kernel takes the tensors of a call as they are."""
     one_width = softmax.query.shape[3] == value.shape[3]
     return one_width and softmax.grad_lse is None and see.key_mask is None
-
-
-def _some_heads(query: Tensor, key: Tensor) -> Iterator[tuple[slice, slice, slice]]:
-    """Batch rows, heads and KV heads of a call, so many at a time as `CONVERTED` says."""
-    batch, heads, rows, dim = query.shape
-    kv_heads = key.shape[1]
-    group = heads // kv_heads
-    busy = -(-2 * torch.get_num_threads() // group)
-    count = max(1, busy, CONVERTED // (group * rows * dim))
-    num_heads, num_rows = min(count, kv_heads), max(1, count // kv_heads)
-    for row in range(0, batch, num_rows):
-        for head in range(0, kv_heads, num_heads):
-            last = min(head + num_heads, kv_heads)
-            yield slice(row, row + num_rows), slice(head * group, last * group), slice(head, last)
 
 
 def _on_cpu(
@@ -236,7 +247,7 @@ def _seen(see: Visibility, start: int, stop: int) -> list[tuple[slice, slice, bo
     if not see.causal:
         low, high = see.span(start, stop)
         return [(slice(start, stop), slice(low, high), False)] if low < high else []
-    place = see.tokens - see.rows
+    place = see.place
     # Rows above see nothing.
     start = max(start, -place)
     if start >= stop:
@@ -317,7 +328,7 @@ def attention(
     grad_mask = new_grad_mask(attn_mask, "attn_mask" in wanted, lse.dtype)
     if query.numel() > 0 and attn_mask is not None and blocks.is_coarse(lse):
         softmax = with_sums(softmax, [blocks.sums_of(softmax, key, see)], sinks)
-    grads = of_keys(softmax, key, value, see, grad_mask, fast, query.dtype)
+    grads = of_keys(softmax, key, value, see, grad_mask, fast, (query.dtype, query.dtype))
     result = dict(zip(("query", "key", "value"), grads, strict=True))
     if grad_mask is not None:
         result["attn_mask"] = grad_mask

@@ -22,6 +22,11 @@ MEASURED = ("avx2", "avx512")
 # An extension that was built before this kernel stays usable: a development tree is not rebuilt by
 # every change of csrc/.
 _SERVES = hasattr(_C, "mixed_attention") and _C.attention_isas()[-1] in MEASURED
+# What the kernel reads and writes as it is stored, tile by tile, and how it is told so.
+_STORED: dict[torch.dtype, tuple[int, ...]] = {torch.float32: ()}
+if hasattr(_C, "attention_dtypes"):
+    for _number, _name in enumerate(_C.attention_dtypes()[1:], start=1):
+        _STORED[getattr(torch, _name)] = (_number,)
 
 
 def attention(
@@ -35,10 +40,10 @@ def attention(
     sinks: Tensor | None = None,
     isa: str = "",
 ) -> tuple[Tensor, Tensor]:
-    """As `astra_kernels.attention`, in fp32. `isa`: of `_C.attention_isas()`; "": the widest."""
+    """As `astra_kernels.attention`. `isa`: one of `_C.attention_isas()`; "": the widest."""
     call = prepare("attention", query, key.shape[1], value.shape[3], scale, sinks)
     dense = Dense(key, value, is_causal, key_mask)
-    _C.attention(call.shape, call.query, dense.keys, *call.rest, isa)
+    _C.attention(call.shape, call.query, dense.keys, *call.rest, isa, *call.storage)
     return call.state(query.dtype)
 
 
@@ -56,6 +61,7 @@ class Call(NamedTuple):
     shape: Shape
     query: Heads
     rest: tuple[Heads, int, float, int, int]
+    storage: tuple[int, ...]  # of query, out, and dense keys and values; nothing for fp32
 
     def state(self, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         out = self.out
@@ -78,7 +84,7 @@ def prepare(
     scale = dim**-0.5 if scale is None else scale
     shape = (batch, heads, kv_heads, rows, dim, width)
     rest = (heads_of(out), lse.data_ptr(), scale, address_of(sinks), torch.get_num_threads())
-    return Call((query, sinks), out, lse, shape, heads_of(query), rest)
+    return Call((query, sinks), out, lse, shape, heads_of(query), rest, _STORED[query.dtype])
 
 
 class Dense:
@@ -100,8 +106,8 @@ class Dense:
 
 
 def in_rows(tensor: Tensor) -> Tensor:
-    """In fp32, with adjacent channels; a copy only where it must be."""
-    if tensor.dtype != torch.float32:
+    """As the kernel reads it, with adjacent channels; a copy only where it must be."""
+    if tensor.dtype not in _STORED:
         tensor = tensor.float()
     return tensor if tensor.stride(3) == 1 or tensor.shape[3] == 1 else tensor.contiguous()
 

@@ -24,6 +24,12 @@ class Visibility:
     right: int | None = None
     key_mask: Tensor | None = None  # bool [B, L]
     attn_mask: Tensor | None = None  # bool or float, four axes of full size or 1
+    behind: int = 0  # keys that are left out behind these: L is tokens + behind
+
+    @property
+    def place(self) -> int:
+        """Of these keys the one at which the first row stands; it may be before or behind them."""
+        return self.tokens + self.behind - self.rows
 
     @property
     def open(self) -> bool:
@@ -32,8 +38,8 @@ class Visibility:
 
     @property
     def causal(self) -> bool:
-        """Whether a row sees all keys up to its own, as they are."""
-        unmasked = self.key_mask is None and self.attn_mask is None
+        """Whether a row sees all keys up to its own, as they are, and the last row the last key."""
+        unmasked = self.key_mask is None and self.attn_mask is None and self.behind == 0
         return unmasked and self.right == 0 and self.left is None
 
     @property
@@ -42,19 +48,20 @@ class Visibility:
 
     def span(self, start: int, stop: int) -> tuple[int, int]:
         """The keys that rows start..stop can see, from the first to behind the last."""
-        place = self.tokens - self.rows
+        place = self.place
         low = 0 if self.left is None else max(0, place + start - self.left)
         high = self.tokens if self.right is None else place + stop + self.right
         high = max(0, min(self.tokens, high))
         return min(low, high), high
 
     def of_keys(self, low: int, high: int) -> Visibility:
-        """The same of some of the keys alone, where there is no band."""
+        """The same of some of the keys alone."""
         mask = self.attn_mask
         if mask is not None and mask.shape[3] > 1:
             mask = mask[..., low:high]
         key_mask = None if self.key_mask is None else self.key_mask[:, low:high]
-        return replace(self, tokens=high - low, key_mask=key_mask, attn_mask=mask)
+        behind = self.behind + self.tokens - high
+        return replace(self, tokens=high - low, key_mask=key_mask, attn_mask=mask, behind=behind)
 
     def of_heads(self, batch: slice, heads: slice) -> Visibility:
         """The same of some batch rows and heads."""
@@ -91,7 +98,7 @@ class Visibility:
         self, start: int, stop: int, low: int, high: int, device: torch.device
     ) -> Tensor | None:
         """bool [rows, keys]: outside the band; None: none is."""
-        place = self.tokens - self.rows
+        place = self.place
         after = self.right is not None and high - 1 > place + start + self.right
         before = self.left is not None and low < place + stop - 1 - self.left
         if not after and not before:

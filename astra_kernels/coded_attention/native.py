@@ -43,7 +43,8 @@ def coded_attention(
     coded = Coded(
         codes, key_codebook, value_codebook, value_codes, rope, code_mask, code_bits, shape
     )
-    coded.refuse(op, _C.coded_attention(call.shape, call.query, coded.keys, *call.rest, isa))
+    found = _C.coded_attention(call.shape, call.query, coded.keys, *call.rest, isa, *call.storage)
+    coded.refuse(op, found)
     return call.state(query.dtype)
 
 

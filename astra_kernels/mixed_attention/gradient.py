@@ -60,7 +60,8 @@ def mixed_attention(
         grad_mask = new_grad_mask(mask, name in wanted, lse.dtype)
         if grad_mask is not None:
             result[name] = grad_mask
-    near = of_keys(softmax, key, value, local, result.get("attn_mask"), fast)
+    dtypes = (lse.dtype, key.dtype)
+    near = of_keys(softmax, key, value, local, result.get("attn_mask"), fast, dtypes)
     same_codes = value_codes is None
     far = coded.of_codes(softmax, tokens, remote, result.get("code_attn_mask"), same_codes, fast)
     result |= {"query": near[0] + far[0], "key": near[1], "value": near[2]}

@@ -38,6 +38,8 @@ def mixed_attention(
     coded = Coded(
         codes, key_codebook, value_codebook, value_codes, rope, code_mask, code_bits, shape
     )
-    found = _C.mixed_attention(call.shape, call.query, dense.keys, coded.keys, *call.rest, isa)
+    found = _C.mixed_attention(
+        call.shape, call.query, dense.keys, coded.keys, *call.rest, isa, *call.storage
+    )
     coded.refuse(op, found)
     return call.state(query.dtype)

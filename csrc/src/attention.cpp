@@ -167,7 +167,8 @@ void attend(const Queries& queries, const KeySource* const* sources, std::size_t
 }  // namespace
 
 void attention(const Queries& queries, const DenseKeys& dense) {
-  const detail::DenseSource source(dense, queries.shape);
+  const detail::Rows stored{choose(queries.isa), queries.storage};
+  const detail::DenseSource source(dense, queries.shape, stored);
   const KeySource* const sources[] = {&source};
   attend(queries, sources, 1);
 }
@@ -180,8 +181,9 @@ CodesFound coded_attention(const Queries& queries, const CodedKeys& coded) {
 }
 
 CodesFound mixed_attention(const Queries& queries, const DenseKeys& dense, const CodedKeys& coded) {
-  const detail::DenseSource local(dense, queries.shape);
-  const detail::CodedSource remote(coded, queries.shape, choose(queries.isa));
+  const detail::Rows stored{choose(queries.isa), queries.storage};
+  const detail::DenseSource local(dense, queries.shape, stored);
+  const detail::CodedSource remote(coded, queries.shape, stored.kernels);
   const KeySource* const sources[] = {&local, &remote};
   attend(queries, sources, 2);
   return remote.found();

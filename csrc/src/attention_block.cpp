@@ -64,15 +64,20 @@ BlockState lay_out(const Call& call, Pieces& pieces) {
   return state;
 }
 
+constexpr std::size_t kMostPanelRows = kMostPanelVectors * kMostLanes;
+static_assert(kMostPanelRows <= kTileKeys, "a tile's scratch has room for the rows of a panel");
+
 void start_panel(const Call& call, std::size_t batch, std::size_t kv_head, const PanelRange& range,
-                 Panel& panel) {
-  const float* rows[kMostPanelVectors * 16];
+                 Panel& panel, float* scratch) {
+  const Rows stored = call.stored();
+  const float* rows[kMostPanelRows];
   panel.vectors = range.vectors;
   panel.width = call.queries.shape.width;
   panel.value_width = call.queries.shape.value_width;
   Places place(call, batch, kv_head, range.first);
   for (std::size_t i = 0; i < range.count; ++i, ++place) {
-    rows[i] = call.queries.query + offset(call.queries.query_strides, *place);
+    const std::size_t at = offset(call.queries.query_strides, *place);
+    rows[i] = stored.read(call.queries.query, at, panel.width, scratch + i * panel.width);
   }
   call.kernels.load(rows, range.count, score_factor(call), panel);
   if (call.queries.sinks == nullptr) return;
@@ -102,14 +107,20 @@ void limit_panel(const Call& call, const KeySource& source, const VisibleKeys& v
 }
 
 void finish_panel(const Call& call, std::size_t batch, std::size_t kv_head, const PanelRange& range,
-                  const Panel& panel) {
-  float* out[kMostPanelVectors * 16];
+                  const Panel& panel, float* scratch) {
+  const Rows stored = call.stored();
+  float* out[kMostPanelRows];
+  std::size_t places[kMostPanelRows];
   Places place(call, batch, kv_head, range.first);
   for (std::size_t i = 0; i < range.count; ++i, ++place) {
-    out[i] = call.queries.out + offset(call.queries.out_strides, *place);
+    places[i] = offset(call.queries.out_strides, *place);
+    out[i] = stored.start(call.queries.out, places[i], scratch + i * panel.value_width);
     store_lse(call, *place, panel.max[i], panel.sum[i]);
   }
   call.kernels.store(panel, range.count, out);
+  for (std::size_t i = 0; i < range.count; ++i) {
+    stored.finish(out[i], panel.value_width, call.queries.out, places[i]);
+  }
 }
 
 }  // namespace
@@ -124,7 +135,7 @@ void attend_block(const Call& call, std::size_t batch, std::size_t kv_head, std:
   const std::size_t count = std::min(call.panels_of_block, call.panels - first);
   for (std::size_t i = 0; i < count; ++i) {
     state.ranges[i] = panel_range(call.folded_rows(), call.kernels.lanes, first + i);
-    start_panel(call, batch, kv_head, state.ranges[i], state.panels[i]);
+    start_panel(call, batch, kv_head, state.ranges[i], state.panels[i], state.scratch);
   }
   TileMemory memory;
   memory.scratch = state.scratch;
@@ -145,7 +156,7 @@ void attend_block(const Call& call, std::size_t batch, std::size_t kv_head, std:
     }
   }
   for (std::size_t i = 0; i < count; ++i) {
-    finish_panel(call, batch, kv_head, state.ranges[i], state.panels[i]);
+    finish_panel(call, batch, kv_head, state.ranges[i], state.panels[i], state.scratch);
   }
 }
 

@@ -87,6 +87,7 @@ struct Call {
   std::atomic<bool> out_of_memory{false};
 
   std::size_t folded_rows() const { return group * queries.shape.rows; }
+  Rows stored() const { return {kernels, queries.storage}; }
 };
 
 struct Place {
@@ -156,7 +157,7 @@ inline void start_at_sink(float sink, float& max, float& sum) {
   sum = sink == -kInfinity ? 0.0F : 1.0F;
 }
 
-// Of the source that asks for most.
+// Of the source that asks for most: each has room for as many queries and outputs as a panel has.
 inline std::size_t scratch_floats(const Call& call) {
   std::size_t most = 0;
   for (std::size_t s = 0; s < call.source_count; ++s) {

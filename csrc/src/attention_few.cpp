@@ -45,13 +45,15 @@ FewState lay_out(const Call& call, std::size_t heads, std::size_t codewords, Pie
   return state;
 }
 
-void start_few(const Call& call, std::size_t batch, std::size_t kv_head, const FewRows& few) {
+void start_few(const Call& call, std::size_t batch, std::size_t kv_head, const FewRows& few,
+               float* scratch) {
   const std::size_t whole = few.stride - call.kernels.lanes;
   const std::size_t repeated = few.stride - few.width;
   const float factor = score_factor(call);
   Places place(call, batch, kv_head, 0);
   for (std::size_t r = 0; r < few.rows; ++r, ++place) {
-    const float* query = call.queries.query + offset(call.queries.query_strides, *place);
+    const std::size_t at = offset(call.queries.query_strides, *place);
+    const float* query = call.stored().read(call.queries.query, at, few.width, scratch);
     float* row = few.queries + r * few.stride;
     for (std::size_t c = 0; c < whole; ++c) row[c] = query[c] * factor;
     std::fill_n(row + whole, repeated, 0.0F);
@@ -72,16 +74,20 @@ void limit_few(const Call& call, const KeySource& source, const VisibleKeys& vis
   }
 }
 
-void finish_few(const Call& call, std::size_t batch, std::size_t kv_head, const FewRows& few) {
+void finish_few(const Call& call, std::size_t batch, std::size_t kv_head, const FewRows& few,
+                float* scratch) {
+  const Rows stored = call.stored();
   Places place(call, batch, kv_head, 0);
   for (std::size_t r = 0; r < few.rows; ++r, ++place) {
-    float* out = call.queries.out + offset(call.queries.out_strides, *place);
+    const std::size_t at = offset(call.queries.out_strides, *place);
+    float* out = stored.start(call.queries.out, at, scratch);
     const float* row = few.out + r * few.out_stride;
     const float share = few.sum[r] == 0.0F ? 1.0F : 1.0F / few.sum[r];
     const std::size_t end = few.out_stride - call.kernels.lanes;
     const std::size_t skipped = few.out_stride - few.value_width;
     for (std::size_t c = 0; c < end; ++c) out[c] = row[c] * share;
     for (std::size_t c = end; c < few.value_width; ++c) out[c] = row[c + skipped] * share;
+    stored.finish(out, few.value_width, call.queries.out, at);
     store_lse(call, *place, few.max[r], few.sum[r]);
   }
 }
@@ -139,14 +145,18 @@ void attend_few(const Call& call, std::size_t batch, std::size_t kv_head, std::s
   Pieces pieces(arena.reserve(size.bytes()));
   const FewState state = lay_out(call, heads, codewords, pieces);
   std::fill_n(state.weights, kMostFew * kTileKeys, 0.0F);
-  for (std::size_t h = 0; h < heads; ++h) start_few(call, batch, kv_head + h, state.heads[h]);
+  for (std::size_t h = 0; h < heads; ++h) {
+    start_few(call, batch, kv_head + h, state.heads[h], state.scratch);
+  }
   for (std::size_t s = 0; s < call.source_count; ++s) {
     const KeySource& source = *call.sources[s];
     const VisibleKeys& visible = call.visible[s * call.queries.shape.batch + batch];
     for (std::size_t h = 0; h < heads; ++h) limit_few(call, source, visible, state.heads[h]);
     absorb_source(call, source, {batch, kv_head, &visible, 0, 0}, heads, state);
   }
-  for (std::size_t h = 0; h < heads; ++h) finish_few(call, batch, kv_head + h, state.heads[h]);
+  for (std::size_t h = 0; h < heads; ++h) {
+    finish_few(call, batch, kv_head + h, state.heads[h], state.scratch);
+  }
 }
 
 }  // namespace astra::detail

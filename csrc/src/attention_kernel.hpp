@@ -13,6 +13,8 @@
 #include <cstddef>
 #include <cstdint>
 
+#include "astra/attention.hpp"
+
 namespace astra::detail {
 
 // Keys that are worked on at once; their weights stay in L1.
@@ -20,6 +22,8 @@ inline constexpr std::size_t kTileKeys = 64;
 // Queries of one `absorb_few`.
 inline constexpr std::size_t kMostFew = 8;
 inline constexpr std::size_t kMostPanelVectors = 3;
+// Lanes of the widest instruction set.
+inline constexpr std::size_t kMostLanes = 16;
 
 // Keys and values of consecutive places in the sequence of visible keys.
 struct KeyTile {
@@ -103,6 +107,35 @@ struct AttentionKernels {
   // to = the sums of `stages` vectors each, `parts` side by side: words[stage * parts + part].
   void (*compose)(const float* const* words, std::size_t stages, std::size_t parts,
                   std::size_t width, float* to);
+  // `count` numbers of half precision as floats, and floats rounded to them; bf16, or fp16.
+  void (*widen)(const std::uint16_t* from, std::size_t count, bool is_bfloat16, float* to);
+  void (*narrow)(const float* from, std::size_t count, bool is_bfloat16, std::uint16_t* to);
+};
+
+// Rows of a call's queries, outputs, dense keys and values, as they are stored.
+struct Rows {
+  const AttentionKernels& kernels;
+  Storage storage;
+
+  bool are_floats() const { return storage == Storage::kFloat32; }
+
+  // `width` numbers from `offset` on: where they are, or in `room` if they are no floats.
+  const float* read(const void* from, std::size_t offset, std::size_t width, float* room) const {
+    if (are_floats()) return static_cast<const float*>(from) + offset;
+    const auto* halves = static_cast<const std::uint16_t*>(from) + offset;
+    kernels.widen(halves, width, storage == Storage::kBfloat16, room);
+    return room;
+  }
+
+  // Where to write a row: in its place, or in `room`, from where `finish` takes it there.
+  float* start(void* to, std::size_t offset, float* room) const {
+    return are_floats() ? static_cast<float*>(to) + offset : room;
+  }
+  void finish(const float* row, std::size_t width, void* to, std::size_t offset) const {
+    if (are_floats()) return;
+    auto* halves = static_cast<std::uint16_t*>(to) + offset;
+    kernels.narrow(row, width, storage == Storage::kBfloat16, halves);
+  }
 };
 
 // As in kernels.hpp, each has a translation unit and flags of its own, and shares nothing inline.

@@ -343,11 +343,13 @@ void absorb_panel(const Panel& panel, const KeyTile& tile, float* weights) {
 
 #include "attention_few.inl"
 
+#include "attention_half.inl"
+
 }  // namespace
 
 const AttentionKernels ASTRA_ATTENTION = {
-    ASTRA_NAME, kLanes,           load_panel, absorb_panel, store_panel,
-    absorb_few, absorb_codewords, gather,     compose,
+    ASTRA_NAME,       kLanes, load_panel, absorb_panel, store_panel, absorb_few,
+    absorb_codewords, gather, compose,    widen,        narrow,
 };
 
 }  // namespace astra::detail

@@ -185,25 +185,25 @@ std::size_t DenseSource::scratch_floats() const {
 }
 
 KeyTile DenseSource::tile(const TilePlace& place, TileMemory& memory) const {
-  const float* bases[2] = {dense_.keys, dense_.values};
+  const void* bases[2] = {dense_.keys, dense_.values};
   const HeadStrides* strides[2] = {&dense_.key_strides, &dense_.value_strides};
   const float* rows[2];
   std::size_t row_strides[2];
   for (std::size_t i = 0; i < 2; ++i) {
-    const float* base =
-        bases[i] + place.batch * strides[i]->batch + place.kv_head * strides[i]->head;
+    const std::size_t head = place.batch * strides[i]->batch + place.kv_head * strides[i]->head;
     const std::size_t stride = strides[i]->row;
     const std::size_t width = i == 0 ? shape_.width : shape_.value_width;
-    if (place.visible->places != nullptr || crowds(stride, width)) {
+    if (!stored_.are_floats() || place.visible->places != nullptr || crowds(stride, width)) {
       float* to = memory.scratch + i * kTileKeys * shape_.width;
       for (std::size_t k = 0; k < place.count; ++k) {
-        const float* from = base + place.visible->place(place.first + k) * stride;
-        std::memcpy(to + k * width, from, width * sizeof(float));
+        const std::size_t at = head + place.visible->place(place.first + k) * stride;
+        const float* row = stored_.read(bases[i], at, width, to + k * width);
+        if (row != to + k * width) std::memcpy(to + k * width, row, width * sizeof(float));
       }
       rows[i] = to;
       row_strides[i] = width;
     } else {
-      rows[i] = base + place.first * stride;
+      rows[i] = static_cast<const float*>(bases[i]) + head + place.first * stride;
       row_strides[i] = stride;
     }
   }
@@ -213,13 +213,16 @@ KeyTile DenseSource::tile(const TilePlace& place, TileMemory& memory) const {
 KeyRows DenseSource::rows(const TilePlace& place, TileMemory& memory, bool /*as_codes*/) const {
   const HeadStrides& by_key = dense_.key_strides;
   const HeadStrides& by_value = dense_.value_strides;
-  const float* keys = dense_.keys + place.batch * by_key.batch + place.kv_head * by_key.head;
-  const float* values =
-      dense_.values + place.batch * by_value.batch + place.kv_head * by_value.head;
+  const std::size_t keys = place.batch * by_key.batch + place.kv_head * by_key.head;
+  const std::size_t values = place.batch * by_value.batch + place.kv_head * by_value.head;
+  float* to = memory.scratch;
+  float* value_to = to + kTileKeys * shape_.width;
   for (std::size_t k = 0; k < place.count; ++k) {
     const std::size_t row = place.visible->place(place.first + k);
-    memory.keys[k] = keys + row * by_key.row;
-    memory.values[k] = values + row * by_value.row;
+    memory.keys[k] =
+        stored_.read(dense_.keys, keys + row * by_key.row, shape_.width, to + k * shape_.width);
+    memory.values[k] = stored_.read(dense_.values, values + row * by_value.row, shape_.value_width,
+                                    value_to + k * shape_.value_width);
   }
   return {memory.keys, memory.values, nullptr, nullptr, nullptr, place.first, place.count, false};
 }

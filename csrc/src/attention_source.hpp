@@ -63,7 +63,8 @@ class KeySource {
 
 class DenseSource final : public KeySource {
  public:
-  DenseSource(const DenseKeys& dense, const AttentionShape& shape) : dense_(dense), shape_(shape) {}
+  DenseSource(const DenseKeys& dense, const AttentionShape& shape, const Rows& stored)
+      : dense_(dense), shape_(shape), stored_(stored) {}
 
   std::size_t count() const override { return dense_.count; }
   const std::uint8_t* mask() const override { return dense_.mask; }
@@ -78,6 +79,7 @@ class DenseSource final : public KeySource {
  private:
   const DenseKeys& dense_;
   const AttentionShape& shape_;
+  Rows stored_;
 };
 
 class CodedSource final : public KeySource {

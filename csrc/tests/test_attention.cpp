@@ -7,6 +7,7 @@
 #include <cmath>
 #include <cstdio>
 #include <cstdlib>
+#include <cstring>
 #include <limits>
 #include <random>
 #include <stdexcept>
@@ -236,6 +237,52 @@ void scores_far_apart(const std::string& isa) {
   }
 }
 
+// bf16: the upper half of a float.
+std::vector<std::uint16_t> halves_of(std::vector<float>& floats) {
+  std::vector<std::uint16_t> halves;
+  for (float& x : floats) {
+    std::uint32_t bits = 0;
+    std::memcpy(&bits, &x, sizeof bits);
+    halves.push_back(static_cast<std::uint16_t>(bits >> 16));
+    bits &= 0xffff0000;
+    std::memcpy(&x, &bits, sizeof bits);
+  }
+  return halves;
+}
+
+void halves_as_the_floats_that_they_are(const std::string& isa) {
+  std::mt19937 random(14);
+  for (const std::size_t rows : {1, 40}) {
+    for (const std::size_t width : {16, 37}) {
+      Example example = random_example(random, {2, 4, 2, rows, width, width}, 90, true, true);
+      const auto query = halves_of(example.query);
+      const auto key = halves_of(example.key);
+      const auto value = halves_of(example.value);
+      example.run(isa, 2);
+      const std::vector<float> out = example.out;
+      const std::vector<float> lse = example.lse;
+      std::vector<std::uint16_t> rounded(out.size(), 0x1234);
+      example.poison();
+      astra::Queries queries = example.asked(isa, 2);
+      queries.storage = astra::Storage::kBfloat16;
+      queries.query = query.data();
+      queries.out = rounded.data();
+      const astra::HeadStrides strides{2 * 90 * width, 90 * width, width};
+      const astra::DenseKeys dense{90,      key.data(),          strides, value.data(),
+                                   strides, example.mask.data(), true};
+      astra::attention(queries, dense);
+      expect(example.lse == lse, "lse of halves, " + isa);
+      expect(rounded.back() == 0x1234, "nothing is written behind halves, " + isa);
+      for (std::size_t i = 0; i + 1 < out.size(); ++i) {
+        const std::uint32_t bits = std::uint32_t{rounded[i]} << 16;
+        float got = 0;
+        std::memcpy(&got, &bits, sizeof got);
+        expect(std::abs(got - out[i]) <= std::abs(out[i]) / 256, "out of halves, " + isa);
+      }
+    }
+  }
+}
+
 // Codes of two stages and groups in tables of 37 codewords, as a dense call has what they stand
 // for.
 struct CodedExample {
@@ -366,6 +413,7 @@ int main() {
     what_sees_nothing(isa);
     what_is_no_number(isa);
     scores_far_apart(isa);
+    halves_as_the_floats_that_they_are(isa);
     codes_as_what_they_stand_for(isa);
   }
   bad_sizes();

@@ -12,6 +12,7 @@ from torch.nn.functional import scaled_dot_product_attention as sdpa
 import astra_kernels as ak
 from astra_kernels import _C
 from astra_kernels.attention.native import attention as native
+from astra_kernels.coded_attention.native import coded_attention as coded_native
 
 INF = float("inf")
 ISAS = _C.attention_isas()
@@ -177,3 +178,39 @@ def test_gradients_are_those_of_the_reference():
         gradients.append(torch.autograd.grad(out.square().sum() + lse.sum(), inputs))
     for ours, theirs in zip(*gradients, strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_every_half_is_read_as_it_is(dtype, isa):
+    """The softmax over one key is 1: out is the value, by few rows and in panels."""
+    bits = torch.arange(-(2**15), 2**15, dtype=torch.int32).to(torch.int16)
+    value = bits.view(dtype).view(1, 256, 1, 256)
+    for heads, rows in ((256, 1), (256, 9)):
+        query, key = torch.zeros(1, heads, rows, 33, dtype=dtype), torch.zeros(1, 256, 1, 33)
+        out, _ = native(query, key.to(dtype), value, isa=isa)
+        want = value.expand(1, 256, rows, 256)
+        assert torch.equal(out.isnan(), want.isnan())
+        # -0 comes out of a sum of products as 0.
+        assert torch.equal(out.nan_to_num(), want.nan_to_num() + 0.0)
+
+
+@pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_halves_are_rounded_to_the_nearest(dtype, isa):
+    """Values of a table in fp32, codes one to one, against torch's rounding."""
+    halves = torch.arange(0, 2**15, 7, dtype=torch.int16).view(dtype).float()
+    halves = halves[halves.isfinite()]
+    ties = (halves[1:] + halves[:-1]) / 2
+    edges = torch.tensor([65519.9, 65520.0, 3e38, INF])
+    near = torch.cat((edges, ties, ties * (1 + 2**-20), ties * (1 - 2**-20)))
+    near = torch.stack((near, -near), dim=1).flatten()
+    width = 37
+    near = near[: len(near) // width * width]
+    values = near.view(1, 1, -1, width)
+    tokens = values.shape[2]
+    codes = torch.arange(tokens, dtype=torch.int32).view(tokens, 1, 1)
+    query = torch.zeros(tokens, 1, 1, 8, dtype=dtype)
+    tables = (torch.zeros(1, 1, tokens, 8), values)
+    out, _ = coded_native(query, codes, *tables, isa=isa)
+    assert torch.equal(out.flatten(), near.to(dtype))

@@ -1,5 +1,5 @@
-// Softmax attention in fp32, over keys and values that are dense or known by their codes. This
-// header is the contract.
+// Softmax attention with sums in fp32, over keys and values that are dense or known by their codes.
+// This header is the contract.
 //
 // For every query q of batch row b and head h, over the keys k_n and values v_n of KV head
 // h / (heads / kv_heads) that it sees:
@@ -10,7 +10,7 @@
 // Sums are taken in an order that depends on the instruction set and the shape; on one machine the
 // same call gives the same bits, whatever the number of threads.
 //
-// Strides are in floats; the channels of a row are adjacent. Inputs and outputs must not overlap;
+// Strides are in numbers; the channels of a row are adjacent. Inputs and outputs must not overlap;
 // any alignment will do. Errors are std::invalid_argument with a sentence that names the argument.
 // Everything may be called concurrently. Working memory is kept from call to call, some 500 KB a
 // thread, so nothing is allocated once it has grown to what a shape needs.
@@ -39,11 +39,15 @@ struct HeadStrides {
   std::size_t row;
 };
 
+// How a call stores queries, outputs, dense keys and values: halves are read as the floats that
+// they are and written rounded to the nearest, ties to even. lse and all that codes mean are fp32.
+enum class Storage { kFloat32, kBfloat16, kFloat16 };
+
 struct Queries {
   AttentionShape shape;
-  const float* query;  // [batch, heads, rows, width]
+  const void* query;  // [batch, heads, rows, width]
   HeadStrides query_strides;
-  float* out;  // [batch, heads, rows, value_width]
+  void* out;  // [batch, heads, rows, value_width]
   HeadStrides out_strides;
   float* lse;  // [batch, heads, rows], contiguous
   float scale;
@@ -53,13 +57,14 @@ struct Queries {
   unsigned threads = 1;
   // One of attention_isas(); empty: the widest.
   const char* isa = "";
+  Storage storage = Storage::kFloat32;
 };
 
 struct DenseKeys {
   std::size_t count;
-  const float* keys;  // [batch, kv_heads, count, width]
+  const void* keys;  // [batch, kv_heads, count, width]
   HeadStrides key_strides;
-  const float* values;  // [batch, kv_heads, count, value_width]
+  const void* values;  // [batch, kv_heads, count, value_width]
   HeadStrides value_strides;
   const std::uint8_t* mask;  // [batch, count], 0 = hidden, or null
   // Query m sees keys 0 .. count - rows + m: the last query stands at the last key. Where there are
