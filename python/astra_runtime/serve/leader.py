@@ -376,7 +376,10 @@ class Leader(Rounds):
         sources = plan.sources(plan.owner) if self.engine.codebook.coded else ()
         return sum(plan.num_received(plan.owner, source) for source in sources)
 
-    def _failure(self, work: Work, problem: str) -> AstraError:
+    def _failure(self, work: Work, problem: str) -> AstraError | None:
+        """What a request whose call has ended is told; None: it was cancelled."""
+        if work.cancelled:
+            return None
         if work.deadline is not None and time.monotonic() >= work.deadline:
             return TimeIsUp(f"not finished within {work.request.within_s:g} s")
         return ServiceFailed(problem)

@@ -13,6 +13,9 @@ from torch import Tensor
 
 from .service import Sampling
 
+SMALL = 1e-5  # temperatures below are as good as 0, but for tokens that are as likely
+LEAST = 1e-30  # by which a difference of fp32 scores can be divided
+
 
 @dataclass(frozen=True)
 class Choice:
@@ -55,7 +58,7 @@ class Sampler:
         if self.sampling.temperature == 0:
             token = int(scores.argmax())
         else:
-            token = self._sampled(scores / self.sampling.temperature)
+            token = self._sampled(self._tempered(scores))
         self._counts[token] += 1
         if self.top_logprobs is None:
             return Choice(token)
@@ -85,6 +88,12 @@ class Sampler:
         values = torch.tensor(list(changes.values()), dtype=logits.dtype, device=logits.device)
         return logits.index_add(0, index, values)
 
+    def _tempered(self, scores: Tensor) -> Tensor:
+        temperature = self.sampling.temperature
+        if temperature < SMALL:  # quotients would be infinite, of which softmax makes NaN
+            scores, temperature = scores - scores.max(), max(temperature, LEAST)
+        return scores / temperature
+
     def _sampled(self, scores: Tensor) -> int:
         asked, ids = self.sampling, None
         if asked.top_k is not None and asked.top_k < len(scores):
@@ -92,9 +101,10 @@ class Sampler:
         probabilities = torch.softmax(scores, -1)
         if asked.top_p < 1:
             ordered, order = probabilities.sort(descending=True, stable=True)
-            before = ordered.cumsum(0) - ordered  # of the likelier tokens; the first is kept
+            beyond = ordered.cumsum(0) - ordered >= asked.top_p  # by the likelier tokens alone
+            beyond[0] = False
             probabilities = torch.zeros_like(probabilities).index_copy(
-                0, order, ordered.masked_fill(before >= asked.top_p, 0.0)
+                0, order, ordered.masked_fill(beyond, 0.0)
             )
         drawn = torch.multinomial(probabilities.cpu(), 1, generator=self._generator)
         return int(drawn if ids is None else ids.cpu()[drawn])

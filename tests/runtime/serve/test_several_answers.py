@@ -6,7 +6,6 @@ import threading
 from typing import Any
 
 import pytest
-import torch
 
 from astra_runtime import Codebook, Engine
 from astra_runtime.errors import NotFinite
@@ -16,7 +15,7 @@ from astra_runtime.serve.costs import AnswerCosts
 from astra_runtime.serve.placement import Placement
 from astra_runtime.serve.prompt import Prompt
 from astra_runtime.serve.rank import Sequences
-from astra_runtime.serve.sampling import Sampler, sampling_to_json
+from astra_runtime.serve.sampling import sampling_to_json
 from astra_runtime.serve.service import GenerationRequest, Sampling, ServiceFailed
 from astra_runtime.serve.work import Work
 
@@ -178,15 +177,6 @@ def test_a_rank_reads_a_prompt_as_long_as_an_answer_is_wanted(llama: Any) -> Non
         assert [token[0] for token in sequences.report()["tokens"]] == [9]
         sequences.drop([9])
         assert len(sequences) == 0
-
-
-@pytest.mark.parametrize("sampling", [SEEDED, Sampling(seed=3), Sampling(temperature=0)])
-def test_a_sampler_goes_on_where_another_was(sampling: Sampling) -> None:
-    logits = torch.randn(97, generator=torch.Generator().manual_seed(1))
-    one, other = Sampler(sampling, 2), Sampler(sampling, 2)
-    first = [one.draw(logits).token for _ in range(2)]
-    other.resume(first, 97)
-    assert [other.draw(logits) for _ in range(9)] == [one.draw(logits) for _ in range(9)]
 
 
 def test_they_are_spread_where_steps_save_more_than_sharing_takes(llama: Any) -> None:
