@@ -20,14 +20,33 @@ _SIZE = struct.Struct("<Q?")  # number of tokens, and whether all but the last w
 _ENDED = -1  # stands for the next token of a session that has ended
 
 
-def move(engine: EngineParts, work: SessionState, rank: int, running: Running) -> None:
-    """`rank` gets all that it needs to go on with the session; the others do what that takes."""
-    if rank != work.owner:
-        if work.pending:
-            synchronize(engine, work, running)
-        work.fresh, work.scores = False, None
-    if engine.rank == rank:
-        complete(engine, work)
+def moved(
+    engine: EngineParts,
+    states: Sequence[SessionState],
+    places: Sequence[int],
+    running: Running,
+) -> list[SessionState]:
+    """Forks of `states`; each rank in `places` gets all that it needs to go on with its own.
+
+    The others do what that takes. Sessions that begin alike, such as forks of one prefix, hear the
+    codes that they lack once, and a rank rebuilds what these stand for once.
+    """
+    alike: dict[tuple[int, str], SessionState] = {}
+    keys = [(session_tag(state), str(state.exact)) for state in states]
+    for key, state, place in zip(keys, states, places, strict=True):
+        if key not in alike:
+            alike[key] = state.fork()
+        if place != state.owner and alike[key].pending:
+            synchronize(engine, alike[key], running)
+    works = []
+    for key, place in zip(keys, places, strict=True):
+        if engine.rank == place:
+            complete(engine, alike[key])
+        work = alike[key].fork()
+        if place != work.owner:
+            work.fresh, work.scores = False, None
+        works.append(work)
+    return works
 
 
 def decode_together(

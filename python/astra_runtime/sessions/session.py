@@ -22,7 +22,7 @@ from ..inputs import (
     check_integer,
     check_request,
 )
-from .answers import decode_together, joint_tag, move, receive_tokens, send_tokens, token_limit
+from .answers import decode_together, joint_tag, moved, receive_tokens, send_tokens, token_limit
 from .base import EngineParts, Running
 from .codes import complete, confirm, session_tag, synchronize
 from .cut import cut
@@ -336,9 +336,7 @@ def generate_together(
         sessions, max_new_tokens, ranks, eos_token_id, choose, on_tokens
     )
     with one_call(engine, request, within_ms) as running:
-        works = [session._state.fork() for session in sessions]
-        for work, place in zip(works, places, strict=True):
-            move(engine, work, place, running)
+        works = moved(engine, [session._state for session in sessions], places, running)
         tokens = decode_together(engine, works, places, asked, on_tokens, request, running)
         for session, work, place, new in zip(sessions, works, places, tokens, strict=True):
             session._remember(work, place)

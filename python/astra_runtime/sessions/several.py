@@ -11,9 +11,9 @@ from torch import Tensor
 from ..costs import EXACT_TOKENS
 from ..decoding import Choose, Generation
 from ..errors import InvalidChoice
-from .answers import decode_together, move, token_limit
-from .base import EngineParts, Running
-from .codes import complete, confirm, most_lacking, session_tag, synchronize
+from .answers import decode_together, moved, token_limit
+from .base import EngineParts
+from .codes import confirm, most_lacking, session_tag
 from .decoder import Asked
 from .files import broadcast
 from .passes import read_tokens
@@ -62,16 +62,14 @@ def draw_several(
             within_ms = max(1e-3, within_ms - 1e3 * engine.seconds)
     state = session._state
     with one_call(engine, request, within_ms) as running:
-        if state.read:
-            places = _share(engine, state, count, running)
-        else:
-            places = _places(engine, state, count)
+        places = [(state.owner + n) % engine.mesh.world_size for n in range(count)]
+        if not state.read:
             _read_alone(engine, state, ids)
+        elif most_lacking(engine, state) > MOST_SHARED:
+            places = [state.owner] * count
         tag = session_tag(state, request, options.max_new_tokens, options.ends, count)
         draws = Draws(_generator(engine, state.owner, tag), count, ids.shape[1])
-        works = [state.fork() for _ in range(count)]
-        for work, place in zip(works, places, strict=True):
-            move(engine, work, place, running)
+        works = moved(engine, [state] * count, places, running)
         rows = [replace(options, choose=draws.chooser(n, engine.rank, warp)) for n in range(count)]
         hear = _columns(asked, engine.rank, count)
         tokens = decode_together(engine, works, places, rows, hear, request, running)
@@ -134,21 +132,6 @@ def _generator(engine: EngineParts, owner: int, tag: int) -> torch.Generator:
     state = broadcast(engine, state, owner, tag)
     generator.set_state(torch.frombuffer(bytearray(state), dtype=torch.uint8))
     return generator
-
-
-def _places(engine: EngineParts, state: SessionState, count: int) -> list[int]:
-    return [(state.owner + n) % engine.mesh.world_size for n in range(count)]
-
-
-def _share(engine: EngineParts, state: SessionState, count: int, running: Running) -> list[int]:
-    """Who draws which answer, after a prompt that was read together; each has what that takes."""
-    if most_lacking(engine, state) > MOST_SHARED:
-        return [state.owner] * count
-    places = _places(engine, state, count)
-    synchronize(engine, state, running)
-    if engine.rank in places:
-        complete(engine, state)
-    return places
 
 
 def _read_alone(engine: EngineParts, state: SessionState, ids: Tensor) -> None:

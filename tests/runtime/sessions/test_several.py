@@ -13,6 +13,8 @@ from astra_runtime.errors import CallEnded, InvalidChoice
 from astra_runtime.evaluate import run_ranks
 from astra_runtime.sessions import several
 from astra_runtime.sessions.answers import decode_together
+from astra_runtime.sessions.codes import synchronize
+from astra_runtime.sessions.session import generate_together
 
 from ..models import inputs_for, tiny, windows_for
 
@@ -159,3 +161,37 @@ def test_errors_end_the_call_and_no_more(llama: Any, monkeypatch: pytest.MonkeyP
 
     first, second = run_ranks(2, work)
     assert torch.equal(first, second)
+
+
+def test_forks_of_one_prefix_hear_its_codes_once(
+    llama: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    book = Codebook.fit(llama, windows_for("llama"), groups=3, codewords=16, held_back=0)
+    document = inputs_for("llama", 90)["input_ids"]
+    ranks = [2, 0, 1, 0]
+    calls: list[int] = []
+
+    def counted(engine: Any, *rest: Any) -> None:
+        calls.append(engine.rank)
+        synchronize(engine, *rest)
+
+    monkeypatch.setattr("astra_runtime.sessions.answers.synchronize", counted)
+
+    def work(mesh: Any) -> list[Tensor]:
+        with Engine(llama, book, mesh) as engine:
+            session = engine.session()
+            session.append(document)
+            alone = [session.fork().generate(5, rank=rank) for rank in ranks]
+            if mesh.rank == 0:
+                calls.clear()
+            forks = [session.fork() for _ in ranks]
+            together = generate_together(forks, 5, ranks=ranks)
+            assert all(map(torch.equal, together, alone))
+            again = [fork.generate(3) for fork in forks]  # they go on, each by itself
+            assert all(text.shape[1] == 98 for text in again)
+            return together
+
+    first, second, third = run_ranks(3, work)
+    for other in (second, third):
+        assert all(map(torch.equal, first, other))
+    assert calls.count(0) == 1
