@@ -1,4 +1,4 @@
-"""Attention over codes on a CPU: in C++ where it serves; or expanded, then torch's flash kernel.
+"""Attention over codes on a CPU: in C++ where it serves; or looked up, then torch's flash kernel.
 
 Looking rows up costs little beside the attention itself (bench/ops.py), so without the C++ kernel
 the codes are expanded to dense keys and values. Where equal codes have equal keys and there are
@@ -12,7 +12,7 @@ from torch import Tensor
 
 from astra_kernels._rotary import Rope, apply_rope
 from astra_kernels.attention import native as attention_native
-from astra_kernels.attention.blocks import compute_dtype, new_state
+from astra_kernels.attention.blocks import compute_dtype, is_coarse, new_state, take_in
 from astra_kernels.attention.cpu import attention, flash, with_sinks
 from astra_kernels.coded_attention import native
 from astra_kernels.codeword_attention.cpu import codewords
@@ -28,6 +28,9 @@ COUNTING_TOKENS_PER_CODEWORD_DECODING = 1.75
 COUNTING_BESIDE_NATIVE = 1.1
 COUNTING_BESIDE_NATIVE_DECODING = 6.0
 DECODING_ROWS = 16
+
+# Numbers of looked-up keys that are there at a time, over all batch rows and KV heads.
+LOOKED_UP = 2**20
 
 
 def row_index(codes: Tensor, table: Tensor) -> Tensor:
@@ -167,16 +170,53 @@ def coded_attention(
     if attn_mask is None and collapses(query, sizes, keys, rope, value_codes):
         counts = count(codes, keys.shape[3])
         return codewords(query, counts, keys[0], values[0], scale, softcap)
-    dtype = compute_dtype(query)
-    shape = (codes.shape[0], codes.shape[1])
-    index = row_index(codes, keys)
-    key = gather(index, keys, shape, dtype)
-    if value_codes is not None:
-        index = row_index(value_codes, values)
-    value = gather(index, values, shape, dtype)
-    key = key if rope is None else apply_rope(key, rope)
-    if attn_mask is None and softcap is None:
-        return flash(query, key, value, scale)
-    wide = query.to(dtype)
-    out, lse = attention(wide, key, value, scale=scale, attn_mask=attn_mask, softcap=softcap)
+    size = max(256, LOOKED_UP // max(1, codes.shape[0] * keys.shape[1] * query.shape[3]))
+    given = (codes, keys, values, value_codes, scale, rope, attn_mask, softcap)
+    if size >= codes.shape[1]:
+        return _by_lookup(query, *given, codes.shape[1])
+    out, lse = _by_lookup(query.to(compute_dtype(query)), *given, size)
+    if is_coarse(lse):
+        # Such parts cannot be weighed by their lse.
+        return _by_lookup(query, *given, codes.shape[1])
     return out.to(query.dtype), lse
+
+
+def _by_lookup(
+    query: Tensor,
+    codes: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    value_codes: Tensor | None,
+    scale: float | None,
+    rope: Rope | None,
+    attn_mask: Tensor | None,
+    softcap: float | None,
+    size: int,
+) -> tuple[Tensor, Tensor]:
+    """Tokens' keys and values out of the tables, ``size`` tokens at a time."""
+    batch, tokens, _ = codes.shape
+    dtype = compute_dtype(query)
+    state: tuple[Tensor, Tensor] | None = None
+    for start in range(0, max(1, tokens), max(1, size)):
+        some = slice(start, min(start + size, tokens))
+        shape = (batch, some.stop - start)
+        index = row_index(codes[:, some], keys)
+        key = gather(index, keys, shape, dtype)
+        if value_codes is not None:
+            index = row_index(value_codes[:, some], values)
+        value = gather(index, values, shape, dtype)
+        if rope is not None:
+            key = apply_rope(key, (rope[0][..., some, :], rope[1][..., some, :]))
+        mask = attn_mask
+        if mask is not None and mask.shape[-1] > 1:
+            mask = mask[..., some]
+        if mask is None and softcap is None:
+            part = flash(query, key, value, scale)
+        else:
+            part = attention(query, key, value, scale=scale, attn_mask=mask, softcap=softcap)
+        if state is None:
+            state = part
+        else:
+            take_in(*state, *part)
+    assert state is not None
+    return state

@@ -87,6 +87,30 @@ def test_no_tensor_is_converted_whole(monkeypatch, name):
         assert error < 1e-2
 
 
+@pytest.mark.parametrize("name", ["float", "softcap"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_codes_are_looked_up_some_at_a_time(monkeypatch, dtype, name):
+    module = sys.modules["astra_kernels.coded_attention.cpu"]
+    monkeypatch.setattr(module, "LOOKED_UP", MOST)
+    codes = torch.randint(0, 64, (1, L, HKV), dtype=torch.int32)
+    query = torch.randn(1, H, M, D, dtype=dtype)
+    tables = torch.randn(2, HKV, 1, 64, D, dtype=dtype).unbind()
+    angles = torch.randn(2, L, D, dtype=dtype).unbind()
+    options = {"softcap": 2.0} if name == "softcap" else {"attn_mask": torch.randn(L)}
+    options |= {"rope": angles, "sinks": torch.randn(H)}
+    want = ak.coded_attention(query, codes, *tables, **options, impl="reference")
+    with Largest() as made:
+        got = module.coded_attention(query, codes, *tables, **options)
+    assert made.numbers <= MOST < L * D
+    for ours, theirs in zip(got, want, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=8e-3, atol=1e-5)
+    # No lse tells parts apart where the smallest number is added to all scores.
+    lowest = torch.full((L,), torch.finfo(torch.float32).min)
+    out, _ = module.coded_attention(query, codes, *tables, attn_mask=lowest)
+    want, _ = ak.coded_attention(query, codes, *tables, attn_mask=lowest, impl="reference")
+    torch.testing.assert_close(out, want, rtol=8e-3, atol=1e-5)
+
+
 @pytest.mark.parametrize(("dtype", "serves"), [(torch.float16, False), (torch.bfloat16, True)])
 def test_parts_make_up_the_whole(monkeypatch, dtype, serves):
     """Some heads, rows and keys at a time; also where the C++ kernel does not serve."""
