@@ -115,6 +115,9 @@ def check_softcap(op: str, softcap: object) -> None:
         fail_value(op, "softcap", "a positive number or None (no cap)", softcap)
 
 
+MOST_TOKENS = 1 << 62
+
+
 def check_window(op: str, window: object) -> None:
     """(left, right), integers; -1 is no limit."""
     if window is None:
@@ -124,8 +127,9 @@ def check_window(op: str, window: object) -> None:
     for side in window:
         if not isinstance(side, int | torch.SymInt) or isinstance(side, bool):
             fail_type(op, "window", "a pair (left, right) of integers or None", repr(window))
-        if side < -1:
-            fail_value(op, "window", "of sides from -1 (no limit) on", tuple(window))
+        if side < -1 or (isinstance(side, int) and side > MOST_TOKENS):
+            expected = "of sides from -1 (no limit) to 2**62"
+            fail_value(op, "window", expected, tuple(window))
 
 
 def split_rope(op: str, rope: object) -> tuple[Tensor | None, Tensor | None]:

@@ -21,6 +21,8 @@ _STATE_DTYPES = (torch.float32, torch.float64)
 def check_query(op: str, query: Tensor) -> None:
     check_dtype(op, "query", query, FLOATING)
     check_ndim(op, "query", query, "B, H, M, d")
+    if query.shape[3] == 0:
+        fail_value(op, "query", "[B, H, M, d] with d of at least 1", shape_of(query))
 
 
 def check_heads(op: str, query: Tensor, name: str, kv_heads: int) -> None:

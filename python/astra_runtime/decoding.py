@@ -69,6 +69,24 @@ class Generation:
             )
 
 
+def guarded(
+    name: str, function: Callable[[int], None] | None, rank: int
+) -> Callable[[int], None] | None:
+    """The host's `function`, of whose errors one ends this call, and no more."""
+    if function is None:
+        return None
+
+    def call(block: int) -> None:
+        try:
+            function(block)
+        except AstraError:
+            raise
+        except Exception as error:
+            raise CallEnded(rank, f"{name} raised {type(error).__name__}: {error}") from error
+
+    return call
+
+
 def end_tokens(model: Any, eos_token_id: Any, vocabulary: int) -> tuple[int, ...]:
     """The tokens that end a sequence; None: the model's own."""
     if eos_token_id is None:
@@ -137,7 +155,12 @@ def next_token(rank: int, ids: Tensor, scores: Tensor, choose: Choose | None) ->
     if choose is None:
         return scores.argmax(-1)
     batch, vocabulary = scores.shape
-    token: Any = choose(ids.clone(), scores)
+    try:
+        token: Any = choose(ids.clone(), scores)
+    except AstraError:
+        raise
+    except Exception as error:
+        raise InvalidChoice(rank, f"choose raised {type(error).__name__}: {error}") from error
     wanted = f"choose: expected the next token of each sequence, integers of shape [{batch}]"
     if not isinstance(token, Tensor):
         raise InvalidChoice(rank, f"{wanted}, got {type(token).__name__}")

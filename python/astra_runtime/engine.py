@@ -441,7 +441,9 @@ class Engine(SessionHost):
 
         Raises:
             ValueError: a model without a language-model head, or arguments that it cannot take.
-            InvalidChoice: `choose` gave something else than a token of the vocabulary a sequence.
+            InvalidChoice: `choose` gave something else than a token of the vocabulary for each
+                sequence, or raised an error.
+            NotFinite: the logits hold NaN, of which any token could be the likeliest.
         """
         if not (self.adapter.causal and hasattr(self.model, "lm_head")):
             raise ValueError("generate: expected a decoder with a language-model head")
@@ -465,6 +467,7 @@ class Engine(SessionHost):
             call, kwargs, given = self._prepare(
                 inputs, "last", False, request, max_new_tokens, ends
             )
+            on_block = decoding.guarded("on_block", on_block, call.mesh.device_rank)
             call = dataclasses.replace(call, between=on_block)
             asked = decoding.Generation(max_new_tokens, ends, choose, on_token, stop)
             asked.check_prompt(call, given["input_ids"], config)

@@ -48,7 +48,7 @@ def call_arguments(inputs: dict[str, Any]) -> tuple[dict[str, Any], str | None, 
     left = dict(inputs)
     for name, (value, instead) in _CALL.items():
         given = left.pop(name, None)
-        if given is not None and bool(given) is not value:
+        if given is not None and not (isinstance(given, int) and bool(given) is value):
             raise ValueError(f"{name}: expected {value}, got {given!r}: {instead}")
     for name, instead in _NOT_OF_A_CALL.items():
         if left.pop(name, None) is not None:
@@ -240,6 +240,12 @@ def generation_arguments(
         if keywords.pop(name, None):
             raise ValueError(f"{name}: expected none, as the engine does without, got one")
     functions = {name: keywords.pop(name, None) for name in _FUNCTIONS}
+    _check_functions(functions)
+    if config is not None and not hasattr(config, "to_diff_dict"):
+        raise TypeError(
+            "generation_config: expected transformers' GenerationConfig, got "
+            f"{type(config).__name__}"
+        )
     given: Any = copy.deepcopy(
         getattr(model, "generation_config", None) if config is None else config
     )
@@ -254,16 +260,30 @@ def generation_arguments(
     criteria = list(functions["stopping_criteria"] or [])
     sample = bool(getattr(given, "do_sample", False))
     own = functions["logits_processor"]
+    returned = getattr(given, "num_return_sequences", None)
     return Asked(
         _new_tokens(given, input_ids.shape[1]),
         getattr(given, "eos_token_id", None),
         _chooser(processors, sample) if processors or sample else None,
         _stopper(criteria) if criteria else None,
         _warper(processors) if sample and not own else None,
-        int(getattr(given, "num_return_sequences", None) or 1),
+        1 if returned is None else check_integer("num_return_sequences", returned, 1),
         getattr(given, "pad_token_id", None),
         functions["streamer"],
     )
+
+
+def _check_functions(functions: Mapping[str, Any]) -> None:
+    for name in ("logits_processor", "stopping_criteria"):
+        listed = functions[name]
+        if listed is None or (isinstance(listed, list | tuple) and all(map(callable, listed))):
+            continue
+        raise TypeError(f"{name}: expected a list of functions, got {type(listed).__name__}")
+    streamer = functions["streamer"]
+    if streamer is not None and not (hasattr(streamer, "put") and hasattr(streamer, "end")):
+        raise TypeError(
+            f"streamer: expected an object with put and end, got {type(streamer).__name__}"
+        )
 
 
 def _check_config(config: Any, keywords: Mapping[str, Any]) -> None:

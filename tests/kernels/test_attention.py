@@ -115,3 +115,11 @@ def test_layout_and_strided_input(impl):
     out, lse = ak.attention(*strided, impl=impl)
     torch.testing.assert_close(out, want)
     torch.testing.assert_close(lse, want_lse)
+
+
+def test_queries_of_no_width_and_windows_beyond_integers_are_refused() -> None:
+    empty, query = torch.randn(1, 1, 2, 0), torch.randn(1, 1, 2, 4)
+    with pytest.raises(ValueError, match="d of at least 1"):
+        ak.attention(empty, empty, empty)
+    with pytest.raises(ValueError, match="window must be of sides"):
+        ak.attention(query, query, query, window=(2**63, 0))

@@ -657,6 +657,27 @@ def test_a_transport_that_cannot_resume_ends_the_mesh() -> None:
         assert "request 1" in words
 
 
+@pytest.mark.parametrize("name", ["choose", "stop", "on_block", "logits_processor"])
+def test_a_function_that_fails_ends_its_call_alone(name: str) -> None:
+    """A logits processor that refuses a token of another vocabulary ended everybody's mesh."""
+    model, ids = tiny("llama"), inputs_for("llama")["input_ids"]
+
+    def fail(*_: Any) -> None:
+        raise ZeroDivisionError("of the host's own")
+
+    given: Any = [fail] if name == "logits_processor" else fail
+
+    def work(mesh: Mesh) -> list[list[int]]:
+        with Engine(model, None, mesh) as engine:
+            with pytest.raises(CallEnded, match="raised ZeroDivisionError: of the host's own"):
+                engine.generate(ids, max_new_tokens=3, **{name: given})
+            made: list[list[int]] = engine.generate(ids, max_new_tokens=3).tolist()
+            return made
+
+    first, second = run_ranks(2, work, timeout=20)
+    assert first == second
+
+
 @pytest.mark.parametrize("failing", [0, 1])
 def test_a_callback_that_fails_ends_its_call_alone(failing: int) -> None:
     model, ids = tiny("llama"), inputs_for("llama")["input_ids"]

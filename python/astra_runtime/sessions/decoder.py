@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ..decoding import Choose, end_tokens, next_token
-from ..errors import InvalidChoice
+from ..errors import InvalidChoice, NotFinite
 from ..inputs import check_function, check_integer
 from .base import EngineParts
 from .codes import complete
@@ -67,7 +67,7 @@ class Answer:
     Attributes:
         tokens: the new tokens so far.
         done: nothing more will come: an end token, `max_new_tokens`, or an error.
-        error: what `choose` has done wrong; it concerns this answer alone.
+        error: what `choose` has done wrong, or logits that are NaN; it concerns this answer alone.
         logits: fp32 [1, V], from which the last token was chosen; None before the first.
     """
 
@@ -75,7 +75,7 @@ class Answer:
     asked: Asked
     tokens: list[int] = field(default_factory=list)
     done: bool = False
-    error: InvalidChoice | None = None
+    error: InvalidChoice | NotFinite | None = None
     logits: Tensor | None = None
 
     @property
@@ -178,7 +178,7 @@ class Decoder:
         asked = answer.asked
         try:
             chosen = next_token(self._engine.rank, answer.ids, answer.logits, asked.choose)
-        except InvalidChoice as error:
+        except (InvalidChoice, NotFinite) as error:
             answer.error, answer.done = error, True
             return
         token = int(chosen)

@@ -168,6 +168,7 @@ def local_mesh(world_size: int, *, timeout: float = 30.0, link: Link | None = No
 
     The connections are made directly, without the handshake.
     """
+    ConnectOptions(0, world_size, timeout=timeout, link=link)  # refuses what no mesh can have
     sockets: list[dict[int, socket.socket]] = [{} for _ in range(world_size)]
     for low in range(world_size):
         with listen("127.0.0.1", 0, low)[0] as listener:

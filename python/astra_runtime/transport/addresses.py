@@ -25,6 +25,8 @@ class Endpoint(NamedTuple):
 
 def parse_address(text: str) -> tuple[str, int]:
     """`host:port` (IPv6 in brackets) as a pair; raises ValueError with what was expected."""
+    if "://" in text:
+        raise ValueError(f'address: expected "host:port", without a scheme, got {text!r}')
     host, colon, port = (part.strip() for part in text.strip().rpartition(":"))
     bracketed = host.startswith("[") and host.endswith("]")
     name = host[1:-1].strip() if bracketed else host
@@ -32,9 +34,19 @@ def parse_address(text: str) -> tuple[str, int]:
         raise ValueError(f'address: expected "host:port", got {text!r}')
     if ":" in name and not bracketed:
         raise ValueError(f"address: expected an IPv6 address in brackets, got {text!r}")
+    if not _is_name(name):
+        raise ValueError(f"address: expected the name of a host before the colon, got {text!r:.90}")
     if not (port.isascii() and port.isdecimal() and 1 <= int(port) <= 0xFFFF):
         raise ValueError(f"address: expected a port of 1..65535 after the colon, got {text!r}")
     return name, int(port)
+
+
+def _is_name(host: str) -> bool:
+    """Whether names are looked up that read so: no part is empty, or longer than 63 letters."""
+    try:
+        return host.isprintable() and bool(host.encode("idna"))
+    except UnicodeError:
+        return False
 
 
 def resolve(host: str, port: int, *, passive: bool = False) -> list[Endpoint]:

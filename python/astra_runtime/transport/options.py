@@ -8,6 +8,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Final, Literal, get_args
 
+from astra_runtime.transport.addresses import parse_address
 from astra_runtime.transport.credentials import ENVIRONMENT, Keys, KeysError
 from astra_runtime.transport.link import Link
 
@@ -48,6 +49,8 @@ class ConnectOptions:
             raise ValueError(f"rank: expected 0..{self.world_size - 1}, got {self.rank}")
         if self.peers is not None and len(self.peers) != self.world_size:
             raise ValueError(f"peers: expected {self.world_size} addresses, got {len(self.peers)}")
+        if self.peers is not None and self.backend in ("tcp", "datagram"):
+            self._check_peers(self.peers)
         for name in ("timeout", "connect_timeout"):
             seconds = getattr(self, name)
             if not 0 < seconds <= MAX_SECONDS:
@@ -73,6 +76,25 @@ class ConnectOptions:
             value = getattr(self, name)
             if not isinstance(value, numbers.Real) or isinstance(value, bool):
                 raise TypeError(f"{name}: expected a number of seconds, got {value!r}")
+
+        for name, value, kinds in (
+            ("link", self.link, (Link,)),
+            ("keys", self.keys, (Keys, str, os.PathLike)),
+        ):
+            if value is not None and not isinstance(value, kinds):
+                expected = " or ".join(kind.__name__ for kind in kinds)
+                raise TypeError(f"{name}: expected {expected} or None, got {value!r}")
+
+    def _check_peers(self, peers: tuple[str, ...]) -> None:
+        ranks: dict[tuple[str, int], int] = {}
+        for rank, peer in enumerate(peers):
+            host, port = parse_address(peer)
+            first = ranks.setdefault((host.lower(), port), rank)
+            if first != rank:
+                raise ValueError(
+                    "peers: expected an address of its own for every rank, got "
+                    f"{peer} for ranks {first} and {rank}"
+                )
 
     def _check_plaintext_backend(self) -> None:
         """torch.distributed encrypts nothing: whoever has keys must not believe it does."""

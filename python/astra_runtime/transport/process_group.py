@@ -23,6 +23,7 @@ from torch.distributed.distributed_c10d import PrefixStore
 from astra_runtime.errors import ConnectFailed
 from astra_runtime.transport.addresses import parse_address
 from astra_runtime.transport.options import ConnectOptions
+from astra_runtime.transport.rendezvous import master
 
 GLOO_TRIES: Final = 5
 PAUSE: Final = 0.05  # seconds between two looks for a new session
@@ -111,7 +112,7 @@ def _place(peers: Sequence[str] | None) -> tuple[str, int, bool]:
     if peers is not None:
         return (*parse_address(peers[0]), True)
     try:
-        host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+        host, port = master()
     except KeyError as error:
         raise ValueError(f"expected peers, or torchrun's variable {error.args[0]}") from error
     return host, port, os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"

@@ -20,13 +20,35 @@ def from_environment() -> tuple[int, int] | None:
     """(rank, world_size) as torchrun states them, or None outside of it."""
     if any(name not in os.environ for name in VARIABLES):
         return None
-    return int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+    return _integer("RANK"), _integer("WORLD_SIZE")
+
+
+def _integer(name: str) -> int:
+    try:
+        return int(os.environ[name])
+    except ValueError:
+        raise ValueError(f"{name}: expected an integer, got {os.environ[name]!r}") from None
+
+
+def master() -> tuple[str, int]:
+    """Where torchrun's variables say that the ranks meet. KeyError: there are none."""
+    host, port = os.environ["MASTER_ADDR"], _integer("MASTER_PORT")
+    if not host or not 1 <= port <= 0xFFFF:
+        raise ValueError(
+            "MASTER_ADDR, MASTER_PORT: expected rank 0's host and a port of 1..65535, got "
+            f"{host!r} and {port}"
+        )
+    return host, port
 
 
 def own_host() -> str:
     """The address of the interface that leads to MASTER_ADDR: loopback on a single machine."""
-    master = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
-    family, kind, protocol, _, address = socket.getaddrinfo(*master, type=socket.SOCK_DGRAM)[0]
+    host, port = master()
+    try:
+        answers = socket.getaddrinfo(host, port, type=socket.SOCK_DGRAM)
+    except OSError as error:
+        raise ConnectFailed(f"MASTER_ADDR: {host!r} is not known here: {error}") from error
+    family, kind, protocol, _, address = answers[0]
     with socket.socket(family, kind, protocol) as probe:
         probe.connect(address)  # a datagram socket: this only looks up the route
         return str(probe.getsockname()[0])
@@ -42,7 +64,7 @@ def exchange_addresses(
     import torch.distributed as dist
 
     agent = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
-    host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    host, port = master()
     prefix = f"astra/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}/{next(_calls)}"
     try:
         store = dist.TCPStore(  # type: ignore[attr-defined]  # torch's stubs leave it out

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from astra_runtime import errors
-from astra_runtime.transport import check_keys, connect
+from astra_runtime.transport import check_keys, connect, local_mesh
 from astra_runtime.transport.addresses import parse_address, unreachable_for_others
 from astra_runtime.transport.credentials import KeysError
 from astra_runtime.transport.sockets import listen
@@ -143,9 +143,51 @@ def test_the_address_to_listen_at_may_be_another_than_the_others_dial() -> None:
         ({"world_size": "2"}, "world_size: expected an integer, got '2'"),
         ({"timeout": "30"}, "timeout: expected a number of seconds, got '30'"),
         ({"connect_timeout": None}, "connect_timeout: expected a number of seconds, got None"),
+        ({"link": "fast"}, "link: expected Link or None"),
+        ({"keys": 5}, "keys: expected Keys or str"),
     ],
 )
 def test_arguments_of_another_type(arguments: dict[str, Any], words: str) -> None:
     usual = {"rank": 0, "world_size": 2, "peers": ["127.0.0.1:7000", "127.0.0.1:7001"]}
     with pytest.raises(TypeError, match=words):
         connect(**usual | arguments)
+
+
+@pytest.mark.parametrize(
+    ("peer", "words"),
+    [
+        ("http://127.0.0.1:7001", "without a scheme"),
+        (".:7001", "expected the name of a host"),
+        ("a" * 300 + ":7001", "expected the name of a host"),
+        ("a\0b:7001", "expected the name of a host"),
+        ("LOCALHOST:7000", "LOCALHOST:7000 for ranks 0 and 1"),
+    ],
+)
+def test_addresses_that_no_rank_can_have(peer: str, words: str) -> None:
+    """Before anybody waits: two ranks of one address waited for each other till the deadline."""
+    with pytest.raises(ValueError, match=words):
+        connect(0, 2, ["localhost:7000", peer])
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "words"),
+    [
+        ("RANK", "one", "RANK: expected an integer, got 'one'"),
+        ("MASTER_PORT", "0", "MASTER_PORT: expected rank 0's host and a port"),
+        ("MASTER_ADDR", "no-such-host.invalid", "MASTER_ADDR: 'no-such-host.invalid' is not known"),
+    ],
+)
+def test_variables_of_torchrun(
+    name: str, value: str, words: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    usual = {"RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "7000"}
+    for variable, usually in (usual | {name: value}).items():
+        monkeypatch.setenv(variable, usually)
+    with pytest.raises((ValueError, errors.ConnectFailed), match=words):
+        connect(connect_timeout=1)
+
+
+@pytest.mark.parametrize("arguments", [{"world_size": 0}, {"world_size": 2, "timeout": 0}], ids=str)
+def test_meshes_of_no_ranks(arguments: dict[str, Any]) -> None:
+    with pytest.raises(ValueError, match="expected"):
+        local_mesh(**arguments)
