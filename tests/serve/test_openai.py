@@ -11,7 +11,15 @@ from typing import Any
 
 import pytest
 
-from astra_runtime.serve.service import NotReady, QueueFull, RequestRefused, ServiceFailed, TimeIsUp
+from astra_runtime.serve.http.answers import Choice, extras
+from astra_runtime.serve.service import (
+    Done,
+    NotReady,
+    QueueFull,
+    RequestRefused,
+    ServiceFailed,
+    TimeIsUp,
+)
 from tests.serve.fakes import FakeService, serving
 
 openai = pytest.importorskip("openai")
@@ -288,3 +296,9 @@ def test_async_client_and_many_at_once(shared: Any, service: FakeService) -> Non
         return [answer.choices[0].message.content for answer in answers]
 
     assert asyncio.run(ask()) == [service.text] * 8
+
+
+def test_several_answers_take_as_long_as_the_slowest() -> None:
+    done = [Done(0, "stop", "", 5, 9, rank=1, seconds=3.0), Done(1, "stop", "", 5, 2, seconds=1.0)]
+    said = extras([Choice(each.index, done=each) for each in done])
+    assert (said["seconds"], said["ranks"]) == (3.0, [1, 0])

@@ -193,5 +193,5 @@ def extras(choices: Sequence[Choice]) -> dict[str, Any]:
         "degraded": any(each.degraded for each in done),
         "seconds_queued": done[0].seconds_queued,
         "seconds_to_first_token": done[0].seconds_to_first_token,
-        "seconds": done[-1].seconds,
+        "seconds": max(each.seconds for each in done),
     }
