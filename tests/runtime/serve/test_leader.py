@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from typing import Any
 
@@ -197,6 +198,12 @@ def test_the_queue_is_bounded_and_memory_accounted_for(llama: Any) -> None:
         ({"ids": prompt(300), "new_tokens": None}, "messages", "context_length_exceeded"),
         ({"ids": [1], "new_tokens": 0}, "max_tokens", None),
         ({"ids": [1], "sampling": Sampling(logit_bias={97: 1.0})}, "logit_bias", None),
+        ({"ids": [1], "sampling": Sampling(logit_bias={7: math.inf})}, "logit_bias", None),
+        ({"ids": [1], "sampling": Sampling(temperature=-1)}, "temperature", None),
+        ({"ids": [1], "sampling": Sampling(top_p=math.nan)}, "top_p", None),
+        ({"ids": [1], "sampling": Sampling(top_k=0)}, "top_k", None),
+        ({"ids": [1], "n": 0}, "n", None),
+        ({"ids": [1], "top_logprobs": 21}, "top_logprobs", None),
     ],
 )
 def test_what_no_rank_can_answer_is_refused(
