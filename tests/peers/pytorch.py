@@ -130,7 +130,10 @@ def cases() -> Iterator[Case]:
             yield Case("values of another width", f"{dtype} {width} {grad}", run)
         yield from _layouts(dtype, grad)
         yield from _long(dtype, grad)
+        yield from _one_projection(dtype, grad)
+        yield from _every_broadcast(dtype, grad)
         yield from _strided_masks(dtype, grad)
+        yield from _three_axes_masked(dtype, grad)
     for dtype, shapes in product(DTYPES, EMPTY):
         yield Case("no tokens or batch", f"{dtype} {shapes}", partial(plain, shapes, dtype))
     for dtype in DTYPES:
@@ -138,6 +141,13 @@ def cases() -> Iterator[Case]:
         for probability in (0.3, 1.0):
             run = partial(_dropout, dtype, probability)
             yield Case("dropout", f"{dtype} {probability}", run)
+    for packed in (False, True):
+        yield Case("gradcheck", f"packed {packed}", partial(_gradcheck, packed))
+    for dtype, grad in product((torch.bfloat16, torch.float16), (False, True)):
+        run = partial(_mask_in_float32, dtype, grad)
+        yield Case("float mask, bias", f"{dtype} in float32 {grad}", run)
+    yield Case("float mask, bias", "a band of -inf", _band_of_infinity)
+    yield Case("forward", "a scale of -1e4", partial(plain, square(), torch.float64, scale=-1e4))
     run = partial(masked, square(), (M, L), "float", torch.float32, False, is_causal=True)
     yield Case("a mask and is_causal", "float", run)
     yield Case("nested", "jagged", _nested)
@@ -202,6 +212,80 @@ def _long(dtype: torch.dtype, grad: bool) -> Iterator[Case]:
         }
         for kind, run in runs.items():
             yield Case("hundreds of tokens", f"{kind} {width} {dtype} {grad}", run)
+
+
+def _one_projection(dtype: torch.dtype, grad: bool) -> Iterator[Case]:
+    """Queries, keys and values are views of one tensor, which has the gradient."""
+
+    def run(batch: int, heads: int, rows: int, width: int, causal: bool) -> None:
+        joint = torch.randn(batch, rows, 3 * heads * width, dtype=dtype, requires_grad=grad)
+        results = []
+        for function in (ak.scaled_dot_product_attention, F.scaled_dot_product_attention):
+            parts = joint.unflatten(2, (3, heads, width)).permute(2, 0, 3, 1, 4).unbind()
+            out = function(*parts, is_causal=causal)
+            results.append([out])
+            if grad:
+                results[-1] += torch.autograd.grad(out, joint, torch.ones_like(out))
+        for ours, theirs in zip(*results, strict=True):
+            close(ours, theirs, dtype, factor=4)
+
+    for causal, sizes in product((False, True), ((2, 3, 267, 8), (5, 1, 40, 16))):
+        name = f"{list(sizes)} {dtype} causal {causal} {grad}"
+        yield Case("one projection", name, partial(run, *sizes, causal))
+    if dtype == torch.float32:
+        run_long = partial(run, 1, 1, 1030, 16, True)
+        yield Case("one projection", f"1030 tokens {grad}", run_long)
+
+
+def _every_broadcast(dtype: torch.dtype, grad: bool) -> Iterator[Case]:
+    """Masks of which any axis may be 1, on heads that lie behind rows: boolean ones, and float ones
+    beside gradients."""
+    rows, tokens = 19, 34
+
+    def run(shape: tuple[int, ...]) -> None:
+        sizes = ((B, rows, H, 8), (B, tokens, H, 8), (B, tokens, H, 8))
+        inputs = [t.transpose(1, 2) for t in tensors(sizes, dtype)]
+        mask = torch.randn(shape, dtype=dtype) if grad else torch.rand(shape) > 0.5
+        same(*(t.requires_grad_(grad) for t in inputs), attn_mask=mask)
+
+    shapes = (*product((rows, 1), (tokens, 1)), *product((B, 1), (H, 1), (rows, 1), (tokens, 1)))
+    for shape in shapes:
+        name = f"{list(shape)} {dtype} {grad}"
+        yield Case("masks that broadcast", name, partial(run, shape))
+
+
+def _three_axes_masked(dtype: torch.dtype, grad: bool) -> Iterator[Case]:
+    shapes = ((H, M, D), (H, L, D), (H, L, D))
+    for mask, kind in product(((M, L), (H, M, L), (1, M, L)), ("bool", "float")):
+        run = partial(masked, shapes, mask, kind, dtype, grad)
+        yield Case("three axes, masked", f"{kind} {list(mask)} {dtype} {grad}", run)
+
+
+def _gradcheck(packed: bool) -> None:
+    """Derivatives by differences, in float64."""
+    inputs = tensors(((1, 2, 2, 3),) * 3, torch.float64, True)
+    joint = torch.cat([tensor.detach() for tensor in inputs], 3).requires_grad_()
+
+    def of_views(tensor: Tensor) -> Tensor:
+        parts = (part.transpose(1, 2) for part in tensor.chunk(3, dim=3))
+        return ak.scaled_dot_product_attention(*parts, is_causal=True)
+
+    def of_three(*given: Tensor) -> Tensor:
+        return ak.scaled_dot_product_attention(*given, is_causal=True)
+
+    function, given = (of_views, [joint]) if packed else (of_three, inputs)
+    assert torch.autograd.gradcheck(function, given)
+
+
+def _mask_in_float32(dtype: torch.dtype, grad: bool) -> None:
+    same(*tensors(square(), dtype, grad), attn_mask=torch.randn(M, L))
+
+
+def _band_of_infinity() -> None:
+    """Whole blocks of scores are -inf."""
+    distance = torch.arange(600) - torch.arange(600)[:, None]
+    mask = torch.zeros(600, 600).masked_fill((distance > 0) | (distance < -9), -torch.inf)
+    same(*tensors(((1, 2, 600, 8),) * 3, torch.float32), attn_mask=mask)
 
 
 def _strided_masks(dtype: torch.dtype, grad: bool) -> Iterator[Case]:
