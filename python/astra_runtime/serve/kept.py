@@ -14,8 +14,9 @@ import torch
 
 from ..engine import Engine
 from ..sessions.cache import KeyValues
-from ..sessions.codes import complete, synchronize
+from ..sessions.codes import complete, most_lacking, synchronize
 from ..sessions.session import Session
+from ..sessions.several import MOST_SHARED
 from .batch import Cache
 
 LEAST_SHARED = 16  # tokens: fewer are read again
@@ -118,6 +119,10 @@ class Kept:
             synchronize(engine, work, running)
             if engine.rank in ranks:
                 complete(engine, work)
+
+    def may_be_shared(self, number: int) -> bool:
+        """Whether what other ranks lack of a prompt is little enough to be sent in one piece."""
+        return most_lacking(self._engine, self._sessions[number]._state) <= MOST_SHARED
 
     def shared(self, number: int) -> Cache:
         """How this rank goes on with a prompt that was shared with it."""

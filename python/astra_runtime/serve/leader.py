@@ -330,10 +330,16 @@ class Leader(Rounds):
         if work.base is None:
             busy = max((busy_seconds(spans) for spans in self._spans.values()), default=None)
             self.costs.heard_together(work.prompt_tokens, seconds, busy)
-        if work.prompt_tokens <= self._prompts.room and work.state == "running":
+        if self._may_move(work):
             patience = LEAST_PATIENCE * self.engine.mesh.timeout
             move = self._placement.move(work, self._ends, patience)
             self._moving = None if move is None else (work, move)
+
+    def _may_move(self, work: Work) -> bool:
+        """Whether other ranks can go on with answers to a prompt that all have just read."""
+        if work.state == "over" or work.request.n == 1 or work.prompt_tokens > self._prompts.room:
+            return False
+        return self._sequences.kept.may_be_shared(work.answers[0].number)
 
     def _read_prompt(
         self, work: Work, prompt: Prompt, pauses: list[int]

@@ -71,6 +71,27 @@ def ranks_of(heard: Heard) -> list[int]:
     return [heard.done(index).rank for index in range(3)]
 
 
+@pytest.mark.parametrize("why", ["slower", "too much to send"])
+def test_they_stay_together_where_that_is_better(
+    llama: Any,
+    one_device: dict[int, list[list[int]]],
+    spread: None,
+    monkeypatch: pytest.MonkeyPatch,
+    why: str,
+) -> None:
+    if why == "slower":
+        monkeypatch.setattr(AnswerCosts, "is_sooner", lambda *_: False)
+    else:
+        monkeypatch.setattr(kept, "MOST_SHARED", 1000)
+    with led(llama, 2) as leader:
+        heard = three(leader, 150).wait()
+        assert [heard.ids(index) for index in range(3)] == one_device[150]
+        assert len(set(ranks_of(heard))) == 1
+        short = three(leader, 12).wait()  # nothing is sent of it
+        assert [short.ids(index) for index in range(3)] == one_device[12]
+        assert len(set(ranks_of(short))) == (1 if why == "slower" else 2)
+
+
 @pytest.mark.parametrize("world_size", [2, 3])
 def test_answers_are_those_of_one_device(
     llama: Any, one_device: dict[int, list[list[int]]], world_size: int, spread: None
@@ -87,17 +108,6 @@ def test_answers_are_those_of_one_device(
         assert second.ids() == alone(llama, turn, 5)
         assert second.done().cached_tokens == 150 + 7
         assert leader.status().lost == 0
-
-
-def test_they_stay_together_where_that_is_sooner(
-    llama: Any, one_device: dict[int, list[list[int]]], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(AnswerCosts, "is_sooner", lambda *_: False)
-    with led(llama, 2) as leader:
-        for tokens in (12, 150):
-            heard = three(leader, tokens).wait()
-            assert [heard.ids(index) for index in range(3)] == one_device[tokens]
-            assert len(set(ranks_of(heard))) == 1
 
 
 def test_with_codes_each_says_what_its_rank_knew_as_codes(
