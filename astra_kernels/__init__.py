@@ -1,9 +1,10 @@
 """Attention that works straight from bit-packed vector-quantization codes.
 
 Queries are [B, H, M, d], keys and values [B, Hkv, L, d], codes int32 [B, N, C]; ``lse`` is the
-natural log-sum-exp of the scores. Every op is a ``torch.library`` op and takes ``impl``: "auto"
-(the quickest measured for the device), "reference" (plain torch), "triton", "native" (the C++
-core). Attention, merging and ``decode`` have gradients, the others are forward-only.
+natural log-sum-exp of the scores. Ops are ``torch.library`` ops. All but packing and
+``scaled_dot_product_attention`` take ``impl``: "auto" (the quickest measured for the device),
+"reference" (plain torch), "triton", and where there is one "native" (the C++ core). Attention,
+merging and ``decode`` have gradients, the others are forward-only.
 ``attention.reference`` and so on are the slow, obvious torch references.
 """
 

@@ -35,14 +35,15 @@ def attention(
         is_causal: query m sees keys 0..L-M+m: the last query stands at the last key (bottom-right
             aligned). With M > L the first M - L queries see nothing.
         key_mask: bool [B, L], True = visible. What hidden keys and values hold never matters.
-        attn_mask: broadcasts to [B, H, M, L]. bool: True = visible. Of query's dtype or fp32:
-            added to the scores after scale and softcap; -inf hides, finfo.min does not.
+        attn_mask: broadcasts to [B, H, M, L]. bool: True = visible. Of query's dtype (fp32 too
+            where that is fp16 or bf16): added to the scores after scale and softcap; -inf hides,
+            finfo.min does not. What is hidden from all queries never matters, as with key_mask.
         window: (left, right): query m, which stands at key p = L-M+m, sees keys p-left..p+right;
             -1 is no limit. All that hides a key (masks, is_causal, window) adds up.
         scale: of the scores; None: 1/sqrt(d).
         softcap: a positive number c; scores become c * tanh(scores / c). None: no cap.
-        sinks: fp32 [H]; a score for each head that takes part in the softmax with the value 0. Of
-            states that are merged only one may have sinks.
+        sinks: fp32 (fp64 too for fp64 queries) [H]; a score for each head that takes part in the
+            softmax with the value 0. Of states that are merged only one may have sinks.
         impl: "auto", "reference", "triton" or "native"; an explicit choice never falls back.
 
     Returns:
@@ -51,11 +52,12 @@ def attention(
         A query that sees no key has out 0 and lse -inf, with sinks lse = the head's sink.
         Accumulation is fp32 (fp64). The same input gives the same bits on the same number of
         threads.
-        Gradients go to query, key, value, attn_mask and sinks, through out and lse.
+        Gradients go to query, key, value, a float attn_mask and sinks, through out and lse.
 
     Raises:
         TypeError: a dtype that is not listed. ValueError: shapes or devices that do not fit.
-        RuntimeError: ``impl`` cannot run here or lacks an argument.
+        RuntimeError: ``impl`` cannot run here or lacks an argument; second derivatives and forward
+        mode, which only the differentiable ``attention.reference`` has.
 
     Example:
         >>> query, key, value = torch.randn(3, 1, 8, 5, 64).unbind()

@@ -42,6 +42,7 @@ def attention_varlen(
         out: [T, H, d_v] of query's dtype.
         lse: [T, H], natural log, fp32 (fp64 for fp64 queries).
         A query that sees no key has out 0 and lse -inf, with sinks lse = the head's sink.
+        Gradients go to query, key, value and sinks, through out and lse.
 
     Raises:
         TypeError: a dtype that is not listed. ValueError: shapes, devices or offsets that do not

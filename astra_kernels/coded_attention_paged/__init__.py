@@ -50,7 +50,7 @@ def coded_attention_paged(
             and the lengths. Unchecked entries never lead outside of ``pages``.
 
     Returns:
-        (out [B, H, M, d_v], lse [B, H, M]), as `coded_attention`.
+        (out [B, H, M, d_v], lse [B, H, M]), as `coded_attention`, with the same gradients.
 
     Raises:
         TypeError: a dtype that is not listed. ValueError: shapes, devices, pages or lengths that do

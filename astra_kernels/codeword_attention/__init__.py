@@ -35,7 +35,7 @@ def codeword_attention(
         key_codebook, value_codebook: [Hkv, 1, K, d] and [Hkv, 1, K, d_v], any floating dtype, K
             up to 65,536.
         scale: of the scores; None: 1/sqrt(d).
-        impl: "auto", "reference", "triton" or "native"; an explicit choice never falls back.
+        impl: "auto", "reference" or "triton"; an explicit choice never falls back.
         check: whether to read the counts and refuse negative ones; None: on the CPU only.
 
     Returns:

@@ -36,7 +36,7 @@ def count_codes(
         codes_per_token: C; to be given with ``code_bits``, else codes tell it.
         code_mask: bool [B, N], True = visible. What hidden tokens hold never matters, not even
             codes out of range.
-        impl: "auto", "reference", "triton" or "native"; an explicit choice never falls back.
+        impl: "auto", "reference" or "triton"; an explicit choice never falls back.
         check: whether to read and check the values of codes; None: on the CPU only. Unchecked, the
             Triton kernel counts a code out of range as the last codeword, K - 1; what the other
             implementations do with it is unspecified.

@@ -19,7 +19,7 @@ def decode(
     Args:
         codes: int32 (or int64) [..., C], values in [0, K).
         codebook: [C, K, w], fp32, fp64, fp16 or bf16.
-        impl: "auto", "reference", "triton" or "native"; an explicit choice never falls back.
+        impl: "auto", "reference" or "triton"; an explicit choice never falls back.
         check: whether to read and check the values of codes; None: on the CPU only.
 
     Returns:

@@ -25,7 +25,7 @@ def encode_packed(
         codebook: [C, K, w], any of these dtypes, K from 1 to 2**code_bits codewords a group.
         code_bits: bits of a code, 1 to 16.
         half_norms: [C, K], ||codeword||^2 / 2 in fp32 (fp64), if at hand; saves its computation.
-        impl: "auto", "reference", "triton" or "native"; an explicit choice never falls back.
+        impl: "auto", "reference" or "triton"; an explicit choice never falls back.
 
     Returns:
         uint8 [B, ceil(N*C*code_bits/8)] in ``pack``'s layout: code i of a batch row, i = n*C + c,

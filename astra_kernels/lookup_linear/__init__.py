@@ -78,7 +78,7 @@ def lookup_linear(
         code_bits: 1..16, when codes are packed.
         num_tokens: N of packed codes. Otherwise taken from ``estimate``, else from the bytes,
             which is possible when a token takes 8 bits or more.
-        impl: "auto", "reference", "triton" or "native"; an explicit choice never falls back.
+        impl: "auto", "reference" or "triton"; an explicit choice never falls back.
         check: whether to read and check the values of codes; None: on the CPU only.
 
     Returns:

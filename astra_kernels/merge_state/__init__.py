@@ -24,7 +24,7 @@ def merge_state(
     Args:
         out_a, out_b: [..., d] (attention gives [B, H, M, d]), of one shape and dtype.
         lse_a, lse_b: [...], natural log, fp32 or fp64, of one dtype.
-        impl: "auto", "reference", "triton" or "native"; an explicit choice never falls back.
+        impl: "auto", "reference" or "triton"; an explicit choice never falls back.
 
     Returns:
         out like out_a in dtype and layout, lse [...] of the inputs' dtype. A side whose lse is

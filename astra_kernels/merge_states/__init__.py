@@ -20,7 +20,7 @@ def merge_states(outs: Tensor, lses: Tensor, *, impl: str = "auto") -> tuple[Ten
     Args:
         outs: [S, ..., d], fp32, fp64, fp16 or bf16: S states (attention gives [B, H, M, d] each).
         lses: [S, ...], natural log, fp32 or fp64.
-        impl: "auto", "reference", "triton" or "native"; an explicit choice never falls back.
+        impl: "auto", "reference" or "triton"; an explicit choice never falls back.
 
     Returns:
         out: [..., d] of outs' dtype, contiguous. lse: [...] of lses' dtype.

@@ -31,9 +31,9 @@ def scaled_dot_product_attention(
 
     By torch's own function runs what this package's op is not made for: dropout (``dropout_p`` >
     0), nested and sparse tensors, subclasses with functions of their own, ``vmap``, forward-mode
-    derivatives, other dtypes than Args names, grouped keys and values of unlike numbers of heads,
-    a mask together with is_causal, d = 0; and whatever is wrong, so errors are torch's. Second
-    derivatives are refused.
+    derivatives, other dtypes than Args names, grouped keys and values of unlike numbers of heads
+    or axes, a mask together with is_causal, no heads, d = 0, d_v = 0; and whatever is wrong, so
+    errors are torch's. Second derivatives are refused.
 
     Args:
         query: [..., H, M, d], fp32, fp64, fp16 or bf16; two axes or more.
@@ -50,7 +50,7 @@ def scaled_dot_product_attention(
         [..., H, M, d_v] of query's dtype; contiguous where query is.
 
     Raises:
-        RuntimeError, ValueError, TypeError: torch's own.
+        RuntimeError, ValueError, TypeError: torch's own. RuntimeError: a second derivative.
 
     Example:
         >>> query, key, value = torch.randn(3, 1, 8, 5, 64).unbind()
