@@ -8,6 +8,19 @@ import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
+CONFIG_FILE, TENSOR_FILE = "astra_config.json", "codebooks.safetensors"
+
+
+def check_codebook_folder(folder: str | os.PathLike[str]) -> None:
+    """Raises FileNotFoundError unless both files of a codebook are in `folder`."""
+    path = Path(folder)
+    for name in (CONFIG_FILE, TENSOR_FILE):
+        if not (path / name).is_file():
+            raise FileNotFoundError(
+                f"codebook: expected {CONFIG_FILE} and {TENSOR_FILE} in {path}, "
+                f"found no {name}; make one with `astra fit --output {path}`"
+            )
+
 
 def open_to_others(folder: Path) -> None:
     """Gives a folder and its files the modes that the umask leaves, as any others.

@@ -10,6 +10,7 @@ import importlib.util
 import json
 import os
 import shutil
+import stat
 import sys
 import sysconfig
 import tempfile
@@ -288,6 +289,9 @@ def builtin_text(domain: str = "documentation") -> tuple[str, str]:
     return "\n\n".join(calibration), "\n\n".join(evaluation)
 
 
+MOST_PIPED = 64 << 20  # bytes of text, where no file says how long it is
+
+
 def read_text(file: str | os.PathLike[str]) -> str:
     """A text file in UTF-8, with or without a byte order mark; lines may end in CR LF.
 
@@ -296,9 +300,15 @@ def read_text(file: str | os.PathLike[str]) -> str:
     """
     name = f"text {os.fspath(file)!r}"
     try:
-        data = Path(file).read_bytes()
-    except OSError as error:
+        with open(file, "rb") as source:
+            whole = stat.S_ISREG(os.fstat(source.fileno()).st_mode)
+            data = source.read(-1 if whole else MOST_PIPED + 1)
+    except (OSError, ValueError) as error:
         raise AstraError(f"{name} cannot be read: {error}") from error
+    if not whole and len(data) > MOST_PIPED:
+        raise AstraError(
+            f"{name} cannot be read: expected at most {MOST_PIPED >> 20} MiB, got more"
+        )
     try:
         text = data.decode("utf-8-sig")
     except UnicodeDecodeError as error:

@@ -84,6 +84,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
     try:
         command = importlib.import_module(f".{options.command}", __package__)
+        _check_codebooks(options)
         return int(command.run(options) or 0)
     except (KeyboardInterrupt, SystemExit) as ended:
         if isinstance(ended, KeyboardInterrupt):
@@ -103,6 +104,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
         where = "" if expected else " (ASTRA_DEBUG=1 shows where)"
         print(f"astra: error: {what}{where}", file=sys.stderr)
         return 1
+
+
+def _check_codebooks(options: argparse.Namespace) -> None:
+    """Refuses folders without a codebook before a model is loaded."""
+    from ..files import check_codebook_folder
+    from .options import DENSE
+
+    given = getattr(options, "codebook", None) or []
+    for folder in [given] if isinstance(given, str) else given:
+        if folder != DENSE:
+            check_codebook_folder(folder)
 
 
 def _without(error: ModuleNotFoundError, command: str) -> str:

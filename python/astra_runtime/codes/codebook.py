@@ -16,7 +16,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from ..files import written_together
+from ..files import CONFIG_FILE, TENSOR_FILE, check_codebook_folder, written_together
 from ..models import Adapter
 from .base import GEOMETRY, Codec, geometry
 from .checks import check_fields
@@ -27,7 +27,6 @@ from .local_only import LocalOnly
 from .predictive import Transform
 from .registry import codec_named
 
-CONFIG_FILE, TENSOR_FILE = "astra_config.json", "codebooks.safetensors"
 FORMAT = 1
 NOT_IN_CONFIG = ("tables", "scales", "transforms", "fine", "notes")
 OF_FINE_CODES = ("fine_tokens", "fine_codewords")  # in the file where there are any
@@ -198,12 +197,7 @@ class Codebook(CodebookFields):
         from safetensors.torch import load
 
         path = Path(folder)
-        for name in (CONFIG_FILE, TENSOR_FILE):
-            if not (path / name).is_file():
-                raise FileNotFoundError(
-                    f"codebook: expected {CONFIG_FILE} and {TENSOR_FILE} in {path}, "
-                    f"found no {name}; make one with `astra fit --output {path}`"
-                )
+        check_codebook_folder(path)
         try:
             config = json.loads((path / CONFIG_FILE).read_text("utf-8"))
             tensors = load((path / TENSOR_FILE).read_bytes())

@@ -53,6 +53,8 @@ def unloaded(monkeypatch: pytest.MonkeyPatch) -> None:
         (["fit", "--space", "kv", "--target-gap", ".9", "--output", "{home}/x"], "--target-gap"),
         (["finetune", "--control", "exact", "--output", "{home}/text.txt"], "--output: "),
         (["plan", "--codebook", "{home}/none"], "make one with `astra"),
+        (["run", "--prompt", "x", "--codebook", "{home}/none"], "make one with `astra"),
+        (["eval", "--codebook", "{home}/none"], "make one with `astra"),
     ],
 )  # fmt: skip
 def test_mistakes_are_told_before_a_model_is_loaded(
@@ -238,3 +240,8 @@ def test_doctor_finds_a_cut_model(
     found = json.loads(here("doctor", "--json", code=1)[0])
     assert not found["healthy"]
     assert [name for name, check in found["checks"].items() if not check["ok"]] == ["model smollm2"]
+
+
+def test_a_text_without_an_end_is_refused() -> None:
+    with pytest.raises(AstraError, match="expected at most 64 MiB, got more"):
+        read_text("/dev/zero")

@@ -17,10 +17,10 @@ import torch
 import astra_kernels as ak
 from astra_runtime import Codebook, Engine
 from astra_runtime.cli.fitting import verdict
-from astra_runtime.codes.codebook import CONFIG_FILE, TENSOR_FILE
 from astra_runtime.codes.kv import balance
 from astra_runtime.codes.layouts import split_groups, split_tables
 from astra_runtime.codes.rotary import rotate, unrotate
+from astra_runtime.files import CONFIG_FILE, TENSOR_FILE
 from astra_runtime.models import adapt
 from astra_runtime.train.kmeans import kmeans
 
