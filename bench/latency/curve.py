@@ -22,7 +22,6 @@ TCP, IP and Ethernet.
 from __future__ import annotations
 
 import argparse
-import ctypes
 import json
 import math
 import statistics
@@ -53,9 +52,9 @@ from bench.report import Case, command_line, percentiles, quiet_transformers, wr
 MODULE = "bench.latency.curve"
 RANKS, LENGTHS = (2, 4, 8, 16, 32), (1024, 2048, 4096, 8192)
 FEW_RANKS = (2, 4)  # for every length
-SLOW = 8.0  # processor seconds: what takes longer is measured once
-TORCH_TOKENS = 2048  # the model's own pass is measured up to this length
-_M_ARENA_MAX = -8
+SLOW = 5.0  # processor seconds: what takes longer is measured once
+TORCH_TOKENS = 1024  # the model's own pass is measured up to this length
+MOST_ROWS = 2048  # of a product that is measured: more take as long a row
 Setting = tuple[str, int]  # codes and ranks
 
 
@@ -63,12 +62,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog=MODULE, description=__doc__.splitlines()[0])
     parser.add_argument("--model", choices=list(MODELS), default="smollm2")
     parser.add_argument("--codes", nargs="+", help="as bench.latency's settings; memory: the first")
+    parser.add_argument("--pack-weights", action="store_true", help="on one device and on all")
     parser.add_argument("--lengths", action="store_true", help="several lengths, on few ranks")
     parser.add_argument("--ranks", nargs="+", type=int)
     parser.add_argument("--tokens", nargs="+", type=int)
     parser.add_argument("--mbit", type=float, default=10.0)
     parser.add_argument("--rtt-ms", type=float, default=2.0)
-    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--repeats", type=int, help="default: 3, of several lengths 2")
     parser.add_argument("--name", help="of the result")
     parser.add_argument("--rank", help=argparse.SUPPRESS)
     options = parser.parse_args(arguments)
@@ -78,11 +78,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
         return
     options.ranks = options.ranks or list(FEW_RANKS if options.lengths else RANKS)
     options.tokens = options.tokens or list(LENGTHS if options.lengths else LENGTHS[:1])
+    options.repeats = options.repeats or (2 if options.lengths else 3)
     options.codes = options.codes or [usual_codes(options.model)]
     extra: dict[str, Any] = {"repeats": options.repeats}
     if options.lengths:
         extra["memory"] = memory(options)
-    settle()
+    torch.set_num_threads(1)
+    keep_memory()  # as the commands do
     costs = SocketCosts.measured()
     link = Link(options.mbit, rtt_ms=options.rtt_ms, tls=True)
     cases = [case for tokens in options.tokens for case in cases_of(options, tokens, link, costs)]
@@ -102,20 +104,14 @@ def usual_codes(model: str) -> str:
     return "default" if model.startswith("smollm2") else SETTINGS[model][0]
 
 
-def settle() -> None:
-    """One thread, and memory that is kept in one place: ranks are threads here, and glibc would
-    give each an arena of its own, which hands memory back."""
-    torch.set_num_threads(1)
-    if keep_memory():
-        ctypes.CDLL(None).mallopt(_M_ARENA_MAX, 1)
-
-
 def cases_of(
     options: argparse.Namespace, tokens: int, link: Link, costs: SocketCosts
 ) -> list[Case]:
     """The cases of one length."""
     subject = Subject.make(options.model, tokens)
     adapter = adapt(subject.model)
+    if options.pack_weights:
+        adapter.hooks.pack()  # once for all passes of this model
     books = {codes: subject.codebook(codes) for codes in options.codes}
     taken, recordings = measured(subject, books, adapter, options)
     single = min(statistics.median(taken[name]) for name in ("single", "torch") if name in taken)
@@ -143,6 +139,7 @@ def cases_of(
             floor_ms=1e3 * single / ranks,
             peers={n: 1e3 * statistics.median(taken[n]) for n in ("single", "torch") if n in taken},
             extra={
+                "packed_bytes": adapter.hooks.packed_bytes,
                 "speedup": 1e3 * single / times.p50,
                 "bound_ms": 1e3 * bound,
                 "bound_speedup": single / bound,
@@ -197,15 +194,18 @@ def on_one_core(work: Callable[[], float]) -> float:
 @torch.inference_mode()
 def products(adapter: Adapter, rows: int) -> float:
     """Processor seconds of all linear layers of the blocks, in order, for so many tokens."""
+    if rows > MOST_ROWS:
+        return rows / MOST_ROWS * products(adapter, MOST_ROWS)
     layers = [layer for block in adapter.blocks for layer in block.modules()]
     pairs = [(layer, width) for layer in layers if (width := width_of(layer))]
     inputs = {width: torch.randn(1, rows, width).to(adapter.dtype) for _, width in pairs}
-    for layer, width in pairs[: len(pairs) // len(adapter.blocks)]:
-        layer(inputs[width])
-    start = time.thread_time()
-    for layer, width in pairs:
-        layer(inputs[width])
-    return time.thread_time() - start
+    with adapter.installed():  # packed weights serve then alone
+        for layer, width in pairs[: len(pairs) // len(adapter.blocks)]:
+            layer(inputs[width])
+        start = time.thread_time()
+        for layer, width in pairs:
+            layer(inputs[width])
+        return time.thread_time() - start
 
 
 def width_of(layer: Any) -> int:

@@ -28,6 +28,7 @@ from .codes.staging import read_later
 from .codes.verify import check_projection
 from .errors import NotFinite
 from .exchange import compare_pictures, gather, receive_payloads
+from .inputs import all_finite
 from .trace import stage
 from .transport import Frame
 
@@ -118,7 +119,7 @@ class Layer:
         fine = call.sizes.fine[block][call.rank]
         frame = self._frame(size + fine)
         with stage("encode", block):
-            finite = torch.stack([tensor.isfinite().all() for tensor in tensors]).all()
+            finite = torch.stack([all_finite(tensor) for tensor in tensors]).all()
             what: Any = tensors[0] if call.codec.early else tensors
             out = frame.payload[: size + fine]
             pending = call.codec.encode(block, what, call.views.local_rope, out)

@@ -118,10 +118,12 @@ def test_a_run_writes_cases_that_tables_show(tmp_path, monkeypatch):
 
 def test_a_curve_names_what_bounds_it(tmp_path, monkeypatch):
     monkeypatch.setattr("bench.report.results.RESULTS", tmp_path)
-    monkeypatch.setattr(curve, "settle", lambda: None)  # the test's own process stays as it is
+    monkeypatch.setattr(curve, "keep_memory", lambda: None)  # the tests' process stays as it is
+    threads = torch.get_num_threads()
     curve.main(
         ["--model", "tiny", "--tokens", "96", "--ranks", "2", "--repeats", "1", "--name", "curve"]
     )
+    torch.set_num_threads(threads)
     (path,) = tmp_path.rglob("curve.json")
     report = json.loads(path.read_text())
     (case,) = report["cases"]

@@ -60,6 +60,7 @@ class Clock:
             )
 
 
+@Mesh.register
 class SlowMesh:
     """A rank that reaches some receivers only when they have given up waiting for that block."""
 
@@ -515,6 +516,7 @@ def test_a_token_depends_on_its_own_bits_only(name: str) -> None:
         assert torch.equal(read(broken)[came], whole[came])
 
 
+@Mesh.register
 class Gappy:
     """A mesh like one of datagrams: some bytes of some frames did not come, and are garbage."""
 

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 import astra_kernels as ak
 from astra_runtime.codes.packed import TableLookup
 from astra_runtime.codes.rotary import ConsecutiveAngles
-from astra_runtime.inputs import Views
+from astra_runtime.inputs import Views, all_finite
 from astra_runtime.models import adapt
 from astra_runtime.plan import Plan
 
@@ -70,3 +70,17 @@ def test_attention_is_told_so(monkeypatch, consecutive):
     codec = SimpleNamespace(keys=[None], values=[None])
     TableLookup.attend(codec, 0, torch.zeros(1, 2, 1, 8), torch.zeros(1, 5, 2), rope, None, 1.0)
     assert given["rope_consecutive"] is consecutive
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_what_is_not_finite_is_seen_anywhere(dtype):
+    values = torch.full((3, 5, 8), torch.finfo(dtype).max, dtype=dtype)  # whose sum is infinite
+    assert bool(all_finite(values))
+    assert bool(all_finite(values.transpose(0, 2)[1:]))
+    assert bool(all_finite(values[:0]))
+    for wrong in (float("nan"), float("inf"), -float("inf")):
+        for place in (0, 61, 119):
+            broken = values.clone()
+            broken.view(-1)[place] = wrong
+            assert not bool(all_finite(broken))
+            assert not bool(all_finite(broken.transpose(0, 2)))

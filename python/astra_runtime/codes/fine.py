@@ -70,5 +70,5 @@ class FineCode:
         return ak.encode(z, self.tables)
 
     def decode(self, codes: Tensor) -> Tensor:
-        """What codes [..., C] add to ŷ, [..., E]."""
-        return ak.decode(codes, self.tables).flatten(-2) @ self.synthesis
+        """What codes [..., C], found or checked before, add to ŷ, [..., E]."""
+        return ak.decode(codes, self.tables, check=False).flatten(-2) @ self.synthesis

@@ -79,9 +79,10 @@ class HiddenCodes(HiddenEncoder, DenseAttention):
     ) -> DenseTokens:
         projection = self.projections[block]
         if projection is not None:
-            codes = self.receive(block, payloads, batch)
-            return self.look_up(block, codes, projection, rope)[0]
-        estimate = ak.decode(self.read(block, payloads, batch), self.tables[block]).flatten(2)
+            received = self.receive(block, payloads, batch)
+            return self.look_up(block, received, projection, rope)[0]
+        codes = self.read(block, payloads, batch)  # which checks them
+        estimate = ak.decode(codes, self.tables[block], check=False).flatten(2)
         return self.project(block, estimate, rope)
 
     def look_up(

@@ -83,7 +83,8 @@ class PackedCodes(Codec):
 
     def read_codewords(self, block: int, payloads: Sequence[Payload], batch: int) -> Tensor:
         """The codewords of payloads, [B, N, C, w]; zeros where a token's codes did not come."""
-        codewords = ak.decode(self.read(block, payloads, batch), self.tables[block])
+        # `read` has checked the codes
+        codewords = ak.decode(self.read(block, payloads, batch), self.tables[block], check=False)
         received = visible_tokens(payloads, batch, None)
         if received is None:
             return codewords

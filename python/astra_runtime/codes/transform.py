@@ -6,6 +6,7 @@ import copy
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor
 
 import astra_kernels as ak
@@ -19,7 +20,7 @@ from .latent import DecoderState, code_macs, latent_codes
 from .layouts import merge_heads, split_heads
 from .packed import PackedCodes, pack_rows, unpack_rows
 from .predictive import rms_normalized
-from .rotary import Rope, rotate, unrotate
+from .rotary import Rope, inverse, rotate, unrotate
 from .simulated import Pair, Quantize, SentTokens, SimulatedCodec
 
 
@@ -51,7 +52,9 @@ class TransformCodes(PackedCodes, DenseAttention):
         self.fine = [fine.to(adapter.device) for fine in codebook.fine]
         self.fine_tokens = codebook.fine_tokens
         self.fine_bits, self.fine_codewords = codebook.fine_code_bits, codebook.fine_codewords
-        self.fine_sent = slice(0)  # which of the tokens sent have fine codes, in one pass
+        # of one pass: which of the tokens sent have fine codes, and by what keys are turned back
+        self.fine_sent, self.dtype = slice(0), adapter.dtype
+        self.turned_back: tuple[Rope, Rope] = (None, None)
 
     @classmethod
     def token_bits(cls, codebook: CodebookFields, sizes: Mapping[str, int], block: int) -> float:
@@ -95,6 +98,7 @@ class TransformCodes(PackedCodes, DenseAttention):
     def begin(self, inputs: Mapping[str, Tensor], plan: Plan, rank: int) -> TransformCodes:
         this = copy.copy(self)  # the tensors stay shared
         this.fine_sent = plan.fine_tokens(rank, self.fine_tokens)
+        this.dtype, this.turned_back = self.adapter.dtype, (None, None)
         if not self.adapter.token_ids:
             batch = len(next(iter(inputs.values())))
             received = sum(plan.num_received(rank, n) for n in plan.sources(rank))
@@ -114,10 +118,12 @@ class TransformCodes(PackedCodes, DenseAttention):
 
     def encode(self, block: int, what: Any, rope: Rope, out: memoryview) -> Pending | None:
         key, value = what
-        y = merge_heads(unrotate(key.float(), rope), value.float())
+        if self.turned_back[0] is not rope:  # the same for every block
+            self.turned_back = rope, inverse(rope, torch.float32)
+        y = merge_heads(rotate(key.float(), self.turned_back[1]), value.float())
         size = self.payload_bytes(block, len(y), y.shape[1])
         codes, pending = self.write(block, self.own.coordinates(block, y), out[:size])
-        codewords = ak.decode(codes, self.tables[block])
+        codewords = ak.decode(codes, self.tables[block], check=False)  # they were found right here
         if len(out) > size:
             self._write_fine(block, y, codewords, out[size:])
         self.own.update(block, codewords)
@@ -171,8 +177,7 @@ class TransformCodes(PackedCodes, DenseAttention):
 
     def _tokens(self, estimate: Tensor, rope: Rope) -> DenseTokens:
         key, value = split_heads(estimate, self.adapter.num_key_value_heads)
-        dtype = self.adapter.dtype
-        return DenseTokens(rotate(key, rope).to(dtype), value.to(dtype))
+        return DenseTokens(rotate(key, rope).to(self.dtype), value.to(self.dtype))
 
 
 class _Simulated(SimulatedCodec):

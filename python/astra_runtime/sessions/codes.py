@@ -15,6 +15,7 @@ from ..codes.base import Payload
 from ..codes.packed import PackedCodes
 from ..control import Control
 from ..errors import NotFinite
+from ..inputs import all_finite
 from ..trace import stage
 from ..transport import peers_of
 from .base import EngineParts, Running
@@ -150,7 +151,7 @@ def encode(
     payloads = []
     for block, sizes in enumerate(_sizes(engine, tokens, num_fine)):
         key, value = state.cache.tensors(block, start, stop)
-        if not bool(key.isfinite().all() and value.isfinite().all()):
+        if not bool(all_finite(key) and all_finite(value)):
             raise NotFinite(engine.rank, f"its tokens hold NaN or infinity in block {block}")
         out = bytearray(sum(sizes))
         if out:
