@@ -182,7 +182,7 @@ def _causal(
     # One staircase serves all blocks: open columns, then a triangle. A block that starts at an
     # earlier row uses the same triangle with fewer open columns to its left.
     columns = tokens - rows + last
-    stairs = torch.zeros(block, columns + block, dtype=compute_dtype(query))
+    stairs = torch.zeros(block, columns + block, dtype=compute_dtype(query), device="cpu")
     stairs[:, columns:].fill_(float("-inf")).triu_(1)
     out, lse = new_state(query, value.shape[3])
     for start in range(0, rows, block):
@@ -210,8 +210,8 @@ def _visible_only(
         one = slice(row, row + 1)
         bias = None
         if is_causal:
-            place = torch.arange(tokens - rows, tokens).unsqueeze(1)
-            bias = torch.zeros(rows, len(index), dtype=compute_dtype(query))
+            place = torch.arange(tokens - rows, tokens, device="cpu").unsqueeze(1)
+            bias = torch.zeros(rows, len(index), dtype=compute_dtype(query), device="cpu")
             bias.masked_fill_(index > place, float("-inf"))
         key_row, value_row = (x[one].index_select(2, index) for x in (key, value))
         out[one], lse[one] = flash(query[one], key_row, value_row, scale, bias)

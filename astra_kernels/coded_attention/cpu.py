@@ -38,7 +38,7 @@ def row_index(codes: Tensor, table: Tensor) -> Tensor:
     stages, kv_heads, groups, codewords, _ = table.shape
     batch, tokens, codes_per_token = codes.shape
     shared = codes_per_token == stages * groups
-    first_rows = torch.arange(0, stages * kv_heads * groups * codewords, codewords)
+    first_rows = torch.arange(0, stages * kv_heads * groups * codewords, codewords, device="cpu")
     index = codes.reshape(batch, tokens, stages, 1 if shared else kv_heads, groups)
     index = index + first_rows.view(stages, kv_heads, groups)
     return index.movedim(2, 0).reshape(stages, -1)

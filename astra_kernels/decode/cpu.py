@@ -8,7 +8,7 @@ from torch import Tensor
 
 def decode(codes: Tensor, codebook: Tensor) -> Tensor:
     groups, codewords, width = codebook.shape
-    first_rows = torch.arange(0, groups * codewords, codewords)
+    first_rows = torch.arange(0, groups * codewords, codewords, device="cpu")
     index = (codes + first_rows).reshape(-1)
     vectors = codebook.reshape(-1, width).index_select(0, index)
     return vectors.view(*codes.shape, width)

@@ -36,8 +36,8 @@ def encode(vectors: Tensor, codebook: Tensor, half_norms: Tensor | None = None) 
     half_norms = half_norms.to(dtype)
     count = rows.shape[0]
     tile = max(1, min(count, max(MIN_ROWS, TILE // codewords)))
-    scores = torch.empty(tile, codewords, dtype=dtype)
-    codes = torch.empty(count, groups, dtype=torch.int32)
+    scores = torch.empty(tile, codewords, dtype=dtype, device="cpu")
+    codes = torch.empty(count, groups, dtype=torch.int32, device="cpu")
     for group in range(groups):
         table = codebook[group]
         for start in range(0, count, tile):
@@ -76,11 +76,13 @@ def _lowest_equal(table: Tensor, half_norms: Tensor) -> Tensor | None:
     repeated = norms[1:] == norms[:-1]
     if not repeated.any():
         return None
-    lowest = torch.arange(len(table), dtype=torch.int32)
+    lowest = torch.arange(len(table), dtype=torch.int32, device="cpu")
     no, yes = norms.new_zeros(1, dtype=torch.bool), repeated
     rows = order[torch.cat((yes, no)) | torch.cat((no, yes))].sort().values
     _, inverse = torch.unique(table[rows], dim=0, return_inverse=True)
-    first = torch.full((len(rows),), len(table)).scatter_reduce_(0, inverse, rows, "amin")
+    first = torch.full((len(rows),), len(table), device="cpu").scatter_reduce_(
+        0, inverse, rows, "amin"
+    )
     lowest[rows] = first[inverse].to(torch.int32)
     return lowest
 

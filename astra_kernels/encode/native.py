@@ -18,7 +18,7 @@ def encode(vectors: Tensor, codebook: Tensor, half_norms: Tensor | None = None) 
     groups, codewords, width = codebook.shape
     table = codebook.detach().float().contiguous()
     rows = vectors.detach().reshape(-1, groups, width).float().contiguous()
-    codes = torch.empty(vectors.shape[:-1], dtype=torch.int32)
+    codes = torch.empty(vectors.shape[:-1], dtype=torch.int32, device="cpu")
     _C.encode(
         rows.data_ptr(),
         table.data_ptr(),

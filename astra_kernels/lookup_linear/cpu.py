@@ -33,7 +33,7 @@ def lookup_linear(
 def _look_up(codes: Tensor, codebook: Tensor, dtype: torch.dtype) -> Tensor:
     """A new tensor [..., C*w]."""
     stages, groups, codewords, width = (1, *codebook.shape)[-4:]
-    first_rows = torch.arange(0, stages * groups * codewords, codewords)
+    first_rows = torch.arange(0, stages * groups * codewords, codewords, device="cpu")
     index = (codes + first_rows).reshape(-1, stages, groups)
     table = codebook.reshape(-1, width)
     hidden = table.index_select(0, index[:, 0].reshape(-1)).to(dtype)

@@ -16,7 +16,7 @@ def quantized_linear(
     tensors = [weight, scale, minimum, bias]
     kept = [None if tensor is None else tensor.contiguous() for tensor in tensors]
     values, scales, minima, added = (0 if tensor is None else tensor.data_ptr() for tensor in kept)
-    out = torch.empty(vectors.shape[:-1] + (outputs,), dtype=torch.float32)
+    out = torch.empty(vectors.shape[:-1] + (outputs,), dtype=torch.float32, device="cpu")
     _C.quantized_linear(
         rows.data_ptr(),
         values,

@@ -375,7 +375,7 @@ def _chooser(processors: Sequence[Any], sample: bool) -> Callable[[Tensor, Tenso
 def _stopper(criteria: Sequence[Any]) -> Callable[[Tensor], bool]:
     def stop(ids: Tensor) -> bool:
         """Whether every row is ended by one of the criteria."""
-        ended = torch.zeros(len(ids), dtype=torch.bool)
+        ended = torch.zeros(len(ids), dtype=torch.bool, device="cpu")
         for criterion in criteria:
             ended |= torch.as_tensor(criterion(ids, None)).cpu()
         return bool(ended.all())

@@ -31,9 +31,10 @@ class LastTokens:
     def of(cls, tokens: Tensor, plan: Plan) -> LastTokens:
         """From each row's last token, int64 [B], as a column of the whole sequence."""
         columns = tokens.cpu()
-        starts = torch.tensor(plan.bounds[1:]) + plan.copies  # where the shard after each begins
+        # where the shard after each begins
+        starts = torch.tensor(plan.bounds[1:], device="cpu") + plan.copies
         ranks = torch.searchsorted(starts, columns, right=True).clamp(max=plan.world_size - 1)
-        shards = torch.tensor(plan.bounds)[ranks]
+        shards = torch.tensor(plan.bounds, device="cpu")[ranks]
         replicated = columns < plan.copies  # every rank has these; the owner answers for them
         places = torch.where(replicated, columns, columns - shards)
         return cls(torch.where(replicated, plan.owner, ranks), places)

@@ -51,6 +51,8 @@ class _Chat:
 
 
 def run(options: argparse.Namespace) -> int:
+    if sys.stdin is None:
+        raise AstraError("chat: expected questions from standard input, which is closed")
     sampling = sampling_of(options)
     place = Place.of(options)
     with started_early(options, place) as others:

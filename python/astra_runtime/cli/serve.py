@@ -85,6 +85,8 @@ def run(options: argparse.Namespace) -> int:
     from ..serve.http import HttpOptions, check_exposure, read_api_keys
 
     logging.basicConfig(level=logging.INFO, format="%(message)s")
+    if options.port > 0xFFFF:
+        raise AstraError(f"--port: expected 0 to {0xFFFF}, got {options.port}")
     keys = read_api_keys(options.api_key, options.api_key_file)
     check_exposure(options.host, keys, options.insecure)
     place = Place.of(options)

@@ -63,7 +63,7 @@ def received_mask(
 ) -> Tensor:
     """Which tokens of a payload are whole, bool [batch, tokens]: all of whose bits lie outside of
     the missing byte ranges [start, stop)."""
-    whole = torch.ones(batch, tokens, dtype=torch.bool)
+    whole = torch.ones(batch, tokens, dtype=torch.bool, device="cpu")
     ranges = [(start, stop) for start, stop in missing if start < stop]
     for place in layout:
         for start, stop in ranges:
@@ -81,7 +81,7 @@ def visible_tokens(
     if all(payload.received is None for payload in payloads):
         return visible
     parts = [
-        torch.ones(batch, p.num_received, dtype=torch.bool)
+        torch.ones(batch, p.num_received, dtype=torch.bool, device="cpu")
         if p.received is None
         else p.received[:, : p.num_received]
         for p in payloads

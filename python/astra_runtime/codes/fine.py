@@ -49,7 +49,11 @@ class FineCode:
     @classmethod
     def zero_codes(cls, width: int, codewords: int) -> FineCode:
         """Of a block of which nothing more is sent; `width` is E."""
-        return cls(torch.zeros(width, 0), torch.zeros(0, width), torch.zeros(0, codewords, 1))
+        return cls(
+            torch.zeros(width, 0, device="cpu"),
+            torch.zeros(0, width, device="cpu"),
+            torch.zeros(0, codewords, 1, device="cpu"),
+        )
 
     def tensors(self) -> dict[str, Tensor]:
         """By the names that they have in a codebook's file."""

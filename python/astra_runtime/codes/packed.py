@@ -121,7 +121,7 @@ def unpack_rows(view: memoryview, shape: tuple[int, int, int], bits: int, codewo
 
     WireError: not as any rank packs them.
     """
-    codes, row = torch.empty(shape, dtype=torch.int32), len(view) // shape[0]
+    codes, row = torch.empty(shape, dtype=torch.int32, device="cpu"), len(view) // shape[0]
     for b, out in enumerate(codes):
         count = out.numel()
         part = view[b * row : (b + 1) * row]

@@ -71,12 +71,12 @@ class Transform:
     def zero_codes(cls, width: int, codewords: int) -> Transform:
         """A block of which nothing is sent, and nothing predicted; `width` is E."""
         return cls(
-            torch.zeros(0, 0),
-            torch.zeros(0, width),
-            torch.zeros(width),
-            torch.zeros(width, 0),
-            torch.zeros(0, width),
-            torch.zeros(0, codewords, 1),
+            torch.zeros(0, 0, device="cpu"),
+            torch.zeros(0, width, device="cpu"),
+            torch.zeros(width, device="cpu"),
+            torch.zeros(width, 0, device="cpu"),
+            torch.zeros(0, width, device="cpu"),
+            torch.zeros(0, codewords, 1, device="cpu"),
         )
 
     def tensors(self) -> dict[str, Tensor]:

@@ -30,7 +30,7 @@ def read_later(flag: Tensor) -> Callable[[], bool]:
     if flag.device.type != "cuda":
         value = bool(flag)
         return lambda: value
-    copy = torch.empty(flag.shape, dtype=flag.dtype, pin_memory=True)
+    copy = torch.empty(flag.shape, dtype=flag.dtype, pin_memory=True, device="cpu")
     copy.copy_(flag, non_blocking=True)
     copied = torch.cuda.current_stream(flag.device).record_event()
 
@@ -130,7 +130,9 @@ class Staging:
         key = (use, size)
         if key not in self._buffers:
             pinned = self.stream is not None
-            self._buffers[key] = torch.empty(size, dtype=torch.uint8, pin_memory=pinned)
+            self._buffers[key] = torch.empty(
+                size, dtype=torch.uint8, pin_memory=pinned, device="cpu"
+            )
         return self._buffers[key]
 
     @contextlib.contextmanager

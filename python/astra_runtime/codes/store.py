@@ -84,7 +84,7 @@ class CodeStore:
         if len(data) != size:
             raise ValueError(f"data: expected {size} bytes of {tokens} tokens, got {len(data)}")
         if not count:
-            self.append(torch.zeros(tokens, self.groups, dtype=torch.int32))
+            self.append(torch.zeros(tokens, self.groups, dtype=torch.int32, device="cpu"))
             return
         flat = torch.frombuffer(bytearray(data), dtype=torch.uint8)
         self.append(ak.unpack(flat, self.bits, count).view(tokens, self.groups))
@@ -98,13 +98,14 @@ class CodeStore:
             )
         first, last = start // PAGE_TOKENS, -(-stop // PAGE_TOKENS)
         parts = [self._unpacked(page) for page in range(first, last)]
-        joined = torch.cat(parts) if parts else torch.zeros(0, self.groups, dtype=torch.int32)
+        empty = torch.zeros(0, self.groups, dtype=torch.int32, device="cpu")
+        joined = torch.cat(parts or [empty])
         return joined[start - first * PAGE_TOKENS : stop - first * PAGE_TOKENS]
 
     def _unpacked(self, page: int) -> Tensor:
         tokens = min(PAGE_TOKENS, self._tokens - page * PAGE_TOKENS)
         if not self.groups:
-            return torch.zeros(tokens, 0, dtype=torch.int32)
+            return torch.zeros(tokens, 0, dtype=torch.int32, device="cpu")
         # a page that was cut holds more than is valid
         data = self._pages[page][: ak.packed_size(tokens * self.groups, self.bits)].clone()
         behind = tokens * self.groups * self.bits % 8

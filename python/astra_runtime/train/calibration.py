@@ -41,7 +41,12 @@ def as_windows(calibration: Tensor | Sequence[Tensor]) -> list[Inputs]:
                 "calibration: expected windows of token ids, integers [T], or images, [C, h, w], "
                 f"got {window.dtype} of shape {list(window.shape)}"
             )
-    return [{"pixel_values" if images else "input_ids": window[None]} for window in windows]
+    name = "pixel_values" if images else "input_ids"
+    return [{name: _as_long(window)[None]} for window in windows]
+
+
+def _as_long(window: Tensor) -> Tensor:
+    return window.long() if window.dtype == torch.int32 else window
 
 
 def check_windows(

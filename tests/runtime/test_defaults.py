@@ -1,0 +1,69 @@
+"""What a host has set for torch as a whole, default device and dtype, is not the engine's."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import astra_kernels as ak
+from astra_runtime import Engine
+from astra_runtime.evaluate import run_ranks
+from astra_runtime.transport import Mesh
+
+from .models import book_of, inputs_for, tiny
+
+
+@contextlib.contextmanager
+def _default_dtype(dtype: torch.dtype) -> Any:
+    torch.set_default_dtype(dtype)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(torch.float32)
+
+
+@pytest.mark.parametrize("space", ["kv", "hidden"])
+@pytest.mark.parametrize(
+    "setting", [lambda: torch.device("meta"), lambda: _default_dtype(torch.float64)]
+)
+def test_calls_under_another_default(setting: Callable[[], Any], space: str) -> None:
+    """Received codes were written to memory of the default device: a crash of the process."""
+    model, inputs = tiny("llama"), inputs_for("llama", 70)
+    groups = 3 if space == "kv" else 2
+    book = book_of(model, "llama", space=space, groups=groups, codewords=16, held_back=0)
+
+    def work(mesh: Mesh, context: Callable[[], Any]) -> Tensor:
+        with context(), Engine(model, book, mesh, halo=0) as engine:
+            answer: Tensor = engine(**inputs, logits="all").logits
+            return answer
+
+    want = run_ranks(2, lambda mesh: work(mesh, contextlib.nullcontext))
+    for got, own in zip(run_ranks(2, lambda mesh: work(mesh, setting)), want, strict=True):
+        assert torch.equal(got, own)
+
+
+def test_ops_under_another_default_device() -> None:
+    tables, query = torch.randn(2, 1, 40, 16), torch.randn(1, 2, 70, 16)
+    vectors = torch.randn(300, 2, 16)
+
+    def calls() -> list[Tensor]:
+        codes = ak.encode(vectors, tables[:, 0])
+        return [
+            codes,
+            ak.decode(codes, tables[:, 0]),
+            ak.pack(codes.flatten(), 6),
+            ak.coded_attention(query, codes[None], tables, tables)[0],
+            ak.attention(query, query, query, is_causal=True)[0],
+            ak.attention(query, query, query, window=(9, 0))[0],
+        ]
+
+    want = calls()
+    with torch.device("meta"):
+        got = calls()
+    for one, other in zip(got, want, strict=True):
+        assert torch.equal(one, other)
