@@ -134,6 +134,30 @@ def speedup(name: str, ranks: int, least: float) -> Callable[[], Figure | None]:
     return figure
 
 
+def curve(name: str, tokens: int, ranks: int, least: float) -> Callable[[], Figure | None]:
+    """Over one device on the virtual clock, by the best codes, beside what products allow."""
+
+    def figure() -> Figure | None:
+        where = {"world_size": ranks, "tokens": tokens}
+        found = [case for case in cases(name) if where.items() <= case["shape"].items()]
+        if not found:
+            return None
+        best = max(found, key=lambda case: float(case["speedup"]))
+        ratio, bound = best["speedup"], best["bound_speedup"]
+        return Figure(f"{ratio:.2f}× (products allow {bound:.2f}×)", ratio >= least)
+
+    return figure
+
+
+def tail(most: float) -> Figure | None:
+    """p99 over p50 of whole calls by two ranks, over the same of one device in the same run."""
+    return at_least(
+        [case["tail_over_single"] for case in cases("latency_frames") if case["peers"]],
+        most,
+        most=True,
+    )
+
+
 def scaled(least: float) -> Figure | None:
     """The largest ratio to block parallelism with all-gather where ASTRA beats one device, beside
     the bound there."""

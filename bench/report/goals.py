@@ -9,6 +9,7 @@ from .figures import (
     Figure,
     at_least,
     by_ranks,
+    curve,
     exchange,
     fastest,
     fault,
@@ -25,6 +26,7 @@ from .figures import (
     scaled,
     soak,
     speedup,
+    tail,
     vision,
 )
 from .markdown import Table, table
@@ -164,6 +166,27 @@ GOALS = (
         "SmolLM2, N=2 real processes, 10 Mbit/s",
         "≥1.85×",
         speedup("latency_real_smollm2", 2, 1.85),
+    ),
+    *(
+        Goal(
+            LATENCY,
+            f"ViT-Base, N={ranks}, 10 Mbit/s, TLS counted, one core for all ranks in turn",
+            f"≥{least:g}×",
+            curve("latency_curve_vit-base", 1024, ranks, least),
+        )
+        for ranks, least in ((2, 1.9), (4, 3.7), (8, 6.8), (16, 12), (32, 18))
+    ),
+    Goal(
+        LATENCY,
+        "SmolLM2, 8,192 tokens, N=4, the same",
+        "≥3.5×",
+        curve("latency_lengths_smollm2", 8192, 4, 3.5),
+    ),
+    Goal(
+        LATENCY,
+        "p99 over p50 of whole calls of ViT-Base, N=2, over one device's",
+        "≤1.05×",
+        lambda: tail(1.05),
     ),
     Goal(LATENCY, "first token with round trips of 0.2 to 20 ms", "reported", round_trips),
     Goal(
