@@ -26,7 +26,13 @@ from typing import Any
 import torch
 
 from astra_runtime import Codebook
-from astra_runtime.cli.fitting import OTHERS, WINDOWS, default_fine_bits, progress_bar
+from astra_runtime.cli.fitting import (
+    OTHERS,
+    WINDOWS,
+    default_fine_bits,
+    halved,
+    progress_bar,
+)
 from astra_runtime.console import say
 from astra_runtime.store import load_model, load_tokenizer
 from bench.accuracy.corpora import held_out
@@ -64,14 +70,15 @@ def fit_shape(name: str) -> None:
     """The default fit of a shape, on random windows."""
     model = shaped(name)
     windows = list(torch.randint(model.config.vocab_size, (WINDOWS + OTHERS, TOKENS)))
+    calibration, extra = halved(windows[:WINDOWS], windows[WINDOWS:])
     with progress_bar() as progress:
         book = Codebook.fit(
             model,
-            windows[:WINDOWS],
+            calibration,
             space="transform",
             bits=BITS,
             fine_bits=default_fine_bits(model, "transform", BITS),
-            extra=windows[WINDOWS:],
+            extra=extra,
             progress=progress,
         )
     say(f"{book.bits:.1f} bits, {book.notes['held_back']}")

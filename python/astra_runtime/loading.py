@@ -8,7 +8,6 @@ layout, a base model without its head) is left to transformers, which reads all 
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import json
 import math
 from collections.abc import Iterator
@@ -23,6 +22,7 @@ from .models.digest import digests_of, entry_of
 from .models.families import FAMILIES
 from .models.quantize import quantize
 from .models.quantized import BITS, quantizable, quantized_module, tie_head
+from .steady import give_back
 
 FORMS = ("float32", "bfloat16", *BITS)
 _DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
@@ -94,7 +94,7 @@ def _streamed(kind: Any, folder: Path, config: Any, form: str) -> Any:
         if parts[module].keys() >= _parameters(model, module):
             made = quantized_module(kinds[module], form=form, **_of(parts.pop(module)))
             _replace(model, module, made)
-            _give_back()
+            give_back()
     if shared:
         _share(model, form, {alias.rpartition(".")[0] for alias in shared}, kinds)
     elif parts:
@@ -104,13 +104,6 @@ def _streamed(kind: Any, folder: Path, config: Any, form: str) -> Any:
     adapter = adapt(model)
     adapter.set_checkpoints(digests_of(config, entries))
     return model
-
-
-def _give_back() -> None:
-    """Memory of tensors that are gone goes back to the system, where the C library knows how."""
-    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
-    if trim is not None:
-        trim(0)
 
 
 def _of(parts: dict[str, Tensor]) -> dict[str, Any]:

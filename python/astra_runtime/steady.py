@@ -26,3 +26,10 @@ def keep_memory() -> bool:
     except (OSError, AttributeError):  # another C library
         return False
     return bool(mallopt(_M_MMAP_THRESHOLD, LARGEST) and mallopt(_M_TRIM_THRESHOLD, KEPT))
+
+
+def give_back() -> None:
+    """Memory of tensors that are gone goes back to the system, where the C library knows how."""
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+    if trim is not None:
+        trim(0)

@@ -15,15 +15,16 @@ from ..console import say, working
 from ..errors import AstraError
 from .options import DENSE
 
-WINDOWS, MORE_WINDOWS = 10, 26  # of the text, of a codec that learns from few, and of the others
-OTHERS = 6  # windows of the built-in text's second domain
+WINDOWS, MORE_WINDOWS = 12, 26  # of the text, of a codec that learns from few, and of the others
+OTHERS = 8  # windows of the built-in text's second domain
+WHOLE = 4  # of a decoder's windows; of the others the first half
 CHARACTERS = 10  # more than a token has
 SAMPLED_TOKENS = 512  # of a window that the model writes
 FINE_TOKENS = 64  # before a cut that have fine codes
 # Bits of those, for each bit of the others.
 FINE_SHARE = 4
 # Of the default fit: raised when it changes, so that no codebook cached before passes for one.
-DEFAULT_FIT = 2
+DEFAULT_FIT = 3
 
 
 def cached_codebook(name: str, model: Any) -> Path | None:
@@ -138,7 +139,7 @@ def fit_text(
     `windows` None: as many of the text as serve the codec. `fine_bits` None: `default_fine_bits`.
     """
     from ..codes.registry import codec_named
-    from ..models import is_language_model
+    from ..models import adapt, is_language_model
     from ..store import token_limit, token_windows
     from ..train.fit import fit
 
@@ -148,6 +149,7 @@ def fit_text(
         fine_bits = default_fine_bits(model, space, options.get("bits"))
     options["fine_bits"] = fine_bits
     length = min(tokens, token_limit(model) or tokens)
+    halves = windows is None and codec_named(space).gains_by_variety and adapt(model).causal
     if windows is None:
         few = WINDOWS if others else WINDOWS + OTHERS
         windows = few if codec_named(space).gains_by_variety else MORE_WINDOWS
@@ -155,11 +157,24 @@ def fit_text(
         progress("reading", 0, 1)
         calibration = token_windows(tokenizer, text, length, windows)
         extra = _excerpts(tokenizer, others, length) if others else []
+        if halves and len(calibration) == windows:
+            calibration, extra = halved(calibration, extra)
         if sampled:
             extra += _sampled(model, tokenizer, sampled, length, options.get("seed", 0), progress)
         codebook = fit(model, calibration, space=space, extra=extra, progress=progress, **options)
     say(verdict(codebook.notes.get("held_back")))
     return codebook
+
+
+def halved(calibration: list[Any], extra: list[Any]) -> tuple[list[Any], list[Any]]:
+    """The same windows, but WHOLE evenly spaced ones cut to their first halves, all of them extra.
+
+    Many short pieces of a text say more than few long ones of as many tokens.
+    """
+    step = len(calibration) // WHOLE
+    whole = calibration[step // 2 :: step]
+    others = [w for i, w in enumerate(calibration) if i % step != step // 2]
+    return whole, [window[: len(window) // 2] for window in others + extra]
 
 
 def _excerpts(tokenizer: Any, text: str, tokens: int) -> list[Any]:

@@ -14,13 +14,16 @@ from ..codes.codebook import Codebook
 from ..codes.fine import FineCode
 from ..codes.transform import TransformCodes
 from ..models import Adapter, Inputs, adapt
-from .calibration import Progress, record_pairs
+from ..steady import give_back
+from .calibration import Progress, check_finite, empty_pairs, record_pairs
 from .fit_transform import SEARCH, Rows, allocate, embedding_of, fit_blocks, fit_fine
 from .options import FitData, FitOptions
 from .sensitivity import Cost, sensitivity
 
 # Windows with a backward pass each; of a decoder short ones, as a pass keeps all activations.
 PASSES, DECODER_TOKENS = 8, 384
+# Tokens, and vectors a codeword, with which the rest of these windows is not needed.
+ENOUGH, ENOUGH_MEMBERS = 8192, 32
 DEFAULT_BITS = 100.0
 FINE_CODEWORDS = 64  # of a group of fine codes, which are many
 FINE_ROWS = 4096  # tokens that they are fitted on: as many as k-means of so few codewords sees
@@ -88,9 +91,10 @@ class TransformFit:
     ) -> None:
         adapter = adapt(model)
         self.options, self.progress = options, progress
-        vectors = sum(batch * tokens for batch, tokens in map(adapter.count, windows))
+        weighed, others = _divided(windows, adapter, options)
+        windows = weighed + others
         notes = {
-            "calibration_vectors": vectors,
+            "calibration_vectors": sum(math.prod(adapter.count(window)) for window in windows),
             "iterations": options.iterations,
             "seed": options.seed,
         }
@@ -101,17 +105,22 @@ class TransformFit:
             model=adapter.checkpoint(),
             notes=notes,
         )
-        prefix = options.prefix
+        pairs, parts = empty_pairs(adapter, windows, options.prefix)
         fisher = sensitivity(
             model,
-            _few(windows, adapter),
-            prefix=prefix,
+            weighed,
+            prefix=options.prefix,
             world_size=4,
             seed=options.seed,
+            parts=parts[: len(weighed)],
             progress=progress,
         )
-        pairs = record_pairs(adapter, windows, progress, prefix)
-        copies, embedding = adapter.class_tokens + prefix, None
+        give_back()  # what gradients took
+        record_pairs(adapter, others, progress, options.prefix, parts[len(weighed) :])
+        give_back()
+        for block, rows in enumerate(pairs):
+            check_finite(rows, block)
+        copies, embedding = adapter.class_tokens + options.prefix, None
         if adapter.token_ids:
             embedding = torch.cat(
                 [embedding_of(adapter, window)[:, copies:].flatten(0, 1) for window in windows]
@@ -167,13 +176,29 @@ class TransformFit:
         return replace(made, fine=fine, fine_tokens=tokens, fine_codewords=fine_codewords)
 
 
-def _few(windows: list[Inputs], adapter: Adapter) -> list[Inputs]:
-    """Evenly spaced ones for gradients, of a decoder their beginnings."""
+def _divided(
+    windows: list[Inputs], adapter: Adapter, options: TransformOptions
+) -> tuple[list[Inputs], list[Inputs]]:
+    """Evenly spaced windows for gradients, of a decoder their beginnings, and the others.
+
+    What follows on the beginnings are further windows where the tokens would be few without it.
+    """
     count = min(PASSES, len(windows))
-    few = [windows[i * len(windows) // count] for i in range(count)]
+    chosen = [i * len(windows) // count for i in range(count)]
+    others = [window for i, window in enumerate(windows) if i not in chosen]
+    whole = [windows[i] for i in chosen]
     if not adapter.causal:
-        return few
-    return [{name: ids[:, :DECODER_TOKENS] for name, ids in window.items()} for window in few]
+        return whole, others
+    weighed = [_tokens(window, slice(0, DECODER_TOKENS)) for window in whole]
+    tokens = sum(adapter.count(window)[1] for window in weighed + others)
+    if tokens < max(ENOUGH, ENOUGH_MEMBERS * options.vectors_needed):
+        rests = [_tokens(window, slice(DECODER_TOKENS, None)) for window in whole]
+        others += [rest for rest in rests if adapter.count(rest)[1] > options.prefix]
+    return weighed, others
+
+
+def _tokens(window: Inputs, part: slice) -> Inputs:
+    return {name: ids[:, part] for name, ids in window.items()}
 
 
 def fit_transform(data: FitData, options: TransformOptions) -> Codebook:
@@ -182,6 +207,7 @@ def fit_transform(data: FitData, options: TransformOptions) -> Codebook:
         raise ValueError("target_gap: expected windows to hold out, on which it is measured")
 
     def evaluated(codebook: Codebook) -> Codebook:
+        give_back()
         if data.evaluate is not None:
             codebook.notes["held_back"] = data.evaluate(codebook)
         return codebook

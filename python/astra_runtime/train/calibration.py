@@ -109,18 +109,31 @@ def record(
     return Recorded(adapter, by_window)
 
 
-def record_pairs(
-    adapter: Adapter, windows: list[Inputs], progress: Progress, prefix: int = 0
-) -> list[Tensor]:
-    """Keys and values of every block, side by side as `merge_heads` puts them: [n, E] each.
+def empty_pairs(
+    adapter: Adapter, windows: Sequence[Inputs], prefix: int = 0
+) -> tuple[list[Tensor], list[tuple[Tensor, ...]]]:
+    """Room for the keys and values of every block, side by side as `merge_heads` puts them.
 
-    What `record` keeps, but written at once where it stays: many small tensors that are kept, among
+    What is recorded is written at once where it stays: many small tensors that are kept, among
     large ones that are not, would scatter over several times the memory.
+
+    Returns:
+        The rows [n, E] of each block, and of each window the parts of them that are its own.
     """
     tokens = [adapter.count(window)[1] - prefix for window in windows]
     width = 2 * adapter.num_key_value_heads * adapter.head_dim
     rows = [torch.empty(sum(tokens), width, device=adapter.device) for _ in adapter.blocks]
-    parts = list(zip(*(block.split(tokens) for block in rows), strict=True))
+    return rows, list(zip(*(block.split(tokens) for block in rows), strict=True))
+
+
+def record_pairs(
+    adapter: Adapter,
+    windows: list[Inputs],
+    progress: Progress,
+    prefix: int,
+    parts: Sequence[Sequence[Tensor]],
+) -> None:
+    """Writes keys and values of every window, what `record` keeps, into its part of the rows."""
 
     def run(numbered: tuple[int, Inputs]) -> None:
         number, window = numbered
@@ -132,9 +145,6 @@ def record_pairs(
     with adapter.installed():
         for done, _ in enumerate(map_cores(run, list(enumerate(windows)))):
             progress("calibrating", done + 1, len(windows))
-    for block, pairs in enumerate(rows):
-        check_finite(pairs, block)
-    return rows
 
 
 class _Recorder:

@@ -31,6 +31,10 @@ SEARCH = 24  # steps towards the water level, at most
 STRIDE = 6.0  # the first ones, in its logarithm: three bits more on every axis
 LEFT = 0.01  # of the budget, that the search may leave
 MEMBERS = 64  # vectors a codeword that k-means sees: more cost time and change little
+# Vectors a codeword that its iterations before the last two see, in turns; and how many turns.
+MEMBERS_AT_FIRST, TURNS = 16, 3
+ROUNDS = 3  # of drawing codewords to start with
+TOGETHER = 4  # groups whose k-means run as one
 SAMPLE = 8192  # rows are enough to tell where bits go
 
 
@@ -290,11 +294,19 @@ def fit_quantizer(
         synthesis[group, : len(chosen)] = back[chosen]
     enough = slice(None, None, max(1, len(missing) // (MEMBERS * codewords)))
     coordinates = missing[enough] @ analysis.flatten(1)
-    parts = coordinates.unflatten(-1, (len(groups), width)).split(1, 1)
+    parts = coordinates.unflatten(-1, (len(groups), width)).split(TOGETHER, 1)
+    thin = min(TURNS, max(1, len(coordinates) // (MEMBERS_AT_FIRST * codewords)))
 
     def cluster(numbered: tuple[int, Tensor]) -> Tensor:
-        group, part = numbered
-        return kmeans(part.contiguous(), codewords, iterations=iterations, seed=seed + group)
+        number, part = numbered
+        return kmeans(
+            part.contiguous(),
+            codewords,
+            iterations=iterations,
+            seed=seed + number,
+            thin=thin,
+            rounds=ROUNDS,
+        )
 
     tables = torch.cat(list(map_cores(cluster, list(enumerate(parts)))))
     return analysis.flatten(1), synthesis.flatten(0, 1), tables

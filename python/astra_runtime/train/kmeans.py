@@ -9,6 +9,8 @@ from torch import Tensor
 
 import astra_kernels as ak
 
+WHOLE = 2  # iterations at the end that look at all vectors
+
 
 def kmeans(
     vectors: Tensor,
@@ -16,12 +18,17 @@ def kmeans(
     *,
     iterations: int = 8,
     seed: int = 0,
+    thin: int = 1,
+    rounds: int = 6,
 ) -> Tensor:
     """Codewords that minimize the squared error of `vectors`.
 
     Args:
         vectors: fp32 [n, C, w]; group c has its own codebook.
         codewords: K ≤ n.
+        thin: the start and all iterations but the last two look at one vector in `thin` only, each
+            iteration at others; n/thin is at least K.
+        rounds: of drawing the codewords to start with.
 
     Returns:
         fp32 [C, K, w]; the same for the same seed and number of torch threads.
@@ -30,27 +37,37 @@ def kmeans(
     proportional to their squared distance from what was drawn before. Each Lloyd iteration moves
     dead codewords to vectors with a large error.
     """
-    count, groups, _ = vectors.shape
+    count = len(vectors)
     if not 1 <= codewords <= count:
         raise ValueError(
             f"codewords: expected at most as many as calibration vectors, {count}, got {codewords}"
         )
     generator = torch.Generator(vectors.device).manual_seed(seed)
-    centers = _initial(vectors, codewords, generator)
-    for _ in range(iterations):
-        codes = ak.encode(vectors, centers).long()  # [n, C]
-        sums = torch.zeros_like(centers)
-        members = torch.zeros(groups, codewords, device=vectors.device)
-        error = (vectors - ak.decode(codes.int(), centers)).square().sum(-1)  # [n, C]
-        for c in range(groups):
-            sums[c].index_add_(0, codes[:, c], vectors[:, c])
-            members[c] = torch.bincount(codes[:, c], minlength=codewords)
-        centers = sums / members.clamp(min=1)[..., None]
-        for c in range(groups):
-            dead = (members[c] == 0).nonzero().flatten()
-            if len(dead):
-                centers[c, dead] = vectors[draw(error[:, c], len(dead), generator), c]
+    parts = [vectors[start::thin].contiguous() for start in range(thin)]
+    centers = _initial(parts[0], codewords, generator, rounds)
+    for iteration in range(iterations):
+        last = iteration >= iterations - WHOLE
+        part = vectors if last else parts[(iteration + 1) % thin]
+        centers = _moved(part, centers, generator)
     return centers
+
+
+def _moved(vectors: Tensor, centers: Tensor, generator: torch.Generator) -> Tensor:
+    """Every codeword at the mean of its members, or, without any, at a vector far from its own."""
+    groups, codewords, width = centers.shape
+    codes = ak.encode(vectors, centers).long()  # [n, C]
+    flat = codes + codewords * torch.arange(groups, device=codes.device)
+    flat = flat.flatten()
+    sums = torch.zeros_like(centers).view(-1, width)
+    sums.index_add_(0, flat, vectors.reshape(-1, width))
+    members = torch.bincount(flat, minlength=groups * codewords).view(groups, codewords)
+    means = sums.view_as(centers) / members.clamp(min=1)[..., None]
+    for c in (members == 0).any(1).nonzero().flatten().tolist():
+        dead = (members[c] == 0).nonzero().flatten()
+        of_group = vectors[:, c]
+        error = (of_group - centers[c, codes[:, c]]).square().sum(-1)
+        means[c, dead] = of_group[draw(error, len(dead), generator)]
+    return means
 
 
 def draw(weight: Tensor, count: int, generator: torch.Generator) -> Tensor:
@@ -60,8 +77,7 @@ def draw(weight: Tensor, count: int, generator: torch.Generator) -> Tensor:
     return wait.topk(count, largest=False).indices
 
 
-def _initial(vectors: Tensor, codewords: int, generator: torch.Generator) -> Tensor:
-    rounds = 6
+def _initial(vectors: Tensor, codewords: int, generator: torch.Generator, rounds: int) -> Tensor:
     count, groups, width = vectors.shape
     chosen = torch.empty(groups, codewords, width, device=vectors.device)
     distance = torch.ones(count, groups, device=vectors.device)
@@ -71,6 +87,8 @@ def _initial(vectors: Tensor, codewords: int, generator: torch.Generator) -> Ten
             continue
         for c in range(groups):
             chosen[c, low:high] = vectors[draw(distance[:, c], high - low, generator), c]
+        if high == codewords:
+            break
         fresh = chosen[:, low:high].contiguous()
         nearest = ak.decode(ak.encode(vectors, fresh), fresh)
         step = (vectors - nearest).square().sum(-1)

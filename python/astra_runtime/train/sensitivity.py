@@ -8,11 +8,13 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..codes.codebook import Codebook
 from ..codes.layouts import merge_heads, split_heads
 from ..codes.rotary import rotate, unrotate
+from ..codes.simulated import Pair
 from ..models import Adapter, Inputs, adapt, is_language_model
 from ..plan import Plan
 from .calibration import Progress
@@ -27,9 +29,12 @@ FLOOR = 3e-3
 class _Probe(Simulation):
     """Exact exchange, with the keys and values that other ranks see as leaves of the graph."""
 
-    def __init__(self, model: nn.Module, plan: Plan, inputs: Inputs) -> None:
+    def __init__(
+        self, model: nn.Module, plan: Plan, inputs: Inputs, rows: Sequence[Tensor] = ()
+    ) -> None:
         super().__init__(model, Codebook.dense(), plan, inputs)
         self.leaves: dict[int, Tensor] = {}
+        self.rows = rows
 
     def _remote_pairs(
         self, block: int, key: Tensor, value: Tensor, received: Tensor | None
@@ -38,8 +43,45 @@ class _Probe(Simulation):
         plain = unrotate(key[:, :, sent].float(), self.rope)
         y = merge_heads(plain, value[:, :, sent].float()).detach().requires_grad_()
         self.leaves[block] = y
+        if self.rows:
+            self.rows[block].copy_(y.detach().flatten(0, 1))
         remote_key, remote_value = split_heads(y, key.shape[1])
         return [(rotate(remote_key, self.rope), remote_value)]
+
+    def _attend(
+        self,
+        rank: int,
+        local: tuple[Tensor, ...],
+        remote: Pair | None,
+        seen: Tensor | None,
+        scale: float,
+    ) -> Tensor:
+        """The same in one softmax of plain torch, whose gradient takes half the time."""
+        shard = self.layout.shards[rank]
+        query, key, value = local
+        mask = self.local_masks[rank]
+        if mask is None:
+            mask = torch.ones(1, 1, shard.rows, shard.rows, dtype=torch.bool, device=query.device)
+            mask = mask.tril() if self.plan.causal else mask
+        assert remote is not None
+        for part in shard.remote:
+            remote_key, remote_value = (x[:, :, part] for x in remote)
+            key, value = torch.cat([remote_key, key], 2), torch.cat([remote_value, value], 2)
+            known = mask.new_ones(len(mask), 1, shard.rows, remote_key.shape[2])
+            known[:, :, : shard.first] = False
+            if self.counted is not None:
+                known = known & self.counted[:, None, None, part]
+            mask = torch.cat([known, mask], 3)
+        return F.scaled_dot_product_attention(
+            query, key, value, attn_mask=mask, scale=scale, enable_gqa=True
+        )
+
+    def finish(self, hidden: Tensor) -> Tensor:
+        """Without the first shard's tokens where these see no others: no gradient is theirs."""
+        hidden = super().finish(hidden)
+        if not (self.plan.causal and is_language_model(self.adapter.model)):
+            return hidden
+        return hidden[:, self.plan.copies + self.plan.size(0) :].contiguous()
 
 
 def sensitivity(
@@ -49,6 +91,7 @@ def sensitivity(
     prefix: int,
     world_size: int,
     seed: int,
+    parts: Sequence[Sequence[Tensor]] = (),
     progress: Progress = lambda what, done, steps: None,
 ) -> Tensor:
     """F of every block, fp32 [L, E, E]: E[g·gᵀ], g the gradient by a remote token's y.
@@ -58,6 +101,9 @@ def sensitivity(
     without logits, the answer is its output and the error its square over its variance. One token
     in a hundred has more than half of E[g·gᵀ], so the longest gradients are shortened: what they
     say holds for themselves alone, and from few windows it would drown the rest.
+
+    `parts`: of each window and block, where its keys and values are written to on the way; see
+    `calibration.empty_pairs`.
     """
     adapter = adapt(model)
     total = torch.zeros(len(adapter.blocks), 1, 1, dtype=torch.float64)
@@ -65,7 +111,7 @@ def sensitivity(
     def of_window(number: int, inputs: Inputs) -> tuple[Tensor, int]:
         plan = _equal_plan(adapter, inputs, prefix, world_size)
         generator = torch.Generator(adapter.device).manual_seed(seed + number)
-        probe = _Probe(model, plan, inputs)
+        probe = _Probe(model, plan, inputs, parts[number] if parts else ())
         with torch.enable_grad():
             answer, slope = _drawn_slope(model, probe.run(), generator)
             leaves = [probe.leaves.pop(n) for n in range(len(adapter.blocks))]
@@ -74,7 +120,7 @@ def sensitivity(
         received = plan.bounds[-2] if plan.causal else plan.tokens
         grams = []
         for gradient in gradients:
-            rows = _shortened(gradient[:, :received].flatten(0, 1)).double()
+            rows = _shortened(gradient[:, :received].flatten(0, 1).float())
             grams.append((rows.T @ rows).cpu())
         return torch.stack(grams), len(rows)
 
@@ -142,15 +188,26 @@ def _drawn_slope(
     drawn from the model's own distribution; of the same shape."""
     if is_language_model(model) or "logits" in output:
         logits = output.logits
-        if not bool(logits.isfinite().all()):
+        if not bool(torch.stack(logits.aminmax()).isfinite().all()):
             raise ValueError("model: its output is not finite on the calibration data")
         chances = logits.flatten(0, -2).float().softmax(-1)
-        drawn = torch.multinomial(chances, 1, generator=generator)
+        drawn = _drawn(chances, generator)
         chances.scatter_add_(1, drawn, chances.new_full(drawn.shape, -1.0))
         return logits, chances.view_as(logits).to(logits.dtype)
     answer = output.last_hidden_state
     direction = torch.randn(answer.shape, generator=generator, device=answer.device)
     return answer, (direction / answer.float().std()).to(answer.dtype)
+
+
+def _drawn(chances: Tensor, generator: torch.Generator) -> Tensor:
+    """An index of each row of `chances` [n, V], drawn with that chance: int64 [n, 1].
+
+    From one random number a row, where `torch.multinomial` draws one for every entry.
+    """
+    sums = chances.cumsum(-1)
+    place = torch.rand(len(chances), 1, generator=generator, device=chances.device)
+    drawn = torch.searchsorted(sums, place * sums[:, -1:], right=True)
+    return drawn.clamp(max=chances.shape[1] - 1)
 
 
 @dataclass(frozen=True, eq=False)
