@@ -131,6 +131,7 @@ class Engine(SessionHost):
         check_kind("mesh", mesh, Mesh)
         self.codebook = Codebook.dense() if codebook is None else codebook
         self.mesh = local_mesh(1)[0] if mesh is None else mesh
+        self._owns_mesh = mesh is None
         self.shard_weights = None if weights is None else check_numbers("weights", weights)
         if self.shard_weights is not None:  # refuses those that no plan can have
             number, ranks = len(self.shard_weights), self.mesh.world_size
@@ -216,7 +217,7 @@ class Engine(SessionHost):
                 f"got rank {place[0]} of {place[1]}"
             )
         check_deadlines(self.on_missing, self.deadline_ms, mesh)
-        self.mesh = mesh
+        self.mesh, self._owns_mesh = mesh, False
         self._agree()
 
     @property
@@ -527,7 +528,7 @@ class Engine(SessionHost):
             yield
 
     def close(self) -> None:
-        """Ends the use of the model by this engine. The mesh stays open.
+        """Ends the use of the model by this engine. A mesh that it was given stays open.
 
         From any thread or signal handler: a call that runs ends with CallEnded, on every rank.
         """
@@ -535,6 +536,8 @@ class Engine(SessionHost):
             self._open = False
             self._end_running("the engine was closed")
             self._unpack()
+            if self._owns_mesh:
+                self.mesh.close()
 
     def cancel(self) -> None:
         """Ends the call that runs, on every rank, with CallEnded; engine and mesh stay as they are.

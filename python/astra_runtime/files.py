@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 CONFIG_FILE, TENSOR_FILE = "astra_config.json", "codebooks.safetensors"
 
@@ -36,9 +38,16 @@ def open_to_others(folder: Path) -> None:
 
 
 def write_private(path: str | os.PathLike[str], data: bytes) -> None:
-    """Writes a file that its owner alone can read: whole, or not at all."""
+    """Writes a file that its owner alone can read: whole, or not at all.
+
+    Raises OSError, which names `path`; a device or a folder is not replaced.
+    """
     target = Path(path)
-    number, part = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name}.")  # mode 0600
+    _require_file(target)
+    try:
+        number, part = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name}.")  # mode 0600
+    except OSError as error:
+        raise OSError(error.errno, error.strerror, str(target)) from error
     try:
         with open(number, "wb") as file:
             file.write(data)
@@ -48,6 +57,24 @@ def write_private(path: str | os.PathLike[str], data: bytes) -> None:
     except BaseException:
         os.unlink(part)
         raise
+
+
+def read_whole(path: str | os.PathLike[str]) -> bytes:
+    """The bytes of a file. Raises OSError, also for a device, which may have no end."""
+    target = Path(path)
+    _require_file(target)
+    return target.read_bytes()
+
+
+def _require_file(target: Path) -> None:
+    if target.exists() and not target.is_file():
+        raise OSError(errno.EINVAL, "expected a file", str(target))
+
+
+def check_path(name: str, path: Any) -> None:
+    """Raises TypeError unless `path` is one."""
+    if not isinstance(path, str | os.PathLike):
+        raise TypeError(f"{name}: expected a path, got {type(path).__name__}")
 
 
 @contextlib.contextmanager

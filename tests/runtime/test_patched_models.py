@@ -149,6 +149,10 @@ def test_blocks_that_cannot_be_cut_are_refused() -> None:
     shared.model.layers[2] = shared.model.layers[0]
     with pytest.raises(ValueError, match="several share"):
         Engine(shared)
+    cut = tiny("llama")
+    cut.model.layers[1] = nn.Identity()
+    with pytest.raises(ValueError, match="one without its attention"):
+        Engine(cut)
     with pytest.raises(ValueError, match="chunk_size_feed_forward=0"):
         Engine(tiny("bert", chunk_size_feed_forward=4))
 
@@ -166,6 +170,16 @@ def test_a_norm_of_the_users_own_is_not_folded() -> None:
         assert adapt(model).projection(0) is not None
         model.model.layers[0].input_layernorm = norm
         assert adapt(model).projection(0) is None
+
+
+def test_an_engine_closes_a_mesh_of_its_own_alone() -> None:
+    """Its descriptors stayed until the collector came, which a host may have switched off."""
+    model, given = tiny("llama"), local_mesh(1)[0]
+    for mesh in (None, given):
+        engine = Engine(model, mesh=mesh)
+        engine.close()
+        assert (engine.mesh.ended is None) == (mesh is given)
+    given.close()
 
 
 @pytest.mark.parametrize("what", ["engine", "mesh"])

@@ -16,7 +16,13 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from ..files import CONFIG_FILE, TENSOR_FILE, check_codebook_folder, written_together
+from ..files import (
+    CONFIG_FILE,
+    TENSOR_FILE,
+    check_codebook_folder,
+    check_path,
+    written_together,
+)
 from ..models import Adapter
 from .base import GEOMETRY, Codec, geometry
 from .checks import check_fields
@@ -180,6 +186,7 @@ class Codebook(CodebookFields):
         """Writes the codebook into `folder`: both of its files, or neither where one fails."""
         from safetensors.torch import save
 
+        check_path("folder", folder)
         config = {"format": FORMAT, "digest": self.digest, **self._config(), "notes": self.notes}
         with written_together(folder) as part:
             (part / TENSOR_FILE).write_bytes(save(self._tensors()))
@@ -196,6 +203,7 @@ class Codebook(CodebookFields):
         from safetensors import SafetensorError
         from safetensors.torch import load
 
+        check_path("folder", folder)
         path = Path(folder)
         check_codebook_folder(path)
         try:

@@ -53,7 +53,13 @@ class Adapter(ABC):
         self._model = weakref.ref(model)  # strong, it would keep its own key in adapters alive
         self.head = head_reads(model)
         self.blocks: list[nn.Module] = self.find_blocks()
-        self.attentions = [self.attention_of(block) for block in self.blocks]
+        try:
+            self.attentions = [self.attention_of(block) for block in self.blocks]
+        except AttributeError as error:
+            raise ValueError(
+                f"model: expected blocks of transformers' {config.model_type}, got one without its "
+                f"attention: {error}"
+            ) from error
         if len(set(self.attentions)) < len(self.attentions):
             raise ValueError(
                 "model: expected an attention module of its own in every block, got one that "

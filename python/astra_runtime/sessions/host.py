@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import os
 import zlib
-from pathlib import Path
 
 import torch
 
 from ..codes.packed import PackedCodes
 from ..codes.store import CodeStore
+from ..files import check_path, read_whole
 from ..inputs import check_integer
 from .base import EngineParts
 from .cache import KeyValues
@@ -60,12 +60,13 @@ class SessionHost(EngineParts):
             SessionRefused: on every rank, a ValueError: a file that cannot be read, is damaged, or
                 is of another model or codebook. The mesh goes on.
         """
+        check_path("path", path)
         self._check_sessions()
         with one_call(self, None, None):
             state = self._new_state()
             data = None if self.rank == 0 else broadcast(self, None, 0, _TAG)
             try:
-                data = Path(path).read_bytes() if data is None else data
+                data = read_whole(path) if data is None else data
                 restored(self, state, data)
             except (OSError, ValueError) as error:
                 raise refused(self, path, error) from error

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ..call import CallState
 from ..decoding import Choose
-from ..files import write_private
+from ..files import check_path, write_private
 from ..inputs import (
     check_bound,
     check_choice,
@@ -229,6 +229,7 @@ class Session:
         It holds ids, codes (with dense exchange keys and values), and up to 64 last tokens exactly
         where rank 0 computed them; only its owner may read it. Rank 0 alone raises OSError.
         """
+        check_path("path", path)
         with self._call(None, None, "save") as (running, work):
             synchronize(self._engine, work, running)
             if self._engine.rank == 0:

@@ -35,6 +35,12 @@ def test_fields_that_no_fit_writes(name: str, tmp_path: Path) -> None:
         Codebook.from_pretrained(tmp_path)
 
 
+def test_folders_that_are_no_paths() -> None:
+    for call in (Codebook.dense().save_pretrained, Codebook.from_pretrained):
+        with pytest.raises(TypeError, match="folder: expected a path, got int"):
+            call(5)  # type: ignore[arg-type]
+
+
 @pytest.mark.parametrize("value", [torch.nan, torch.inf])
 @pytest.mark.parametrize("space", ["kv", "hidden", "transform"])
 def test_codewords_that_are_not_finite(space: str, value: float) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import struct
 import time
 from collections.abc import Callable
@@ -15,6 +16,7 @@ import torch
 from astra_runtime import Codebook, Engine, SessionRefused
 from astra_runtime.errors import CallEnded, WireError
 from astra_runtime.evaluate import run_ranks
+from astra_runtime.files import write_private
 from astra_runtime.sessions.kept import KeptSessions, common_prefix
 from astra_runtime.transport import Mesh
 
@@ -173,6 +175,29 @@ def test_arguments_that_no_rank_can_use_are_refused_before_anything_is_sent() ->
                 engine.decoder().add(session)
 
     ranks(work)
+
+
+def test_paths_of_no_file(tmp_path: Path) -> None:
+    """A path that is none ended the mesh; a device in the file's place was replaced."""
+    pipe = tmp_path / "pipe"
+    os.mkfifo(pipe)
+
+    def work(engine: Engine) -> None:
+        session = engine.session()
+        session.append(IDS[:, :9])
+        for call in (session.save, engine.load_session):
+            with pytest.raises(TypeError, match="path: expected a path, got int"):
+                call(5)
+        with pytest.raises(SessionRefused, match="expected a file"):
+            engine.load_session(pipe)
+        if engine.rank == 0:
+            for path, words in ((pipe, "expected a file"), (tmp_path / "no" / "x", "no/x'")):
+                with pytest.raises(OSError, match=words):
+                    write_private(path, b"data")
+        assert session.generate(1).shape == (1, 10)
+
+    ranks(work)
+    assert pipe.is_fifo()
 
 
 def test_what_keeps_no_sessions_is_refused_by_name() -> None:
