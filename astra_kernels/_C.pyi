@@ -34,9 +34,12 @@ DenseKeys = tuple[int, Heads, Heads, int, bool]
 TokenCodes = tuple[int, int, int, int]
 # address, stages, groups, codewords
 CodeTable = tuple[int, int, int, int]
-# count, codes and table of the keys, of the values, cos, sin, floats from a batch row of them to
-# the next, mask
-CodedKeys = tuple[int, TokenCodes, CodeTable, TokenCodes, CodeTable, int, int, int, int]
+# count, codes and table of the keys, of the values, cos, sin, numbers from a batch row of them to
+# the next, mask, and the storage of cos and sin, if that is not fp32
+CodedKeys = (
+    tuple[int, TokenCodes, CodeTable, TokenCodes, CodeTable, int, int, int, int]
+    | tuple[int, TokenCodes, CodeTable, TokenCodes, CodeTable, int, int, int, int, int]
+)
 
 def attention(
     shape: Shape,

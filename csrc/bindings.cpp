@@ -210,6 +210,14 @@ struct Heads {
 // By astra::Storage.
 constexpr const char* kStorages[] = {"float32", "bfloat16", "float16"};
 
+astra::Storage storage_of(int storage) {
+  if (storage < 0 || storage >= static_cast<int>(std::size(kStorages))) {
+    throw py::value_error("storage must be an index of attention_dtypes(), got " +
+                          std::to_string(storage));
+  }
+  return static_cast<astra::Storage>(storage);
+}
+
 astra::Queries queries_of(const py::tuple& shape, const py::tuple& query, const py::tuple& out,
                           std::uintptr_t lse, float scale, std::uintptr_t sinks, unsigned threads,
                           const std::string& isa, int storage) {
@@ -227,11 +235,7 @@ astra::Queries queries_of(const py::tuple& shape, const py::tuple& query, const 
   queries.sinks = reinterpret_cast<const float*>(sinks);
   queries.threads = threads;
   queries.isa = isa.c_str();
-  if (storage < 0 || storage >= static_cast<int>(std::size(kStorages))) {
-    throw py::value_error("storage must be an index of attention_dtypes(), got " +
-                          std::to_string(storage));
-  }
-  queries.storage = static_cast<astra::Storage>(storage);
+  queries.storage = storage_of(storage);
   return queries;
 }
 
@@ -267,19 +271,22 @@ astra::CodeTable table_of(const py::tuple& given) {
 }
 
 // (count, key codes, key table, value codes, value table, cos, sin, stride of their batch row,
-// mask)
+// mask, and maybe how the angles are stored)
 astra::CodedKeys coded_of(const py::tuple& given) {
-  if (given.size() != 9) throw py::type_error("coded must be a tuple of 9");
+  if (given.size() != 9 && given.size() != 10) {
+    throw py::type_error("coded must be a tuple of 9 or 10");
+  }
   const auto address = [&](std::size_t i) { return given[i].cast<std::uintptr_t>(); };
   return {whole("count", given[0]),
           codes_of(given[1].cast<py::tuple>()),
           table_of(given[2].cast<py::tuple>()),
           codes_of(given[3].cast<py::tuple>()),
           table_of(given[4].cast<py::tuple>()),
-          reinterpret_cast<const float*>(address(5)),
-          reinterpret_cast<const float*>(address(6)),
+          reinterpret_cast<const void*>(address(5)),
+          reinterpret_cast<const void*>(address(6)),
           whole("rope_stride", given[7]),
-          reinterpret_cast<const std::uint8_t*>(address(8))};
+          reinterpret_cast<const std::uint8_t*>(address(8)),
+          given.size() == 10 ? storage_of(given[9].cast<int>()) : astra::Storage::kFloat32};
 }
 
 void attention(const py::tuple& shape, const py::tuple& query, const py::tuple& dense_given,

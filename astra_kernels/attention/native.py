@@ -23,10 +23,10 @@ MEASURED = ("avx2", "avx512")
 # every change of csrc/.
 _SERVES = hasattr(_C, "mixed_attention") and _C.attention_isas()[-1] in MEASURED
 # What the kernel reads and writes as it is stored, tile by tile, and how it is told so.
-_STORED: dict[torch.dtype, tuple[int, ...]] = {torch.float32: ()}
+STORED: dict[torch.dtype, tuple[int, ...]] = {torch.float32: ()}
 if hasattr(_C, "attention_dtypes"):
     for _number, _name in enumerate(_C.attention_dtypes()[1:], start=1):
-        _STORED[getattr(torch, _name)] = (_number,)
+        STORED[getattr(torch, _name)] = (_number,)
 
 
 def attention(
@@ -84,7 +84,7 @@ def prepare(
     scale = dim**-0.5 if scale is None else scale
     shape = (batch, heads, kv_heads, rows, dim, width)
     rest = (heads_of(out), lse.data_ptr(), scale, address_of(sinks), torch.get_num_threads())
-    return Call((query, sinks), out, lse, shape, heads_of(query), rest, _STORED[query.dtype])
+    return Call((query, sinks), out, lse, shape, heads_of(query), rest, STORED[query.dtype])
 
 
 class Dense:
@@ -107,7 +107,7 @@ class Dense:
 
 def in_rows(tensor: Tensor) -> Tensor:
     """As the kernel reads it, with adjacent channels; a copy only where it must be."""
-    if tensor.dtype not in _STORED:
+    if tensor.dtype not in STORED:
         tensor = tensor.float()
     return tensor if tensor.stride(3) == 1 or tensor.shape[3] == 1 else tensor.contiguous()
 

@@ -13,7 +13,7 @@ from torch import Tensor
 from astra_kernels import _C
 from astra_kernels._checks import CodedShape, check_code_values
 from astra_kernels._rotary import Rope
-from astra_kernels.attention.native import address_of, prepare
+from astra_kernels.attention.native import STORED, address_of, prepare
 from astra_kernels.pack.native import unpack_tensor
 
 if TYPE_CHECKING:
@@ -72,11 +72,11 @@ class Coded:
         else:
             self._per_token = [shape.key_codes, shape.value_codes]
             tokens = shape.tokens
-        cos, sin = (None, None) if rope is None else (x.float().contiguous() for x in rope)
+        cos, sin = (None, None) if rope is None else _readable_angles(rope)
         mask = None if code_mask is None else code_mask.contiguous()
         self._held = (cos, sin, mask)
         alike = cos is None or cos.ndim == 2 or cos.shape[0] == 1
-        self.keys: CodedKeys = (
+        keys = (
             tokens,
             self._codes_of(0),
             _table_of(self._tables[0]),
@@ -87,6 +87,8 @@ class Coded:
             0 if cos is None or alike else cos.stride(0),
             address_of(mask),
         )
+        storage = () if cos is None else STORED[cos.dtype]
+        self.keys: CodedKeys = (*keys, storage[0]) if storage else keys
 
     def _codes_of(self, which: int) -> TokenCodes:
         codes = self._codes[which]
@@ -114,6 +116,14 @@ def _readable(codes: Tensor) -> Tensor:
     if codes.dtype == torch.int64:
         codes = codes.clamp(-1, 2**31 - 1).int()
     return codes.contiguous()
+
+
+def _readable_angles(rope: Rope) -> Rope:
+    """Contiguous, both stored alike and as the kernel reads them."""
+    cos, sin = rope
+    if cos.dtype not in STORED or sin.dtype != cos.dtype:
+        cos, sin = cos.float(), sin.float()
+    return cos.contiguous(), sin.contiguous()
 
 
 def _table_of(table: Tensor) -> CodeTable:

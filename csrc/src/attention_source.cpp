@@ -229,7 +229,7 @@ KeyRows DenseSource::rows(const TilePlace& place, TileMemory& memory, bool /*as_
 
 CodedSource::CodedSource(const CodedKeys& coded, const AttentionShape& shape,
                          const AttentionKernels& kernels)
-    : coded_(coded), shape_(shape), kernels_(kernels) {
+    : coded_(coded), shape_(shape), kernels_(kernels), angles_{kernels, coded.angles} {
   check("key_codes", coded.key_codes, coded.key_table, shape.kv_heads, shape.width);
   check("value_codes", coded.value_codes, coded.value_table, shape.kv_heads, shape.value_width);
   if (coded.cos != nullptr && shape.width % 2 != 0) {
@@ -238,11 +238,19 @@ CodedSource::CodedSource(const CodedKeys& coded, const AttentionShape& shape,
   }
 }
 
-std::size_t CodedSource::scratch_floats() const {
+// Keys and values of a tile, and pointers to what they are put together from.
+std::size_t CodedSource::floats_of_rows() const {
   const std::size_t words = std::max(words_of(coded_.key_table), words_of(coded_.value_table));
   return kTileKeys *
          (shape_.width + shape_.value_width + words * (sizeof(const float*) / sizeof(float)));
 }
+
+// Angles of a tile, where they are no floats.
+std::size_t CodedSource::floats_of_angles() const {
+  return coded_.cos == nullptr || angles_.are_floats() ? 0 : 2 * kTileKeys * shape_.width;
+}
+
+std::size_t CodedSource::scratch_floats() const { return floats_of_rows() + floats_of_angles(); }
 
 std::size_t CodedSource::by_codeword(std::size_t keys) const {
   const std::size_t codewords = coded_.value_table.codewords;
@@ -306,10 +314,13 @@ std::size_t CodedSource::angle_of(const TilePlace& place, std::size_t k) const {
 
 KeyRows CodedSource::with_angles(KeyRows rows, const TilePlace& place, TileMemory& memory) const {
   if (coded_.cos == nullptr) return rows;
+  const std::size_t width = shape_.width;
+  float* cos = memory.scratch + floats_of_rows();
+  float* sin = cos + kTileKeys * width;
   for (std::size_t k = 0; k < place.count; ++k) {
     const std::size_t angle = angle_of(place, k);
-    memory.cos[k] = coded_.cos + angle;
-    memory.sin[k] = coded_.sin + angle;
+    memory.cos[k] = angles_.read(coded_.cos, angle, width, cos + k * width);
+    memory.sin[k] = angles_.read(coded_.sin, angle, width, sin + k * width);
   }
   rows.cos = memory.cos;
   rows.sin = memory.sin;

@@ -102,11 +102,14 @@ class CodedSource final : public KeySource {
  private:
   KeyRows find(const TilePlace& place, TileMemory& memory, bool as_codes) const;
   std::size_t angle_of(const TilePlace& place, std::size_t k) const;
+  std::size_t floats_of_rows() const;
+  std::size_t floats_of_angles() const;
   KeyRows with_angles(KeyRows rows, const TilePlace& place, TileMemory& memory) const;
 
   const CodedKeys& coded_;
   const AttentionShape& shape_;
   const AttentionKernels& kernels_;
+  Rows angles_;
   // Set by whichever thread meets a code that no table has.
   mutable std::atomic<CodesFound> found_{CodesFound::kGood};
 };

@@ -206,6 +206,28 @@ def test_half_precision():
     assert (lse - want_lse).abs().max() < 1e-5
 
 
+@pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_angles_are_read_as_they_are_stored(dtype, isa):
+    """The same bits as from the floats that they are; by few rows and in panels, with odd halves of
+    the width, hidden tokens and angles of each batch row."""
+    for rows, width, batch in ((1, 64, 1), (30, 64, 2), (1, 40, 2), (30, 36, 1)):
+        query, (keys, values) = torch.randn(2, 4, rows, width), table(2, 2, 2, 50, width // 2)
+        codes = torch.randint(0, 50, (2, 150, 4), dtype=torch.int32)
+        rope = tuple(x.to(dtype) for x in rotary(batch, 150, width))
+        mask = torch.rand(2, 150) > 0.3 if rows == 1 else None
+        key = torch.randn(2, 2, 9, width)
+        args = (query, key, key, codes, keys, values)
+        wide = tuple(x.float() for x in rope)
+        got = native_mixed(*args, rope=rope, code_mask=mask, isa=isa)
+        want = native_mixed(*args, rope=wide, code_mask=mask, isa=isa)
+        assert all(torch.equal(a, b) for a, b in zip(got, want, strict=True))
+        tables = (codes, keys, values)
+        got = native(query, *tables, rope=(rope[0], wide[1]), isa=isa)
+        want = native(query, *tables, rope=wide, isa=isa)
+        assert all(torch.equal(a, b) for a, b in zip(got, want, strict=True))
+
+
 def test_what_it_does_not_take():
     query, (keys, values) = torch.randn(1, 2, 3, 16), table(2, 1, 1, 5, 16)
     codes = torch.zeros(1, 9, 1, dtype=torch.int32)

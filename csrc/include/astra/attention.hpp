@@ -39,8 +39,9 @@ struct HeadStrides {
   std::size_t row;
 };
 
-// How a call stores queries, outputs, dense keys and values: halves are read as the floats that
-// they are and written rounded to the nearest, ties to even. lse and all that codes mean are fp32.
+// How a call stores queries, outputs, dense keys and values, and angles: halves are read as the
+// floats that they are and written rounded to the nearest, ties to even. lse and all that codes
+// mean are fp32.
 enum class Storage { kFloat32, kBfloat16, kFloat16 };
 
 struct Queries {
@@ -100,11 +101,12 @@ struct CodedKeys {
   TokenCodes value_codes;
   CodeTable value_table;
   // [count, width] each, or null: key * cos + rotate_half(key) * sin, which pairs channel c with
-  // c + width / 2. Batch rows are rope_stride floats apart.
-  const float* cos;
-  const float* sin;
+  // c + width / 2. Batch rows are rope_stride numbers apart.
+  const void* cos;
+  const void* sin;
   std::size_t rope_stride;
   const std::uint8_t* mask;  // [batch, count], 0 = hidden, or null
+  Storage angles = Storage::kFloat32;
 };
 
 // What was found of the codes of visible tokens.
