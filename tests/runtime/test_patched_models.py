@@ -92,6 +92,35 @@ def test_a_hook_on_the_attention_that_comes_later() -> None:
             engine(**inputs)
 
 
+class Switched(nn.Module):
+    """An adapter of a projection, which can be switched off."""
+
+    def __init__(self, base: nn.Module) -> None:
+        super().__init__()
+        self.base, self.on = base, True
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        given: Tensor = self.base(hidden)
+        return given * 2 if self.on else given
+
+
+def test_an_adapter_that_is_switched_off_while_an_engine_is_open() -> None:
+    """Tables made with it would be mixed with keys made without it."""
+    model, inputs = tiny("llama"), inputs_for("llama", 24)
+    adapter = model.model.layers[1].self_attn.k_proj = Switched(
+        model.model.layers[1].self_attn.k_proj
+    )
+    ids = inputs["input_ids"]
+    book = Codebook.fit(model, ids, space="hidden", groups=1, codewords=16, held_back=0)
+    with Engine(model, book) as engine:
+        engine(**inputs)
+        adapter.on = False
+        with pytest.raises(AstraError, match=r"layers\.1\.self_attn\.k_proj computes"):
+            engine(**inputs)
+        adapter.on = True
+        engine(**inputs)
+
+
 class Mixing(nn.Module):
     """A head that reads all tokens."""
 

@@ -6,7 +6,8 @@ with a look at the configuration, at every module, whether it is the one that wa
 every parameter and buffer: whether it is the same tensor at the same address, and on a CPU a sample
 of its bits, since a write through `.data` leaves no other trace. The look takes about a microsecond
 a parameter. On an accelerator, where reading values would wait for the device, the version counter
-stands for them. Where tables were made from a module, a later hook or patch of it counts as well.
+stands for them. Where tables were made from a module, a later hook or patch of it counts as well,
+and of an adapter whether it is switched on.
 """
 
 from __future__ import annotations
@@ -140,6 +141,27 @@ def _function(module: nn.Module) -> tuple[Any, ...]:
         None if isinstance(forward, PackedForward) else forward,
         getattr(module, "eps", None),
         getattr(module, "variance_epsilon", None),
+        None if _is_fixed(module) else _settings(module),
+    )
+
+
+def _is_fixed(module: nn.Module) -> bool:
+    """Whether nothing but its parameters and epsilon says what a module computes."""
+    kind = type(module)
+    return kind.__module__.startswith(("torch.nn.", "transformers.", "astra_runtime."))
+
+
+def _settings(module: nn.Module) -> str:
+    """What an adapter that somebody put into a model says of itself: switched on or off, scaled."""
+    return repr(
+        [
+            (name, value)
+            for part in module.modules()
+            for name, value in vars(part).items()
+            if isinstance(value, bool | int | float | str | tuple | list)
+            or (isinstance(value, dict) and not name.startswith("_"))
+            if name != "training"
+        ]
     )
 
 
