@@ -29,7 +29,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -46,7 +46,7 @@ from bench.latency.processes import RankSettings, outputs, rank_of
 from bench.latency.record import Recording, astra, baseline
 from bench.latency.subjects import MODELS, SETTINGS, Subject
 from bench.link.model import Link
-from bench.link.virtual import SocketCosts, World
+from bench.link.virtual import Lap, SocketCosts, World
 from bench.report import Case, command_line, percentiles, quiet_transformers, write
 
 MODULE = "bench.latency.curve"
@@ -54,6 +54,7 @@ RANKS, LENGTHS = (2, 4, 8, 16, 32), (1024, 2048, 4096, 8192)
 FEW_RANKS = (2, 4)  # for every length
 SLOW = 5.0  # processor seconds: what takes longer is measured once
 TORCH_TOKENS = 1024  # the model's own pass is measured up to this length
+IN_TURNS = 8  # ranks at most
 MOST_ROWS = 2048  # of a product that is measured: more take as long a row
 Setting = tuple[str, int]  # codes and ranks
 
@@ -121,8 +122,10 @@ def cases_of(
         book, of_ranks = books[codes], recordings[codes, ranks]
         of_rows = statistics.median(taken[f"products {ranks}"])
         bound = of_rows + (single - whole) / ranks
-        times = percentiles([1e3 * r.finish(link, costs) for r in of_ranks])
-        middle = sorted(of_ranks, key=lambda r: r.finish(link, costs))[(len(of_ranks) - 1) // 2]
+        # playing a pass of many ranks takes seconds, so each is played once
+        passes = [Played.of(recording, link, costs) for recording in of_ranks]
+        times = percentiles([1e3 * each.finish for each in passes])
+        middle = sorted(passes, key=lambda each: each.finish)[(len(passes) - 1) // 2]
         case = Case(
             name=f"curve_{options.model}_{tokens}_{ranks}ranks",
             shape={
@@ -145,7 +148,7 @@ def cases_of(
                 "bound_speedup": single / bound,
                 "products_speedup": whole / of_rows,
                 "flop_bound": ranks / flops_over_ideal(adapter, book, tokens, ranks),
-                **played(middle, link, costs),
+                **middle.figures(link),
             },
         )
         say(f"  {case.name}: {case.extra['speedup']:.2f}x, bound {case.extra['bound_speedup']:.2f}")
@@ -157,7 +160,8 @@ def measured(
     subject: Subject, books: Mapping[str, Codebook], adapter: Adapter, options: argparse.Namespace
 ) -> tuple[dict[str, list[float]], dict[Setting, list[Recording]]]:
     """Processor seconds of single devices and of the products alone, by name; and recordings, by
-    codes and number of ranks. All in turns: the machine's pace drifts."""
+    codes and number of ranks. All in turns, as the machine's pace drifts, but for many ranks, whose
+    engines take longer to make than to run."""
     dense = Codebook.dense()
     alone: dict[str, Callable[[], float]] = {
         "single": lambda: astra(subject, dense, 1, 1)[0].computing[0]
@@ -168,8 +172,8 @@ def measured(
     for ranks in (1, *options.ranks):
         rows = adapter.class_tokens + math.ceil(subject.tokens / ranks)
         alone[f"products {ranks}"] = partial(on_one_core, partial(products, adapter, rows))
-    passes: dict[Setting, Callable[[], list[Recording]]] = {
-        (codes, ranks): partial(astra, subject, book, ranks, 1)
+    passes: dict[Setting, Callable[[int], list[Recording]]] = {
+        (codes, ranks): partial(astra, subject, book, ranks)
         for codes, book in books.items()
         for ranks in options.ranks
     }
@@ -181,8 +185,10 @@ def measured(
                 taken[name].append(once())
         for setting, record in passes.items():
             done = recordings[setting]
-            if not done or sum(done[0].computing) <= SLOW:
-                done += record()
+            if setting[1] > IN_TURNS:
+                done += [] if done else record(options.repeats)
+            elif not done or sum(done[0].computing) <= SLOW:
+                done += record(1)
     return taken, recordings
 
 
@@ -213,25 +219,47 @@ def width_of(layer: Any) -> int:
     return int(getattr(layer, "in_features", 0) or getattr(layer, "nx", 0))
 
 
-def played(recording: Recording, link: Link, costs: SocketCosts) -> dict[str, Any]:
-    """Where the time of one pass goes on a link."""
-    laps = recording.laps(link, costs)
-    rank = min(recording.answers, key=lambda n: laps[n].finish)
-    stages = dict(recording.stages_of[rank])
-    stages["prepare"] = recording.computing[rank] - sum(stages.values())
-    stages["sockets"] = laps[rank].computing - recording.computing[rank]
-    stages["wait"] = laps[rank].waiting
+class Played(NamedTuple):
+    """A recorded pass on a link; `rank`: the first one that has the answer."""
+
+    recording: Recording
+    laps: list[Lap]
+    rank: int
+
+    @classmethod
+    def of(cls, recording: Recording, link: Link, costs: SocketCosts) -> Played:
+        laps = recording.laps(link, costs)
+        return cls(recording, laps, min(recording.answers, key=lambda n: laps[n].finish))
+
+    @property
+    def finish(self) -> float:
+        return self.laps[self.rank].finish
+
+    def figures(self, link: Link) -> dict[str, Any]:
+        """Where the time goes."""
+        recording, laps, rank = self
+        stages = dict(recording.stages_of[rank])
+        stages["prepare"] = recording.computing[rank] - sum(stages.values())
+        stages["sockets"] = laps[rank].computing - recording.computing[rank]
+        stages["wait"] = laps[rank].waiting
+        return {
+            "answer_rank": rank,
+            "stages_ms": {name: 1e3 * seconds for name, seconds in stages.items()},
+            "busy_ms": [round(1e3 * lap.computing, 2) for lap in laps],
+            **traffic(recording, link),
+        }
+
+
+def traffic(recording: Recording, link: Link) -> dict[str, Any]:
+    """What the busiest links carry, by the plan's frames."""
     sizes = [[event.size for event in events if event.to >= 0] for events in recording.ranks]
     sending = [sum(map(link.seconds, each)) for each in sizes]
     most = max(range(len(sending)), key=sending.__getitem__)
-    receiving = [0.0] * len(laps)
+    receiving = [0.0] * len(sending)
     for event in (event for events in recording.ranks for event in events if event.to >= 0):
         receiving[event.to] += link.seconds(event.size)
     payload = sum(sizes[most]) - HEADER_SIZE * len(sizes[most])
     return {
-        "answer_rank": rank,
-        "stages_ms": {name: 1e3 * seconds for name, seconds in stages.items()},
-        "busy_ms": [round(1e3 * lap.computing, 2) for lap in laps],
         "frames": len(sizes[most]),
         "payload_bytes": payload,
         "downlink_ms": 1e3 * max(receiving),
