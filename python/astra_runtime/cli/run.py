@@ -146,7 +146,7 @@ def check_local_keys(options: argparse.Namespace, place: Place) -> None:
     """Refuses keys that this machine's ranks could not use, before a model is loaded."""
     from ..transport import check_keys
 
-    peers = ["127.0.0.1:1"] * place.world_size
+    peers = [f"127.0.0.1:{1 + rank}" for rank in range(place.world_size)]
     ranks = [place.rank] if place.torchrun else range(place.world_size)
     if options.backend == "tcp" and (options.keys or place.torchrun) and place.world_size > 1:
         for rank in ranks:
