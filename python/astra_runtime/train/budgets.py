@@ -115,7 +115,6 @@ class TransformFit:
             parts=parts[: len(weighed)],
             progress=progress,
         )
-        give_back()  # what gradients took
         record_pairs(adapter, others, progress, options.prefix, parts[len(weighed) :])
         give_back()
         for block, rows in enumerate(pairs):

@@ -17,6 +17,7 @@ from ..codes.rotary import rotate, unrotate
 from ..codes.simulated import Pair
 from ..models import Adapter, Inputs, adapt, is_language_model
 from ..plan import Plan
+from ..steady import give_back
 from .calibration import Progress
 from .simulate import Simulation
 
@@ -106,9 +107,11 @@ def sensitivity(
     `calibration.empty_pairs`.
     """
     adapter = adapt(model)
-    total = torch.zeros(len(adapter.blocks), 1, 1, dtype=torch.float64)
+    width = 2 * adapter.num_key_value_heads * adapter.head_dim
+    total = torch.zeros(len(adapter.blocks), width, width, dtype=torch.float64)
 
-    def of_window(number: int, inputs: Inputs) -> tuple[Tensor, int]:
+    def of_window(number: int, inputs: Inputs) -> int:
+        """Adds a window's part to the total; its tokens."""
         plan = _equal_plan(adapter, inputs, prefix, world_size)
         generator = torch.Generator(adapter.device).manual_seed(seed + number)
         probe = _Probe(model, plan, inputs, parts[number] if parts else ())
@@ -118,18 +121,17 @@ def sensitivity(
             gradients = _gradients(answer, slope, leaves)
         # nobody receives the last shard
         received = plan.bounds[-2] if plan.causal else plan.tokens
-        grams = []
-        for gradient in gradients:
+        for block, gradient in enumerate(gradients):
             rows = _shortened(gradient[:, :received].flatten(0, 1).float())
-            grams.append((rows.T @ rows).cpu())
-        return torch.stack(grams), len(rows)
+            total[block] += (rows.T @ rows).cpu()
+        return len(rows)
 
     count = 0
     progress("weighing", 0, len(windows))
     with _frozen(model):
         for number, window in enumerate(windows):  # one by one: a pass takes much memory
-            gram, tokens = of_window(number, window)
-            total, count = total + gram, count + tokens
+            count += of_window(number, window)
+            give_back()
             progress("weighing", number + 1, len(windows))
     if not bool(total.isfinite().all()):
         raise ValueError("model: gradients are not finite on the calibration data")
