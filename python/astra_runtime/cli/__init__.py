@@ -84,7 +84,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
     try:
         command = importlib.import_module(f".{options.command}", __package__)
-        _check_codebooks(options)
+        _check_codebook(options)
         return int(command.run(options) or 0)
     except (KeyboardInterrupt, SystemExit) as ended:
         if isinstance(ended, KeyboardInterrupt):
@@ -106,15 +106,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 1
 
 
-def _check_codebooks(options: argparse.Namespace) -> None:
-    """Refuses folders without a codebook before a model is loaded."""
+def _check_codebook(options: argparse.Namespace) -> None:
+    """Refuses a folder without a codebook before a model is loaded; `plan` looks at several."""
     from ..files import check_codebook_folder
     from .options import DENSE
 
-    given = getattr(options, "codebook", None) or []
-    for folder in [given] if isinstance(given, str) else given:
-        if folder != DENSE:
-            check_codebook_folder(folder)
+    folder = getattr(options, "codebook", None)
+    if isinstance(folder, str) and folder not in ("", DENSE):
+        check_codebook_folder(folder)
 
 
 def _without(error: ModuleNotFoundError, command: str) -> str:
