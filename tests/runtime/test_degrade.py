@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -15,6 +16,7 @@ from torch import Tensor
 from astra_runtime import Codebook, Engine, errors
 from astra_runtime.cli.run import without
 from astra_runtime.codes.base import TokenBits, received_mask
+from astra_runtime.control import is_control
 from astra_runtime.deploy.jobs import Ranks
 from astra_runtime.missing import Missing
 from astra_runtime.models import adapt
@@ -42,11 +44,22 @@ SPACES = {
 
 
 class Clock:
-    """Which rank has done with the frames of which block, in the order of its calls."""
+    """Which rank has done with the frames of which block, in the order of its calls, and how many
+    it has sent."""
 
     def __init__(self) -> None:
         self.changed = threading.Condition()
         self.past: set[tuple[int, int]] = set()
+        self.sent: Counter[tuple[int, int]] = Counter()
+
+    def count(self, rank: int, block: int) -> None:
+        with self.changed:
+            self.sent[rank, block] += 1
+            self.changed.notify_all()
+
+    def wait_for(self, rank: int, block: int, count: int) -> None:
+        with self.changed:
+            self.changed.wait_for(lambda: self.sent[rank, block] >= count, 20)
 
     def mark(self, rank: int, block: int) -> None:
         with self.changed:
@@ -62,10 +75,14 @@ class Clock:
 
 @Mesh.register
 class SlowMesh:
-    """A rank that reaches some receivers only when they have given up waiting for that block."""
+    """A rank that reaches some receivers only when they have given up waiting for that block.
+
+    Deadlines run once everybody else has sent, so that a busy machine makes nobody late.
+    """
 
     def __init__(self, mesh: Mesh, late: Late, clock: Clock) -> None:
         self.mesh, self.late, self.clock = mesh, late, clock
+        self.calls: Counter[tuple[int, int]] = Counter()  # of receive, by sender and block
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self.mesh, name)
@@ -73,11 +90,16 @@ class SlowMesh:
     def send(self, payload: Any, *, block: int, to: Sequence[int], **place: Any) -> None:
         late = [n for n in self.late.get((self.mesh.rank, block), ()) if n in to]
         self.mesh.send(payload, block=block, to=[n for n in to if n not in late], **place)
+        self.clock.count(self.mesh.rank, block)
         if late:
             self.clock.wait(late, block)
             self.mesh.send(payload, block=block, to=late, **place)
 
     def receive(self, sizes: Any, *, block: int, **place: Any) -> Any:
+        for sender in () if is_control(block) else sizes:
+            self.calls[sender, block] += 1
+            if self.mesh.rank not in self.late.get((sender, block), ()):
+                self.clock.wait_for(sender, block, self.calls[sender, block])
         try:
             return self.mesh.receive(sizes, block=block, **place)
         finally:

@@ -12,7 +12,14 @@ import pytest
 import torch
 
 from astra_runtime import Engine, wire
-from astra_runtime.errors import AstraError, DeadlineExceeded, HandshakeRefused, PeerLost, WireError
+from astra_runtime.errors import (
+    AstraError,
+    DeadlineExceeded,
+    HandshakeRefused,
+    InvalidChoice,
+    PeerLost,
+    WireError,
+)
 from astra_runtime.transport import Mesh, abort, local_mesh
 from astra_runtime.wire import FIELDS_SIZE, HEADER_SIZE
 
@@ -252,7 +259,7 @@ def test_a_deadline_by_block_sees_who_stopped() -> None:
     assert 0.24 < seconds < PROMPT
 
 
-def test_a_choice_that_fails_ends_generation_everywhere() -> None:
+def test_a_choice_that_fails_ends_its_call_everywhere_and_nothing_else() -> None:
     model, inputs = tiny("llama"), inputs_for("llama", 12)
 
     def choose(ids: Any, scores: Any) -> Any:
@@ -260,14 +267,14 @@ def test_a_choice_that_fails_ends_generation_everywhere() -> None:
 
     def work(mesh: Mesh) -> str:
         with Engine(model, None, mesh) as engine:
-            with pytest.raises((RuntimeError, PeerLost)) as caught:
+            with pytest.raises(InvalidChoice) as caught:
                 engine.generate(inputs["input_ids"], max_new_tokens=3, choose=choose)
+            again = engine.generate(inputs["input_ids"], max_new_tokens=1)  # the mesh stays
+            assert again.shape[-1] == 13
             return str(caught.value)
 
-    first, owner = as_ranks(local_mesh(2), work)
-    assert owner == "no choice"
-    assert first.startswith("rank 1 was lost at block")
-    assert first.endswith("RuntimeError: no choice")
+    words = "rank 1 ended the call: choose raised RuntimeError: no choice"
+    assert as_ranks(local_mesh(2), work) == [words] * 2
 
 
 def test_arguments_that_are_refused_end_nothing() -> None:
