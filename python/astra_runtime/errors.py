@@ -122,7 +122,7 @@ class CallEnded(AstraError):
 
 
 class InvalidChoice(CallEnded, ValueError):
-    """`choose` returned something else than a token for each sequence."""
+    """`choose` returned something else than a token for each sequence, or raised (`__cause__`)."""
 
 
 class NotFinite(CallEnded):
