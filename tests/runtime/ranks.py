@@ -134,10 +134,16 @@ def all_to_all(mesh: Mesh, blocks: int, size: int) -> None:
 
 
 def free_ports(count: int) -> list[str]:
-    """Addresses nobody listens at, below the range that the kernel hands to outgoing dials."""
+    """Addresses nobody listens at, below the range that the kernel hands to outgoing dials.
+
+    Test processes that run side by side draw from ports of their own: a port may be taken between
+    this look and its use.
+    """
+    processes = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
+    own = int(os.environ.get("PYTEST_XDIST_WORKER", "gw0").removeprefix("gw"))
     addresses: list[str] = []
     while len(addresses) < count:
-        port = random.SystemRandom().randrange(15_000, 32_000)
+        port = random.SystemRandom().randrange(15_000 + own, 32_000, processes)
         with contextlib.suppress(OSError), socket.create_server(("127.0.0.1", port)):
             addresses.append(f"127.0.0.1:{port}")
     return addresses
