@@ -8,7 +8,7 @@ ds = p (dp - delta), where delta = sum(dout * out) - dlse, p = exp(s - lse), dp 
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 
 import torch
@@ -141,6 +141,15 @@ def take_in(out: Tensor, lse: Tensor, part: Tensor, part_lse: Tensor) -> None:
     lead = (part_lse - lse).masked_fill_((part_lse == HIDDEN) & (lse == HIDDEN), HIDDEN)
     out.lerp_(part, lead.sigmoid_().unsqueeze(3))
     lse.copy_(torch.logaddexp(lse, part_lse))
+
+
+def merged(parts: Iterable[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
+    """(out, lse) over the keys of all parts, at least one; the first one's tensors hold it."""
+    rest = iter(parts)
+    state = next(rest)
+    for part in rest:
+        take_in(*state, *part)
+    return state
 
 
 @dataclass(frozen=True)

@@ -19,9 +19,9 @@ from astra_kernels.attention.blocks import (
     compute_dtype,
     forward,
     is_coarse,
+    merged,
     new_state,
     some_heads,
-    take_in,
 )
 from astra_kernels.attention.visibility import Visibility, of_heads, visibility
 
@@ -115,17 +115,12 @@ def _over_keys(
     num_keys: int,
 ) -> tuple[Tensor, Tensor]:
     """Queries in fp32 over keys that are made so, ``num_keys`` at a time."""
-    state: tuple[Tensor, Tensor] | None = None
-    for start in range(0, key.shape[2], num_keys):
-        keys = slice(start, start + num_keys)
+
+    def over(keys: slice) -> tuple[Tensor, Tensor]:
         k, v = key[:, :, keys].float(), value[:, :, keys].float()
-        part = flash(query, k, v, scale, None if bias is None else bias[..., keys], hides)
-        if state is None:
-            state = part
-        else:
-            take_in(*state, *part)
-    assert state is not None
-    return state
+        return flash(query, k, v, scale, None if bias is None else bias[..., keys], hides)
+
+    return merged(over(slice(n, n + num_keys)) for n in range(0, key.shape[2], num_keys))
 
 
 def _of_one_width(query: Tensor, key: Tensor, value: Tensor) -> list[Tensor]:

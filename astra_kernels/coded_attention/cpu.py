@@ -12,7 +12,7 @@ from torch import Tensor
 
 from astra_kernels._rotary import Rope, apply_rope
 from astra_kernels.attention import native as attention_native
-from astra_kernels.attention.blocks import compute_dtype, is_coarse, new_state, take_in
+from astra_kernels.attention.blocks import compute_dtype, is_coarse, merged, new_state
 from astra_kernels.attention.cpu import attention, flash, with_sinks
 from astra_kernels.coded_attention import native
 from astra_kernels.codeword_attention.cpu import codewords
@@ -196,10 +196,9 @@ def _by_lookup(
     """Tokens' keys and values out of the tables, ``size`` tokens at a time."""
     batch, tokens, _ = codes.shape
     dtype = compute_dtype(query)
-    state: tuple[Tensor, Tensor] | None = None
-    for start in range(0, max(1, tokens), max(1, size)):
-        some = slice(start, min(start + size, tokens))
-        shape = (batch, some.stop - start)
+
+    def over(some: slice) -> tuple[Tensor, Tensor]:
+        shape = (batch, some.stop - some.start)
         index = row_index(codes[:, some], keys)
         key = gather(index, keys, shape, dtype)
         if value_codes is not None:
@@ -211,12 +210,8 @@ def _by_lookup(
         if mask is not None and mask.shape[-1] > 1:
             mask = mask[..., some]
         if mask is None and softcap is None:
-            part = flash(query, key, value, scale)
-        else:
-            part = attention(query, key, value, scale=scale, attn_mask=mask, softcap=softcap)
-        if state is None:
-            state = part
-        else:
-            take_in(*state, *part)
-    assert state is not None
-    return state
+            return flash(query, key, value, scale)
+        return attention(query, key, value, scale=scale, attn_mask=mask, softcap=softcap)
+
+    starts = range(0, max(1, tokens), max(1, size))
+    return merged(over(slice(start, min(start + size, tokens))) for start in starts)
