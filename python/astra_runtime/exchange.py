@@ -21,6 +21,7 @@ from .transport import peers_of, require
 
 Ranges = Sequence[tuple[int, int]]  # of bytes, [start, stop)
 SAME_PICTURE = 0.02  # of a picture's root mean square: what preprocessing may round differently
+STAR_RANKS = 4  # up to so many send their class tokens straight to the rank that has the answer
 
 
 def send_tensor(call: Call, tensor: Tensor, *, block: int, to: Iterable[int]) -> None:
@@ -109,6 +110,8 @@ def gather(call: Call, hidden: Tensor) -> Tensor:
         return hidden if not last else hidden[:, -1:] if plan.causal else hidden[:, :1]
     if call.answer == "all":
         piece, senders = hidden, set(range(plan.world_size))
+    elif not plan.causal and in_a_tree(call, hidden):
+        return _mean_by_tree(call, hidden[:, : plan.copies])
     elif not plan.causal:
         piece, senders = hidden[:, : plan.copies], set(range(plan.world_size))
     else:
@@ -133,6 +136,45 @@ def gather(call: Call, hidden: Tensor) -> Tensor:
     first = [p[:, : plan.copies] for p in ordered]
     token = first[0] if plan.causal else torch.stack(first).mean(0)
     return torch.cat([token, *(p[:, plan.copies :] for p in ordered)], 1)
+
+
+def in_a_tree(call: Call, hidden: Tensor) -> bool:
+    """Whether class tokens are added up on their way. Not where a rank may be left out, who would
+    take others along, and not in half precision, whose sums would be rounded at every step."""
+    many = call.mesh.world_size > STAR_RANKS
+    return many and call.missing is None and hidden.dtype == torch.float32
+
+
+def _mean_by_tree(call: Call, token: Tensor) -> Tensor:
+    """The mean of all ranks' class tokens [B, 1, D], by a binomial tree whose root is rank 0.
+
+    N ranks take log2 N steps, and no link carries more than so many vectors: straight to one rank,
+    N - 1 of them pass its downlink one after another. The same way back where every rank is to have
+    the mean; a rank that is not gets its own.
+    """
+    rank, world = call.rank, call.mesh.world_size
+    shape, total, step = tuple(token.shape), token, 1
+    children = []
+    while step < world and not rank & step:
+        if rank + step < world:
+            children.append(rank + step)
+            total = total + _receive_from(call, children[-1], shape, token)
+        step *= 2
+    mean = total / world
+    if rank:
+        send_tensor(call, total, block=Control.HEAD, to=[rank - step])
+        if not call.everywhere:
+            return token
+        mean = _receive_from(call, rank - step, shape, token)
+    if call.everywhere:
+        # the child with the most ranks behind it first
+        for child in reversed(children):
+            send_tensor(call, mean, block=Control.HEAD, to=[child])
+    return mean
+
+
+def _receive_from(call: Call, rank: int, shape: tuple[int, ...], like: Tensor) -> Tensor:
+    return receive_tensors(call, {rank: shape}, like, block=Control.HEAD)[rank]
 
 
 def _gather_last_tokens(call: Call, last: LastTokens, hidden: Tensor) -> Tensor:

@@ -199,6 +199,30 @@ def test_one_rank_alone_can_have_the_output() -> None:
     torch.testing.assert_close(outputs[2].logits, model(**inputs).logits[:, -1:].detach())
 
 
+@pytest.mark.parametrize("world_size", [5, 8])
+def test_class_tokens_of_many_ranks_are_added_up_on_their_way(world_size: int) -> None:
+    model, inputs = tiny("vit"), inputs_for("vit", batch=2)
+    single, tolerance = rounding(model, inputs)
+
+    def work(mesh: Mesh) -> tuple[Tensor, int]:
+        with Engine(model, None, mesh) as engine:
+            everywhere = engine(**inputs).logits
+        with Engine(model, Codebook.local_only(), mesh) as engine:
+            before = mesh.stats
+            engine(**inputs, outputs="one")
+            received = (mesh.stats - before).messages_received
+        return everywhere, received
+
+    outputs, received = zip(*run_ranks(world_size, work), strict=True)
+    assert all(torch.equal(output, outputs[0]) for output in outputs)
+    assert float((outputs[0] - single).abs().max()) <= tolerance
+    # everybody's picture, and sums of 1, 2 and up to 4 class tokens
+    assert received == tuple(
+        world_size - 1 + sum(1 for step in (1, 2, 4) if rank % (2 * step) == 0 and rank + step < world_size)
+        for rank in range(world_size)
+    )
+
+
 @pytest.mark.parametrize("kind", ["llama", "gpt2"])
 @pytest.mark.parametrize("padded", [False, True])
 def test_dense_generation_equals_the_models_own(kind: str, padded: bool) -> None:

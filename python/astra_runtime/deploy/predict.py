@@ -23,6 +23,7 @@ import astra_kernels as ak
 from ..codes.base import Payload
 from ..codes.codebook import Codebook
 from ..costs import attention_pairs, costs_of
+from ..exchange import STAR_RANKS
 from ..models import Adapter, adapt
 from ..plan import Plan
 from ..transport import Link
@@ -284,12 +285,22 @@ def _fine_bytes(codebook: Codebook, plan: Plan, block: int, rank: int) -> float:
 
 
 def _class_tokens(adapter: Adapter, ready: Sequence[float], link: Link) -> float:
-    """When rank 0 has every copy of the class token, one fp32 vector each."""
-    takes = link.seconds(4 * adapter.hidden_size) if len(ready) > 1 else 0.0
-    free = 0.0
-    for start in sorted(ready[1:]):
-        free = max(free, start) + takes
-    return max(ready[0], free + (link.delay_ms / 1e3 if len(ready) > 1 else 0.0))
+    """When rank 0 has every copy of the class token or their sum, an fp32 vector each."""
+    world = len(ready)
+    if world == 1:
+        return ready[0]
+    takes, delay = link.seconds(4 * adapter.hidden_size), link.delay_ms / 1e3
+    if world <= STAR_RANKS:
+        free = 0.0
+        for start in sorted(ready[1:]):
+            free = max(free, start) + takes
+        return max(ready[0], free + delay)
+    has, step = list(ready), 1
+    while step < world:
+        for rank in range(0, world - step, 2 * step):
+            has[rank] = max(has[rank], has[rank + step] + takes + delay)
+        step *= 2
+    return has[0]
 
 
 def _projected_first(adapter: Adapter) -> float:

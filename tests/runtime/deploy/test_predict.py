@@ -112,6 +112,14 @@ def test_frames_to_more_peers_cross_the_uplink_one_after_another() -> None:
     assert seconds(4) == pytest.approx(3 * seconds(2), rel=0.2)
 
 
+def test_class_tokens_of_many_ranks_take_a_step_for_each_doubling() -> None:
+    adapter, link = adapter_of(tiny("vit")), Link(1.0, 3.0)
+    nothing = Rates(0, 0, 0, 0, 0, 0)
+    plan = Plan.make(24, 8, causal=False, copies=1)
+    found = first_token(adapter, Codebook.local_only(), plan, [nothing] * 8, link)
+    assert found.seconds == pytest.approx(3 * (link.seconds(4 * adapter.hidden_size) + 0.003))
+
+
 def test_fine_codes_lengthen_the_next_ranks_frame() -> None:
     options = {"bits": 12, "codewords": 16, "iterations": 2, "held_back": 0}
     model = tiny("llama")
