@@ -4,7 +4,9 @@
     python -m bench.latency.curve --lengths                        # SmolLM2, 1k to 8k tokens
 
 On the virtual clock, as `bench.latency`, but for ASTRA alone, with TLS records counted, and on one
-core that all ranks have in turn. Writes latency_curve_<model>.json, or latency_lengths_<model>.json
+core that all ranks have in turn. The pace of a virtual machine drifts by a third within minutes, so
+before and after whatever is timed the same work is timed, `Pace`, and times are those at the run's
+median pace; `speedup_as_timed` is without that, and `pace_ms` how far it drifted. Writes latency_curve_<model>.json, or latency_lengths_<model>.json
 with the most memory that each rank had at the greatest length, as processes of their own.
 
 `single` is this engine on one device, `torch` the model's own pass; the ideal, `floor_ms`, is the
@@ -29,7 +31,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 
@@ -56,7 +58,9 @@ SLOW = 5.0  # processor seconds: what takes longer is measured once
 TORCH_TOKENS = 1024  # the model's own pass is measured up to this length
 IN_TURNS = 8  # ranks at most
 MOST_ROWS = 2048  # of a product that is measured: more take as long a row
+PACE_ROWS = 256  # of the products that tell the machine's pace
 Setting = tuple[str, int]  # codes and ranks
+T = TypeVar("T")
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -88,14 +92,18 @@ def main(arguments: Sequence[str] | None = None) -> None:
     keep_memory()  # as the commands do
     costs = SocketCosts.measured()
     link = Link(options.mbit, rtt_ms=options.rtt_ms, tls=True)
-    cases = [case for tokens in options.tokens for case in cases_of(options, tokens, link, costs)]
+    paces: list[float] = []
+    cases = [
+        case for tokens in options.tokens for case in cases_of(options, tokens, link, costs, paces)
+    ]
     path = write(
         options.name or f"latency_{'lengths' if options.lengths else 'curve'}_{options.model}",
         cases,
         command=command_line(MODULE, arguments),
         packages=("torch", "numpy", "transformers"),
         link={"emulator": "virtual clock", **asdict(link)},
-        extra=extra | {"socket_costs": costs._asdict()},
+        extra=extra
+        | {"socket_costs": costs._asdict(), "pace_ms": asdict(percentiles([1e3 * p for p in paces]))},
     )
     say(f"wrote {path}")
 
@@ -105,27 +113,68 @@ def usual_codes(model: str) -> str:
     return "default" if model.startswith("smollm2") else SETTINGS[model][0]
 
 
+class Pace:
+    """How fast the machine is: `once` says how long the same work takes now.
+
+    It does so before and after whatever is timed with `of`; `usual(n)` is by how much the n-th of
+    those times is to be multiplied to be one at the median pace.
+    """
+
+    def __init__(self, once: Callable[[], float]) -> None:
+        self.once, self.seconds = once, [once()]
+        self.around: list[float] = []  # of each time taken: the mean of before and after
+
+    def of(self, work: Callable[[], T]) -> tuple[T, int]:
+        """What `work` gives, and its number."""
+        found = work()
+        self.seconds.append(self.once())
+        self.around.append(statistics.fmean(self.seconds[-2:]))
+        return found, len(self.around) - 1
+
+    def usual(self, number: int) -> float:
+        return statistics.median(self.seconds) / self.around[number]
+
+
+class Times(NamedTuple):
+    """Processor seconds of what one core does alone, by name, and recorded passes, by codes and
+    number of ranks; both as they were timed and at the usual pace."""
+
+    alone: dict[str, list[float]]
+    passes: dict[Setting, list[Recording]]
+
+    def single(self) -> float:
+        """Of one device: of this engine or the model's own pass, whichever is faster."""
+        both = (self.alone[name] for name in ("single", "torch") if name in self.alone)
+        return min(map(statistics.median, both))
+
+
 def cases_of(
-    options: argparse.Namespace, tokens: int, link: Link, costs: SocketCosts
+    options: argparse.Namespace, tokens: int, link: Link, costs: SocketCosts, paces: list[float]
 ) -> list[Case]:
-    """The cases of one length."""
+    """The cases of one length; appends the machine's paces meanwhile."""
     subject = Subject.make(options.model, tokens)
     adapter = adapt(subject.model)
     if options.pack_weights:
         adapter.hooks.pack()  # once for all passes of this model
     books = {codes: subject.codebook(codes) for codes in options.codes}
-    taken, recordings = measured(subject, books, adapter, options)
-    single = min(statistics.median(taken[name]) for name in ("single", "torch") if name in taken)
-    whole = statistics.median(taken["products 1"])
+    pace = Pace(partial(on_one_core, partial(products, adapter, PACE_ROWS)))
+    timed, usual = measured(subject, books, adapter, pace, options)
+    paces += pace.seconds
+    single = usual.single()
+    whole = statistics.median(usual.alone["products 1"])
     cases = []
-    for codes, ranks in recordings:
-        book, of_ranks = books[codes], recordings[codes, ranks]
-        of_rows = statistics.median(taken[f"products {ranks}"])
+    for codes, ranks in usual.passes:
+        book, of_ranks = books[codes], usual.passes[codes, ranks]
+        of_rows = statistics.median(usual.alone[f"products {ranks}"])
         bound = of_rows + (single - whole) / ranks
         # playing a pass of many ranks takes seconds, so each is played once
         passes = [Played.of(recording, link, costs) for recording in of_ranks]
         times = percentiles([1e3 * each.finish for each in passes])
         middle = sorted(passes, key=lambda each: each.finish)[(len(passes) - 1) // 2]
+        as_timed = statistics.median(
+            Played.of(recording, link, costs).finish for recording in timed.passes[codes, ranks]
+        )
+        peers = {name: usual.alone[name] for name in ("single", "torch") if name in usual.alone}
         case = Case(
             name=f"curve_{options.model}_{tokens}_{ranks}ranks",
             shape={
@@ -140,10 +189,11 @@ def cases_of(
             impl=f"astra {codes}",
             ms=times,
             floor_ms=1e3 * single / ranks,
-            peers={n: 1e3 * statistics.median(taken[n]) for n in ("single", "torch") if n in taken},
+            peers={name: 1e3 * statistics.median(seconds) for name, seconds in peers.items()},
             extra={
                 "packed_bytes": adapter.hooks.packed_bytes,
                 "speedup": 1e3 * single / times.p50,
+                "speedup_as_timed": timed.single() / as_timed,
                 "bound_ms": 1e3 * bound,
                 "bound_speedup": single / bound,
                 "products_speedup": whole / of_rows,
@@ -157,11 +207,16 @@ def cases_of(
 
 
 def measured(
-    subject: Subject, books: Mapping[str, Codebook], adapter: Adapter, options: argparse.Namespace
-) -> tuple[dict[str, list[float]], dict[Setting, list[Recording]]]:
-    """Processor seconds of single devices and of the products alone, by name; and recordings, by
-    codes and number of ranks. All in turns, as the machine's pace drifts, but for many ranks, whose
-    engines take longer to make than to run."""
+    subject: Subject,
+    books: Mapping[str, Codebook],
+    adapter: Adapter,
+    pace: Pace,
+    options: argparse.Namespace,
+) -> tuple[Times, Times]:
+    """As timed, and at the usual pace: single devices, the products alone, and all ranks' passes.
+
+    All in turns, but for many ranks, whose engines take longer to make than to run.
+    """
     dense = Codebook.dense()
     alone: dict[str, Callable[[], float]] = {
         "single": lambda: astra(subject, dense, 1, 1)[0].computing[0]
@@ -177,19 +232,31 @@ def measured(
         for codes, book in books.items()
         for ranks in options.ranks
     }
-    taken: dict[str, list[float]] = {name: [] for name in alone}
-    recordings: dict[Setting, list[Recording]] = {setting: [] for setting in passes}
+    taken: dict[str, list[tuple[float, int]]] = {name: [] for name in alone}
+    recorded: dict[Setting, list[tuple[Recording, int]]] = {setting: [] for setting in passes}
     for _ in range(options.repeats):
         for name, once in alone.items():
-            if not taken[name] or taken[name][0] <= SLOW:
-                taken[name].append(once())
+            if not taken[name] or taken[name][0][0] <= SLOW:
+                taken[name].append(pace.of(once))
         for setting, record in passes.items():
-            done = recordings[setting]
-            if setting[1] > IN_TURNS:
-                done += [] if done else record(options.repeats)
-            elif not done or sum(done[0].computing) <= SLOW:
-                done += record(1)
-    return taken, recordings
+            done = recorded[setting]
+            if done and (setting[1] > IN_TURNS or sum(done[0][0].computing) > SLOW):
+                continue
+            several = options.repeats if setting[1] > IN_TURNS else 1
+            recordings, at = pace.of(partial(record, several))
+            done += [(recording, at) for recording in recordings]
+    as_timed = Times(
+        {name: [seconds for seconds, _ in each] for name, each in taken.items()},
+        {setting: [recording for recording, _ in each] for setting, each in recorded.items()},
+    )
+    usual = Times(
+        {name: [pace.usual(at) * seconds for seconds, at in each] for name, each in taken.items()},
+        {
+            setting: [recording.scaled(pace.usual(at)) for recording, at in each]
+            for setting, each in recorded.items()
+        },
+    )
+    return as_timed, usual
 
 
 def on_one_core(work: Callable[[], float]) -> float:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
 from astra_runtime import Codebook, Engine
@@ -54,6 +54,18 @@ class Recording:
     @property
     def computing(self) -> list[float]:
         return [sum(event.computed for event in events) for events in self.ranks]
+
+    def scaled(self, factor: float) -> Recording:
+        """The same pass, had everything computed taken `factor` times as long."""
+        return replace(
+            self,
+            ranks=[[e._replace(computed=factor * e.computed) for e in rank] for rank in self.ranks],
+            stages={name: factor * seconds for name, seconds in self.stages.items()},
+            stages_of=tuple(
+                {name: factor * seconds for name, seconds in stages.items()}
+                for stages in self.stages_of
+            ),
+        )
 
     def finish(self, link: Link, costs: SocketCosts, speed: float = 1.0) -> float:
         """Seconds until the first rank has the answer, on devices `speed` times as fast."""

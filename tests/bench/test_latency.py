@@ -116,6 +116,17 @@ def test_a_run_writes_cases_that_tables_show(tmp_path, monkeypatch):
         assert f"| {mbit} |" in shown
 
 
+def test_times_are_brought_to_the_usual_pace():
+    found = iter([1.0, 1.0, 2.0, 2.0, 1.0])
+    pace = curve.Pace(lambda: next(found))
+    at = [pace.of(lambda: "work")[1] for _ in range(4)]
+    assert [pace.usual(n) for n in at] == [1.0, 1 / 1.5, 0.5, 1 / 1.5]
+    event, stages = record.Event(2.0, to=1, size=3), {"attend": 1.0}
+    scaled = record.Recording([[event]], (0,), 0.0, stages, (stages,)).scaled(0.5)
+    assert scaled.ranks == [[record.Event(1.0, to=1, size=3)]]
+    assert scaled.stages_of == ({"attend": 0.5},)
+
+
 def test_a_curve_names_what_bounds_it(tmp_path, monkeypatch):
     monkeypatch.setattr("bench.report.results.RESULTS", tmp_path)
     monkeypatch.setattr(curve, "keep_memory", lambda: None)  # the tests' process stays as it is
