@@ -103,7 +103,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
         packages=("torch", "numpy", "transformers"),
         link={"emulator": "virtual clock", **asdict(link)},
         extra=extra
-        | {"socket_costs": costs._asdict(), "pace_ms": asdict(percentiles([1e3 * p for p in paces]))},
+        | {
+            "socket_costs": costs._asdict(),
+            "pace_ms": asdict(percentiles([1e3 * p for p in paces])),
+        },
     )
     say(f"wrote {path}")
 
