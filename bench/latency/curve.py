@@ -4,10 +4,12 @@
     python -m bench.latency.curve --lengths                        # SmolLM2, 1k to 8k tokens
 
 On the virtual clock, as `bench.latency`, but for ASTRA alone, with TLS records counted, and on one
-core that all ranks have in turn. The pace of a virtual machine drifts by a third within minutes, so
-before and after whatever is timed the same work is timed, `Pace`, and times are those at the run's
-median pace; `speedup_as_timed` is without that, and `pace_ms` how far it drifted. Writes latency_curve_<model>.json, or latency_lengths_<model>.json
+core that all ranks have in turn. Writes latency_curve_<model>.json, or latency_lengths_<model>.json
 with the most memory that each rank had at the greatest length, as processes of their own.
+
+The pace of a virtual machine drifts by a third within minutes, so before and after whatever is
+timed the same work is timed, `Pace`, and times are those at the run's median pace;
+`speedup_as_timed` is without that, and `pace_ms` says how far it drifted.
 
 `single` is this engine on one device, `torch` the model's own pass; the ideal, `floor_ms`, is the
 faster one's time over N. `bound_ms` is what the linear layers allow, whose products of few rows are

@@ -216,13 +216,12 @@ def test_class_tokens_of_many_ranks_are_added_up_on_their_way(world_size: int) -
     outputs, received = zip(*run_ranks(world_size, work), strict=True)
     assert all(torch.equal(output, outputs[0]) for output in outputs)
     assert float((outputs[0] - single).abs().max()) <= tolerance
-    # everybody's picture, and sums of 1, 2 and up to 4 class tokens
-    assert received == tuple(
-        world_size
-        - 1
-        + sum(1 for step in (1, 2, 4) if rank % (2 * step) == 0 and rank + step < world_size)
+    pictures = world_size - 1
+    sums = [  # of 1, 2 and up to 4 class tokens
+        [rank + step for step in (1, 2, 4) if rank % (2 * step) == 0 and rank + step < world_size]
         for rank in range(world_size)
-    )
+    ]
+    assert received == tuple(pictures + len(senders) for senders in sums)
 
 
 @pytest.mark.parametrize("kind", ["llama", "gpt2"])
