@@ -166,7 +166,12 @@ OTHERS = (
         "ASTRA on 2 to 32 ranks beside what bounds it, and from 1k to 8k tokens, with memory",
         20,
         (
-            _cpu("bench.latency.curve --model vit-base", "latency_curve_vit-base"),
+            _cpu("bench.latency.curve --model vit-base --repeats 4", "latency_curve_vit-base"),
+            _cpu(
+                "bench.latency.curve --model vit-base --pack-weights --repeats 4 "
+                "--name latency_curve_vit-base_packed",
+                "latency_curve_vit-base_packed",
+            ),
             _cpu(
                 "bench.latency.curve --model smollm2 --codes default kv:3", "latency_curve_smollm2"
             ),

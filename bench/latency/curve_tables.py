@@ -30,6 +30,7 @@ def curve(*reports: Report) -> str:
 def _row(case: dict[str, Any]) -> list[str]:
     shape, stages = case["shape"], case["stages_ms"]
     form = "" if case["dtype"] == "float32" else f" {case['dtype']}"
+    form += ", packed weights" if case["packed_bytes"] else ""
     parts = (sum(stages.get(name, 0.0) for name in names) for names in COLUMNS.values())
     single, link = min(case["peers"].values()), max(case["uplink_ms"], case["downlink_ms"])
     return [
@@ -81,7 +82,8 @@ def _sources(reports: tuple[Report, ...]) -> str:
     return f"\n\n{commands} on {reports[0]['device']}"
 
 
-_CURVES = tuple(f"cpu-2core/latency_curve_{m}" for m in ("vit-base", "smollm2", "smollm2-int8"))
+_MODELS = ("vit-base", "vit-base_packed", "smollm2", "smollm2-int8")
+_CURVES = tuple(f"cpu-2core/latency_curve_{model}" for model in _MODELS)
 _LENGTHS = ("cpu-2core/latency_lengths_smollm2",)
 
 TABLES = {
