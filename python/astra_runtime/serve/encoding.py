@@ -25,7 +25,7 @@ from ..store import token_limit
 from .costs import PromptCosts
 from .images import Preparation
 from .passes import Input, Passes, packed, unpacked
-from .rank import ending_together
+from .rank import reporting
 from .rounds import IDLE_SECONDS, Rounds
 from .service import (
     Embedding,
@@ -225,9 +225,7 @@ class Encoding(Rounds):
         )  # fmt: skip
         start = time.perf_counter()
         own = Passes(self.engine, self.pooling).run(batch)
-        mesh = self.engine.mesh
-        mesh.begin()
-        with self.engine.calling(), ending_together(mesh):
+        with reporting(self.engine):
             reports = [own, *self._reports()]
         self._beaten = time.monotonic()
         for rank, report in enumerate(reports):

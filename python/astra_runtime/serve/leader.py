@@ -3,8 +3,8 @@
 It admits requests first come, first served, as many as memory has room for; decides by cost whether
 a prompt is read by all ranks together or by its owner alone, and whether several answers to it are
 decoded by one rank or by several; and lets owners rotate, so that N ranks decode for N users at
-once. While the ranks read a prompt together, they pause at blocks that
-the job names, and decode a token of everything else.
+once. While the ranks read a prompt together, they pause at blocks that the job names, and decode a
+token of everything else.
 """
 
 from __future__ import annotations
@@ -18,7 +18,6 @@ from typing import Any
 
 from .. import decoding
 from ..control import Control
-from ..costs import EXACT_TOKENS
 from ..engine import Engine
 from ..errors import AstraError, CallEnded
 from ..store import token_limit
@@ -26,20 +25,14 @@ from ..trace import stage
 from ..transport import peers_of
 from .admission import Admission
 from .costs import AnswerCosts, PromptCosts
-from .kept import Prompts
 from .placement import Placement
 from .prompt import Move, Prompt
-from .rank import Sequences, busy_seconds, ending_together
+from .rank import reporting
+from .requests import Requests
 from .rounds import IDLE_SECONDS, LEAST_PATIENCE, Rounds
-from .service import (
-    Event,
-    GenerationRequest,
-    ServiceFailed,
-    Span,
-    Status,
-    TimeIsUp,
-)
-from .work import Answer, Deliver, Limits, Work
+from .sequences import Sequences, busy_seconds
+from .service import Event, GenerationRequest, Span, Status
+from .work import Deliver, Limits, Work
 
 MEMORY_SHARE = 0.5  # of the free memory, for keys and values
 KEPT_SHARE = 0.25  # of that, for prompts that are kept after their answers
@@ -97,18 +90,14 @@ class Leader(Rounds):
         self._sequences = Sequences(engine)
         self.costs = PromptCosts(engine)
         self.answer_costs = AnswerCosts(self.costs)
+        costs = self.costs, self.answer_costs
         keeps = self._sequences.kept.possible
-        self._placement = Placement(self._admission, self.costs, self.answer_costs, keeps)
-        self._answers: dict[int, Answer] = {}
-        self._drop: list[int] = []  # answers that their owners have to forget
-        self._prompts = Prompts(0)
-        self._number = 0
-        self._reading: Work | None = None  # whose prompt all ranks read
+        self._placement = Placement(self._admission, *costs, keeps)
+        self._requests = Requests(engine, self._admission, *costs, keeps, self._changed)
         self._moving: tuple[Work, Move] | None = None  # with the next step
         self._progress: float | None = None
         self._just_read = False
         self._spans: dict[int, list[Any]] = {}  # of the round before, by rank
-        self._timeline: list[Span] = []
         self._thread.start()
 
     # What others call, from any thread.
@@ -142,11 +131,7 @@ class Leader(Rounds):
             ticket.cancel()
 
     def cancel(self, work: Work) -> None:
-        with self._changed:
-            work.cancelled = True
-            if self._reading is work:
-                self.engine.cancel()
-            self._changed.notify_all()
+        self._requests.cancel(work)
 
     def status(self) -> Status:
         """Who is here and what is going on; waits for nothing."""
@@ -165,19 +150,17 @@ class Leader(Rounds):
                 self._counts["lost"],
                 self._counts["rejoined"],
                 self._counts["degraded"],
-                tuple(self._timeline),
+                tuple(self._requests.timeline),
                 self._progress,
             )
 
     # The leader's thread.
 
     def _is_busy(self) -> bool:
-        return bool(len(self._admission) or self._admission.running)
+        return self._requests.is_busy
 
     def _begin_mesh(self) -> None:
         self._sequences = Sequences(self.engine)
-        self._answers.clear()
-        self._drop.clear()
         self._moving = None
         together = Counter(one["machine"] for one in self._about.values())
         room = {
@@ -186,26 +169,22 @@ class Leader(Rounds):
         }
         keep = KEPT_SHARE if self._sequences.kept.possible else 0.0
         self._admission.budget |= {n: int((1 - keep) * size) for n, size in room.items()}
-        self._prompts = Prompts(int(keep * min(room.values()) / self._token_bytes))
+        self._requests.begin_mesh(int(keep * min(room.values()) / self._token_bytes))
 
     def _end_running(self, error: AstraError) -> None:
-        for work in tuple(self._admission.running):
-            self._end(work, error)
+        self._requests.end_running(error)
 
     def _end_all(self, error: AstraError) -> None:
-        with self._changed:
-            works = [*self._admission.waiting(), *self._admission.running]
-        for work in works:
-            self._end(work, error)
+        self._requests.end_all(error)
 
     def _beat(self) -> None:
         self._step([])
 
     def _next_round(self) -> None:
-        self._expire()
+        requests = self._requests
+        requests.expire()
         with self._changed:
-            work = self._next()
-            active = bool(self._answers or self._drop)
+            work, active = requests.next(), requests.is_active
             if work is None and not active and not self._ended:
                 self._changed.wait(IDLE_SECONDS)
                 if self._is_busy() or self._ended:
@@ -218,39 +197,19 @@ class Leader(Rounds):
         else:
             self._watch()
 
-    def _next(self) -> Work | None:
-        """The request that comes next, with its owner: the rank that knows its beginning, unless
-        that is busier than others."""
-        work = self._admission.next()
-        if work is None:
-            return None
-        known = None if work.request.fresh else self._prompts.find(work.request.prompt_ids)
-        work.base = None if known is None else known[:2]
-        if known is not None and self._admission.may_own(work, known[2]):
-            work.owner = known[2]
-        return work
-
     def _alone(self) -> list[Work]:
         """The requests that come next and whose owners read their prompts by themselves."""
         admitted = []
+        requests = self._requests
         with self._changed:
-            while (work := self._next()) is not None and self._placement.of(work) == "one":
-                self._begin(work, self._placement.spread_short(work))
+            while (work := requests.next()) is not None and self._placement.of(work) == "one":
+                requests.begin(work, self.tokenizer, self._placement.spread_short(work))
                 work.reading = {answer.rank for answer in work.answers}
                 admitted.append(work)
         return admitted
 
-    def _begin(self, work: Work, places: Sequence[int] | None = None) -> None:
-        self._admission.admit(work)
-        places = [work.owner] * work.request.n if places is None else places
-        work.begin(self._number, places, self.tokenizer, time.monotonic())
-        self._number += work.request.n
-        self._answers |= {answer.number: answer for answer in work.answers}
-
     def _job(self, **job: Any) -> None:
-        with self._changed:
-            said = {"drop": self._drop, **self._prompts.changes()}
-            self._drop = []
+        said = self._requests.news()
         self._sequences.follow(said)
         nothing: dict[str, Any] = {"prompt": None, "pauses": [], "alone": [], "move": None}
         self._send_job(**{"do": "round"} | nothing | said | job)
@@ -264,9 +223,7 @@ class Leader(Rounds):
         move = None if moving is None else asdict(moving[1])
         self._job(alone=[asdict(prompt) for prompt in prompts], move=move)
         problem = None if moving is None else self._move(*moving)
-        mesh = self.engine.mesh
-        mesh.begin()
-        with self.engine.calling(), ending_together(mesh):
+        with reporting(self.engine):
             for prompt in prompts:
                 if 0 in prompt.places:
                     self._sequences.read_alone(prompt)
@@ -292,27 +249,25 @@ class Leader(Rounds):
 
     def _have_moved(self, work: Work, move: Move, problem: str | None) -> None:
         if problem is not None:
-            self._prompts.lose(move.prompt.number)
-            self._end(work, self._failure(work, problem))
+            self._requests.prompts.lose(move.prompt.number)
+            self._requests.fail(work, problem)
 
     def _read(self, work: Work) -> None:
         """A round in which all ranks read one prompt, with pauses for everybody else."""
-        if self._answers:
+        if self._requests.answers:
             pauses = self.costs.pauses(work.new_tokens)
         else:
             seconds = LEAST_PATIENCE * self.engine.mesh.timeout
             pauses = self.costs.checks(work.new_tokens, seconds)
         with self._changed:
-            self._begin(work)
-            self._reading = work
+            self._requests.begin(work, self.tokenizer)
+            self._requests.reading = work
         prompt = work.prompt(self._ends)
         self._job(prompt=asdict(prompt), pauses=pauses)
         begun, start = time.monotonic() - work.arrived, time.perf_counter()
         paused, problem = self._read_prompt(work, prompt, pauses)
         seconds = time.perf_counter() - start - paused
-        mesh = self.engine.mesh
-        mesh.begin()
-        with self.engine.calling(), ending_together(mesh):
+        with reporting(self.engine):
             problem = self._collect() or problem
         self._just_read, self._beaten = True, time.monotonic()
         work.spans += [
@@ -321,12 +276,16 @@ class Leader(Rounds):
             for name, a, b in spans
         ]
         if problem is not None:
-            self._prompts.forget(prompt.number)
-            self._end(work, self._failure(work, problem))
-            return
+            self._requests.prompts.forget(prompt.number)
+            self._requests.fail(work, problem)
+        else:
+            self._have_read(work, seconds)
+
+    def _have_read(self, work: Work, seconds: float) -> None:
+        """All ranks have read a prompt, in so many seconds without the pauses."""
+        number, ids = work.answers[0].number, work.request.prompt_ids
         if self._sequences.kept.possible:
-            ids = work.request.prompt_ids
-            self._prompts.add(prompt.number, ids, work.owner)
+            self._requests.prompts.add(number, ids, work.owner)
         if work.base is None:
             busy = max((busy_seconds(spans) for spans in self._spans.values()), default=None)
             self.costs.heard_together(work.prompt_tokens, seconds, busy)
@@ -337,7 +296,9 @@ class Leader(Rounds):
 
     def _may_move(self, work: Work) -> bool:
         """Whether other ranks can go on with answers to a prompt that all have just read."""
-        if work.state == "over" or work.request.n == 1 or work.prompt_tokens > self._prompts.room:
+        if work.state == "over" or work.request.n == 1:
+            return False
+        if work.prompt_tokens > self._requests.prompts.room:
             return False
         return self._sequences.kept.may_be_shared(work.answers[0].number)
 
@@ -372,7 +333,7 @@ class Leader(Rounds):
             return paused, str(error)
         finally:
             with self._changed:
-                self._reading, self._progress = None, None
+                self._requests.reading, self._progress = None, None
 
     def _num_coded(self, prompt: Prompt) -> int:
         """Of how many of its tokens the owner has codes alone."""
@@ -382,14 +343,6 @@ class Leader(Rounds):
         sources = plan.sources(plan.owner) if self.engine.codebook.coded else ()
         return sum(plan.num_received(plan.owner, source) for source in sources)
 
-    def _failure(self, work: Work, problem: str) -> AstraError | None:
-        """What a request whose call has ended is told; None: it was cancelled."""
-        if work.cancelled:
-            return None
-        if work.deadline is not None and time.monotonic() >= work.deadline:
-            return TimeIsUp(f"not finished within {work.request.within_s:g} s")
-        return ServiceFailed(problem)
-
     def _pause(self) -> None:
         mesh = self.engine.mesh
         with stage("pause"):
@@ -397,7 +350,7 @@ class Leader(Rounds):
             self._collect()
             mesh.send(b"\1", block=Control.GO_ON, plan=0, to=peers_of(mesh))
             self._told = time.monotonic()
-        self._expire()
+        self._requests.expire()
 
     def _collect(self) -> str | None:
         """The tokens of this round, of all ranks; why a rank has not read a prompt, or None."""
@@ -405,97 +358,10 @@ class Leader(Rounds):
         self._sequences.confirm()
         self._spans = {0: report["spans"]}
         self._note(0, report, len(report["tokens"]))
-        self._heard(0, report)
+        self._requests.heard(0, report)
         for rank, report in enumerate(self._reports(), 1):
             problem = report["problem"] or problem
             self._spans[rank] = report["spans"]
             self._note(rank, report, len(report["tokens"]))
-            self._heard(rank, report)
+            self._requests.heard(rank, report)
         return problem
-
-    def _heard(self, rank: int, report: dict[str, Any]) -> None:
-        now = time.monotonic()
-        if report["step"]:
-            self.answer_costs.heard_step(*report["step"])
-        for number, seconds in report["read"]:
-            self._heard_read(rank, number, seconds, now)
-        for number, *token in report["tokens"]:
-            answer = self._answers.get(number)
-            if answer is None:
-                continue
-            if answer.work.heard(answer, token, now):
-                del self._answers[number]
-                self.answer_costs.heard_answer(answer.tokens)
-                self._keep_answer(answer)
-                if not token[-1]:  # its owner does not know
-                    with self._changed:
-                        self._drop.append(number)
-                if answer.work.whole:
-                    self._end(answer.work, None)
-        for number, reason in report["failed"]:
-            if number in self._answers:
-                work = self._answers[number].work
-                self._end(work, ServiceFailed(reason))
-
-    def _heard_read(self, rank: int, number: int, seconds: float, now: float) -> None:
-        """A rank has read a prompt by itself; its owner keeps what is known of it until it is
-        told."""
-        work = next((w for w in self._admission.running if w.answers[0].number == number), None)
-        if work is None:
-            self._prompts.forget(number)
-            return
-        work.reading.discard(rank)
-        work.spans.append(Span(rank, "compute", work.admitted - work.arrived, now - work.arrived))
-        if rank != work.owner:
-            return
-        self.costs.heard_alone(work.prompt_tokens, seconds)
-        if self._sequences.kept.possible and work.prompt_tokens > EXACT_TOKENS:
-            self._prompts.add_alone(number, work.request.prompt_ids, work.owner)
-        else:
-            self._prompts.forget(number)
-
-    def _keep_answer(self, answer: Answer) -> None:
-        """A kept prompt goes on with its first answer, all of it that the model has read: the next
-        question of a conversation begins with both."""
-        number, work, new = answer.number, answer.work, answer.ids[:-1]
-        if answer.index or not new or not self._sequences.kept.possible:
-            return
-        whole = [*work.request.prompt_ids, *new]
-        kept = self._prompts.extend(number, new) is not None
-        if not kept and work.base is None and work.prompt_tokens <= EXACT_TOKENS < len(whole):
-            self._prompts.add_alone(number, whole, work.owner)
-
-    def _expire(self) -> None:
-        """Ends what was cancelled, and what has no time left."""
-        now = time.monotonic()
-        with self._changed:
-            works = [*self._admission.waiting(), *self._admission.running]
-        for work in works:
-            late = work.deadline is not None and now >= work.deadline
-            if work is self._reading:
-                if late or work.cancelled:
-                    self.engine.cancel()
-            elif work.cancelled:
-                self._end(work, None)
-            elif late:
-                self._end(work, TimeIsUp(f"not finished within {work.request.within_s:g} s"))
-
-    def _end(self, work: Work, error: AstraError | None) -> None:
-        """The last event of a request."""
-        with self._changed:
-            if work.state == "over":
-                return
-            if work.state == "queued":
-                self._admission.remove(work)
-            else:
-                self._admission.finish(work, time.monotonic() - work.admitted)
-            work.state = "over"
-            left = [answer.number for answer in work.answers if not answer.done]
-            for number in left:
-                self._answers.pop(number, None)
-            self._drop += left
-            self._timeline = work.timeline(time.monotonic())
-            self._changed.notify_all()
-        if error is not None:
-            work.send(error)
-        work.send(None)

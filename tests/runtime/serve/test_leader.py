@@ -137,16 +137,16 @@ def test_a_prompt_that_all_ranks_read_is_cancelled_at_a_block(
     with led(llama, 2) as leader:
         heard = Heard()
         request = GenerationRequest("x", prompt(160), 5, GREEDY)
-        begun = leader._begin
+        begun = leader._requests.begin
 
-        def begin(work: Any) -> None:
-            begun(work)
+        def begin(work: Any, *rest: Any) -> None:
+            begun(work, *rest)
             work.cancelled = True
 
-        monkeypatch.setattr(leader, "_begin", begin)
+        monkeypatch.setattr(leader._requests, "begin", begin)
         leader.submit(request, heard)
         assert heard.wait().events == []  # no error either
-        monkeypatch.setattr(leader, "_begin", begun)
+        monkeypatch.setattr(leader._requests, "begin", begun)
         assert ask(leader, prompt(160)).wait().ids() == alone(llama, prompt(160), 5)
         assert leader.status().rejoined == 0
 
@@ -296,7 +296,7 @@ def test_prompts_that_wait_are_read_by_a_rank_each_and_kept(
                 assert second.ids() == alone(llama, [*ids, 7, 8], 5)
         # the other rank goes on from codes, or with dense exchange from keys and values
         ids, other = documents[by_one[0]], 1 - heard[by_one[0]].done().rank
-        monkeypatch.setattr(leader, "_next", _owned_by(leader, other))
+        monkeypatch.setattr(leader._requests, "next", _owned_by(leader, other))
         third = ask(leader, [*ids, 9]).wait()
         assert (third.done().rank, third.done().cached_tokens) == (other, len(ids))
         if not coded:
@@ -308,7 +308,7 @@ def _if_two_wait(costs: Any, tokens: int, waiting: int) -> bool:
 
 
 def _owned_by(leader: Any, rank: int) -> Any:
-    real = leader._next
+    real = leader._requests.next
 
     def following() -> Any:
         work = real()
