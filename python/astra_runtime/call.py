@@ -12,7 +12,7 @@ from typing import Any
 from torch import Tensor
 
 from .codes.base import Codec
-from .errors import CallEnded
+from .errors import CallEnded, ends_the_call_alone
 from .inputs import Views
 from .last_tokens import LastTokens
 from .missing import Missing
@@ -208,3 +208,16 @@ def ending_after(milliseconds: float, call: Endable) -> Iterator[None]:
         yield
     finally:
         timer.cancel()
+
+
+@contextlib.contextmanager
+def ending_together(mesh: Mesh) -> Iterator[None]:
+    """An error on this rank ends the call, or the mesh, on every rank, with one cause."""
+    try:
+        yield
+    except BaseException as error:
+        if ends_the_call_alone(error):
+            mesh.cancel(error)
+        else:
+            mesh.abort(error)
+        raise

@@ -18,11 +18,13 @@ from .call import Call
 from .control import Control
 from .errors import AstraError, CallEnded, InvalidChoice, NotFinite
 from .exchange import receive_tensors, send_tensor
-from .inputs import check_integer
+from .inputs import check_bound, check_function, check_integer, check_request
 from .layer import Layer
 from .models import Adapter, with_cache
+from .prepare import prepare
 from .trace import stage
 
+DEFAULT_NEW_TOKENS = 20  # of `model.generate`
 Choose = Callable[[Tensor, Tensor], Tensor]  # (ids [B, t], logits [B, V]) -> next token [B]
 
 
@@ -99,6 +101,42 @@ def end_tokens(model: Any, eos_token_id: Any, vocabulary: int) -> tuple[int, ...
     several = isinstance(eos_token_id, Sequence) and not isinstance(eos_token_id, str)
     ids = eos_token_id if several else [eos_token_id]
     return tuple(check_integer("eos_token_id", token, 0, vocabulary - 1) for token in ids)
+
+
+def run(
+    engine: Any,
+    input_ids: Tensor,
+    *,
+    attention_mask: Tensor | None,
+    max_new_tokens: int | None,
+    eos_token_id: int | Sequence[int] | None,
+    choose: Choose | None,
+    on_token: Callable[[Tensor], None] | None,
+    stop: Callable[[Tensor], bool] | None,
+    on_block: Callable[[int], None] | None,
+    request: int | None,
+    within_ms: float | None,
+) -> Tensor:
+    """`Engine.generate` without a generation config, of the engine given."""
+    new_tokens = DEFAULT_NEW_TOKENS if max_new_tokens is None else max_new_tokens
+    new_tokens = check_integer("max_new_tokens", new_tokens, 1)
+    request, within_ms = check_request(request), check_bound(within_ms)
+    functions: dict[str, object] = {"choose": choose, "on_token": on_token, "stop": stop, "on_block": on_block}
+    for name, function in functions.items():
+        check_function(name, function)
+    with engine.calling():
+        config: Any = engine.model.config
+        ends = end_tokens(engine.model, eos_token_id, int(config.vocab_size))
+        inputs = {"input_ids": input_ids, "attention_mask": attention_mask}
+        call, kwargs, given = prepare(engine, inputs, "last", False, request, new_tokens, ends)
+        on_block = guarded("on_block", on_block, call.mesh.device_rank)
+        call = replace(call, between=on_block)
+        asked = Generation(new_tokens, ends, choose, on_token, stop)
+        asked.check_prompt(call, given["input_ids"], config)
+        with engine._ending_together(call, request, within_ms), engine.adapter.installed():
+            ids = generate(engine.model, engine.adapter, call, given, kwargs, asked)
+        engine._report(call)
+        return ids
 
 
 def generate(

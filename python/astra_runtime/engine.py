@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import functools
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -13,32 +12,25 @@ import torch
 from torch import Tensor, nn
 
 from . import decoding
-from .call import Call, Endable, Sizes, ending_after
+from .call import Call, Endable, Sizes, ending_after, ending_together
 from .codes.codebook import Codebook
 from .costs import engine_plan
-from .errors import ends_the_call_alone
 from .exchange import send_picture
-from .hugging_face import DEFAULT_NEW_TOKENS, call_arguments, generate_as_asked
+from .hugging_face import call_arguments, generate_as_asked
 from .inputs import (
-    Views,
-    check_answer,
     check_bound,
     check_choice,
-    check_function,
-    check_inputs,
     check_integer,
     check_kind,
     check_numbers,
     check_request,
-    contents,
-    num_padding,
 )
-from .last_tokens import LastTokens
 from .layer import Layer
-from .missing import Missing, check_deadlines, waiting_limits
+from .missing import check_deadlines
 from .models import Watch, adapt, check_attention, check_head_module, check_runnable
 from .plan import Plan, check_halo
 from .prefill import Prefix, prefill
+from .prepare import prepare
 from .sessions.host import SessionHost
 from .store import token_limit
 from .trace import stage
@@ -143,15 +135,34 @@ class Engine(SessionHost):
         self.degraded, self.bits_per_token_block, self.bits_per_receiver = False, 0.0, 0.0
         self.missing: dict[int, list[int]] = {}
         self.seconds = 0.0
+        self._adopt_model()
+        self._remember_shapes()
+        self._running: Endable | None = None
+        self._packed = pack_weights
+        if pack_weights:
+            self.adapter.hooks.pack()
+        try:
+            self._agree()
+        except BaseException:
+            self._unpack()
+            raise
+        self._open = True
+
+    def _adopt_model(self) -> None:
+        """Refuses a model that no engine can run; makes its codec, and watches it from here on."""
+        model, adapter = self.model, self.adapter
         check_runnable(model)
-        check_attention(self.adapter.attentions, self.adapter.causal)
-        check_head_module(model, self.adapter.hidden_size, self.adapter.dtype)
-        self.codec = self.codebook.make_codec(self.adapter)
-        tabled = self.adapter.projecting() if self.codec.tabled else []
+        check_attention(adapter.attentions, adapter.causal)
+        check_head_module(model, adapter.hidden_size, adapter.dtype)
+        self.codec = self.codebook.make_codec(adapter)
+        tabled = adapter.projecting() if self.codec.tabled else []
         if self.codec.early:
-            tabled = [*tabled, *self.adapter.attentions]
+            tabled = [*tabled, *adapter.attentions]
         self._watch = Watch(model, tabled)
         self._verified = not self.codec.early or self.mesh.world_size == 1
+
+    def _remember_shapes(self) -> None:
+        """Plans and sizes are made once for all calls of one shape."""
         self._plan = functools.lru_cache(_SHAPES)(
             functools.partial(
                 engine_plan,
@@ -165,16 +176,6 @@ class Engine(SessionHost):
         self._sizes = functools.lru_cache(_SHAPES)(
             functools.partial(Sizes.of, self.codec, len(self.adapter.blocks))
         )
-        self._running: Endable | None = None
-        self._packed = pack_weights
-        if pack_weights:
-            self.adapter.hooks.pack()
-        try:
-            self._agree()
-        except BaseException:
-            self._unpack()
-            raise
-        self._open = True
 
     def _unpack(self) -> None:
         if self._packed:
@@ -278,7 +279,7 @@ class Engine(SessionHost):
         check_choice("outputs", outputs, ("every", "one"))
         request, within_ms = check_request(request), check_bound(within_ms)
         with torch.no_grad(), self._turn():
-            call, kwargs, _ = self._prepare(inputs, logits, outputs == "every", request)
+            call, kwargs, _ = prepare(self, inputs, logits, outputs == "every", request)
             with (
                 self._ending_together(call, request, within_ms),
                 self.adapter.listening(Layer(call), self.adapter.patch_rows(call.plan, call.rank)),
@@ -312,15 +313,9 @@ class Engine(SessionHost):
         clock = contextlib.nullcontext() if within_ms is None else ending_after(within_ms, call)
         start = time.perf_counter()
         try:
-            with clock:
+            with ending_together(self.mesh), clock:
                 self._watch.check()
                 yield
-        except BaseException as error:
-            if ends_the_call_alone(error):
-                self.mesh.cancel(error)
-            else:
-                self.mesh.abort(error)
-            raise
         finally:
             self._running, self.seconds = None, time.perf_counter() - start
 
@@ -337,66 +332,6 @@ class Engine(SessionHost):
         trailer = call.missing.width if call.missing else 0
         self.bits_per_token_block = call.sizes.bits_per_token_block(call.batch, trailer)
         self.bits_per_receiver = call.sizes.bits_per_receiver(call.batch)
-
-    def _prepare(
-        self,
-        inputs: dict[str, Any],
-        answer: str,
-        everywhere: bool,
-        request: int | None,
-        *options: object,
-        owner: int | None = None,
-    ) -> tuple[Call, dict[str, Any], dict[str, Tensor]]:
-        """The call, the model's arguments and the checked inputs.
-
-        `options` have to be the same on every rank; decoding follows where there are any.
-        `owner`: the rank that is to hold a decoder's last token; None: the last one.
-        """
-        adapter, mesh = self.adapter, self.mesh
-        weights = self.shard_weights
-        if owner is not None and owner != mesh.world_size - 1:
-            ranks = range(mesh.world_size)
-            mesh = Subset(mesh, [(owner + 1 + n) % mesh.world_size for n in ranks])
-            options = (*options, owner)
-            weights = None if weights is None else weights[owner + 1 :] + weights[: owner + 1]
-        rank = mesh.rank
-        self.degraded, self.missing = False, {}
-        check_runnable(self.model)
-        check_attention(adapter.attentions, adapter.causal)
-        alike = repr((options, request, answer, everywhere)).encode()  # on all ranks
-        pooled = check_answer(adapter, answer)
-        given = check_inputs(adapter, inputs)
-        batch, tokens = adapter.count(given)
-        last = adapter.last_tokens(given)
-        padding = num_padding(adapter.visible(given))
-        plan = self._plan(tokens, padding=padding, shard_weights=weights)
-        blocks = len(adapter.blocks)
-        deadline, patience = waiting_limits(self.on_missing, self.deadline_ms, mesh, blocks)
-        call = Call(
-            rank,
-            plan,
-            self.codec.begin(given, plan, rank),
-            self._sizes(rank, plan, batch),
-            mesh,
-            batch,
-            plan.tag([*contents(given), alike]),
-            Views.of(adapter, given, plan, rank),
-            "last" if pooled else answer,
-            None if last is None else LastTokens.of(last, plan),
-            pooled,
-            everywhere,
-            keeps=bool(options) and rank == plan.owner,
-            deadline=deadline,
-            patience=patience,
-            missing=Missing(mesh.world_size, blocks) if self.on_missing == "degrade" else None,
-            verified=None if self._verified else adapter,
-        )
-        kwargs = adapter.local_inputs(given, plan, rank)
-        # a shard's hidden states or attentions would pass for the sequence's
-        kwargs |= {"return_dict": True, "output_hidden_states": False, "output_attentions": False}
-        if adapter.causal:
-            kwargs["use_cache"] = False
-        return call, kwargs, given
 
     def generate(
         self,
@@ -446,36 +381,14 @@ class Engine(SessionHost):
                 sequence, or raised an error.
             NotFinite: the logits hold NaN, of which any token could be the likeliest.
         """
-        if not (self.adapter.causal and hasattr(self.model, "lm_head")):
+        if not self.adapter.generates:
             raise ValueError("generate: expected a decoder with a language-model head")
+        plain: dict[str, Any] = {"attention_mask": attention_mask, "max_new_tokens": max_new_tokens}
+        plain |= {"eos_token_id": eos_token_id, "choose": choose, "on_token": on_token}
+        plain |= {"stop": stop, "on_block": on_block, "request": request, "within_ms": within_ms}
         if generation_config is not None or keywords:
-            plain: dict[str, Any] = {"eos_token_id": eos_token_id, "choose": choose}
-            plain |= {"on_token": on_token, "stop": stop, "on_block": on_block, "request": request}
-            plain |= {"attention_mask": attention_mask, "max_new_tokens": max_new_tokens}
-            return generate_as_asked(
-                self, input_ids, generation_config, keywords, within_ms=within_ms, **plain
-            )
-        new_tokens = DEFAULT_NEW_TOKENS if max_new_tokens is None else max_new_tokens
-        max_new_tokens = check_integer("max_new_tokens", new_tokens, 1)
-        request, within_ms = check_request(request), check_bound(within_ms)
-        check_function("choose", choose)
-        for name, function in (("on_token", on_token), ("stop", stop), ("on_block", on_block)):
-            check_function(name, function)
-        with torch.no_grad(), self._turn():
-            config: Any = self.model.config
-            ends = decoding.end_tokens(self.model, eos_token_id, int(config.vocab_size))
-            inputs = {"input_ids": input_ids, "attention_mask": attention_mask}
-            call, kwargs, given = self._prepare(
-                inputs, "last", False, request, max_new_tokens, ends
-            )
-            on_block = decoding.guarded("on_block", on_block, call.mesh.device_rank)
-            call = dataclasses.replace(call, between=on_block)
-            asked = decoding.Generation(max_new_tokens, ends, choose, on_token, stop)
-            asked.check_prompt(call, given["input_ids"], config)
-            with self._ending_together(call, request, within_ms), self.adapter.installed():
-                ids = decoding.generate(self.model, self.adapter, call, given, kwargs, asked)
-            self._report(call)
-            return ids
+            return generate_as_asked(self, input_ids, generation_config, keywords, **plain)
+        return decoding.run(self, input_ids, **plain)
 
     def prefill(
         self,
@@ -497,7 +410,7 @@ class Engine(SessionHost):
         Returns:
             On the owner what it knows of the prompt, on the other ranks None.
         """
-        if not (self.adapter.causal and hasattr(self.model, "lm_head")):
+        if not self.adapter.generates:
             raise ValueError("prefill: expected a decoder with a language-model head")
         return prefill(
             self, input_ids, owner=owner, request=request, within_ms=within_ms, between=between
@@ -512,7 +425,7 @@ class Engine(SessionHost):
                 128. A vision model's images have one length.
         """
         for inputs in example_inputs(self.adapter, lengths):
-            if self.adapter.causal and hasattr(self.model, "lm_head"):
+            if self.adapter.generates:
                 room = inputs["input_ids"].shape[1] < (token_limit(self.model) or 1 << 30)
                 self.generate(**inputs, max_new_tokens=2 if room else 1)
             else:

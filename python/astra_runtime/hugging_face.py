@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .decoding import Generation, end_tokens
+from .decoding import DEFAULT_NEW_TOKENS, Generation, end_tokens
 from .inputs import check_function, check_integer
 from .sessions.several import draw_several
 
@@ -106,7 +106,7 @@ _REFUSED = (
     *("assistant_model", "prefix_allowed_tokens_fn", "negative_prompt_ids", "synced_gpus"),
     *("negative_prompt_attention_mask", "custom_generate", "inputs_embeds", "past_key_values"),
 )
-DEFAULT_NEW_TOKENS, DEFAULT_TOP_K = 20, 50  # of `model.generate`
+DEFAULT_TOP_K = 50  # of `model.generate`
 
 
 @dataclass(frozen=True)

@@ -12,6 +12,7 @@ from .codes.base import Codec
 from .codes.rotary import Rope
 from .inputs import check_bound, check_function, check_integer, check_request
 from .layer import Layer
+from .prepare import prepare
 from .trace import stage
 
 
@@ -60,7 +61,9 @@ def prefill(
     check_function("between", between)
     with engine.calling():
         inputs = {"input_ids": input_ids}
-        call, kwargs, _ = engine._prepare(inputs, "last", False, request, "prefill", owner=owner)
+        call, kwargs, _ = prepare(
+            engine, inputs, "last", False, request, "prefill", owner=owner
+        )
         call = replace(call, keeps_local=call.keeps, between=between)
         with (
             engine._ending_together(call, request, within_ms),

@@ -63,7 +63,7 @@ def load(
             model = load_model(name, dtype=form)
         if options.checkpoint is not None:
             adapt(model).name_checkpoint(options.checkpoint)
-        if not (adapt(model).causal and hasattr(model, "lm_head")) and decoder:
+        if not adapt(model).generates and decoder:
             raise AstraError(f"model {name!r}: expected a language model that continues texts")
         return model, load_tokenizer(name) if tokenizer else None
 

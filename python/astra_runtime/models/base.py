@@ -77,6 +77,11 @@ class Adapter(ABC):
         return model
 
     @property
+    def generates(self) -> bool:
+        """Whether it is a decoder with a language-model head, which can continue a text."""
+        return self.causal and is_language_model(self.model)
+
+    @property
     def base(self) -> Any:
         """The model without its head."""
         return getattr(self.model, getattr(self.model, "base_model_prefix", ""), self.model)

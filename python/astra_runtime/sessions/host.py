@@ -38,7 +38,7 @@ class SessionHost(EngineParts):
 
     def _check_sessions(self) -> None:
         codec = self.codebook.codec
-        if not (self.adapter.causal and hasattr(self.model, "lm_head")):
+        if not self.adapter.generates:
             raise ValueError("session: expected a decoder with a language-model head")
         if not codec.keeps_sessions:
             raise ValueError(
