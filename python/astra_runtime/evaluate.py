@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import math
 import threading
 from collections.abc import Callable, Sequence
@@ -129,6 +130,35 @@ def measure(
     None: its default for the shortest window. `overlap`: whether `local_overlap` is measured, too.
     `progress` hears of windows done and in all, over all methods.
     """
+    language = is_language_model(model)
+    shortest = _shortest(model, windows, world_size)
+    if halo is None:
+        halo = default_halo(adapt(model), codebook, shortest - codebook.prefix, world_size)
+    overlaps = overlap and language and bool(codebook.prefix or halo)
+    done, steps = itertools.count(1), (4 if overlaps else 3) * len(windows)
+
+    def run(book: Codebook, halo: int = 0) -> tuple[list[list[Any]], tuple[float, float]]:
+        def heard() -> None:
+            progress(next(done), steps)
+
+        return _by_rank(model, book, windows, world_size, halo, heard)
+
+    exact, _ = run(Codebook.dense())
+    astra, (bits, each) = run(codebook, halo)
+    local_only, _ = run(Codebook.local_only())
+    if not language:  # every rank has the whole output
+        coded, alone = (_error(outputs[0], exact[0]) for outputs in (astra, local_only))
+        return Measured("error", 0.0, coded, alone, bits, bits_per_receiver=each)
+    computed = None
+    if overlaps:
+        overlapping, _ = run(replace(Codebook.local_only(), prefix=codebook.prefix), halo)
+        computed = _perplexity(overlapping)
+    of_exact, coded, alone = map(_perplexity, (exact, astra, local_only))
+    return Measured("perplexity", of_exact, coded, alone, bits, computed, each)
+
+
+def _shortest(model: nn.Module, windows: Sequence[Inputs], world_size: int) -> int:
+    """Tokens of the shortest window; refuses windows that so many ranks cannot share."""
     if world_size < 2:
         raise ValueError(
             f"world_size: expected at least 2, so that there are remote tokens, got {world_size}"
@@ -139,48 +169,36 @@ def measure(
             f"windows: expected more than {world_size} tokens in each, one a rank and one to "
             f"predict, got {shortest}"
         )
-    language, bits, each, done = is_language_model(model), 0.0, 0.0, 0
-    if halo is None:
-        halo = default_halo(adapt(model), codebook, shortest - codebook.prefix, world_size)
+    return shortest
 
-    overlaps = overlap and language and bool(codebook.prefix or halo)
-    methods = 4 if overlaps else 3
 
-    def run(book: Codebook, halo: int = 0) -> list[list[Any]]:
-        """By rank and window: (loss, count) of a language model, else the output."""
+def _by_rank(
+    model: nn.Module,
+    book: Codebook,
+    windows: Sequence[Inputs],
+    world_size: int,
+    halo: int,
+    heard: Callable[[], None],
+) -> tuple[list[list[Any]], tuple[float, float]]:
+    """By rank and window: (loss, count) of a language model, else the output; and the bits of a
+    token and block, by payload and by receiver. `heard` is called after every window."""
+    language = is_language_model(model)
 
-        def work(mesh: Mesh) -> list[Any]:
-            nonlocal bits, each, done
-            measured: list[Any] = []
-            equal = (1.0,) * world_size
-            with Engine(model, book, mesh, weights=equal, halo=halo) as engine:
-                for window in windows:
-                    if language:
-                        measured.append(shard_loss(engine, window["input_ids"]))
-                    else:
-                        measured.append(_output(engine(**window, logits="all")))
-                    if engine.rank == 0:
-                        done += 1
-                        progress(done, methods * len(windows))
-                if book is codebook:
-                    bits, each = engine.bits_per_token_block, engine.bits_per_receiver
-            return measured
+    def work(mesh: Mesh) -> tuple[list[Any], tuple[float, float]]:
+        measured: list[Any] = []
+        equal = (1.0,) * world_size
+        with Engine(model, book, mesh, weights=equal, halo=halo) as engine:
+            for window in windows:
+                if language:
+                    measured.append(shard_loss(engine, window["input_ids"]))
+                else:
+                    measured.append(_output(engine(**window, logits="all")))
+                if engine.rank == 0:
+                    heard()
+            return measured, (engine.bits_per_token_block, engine.bits_per_receiver)
 
-        return run_ranks(world_size, work)
-
-    exact, astra, local_only = (
-        run(Codebook.dense()),
-        run(codebook, halo),
-        run(Codebook.local_only()),
-    )
-    if not language:  # every rank has the whole output
-        coded, alone = (_error(outputs[0], exact[0]) for outputs in (astra, local_only))
-        return Measured("error", 0.0, coded, alone, bits, bits_per_receiver=each)
-    computed = None
-    if overlaps:
-        computed = _perplexity(run(replace(Codebook.local_only(), prefix=codebook.prefix), halo))
-    of_exact, coded, alone = map(_perplexity, (exact, astra, local_only))
-    return Measured("perplexity", of_exact, coded, alone, bits, computed, each)
+    ranks = run_ranks(world_size, work)
+    return [measured for measured, _ in ranks], ranks[0][1]
 
 
 def _output(output: Any) -> Tensor:

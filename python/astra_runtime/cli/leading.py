@@ -111,12 +111,8 @@ def _lead(
     import torch
 
     from ..engine import Engine
-    from ..serve.encoding import Encoding
-    from ..serve.images import Preparation
-    from ..serve.leader import Leader
     from ..serve.rank import JOB
     from ..serve.running import Started
-    from ..store import model_folder
     from ..transport import peers_of as peers_in
     from ..transport.messages import send_json
 
@@ -148,15 +144,25 @@ def _lead(
         "announce": announce,
         "on_away": away,
     }
-    if service.kind == "decoder":
-        memory = None if options.memory is None else options.memory << 20
-        leader: Any = Leader(engine, tokenizer, memory=memory, **rounds)
-    else:
-        place_of_model = model_folder(options.model)
-        prepare = Preparation.of(model.config, place_of_model) if service.kind == "vision" else None
-        leader = Encoding(engine, pooling=pooling_of(place_of_model), prepare=prepare, **rounds)
-    stack.enter_context(leader)
+    leader = stack.enter_context(_leader(options, service.kind, engine, tokenizer, rounds))
     return Started(leader, tokenizer, stack.pop_all().close)
+
+
+def _leader(
+    options: argparse.Namespace, kind: str, engine: Any, tokenizer: Any, rounds: dict[str, Any]
+) -> Any:
+    """Of a model that generates, or of an encoder; it answers once it is entered."""
+    from ..serve.encoding import Encoding
+    from ..serve.images import Preparation
+    from ..serve.leader import Leader
+    from ..store import model_folder
+
+    if kind == "decoder":
+        memory = None if options.memory is None else options.memory << 20
+        return Leader(engine, tokenizer, memory=memory, **rounds)
+    folder = model_folder(options.model)
+    prepare = Preparation.of(engine.model.config, folder) if kind == "vision" else None
+    return Encoding(engine, pooling=pooling_of(folder), prepare=prepare, **rounds)
 
 
 def pooling_of(folder: str) -> str:

@@ -229,50 +229,107 @@ def first_token(
         link: of every rank.
         payload: bytes of a frame, by block and tokens; None: by the codebook's bits.
     """
-    world, causal = plan.world_size, plan.causal
-    if len(rates) != world:
-        raise ValueError(f"rates: expected those of {world} ranks, got {len(rates)}")
-    before = 0.0 if codebook.codec.early else _projected_first(adapter)
+    if len(rates) != plan.world_size:
+        raise ValueError(f"rates: expected those of {plan.world_size} ranks, got {len(rates)}")
     bytes_of = payload or (lambda block, tokens: codebook.token_bits(adapter, block) * tokens / 8)
-    ready, busy, waiting = [0.0] * world, [0.0] * world, [0.0] * world
-    uplink, downlink = [0.0] * world, [0.0] * world
+    ranks = _Ranks(adapter, codebook, plan, rates, link, bytes_of)
     for block in range(len(adapter.blocks)):
+        ranks.pass_block(block)
+    ready = ranks.ready
+    answer = ready[plan.owner] if plan.causal else _class_tokens(adapter, ready, link)
+    owner = rates[plan.owner]
+    return Prediction(answer + owner.once, tuple(ranks.busy), tuple(ranks.waiting))
+
+
+class _Ranks:
+    """All ranks on their way through the blocks, in seconds from the beginning.
+
+    Args:
+        bytes_of: of a frame, by block and tokens.
+
+    Attributes:
+        ready: when each rank has the blocks so far behind it.
+        busy, waiting: for how long each has computed, and waited for codes.
+    """
+
+    def __init__(
+        self,
+        adapter: Adapter,
+        codebook: Codebook,
+        plan: Plan,
+        rates: Sequence[Rates],
+        link: Link,
+        bytes_of: Callable[[int, int], float],
+    ) -> None:
+        self._codebook, self._plan, self._rates, self._link = codebook, plan, rates, link
+        self._bytes_of, self._world = bytes_of, plan.world_size
+        # of a token's linear work, the share before its codes are known
+        self._before = 0.0 if codebook.codec.early else _projected_first(adapter)
+        self._counts = [plan.size(n) + plan.num_leading(n) for n in range(self._world)]
+        zeros = [0.0] * self._world
+        self.ready, self.busy, self.waiting = zeros[:], zeros[:], zeros[:]
+        self._uplink, self._downlink = zeros[:], zeros[:]  # when each is free again
+
+    def pass_block(self, block: int) -> None:
+        sent: list[float] = []
         frames: list[tuple[float, float, int]] = []  # on the uplink from, for how long, to whom
-        sent, arrived = [0.0] * world, [0.0] * world
-        for n in range(world):
-            rate, count = rates[n], plan.size(n) + plan.num_leading(n)
-            first = rate.block + before * rate.token * count
-            size = bytes_of(block, plan.num_sent(n)) if plan.num_sent(n) else 0.0
-            first += rate.code * plan.num_sent(n) if size else 0.0
-            sent[n] = ready[n] + first
-            busy[n] += first
-            takes = link.seconds(math.ceil(size)) if size else 0.0
-            start = max(sent[n], uplink[n])
-            receivers = plan.receivers(n) if size else ()
-            for receiver in sorted(receivers, key=lambda r: (r - n) % world):
-                fine = _fine_bytes(codebook, plan, block, n) if receiver == n + 1 else 0.0
-                longer = link.seconds(math.ceil(size + fine)) if fine else takes
-                frames.append((start, longer, receiver))
-                start += longer
-                uplink[n] = start
+        for n in range(self._world):
+            size = self._size(block, n)
+            sent.append(self._encode(n, size))
+            frames += self._send(block, n, size, sent[n])
+        arrived = self._deliver(frames)
+        for n in range(self._world):
+            self._attend(n, sent[n], arrived[n])
+
+    def _size(self, block: int, n: int) -> float:
+        """Bytes of the codes that a rank sends to each that sees its tokens."""
+        count = self._plan.num_sent(n)
+        return self._bytes_of(block, count) if count else 0.0
+
+    def _encode(self, n: int, size: float) -> float:
+        """When a rank's codes are made."""
+        rate = self._rates[n]
+        first = rate.block + self._before * rate.token * self._counts[n]
+        first += rate.code * self._plan.num_sent(n) if size else 0.0
+        self.busy[n] += first
+        return self.ready[n] + first
+
+    def _send(self, block: int, n: int, size: float, sent: float) -> list[tuple[float, float, int]]:
+        """A rank's frames, one after the other on its uplink."""
+        frames, start = [], max(sent, self._uplink[n])
+        takes = self._link.seconds(math.ceil(size)) if size else 0.0
+        receivers = self._plan.receivers(n) if size else ()
+        for receiver in sorted(receivers, key=lambda r: (r - n) % self._world):
+            next_rank = receiver == n + 1
+            fine = _fine_bytes(self._codebook, self._plan, block, n) if next_rank else 0.0
+            longer = self._link.seconds(math.ceil(size + fine)) if fine else takes
+            frames.append((start, longer, receiver))
+            start += longer
+            self._uplink[n] = start
+        return frames
+
+    def _deliver(self, frames: Sequence[tuple[float, float, int]]) -> list[float]:
+        """When each rank has all its frames."""
+        arrived = [0.0] * self._world
         for start, takes, receiver in sorted(frames):
             # through the switch as it comes: the last bit leaves both links at the same time
-            downlink[receiver] = max(downlink[receiver], start) + takes
-            arrived[receiver] = max(arrived[receiver], downlink[receiver] + link.delay_ms / 1e3)
-        for n in range(world):
-            rate, count = rates[n], plan.size(n) + plan.num_leading(n)
-            near = rate.near * attention_pairs(count, causal)
-            received = sum(plan.num_received(n, source) for source in plan.sources(n))
-            seeing = count - plan.copies if causal else count
-            rest = rate.receive * received + rate.far * seeing * received
-            rest += (1 - before) * rate.token * count
-            idle = max(0.0, arrived[n] - sent[n] - near)
-            ready[n] = sent[n] + near + idle + rest
-            busy[n] += near + rest
-            waiting[n] += idle
-    answer = ready[plan.owner] if causal else _class_tokens(adapter, ready, link)
-    owner = rates[plan.owner]
-    return Prediction(answer + owner.once, tuple(busy), tuple(waiting))
+            free = max(self._downlink[receiver], start) + takes
+            self._downlink[receiver] = free
+            arrived[receiver] = max(arrived[receiver], free + self._link.delay_ms / 1e3)
+        return arrived
+
+    def _attend(self, n: int, sent: float, arrived: float) -> None:
+        """A rank attends to its own tokens and to the others', and goes on to the next block."""
+        plan, rate, count = self._plan, self._rates[n], self._counts[n]
+        near = rate.near * attention_pairs(count, plan.causal)
+        received = sum(plan.num_received(n, source) for source in plan.sources(n))
+        seeing = count - plan.copies if plan.causal else count
+        rest = rate.receive * received + rate.far * seeing * received
+        rest += (1 - self._before) * rate.token * count
+        idle = max(0.0, arrived - sent - near)
+        self.ready[n] = sent + near + idle + rest
+        self.busy[n] += near + rest
+        self.waiting[n] += idle
 
 
 def _fine_bytes(codebook: Codebook, plan: Plan, block: int, rank: int) -> float:

@@ -145,17 +145,37 @@ def run_server(
     """
     state: ServerState = app.state.server
     check_exposure(host, state.options.api_keys, state.options.insecure)
-    protocol = type(
-        "BoundProtocol",
-        (Protocol,),
-        {
-            "headers_timeout": headers_timeout_s,
-            "write_timeout": write_timeout_s,
-            "max_connections": max_connections,
-        },
-    )
+    protocol = _bounded(headers_timeout_s, write_timeout_s, max_connections)
     context = None if certfile is None else _tls(certfile, keyfile)
     listening = _listen(host, port)
+    server = _Server(_config(app, protocol, context, drain_s), state, drain_s)
+
+    def stop() -> None:
+        server.should_exit = True
+
+    app.state.stop = stop
+    if on_listening is not None:
+        on_listening(_url(listening, host, certfile is not None))
+    try:
+        server.run(sockets=[listening])
+    finally:
+        listening.close()
+
+
+def _bounded(
+    headers_timeout_s: float, write_timeout_s: float, max_connections: int
+) -> type[Protocol]:
+    bounds = {
+        "headers_timeout": headers_timeout_s,
+        "write_timeout": write_timeout_s,
+        "max_connections": max_connections,
+    }
+    return type("BoundProtocol", (Protocol,), bounds)
+
+
+def _config(
+    app: Starlette, protocol: type[Protocol], context: ssl.SSLContext | None, drain_s: float
+) -> uvicorn.Config:
     config = uvicorn.Config(
         app,
         http=protocol,
@@ -173,18 +193,7 @@ def run_server(
     )
     config.load()
     config.ssl = context
-    server = _Server(config, state, drain_s)
-
-    def stop() -> None:
-        server.should_exit = True
-
-    app.state.stop = stop
-    if on_listening is not None:
-        on_listening(_url(listening, host, certfile is not None))
-    try:
-        server.run(sockets=[listening])
-    finally:
-        listening.close()
+    return config
 
 
 def _listen(host: str, port: int) -> socket.socket:
