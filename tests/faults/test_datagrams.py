@@ -38,7 +38,7 @@ from astra_runtime.transport.seals import (
     Seal,
 )
 from tests.runtime.ranks import together
-from tests.runtime.transport.test_datagram import content, datagram_mesh, tls_datagram_mesh
+from tests.runtime.transport.datagrams import content, datagram_mesh, tls_datagram_mesh
 
 from .report import Row
 from .wires import PLAN, resident

@@ -151,7 +151,7 @@ def test_refusals(forks: Forks, record: Callable[[Row], None], tmp_path: Path) -
 
 def seconds_to_join(when: str) -> float:
     """Beside 2,000 strangers, some like TLS: while they come ("go"), or when all are there."""
-    from tests.runtime.transport.test_tls import STRANGERS
+    from tests.runtime.transport.test_tls_refusals import STRANGERS
 
     ours, peers = key_folder(), free_ports(2)
     took: list[float] = []

@@ -149,6 +149,26 @@ def free_ports(count: int) -> list[str]:
     return addresses
 
 
+def dial(address: str) -> socket.socket:
+    """A connection to an address at which somebody listens by now, or will in a moment."""
+    host, port = address.split(":")
+    for _ in range(500):
+        try:
+            return socket.create_connection((host, int(port)), timeout=20)
+        except ConnectionRefusedError:
+            time.sleep(0.01)
+    raise AssertionError("nobody listens")
+
+
+def read_all(sock: socket.socket) -> bytes:
+    """What comes until the other side ends or resets the connection."""
+    data = b""
+    with contextlib.suppress(OSError):
+        while part := sock.recv(4096):
+            data += part
+    return data
+
+
 def environment() -> dict[str, str]:
     root = Path(__file__).resolve().parents[2]
     path = os.pathsep.join([str(root / "python"), str(root)])

@@ -12,25 +12,20 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import pytest
-import torch
 
-from astra_runtime import Codebook, Engine, errors
-from astra_runtime.control import is_control
-from astra_runtime.models import adapt
-from astra_runtime.plan import Plan
-from astra_runtime.transport import Mesh, datagram, fragments, local_mesh
+from astra_runtime import errors
+from astra_runtime.transport import Mesh, datagram, local_mesh
 from astra_runtime.transport.certificates import can_make_keys
-from astra_runtime.transport.datagram import PAUSE, DatagramMesh, connect_datagrams
+from astra_runtime.transport.datagram import DatagramMesh, connect_datagrams
 from astra_runtime.transport.fragments import (
     DATAGRAM_SIZE,
     FEC_GROUP,
     FRAGMENT_SIZE,
-    FragmentHeader,
     Outbox,
     fragment_layout,
     num_fec_fragments,
 )
-from astra_runtime.transport.reassembly import EARLY_BYTES, Inbox, Window
+from astra_runtime.transport.reassembly import EARLY_BYTES, Inbox
 from astra_runtime.transport.seals import (
     HEADER_SIZE,
     SEAL_SIZE,
@@ -38,36 +33,21 @@ from astra_runtime.transport.seals import (
     PlainSeal,
     Seal,
 )
-from bench.lossy.perplexity import LossyDatagrams
 
-from ..models import inputs_for, tiny
-from ..ranks import MAKERS, PLAN, all_to_all, as_ranks, free_ports, key_folder, together
-from ..test_degrade import book_for
-
-Fate = Callable[[bytes], Sequence[bytes]]  # what becomes of a datagram
-SECRET = bytes(range(32))
-# A wait that ends for another reason than its deadline ends before a quarter of it, however busy
-# the machine is: after that a frame that has begun is given up.
-LONG = 60.0
-EARLY = LONG * PAUSE
-
-
-def datagram_mesh(
-    world_size: int, *, timeout: float = 30.0, fec_group: int = 0
-) -> list[DatagramMesh]:
-    return _over(local_mesh(world_size, timeout=timeout), fec_group)
-
-
-def tls_datagram_mesh(
-    world_size: int, *, timeout: float = 30.0, fec_group: int = 0
-) -> list[DatagramMesh]:
-    return _over(MAKERS["tls"](world_size, timeout=timeout), fec_group)
-
-
-def _over(meshes: list[Mesh], fec_group: int) -> list[DatagramMesh]:
-    return together(
-        [lambda mesh=mesh: connect_datagrams(mesh, fec_group=fec_group) for mesh in meshes]
-    )
+from ..ranks import PLAN, all_to_all, as_ranks, free_ports, key_folder, together
+from .datagrams import (
+    EARLY,
+    LONG,
+    SECRET,
+    Fate,
+    Lane,
+    content,
+    datagram_mesh,
+    dropping,
+    lane,
+    tls_datagram_mesh,
+    told,
+)
 
 
 @pytest.fixture(params=["plain", "tls"])
@@ -77,65 +57,11 @@ def make(request: pytest.FixtureRequest) -> Callable[..., list[DatagramMesh]]:
     return {"plain": datagram_mesh, "tls": tls_datagram_mesh}[request.param]
 
 
-class Lane:
-    """A peer's socket whose outgoing datagrams meet a fate."""
-
-    def __init__(self, sock: socket.socket, fate: Fate) -> None:
-        self.sock, self.fate = sock, fate
-
-    def sendmsg(self, pieces: Sequence[bytes]) -> int:
-        datagram = b"".join(pieces)
-        for each in self.fate(datagram):
-            self.sock.send(each)
-        return len(datagram)
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self.sock, name)
-
-
-def lane(mesh: DatagramMesh, to: int, fate: Fate) -> Lane:
-    """Gives what `mesh` sends to rank `to` a fate."""
-    peer = mesh._peers[to]
-    peer.sock = Lane(peer.sock, fate)  # type: ignore[assignment]
-    return peer.sock  # type: ignore[return-value]
-
-
-def dropping(*lost: int) -> Fate:
-    """Drops the datagrams of these numbers, counted from 0."""
-    count = iter(range(10**9))
-    return lambda datagram: [] if next(count) in lost else [datagram]
-
-
-def content(rank: int, block: int, size: int) -> bytes:
-    return bytes((rank * 31 + block * 7 + position) % 251 for position in range(size))
-
-
-def told(
-    mesh: DatagramMesh,
-    block: int,
-    size: int,
-    sent: threading.Barrier | None = None,
-    **options: Any,
-) -> dict[int, bytes]:
-    """Sends this rank's content of a block to all, and receives theirs; with `sent`, when all that
-    will come has come."""
-    others = [rank for rank in range(mesh.world_size) if rank != mesh.rank]
-    payload, partial = content(mesh.rank, block, size), options.get("partial", False)
-    mesh.send(payload, block=block, plan=PLAN, to=others, partial=partial)
-    if sent is not None:
-        sent.wait()
-    views = mesh.receive(dict.fromkeys(others, size), block=block, plan=PLAN, **options)
-    return {rank: bytes(view) for rank, view in views.items()}
-
-
 @pytest.fixture
 def pair() -> Iterator[list[DatagramMesh]]:
     meshes = datagram_mesh(2, timeout=LONG)
     yield meshes
     together([mesh.close for mesh in meshes])
-
-
-# --- without losses: what TCP brings
 
 
 @pytest.mark.parametrize("fec_group", [0, FEC_GROUP])
@@ -209,9 +135,6 @@ def test_stats_count_payload_and_datagrams(make: Callable[..., list[DatagramMesh
 
     (sent, received), (answered, heard) = as_ranks(make(2), work)
     assert (sent, answered) == (heard, received)  # path probes and all
-
-
-# --- losses
 
 
 def test_gaps_are_the_parts_that_were_lost(make: Callable[..., list[DatagramMesh]]) -> None:
@@ -338,9 +261,6 @@ def test_late_parts_are_of_no_use_and_do_no_harm(pair: list[DatagramMesh]) -> No
     assert pair[1].datagrams.late == 2
 
 
-# --- FEC
-
-
 @pytest.mark.parametrize("fec_group", [1, 2, 8, 255])
 @pytest.mark.parametrize("size", [1, FRAGMENT_SIZE + 1, 9 * FRAGMENT_SIZE - 5, 20 * FRAGMENT_SIZE])
 def test_fec_recovers_one_loss_in_each_group(fec_group: int, size: int) -> None:
@@ -396,9 +316,6 @@ def test_a_loss_that_fec_recovers_delays_nothing(
     as_ranks(make(2, fec_group=FEC_GROUP), work)
 
 
-# --- disorder
-
-
 def test_reordered_and_repeated_parts(make: Callable[..., list[DatagramMesh]]) -> None:
     def work(mesh: DatagramMesh) -> None:
         held: list[bytes] = []
@@ -437,9 +354,6 @@ def test_a_recorded_frame_cannot_be_replayed(make: Callable[..., list[DatagramMe
     assert meshes[1].receive({0: 3000}, block=0, plan=PLAN, timeout=0.2, partial=True) == {}
     assert meshes[1].datagrams.repeated == len(recorded)
     together([mesh.close for mesh in meshes])
-
-
-# --- what strangers send
 
 
 def forgeries(datagram: bytes) -> list[bytes]:
@@ -499,9 +413,6 @@ def test_another_secret_is_refused(seal: type[Seal]) -> None:
     assert inbox.stats.refused == 1
 
 
-# --- what a peer sends that does not belong here
-
-
 @pytest.mark.parametrize(
     ("field", "sent", "wanted"),
     [
@@ -553,9 +464,6 @@ def test_parts_that_come_early_are_kept_within_bounds(pair: list[DatagramMesh]) 
     pair[0].send(payload, block=0, plan=PLAN, to=[1])
     assert pair[1].receive({0: len(payload)}, block=0, plan=PLAN, timeout=LONG, partial=True)
     assert not pair[1].missing_ranges
-
-
-# --- peers that end
 
 
 def test_a_lost_peer_ends_the_wait(make: Callable[..., list[DatagramMesh]]) -> None:
@@ -626,9 +534,6 @@ def test_a_kernel_without_room_delays_and_then_loses(pair: list[DatagramMesh]) -
     assert not peer.unsent
 
 
-# --- joining
-
-
 def test_a_way_that_datagrams_do_not_pass(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(datagram._Peer, "transmit", lambda self, pieces: None)
     meshes = local_mesh(2)
@@ -684,6 +589,25 @@ def test_a_peer_that_sends_no_datagrams() -> None:
     together([ours, other])
 
 
+@pytest.mark.parametrize("datagrams", [0, 1])
+def test_a_transport_that_differs_is_named_on_both_sides(datagrams: int) -> None:
+    """Whoever sees it first: the other one gets the same words."""
+    meshes = local_mesh(2, timeout=20)
+
+    def join(mesh: Mesh) -> None:
+        with mesh:
+            if mesh.rank == datagrams:
+                connect_datagrams(mesh)  # type: ignore[arg-type]
+            else:
+                mesh.agree({"model": "a"})
+
+    for error in together([lambda mesh=mesh: join(mesh) for mesh in meshes], errors_too=True):
+        assert isinstance(error, errors.HandshakeRefused)
+        assert f"rank {1 - datagrams}" in str(error)
+        assert f"rank {datagrams}" in str(error)
+        assert "--transport" in str(error)
+
+
 def test_many_lossy_exchanges_end() -> None:
     """A tenth of all datagrams is lost, some come twice. What is missing is what was lost."""
     blocks, size = 150, 5000
@@ -725,206 +649,3 @@ def test_many_lossy_exchanges_end() -> None:
     wholes = as_ranks(datagram_mesh(3), work)
     assert 0.06 < len(lost) / (6 * blocks * count) < 0.14
     assert all(blocks < whole < 2 * blocks for whole in wholes)
-
-
-# --- the engine
-
-
-def fate_of(sender: int, receiver: int, block: int, index: int) -> bool:
-    """Whether this fragment is lost: one in four, the same in every call; never a frame's first,
-    since a frame of which nothing arrives is waited for until the deadline."""
-    return index > 0 and random.Random(f"{sender} {receiver} {block} {index}").random() < 0.25
-
-
-def losing(sender: int, receiver: int) -> Fate:
-    def fate(datagram: bytes) -> list[bytes]:
-        header = FragmentHeader._make(struct.unpack_from("<QIIHHII", datagram))
-        step = fragment_layout(header.size)[1]
-        lost = header.frame and fate_of(sender, receiver, header.block, header.offset // step)
-        return [] if lost else [datagram]
-
-    return fate
-
-
-Missing = dict[tuple[int, int, int], list[int]]  # by block, receiver and sender
-
-
-class Lost(LossyDatagrams):
-    """The simulation of what came in a call."""
-
-    recorded: Missing
-
-    def missing(self, block: int, receiver: int, sender: int, count: int) -> list[int]:
-        return self.recorded.get((block, receiver, sender), [])  # what is not sent is not lost
-
-
-def record(mesh: DatagramMesh, missing: Missing) -> None:
-    """Notes which fragments each receive of `mesh` goes without."""
-    receive = mesh.receive
-
-    def recording(sizes: dict[int, int], *, block: int, **place: Any) -> dict[int, memoryview]:
-        views = receive(sizes, block=block, **place)
-        if not is_control(block):
-            for sender, size in sizes.items():
-                count, step = fragment_layout(size)
-                ranges = mesh.missing_ranges.get(sender, ()) if sender in views else [(0, size)]
-                missing[block, mesh.rank, sender] = [
-                    n for n in range(count) if any(a <= n * step < b for a, b in ranges)
-                ]
-        return views
-
-    mesh.receive = recording  # type: ignore[assignment]
-
-
-@pytest.fixture
-def small_parts(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Parts so small that a tiny model's frames have several."""
-    monkeypatch.setattr(fragments, "FRAGMENT_SIZE", 12)
-
-
-def answers(
-    meshes: list[DatagramMesh], model: Any, book: Codebook, inputs: Any, **options: Any
-) -> list[Any]:
-    def work(mesh: Mesh) -> Any:
-        given = {"on_missing": "degrade", "deadline_ms": 1000.0} | options
-        with Engine(model, book, mesh, weights=(1, 1, 1), halo=0, **given) as engine:
-            output = engine(**inputs)
-            return output.logits, output.degraded, output.missing
-
-    return as_ranks(meshes, work)
-
-
-@pytest.mark.parametrize("kind", ["llama", "vit"])
-@pytest.mark.parametrize("name", ["kv", "hidden-4", "transform", "differential"])
-@pytest.mark.usefixtures("small_parts")
-def test_an_engine_equals_the_simulation_of_what_came(
-    kind: str, name: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Whatever that was, since it depends on the time; class tokens and answers are never late."""
-    if kind == "vit" and name in ("transform", "differential"):
-        pytest.skip("codes of what token ids cannot predict")
-    monkeypatch.setattr(datagram, "PAUSE", 0.3 / LONG)
-    model, inputs = tiny(kind), inputs_for(kind, 23)
-    book = book_for(kind, name, model)
-    meshes = datagram_mesh(3, timeout=LONG)
-    missing: Missing = {}
-    for mesh in meshes:
-        record(mesh, missing)
-        for to in mesh._peers:
-            lane(mesh, to, losing(mesh.rank, to))
-    adapter = adapt(model)
-    copies = max(book.prefix, adapter.class_tokens)
-    tokens = adapter.count(inputs)[1] - book.prefix
-    plan = Plan.make(tokens, 3, causal=adapter.causal, copies=copies, weights=(1, 1, 1))
-    found = answers(meshes, model, book, inputs, deadline_ms=1000 * LONG)
-    simulated = Lost(model, book, plan, inputs, 0, lost=0.5, generator=torch.Generator())
-    simulated.recorded = missing
-    with torch.no_grad():
-        wanted = simulated.run().logits
-    assert any(missing.values())
-    for logits, degraded, without in found:
-        assert degraded
-        assert set(without) >= {0}
-        want = wanted if kind == "vit" else wanted[:, -1:]
-        torch.testing.assert_close(logits, want, rtol=2e-4, atol=2e-4)
-
-
-def test_without_losses_no_bit_differs_from_tcp(make: Callable[..., list[DatagramMesh]]) -> None:
-    model, inputs = tiny("llama"), inputs_for("llama", 23)
-    book = book_for("llama", "kv", model)
-    tcp = answers(local_mesh(3), model, book, inputs)  # type: ignore[arg-type]
-    for fec_group in (0, FEC_GROUP):
-        found = answers(make(3, fec_group=fec_group), model, book, inputs, deadline_ms=1000 * LONG)
-        for (logits, degraded, missing), (wanted, _, _) in zip(found, tcp, strict=True):
-            assert torch.equal(logits, wanted)
-            assert (degraded, missing) == (False, {})
-
-
-def test_an_engine_that_wants_all_refuses_datagrams() -> None:
-    model = tiny("llama")
-
-    def work(mesh: Mesh) -> None:
-        with pytest.raises(ValueError, match="loses frames"):
-            Engine(model, None, mesh)
-
-    as_ranks(datagram_mesh(2), work)
-
-
-def test_an_encoder_answers_without_codes_of_the_rank_that_owns_the_answer() -> None:
-    """They were lost, it was not: its class token comes over TCP."""
-    model, inputs = tiny("vit"), inputs_for("vit")
-    meshes = datagram_mesh(3)
-
-    def first_block(datagram: bytes) -> list[bytes]:
-        header = FragmentHeader._make(struct.unpack_from("<QIIHHII", datagram))
-        return [] if header.frame and header.block == 0 else [datagram]
-
-    lane(meshes[0], 1, first_block)
-    book = book_for("vit", "kv", model)
-    for _, degraded, missing in answers(meshes, model, book, inputs, deadline_ms=1000 * LONG):
-        assert degraded
-        assert missing == {0: [0]}
-
-
-# --- pieces
-
-
-def test_the_window_knows_what_it_has_seen() -> None:
-    window, seen = Window(), set()
-    for number in [5, 3, 4, 5, 1500, 600, 400, 1500, 10**6, 10**6 - 1023, 10**6 - 1024, 2**63, 7]:
-        fresh = number not in seen and (window.highest - number) < 1024
-        assert window.fresh(number) == fresh
-        if fresh:
-            window.add(number)
-            seen.add(number)
-
-
-@pytest.mark.parametrize("size", [0, 1, FRAGMENT_SIZE, FRAGMENT_SIZE + 1, 5000, 1 << 20])
-def test_parts_fit_and_differ_little(size: int) -> None:
-    count, step = fragment_layout(size)
-    assert step <= FRAGMENT_SIZE
-    assert count == max(1, -(-size // FRAGMENT_SIZE))
-    assert (count - 1) * step <= size <= count * step
-    outbox = Outbox(3, PlainSeal(SECRET))
-    lengths = [len(b"".join(d)) for d in outbox.frame(memoryview(bytes(size)), 0, PLAN)]
-    assert max(lengths) <= DATAGRAM_SIZE
-    assert sum(lengths) == size + count * (HEADER_SIZE + SEAL_SIZE)
-
-
-def test_golden_datagrams() -> None:
-    """The bytes of docs/wire.md."""
-    plain = Outbox(1, PlainSeal(SECRET))
-    assert b"".join(plain.probe()).hex() == (
-        "00000000000000000000000000000000000001000000000000000000000102030405060708090a0b0c0d0e0f"
-    )
-    (datagram,) = plain.frame(memoryview(b"\xaa\xbb\xcc"), 3, 0xDEADBEEF)
-    assert b"".join(datagram).hex() == (
-        "0100000000000000"
-        "01000000"
-        "efbeadde"
-        "0300"
-        "0100"
-        "03000000"
-        "00000000"
-        "aabbcc"
-        "000102030405060708090a0b0c0d0e0f"
-    )
-
-
-@pytest.mark.parametrize("datagrams", [0, 1])
-def test_a_transport_that_differs_is_named_on_both_sides(datagrams: int) -> None:
-    """Whoever sees it first: the other one gets the same words."""
-    meshes = local_mesh(2, timeout=20)
-
-    def join(mesh: Mesh) -> None:
-        with mesh:
-            if mesh.rank == datagrams:
-                connect_datagrams(mesh)  # type: ignore[arg-type]
-            else:
-                mesh.agree({"model": "a"})
-
-    for error in together([lambda mesh=mesh: join(mesh) for mesh in meshes], errors_too=True):
-        assert isinstance(error, errors.HandshakeRefused)
-        assert f"rank {1 - datagrams}" in str(error)
-        assert f"rank {datagrams}" in str(error)
-        assert "--transport" in str(error)

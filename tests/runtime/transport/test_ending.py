@@ -21,7 +21,7 @@ from astra_runtime.transport.buffers import BufferPool
 from astra_runtime.transport.lifetime import WriteTurn
 
 from ..ranks import MAKERS, PLAN, as_ranks, environment, free_ports, open_files, together
-from .test_datagram import datagram_mesh
+from .datagrams import datagram_mesh
 
 GIVEN_UP = TimeoutError("the request was given up")
 LONG = 60.0  # of a wait that nothing but the mesh's end can end: longer than a test may take

@@ -23,21 +23,13 @@ from ..ranks import (
     PLAN,
     all_to_all,
     as_ranks,
+    dial,
     environment,
     free_ports,
     key_folder,
+    read_all,
     together,
 )
-
-
-def dial(address: str) -> socket.socket:
-    host, port = address.split(":")
-    for _ in range(200):
-        try:
-            return socket.create_connection((host, int(port)), timeout=10)
-        except ConnectionRefusedError:
-            time.sleep(0.01)
-    raise AssertionError("nobody listens")
 
 
 def test_connect_and_agree() -> None:
@@ -119,13 +111,6 @@ def test_another_version_is_refused_on_both_sides() -> None:
     assert isinstance(refused, errors.HandshakeRefused)
     assert reason in str(refused)
     assert reply[wire.HELLO_SIZE :].decode() == reason
-
-
-def read_all(sock: socket.socket) -> bytes:
-    data = b""
-    while part := sock.recv(4096):
-        data += part
-    return data
 
 
 def test_a_dialed_stranger_is_refused() -> None:
