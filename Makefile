@@ -59,7 +59,7 @@ $(STAMP): $(SOURCES)
 	@touch $@
 
 demo: $(STAMP)
-	@echo "== demo: the first run fits a codebook (about 3.5 minutes), later runs take less than 1.5 minutes =="
+	@echo "== demo: less than 1.5 minutes; the first run fits a codebook, which takes about 1.5 minutes more =="
 	@$(BIN)/astra demo
 
 test: $(STAMP) test-core

@@ -69,7 +69,7 @@ def run(options: argparse.Namespace) -> int:
     say(
         f"ASTRA demo: {options.model} reads a prompt on {world_size} processes, "
         f"{options.threads} thread each. With the model and codebook cached this takes about a "
-        "minute and a half; the first run fits the codebook, about two minutes more."
+        "minute and a half; the first run fits the codebook, about as long again."
     )
     with cluster(options, world_size, settings, link) as others:
         if codebook_at_hand(options):
