@@ -121,8 +121,8 @@ def run(
     new_tokens = DEFAULT_NEW_TOKENS if max_new_tokens is None else max_new_tokens
     new_tokens = check_integer("max_new_tokens", new_tokens, 1)
     request, within_ms = check_request(request), check_bound(within_ms)
-    functions: dict[str, object] = {"choose": choose, "on_token": on_token, "stop": stop, "on_block": on_block}
-    for name, function in functions.items():
+    functions = (("choose", choose), ("on_token", on_token), ("stop", stop), ("on_block", on_block))
+    for name, function in functions:
         check_function(name, function)
     with engine.calling():
         config: Any = engine.model.config

@@ -61,9 +61,7 @@ def prefill(
     check_function("between", between)
     with engine.calling():
         inputs = {"input_ids": input_ids}
-        call, kwargs, _ = prepare(
-            engine, inputs, "last", False, request, "prefill", owner=owner
-        )
+        call, kwargs, _ = prepare(engine, inputs, "last", False, request, "prefill", owner=owner)
         call = replace(call, keeps_local=call.keeps, between=between)
         with (
             engine._ending_together(call, request, within_ms),

@@ -78,9 +78,7 @@ def _dealt_from(
     return turned, None if weights is None else weights[owner + 1 :] + weights[: owner + 1]
 
 
-def _arguments(
-    adapter: Adapter, given: dict[str, Tensor], plan: Plan, rank: int
-) -> dict[str, Any]:
+def _arguments(adapter: Adapter, given: dict[str, Tensor], plan: Plan, rank: int) -> dict[str, Any]:
     """The model's, for this rank's tokens."""
     kwargs = adapter.local_inputs(given, plan, rank)
     # a shard's hidden states or attentions would pass for the sequence's

@@ -86,7 +86,10 @@ class Requests:
         return work
 
     def begin(self, work: Work, tokenizer: Any, places: Sequence[int] | None = None) -> None:
-        """What `next` gave is worked on; `places`: by answer, the rank that decodes it; None: its owner."""
+        """What `next` gave is worked on.
+
+        places: by answer, the rank that decodes it; None: its owner.
+        """
         self.admission.admit(work)
         places = [work.owner] * work.request.n if places is None else places
         work.begin(self._number, places, tokenizer, time.monotonic())

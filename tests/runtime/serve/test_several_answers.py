@@ -14,8 +14,8 @@ from astra_runtime.serve.admission import Admission
 from astra_runtime.serve.costs import AnswerCosts
 from astra_runtime.serve.placement import Placement
 from astra_runtime.serve.prompt import Prompt
-from astra_runtime.serve.sequences import Sequences
 from astra_runtime.serve.sampling import sampling_to_json
+from astra_runtime.serve.sequences import Sequences
 from astra_runtime.serve.service import GenerationRequest, Sampling, ServiceFailed
 from astra_runtime.serve.work import Work
 
