@@ -43,6 +43,7 @@ def register_autograd(
         return tuple(output) if isinstance(output, list) else output
 
     def backward_of_all(ctx: Any, *grads: Any) -> Any:
+        _refuse_batches(name, grads)
         return *backward(ctx, *grads), None
 
     body = {"forward": staticmethod(forward), "backward": staticmethod(backward_of_all)}
@@ -73,6 +74,18 @@ def _refuse_tangents(name: str, args: tuple[Any, ...]) -> None:
                 f"astra_kernels.{op} has no forward-mode derivative, but an input is "
                 f"differentiated in forward mode: use astra_kernels.{op}.reference"
             )
+
+
+def _refuse_batches(name: str, grads: tuple[Any, ...]) -> None:
+    """torch.func.jacrev asks for the gradients of several outputs at once."""
+    if _functorch.peek_interpreter_stack() is None:
+        return
+    if any(isinstance(grad, Tensor) and _functorch.is_batchedtensor(grad) for grad in grads):
+        op = name.removesuffix("_backward")
+        raise RuntimeError(
+            f"astra_kernels.{op} has no gradients of several outputs at once (torch.func.jacrev, "
+            f"vmap): ask for one after another, or use astra_kernels.{op}.reference"
+        )
 
 
 def register_gradient(

@@ -18,6 +18,7 @@ from .costs import engine_plan
 from .exchange import send_picture
 from .hugging_face import call_arguments, generate_as_asked
 from .inputs import (
+    check_autocast,
     check_bound,
     check_choice,
     check_integer,
@@ -27,7 +28,14 @@ from .inputs import (
 )
 from .layer import Layer
 from .missing import check_deadlines
-from .models import Watch, adapt, check_attention, check_head_module, check_runnable
+from .models import (
+    Watch,
+    adapt,
+    check_attention,
+    check_dtypes,
+    check_head_module,
+    check_runnable,
+)
 from .plan import Plan, check_halo
 from .prefill import Prefix, prefill
 from .prepare import prepare
@@ -93,8 +101,11 @@ class Engine(SessionHost):
     the orders are alike.
 
     Raises:
-        ValueError: a model of another family, or a codebook made for another model.
-        HandshakeRefused: a rank has another model, codebook, weights, or other ways with deadlines.
+        ValueError: a model of another family, of parts whose dtypes do not work together, or a
+            codebook made for another model.
+        HandshakeRefused: a rank has another model, or sets numbers of its modules (attention's
+            scale, a norm's epsilon) that the others do not; another codebook, weights, or other
+            ways with deadlines.
 
     Between calls nothing of ASTRA is in the model. Close the engine, or use it in a `with` block.
     """
@@ -153,6 +164,7 @@ class Engine(SessionHost):
         model, adapter = self.model, self.adapter
         check_runnable(model)
         check_attention(adapter.attentions, adapter.causal)
+        check_dtypes(adapter, example_inputs(adapter, (1,))[0])
         check_head_module(model, adapter.hidden_size, adapter.dtype)
         self.codec = self.codebook.make_codec(adapter)
         tabled = adapter.projecting() if self.codec.tabled else []
@@ -182,16 +194,17 @@ class Engine(SessionHost):
             self.adapter.hooks.unpack()
 
     def _agree(self) -> None:
-        self.mesh.agree(
-            {
-                "model": self.adapter.checkpoint(),
-                "form": self.adapter.named_form(self.mixed_forms),
-                "codebook": self.codebook.digest,
-                "plan": f"weights {self.shard_weights or 'balanced'}, halo {_named(self.halo)}",
-                "deadline_ms": _named(self.deadline_ms),
-                "on_missing": self.on_missing,
-            }
-        )
+        fields = {
+            "model": self.adapter.checkpoint(),
+            "form": self.adapter.named_form(self.mixed_forms),
+            "codebook": self.codebook.digest,
+            "plan": f"weights {self.shard_weights or 'balanced'}, halo {_named(self.halo)}",
+            "deadline_ms": _named(self.deadline_ms),
+            "on_missing": self.on_missing,
+        }
+        if numbers := self.adapter.other_numbers():
+            fields["module numbers"] = numbers
+        self.mesh.agree(fields)
 
     def rejoin(self, mesh: Mesh | None = None, *, connect_timeout: float | None = None) -> None:
         """Closes what is left of the mesh and connects the ranks again; collective.
@@ -261,7 +274,7 @@ class Engine(SessionHost):
             first: the model's own first input, `input_ids` or `pixel_values`.
             inputs: `input_ids` [B, T], `attention_mask` [B, T], `token_type_ids` [B, T],
                 `pixel_values` [B, C, h, w]: whole, the same on every rank. Pictures that differ by
-                more than rounding are refused, as far as a few means of them tell. Further
+                more than rounding are refused, as far as the means of 16 parts tell. Further
                 arguments of a Hugging Face call are taken where they mean something here
                 (`return_dict`, `logits_to_keep`, `use_cache=False` …), else refused by name.
 
@@ -318,6 +331,11 @@ class Engine(SessionHost):
                 yield
         finally:
             self._running, self.seconds = None, time.perf_counter() - start
+
+    def _check_model(self) -> None:
+        check_runnable(self.model)
+        check_attention(self.adapter.attentions, self.adapter.causal)
+        check_autocast(self.adapter.device)
 
     def _report(self, call: Call) -> None:
         """What is known when a call has ended, for the host."""

@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+import copy
+from typing import TypeVar
+
 from .control import is_control
+
+E = TypeVar("E", bound=BaseException)
 
 
 def _moment(block: int | None) -> str:
@@ -151,6 +156,17 @@ class RequestMismatch(CallEnded, WireError):  # type: ignore[misc]  # `rank` is 
         self.field, self.expected, self.got = "request", *requests
         ours, theirs = ("no request" if n is None else f"request {n}" for n in requests)
         self.reason = f"it is at {ours}, rank {other} at {theirs}"
+
+
+def anew(error: E) -> E:
+    """A copy of an error that is kept somewhere, to be raised.
+
+    What is raised keeps all frames that it passes through. One that these frames reach would live
+    with them until Python's collector runs, which may be never.
+    """
+    raised = copy.copy(error)
+    raised.__cause__ = error.__cause__
+    return raised
 
 
 def ends_the_call_alone(error: BaseException) -> bool:

@@ -33,11 +33,7 @@ def check_inputs(adapter: Adapter, inputs: Mapping[str, Any]) -> dict[str, Tenso
         ValueError: an unknown name, another device, an empty batch, ids or mask values that the
             model does not have, pictures of another size or with values that are not finite.
     """
-    if torch.is_autocast_enabled(adapter.device.type):
-        raise ValueError(
-            "autocast: expected a call outside of torch.autocast, got one inside; convert the "
-            "model with model.to(dtype)"
-        )
+    check_autocast(adapter.device)
     given = {name: value for name, value in inputs.items() if value is not None}
     unknown = sorted(given.keys() - set(NAMES))
     if unknown:
@@ -61,6 +57,14 @@ def check_inputs(adapter: Adapter, inputs: Mapping[str, Any]) -> dict[str, Tenso
     if "attention_mask" in given:
         given["attention_mask"] = _as_mask(given["attention_mask"])
     return given
+
+
+def check_autocast(device: torch.device) -> None:
+    if torch.is_autocast_enabled(device.type):
+        raise ValueError(
+            "autocast: expected a call outside of torch.autocast, got one inside; convert the "
+            "model with model.to(dtype)"
+        )
 
 
 def _check_tensor(name: str, value: Any, device: torch.device) -> None:

@@ -94,7 +94,8 @@ def waiting_limits(
 def check_deadlines(on_missing: str, deadline_ms: float | None, mesh: Mesh) -> None:
     if on_missing not in ("raise", "degrade"):
         raise ValueError(f"on_missing: expected 'raise' or 'degrade', got {on_missing!r}")
-    if deadline_ms is not None and not isinstance(deadline_ms, Real):
+    is_number = isinstance(deadline_ms, Real) and not isinstance(deadline_ms, bool)
+    if deadline_ms is not None and not is_number:
         raise TypeError(f"deadline_ms: expected milliseconds, above 0, got {deadline_ms!r}")
     if deadline_ms is not None and not 0 < deadline_ms <= 1e9:
         raise ValueError(f"deadline_ms: expected above 0, at most 1e9, got {deadline_ms}")

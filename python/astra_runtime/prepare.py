@@ -10,7 +10,7 @@ from .call import Call
 from .inputs import Views, check_answer, check_inputs, contents, num_padding
 from .last_tokens import LastTokens
 from .missing import Missing, waiting_limits
-from .models import Adapter, check_attention, check_runnable
+from .models import Adapter
 from .plan import Plan
 from .transport import Mesh
 from .transport.subset import Subset
@@ -36,8 +36,7 @@ def prepare(
         options = (*options, owner)
     rank = mesh.rank
     engine.degraded, engine.missing = False, {}
-    check_runnable(engine.model)
-    check_attention(adapter.attentions, adapter.causal)
+    engine._check_model()
     alike = repr((options, request, answer, everywhere)).encode()  # on all ranks
     pooled = check_answer(adapter, answer)
     given = check_inputs(adapter, inputs)

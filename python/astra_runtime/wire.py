@@ -40,6 +40,11 @@ NOBODY: Final = 0xFFFF  # the rank addressed by a reply to bytes that were no HE
 
 FIELDS_SIZE: Final = 2048
 
+# What is to be done about ranks that do not speak alike.
+SAME_TRANSPORT: Final = "expected the same transport on all ranks (backend of connect, --transport)"
+# How torch.distributed greets its store: VALIDATE, and the beginning of a magic number.
+_TORCH_STORE: Final = b"\x00\xce\xf7\x85"
+
 # The decoder's verdicts, in the order of frame.hpp; 0: nothing is wrong.
 _FIELDS: Final = ("", "size", "source", "sequence", "call", "request", "plan", "block", "length")
 _FOREIGN, _OTHER_VERSION, _WRONG_SIZE, _LONG_REASON = 1, 2, 3, 4
@@ -164,6 +169,8 @@ def judge_prefix(data: bytes | bytearray | memoryview) -> str | None:
     verdict = _C.judge_prefix(data)
     if verdict == _FOREIGN:
         seen = bytes(data[: len(MAGIC)])
+        if seen == _TORCH_STORE:
+            return f"torch.distributed calls at a port that speaks ASTRA: {SAME_TRANSPORT}"
         return f"this port speaks ASTRA, the first bytes {seen!r} are something else"
     if verdict == _OTHER_VERSION:
         version: int = _PREFIX.unpack_from(data)[1]

@@ -387,7 +387,7 @@ def test_compiled_whole(name):
 
 @every_op
 @pytest.mark.filterwarnings("ignore:`torch.jit.script`")  # torch's own, of forward mode
-def test_second_derivatives_and_forward_mode_are_refused(name):
+def test_derivatives_of_other_kinds_are_refused(name):
     total, x, *_ = total_of(name)
     # The gradient of decode does not depend on the codebook, but on that of its output.
     (grad,) = torch.autograd.grad(total(x), x, create_graph=True)
@@ -396,6 +396,9 @@ def test_second_derivatives_and_forward_mode_are_refused(name):
     words = f"astra_kernels.{name} has no forward-mode derivative"
     with pytest.raises(RuntimeError, match=words):
         torch.func.jvp(total, (x.detach(),), (torch.ones_like(x),))
+    words = f"astra_kernels.{name} has no gradients of several outputs at once"
+    with pytest.raises(RuntimeError, match=words):
+        torch.func.jacrev(total)(x.detach())
 
 
 @every_op

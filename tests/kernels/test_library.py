@@ -220,7 +220,8 @@ def test_gradients_of_torch_func_are_refused(name):
     words = (
         f"astra_kernels.{name} (is forward-only|has no forward-mode .*), but .* is differentiated"
     )
-    for transform in (torch.func.grad, torch.func.jacfwd, torch.func.hessian):
+    func = torch.func
+    for transform in (func.grad, func.jacrev, func.jacfwd, func.hessian):
         with pytest.raises(RuntimeError, match=words):
             transform(total)(x)
     with pytest.raises(RuntimeError, match=words):

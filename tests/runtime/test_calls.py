@@ -188,6 +188,9 @@ def test_other_pictures_are_refused() -> None:
             before = answer_of(engine, inputs)
             with pytest.raises(InputsDiffer, match="pixel_values: expected the same picture"):
                 engine(**mine)
+            bright = torch.cat([20 * inputs["pixel_values"], mine["pixel_values"]])
+            with pytest.raises(InputsDiffer, match="pixel_values: expected the same picture"):
+                engine(pixel_values=bright)
             generator = torch.Generator().manual_seed(mesh.rank)
             noise = torch.empty_like(inputs["pixel_values"]).uniform_(generator=generator)
             rounded = inputs["pixel_values"] + 0.004 * noise  # of each rank's own preprocessing

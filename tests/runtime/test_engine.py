@@ -404,6 +404,18 @@ def test_ranks_that_differ_refuse_each_other() -> None:
     for reason in run_ranks(2, books):
         assert "codebook" in reason
 
+    scaled = tiny("llama")
+    scaled.model.layers[1].self_attn.scaling *= 2
+
+    def numbers(mesh: Mesh) -> str:
+        with pytest.raises(HandshakeRefused) as refused:
+            Engine(scaled if mesh.rank else model, None, mesh)
+        return str(refused.value)
+
+    for reason in run_ranks(2, numbers):
+        assert "module numbers" in reason
+        assert "model.layers.1.self_attn.scaling=0.5" in reason
+
 
 def test_ranks_with_other_inputs_find_out() -> None:
     model = tiny("llama")
@@ -469,6 +481,11 @@ def test_unsupported_models_are_refused_by_name() -> None:
         Engine(torch.nn.Linear(2, 2))
     with pytest.raises(ValueError, match="sliding-window"):
         Engine(tiny("mistral", sliding_window=8))
+    model = tiny("mistral")
+    Engine(model).close()
+    model.config.sliding_window = 8
+    with pytest.raises(ValueError, match="sliding-window"):
+        Engine(model)
     scaling = {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e4}
     with pytest.raises(ValueError, match="'dynamic' depend"):
         Engine(tiny("llama", rope_parameters=scaling))

@@ -293,6 +293,10 @@ PARTS: dict[str, tuple[Any, str]] = {
         lambda layer: setattr(layer.input_layernorm, "variance_epsilon", 1.0),
         r"layers\.1\.input_layernorm computes",
     ),
+    "a scale": (
+        lambda layer: setattr(layer.self_attn, "scaling", 1.0),
+        r"layers\.1\.self_attn\.scaling",
+    ),
 }
 
 
@@ -308,6 +312,85 @@ def test_parts_that_change_while_an_engine_is_open(part: str) -> None:
         change(layer)
         with pytest.raises(ModelChanged, match=words):
             engine(**inputs_for("llama"))
+
+
+CONFIGURATIONS: list[tuple[str, dict[str, Any]]] = [
+    *((kind, {}) for kind in KINDS),
+    ("gpt2", {"scale_attn_weights": False, "scale_attn_by_inverse_layer_idx": True}),
+    ("bert", {"layer_norm_eps": 1e-3, "hidden_act": "relu"}),
+    ("llama", {"rope_parameters": {"rope_type": "yarn", "factor": 4.0, "rope_theta": 1e4}}),
+]
+
+
+@pytest.mark.parametrize(("kind", "changes"), CONFIGURATIONS)
+def test_numbers_come_of_the_configuration(kind: str, changes: dict[str, Any]) -> None:
+    assert adapt(tiny(kind, **changes)).other_numbers() == ""
+
+
+NUMBERS: dict[str, tuple[str, Any, str]] = {
+    "a scale": (
+        "gpt2",
+        lambda model: setattr(model.transformer.h[1].attn, "scaling", 1.0),
+        "transformer.h.1.attn.scaling=1",
+    ),
+    "an epsilon": (
+        "vit",
+        lambda model: setattr(model.vit.layernorm, "eps", 0.5),
+        "vit.layernorm.eps=0.5",
+    ),
+    "frequencies": (
+        "qwen2",
+        lambda model: model.model.rotary_emb.inv_freq.mul_(2),
+        "rotary frequencies of ",
+    ),
+    "an activation": (
+        "llama",
+        lambda model: setattr(model.model.layers[2].mlp, "act_fn", nn.ReLU()),
+        "model.layers.2.mlp.act_fn=ReLU",
+    ),
+    "a factor": (
+        "llama",
+        lambda model: setattr(model.model.rotary_emb, "attention_scaling", 2.0),
+        "rotary attention_scaling=2",
+    ),
+    "many": (
+        "bert",
+        lambda model: [setattr(m, "eps", 0.5) for m in model.modules() if hasattr(m, "eps")],
+        "embeddings.LayerNorm.eps=0.5, encoder.layer.0.attention.output.LayerNorm.eps=0.5, "
+        "encoder.layer.0.output.LayerNorm.eps=0.5 and 4 more (",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", NUMBERS)
+def test_numbers_that_the_configuration_does_not_say(name: str) -> None:
+    kind, change, words = NUMBERS[name]
+    model = tiny(kind)
+    digest = adapt(model).digest()
+    change(model)
+    assert adapt(model).other_numbers().startswith(words)
+    assert adapt(model).digest() == digest
+
+
+def test_parts_of_a_dtype_that_does_not_fit_are_refused() -> None:
+    model = tiny("llama")
+    model.lm_head.half()
+    with pytest.raises(ValueError, match=r"torch\.float32 in lm_head\.weight.*got torch\.float16"):
+        Engine(model)
+    model = tiny("llama", tie_word_embeddings=True)
+    model.lm_head.half()
+    with pytest.raises(ValueError, match=r"torch\.float32 in model\.embed_tokens\.weight"):
+        Engine(model)
+
+
+def test_dtypes_that_are_mixed_on_purpose_are_taken() -> None:
+    model = tiny("llama").bfloat16()
+    model.lm_head.float()
+    model.lm_head.register_forward_pre_hook(lambda _, given: (given[0].float(),))
+    answer = answer_of(model, "llama")
+    assert answer.dtype == torch.float32
+    want = own_answer(model, "llama")
+    torch.testing.assert_close(answer, want, atol=0.5, rtol=0.05)
 
 
 def test_a_hook_that_no_table_knows_of_is_welcome() -> None:

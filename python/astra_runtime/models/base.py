@@ -22,6 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from ..plan import Plan
+from .constants import other_numbers
 from .digest import digests_of, entry_of
 from .heads import check_forward, head_reads
 from .hooks import Hooks, Listener
@@ -172,7 +173,29 @@ class Adapter(ABC):
         known = [*self.blocks, *self.attentions]
         return len(modules) == len(known) and all(map(operator.is_, modules, known))
 
+    def other_numbers(self) -> str:
+        """What the modules compute with and the configuration does not say, see `constants`; "": it
+        says all."""
+        scales = {module: self.scale_of(block) for block, module in enumerate(self.attentions)}
+        return other_numbers(self.model, scales, self.rotary())
+
+    def check(self) -> None:  # noqa: B027
+        """Refuses a model that this family's adapter cannot cut, as configuration and modules are
+        now.
+
+        Raises:
+            ValueError: by name, what no shard could compute.
+        """
+
     # What a family says of itself.
+
+    def scale_of(self, block: int) -> float:
+        """What the scores of a block are multiplied by, as the configuration says."""
+        return float(self.head_dim**-0.5)
+
+    def rotary(self) -> nn.Module | None:
+        """The module that makes rotary angles."""
+        return None
 
     @abstractmethod
     def find_blocks(self) -> list[nn.Module]:

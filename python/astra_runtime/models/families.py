@@ -120,9 +120,8 @@ class Llama(_Decoder):
 
     mlp_matrices = 3
 
-    def __init__(self, model: nn.Module) -> None:
-        super().__init__(model)
-        config: Any = model.config
+    def check(self) -> None:
+        config: Any = self.model.config
         limit = config.max_position_embeddings
         windows = {window for module in self.attentions if (window := _window(module, config))}
         if any(window < limit for window in windows):
@@ -136,6 +135,10 @@ class Llama(_Decoder):
                 f"model: rotary positions of type {kind!r} depend on each rank's own length and "
                 "are not supported; expected default, linear, llama3 or yarn"
             )
+
+    def rotary(self) -> nn.Module:
+        module: nn.Module = self.base.rotary_emb
+        return module
 
     def find_blocks(self) -> list[nn.Module]:
         return list(self.base.layers)
@@ -185,6 +188,11 @@ class GPT2(_Decoder):
 
     def attention_of(self, block: Any) -> nn.Module:
         return block.attn
+
+    def scale_of(self, block: int) -> float:
+        config = self.model.config
+        scale = super().scale_of(block) if config.scale_attn_weights else 1.0
+        return scale / (block + 1) if config.scale_attn_by_inverse_layer_idx else scale
 
     def project(self, block: int, hidden: Tensor) -> tuple[Tensor, Tensor]:
         layer: Any = self.blocks[block]
@@ -284,9 +292,8 @@ class Bert(Adapter):
 
     causal, class_tokens = False, 1
 
-    def __init__(self, model: nn.Module) -> None:
-        super().__init__(model)
-        config: Any = model.config
+    def check(self) -> None:
+        config: Any = self.model.config
         if config.is_decoder:
             raise ValueError("model: expected BERT as an encoder, got is_decoder=True")
         if config.chunk_size_feed_forward:
@@ -378,4 +385,5 @@ def adapt(model: nn.Module) -> Adapter:
                 )
             check_head(model)
             kept = adapters[model] = FAMILIES[kind](model)
+        kept.check()
         return kept

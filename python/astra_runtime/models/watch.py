@@ -6,8 +6,9 @@ with a look at the configuration, at every module, whether it is the one that wa
 every parameter and buffer: whether it is the same tensor at the same address, and on a CPU a sample
 of its bits, since a write through `.data` leaves no other trace. The look takes about a microsecond
 a parameter. On an accelerator, where reading values would wait for the device, the version counter
-stands for them. Where tables were made from a module, a later hook or patch of it counts as well,
-and of an adapter whether it is switched on.
+stands for them. Numbers such as attention's scale (`constants`) have to be what they were. Where
+tables were made from a module, a later hook or patch of it counts as well, and of an adapter
+whether it is switched on.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import ModelChanged
+from .constants import numbers_of
 from .digest import is_beside_the_function
 from .packed import PackedForward
 
@@ -44,6 +46,7 @@ class Watch:
         self._tabled = [(module, _function(module)) for module in tabled]
         self._config: Any = model.config
         self._words = copy.deepcopy(_words(self._config))
+        self._numbers = numbers_of(model)
         self._slots: list[tuple[dict[str, Any], str, Tensor]] = []
         self._names: list[str] = []
         for prefix, module in model.named_modules():
@@ -102,6 +105,9 @@ class Watch:
             if _function(module) != function:
                 path = next(path for path, known, _ in self._modules if known is module)
                 return f"what {path} computes, by a hook, a patch or its epsilon,"
+        for path, attributes, name, value in self._numbers:
+            if attributes.get(name) != value:
+                return path
         return None
 
     def _first(self, differ: Any) -> str:

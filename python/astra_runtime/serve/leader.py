@@ -19,7 +19,7 @@ from typing import Any
 from .. import decoding
 from ..control import Control
 from ..engine import Engine
-from ..errors import AstraError, CallEnded
+from ..errors import AstraError, CallEnded, anew
 from ..store import token_limit
 from ..trace import stage
 from ..transport import peers_of
@@ -125,7 +125,7 @@ class Leader(Rounds):
         try:
             while (event := events.get()) is not None:
                 if isinstance(event, AstraError):
-                    raise event
+                    raise anew(event)
                 yield event
         finally:
             ticket.cancel()

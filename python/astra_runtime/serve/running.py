@@ -10,7 +10,7 @@ from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
-from ..errors import AstraError
+from ..errors import AstraError, anew
 from .service import (
     CLOSING,
     STARTING,
@@ -134,7 +134,7 @@ class RunningService:
         try:
             while (event := await events.get()) is not None:
                 if isinstance(event, AstraError):
-                    raise event
+                    raise anew(event)
                 yield event
         finally:
             ticket.cancel()

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ..control import Control
-from ..errors import WireError
+from ..errors import WireError, anew
 from .base import EngineParts, Running
 from .codes import complete, session_tag, synchronize
 from .decoder import Asked, Decoder
@@ -99,7 +99,7 @@ def _exchange_step(
     own = by_rank.get(rank, [])
     for n in own:
         if answers[n].error is not None:
-            raise answers[n].error
+            raise anew(answers[n].error)
         step[n] = answers[n].tokens[-1]
     others = [n for n in range(mesh.world_size) if n != rank]
     if own and others:

@@ -40,6 +40,10 @@ class EngineParts(ABC):
         """The cut of an input."""
 
     @abstractmethod
+    def _check_model(self) -> None:
+        """Refuses, with a ValueError, to compute with a model as it is now: in training, say."""
+
+    @abstractmethod
     def _turn(self) -> AbstractContextManager[None]:
         """Keeps calls of other threads out."""
 

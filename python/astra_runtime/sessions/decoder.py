@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ..decoding import Choose, end_tokens, next_token
-from ..errors import InvalidChoice, NotFinite
+from ..errors import InvalidChoice, NotFinite, anew
 from ..inputs import check_function, check_integer
 from .base import EngineParts
 from .codes import complete
@@ -122,6 +122,7 @@ class Decoder:
             ValueError: another rank owns the session, or it is being continued already.
         """
         engine, state = self._engine, session._state
+        engine._check_model()
         asked = Asked.of(engine, max_new_tokens, eos_token_id, choose)
         asked.check_room(state.tokens, int(engine.adapter.model.config.max_position_embeddings))
         if state.owner != engine.rank:
@@ -179,7 +180,7 @@ class Decoder:
         try:
             chosen = next_token(self._engine.rank, answer.ids, answer.logits, asked.choose)
         except (InvalidChoice, NotFinite) as error:
-            answer.error, answer.done = error, True
+            answer.error, answer.done = anew(error), True
             return
         token = int(chosen)
         answer.tokens.append(token)

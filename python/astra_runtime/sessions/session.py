@@ -118,6 +118,7 @@ class Session:
             TypeError, ValueError: ids that the model does not have, more than fit its limit.
         """
         engine, state = self._engine, self._state
+        engine._check_model()
         ids = _check_ids(engine, ids, state.tokens)
         owner = state.owner if rank is None else _check_rank(engine, rank)
         check_function("between", between)
@@ -362,6 +363,7 @@ def _check_together(
     engine = sessions[0]._engine
     if any(session._engine is not engine for session in sessions):
         raise ValueError("sessions: expected those of one engine, got several engines'")
+    engine._check_model()
     check_function("on_tokens", on_tokens)
     owners = [session.owner for session in sessions]
     places = owners if ranks is None else [_check_rank(engine, rank) for rank in ranks]

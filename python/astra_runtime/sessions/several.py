@@ -53,6 +53,7 @@ def draw_several(
         int64 [count, T + new], on every rank. With dense exchange, to rounding, what the owner
         draws by itself from torch's generator, which is as far afterwards as it would be then.
     """
+    engine._check_model()
     ids = _check_ids(engine, ids, 0)
     options = Asked(asked.max_new_tokens, asked.ends)
     options.check_room(ids.shape[1], token_limit(engine))

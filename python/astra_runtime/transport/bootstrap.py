@@ -14,7 +14,7 @@ import time
 from collections.abc import Mapping, Sequence
 from typing import Final
 
-from astra_runtime.errors import ConnectFailed, PeersRefused
+from astra_runtime.errors import ConnectFailed, PeersRefused, anew
 from astra_runtime.transport.abort import error_at_end
 from astra_runtime.transport.acceptor import KEPT_REFUSALS, Acceptor
 from astra_runtime.transport.credentials import Contexts
@@ -96,7 +96,7 @@ class MeshBootstrap:
                 stream = self._members.joined[rank]
                 cause = error_at_end(stream, rank, None, "it closed the connection")
                 if cause is not None:
-                    raise cause
+                    raise anew(cause)
                 self._members.watch.unregister(fd)  # what it sent before its BYE can still be read
             elif fd in self._listeners:
                 called.append(self._listeners[fd])

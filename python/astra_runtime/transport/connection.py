@@ -20,12 +20,14 @@ from astra_runtime.errors import (
     PeerLost,
     RequestMismatch,
     WireError,
+    anew,
 )
 from astra_runtime.transport import abort
 from astra_runtime.transport.peers import Channel, slot
 from astra_runtime.transport.stream import Stream
-from astra_runtime.wire import FIELDS_SIZE, HEADER_SIZE, NO_REQUEST, Header
+from astra_runtime.wire import FIELDS_SIZE, HEADER_SIZE, NO_REQUEST, SAME_TRANSPORT, Header
 
+FINISHED: Final = "it had finished and said BYE"
 _STALE_PART: Final = 1 << 16  # bytes dropped at a time
 
 
@@ -135,8 +137,11 @@ class Connection(Channel):
         if before < HEADER_SIZE:
             try:
                 wire.check_header(self.frame, self.outstanding[0])
-            except WireError as error:
-                return self._read_other(error)
+            except WireError:
+                other = self._read_other()
+                if other is None:
+                    raise
+                return other
         if filled < len(self.frame):
             return False
         if self.reading_error:
@@ -181,21 +186,20 @@ class Connection(Channel):
         self.stats.bytes_received_total = self.stream.received
         return count
 
-    def _read_other(self, error: WireError) -> bool:
-        """Another frame than the one expected: the end of the peer, of its call, or a fault."""
+    def _read_other(self) -> bool | None:
+        """Another frame than expected: the end of the peer, or of its call; None: a fault."""
         if wire.is_bye(self.frame, self.rank):
-            raise self.lost("it had finished and said BYE") from None
+            raise self.lost(FINISHED) from None
         if abort.is_abort(self.frame, self.rank):
             return self._read_error(Control.ABORT)
         header, expected = wire.parse_header(self.frame), self.outstanding[0]
         if (header.sequence, header.block) == (0, Control.DATAGRAMS):
             raise HandshakeRefused(
-                f"rank {self.rank} sends datagrams, rank {self.own} does not: expected the same "
-                "transport on all ranks (backend of connect, --transport)"
+                f"rank {self.rank} sends datagrams, rank {self.own} does not: {SAME_TRANSPORT}"
             ) from None
         numbered = (header.source, header.sequence) == (expected.source, expected.sequence)
         if not (numbered and is_of_a_call(header.block)):
-            raise error
+            return None
         cancels = header.block == Control.CANCEL and header.length == FIELDS_SIZE
         awaited = expected.call if is_of_a_call(expected.block) else None
         if cancels and header.call == awaited == self.moment[0]:
@@ -209,7 +213,7 @@ class Connection(Channel):
             if header.request != expected.request and header.request >= NO_REQUEST:
                 requests = (_number_or_none(expected.request), _number_or_none(header.request))
                 raise RequestMismatch(self.own, self.rank, requests) from None
-        raise error
+        return None
 
     def _drop(self, header: Header) -> None:
         """Passes over a frame of a call that has ended, and with a CANCEL over what it replaces."""
@@ -285,7 +289,7 @@ class Connection(Channel):
         payload, block = self.frame[HEADER_SIZE:], self.outstanding[-1].block
         error = abort.decode_error(payload, self.rank, block)
         if self.reading_error == Control.ABORT:
-            self.error = error
+            self.error = anew(error)
         else:
             self.reading_error = None
             self._renumber(1)
@@ -294,13 +298,13 @@ class Connection(Channel):
 
     def lost(self, detail: str) -> PeerLost:
         self.error = PeerLost(self.rank, self.outstanding[-1].block, detail)
-        return self.error
+        return anew(self.error)
 
     def broken(self, block: int | None, error: OSError) -> AstraError:
         """Why nothing can be sent any more: its abort frame, if that arrived."""
         detail = error.strerror or str(error)
         cause = abort.error_at_end(self.stream, self.rank, block, detail, self.unread)
-        return cause or PeerLost(self.rank, block, "it had finished and said BYE")
+        return cause or PeerLost(self.rank, block, FINISHED)
 
     def close_send_side(self) -> None:
         """Sends nothing any more, so that the peer sees an end and no frame without its rest."""

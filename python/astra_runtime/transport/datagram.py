@@ -26,10 +26,13 @@ from astra_runtime.errors import (
     ConnectFailed,
     DeadlineExceeded,
     HandshakeRefused,
+    PeerLost,
     WireError,
+    anew,
 )
 from astra_runtime.transport.abort import error_at_end
 from astra_runtime.transport.certificates import EXTRA, can_make_keys
+from astra_runtime.transport.connection import FINISHED
 from astra_runtime.transport.credentials import KeysError
 from astra_runtime.transport.fragments import DATAGRAM_SIZE, FEC_GROUP, DatagramStats, Outbox
 from astra_runtime.transport.mesh import Payload
@@ -38,7 +41,7 @@ from astra_runtime.transport.reassembly import ByteRange, Inbox
 from astra_runtime.transport.seals import SECRET_SIZE, Buffer, EncryptedSeal, PlainSeal, Seal
 from astra_runtime.transport.stats import Stats
 from astra_runtime.transport.tcp import YIELD_NANOSECONDS, TcpMesh
-from astra_runtime.wire import Frame
+from astra_runtime.wire import SAME_TRANSPORT, Frame
 
 SOCKET_BUFFER: Final = 4 << 20  # asked of the kernel, which may give less
 MAX_UNSENT: Final = 1 << 20  # bytes kept for a peer while the kernel takes none
@@ -48,6 +51,7 @@ PAUSE: Final = 0.25  # of a wait: so long after its last fragment a begun frame 
 FLUSH_SECONDS: Final = 2.0  # for datagrams that are unsent when the mesh is closed
 _TURN: Final = 1024  # datagrams of one peer read before another's
 _OFFER: Final = struct.Struct(f"<HB{SECRET_SIZE}s")  # see `_exchange_secrets`
+_OTHER_FRAME: Final = ("call", "request", "plan", "block")  # fields by which it differs first
 
 
 class _Peer(Peer):
@@ -133,7 +137,8 @@ def connect_datagrams(
         raise error
     mesh = DatagramMesh(control)
     try:
-        mesh._exchange_secrets(fec_group)
+        patience = max(control.timeout, connect_timeout)
+        mesh._exchange_secrets(fec_group, patience)
         mesh._probe_paths(connect_timeout)
     except BaseException as error:
         mesh.abort(error)
@@ -161,7 +166,7 @@ class DatagramMesh(PeerMesh[_Peer]):
         self._lifetime = control.lifetime
         self._lifetime.resources += [peer.sock for peer in peers]
 
-    def _exchange_secrets(self, fec_group: int) -> None:
+    def _exchange_secrets(self, fec_group: int, patience: float) -> None:
         """Each sends each, over their connection: the port to send to, the FEC group it will send
         with, and the secret that it will open datagrams with."""
         seal: type[Seal] = EncryptedSeal if self.encrypted else PlainSeal
@@ -171,20 +176,34 @@ class DatagramMesh(PeerMesh[_Peer]):
             offer = _OFFER.pack(peer.sock.getsockname()[1], fec_group, secret)
             self._control.send(offer, block=Control.DATAGRAMS, plan=0, to=[rank])
         sizes = dict.fromkeys(self._peers, _OFFER.size)
-        try:
-            offers = self._control.receive(sizes, block=Control.DATAGRAMS, plan=0)
-        except WireError as error:
-            if error.field != "block" or error.rank == self.rank:  # or another's report of this one
-                raise
-            raise HandshakeRefused(
-                f"rank {error.rank} sends no datagrams, rank {self.rank} does: expected the same "
-                "transport on all ranks (backend of connect, --transport)"
-            ) from error
-        for rank, peer in self._peers.items():
-            port, peer.inbox.fec_group, secret = _OFFER.unpack(offers[rank])
+        for rank, theirs in self._offers(sizes, patience).items():
+            peer = self._peers[rank]
+            port, peer.inbox.fec_group, secret = _OFFER.unpack(theirs)
             peer.outbox = Outbox(self.rank, seal(secret), fec_group)  # type: ignore[call-arg]
             host, _, *rest = self._control.connections[rank].sock.getpeername()
             peer.sock.connect((host, port, *rest))
+
+    def _offers(self, sizes: Mapping[int, int], patience: float) -> dict[int, memoryview]:
+        """What the peers offer. A rank over TCP alone goes on with something else, or is silent."""
+        kind, control = Control.DATAGRAMS, self._control
+        try:
+            return control.receive(sizes, block=kind, plan=0, timeout=patience)
+        except WireError as error:
+            # what another rank reports of this one is no frame of its own
+            if error.field not in _OTHER_FRAME or error.rank == self.rank:
+                raise
+            raise self._sends_none(error.rank, "") from error
+        except DeadlineExceeded as error:
+            raise self._sends_none(error.rank, f" within {error.seconds:g} s") from error
+        except PeerLost as error:
+            if error.detail != FINISHED:
+                raise
+            raise self._sends_none(error.rank, " before it finished and said BYE") from error
+
+    def _sends_none(self, other: int | None, when: str) -> HandshakeRefused:
+        return HandshakeRefused(
+            f"rank {other} sends no datagrams{when}, rank {self.rank} does: {SAME_TRANSPORT}"
+        )
 
     def _probe_paths(self, connect_timeout: float) -> None:
         """Finds out at once, not by degraded answers, where nothing passes."""
@@ -366,7 +385,7 @@ class DatagramMesh(PeerMesh[_Peer]):
         peer = self._peer(rank)
         cause = self._gone(rank)
         if cause is not None and not partial:
-            raise cause
+            raise anew(cause)
         return peer
 
     def flush(self) -> None:

@@ -26,9 +26,11 @@ from astra_runtime.transport.pending import (
 )
 from astra_runtime.transport.sockets import prepare
 from astra_runtime.transport.stream import Stream
-from astra_runtime.wire import HELLO_SIZE
+from astra_runtime.wire import HELLO_SIZE, SAME_TRANSPORT
 
 RETRY_SECONDS: Final = 0.05
+# What the store of torch.distributed does to a dialer as well.
+NO_ANSWER: Final = f"it closed the connection without an answer; if it runs, {SAME_TRANSPORT}"
 
 
 class _Dial:
@@ -137,9 +139,12 @@ class Dialer:
             self._send_hello(dial, pending)
         complete = pending.read()
         if pending.data[:4] != wire.MAGIC[: len(pending.data)]:
-            raise HandshakeRefused(f"{dial.name}, given as rank {dial.rank}, does not speak ASTRA")
+            raise HandshakeRefused(
+                f"{dial.name}, given as rank {dial.rank}, does not speak ASTRA; "
+                f"if it is a rank, {SAME_TRANSPORT}"
+            )
         if complete is None:
-            self._retry_later(dial, "it closed the connection without an answer")
+            self._retry_later(dial, NO_ANSWER)
         elif complete:
             self._conclude(dial, pending)
 
@@ -162,7 +167,7 @@ class Dialer:
         """Looks at the first byte of an answer: a refusal may come in plaintext."""
         first = pending.peek()
         if not first:
-            self._retry_later(dial, "it closed the connection without an answer")
+            self._retry_later(dial, NO_ANSWER)
             return False
         pending.identified = True
         tls = first[0] in TLS_FIRST_BYTES

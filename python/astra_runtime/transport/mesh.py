@@ -11,7 +11,7 @@ from typing import Any, Self
 from astra_runtime import wire
 from astra_runtime.control import Control
 from astra_runtime.core import _C
-from astra_runtime.errors import AstraError, DeadlineExceeded, HandshakeRefused
+from astra_runtime.errors import AstraError, DeadlineExceeded, HandshakeRefused, anew
 from astra_runtime.transport.options import ConnectOptions
 from astra_runtime.transport.stats import Stats
 from astra_runtime.wire import Frame
@@ -281,7 +281,7 @@ def require(
     missing = tuple(sorted(rank for rank in ranks if rank not in views))
     for rank in missing:
         if rank in mesh.lost:
-            raise mesh.lost[rank]
+            raise anew(mesh.lost[rank])
     if missing:
         raise DeadlineExceeded(missing[0], block, seconds, missing)
 

@@ -24,7 +24,7 @@ from typing import Final, NamedTuple
 
 from astra_runtime.control import Control
 from astra_runtime.core import _C
-from astra_runtime.errors import AstraError, DeadlineExceeded
+from astra_runtime.errors import AstraError, DeadlineExceeded, anew
 from astra_runtime.transport import abort
 from astra_runtime.transport.buffers import BufferPool
 from astra_runtime.transport.lifetime import CLOSED, aborted_by
@@ -182,7 +182,7 @@ class PacedMesh(Mesh):
         if self._mesh.ended is not None:
             raise AstraError(self._mesh.ended)
         if self._failure is not None:
-            raise self._failure
+            raise anew(self._failure)
         if self._closing:
             raise AstraError(CLOSED)
 
@@ -204,7 +204,7 @@ class PacedMesh(Mesh):
                 if not held.partial:  # else a peer that does not read would hold up the others
                     self._mesh.flush()
             except AstraError as error:
-                self._fail(error)
+                self._fail(anew(error))
                 return
             with self._changed:
                 if not self._held:  # closed meanwhile without delivery

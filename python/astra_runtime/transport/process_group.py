@@ -24,6 +24,7 @@ from astra_runtime.errors import ConnectFailed
 from astra_runtime.transport.addresses import parse_address
 from astra_runtime.transport.options import ConnectOptions
 from astra_runtime.transport.rendezvous import master
+from astra_runtime.wire import SAME_TRANSPORT
 
 GLOO_TRIES: Final = 5
 PAUSE: Final = 0.05  # seconds between two looks for a new session
@@ -52,6 +53,8 @@ def join(options: ConnectOptions, store: Any = None) -> Any:
             return store
     except (RuntimeError, OSError, ValueError) as error:
         reason = f"rank {rank} could not join the {backend} group: {first_line(error)}"
+        if rank:  # sockets of ours at rank 0 look like this
+            reason += f"; if rank 0 runs, {SAME_TRANSPORT}"
         raise ConnectFailed(reason) from error
     who = ", ".join(map(str, missing))
     raise ConnectFailed(f"rank {who} did not join the {backend} group in {seconds:g} s", missing)

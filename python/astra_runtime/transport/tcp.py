@@ -19,7 +19,7 @@ from typing import Final
 
 from astra_runtime import wire
 from astra_runtime.control import Control, is_of_a_call
-from astra_runtime.errors import AstraError, CallEnded, DeadlineExceeded
+from astra_runtime.errors import AstraError, CallEnded, DeadlineExceeded, anew
 from astra_runtime.transport import abort
 from astra_runtime.transport.closing import answers, deliver, shut_down
 from astra_runtime.transport.connection import Connection
@@ -180,7 +180,7 @@ class TcpMesh(PeerMesh[Connection]):
             peer = self._peer(rank)
             if rank in self._lost:
                 if not partial:
-                    raise self._lost[rank]
+                    raise anew(self._lost[rank])
                 continue
             peer.expect(size, block, plan)
             awaited.append(peer)
@@ -248,7 +248,7 @@ class TcpMesh(PeerMesh[Connection]):
         ranks = tuple(sorted(peer.rank for peer in waiting.values()))
         late = DeadlineExceeded(ranks[0], block, seconds, ranks)
         if not partial:
-            raise late
+            raise anew(late)
         for peer in waiting.values():
             if len(peer.outstanding) > MAX_OUTSTANDING:
                 self._give_up(peer, late)
@@ -316,7 +316,7 @@ class TcpMesh(PeerMesh[Connection]):
                 detail = "it closed the connection"
                 cause = abort.error_at_end(peer.stream, peer.rank, block, detail, peer.unread)
             if cause is not None:
-                raise cause
+                raise anew(cause)
             self._ignore(peer)
         self._watch(peer, peer.fd in waiting)
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import contextlib
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
@@ -160,3 +161,30 @@ def test_a_decoder_continues_sessions_that_join_and_leave() -> None:
             assert any(len(batch) > 1 for batch in stepped) or mesh.rank == 0
 
     run_ranks(2, work, timeout=30)
+
+
+def test_a_model_that_cannot_be_run_now_is_refused() -> None:
+    """Dropout at work would make an answer of chance."""
+    model = tiny("gpt2")
+    with Engine(model) as engine:
+        session = engine.session()
+        session.append(IDS["gpt2"][:, :5])
+        decoder = engine.decoder()
+        calls: list[Callable[[], object]] = [
+            lambda: session.append(IDS["gpt2"][:, 5:9]),
+            lambda: session.generate(1),
+            lambda: decoder.add(session),
+        ]
+        for call in calls:
+            with model_in_training(model), pytest.raises(ValueError, match="evaluation mode"):
+                call()
+            with torch.autocast("cpu", torch.bfloat16), pytest.raises(ValueError, match="autocast"):
+                call()
+        assert session.generate(1).shape == (1, 6)
+
+
+@contextlib.contextmanager
+def model_in_training(model: Any) -> Iterator[None]:
+    model.train()
+    yield
+    model.eval()

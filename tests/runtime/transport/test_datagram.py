@@ -608,6 +608,24 @@ def test_a_transport_that_differs_is_named_on_both_sides(datagrams: int) -> None
         assert "--transport" in str(error)
 
 
+@pytest.mark.parametrize("end", ["silent", "finished"])
+def test_a_rank_that_is_content_with_tcp(end: str) -> None:
+    """It has connected, and no more is to come of it."""
+    sending, other = local_mesh(2, timeout=0.1)
+    if end == "finished":
+        other.close()
+    words = "within 0.1 s" if end == "silent" else "before it finished and said BYE"
+    with pytest.raises(errors.HandshakeRefused) as refused:
+        connect_datagrams(sending, connect_timeout=0.1)  # type: ignore[arg-type]
+    assert f"rank 1 sends no datagrams {words}, rank 0 does: " in str(refused.value)
+    assert "same transport on all ranks (backend of connect, --transport)" in str(refused.value)
+    if end == "silent":
+        words = "rank 0 sends datagrams, rank 1 does not"
+        with pytest.raises(errors.HandshakeRefused, match=words):
+            other.agree({"model": "a"})
+        other.close()
+
+
 def test_many_lossy_exchanges_end() -> None:
     """A tenth of all datagrams is lost, some come twice. What is missing is what was lost."""
     blocks, size = 150, 5000

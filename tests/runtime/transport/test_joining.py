@@ -126,6 +126,7 @@ def test_a_dialed_stranger_is_refused() -> None:
         refused, _ = together([lambda: connect(1, 2, [address, own]), web_server], errors_too=True)
     assert isinstance(refused, errors.HandshakeRefused)
     assert "given as rank 0, does not speak ASTRA" in str(refused)
+    assert "expected the same transport on all ranks" in str(refused)
 
 
 def test_addresses_in_another_order_are_refused_on_both_sides() -> None:
@@ -150,13 +151,17 @@ def test_addresses_in_another_order_are_refused_on_both_sides() -> None:
     [
         (b"GET / HTTP/1.1\r\nHost: localhost\r\n\r\n", "this port speaks ASTRA"),
         (os.urandom(4096).replace(b"A", b"B"), "this port speaks ASTRA"),
+        (
+            b"\x00\xce\xf7\x85\x3c\x0e",
+            "torch.distributed calls at a port that speaks ASTRA",
+        ),
         (Hello(2, 1, 0, bytes(range(16))).encode(), "rank 1 belongs to run 000102"),
         (Hello(2, 5, 0).encode(), "rank 5 is outside the world of 2 ranks"),
         (Hello(2, 0, 0).encode(), "rank 0 was claimed by two processes"),
         (Hello(2, 1, 3).encode(), "rank 1 looks for rank 3 where rank 0 is"),
         (b"ASTR\x01", "left before its HELLO was complete"),
     ],
-    ids=["http", "garbage", "run", "rank", "own-rank", "place", "half"],
+    ids=["http", "garbage", "store", "run", "rank", "own-rank", "place", "half"],
 )
 def test_strangers_are_refused_and_peers_still_join(
     hello: bytes, reason: str, caplog: pytest.LogCaptureFixture
