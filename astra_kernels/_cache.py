@@ -7,8 +7,14 @@ from pathlib import Path
 
 
 def cache_folder() -> Path:
-    """`$ASTRA_CACHE`, or `astra` in the user's cache folder."""
+    """`$ASTRA_CACHE`, or `astra` in the user's cache folder; an empty variable counts as none.
+
+    Raises OSError where the user has no home, as users of containers often have none.
+    """
     root = os.environ.get("ASTRA_CACHE")
-    if root:
-        return Path(root)
-    return Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")).expanduser() / "astra"
+    try:
+        if root:
+            return Path(root).expanduser()
+        return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "astra"
+    except RuntimeError as error:
+        raise OSError(f"cache: expected a folder in ASTRA_CACHE, as here: {error}") from error

@@ -17,10 +17,14 @@ _tasks: list[object] = []  # what is going on, the innermost last
 
 
 def say(text: str) -> None:
-    """A line for people: on stderr, so that stdout holds results only."""
+    """A line for people: on stderr, so that stdout holds results only.
+
+    Where nobody can read it, on a full disk for example, work goes on all the same.
+    """
     global _last_line
     _last_line = time.monotonic()
-    print(text, file=sys.stderr, flush=True)
+    with contextlib.suppress(OSError):
+        print(text, file=sys.stderr, flush=True)
 
 
 @contextlib.contextmanager

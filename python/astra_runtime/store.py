@@ -197,7 +197,9 @@ def load_model(name: str, dtype: torch.dtype | str = torch.float32) -> Any:
     plain = dtype if other else torch.float32
     folder = model_folder(name)
     try:
-        config = transformers.AutoConfig.from_pretrained(folder, local_files_only=True)
+        config = transformers.AutoConfig.from_pretrained(
+            folder, local_files_only=True, trust_remote_code=False
+        )
         kind = getattr(transformers, (config.architectures or ["AutoModel"])[0])
 
         def whole() -> Any:
@@ -234,9 +236,12 @@ def load_tokenizer(name: str) -> Any:
     from transformers import AutoTokenizer
 
     try:
-        return AutoTokenizer.from_pretrained(model_folder(name), local_files_only=True)
+        return AutoTokenizer.from_pretrained(
+            model_folder(name), local_files_only=True, trust_remote_code=False
+        )
     except (OSError, ValueError) as error:
-        raise ModelNotFound(f"model {name!r} has no tokenizer here") from error
+        why = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise ModelNotFound(f"model {name!r} has no tokenizer here ({why})") from error
 
 
 def _paragraphs(topics: Sequence[str]) -> list[str]:

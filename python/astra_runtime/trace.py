@@ -167,8 +167,16 @@ def write_timeline(
     content = {"traceEvents": events, "displayTimeUnit": "ms", "otherData": about}
     target = os.path.realpath(path)
     regular = os.path.isfile(target) or not os.path.exists(target)
-    part = f"{target}.part" if regular else target
-    with open(part, "w") as file:
-        json.dump(content, file)
-    if regular:
+    if not regular:
+        with open(target, "w") as file:
+            json.dump(content, file)
+        return
+    part = f"{target}.part"
+    try:
+        with open(part, "w") as file:
+            json.dump(content, file)
         os.replace(part, target)
+    except BaseException:
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(part)
+        raise

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import datetime
 import json
 import logging
 import ssl
@@ -16,13 +17,16 @@ from astra_runtime.errors import AstraError
 from astra_runtime.serve.http import (
     HttpOptions,
     check_exposure,
+    listening,
     make_app,
     read_api_keys,
     run_server,
 )
 from astra_runtime.serve.http.access import Hosts
 from astra_runtime.serve.http.errors import ApiError
+from astra_runtime.serve.http.listening import open_listeners
 from astra_runtime.serve.service import ServiceFailed, Span, Status
+from tests.runtime.transport.test_addresses import dual_stack
 from tests.serve.fakes import FakeService, serving
 from tests.serve.test_malformed import CHAT, CHAT_PATH, JSON, ask, refused
 
@@ -61,15 +65,20 @@ def test_the_page_and_the_probes_need_no_key(path: str) -> None:
 
 
 def test_keys_from_an_option_a_file_or_the_variable(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     file = tmp_path / "keys"
-    file.write_text("# of the lab\none\n\ntwo\n")
+    file.write_text("# of the lab\none\n  # and of others\n\ntwo\n")
     monkeypatch.delenv("ASTRA_API_KEY", raising=False)
     assert read_api_keys() == ()
     monkeypatch.setenv("ASTRA_API_KEY", "three")
     assert read_api_keys() == ("three",)
+    file.chmod(0o600)
     assert read_api_keys(file=file) == ("one", "two")
+    assert "can be read by others" not in caplog.text
+    file.chmod(0o644)
+    assert read_api_keys(file=file) == ("one", "two")
+    assert "can be read by others" in caplog.text
     assert read_api_keys("four", file) == ("four",)
     file.write_text("# none\n")
     for wrong in ({"given": ""}, {"given": "two words"}, {"file": file}, {"file": tmp_path}):
@@ -87,7 +96,9 @@ def test_off_loopback_only_with_a_key(host: str) -> None:
     check_exposure(host, (), insecure=True)
 
 
-@pytest.mark.parametrize("host", ["127.0.0.1", "127.8.0.1", "::1", "localhost"])
+@pytest.mark.parametrize(
+    "host", ["127.0.0.1", "127.8.0.1", "::1", "localhost", " 127.0.0.1 ", "[::1]"]
+)
 def test_loopback_needs_no_key(host: str) -> None:
     check_exposure(host, ())
 
@@ -131,7 +142,45 @@ def test_other_origins_only_where_they_were_named() -> None:
     assert "access-control-allow-origin" not in answer.headers
 
 
-def test_tls_with_a_certificate(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("names", "message"),
+    [
+        ({"allowed_hosts": ("https://api.org",)}, "--allowed-host"),
+        ({"allowed_hosts": ("api.org:8000",)}, "--allowed-host"),
+        ({"allowed_hosts": ("*",)}, "--allowed-host"),
+        ({"cors_origins": ("page.org",)}, "--cors-origin"),
+        ({"cors_origins": ("https://page.org/",)}, "--cors-origin"),
+        ({"cors_origins": ("https://Page.org",)}, "--cors-origin"),
+        ({"cors_origins": ("https://page.org:443",)}, "--cors-origin"),
+    ],
+)
+def test_names_that_no_request_has_are_refused(names: Any, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        HttpOptions(**names)
+
+
+def test_names_as_requests_have_them() -> None:
+    origins = ("*", "https://page.org", "http://localhost:3000", "capacitor://localhost")
+    HttpOptions(allowed_hosts=("api.org", "10.0.0.7", "::1"), cors_origins=origins)
+
+
+def test_every_address_of_a_host_is_listened_at(monkeypatch: pytest.MonkeyPatch) -> None:
+    dual_stack(monkeypatch, "::1", "127.0.0.1")
+    listeners = open_listeners("box", 0)
+    try:
+        assert [one.getsockname()[0] for one in listeners] == ["::1", "127.0.0.1"]
+        ports = {one.getsockname()[1] for one in listeners}
+        assert len(ports) == 1
+        with pytest.raises(AstraError, match="cannot listen at .*::1.* port .* in use"):
+            open_listeners("[::1]", ports.pop())
+    finally:
+        for one in listeners:
+            one.close()
+    with pytest.raises(AstraError, match="cannot listen at 192.0.2.1 port 0"):
+        open_listeners("192.0.2.1", 0)
+
+
+def test_tls_with_a_certificate(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     certificates = pytest.importorskip("astra_runtime.transport.certificates")
     certificates.make_keys(tmp_path / "keys", 1, hosts=["127.0.0.1"])
     rank = tmp_path / "keys/rank-0"
@@ -146,6 +195,17 @@ def test_tls_with_a_certificate(tmp_path: Path) -> None:
             assert json.load(answer) == {"status": "ok"}
     with pytest.raises(AstraError, match="TLS: cannot use"):
         run_server(make_app(FakeService()), certfile=str(tmp_path / "none.crt"))
+    with pytest.raises(AstraError, match="expected a certificate .--tls-cert."):
+        run_server(make_app(FakeService()), keyfile=files["keyfile"])
+
+    class Clock(datetime.datetime):
+        @classmethod
+        def now(cls, tz: datetime.tzinfo | None = None) -> Any:
+            return datetime.datetime.now(tz) + datetime.timedelta(days=500)
+
+    monkeypatch.setattr(listening, "datetime", Clock)
+    with pytest.raises(AstraError, match="TLS: .* has expired: it is valid from"):
+        run_server(make_app(FakeService()), **files)
 
 
 def test_ready_says_why_not() -> None:
@@ -161,6 +221,7 @@ def test_ready_says_why_not() -> None:
 def test_status_for_the_page() -> None:
     told = call("GET", "/v1/astra/status").json()
     assert (told["model"], told["kind"], told["ready"]) == ("tiny", "decoder", True)
+    assert told["max_new_tokens"] is None
     assert [peer["state"] for peer in told["peers"]] == ["here", "away"]
     assert told["timeline"][0] == {"rank": 0, "name": "compute", "start": 0.0, "stop": 0.5}
     again = call("GET", f"/v1/astra/status?timeline={told['timeline_key']}").json()
@@ -272,6 +333,8 @@ def test_a_timeline_a_request(tmp_path: Path) -> None:
     assert {event["name"] for event in events if event["ph"] == "X"} == {"compute", "wait"}
     with pytest.raises(AstraError, match="--trace: cannot make the folder"):
         make_app(FakeService(), HttpOptions(trace_folder=file))
+    with pytest.raises(AstraError, match="or files in it"):
+        make_app(FakeService(), HttpOptions(trace_folder=Path("/proc")))
 
 
 def test_a_full_disk_takes_no_answer_away(

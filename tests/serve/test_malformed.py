@@ -11,6 +11,7 @@ import httpx
 import pytest
 
 from astra_runtime.serve.http import HttpOptions, make_app
+from astra_runtime.serve.http.connection import _event
 from tests.serve.fakes import FakeService, byte_tokenizer
 
 CHAT = {"model": "tiny", "messages": [{"role": "user", "content": "Hello"}]}
@@ -158,6 +159,31 @@ def test_what_does_not_fit_into_the_context(path: str, more: Any) -> None:
     assert "maximum context length is 512 tokens" in error["message"]
 
 
+def test_a_limit_of_the_server_is_no_fault_of_who_names_no_length() -> None:
+    """Nor is what a completion has by default where the context ends sooner."""
+    service, options = FakeService(), HttpOptions(max_new_tokens=5)
+    for path, body in ((TEXT_PATH, TEXT), (CHAT_PATH, CHAT)):
+        content = json.dumps(body).encode()
+        assert asyncio.run(ask(service, "POST", path, content, options=options)).is_success
+    full = json.dumps(TEXT | {"prompt": [[5] * 509]}).encode()
+    assert asyncio.run(ask(service, "POST", TEXT_PATH, full)).is_success
+    assert [asked.max_new_tokens for asked in service.asked] == [5, 5, 3]
+    for name in ("max_tokens", "max_completion_tokens"):
+        refused(post(CHAT_PATH, CHAT | {name: 6}, options=options), 400, name)
+
+
+def test_an_embedding_has_a_time_limit() -> None:
+    service, options = FakeService("encoder"), HttpOptions(request_timeout_s=1e-3)
+
+    async def embed(texts: Any) -> Any:
+        await asyncio.Event().wait()
+
+    service.embed = embed
+    content = json.dumps(VECTOR).encode()
+    answer = asyncio.run(ask(service, "POST", VECTOR_PATH, content, options=options))
+    assert refused(answer, 504)["code"] == "timeout"
+
+
 @pytest.mark.parametrize(
     "body",
     [
@@ -271,3 +297,10 @@ def test_a_thousand_malformed_requests() -> None:
     asyncio.run(run())
     assert set(seen) <= {200, 400, 404}, seen
     assert seen[400] > 500, seen
+
+
+def test_an_event_is_one_line_whatever_a_client_takes_for_a_line_break() -> None:
+    content = {"text": "a\x0b\x1c\x85\u2028\u2029\r\nb"}
+    lines = _event(content).decode().splitlines()
+    assert lines[1:] == [""]
+    assert json.loads(lines[0].removeprefix("data: ")) == content

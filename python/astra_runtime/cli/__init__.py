@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import importlib
 import io
 import os
@@ -29,6 +30,7 @@ COMMANDS = {
 
 # Packages that the base installation lacks, and the extra that brings each.
 EXTRAS = {
+    "PIL": "serve",
     "accelerate": "models",
     "cryptography": "security",
     "gguf": "models",
@@ -41,6 +43,8 @@ EXTRAS = {
     "uvicorn": "serve",
     "zmq": "bench",
 }
+
+MAY_BE_EMPTY = ("arguments", "prompt", "system")  # of a benchmark; their commands say more
 
 
 def _parser(chosen: str | None) -> argparse.ArgumentParser:
@@ -68,6 +72,7 @@ def _parser(chosen: str | None) -> argparse.ArgumentParser:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs the command; the exit status is 0, 1 after an error, 2 for bad usage, 130 for Ctrl-C and
     128 + n for any other signal n."""
+    _open_standard_streams()
     given = list(sys.argv[1:] if arguments is None else arguments)
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="replace")  # no answer is lost to what a terminal cannot show
@@ -80,15 +85,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
     keep_memory()
     os.environ.setdefault("HF_HUB_OFFLINE", "1")  # nothing here ever downloads
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    from ..console import say
     from ..errors import AstraError
 
     try:
         command = importlib.import_module(f".{options.command}", __package__)
+        _check_values(options)
         _check_codebook(options)
-        return int(command.run(options) or 0)
+        status = int(command.run(options) or 0)
+        sys.stdout.flush()
+        return status
     except (KeyboardInterrupt, SystemExit) as ended:
         if isinstance(ended, KeyboardInterrupt):
-            print("astra: interrupted", file=sys.stderr)
+            say("astra: interrupted")
             _leave(130)
         _leave(ended.code if isinstance(ended.code, int) else 1)
     except BrokenPipeError:
@@ -102,8 +111,41 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if isinstance(error, ModuleNotFoundError):
             what = _without(error, options.command)
         where = "" if expected else " (ASTRA_DEBUG=1 shows where)"
-        print(f"astra: error: {what}{where}", file=sys.stderr)
+        say(f"astra: error: {what}{where}")
+        _drop_unwritable_output()
         return 1
+
+
+def _open_standard_streams() -> None:
+    """Opens those of 0, 1 and 2 that are closed, to nothing: else the next file or socket would get
+    the number, and `print` would put on stdout what is for stderr."""
+    for number in range(3):
+        try:
+            os.fstat(number)
+        except OSError:
+            os.open(os.devnull, os.O_RDWR)  # the lowest number that is free
+    if sys.stdout is None:
+        sys.stdout = open(os.devnull, "w")  # noqa: SIM115 - until the process ends
+    if sys.stderr is None:
+        sys.stderr = open(os.devnull, "w")  # noqa: SIM115
+
+
+def _drop_unwritable_output() -> None:
+    """Forgets what is left for a stdout that takes nothing, a full disk for example: Python would
+    try it again at the end, and end with a status of its own."""
+    try:
+        sys.stdout.flush()
+    except OSError:
+        sys.stdout = open(os.devnull, "w")  # noqa: SIM115
+
+
+def _check_values(options: argparse.Namespace) -> None:
+    """Refuses empty values, which variables of a shell leave that are not set."""
+    for name, value in vars(options).items():
+        values = value if isinstance(value, list) else [value]
+        if "" in values and name not in MAY_BE_EMPTY:
+            option = "DIR" if name == "folder" else f"--{name.replace('_', '-')}"
+            raise ValueError(f"{option}: expected a value, got an empty text")
 
 
 def _check_codebook(options: argparse.Namespace) -> None:
@@ -112,7 +154,7 @@ def _check_codebook(options: argparse.Namespace) -> None:
     from .options import DENSE
 
     folder = getattr(options, "codebook", None)
-    if isinstance(folder, str) and folder not in ("", DENSE):
+    if isinstance(folder, str) and folder != DENSE:
         check_codebook_folder(folder)
 
 
@@ -129,8 +171,9 @@ def _without(error: ModuleNotFoundError, command: str) -> str:
 
 def _leave(status: int) -> NoReturn:
     """Ends the process now: threads that are inside torch cannot be asked to."""
-    sys.stdout.flush()
-    sys.stderr.flush()
+    _drop_unwritable_output()
+    with contextlib.suppress(OSError):  # nobody reads it
+        sys.stderr.flush()
     if threading.active_count() > 1:
         os._exit(status)
     sys.exit(status)

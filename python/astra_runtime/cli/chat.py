@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import io
 import sys
 import threading
 from collections.abc import Iterator
@@ -17,6 +18,7 @@ from .options import (
     add_mesh_options,
     add_missing,
     add_model,
+    check_text,
     positive,
 )
 from .streaming import Streaming, add_sampling, sampling_of
@@ -54,39 +56,57 @@ def run(options: argparse.Namespace) -> int:
     if sys.stdin is None:
         raise AstraError("chat: expected questions from standard input, which is closed")
     sampling = sampling_of(options)
+    check_text("--system", options.system or "")
     place = Place.of(options)
+    turns: list[dict[str, Any]] = []
     with started_early(options, place) as others:
         started = start(options, place, _Chat(), others)
         try:
             if not getattr(started.tokenizer, "chat_template", None):
                 raise AstraError(f"model {options.model!r}: expected a chat template, it has none")
-            turns = _talk(options, started, sampling)
+            try:
+                refused = _talk(options, started, sampling, turns)
+            finally:  # what was answered is shown, whatever ends the conversation
+                if options.json:
+                    show_json({"world_size": len(place.addresses), "turns": turns})
         finally:
             started.leader.close()
             started.close()
-    if options.json:
-        show_json({"world_size": len(place.addresses), "turns": turns})
-    return 0
+    return 1 if refused else 0
 
 
-def _talk(options: argparse.Namespace, started: Any, sampling: Any) -> list[dict[str, Any]]:
-    """Answers line after line; what was said, and at what cost."""
+def _talk(
+    options: argparse.Namespace, started: Any, sampling: Any, turns: list[dict[str, Any]]
+) -> int:
+    """Answers line after line; adds to `turns` what was said, and at what cost.
+
+    A question that cannot be answered, too long for example, is told of and forgotten; how many
+    there were.
+    """
     opening = [{"role": "system", "content": options.system}] if options.system else []
-    messages = list(opening)
-    turns: list[dict[str, Any]] = []
+    messages, refused = list(opening), 0
     for question in _questions():
         if question == "/clear":
             messages = list(opening)
             continue
         messages.append({"role": "user", "content": question})
-        text, done = _answer(options, started, messages, sampling, len(turns))
+        try:
+            check_text("question", question)
+            text, done = _answer(options, started, messages, sampling, len(turns))
+        except AstraError as error:
+            messages.pop()
+            refused += 1
+            say(f"astra: error: {error}")
+            continue
         messages.append({"role": "assistant", "content": text})
         turns.append({"question": question, "text": text} | done)
-    return turns
+    return refused
 
 
 def _questions() -> Iterator[str]:
-    """Lines of standard input, with a prompt on a terminal."""
+    """Lines of standard input in UTF-8, with a prompt on a terminal."""
+    if isinstance(sys.stdin, io.TextIOWrapper):
+        sys.stdin.reconfigure(encoding="utf-8", errors="surrogateescape")
     while True:
         if sys.stdin.isatty():
             print("> ", end="", file=sys.stderr, flush=True)
@@ -117,19 +137,35 @@ def _answer(
         f"turn-{turn}", encoded, min(options.max_new_tokens, room), sampling
     )
     streaming = None if options.json else Streaming(started.tokenizer, 1)
-    with working("computing the answer"):
-        for event in leader.stream(request):
-            pieces.append(event.text)
-            if streaming is not None:
-                streaming.write(event.text)
-            if isinstance(event, Done):
-                figures = {
-                    "prompt_tokens": event.prompt_tokens,
-                    "cached_tokens": event.cached_tokens,
-                    "completion_tokens": event.completion_tokens,
-                    "seconds_to_first_token": event.seconds_to_first_token,
-                    "degraded": event.degraded,
-                }
+    try:
+        with working("computing the answer"):
+            for event in leader.stream(request):
+                pieces.append(event.text)
+                if streaming is not None:
+                    streaming.write(event.text)
+                if isinstance(event, Done):
+                    figures = {
+                        "prompt_tokens": event.prompt_tokens,
+                        "cached_tokens": event.cached_tokens,
+                        "completion_tokens": event.completion_tokens,
+                        "seconds_to_first_token": event.seconds_to_first_token,
+                        "coded_tokens": event.coded_tokens,
+                        "degraded": event.degraded,
+                    }
+    finally:
+        if streaming is not None and pieces:
+            streaming.write("\n")
     if streaming is not None:
-        streaming.write("\n")
+        _say_what_it_rests_on(figures)
     return "".join(pieces), figures
+
+
+def _say_what_it_rests_on(figures: dict[str, Any]) -> None:
+    """Says where an answer may differ from one device's."""
+    if figures.get("degraded"):
+        say("WARNING: a degraded answer, without a device that was late or lost")
+    if figures.get("coded_tokens"):
+        say(
+            f"the answer rests on codes: of {figures['prompt_tokens']} tokens its rank read "
+            f"{figures['coded_tokens']} as codewords (--codebook none: exact)"
+        )

@@ -134,6 +134,16 @@ class Cluster:
         settings |= {"on_wait": on_wait, "keys": self.keys, "insecure": not self.keys} | changes
         return open_mesh(connect_options(options, 0, self.world_size, self.peers, **settings))
 
+    def renew_keys(self) -> None:
+        """Makes keys of this command's own anew where they can be used no more.
+
+        They are valid for a day, and a cleaner of temporary files may have taken them.
+        """
+        from ..transport.certificates import renew_ephemeral_keys
+
+        if self.keys is not None and not self.options.keys:
+            renew_ephemeral_keys(Path(self.keys), self.world_size)
+
     def stop(self, *, at_once: bool) -> None:
         """Ends the other ranks; `at_once`: nobody has told them to stop."""
         if self.workers is not None:

@@ -7,7 +7,9 @@ import contextlib
 import gc
 import os
 import sys
-from collections.abc import Iterator
+import tempfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any, NoReturn
 
 from ..console import say, working
@@ -66,6 +68,23 @@ def load(
         if not adapt(model).generates and decoder:
             raise AstraError(f"model {name!r}: expected a language model that continues texts")
         return model, load_tokenizer(name) if tokenizer else None
+
+
+def save_result(save: Callable[[Path], None], folder: Path) -> None:
+    """Has `save` write what hours were spent on into `folder`, or else into a temporary folder.
+
+    Raises AstraError, which names that folder, where `folder` takes no files any more.
+    """
+    from safetensors import SafetensorError
+
+    try:
+        save(folder)
+    except (OSError, SafetensorError) as error:
+        kept = Path(tempfile.mkdtemp(prefix="astra-"))
+        save(kept)
+        raise AstraError(
+            f"--output: {folder} cannot be written to: {error}; what was made is in {kept}"
+        ) from error
 
 
 def window_tokens(options: argparse.Namespace, model: Any, *, shorten: bool = False) -> int:

@@ -21,6 +21,7 @@ from .options import (
     add_model,
     add_tokens,
     add_trace,
+    check_own_keys,
     check_trace,
     engine_options,
     positive,
@@ -65,6 +66,8 @@ def run(options: argparse.Namespace) -> int:
     link = Link(options.mbit or None, options.delay_ms)
     settings = engine_options(options, world_size)
     check_trace(options)
+    if options.keys:
+        check_own_keys(options, range(world_size), world_size)
     settle_threads(options, world_size)
     say(
         f"ASTRA demo: {options.model} reads a prompt on {world_size} processes, "

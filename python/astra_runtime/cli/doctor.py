@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import datetime
 import glob
 import importlib.metadata
 import importlib.util
@@ -18,7 +17,10 @@ from typing import Any
 from ..console import show_json
 
 BASE = ("torch", "numpy", "safetensors")
-PACKAGES = ("torch", "numpy", "triton", "transformers", "gguf", "safetensors", "cryptography")
+PACKAGES = (
+    *("torch", "numpy", "triton", "transformers", "gguf", "accelerate", "tqdm", "safetensors"),
+    *("cryptography", "starlette", "uvicorn", "prometheus_client"),
+)
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
@@ -179,24 +181,20 @@ def _check_exchange() -> str:
 def _check_keys() -> str:
     """Keys can be made and read again, and those of ASTRA_KEYS are good."""
     from ..transport import credentials
-    from ..transport.certificates import EXTRA, can_make_keys, ephemeral_keys, show_keys
+    from ..transport.certificates import can_make_keys, ephemeral_keys
 
+    found = "none can be made without the package cryptography"
+    if can_make_keys():
+        with ephemeral_keys(2) as folder:
+            credentials.Keys(folder).contexts(1)
+        found = "made and read"
     named = os.environ.get(credentials.ENVIRONMENT)
-    if not can_make_keys():
-        if named:
-            raise RuntimeError(f'{credentials.ENVIRONMENT} is set: pip install "{EXTRA}"')
-        return "no TLS without the package cryptography"
-    with ephemeral_keys(2) as folder:
-        credentials.Keys(folder).contexts(1)
     if not named:
-        return "made and read"
-    now = datetime.datetime.now(datetime.UTC)
-    for one in show_keys(named):
-        if wrong := one.why_invalid(now):
-            raise RuntimeError(
-                f"{credentials.ENVIRONMENT}: the certificate of rank {one.rank} {wrong}"
-            )
-    return f"made and read; those of {credentials.ENVIRONMENT} are valid"
+        return found
+    keys = credentials.Keys(named)
+    for rank in keys.ranks() or [0]:
+        keys.contexts(rank)
+    return f"{found}; those of {credentials.ENVIRONMENT} are valid"
 
 
 def _check_engine() -> str:

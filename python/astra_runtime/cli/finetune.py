@@ -9,9 +9,17 @@ from typing import TYPE_CHECKING, Any
 
 from ..console import say, show_json, working
 from ..errors import AstraError
-from .common import load, window_tokens
+from .common import load, save_result, window_tokens
 from .fitting import verdict
-from .options import add_model, add_tokens, not_negative, output_folder, positive, two_or_more
+from .options import (
+    add_model,
+    add_tokens,
+    not_negative,
+    output_folder,
+    positive,
+    seed,
+    two_or_more,
+)
 
 if TYPE_CHECKING:
     from ..evaluate import Measured
@@ -53,20 +61,27 @@ def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--min-shard", type=positive, default=16, help="fewest tokens of one (16)")
     parser.add_argument("--world-size", type=two_or_more, default=4, help="evaluated as (4)")
     parser.add_argument(
-        "--evaluate-every", type=int, default=100, help="steps; 0: start and end only (100)"
+        "--evaluate-every",
+        type=not_negative,
+        default=100,
+        help="steps; 0: start and end only (100)",
     )
     parser.add_argument(
-        "--checkpoint-every", type=int, default=100, help="steps; 0: no checkpoints (100)"
+        "--checkpoint-every",
+        type=not_negative,
+        default=100,
+        help="steps; 0: no checkpoints (100)",
     )
     parser.add_argument("--resume", action="store_true", help="go on from the last checkpoint")
     parser.add_argument("--device", choices=("cpu", "cuda"), help="default: cuda if there is one")
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--seed", type=seed, default=0)
 
 
 def run(options: argparse.Namespace) -> int:
     from ..codes.codebook import Codebook
     from ..store import builtin_text, read_text, token_windows
-    from ..train.finetune import CHECKPOINT, finetune, save_result
+    from ..train.finetune import CHECKPOINT, finetune
+    from ..train.finetune import save_result as write_result
 
     device, settings = device_of(options), settings_of(options)
     if options.control is None:
@@ -98,7 +113,7 @@ def run(options: argparse.Namespace) -> int:
             checkpoint_every=options.checkpoint_every,
             report=log,
         )
-    save_result(model, adapted, folder, tokenizer)
+    save_result(lambda place: write_result(model, adapted, place, tokenizer), folder)
     seconds = time.perf_counter() - begun
     held_back = adapted.notes.get("held_back")
     if adapted.coded:
@@ -131,6 +146,14 @@ def device_of(options: argparse.Namespace) -> str:
 def settings_of(options: argparse.Namespace) -> Any:
     from ..train.schedule import Settings
 
+    for name, good, wanted in (
+        ("lr", 0 < options.lr < math.inf, "more than 0"),
+        ("noise", 0 <= options.noise < math.inf, "0 or more"),
+        ("commitment", 0 <= options.commitment < math.inf, "0 or more"),
+        ("decay", 0 <= options.decay < 1, "at least 0 and below 1"),
+    ):
+        if not good:
+            raise AstraError(f"--{name}: expected {wanted}, got {getattr(options, name)}")
     if options.min_ranks > options.max_ranks:
         raise AstraError(
             f"--min-ranks: expected at most --max-ranks {options.max_ranks}, "

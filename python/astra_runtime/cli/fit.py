@@ -10,7 +10,7 @@ from typing import Any
 
 from ..console import say, show_json
 from ..errors import AstraError
-from .common import load, window_tokens
+from .common import load, save_result, window_tokens
 from .fitting import (
     FINE_SHARE,
     FINE_TOKENS,
@@ -27,6 +27,7 @@ from .options import (
     not_negative,
     output_folder,
     positive,
+    seed,
     two_or_more,
 )
 
@@ -96,7 +97,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--sampled",
-        type=int,
+        type=not_negative,
         default=0,
         metavar="WINDOWS",
         help="windows of text that the model itself writes, to calibrate on as well: for a model "
@@ -104,7 +105,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--world-size", type=two_or_more, default=4, help="ranks to evaluate (4)")
     parser.add_argument("--iterations", type=positive, default=8, help="k-means iterations (8)")
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--seed", type=seed, default=0)
 
 
 def share(text: str) -> float:
@@ -185,7 +186,7 @@ def run(options: argparse.Namespace) -> int:
         seed=options.seed,
         world_size=options.world_size,
     )
-    codebook.save_pretrained(folder)
+    save_result(codebook.save_pretrained, folder)
     _report(options, folder, codebook, time.perf_counter() - start)
     return 0
 

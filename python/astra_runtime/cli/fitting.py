@@ -13,6 +13,7 @@ from typing import Any
 
 from ..console import say, working
 from ..errors import AstraError
+from ..files import CONFIG_FILE, TENSOR_FILE
 from .options import DENSE
 
 WINDOWS, MORE_WINDOWS = 12, 26  # of the text, of a codec that learns from few, and of the others
@@ -30,7 +31,7 @@ DEFAULT_FIT = 3
 def cached_codebook(name: str, model: Any) -> Path | None:
     """The folder of the default codebook for the model `name`, if it was fitted before."""
     folder = _cache_folder(name, model)
-    return folder if (folder / "astra_config.json").is_file() else None
+    return folder if _is_whole(folder) else None
 
 
 def codebook_at_hand(options: argparse.Namespace) -> bool:
@@ -73,16 +74,26 @@ def ensure_codebook(options: argparse.Namespace, model: Any, tokenizer: Any) -> 
         _say_form(model)
         return codebook, folder
     folder = _cache_folder(options.model, model)
+    if not _is_whole(folder):  # else a cache that can only be read will do
+        _fit_default(options, model, tokenizer, folder)
+    _say_form(model)
+    return Codebook.from_pretrained(folder), folder
+
+
+def _is_whole(folder: Path) -> bool:
+    return all((folder / name).is_file() for name in (CONFIG_FILE, TENSOR_FILE))
+
+
+def _fit_default(options: argparse.Namespace, model: Any, tokenizer: Any, folder: Path) -> None:
+    """Fits the default codebook into `folder`, unless another process does."""
     folder.parent.mkdir(parents=True, exist_ok=True)
     with open(folder.parent / f"{folder.name}.lock", "w") as lock:
         with working("waiting for another process, which fits the codebook"):
             fcntl.flock(lock, fcntl.LOCK_EX)  # of several ranks on one machine, one fits
-        if not (folder / "astra_config.json").is_file():
+        if not _is_whole(folder):
             say(f"no codebook for {options.model} yet: fitting one, once, into {folder}")
             codebook = fit_builtin(_in_float32(options, model), tokenizer)
             codebook.save_pretrained(folder)
-    _say_form(model)
-    return Codebook.from_pretrained(folder), folder
 
 
 def _say_form(model: Any) -> None:

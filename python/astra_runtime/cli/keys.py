@@ -89,22 +89,34 @@ def _show(options: argparse.Namespace) -> int:
 
     shown = show_keys(options.folder)
     now = datetime.datetime.now(datetime.UTC)
+    problems = [one.why_invalid(now) or _damage(options.folder, one.rank) for one in shown]
     if options.json:
         ranks: list[dict[str, Any]] = [
             {
                 "rank": one.rank,
                 "expires": one.expires.isoformat(),
-                "valid": not one.why_invalid(now),
+                "valid": not problem,
+                "problem": problem or None,
                 "hosts": list(one.hosts),
                 "serial": one.serial,
             }
-            for one in shown
+            for one, problem in zip(shown, problems, strict=True)
         ]
         show_json({"folder": options.folder, "ranks": ranks})
         return 0
-    for one in shown:
+    for one, problem in zip(shown, problems, strict=True):
         bound = f", at {' '.join(one.hosts)} only" if one.hosts else ""
-        wrong = one.why_invalid(now)
-        mark = f": {wrong}" if wrong else ""
+        mark = f": {problem}" if problem else ""
         print(f"rank {one.rank:<5} until {one.expires:%Y-%m-%d %H:%M} UTC{bound}{mark}")
     return 0
+
+
+def _damage(folder: str, rank: int) -> str:
+    """Why the keys of a rank could not be used, whatever their dates; "": they could."""
+    from ..transport.credentials import Keys, KeysError
+
+    try:
+        Keys(folder).contexts(rank)
+    except KeysError as error:
+        return str(error)
+    return ""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import importlib
 import json
 import threading
 from collections.abc import Iterator
@@ -18,6 +19,7 @@ from .fitting import codebook_at_hand, ensure_codebook
 from .options import (
     DENSE,
     check_keys,
+    check_own_keys,
     connect_options,
     engine_options,
     peers_of,
@@ -28,6 +30,7 @@ from .waiting import Waiting
 
 BEAT_SHARE = 0.2  # of --timeout, in which ranks without work are asked twice whether they are there
 REJOIN_SECONDS = 30.0  # of one try to form the mesh again
+LONGEST_SILENCE = 600.0  # of a service that waits for a device, which may be away for days
 
 
 class Place:
@@ -52,6 +55,9 @@ class Place:
         if options.peers is None:
             if options.rank is not None:
                 raise AstraError("--rank: expected together with --peers")
+            size = options.world_size or 1
+            if options.keys and size > 1:
+                check_own_keys(options, range(size), size)
             return cls(options, None)
         peers = peers_of(options)
         if options.rank != 0:
@@ -85,7 +91,9 @@ def start(options: argparse.Namespace, place: Place, service: Any, others: Clust
     """Loads model and codebook, on all ranks at once, and joins the ranks."""
     with contextlib.ExitStack() as stack:
         service.say(f"loading {options.model}")
-        model, tokenizer = load(options, tokenizer=service.kind != "vision")
+        model, tokenizer = load(
+            options, decoder=service.kind == "decoder", tokenizer=service.kind != "vision"
+        )
         if options.codebook is None and (len(place.addresses) == 1 or service.kind == "vision"):
             options.codebook = DENSE  # there is nobody to send codes to, or no text to fit them on
         if not codebook_at_hand(options):
@@ -122,15 +130,21 @@ def _lead(
         service.say("waiting for the other processes to load the model")
         others.wait_ready()
     service.say("waiting for all devices")
-    waiting = Waiting(0, place.addresses if others is None else others.peers)
+    addresses = place.addresses if others is None else others.peers
+    waiting, gone = Waiting(0, addresses, longest=LONGEST_SILENCE), threading.Event()
     mesh = _join(options, service, others, waiting)
     stack.callback(mesh.close)
 
     def announce(mesh: Any) -> None:
+        gone.clear()
         send_json(mesh, {"do": "follow"}, blocks=JOB, to=peers_in(mesh))
 
     def away(error: Exception) -> None:
-        waiting.begin()
+        if not gone.is_set():  # and not one more try
+            gone.set()
+            waiting.begin()
+        if others is not None:
+            others.renew_keys()
         _restart(others)
 
     announce(mesh)
@@ -161,7 +175,10 @@ def _leader(
         memory = None if options.memory is None else options.memory << 20
         return Leader(engine, tokenizer, memory=memory, **rounds)
     folder = model_folder(options.model)
-    prepare = Preparation.of(engine.model.config, folder) if kind == "vision" else None
+    prepare = None
+    if kind == "vision":
+        importlib.import_module("PIL")  # else the first request would miss it
+        prepare = Preparation.of(engine.model.config, folder)
     return Encoding(engine, pooling=pooling_of(folder), prepare=prepare, **rounds)
 
 

@@ -6,7 +6,7 @@ import argparse
 import math
 import os
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -32,11 +32,29 @@ def at_least(least: int) -> Callable[[str], int]:
 not_negative, positive, two_or_more = at_least(0), at_least(1), at_least(2)
 
 
+def seed(text: str) -> int:
+    """The `type` of --seed where it is multiplied and added to, within the range of generators."""
+    value = int(text)
+    if not -(2**31) <= value < 2**31:
+        raise argparse.ArgumentTypeError(f"expected -2^31 to 2^31 - 1, got {text}")
+    return value
+
+
 def seconds(text: str) -> float:
     value = float(text)
     if not 0 < value <= 1e6:
         raise argparse.ArgumentTypeError(f"expected seconds above 0, at most 1e6, got {text}")
     return value
+
+
+def host(text: str) -> str:
+    """The `type` of an option that takes a name or an address without a port."""
+    from ..transport.addresses import parse_host
+
+    try:
+        return parse_host(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from error
 
 
 def add_model(parser: argparse.ArgumentParser) -> None:
@@ -117,6 +135,7 @@ def add_connection(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--listen",
+        type=host,
         metavar="HOST",
         help="the address of this device to listen at, where that is not its own in --peers "
         "(behind address translation, say); the port stays",
@@ -232,11 +251,19 @@ def output_folder(options: argparse.Namespace) -> Path:
 
 def check_trace(options: argparse.Namespace) -> None:
     """Refuses a --trace file that could not be written after the run."""
-    if options.trace:
-        path = Path(options.trace)
-        existing = path if path.exists() else path.parent
-        if path.is_dir() or not existing.exists() or not os.access(existing, os.W_OK):
-            raise AstraError(f"--trace: expected a file that can be written, got {path}")
+    if not options.trace:
+        return
+    path = Path(os.path.realpath(options.trace))
+    try:
+        if path.exists() and not path.is_file():  # a pipe or a device, if it is no folder
+            good = not path.is_dir() and os.access(path, os.W_OK)
+        else:  # a file is written beside the old one, and takes its place
+            with tempfile.TemporaryFile(dir=path.parent):
+                good = True
+    except OSError:
+        good = False
+    if not good:
+        raise AstraError(f"--trace: expected a file that can be written, got {options.trace}")
 
 
 def weights_of(options: argparse.Namespace, world_size: int) -> list[float] | None:
@@ -292,9 +319,39 @@ def connect_options(
     return ConnectOptions(rank, world_size, addresses, **settings | changes)
 
 
+def model_name(options: argparse.Namespace) -> str:
+    """What --model is called: the last part of a path, of "." the working folder's name."""
+    return Path(os.path.abspath(Path(options.model).expanduser())).name
+
+
+def check_text(option: str, text: str) -> str:
+    """`text`, which a terminal or a file may have given as bytes that are no UTF-8."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        given = text.encode(errors="surrogateescape")
+        raise AstraError(
+            f"{option}: expected text in UTF-8, got the bytes {given!r:.99}"
+        ) from error
+    return text
+
+
 def check_keys(options: argparse.Namespace, peers: list[str]) -> None:
-    """Refuses plaintext between devices, and keys that cannot be used, before a model is loaded."""
+    """Refuses plaintext between devices, keys that cannot be used and an address that is none of
+    this machine's, before a model is loaded."""
     from ..transport import check_keys
+    from ..transport.addresses import parse_address
+    from ..transport.sockets import check_host
 
     host = getattr(options, "listen", None)
     check_keys(options.rank, peers, options.keys, options.insecure, host)
+    check_host(host or parse_address(peers[options.rank])[0], options.rank)
+
+
+def check_own_keys(options: argparse.Namespace, ranks: Iterable[int], world_size: int) -> None:
+    """Refuses keys that these ranks, all on this machine, could not use."""
+    from ..transport import check_keys
+
+    peers = [f"127.0.0.1:{1 + rank}" for rank in range(world_size)]
+    for rank in ranks:
+        check_keys(rank, peers, options.keys, options.insecure)

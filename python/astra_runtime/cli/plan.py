@@ -60,7 +60,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--codebook",
-        nargs="*",
+        nargs="+",
         metavar="DIR",
         help="codebooks fitted for this model (default: the cached one, if there is one; none: "
         "dense tensors only)",
@@ -93,6 +93,7 @@ def run(options: argparse.Namespace) -> int:
     import torch
 
     from ..models import adapt
+    from ..models.families import ViT
     from ..models.shapes import SHAPES, shaped
 
     shape = options.model in SHAPES
@@ -107,8 +108,11 @@ def run(options: argparse.Namespace) -> int:
     # without --peers every device has a machine of its own
     settle_threads(options, 1 if peers is None else sharing(peers, options.rank))
     torch.set_num_threads(options.threads)
-    model, tokenizer = (shaped(options.model), None) if shape else load(options)
+    fits = peers is not None and options.codebook is None  # on text, if none is cached
+    model, tokenizer = (shaped(options.model), None) if shape else load(options, tokenizer=fits)
     adapter = adapt(model)
+    if not shape and isinstance(adapter, ViT):
+        options.tokens = options.tokens or adapter.num_patches
     options.tokens = (options.tokens or TOKENS) if shape else window_tokens(options, model)
     # beside the class token, which every rank of an encoder computes
     tokens = options.tokens - (adapter.class_tokens if adapter.token_ids else 0)
@@ -132,6 +136,9 @@ def _rows(
     options: argparse.Namespace, adapter: Any, books: dict[str, Any], devices: Devices, tokens: int
 ) -> list[dict[str, Any]]:
     link = (devices.mbit_per_s, devices.rtt_ms)
+    beyond = [world for world in options.world_size if world > tokens]
+    if beyond:
+        say(f"left out: {beyond[0]} devices, which are more than the {tokens} tokens")
     return [
         {"codes": name, **row(adapter, books[name], rates[:world], link, tokens)}
         for name, rates in devices.rates.items()
@@ -260,7 +267,7 @@ def _this_machine(
             say(what)
             with working(what):
                 rates = measured(model, book, tokens)
-        count = max(options.world_size)
+        count = min(tokens, max(options.world_size))  # more have no token
         by_codes[name] = [rates.slower(1 / speed) for speed in speeds or [1.0] * count]
     mbit = MBIT if options.mbit is None else options.mbit
     return Devices(mbit, RTT_MS if options.rtt_ms is None else options.rtt_ms, by_codes)

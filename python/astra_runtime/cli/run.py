@@ -22,9 +22,12 @@ from .options import (
     add_model,
     add_trace,
     check_keys,
+    check_own_keys,
+    check_text,
     check_trace,
     connect_options,
     engine_options,
+    model_name,
     peers_of,
     positive,
     settle_threads,
@@ -49,7 +52,9 @@ def configure(parser: argparse.ArgumentParser) -> None:
     add_missing(parser)
     where = parser.add_mutually_exclusive_group(required=True)
     where.add_argument("--prompt", help="the text to continue; -: what standard input has")
-    where.add_argument("--text", metavar="FILE", help="a file with the text to continue")
+    where.add_argument(
+        "--text", metavar="FILE", help="a file with the text to continue; -: standard input"
+    )
     parser.add_argument(
         "--raw",
         action="store_true",
@@ -101,7 +106,8 @@ class Place:
 
 def place_of(options: argparse.Namespace) -> Place:
     """Where the options and torchrun's variables place this process; refuses contradictions."""
-    from ..transport.rendezvous import from_environment
+    from ..transport.addresses import require_loopback
+    from ..transport.rendezvous import from_environment, own_host
 
     if options.peers is not None:
         peers = peers_of(options)
@@ -133,7 +139,13 @@ def place_of(options: argparse.Namespace) -> Place:
     if options.backend != "tcp" and options.on_missing == "degrade":
         raise AstraError(f"--backend {options.backend}: expected without --on-missing degrade")
     if place.peers is None:
-        connect_options(options, place.rank, place.world_size, None, backend=_backend(options))
+        asked = connect_options(
+            options, place.rank, place.world_size, None, backend=_backend(options)
+        )
+        if options.backend != "tcp":
+            asked.require_loopback_in_plaintext()
+        elif place.torchrun and place.world_size > 1 and asked.find_keys() is None:
+            require_loopback([asked.host or own_host()])
         check_local_keys(options, place)
     return place
 
@@ -144,13 +156,9 @@ def _backend(options: argparse.Namespace) -> str:
 
 def check_local_keys(options: argparse.Namespace, place: Place) -> None:
     """Refuses keys that this machine's ranks could not use, before a model is loaded."""
-    from ..transport import check_keys
-
-    peers = [f"127.0.0.1:{1 + rank}" for rank in range(place.world_size)]
     ranks = [place.rank] if place.torchrun else range(place.world_size)
     if options.backend == "tcp" and (options.keys or place.torchrun) and place.world_size > 1:
-        for rank in ranks:
-            check_keys(rank, peers, options.keys, options.insecure)
+        check_own_keys(options, ranks, place.world_size)
 
 
 def run(options: argparse.Namespace) -> int:
@@ -236,16 +244,9 @@ def prompt_of(options: argparse.Namespace) -> str:
     if options.text is not None or options.prompt == "-":
         from ..store import read_text
 
-        text = read_text("/dev/stdin" if options.text is None else options.text)
+        text = read_text("/dev/stdin" if options.text in (None, "-") else options.text)
     else:
-        try:
-            text = str(options.prompt)
-            text.encode()
-        except UnicodeEncodeError as error:
-            given = os.fsencode(options.prompt)
-            raise AstraError(
-                f"--prompt: expected text in UTF-8, got the bytes {given!r}"
-            ) from error
+        text = check_text("--prompt", str(options.prompt))
     if not text:
         raise AstraError("prompt: expected at least one token, got an empty text")
     return text
@@ -364,7 +365,7 @@ def report(options: argparse.Namespace, tokenizer: Any, answer: Any, world_size:
     say(
         f"{world_size} rank{'s' if world_size > 1 else ''}, "
         f"{answer['bits_per_token_block']:.0f} bits a token and block: first token after "
-        f"{times[0]:.2f} s{pace} ({os.path.basename(options.model)})"
+        f"{times[0]:.2f} s{pace} ({model_name(options)})"
     )
     devices = answer["devices"]
     say(

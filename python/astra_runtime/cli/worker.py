@@ -81,7 +81,8 @@ def run(options: argparse.Namespace) -> int:
 
         settle_threads(options, sharing(peers, options.rank))
         torch.set_num_threads(options.threads)
-        model, tokenizer = load(options)
+        # a codebook is fitted on text, which takes a tokenizer
+        model, tokenizer = load(options, tokenizer=options.codebook is None)
     codebook, _ = ensure_codebook(options, model, tokenizer)
     torch.set_num_threads(options.threads)  # fitting used every core
     if options.parent and not options.once:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import importlib.util
+import math
 import os
 import selectors
 import signal
@@ -21,6 +23,7 @@ from ..errors import AstraError
 
 READY = "ready"
 FAILURE = "astra: error: "
+RESTART_PAUSE, LONGEST_PAUSE = 1.0, 30.0  # seconds; each is twice the one before
 PASSED_ON = 40  # lines of what a worker wrote before it ended without giving a reason
 # `-P`: the working folder is no place to import from; the first argument is where to import from.
 _CHILD = """import sys
@@ -93,6 +96,9 @@ class Workers:
         self.processes: dict[int, subprocess.Popen[str]] = {}
         self.errors: dict[int, IO[str]] = {}
         self.loading = list(range(1, world_size))  # ranks that are not ready yet
+        self._ready: set[int] = set()  # ranks whose first process was
+        self._pauses: dict[int, float] = {}  # seconds, before each is started again
+        self._not_before: dict[int, float] = {}
         self._environment = os.environ | {"OMP_NUM_THREADS": str(threads)}
         self._command = [sys.executable, "-P", "-c", _CHILD, "\n".join(import_path()), "worker"]
         self._arguments = list(arguments)
@@ -116,16 +122,33 @@ class Workers:
         )
 
     def restart_ended(self) -> list[str]:
-        """Starts those that have ended once more; how they ended."""
-        reports = []
+        """Starts those that have ended once more; how they ended.
+
+        One that ends before it is ready, again and again, is started more and more rarely.
+        """
+        reports, now = [], time.monotonic()
         for rank, process in list(self.processes.items()):
-            if process.poll() is not None:
-                reports.append(self.exit_report(rank))
-                if process.stdout is not None:
-                    process.stdout.close()
-                self.errors[rank].close()
-                self._start(rank)
+            if process.poll() is None or now < self._not_before.get(rank, -math.inf):
+                continue
+            reports.append(self.exit_report(rank))
+            longer = min(max(2 * self._pauses.get(rank, 0.0), RESTART_PAUSE), LONGEST_PAUSE)
+            self._pauses[rank] = 0.0 if self._was_ready(rank) else longer
+            self._not_before[rank] = now + self._pauses[rank]
+            if process.stdout is not None:
+                process.stdout.close()
+            self.errors[rank].close()
+            self._start(rank)
         return reports
+
+    def _was_ready(self, rank: int) -> bool:
+        """Whether the process of `rank`, which has ended, had its model."""
+        first, self._ready = rank in self._ready, self._ready - {rank}
+        stdout, said = self.processes[rank].stdout, b""
+        if stdout is not None:
+            os.set_blocking(stdout.fileno(), False)  # whatever else may hold the other end
+            with contextlib.suppress(BlockingIOError):
+                said = os.read(stdout.fileno(), 1 << 10)
+        return first or READY.encode() in said
 
     def wait_ready(self, seconds: float) -> None:
         """Returns when every worker has its model and is about to connect."""
@@ -144,6 +167,7 @@ class Workers:
                     self.processes[key.data].wait(5)
                     raise WorkerFailed(self.exit_report(key.data))
                 waiting.unregister(key.fileobj)
+                self._ready.add(key.data)
                 self.loading.remove(key.data)
 
     def check(self, ranks: Iterable[int]) -> None:

@@ -13,7 +13,7 @@ import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import nn
@@ -25,6 +25,7 @@ from ..codes.codebook import Codebook
 from ..costs import attention_pairs, costs_of
 from ..exchange import STAR_RANKS
 from ..models import Adapter, adapt
+from ..models.families import ViT, pair
 from ..plan import Plan
 from ..transport import Link
 
@@ -162,12 +163,11 @@ def _inputs(adapter: Adapter, tokens: int) -> dict[str, torch.Tensor]:
     if adapter.token_ids:
         shape = (1, tokens + adapter.class_tokens)
         return {"input_ids": torch.randint(int(config.vocab_size), shape, device=adapter.device)}
-    side, patch = int(config.image_size), int(config.patch_size)
-    pixels = torch.randn(1, int(config.num_channels), side, side, device=adapter.device)
-    if (side // patch) ** 2 != tokens:
-        raise ValueError(
-            f"tokens: expected the {(side // patch) ** 2} patches of this model, got {tokens}"
-        )
+    patches = cast(ViT, adapter).num_patches
+    if patches != tokens:
+        raise ValueError(f"tokens: expected the {patches} patches of this model, got {tokens}")
+    size = pair(config.image_size)
+    pixels = torch.randn(1, int(config.num_channels), *size, device=adapter.device)
     return {"pixel_values": pixels.to(adapter.dtype)}
 
 

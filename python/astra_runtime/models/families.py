@@ -220,7 +220,7 @@ class GPT2(_Decoder):
         return embedded + self.base.wpe(self.positions(inputs))
 
 
-def _pair(size: Any) -> tuple[int, int]:
+def pair(size: Any) -> tuple[int, int]:
     """Height and width of a size that is given as one number or as two."""
     height, width = size if isinstance(size, list | tuple) else (size, size)
     return int(height), int(width)
@@ -230,6 +230,13 @@ class ViT(Adapter):
     """Patches and a class token; cut after embedding."""
 
     causal, class_tokens, token_ids = False, 1, False
+
+    @property
+    def num_patches(self) -> int:
+        """Of an image of the size that the model wants, the class token not counted."""
+        config: Any = self.model.config
+        (height, width), (rows, columns) = pair(config.image_size), pair(config.patch_size)
+        return (height // rows) * (width // columns)
 
     def find_blocks(self) -> list[nn.Module]:
         return list(self.base.layers)
@@ -264,7 +271,7 @@ class ViT(Adapter):
                 "expected pixel_values of shape [B, channels, height, width] and nothing else, "
                 f"got { ({name: tuple(t.shape) for name, t in inputs.items()}) }"
             )
-        rows, columns = _pair(config.patch_size)
+        rows, columns = pair(config.patch_size)
         return pixels.shape[0], (pixels.shape[2] // rows) * (pixels.shape[3] // columns)
 
     def local_inputs(self, inputs: Mapping[str, Tensor], plan: Plan, rank: int) -> dict[str, Any]:
@@ -278,13 +285,13 @@ class ViT(Adapter):
         return module
 
     def patch_product(self) -> nn.Module | None:
-        return patch_product(self.base.embeddings, _pair(self.model.config.patch_size))
+        return patch_product(self.base.embeddings, pair(self.model.config.patch_size))
 
     def patch_rows(self, plan: Plan, rank: int) -> PatchRows | None:
         if plan.world_size == 1:
             return None
         patches = slice(plan.bounds[rank], plan.bounds[rank + 1])
-        return PatchRows(patches, _pair(self.model.config.patch_size))
+        return PatchRows(patches, pair(self.model.config.patch_size))
 
 
 class Bert(Adapter):

@@ -12,7 +12,7 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -21,6 +21,7 @@ from torch import Tensor
 from ..costs import EXACT_TOKENS
 from ..engine import Engine
 from ..errors import AstraError
+from ..models.families import ViT
 from ..store import token_limit
 from .costs import PromptCosts
 from .images import Preparation
@@ -117,8 +118,7 @@ class Encoding(Rounds):
         return _then(self._submit(inputs, [self._patches()] * len(inputs)), labels)
 
     def _patches(self) -> int:
-        config: Any = self.engine.model.config
-        return int((config.image_size // config.patch_size) ** 2)
+        return cast(ViT, self.engine.adapter).num_patches
 
     def _submit(self, inputs: list[Input], tokens: list[int]) -> Future[list[Tensor]]:
         work = _Work(inputs, tokens)

@@ -110,7 +110,8 @@ class Leader(Rounds):
         Raises:
             RequestRefused, QueueFull, NotReady: at once.
         """
-        limits = Limits(self.context_length, self.vocabulary, self._token_bytes)
+        memory = max(self._admission.budget.values())
+        limits = Limits(self.context_length, self.vocabulary, self._token_bytes, memory)
         work = limits.work_of(request, deliver)
         with self._changed:
             self.check_open()

@@ -239,7 +239,10 @@ class Rounds(ABC):
             log.warning("the mesh has ended: %s", text)
         self.engine.mesh.abort(error)
         self._end_running(ServiceFailed(f"the answer could not be finished: {text}"))
-        self._on_away(error)
+        try:
+            self._on_away(error)
+        except Exception as problem:  # no process can be started, say: the next try may do better
+            log.error("nothing could be started anew: %s", problem)
         if not first:
             with self._changed:
                 self._changed.wait_for(lambda: self._ended, RETRY_SECONDS)

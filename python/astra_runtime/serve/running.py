@@ -5,7 +5,9 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import math
 import threading
+import time
 from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
@@ -51,7 +53,8 @@ class RunningService:
     """One model on one mesh, asked from an event loop; see `Service`.
 
     Args:
-        model_id, kind, context_length: known before anything is loaded.
+        model_id, kind, context_length: known before anything is loaded; the length that the model
+            turns out to have takes the place of the one that was given.
         start: loads model and mesh, in a thread of its own; is given a function that takes what it
             does, in a few words, for those who ask meanwhile. It raises AstraError where `closing`
             is set.
@@ -70,7 +73,7 @@ class RunningService:
         start: Callable[[RunningService], Started],
         addresses: Sequence[str] = (),
     ) -> None:
-        self.model_id, self.kind, self.context_length = model_id, kind, context_length
+        self.model_id, self.kind, self._context_length = model_id, kind, context_length
         self.closing = threading.Event()
         self.failed: Exception | None = None
         self._addresses = addresses
@@ -88,6 +91,12 @@ class RunningService:
     def tokenizer(self) -> Any:
         return None if self._started is None else self._started.tokenizer
 
+    @property
+    def context_length(self) -> int:
+        if self._started is None:
+            return self._context_length
+        return int(self._started.leader.context_length)
+
     def _start(self, start: Callable[[RunningService], Started]) -> None:
         try:
             self._started = start(self)
@@ -99,7 +108,8 @@ class RunningService:
         except Exception as error:
             self.failed = error
             self._doing = f"the service could not be started: {error}"
-            log.error("%s", self._doing, exc_info=None if _expected(error) else error)
+            if not (self.closing.is_set() and _expected(error)):
+                log.error("%s", self._doing, exc_info=None if _expected(error) else error)
 
     def _leader(self) -> Any:
         if self.closing.is_set():
@@ -156,11 +166,23 @@ class RunningService:
         # decoding images would hold up everybody else in the event loop
         return await asyncio.wrap_future(await asyncio.to_thread(submit, self._leader()))
 
+    def loading_ends(self, seconds: float) -> bool:
+        """Tells what loads the service to end; whether it has, or had before, by then.
+
+        Nothing ends the loading of weights or a fit before its time. Who does not want to wait for
+        it ends the process.
+        """
+        self.closing.set()
+        deadline = time.monotonic() + seconds
+        while self._started is None and self._thread.is_alive():
+            if time.monotonic() >= deadline:
+                return False
+            self._thread.join(POLL_SECONDS)
+        return True
+
     def close(self, drain_s: float = 0.0) -> None:
         """Takes no further request, lets those that run end for so long, and ends the rest."""
-        self.closing.set()
-        while self._started is None and self._thread.is_alive():
-            self._thread.join(POLL_SECONDS)
+        self.loading_ends(math.inf)
         if self._started is not None:
             self._started.leader.close(drain_s)
         self._over.set()

@@ -84,7 +84,7 @@ class GenerationRequest:
     Attributes:
         id: names the request in logs; unique.
         prompt_ids: at least one token.
-        max_new_tokens: None: as many as the model's context has room for.
+        max_new_tokens: None: as many as the model's context and the devices' memory have room for.
         stop: texts that end the answer and are not part of it.
         n: answers, each with its `index`; they draw with seed, seed + 1, …. Each is
             decoded by one rank, not all by the same.

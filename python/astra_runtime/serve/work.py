@@ -192,11 +192,13 @@ class Limits:
         context_length: tokens of a prompt and its answer together.
         vocabulary: how many token ids there are.
         token_bytes: of one token's keys and values.
+        memory: bytes that the device with most room has for keys and values; 0: not known yet.
     """
 
     context_length: int
     vocabulary: int
     token_bytes: int
+    memory: int = 0
 
     def work_of(self, request: GenerationRequest, deliver: Deliver) -> Work:
         """A request that can be queued, as of now. Raises RequestRefused where it cannot."""
@@ -214,13 +216,20 @@ class Limits:
                 + ("" if asked is None else f", with {asked} more asked for"),
                 "context_length_exceeded",
             )
-        new_tokens = room if asked is None else asked
+        new_tokens = self._fitting(request, room) if asked is None else asked
         if new_tokens < 1:
             raise RequestRefused("max_tokens", f"expected at least 1, got {new_tokens}")
         now, within = time.monotonic(), request.within_s
         size = self.token_bytes * (tokens + new_tokens)
         deadline = None if within is None else now + within
         return Work(request, new_tokens, deliver, now, size, deadline)
+
+    def _fitting(self, request: GenerationRequest, room: int) -> int:
+        """As many new tokens as context and memory have room for, in each of the answers."""
+        if not self.memory:
+            return room
+        tokens = self.memory // (self.token_bytes * max(1, request.n))
+        return max(1, min(room, tokens - len(request.prompt_ids)))
 
     def _check_ids(self, param: str, ids: Sequence[int]) -> None:
         if not all(0 <= id < self.vocabulary for id in ids):

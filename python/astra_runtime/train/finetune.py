@@ -10,6 +10,7 @@ as far as torch's own operations are deterministic).
 from __future__ import annotations
 
 import copy
+import logging
 import math
 import os
 from collections.abc import Callable, Sequence
@@ -32,7 +33,9 @@ from .navq import NAVQ
 from .schedule import Settings, draw_plan, schedule
 from .simulate import Simulation, quantizers
 
-CHECKPOINT = "checkpoint.pt"
+CHECKPOINT, PART = "checkpoint.pt", ".part"
+
+log = logging.getLogger("astra_runtime.train")
 
 
 class TrainingFailed(AstraError):
@@ -121,7 +124,7 @@ def finetune(
             if last or (evaluate_every and training.done % evaluate_every == 0):
                 training.measure(world_size, report)
             if path is not None and checkpoint_every and training.done % checkpoint_every == 0:
-                training.save(path)
+                training.try_to_save(path)
     return training.result(world_size)
 
 
@@ -274,10 +277,18 @@ class _Training:
             "held back": len(self.held_out),
         }
 
+    def try_to_save(self, path: Path) -> None:
+        """`save`; a disk that is full takes away the checkpoint, and not the training."""
+        try:
+            self.save(path)
+        except (OSError, RuntimeError) as error:  # the second is torch's own
+            path.with_suffix(PART).unlink(missing_ok=True)
+            log.warning("step %d has no checkpoint: %s", self.done, error)
+
     def save(self, path: Path) -> None:
         """Writes a checkpoint, whole or not at all."""
         path.parent.mkdir(parents=True, exist_ok=True)
-        part = path.with_suffix(".part")
+        part = path.with_suffix(PART)
         state = {
             "identity": self.identity,
             "done": self.done,

@@ -150,10 +150,10 @@ def check_keys(
     if secret is not None:
         secret.contexts(rank)
     elif len(peers) > 1:
-        own = [] if host is None else [host]
+        own = [] if options.host is None else [options.host]
         require_loopback([*(parse_address(peer)[0] for peer in peers), *own])
     addresses = dict(enumerate(map(parse_address, peers)))
-    hint = unreachable_for_others(rank, host or addresses[rank][0], addresses)
+    hint = unreachable_for_others(rank, options.host or addresses[rank][0], addresses)
     if hint:
         _warn_once(hint)
 

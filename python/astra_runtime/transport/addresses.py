@@ -41,6 +41,28 @@ def parse_address(text: str) -> tuple[str, int]:
     return name, int(port)
 
 
+def parse_host(text: str) -> str:
+    """A name or an address without a port (IPv6 with or without brackets), blanks stripped.
+
+    Raises ValueError with what was expected.
+    """
+    name = text.strip()
+    bracketed = name.startswith("[") and name.endswith("]")
+    name = name[1:-1].strip() if bracketed else name
+    good = name and not any(c in name for c in "[]/ \t") and _is_name(name)
+    if not good or (":" in name and not _is_ipv6(name)):
+        raise ValueError(f"host: expected a name or an address, without a port, got {text!r:.90}")
+    return name
+
+
+def _is_ipv6(text: str) -> bool:
+    try:
+        ipaddress.IPv6Address(text)
+    except ValueError:
+        return False
+    return True
+
+
 def _is_name(host: str) -> bool:
     """Whether names are looked up that read so: no part is empty, or longer than 63 letters."""
     try:

@@ -12,6 +12,7 @@ import ipaddress
 import os
 import re
 import secrets
+import shutil
 import tempfile
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -23,6 +24,7 @@ from astra_runtime.transport.credentials import (
     CERTIFICATE,
     KEY,
     RANK_NAME,
+    Keys,
     KeysError,
     hosts_of,
     named_rank,
@@ -77,7 +79,7 @@ def make_keys(
     keep_authority: also write the authority's private key.
 
     Elliptic curve P-256; private keys are readable by their owner only. Existing keys are never
-    overwritten.
+    overwritten, and where writing fails nothing is left of the new ones.
     """
     x509 = _x509()
     from cryptography.hazmat.primitives.asymmetric import ec
@@ -92,28 +94,45 @@ def make_keys(
     used = any((folder / name).exists() for name in (AUTHORITY, AUTHORITY_KEY, CERTIFICATE, KEY))
     if used or any(folder.glob("rank-*")):
         raise KeysError(f"{str(folder)!r} holds keys already: remove it, or choose another folder")
+    names = None if hosts is None else [_general_name(host) for host in hosts]
     now = datetime.datetime.now(datetime.UTC).replace(microsecond=0)
     # Small devices start with a clock that is behind.
     dates = now - datetime.timedelta(days=1), now + datetime.timedelta(days=days)
     signer = ec.generate_private_key(ec.SECP256R1())
     issuer = _name(f"ASTRA authority {secrets.token_hex(4)}")
     authority = _certificate(issuer, issuer, signer.public_key(), signer, dates, None)
-    folder.mkdir(parents=True, exist_ok=True, mode=0o700)
-    if keep_authority:
-        _write_private(folder / AUTHORITY_KEY, signer)
-    _write_public(folder / AUTHORITY, authority)
-    for rank in range(ranks):
-        key = ec.generate_private_key(ec.SECP256R1())
-        names = [x509.DNSName(rank_name(rank))]
-        names += [_general_name(hosts[rank])] if hosts is not None else []
-        subject = _name(f"ASTRA rank {rank}")
-        certificate = _certificate(subject, issuer, key.public_key(), signer, dates, names)
-        own = folder / f"rank-{rank}"
-        own.mkdir(mode=0o700)
-        _write_private(own / KEY, key)
-        _write_public(own / CERTIFICATE, certificate)
-        _write_public(own / AUTHORITY, authority)
+    with _removed_on_failure(folder):
+        if keep_authority:
+            _write_private(folder / AUTHORITY_KEY, signer)
+        _write_public(folder / AUTHORITY, authority)
+        for rank in range(ranks):
+            key = ec.generate_private_key(ec.SECP256R1())
+            called = [x509.DNSName(rank_name(rank)), *([] if names is None else [names[rank]])]
+            subject = _name(f"ASTRA rank {rank}")
+            certificate = _certificate(subject, issuer, key.public_key(), signer, dates, called)
+            own = folder / f"rank-{rank}"
+            own.mkdir(mode=0o700)
+            _write_private(own / KEY, key)
+            _write_public(own / CERTIFICATE, certificate)
+            _write_public(own / AUTHORITY, authority)
     return KeyFolder(folder, ranks, dates[1])
+
+
+@contextlib.contextmanager
+def _removed_on_failure(folder: Path) -> Iterator[None]:
+    """Makes a folder for keys, which had none; where the block fails, none are left in it."""
+    there = folder.exists()
+    folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+    try:
+        yield
+    except BaseException:
+        for path in folder.glob("rank-*"):
+            shutil.rmtree(path)
+        for name in (AUTHORITY, AUTHORITY_KEY):
+            (folder / name).unlink(missing_ok=True)
+        if not there:
+            folder.rmdir()
+        raise
 
 
 @contextlib.contextmanager
@@ -124,19 +143,42 @@ def ephemeral_keys(ranks: int) -> Iterator[Path]:
         yield Path(folder)
 
 
+def renew_ephemeral_keys(folder: Path, ranks: int) -> None:
+    """Makes those in `folder` anew, unless all of them can be used now.
+
+    Raises KeysError where somebody has put something else in its place meanwhile.
+    """
+    keys = Keys(folder)
+    try:
+        for rank in range(ranks):
+            keys.contexts(rank)
+        return
+    except KeysError:
+        shutil.rmtree(folder, ignore_errors=True)
+    try:
+        folder.mkdir(mode=0o700)
+    except OSError as error:
+        raise KeysError(f"keys: cannot make {str(folder)!r} anew: {error.strerror}") from error
+    make_keys(folder, ranks, days=1, keep_authority=False)
+
+
 def _name(text: str) -> Any:
     x509 = _x509()
     return x509.Name([x509.NameAttribute(x509.NameOID.COMMON_NAME, text)])
 
 
 def _general_name(host: str) -> Any:
+    """A host as `--peers` has it, without a port: blanks and the brackets of IPv6 are left out."""
     x509 = _x509()
+    given, host = host, host.strip()
+    if host.startswith("[") and host.endswith("]"):
+        host = host[1:-1]
     try:
         return x509.IPAddress(ipaddress.ip_address(host))
     except ValueError:
         pass
     if not re.fullmatch(r"[A-Za-z0-9-]+(\.[A-Za-z0-9-]+)*", host) or RANK_NAME.fullmatch(host):
-        raise ValueError(f"hosts: expected a name or an IP address without a port, got {host!r}")
+        raise ValueError(f"hosts: expected a name or an IP address without a port, got {given!r}")
     return x509.DNSName(host)
 
 

@@ -34,6 +34,7 @@ _PEM: Final = re.compile(
     r"-----BEGIN CERTIFICATE-----.*?-----END CERTIFICATE-----", re.DOTALL | re.ASCII
 )
 RANK_NAME: Final = re.compile(r"rank-(0|[1-9][0-9]{0,4})\.astra\.internal")
+_FOLDER: Final = re.compile(r"rank-(0|[1-9][0-9]{0,4})")
 
 log = logging.getLogger("astra_runtime.transport")
 
@@ -71,6 +72,11 @@ class Keys:
             f"writes them, got neither in {str(self.folder)!r}"
         )
 
+    def ranks(self) -> list[int]:
+        """The ranks that have a folder of their own here; of a copy of one of them, none."""
+        found = (_FOLDER.fullmatch(path.name) for path in self.folder.glob("rank-*"))
+        return sorted(int(match[1]) for match in found if match)
+
     def contexts(self, rank: int) -> Contexts:
         """Reads the keys of `rank`; what is made from them stays usable without the folder.
 
@@ -107,14 +113,22 @@ def _validities(path: Path) -> list[tuple[datetime, datetime]]:
 def _check_dates(path: Path, dates: list[tuple[datetime, datetime]]) -> None:
     """Refuses a file of which no certificate is valid now."""
     now = datetime.now(UTC)
-    if any(begins <= now <= ends for begins, ends in dates):
-        return
-    begins, ends = dates[-1]
+    wrongs = [why_not_valid(begins, ends, now) for begins, ends in dates]
+    if all(wrongs):
+        raise KeysError(
+            f"keys: {str(path)!r} {wrongs[-1]}. Make new keys with `astra keys init`, or set the "
+            "clock"
+        )
+
+
+def why_not_valid(begins: datetime, ends: datetime, now: datetime) -> str:
+    """What is wrong with a certificate of these dates, as the end of a sentence; "": nothing."""
+    if begins <= now <= ends:
+        return ""
     wrong = "has expired" if now > ends else "is not valid yet"
-    raise KeysError(
-        f"keys: {str(path)!r} {wrong}: it is valid from {begins:%Y-%m-%d %H:%M} to "
-        f"{ends:%Y-%m-%d %H:%M}, and this machine's clock says {now:%Y-%m-%d %H:%M} (UTC). "
-        "Make new keys with `astra keys init`, or set the clock"
+    return (
+        f"{wrong}: it is valid from {begins:%Y-%m-%d %H:%M} to {ends:%Y-%m-%d %H:%M}, and this "
+        f"machine's clock says {now:%Y-%m-%d %H:%M} (UTC)"
     )
 
 
@@ -157,6 +171,11 @@ def _moment(tag: int, text: bytes) -> datetime:
 def _check_key(path: Path) -> None:
     if "PRIVATE KEY-----" not in _read(path):
         raise KeysError(f"keys: expected a private key in {str(path)!r}, got none")
+    warn_if_readable(path)
+
+
+def warn_if_readable(path: Path) -> None:
+    """Warns of a private file that others than its owner can read."""
     if path.stat().st_mode & 0o077:
         _warn_of_readable(path)
 

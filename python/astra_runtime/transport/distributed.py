@@ -30,9 +30,7 @@ from torch.distributed import P2POp, ProcessGroup
 
 from astra_runtime.errors import AstraError, ConnectFailed, DeadlineExceeded, PeerLost
 from astra_runtime.transport import process_group
-from astra_runtime.transport.addresses import is_loopback, parse_address
 from astra_runtime.transport.buffers import BufferPool
-from astra_runtime.transport.credentials import KeysError
 from astra_runtime.transport.lifetime import CLOSED, aborted_by
 from astra_runtime.transport.mesh import Mesh, Payload, refuse_partial
 from astra_runtime.transport.options import MAX_SECONDS, ConnectOptions
@@ -352,19 +350,6 @@ class DistributedMesh(PeerMesh[Channel]):
         self._sends.join(END_SECONDS)
 
 
-def require_plaintext_on_loopback(options: ConnectOptions) -> None:
-    """Refuses to send in plaintext between machines unless that was asked for by name."""
-    hosts = [host for host, _ in map(parse_address, options.peers or ())]
-    hosts = hosts or [process_group.master_host()]
-    for host in hosts:
-        if not is_loopback(host):
-            raise KeysError(
-                f"insecure: expected True (--insecure) with backend {options.backend!r} off "
-                f"loopback, at {host}: torch.distributed sends plaintext, not encrypted and not "
-                "authenticated, for networks that are trusted as a whole"
-            )
-
-
 def connect_distributed(options: ConnectOptions, store: Any = None) -> DistributedMesh:
     """Joins torch.distributed's default group (made here unless it exists) and wraps it.
 
@@ -374,8 +359,7 @@ def connect_distributed(options: ConnectOptions, store: Any = None) -> Distribut
     rank, world_size, backend = options.rank, options.world_size, options.backend
     owned = not dist.is_initialized()
     if owned:
-        if not options.insecure:
-            require_plaintext_on_loopback(options)
+        options.require_loopback_in_plaintext()
         store = process_group.join(options, store)
     group = dist.group.WORLD
     if group is None or (group.rank(), group.size()) != (rank, world_size):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Final
 
@@ -23,8 +24,8 @@ class Link:
     def __post_init__(self) -> None:
         if self.mbit_per_s is not None and not self.mbit_per_s > 0:
             raise ValueError(f"mbit_per_s: expected a positive rate, got {self.mbit_per_s}")
-        if not self.delay_ms >= 0:
-            raise ValueError(f"delay_ms: expected 0 or more, got {self.delay_ms}")
+        if not 0 <= self.delay_ms < math.inf:
+            raise ValueError(f"delay_ms: expected 0 or more, and finite, got {self.delay_ms}")
 
     @property
     def is_free(self) -> bool:

@@ -8,7 +8,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Final, Literal, get_args
 
-from astra_runtime.transport.addresses import parse_address
+from astra_runtime.transport.addresses import is_loopback, parse_address, parse_host
 from astra_runtime.transport.credentials import ENVIRONMENT, Keys, KeysError
 from astra_runtime.transport.link import Link
 
@@ -43,6 +43,8 @@ class ConnectOptions:
 
     def __post_init__(self) -> None:
         self._check_types()
+        if self.host is not None:
+            object.__setattr__(self, "host", parse_host(self.host))
         if not 1 <= self.world_size <= 0xFFFF:
             raise ValueError(f"world_size: expected 1..65535, got {self.world_size}")
         if not 0 <= self.rank < self.world_size:
@@ -76,8 +78,8 @@ class ConnectOptions:
             value = getattr(self, name)
             if not isinstance(value, numbers.Real) or isinstance(value, bool):
                 raise TypeError(f"{name}: expected a number of seconds, got {value!r}")
-
         for name, value, kinds in (
+            ("host", self.host, (str,)),
             ("link", self.link, (Link,)),
             ("keys", self.keys, (Keys, str, os.PathLike)),
         ):
@@ -108,6 +110,24 @@ class ConnectOptions:
                 "it sends plaintext, not encrypted and not authenticated; expected insecure=True "
                 "(--insecure) beside it, or backend 'tcp'"
             )
+
+    def meeting_hosts(self) -> list[str]:
+        """The hosts of all ranks, or the one at which torchrun has them meet."""
+        hosts = [parse_address(peer)[0] for peer in self.peers or ()]
+        return hosts or [os.environ.get("MASTER_ADDR", "127.0.0.1")]
+
+    def require_loopback_in_plaintext(self) -> None:
+        """Refuses to send in plaintext between machines unless that was asked for by name.
+
+        Of backends that torch.distributed is: before one is joined, or a model is loaded for it.
+        """
+        for host in self.meeting_hosts():
+            if not (self.insecure or is_loopback(host)):
+                raise KeysError(
+                    f"insecure: expected True (--insecure) with backend {self.backend!r} off "
+                    f"loopback, at {host}: torch.distributed sends plaintext, not encrypted and "
+                    "not authenticated, for networks that are trusted as a whole"
+                )
 
     @property
     def paces(self) -> bool:

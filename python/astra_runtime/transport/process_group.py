@@ -12,8 +12,9 @@ from __future__ import annotations
 import contextlib
 import os
 import secrets
+import socket
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from datetime import timedelta
 from typing import Any, Final
 
@@ -21,12 +22,14 @@ import torch.distributed as dist
 from torch.distributed.distributed_c10d import PrefixStore
 
 from astra_runtime.errors import ConnectFailed
-from astra_runtime.transport.addresses import parse_address
+from astra_runtime.transport.addresses import is_loopback, parse_address
 from astra_runtime.transport.options import ConnectOptions
-from astra_runtime.transport.rendezvous import master
+from astra_runtime.transport.rendezvous import master, store_listener
 from astra_runtime.wire import SAME_TRANSPORT
 
 GLOO_TRIES: Final = 5
+INTERFACE: Final = "GLOO_SOCKET_IFNAME"  # where gloo listens
+LOOPBACK: Final = "lo"
 PAUSE: Final = 0.05  # seconds between two looks for a new session
 
 
@@ -43,13 +46,16 @@ def join(options: ConnectOptions, store: Any = None) -> Any:
     seconds = options.connect_timeout
     deadline = time.monotonic() + seconds
     try:
-        store, session = _enter(rank, options.peers, deadline, store if rank == 0 else None)
+        private = all(map(is_loopback, options.meeting_hosts()))
+        kept = store if rank == 0 else None
+        store, session = _enter(rank, options.peers, deadline, kept, private=private)
         missing = _wait_for_all(session, world_size, deadline)
         if not missing:
             limit = _limit(backend, deadline - time.monotonic())
-            dist.init_process_group(
-                backend, store=session, rank=rank, world_size=world_size, timeout=limit
-            )
+            with _listening_on_loopback() if private else contextlib.nullcontext():
+                dist.init_process_group(
+                    backend, store=session, rank=rank, world_size=world_size, timeout=limit
+                )
             return store
     except (RuntimeError, OSError, ValueError) as error:
         reason = f"rank {rank} could not join the {backend} group: {first_line(error)}"
@@ -60,19 +66,23 @@ def join(options: ConnectOptions, store: Any = None) -> Any:
     raise ConnectFailed(f"rank {who} did not join the {backend} group in {seconds:g} s", missing)
 
 
-def _enter(rank: int, peers: Sequence[str] | None, deadline: float, store: Any) -> tuple[Any, Any]:
+def _enter(
+    rank: int, peers: Sequence[str] | None, deadline: float, store: Any, *, private: bool
+) -> tuple[Any, Any]:
     """The store, and the part of it that is the new session's."""
     host, port, served = _place(peers)
     while True:
         left = max(deadline - time.monotonic(), 1e-3)
         try:
             if store is None:
+                serves = served and rank == 0
                 store = dist.TCPStore(  # type: ignore[attr-defined]  # torch's stubs lack it
                     host,
                     port,
-                    is_master=served and rank == 0,
+                    is_master=serves,
                     timeout=timedelta(seconds=left),
                     wait_for_workers=False,
+                    master_listen_fd=store_listener(host, port) if serves and private else None,
                 )
             base = PrefixStore(_prefix(), store)
             if rank == 0:
@@ -90,6 +100,19 @@ def _enter(rank: int, peers: Sequence[str] | None, deadline: float, store: Any) 
         time.sleep(PAUSE)
 
 
+@contextlib.contextmanager
+def _listening_on_loopback() -> Iterator[None]:
+    """gloo listens at the address of the host's name, also where all ranks are on this machine."""
+    if INTERFACE in os.environ or LOOPBACK not in (name for _, name in socket.if_nameindex()):
+        yield
+        return
+    os.environ[INTERFACE] = LOOPBACK
+    try:
+        yield
+    finally:
+        del os.environ[INTERFACE]
+
+
 def _limit(backend: str, seconds: float) -> timedelta:
     """The timeout of a group that has to stand in `seconds`. gloo takes it for each try to connect
     two ranks; waits for frames have limits of their own."""
@@ -103,11 +126,6 @@ def _wait_for_all(session: Any, world_size: int, deadline: float) -> tuple[int, 
     with contextlib.suppress(dist.DistStoreError):
         session.wait([str(n) for n in range(world_size)], left)
     return tuple(n for n in range(world_size) if not session.check([str(n)]))
-
-
-def master_host() -> str:
-    """Where torchrun's variables say that the ranks meet; without them, here."""
-    return os.environ.get("MASTER_ADDR", "127.0.0.1")
 
 
 def _place(peers: Sequence[str] | None) -> tuple[str, int, bool]:

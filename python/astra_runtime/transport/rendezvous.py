@@ -10,7 +10,8 @@ from datetime import timedelta
 from typing import Any
 
 from astra_runtime.errors import ConnectFailed
-from astra_runtime.transport.addresses import parse_address
+from astra_runtime.transport.addresses import is_loopback, parse_address
+from astra_runtime.transport.sockets import listen
 
 VARIABLES = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 _calls = itertools.count()  # a process may connect, close and connect again
@@ -54,6 +55,15 @@ def own_host() -> str:
         return str(probe.getsockname()[0])
 
 
+def store_listener(host: str, port: int) -> int:
+    """A socket at which torch's store is to listen, where all ranks are on this machine: by itself
+    it would at every address. Raises ConnectFailed."""
+    first, *others = listen(host, port, 0)
+    for listener in others:
+        listener.close()
+    return first.detach()
+
+
 def exchange_addresses(
     rank: int, world_size: int, address: tuple[str, int], seconds: float
 ) -> tuple[dict[int, tuple[str, int]], bytes, Any]:
@@ -66,13 +76,15 @@ def exchange_addresses(
     agent = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
     host, port = master()
     prefix = f"astra/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}/{next(_calls)}"
+    serves = rank == 0 and not agent
     try:
         store = dist.TCPStore(  # type: ignore[attr-defined]  # torch's stubs leave it out
             host,
             port,
-            is_master=rank == 0 and not agent,
+            is_master=serves,
             timeout=timedelta(seconds=seconds),
             wait_for_workers=False,
+            master_listen_fd=store_listener(host, port) if serves and is_loopback(host) else None,
         )
         if rank == 0:
             store.set(f"{prefix}/run", secrets.token_hex(16))

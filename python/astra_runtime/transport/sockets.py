@@ -71,6 +71,13 @@ def listen(host: str, port: int, rank: int) -> list[socket.socket]:
     return listeners
 
 
+def check_host(host: str, rank: int) -> None:
+    """Raises the ConnectFailed of `listen` for a host that is not this machine's; ports, which may
+    be free later, are not looked at."""
+    for listener in listen(host, 0, rank):
+        listener.close()
+
+
 def _listen_at(endpoint: Endpoint) -> socket.socket:
     listener = socket.socket(endpoint.family, endpoint.kind, endpoint.protocol)
     try:

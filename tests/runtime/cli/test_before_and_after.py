@@ -2,25 +2,33 @@
 
 from __future__ import annotations
 
+import argparse
+import errno
 import json
 import os
+import shutil
 import stat
 import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
-from astra_runtime import store
-from astra_runtime.cli import common
+from astra_kernels._cache import cache_folder
+from astra_runtime import cli, store
+from astra_runtime.cli import common, fitting
+from astra_runtime.cli.options import model_name
+from astra_runtime.console import say
 from astra_runtime.deploy.jobs import Ranks
 from astra_runtime.errors import AstraError
 from astra_runtime.store import DamagedModel, at_hand, load_model, read_text, token_limit
 from astra_runtime.trace import write_timeline
 
 from ..models import tiny
+from ..ranks import key_folder
 from .test_cli import PROMPT, WORDS, here, home, model_options  # noqa: F401 - two are fixtures
 
 Here = Callable[..., tuple[str, str]]
@@ -43,6 +51,21 @@ def unloaded(monkeypatch: pytest.MonkeyPatch) -> None:
         (["run", "--prompt", ""], "at least one token"),
         (["run", "--prompt", "x", "--trace", "{home}"], "--trace: expected a file that can be"),
         (["run", "--prompt", "x", "--trace", "{home}/no/where"], "--trace: expected a file"),
+        (["run", "--prompt", "x", "--trace", "/proc/none"], "--trace: expected a file"),
+        (["run", "--prompt", "x", "--codebook", ""], "--codebook: expected a value, got an empty"),
+        (["fit", "--output", ""], "--output: expected a value, got an empty text"),
+        (["run", "--prompt", "x", "--world-size", "2", "--keys", "{home}"], "certificate.pem or"),
+        (["demo", "--world-size", "2", "--keys", "{home}"], "certificate.pem or rank-0/"),
+        (["chat", "--world-size", "2", "--keys", "{home}"], "certificate.pem or rank-0/"),
+        (["chat", "--system", "\udcff"], "--system: expected text in UTF-8, got the bytes b'"),
+        (["serve", "--world-size", "2", "--keys", "{home}"], "certificate.pem or rank-0/"),
+        (["serve", "--tls-key", "{home}/text.txt"], "expected a certificate (--tls-cert)"),
+        (["serve", "--tls-cert", "{home}/text.txt"], "TLS: cannot use"),
+        (["serve", "--host", "192.0.2.1", "--api-key", "k"], "cannot listen at 192.0.2.1"),
+        (["serve", "--allowed-host", "https://a"], "(--allowed-host): expected a name"),
+        (["serve", "--trace", "{home}/text.txt"], "--trace: cannot make the folder"),
+        (["finetune", "--control", "exact", "--output", "{home}/x", "--lr", "nan"], "--lr: exp"),
+        (["finetune", "--control", "exact", "--output", "{home}/x", "--decay", "2"], "--decay: "),
         (["run", "--prompt", "x", "--peers", "127.0.0.1:1,127.0.0.1:2", "--rank", "0",
           "--world-size", "3"], "--world-size: expected 2, the addresses"),
         (["demo", "--trace", "{home}"], "--trace: expected a file"),
@@ -245,3 +268,113 @@ def test_doctor_finds_a_cut_model(
 def test_a_text_without_an_end_is_refused() -> None:
     with pytest.raises(AstraError, match="expected at most 64 MiB, got more"):
         read_text("/dev/zero")
+
+
+def test_streams_that_are_closed_are_opened_to_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    """`2>&-` leaves None, and `print` would put what is said on stdout, among the results."""
+    opened: list[str] = []
+
+    def fstat(number: int) -> None:
+        if number == 2:
+            raise OSError(errno.EBADF, "Bad file descriptor")
+
+    monkeypatch.setattr(sys, "stderr", None)
+    monkeypatch.setattr(os, "fstat", fstat)
+    monkeypatch.setattr(os, "open", lambda path, mode: opened.append(path))
+    cli._open_standard_streams()
+    replaced = sys.stderr
+    monkeypatch.undo()
+    assert opened == [os.devnull]
+    assert replaced.name == os.devnull
+    replaced.close()
+
+
+def test_a_full_disk_is_told_of_and_ends_no_work(
+    here: Here,  # noqa: F811
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    pytest.importorskip("cryptography")
+    with open("/dev/full", "w") as full, open(os.devnull, "w") as nothing:
+        with monkeypatch.context() as changed:
+            changed.setattr(sys, "stdout", full)
+            told = here("keys", "show", str(key_folder()), code=1)[1]
+            assert sys.stdout.name == os.devnull
+            sys.stdout.close()
+        with monkeypatch.context() as changed:
+            changed.setattr(sys, "stderr", full)
+            say("a line for nobody")
+        os.dup2(nothing.fileno(), full.fileno())  # what it still has goes nowhere
+    assert "No space left on device" in told
+
+
+def test_what_was_fitted_is_kept_where_the_folder_takes_nothing_more(tmp_path: Path) -> None:
+    saved: list[Path] = []
+
+    def save(folder: Path) -> None:
+        saved.append(folder)
+        if folder == tmp_path:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        (folder / "result").write_text("whole")
+
+    with pytest.raises(AstraError, match="No space left on device; what was made is in ") as error:
+        common.save_result(save, tmp_path)
+    assert str(error.value).endswith(str(saved[1]))
+    assert (saved[1] / "result").read_text() == "whole"
+    shutil.rmtree(saved[1])
+
+
+def test_a_timeline_that_cannot_be_written_leaves_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with pytest.raises(TypeError):
+        write_timeline(tmp_path / "t.json", {0: [("compute", -1, 0, 5)]}, about={1, 2})
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_cache_that_can_only_be_read_will_do(
+    home: Path,  # noqa: F811
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Somebody else has fitted the codebook; no lock can be taken there."""
+    monkeypatch.setenv("ASTRA_CACHE", str(tmp_path))
+    model = load_model(str(home / "model"))
+    folder = fitting._cache_folder("model", model)
+    shutil.copytree(home / "codebook", folder)
+    (folder.parent / f"{folder.name}.lock").mkdir()  # as good as a file that root cannot write
+    options: Any = SimpleNamespace(model="model", codebook=None)
+    assert fitting.ensure_codebook(options, model, None)[1] == folder
+
+
+@pytest.mark.parametrize(
+    ("variables", "folder"),
+    [
+        ({"ASTRA_CACHE": "~/here"}, "/home/me/here"),
+        ({"ASTRA_CACHE": "", "XDG_CACHE_HOME": ""}, "/home/me/.cache/astra"),
+        ({"ASTRA_CACHE": "", "XDG_CACHE_HOME": "/var/cache"}, "/var/cache/astra"),
+    ],
+)
+def test_the_folder_of_the_cache(
+    variables: dict[str, str], folder: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, value in ({"HOME": "/home/me"} | variables).items():
+        monkeypatch.setenv(name, value)
+    assert str(cache_folder()) == folder
+
+
+def test_a_user_without_a_home_is_told_what_to_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("ASTRA_CACHE", raising=False)
+    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+
+    def no_home(path: Path) -> Path:
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.setattr(Path, "expanduser", no_home)
+    with pytest.raises(OSError, match="expected a folder in ASTRA_CACHE"):
+        cache_folder()
+
+
+def test_what_a_model_is_called() -> None:
+    names = [".", "adapted/", "org/name", "smollm2"]
+    called = [model_name(argparse.Namespace(model=name)) for name in names]
+    assert called == [Path.cwd().name, "adapted", "name", "smollm2"]

@@ -77,6 +77,19 @@ def test_lines_come_with_changes_and_after_silence(
     ]
 
 
+def test_a_service_that_waits_for_days_says_so_more_and_more_rarely(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    clock = [0.0]
+    monkeypatch.setattr(time, "monotonic", lambda: clock[0])
+    waiting = Waiting(0, ["a:1", "b:2", "c:3"], silence=8.0, longest=30.0)
+    for second in range(1, 120):
+        clock[0] = float(second)
+        waiting((1, 2) if second < 100 else (1,))
+    lines = [line.rpartition("… ")[2] for line in capsys.readouterr().err.splitlines()]
+    assert lines == ["1 s", "9 s", "25 s", "55 s", "85 s", "100 s", "108 s"]
+
+
 def test_long_work_is_not_silent(capsys: pytest.CaptureFixture[str]) -> None:
     with working("reading", silence=0.2), working(lambda: "thinking", silence=0.2):
         time.sleep(0.5)

@@ -19,7 +19,7 @@ import pytest
 
 from astra_runtime.cli import main
 from astra_runtime.deploy.jobs import Ranks
-from astra_runtime.deploy.launch import Workers
+from astra_runtime.deploy.launch import READY, Workers
 from tests.processes import Fork, runs, workers_of
 
 from ..cli.test_cli import PROMPT, here, home, model_options  # noqa: F401 - two are fixtures
@@ -136,3 +136,30 @@ def test_last_words_are_those_of_the_rank_to_blame(
     workers.processes = {rank: Ended(code) for rank, code in codes.items()}
     workers.errors = {rank: io.StringIO() for rank in codes}
     assert workers.first_failed(named) == wanted
+
+
+def test_a_worker_that_ends_before_it_is_ready_is_started_more_and_more_rarely(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    clock, started = [0.0], []
+    monkeypatch.setattr(time, "monotonic", lambda: clock[0])
+    workers: Any = Workers(1, [], 1)
+
+    def start(rank: int) -> None:
+        started.append(clock[0])
+        process: Any = Ended(1)
+        ours, theirs = os.pipe()
+        if len(started) == 4:
+            os.write(theirs, READY.encode())
+        os.close(theirs)
+        process.stdout = open(ours)  # noqa: SIM115 - closed when it is started again
+        workers.processes[rank], workers.errors[rank] = process, io.StringIO()
+
+    workers._start = start
+    start(1)
+    for tick in range(1, 40):
+        clock[0] = tick / 4
+        workers.restart_ended()
+    # at once after the first and after the one that was ready, else after 1 and 2 s
+    assert started == [0.0, 0.25, 1.25, 3.25, 7.25, 7.5, 8.5]
+    workers.processes[1].stdout.close()

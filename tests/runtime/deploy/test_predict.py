@@ -377,3 +377,15 @@ def test_an_encoders_tokens_count_its_class_token(
     found = planned(capsys, "--model", str(tmp_path), "--world-size", "2", "--codebook", "none")
     assert found["tokens"] == 128
     assert sum(found["rows"][0]["shards"]) == 127
+
+
+@pytest.mark.parametrize(("changes", "patches"), [({}, 25), ({"image_size": [20, 16]}, 20)])
+def test_images_have_the_patches_of_their_model(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], changes: Any, patches: int
+) -> None:
+    """Such a model has no tokenizer; more devices than tokens are left out."""
+    tiny("vit", **changes).save_pretrained(tmp_path)
+    asked = ["--model", str(tmp_path), "--codebook", "none", "--world-size", "2", "1000000000"]
+    found = planned(capsys, *asked)
+    assert found["tokens"] == patches
+    assert {row["world_size"] for row in found["rows"]} == {2}

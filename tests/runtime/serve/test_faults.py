@@ -77,7 +77,12 @@ def llama() -> Any:
 
 def test_a_rank_that_is_lost_comes_back(llama: Any) -> None:
     away: list[Exception] = []
-    with pair(llama, on_away=away.append) as (leader, other):
+
+    def on_away(error: Exception) -> None:
+        away.append(error)
+        raise OSError("no process can be started")  # which ends no service
+
+    with pair(llama, on_away=on_away) as (leader, other):
         assert ask(leader, prompt(150)).wait().ids() == alone(llama, prompt(150), 5)
         other.may.clear()
         other.die()  # nothing is going on

@@ -187,6 +187,8 @@ def test_the_queue_is_bounded_and_memory_accounted_for(llama: Any) -> None:
             assert one.wait().error() is None
         starts = [one.done().seconds_queued for one in waiting]
         assert starts == sorted(starts)
+        # who names no length gets as many tokens as there is room for
+        assert len(ask(leader, prompt(10), None).wait().ids()) == 50
 
 
 @pytest.mark.parametrize(

@@ -55,15 +55,17 @@ async def collect(service: RunningService, request: GenerationRequest) -> list[A
 
 def test_it_answers_once_it_is_loaded(llama: Any) -> None:
     start = Starting(llama)
-    service = RunningService("tiny", "decoder", 256, start, ["a", "b"])
+    service = RunningService("tiny", "decoder", 1 << 30, start, ["a", "b"])
     request = GenerationRequest("x", prompt(8), 5, GREEDY)
     while service.status().reason != "reading weights":
         pass
     assert [peer.state for peer in service.status().peers] == ["loading"] * 2
+    assert service.context_length == 1 << 30  # nobody knows better yet
     with pytest.raises(NotReady, match="reading weights"):
         asyncio.run(collect(service, request))
     start.may.set()
     ready(service)
+    assert service.context_length == 256
     events = asyncio.run(collect(service, request))
     assert [e.id for e in events if isinstance(e, Token)] == alone(llama, prompt(8), 5)
     assert isinstance(events[-1], Done)
@@ -99,3 +101,18 @@ def test_closing_ends_the_loading() -> None:
     service = RunningService("tiny", "decoder", 256, Starting(None))
     service.close()
     assert "closed before" in str(service.failed)
+
+
+def test_whoever_waits_for_the_loading_need_not_wait_for_ever() -> None:
+    may = threading.Event()
+
+    def start(service: Any) -> Started:
+        may.wait()  # as a fit, which nothing interrupts
+        raise AstraError("over")
+
+    service = RunningService("tiny", "decoder", 256, start)
+    assert not service.loading_ends(0.0)
+    assert service.closing.is_set()
+    may.set()
+    assert service.loading_ends(20.0)
+    service.close()

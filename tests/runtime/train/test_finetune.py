@@ -114,6 +114,21 @@ def test_a_resumed_run_ends_in_the_same_bits(tmp_path: Path, space: str) -> None
         assert torch.equal(tensor, models[2].state_dict()[name]), name
 
 
+def test_a_full_disk_takes_away_no_training(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def full(state: Any, path: Path) -> None:
+        path.write_bytes(b"a part")
+        raise RuntimeError("PytorchStreamWriter failed writing file data/1: file write failed")
+
+    monkeypatch.setattr(torch, "save", full)
+    model, data = tiny("llama"), corpus()
+    options: dict[str, Any] = {"folder": tmp_path, "held_back": 0, "checkpoint_every": 3}
+    assert finetune(model, fitted(model, data), data, QUICK, **options).coded
+    assert caplog.text.count("has no checkpoint: PytorchStreamWriter failed") == 2
+    assert not list(tmp_path.iterdir())
+
+
 def test_a_checkpoint_of_another_run_is_refused(tmp_path: Path) -> None:
     data, model = corpus(), tiny("llama")
     book = fitted(model, data)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import socket
 from typing import Any
 
@@ -9,9 +10,11 @@ import pytest
 
 from astra_runtime import errors
 from astra_runtime.transport import check_keys, connect, local_mesh
-from astra_runtime.transport.addresses import parse_address, unreachable_for_others
+from astra_runtime.transport.addresses import parse_address, parse_host, unreachable_for_others
 from astra_runtime.transport.credentials import KeysError
-from astra_runtime.transport.sockets import listen
+from astra_runtime.transport.process_group import INTERFACE, _listening_on_loopback
+from astra_runtime.transport.rendezvous import store_listener
+from astra_runtime.transport.sockets import check_host, listen
 
 from ..ranks import all_to_all, as_ranks, free_ports, key_folder, together
 
@@ -37,6 +40,31 @@ def test_an_address(text: str, address: tuple[str, int]) -> None:
 def test_no_address(text: str) -> None:
     with pytest.raises(ValueError, match="address: expected"):
         parse_address(text)
+
+
+@pytest.mark.parametrize(
+    ("text", "host"),
+    [
+        (" 10.0.0.1 ", "10.0.0.1"),
+        ("[::1]", "::1"),
+        ("fe80::1%eth0", "fe80::1%eth0"),
+        ("box.local", "box.local"),
+        ("10.0.0.1:7000", None),
+        ("[::1]:7000", None),
+        ("", None),
+        ("http://box", None),
+        ("a b", None),
+        ("a..b", None),
+    ],
+)
+def test_a_host(text: str, host: str | None) -> None:
+    if host is not None:
+        assert parse_host(text) == host
+        return
+    with pytest.raises(ValueError, match="host: expected a name or an address, without a port"):
+        parse_host(text)
+    with pytest.raises(ValueError, match="host: expected a name or an address, without a port"):
+        connect(0, 2, ["127.0.0.1:7000", "127.0.0.1:7001"], host=text)
 
 
 def dual_stack(monkeypatch: pytest.MonkeyPatch, *addresses: str) -> None:
@@ -84,8 +112,9 @@ def test_a_name_is_listened_at_by_all_its_addresses(
 
 
 def test_an_address_of_another_machine() -> None:
-    with pytest.raises(errors.ConnectFailed, match="no address of this machine; name one"):
-        listen("192.0.2.1", 7000, 0)
+    for look in (lambda: listen("192.0.2.1", 7000, 0), lambda: check_host("192.0.2.1", 0)):
+        with pytest.raises(errors.ConnectFailed, match="no address of this machine; name one"):
+            look()
 
 
 def test_an_unknown_name() -> None:
@@ -191,3 +220,17 @@ def test_variables_of_torchrun(
 def test_meshes_of_no_ranks(arguments: dict[str, Any]) -> None:
     with pytest.raises(ValueError, match="expected"):
         local_mesh(**arguments)
+
+
+def test_torch_listens_on_loopback_alone_where_all_ranks_are_there(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    with socket.socket(fileno=store_listener("127.0.0.1", 0)) as listener:
+        assert listener.getsockname()[0] == "127.0.0.1"
+    monkeypatch.delenv(INTERFACE, raising=False)
+    with _listening_on_loopback():
+        assert os.environ[INTERFACE] == "lo"
+    assert INTERFACE not in os.environ
+    monkeypatch.setenv(INTERFACE, "eth7")  # asked for by name
+    with _listening_on_loopback():
+        assert os.environ[INTERFACE] == "eth7"

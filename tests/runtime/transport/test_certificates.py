@@ -18,9 +18,9 @@ from typing import Any
 import pytest
 
 from astra_runtime import errors
-from astra_runtime.cli import main
+from astra_runtime.cli import doctor, main
 from astra_runtime.cli.cluster import local_keys
-from astra_runtime.transport import check_keys, connect, credentials
+from astra_runtime.transport import certificates, check_keys, connect, credentials
 from astra_runtime.transport.certificates import ephemeral_keys, make_keys, show_keys
 from astra_runtime.transport.credentials import Keys, KeysError, is_bound_to, named_rank
 
@@ -117,6 +117,29 @@ def test_addresses_that_a_certificate_is_bound_to() -> None:
 def test_bad_wishes(options: dict[str, Any], words: str, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=words):
         make_keys(tmp_path / "keys", **options)
+    assert not (tmp_path / "keys").exists()
+
+
+@pytest.mark.parametrize("there", [False, True])
+def test_keys_are_written_all_or_none(
+    tmp_path: Path, there: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder, written = tmp_path / "keys", []
+
+    def write(path: Path, key: Any) -> None:
+        written.append(path)
+        if len(written) == 3:
+            raise OSError(28, "No space left on device")
+        path.write_text("a key")
+
+    monkeypatch.setattr(certificates, "_write_private", write)
+    if there:
+        folder.mkdir()
+        (folder / "notes").write_text("")
+    with pytest.raises(OSError, match="No space left"):
+        make_keys(folder, 2)
+    assert [path.name for path in tmp_path.glob("keys/*")] == (["notes"] if there else [])
+    assert folder.exists() is there
 
 
 def test_keys_are_never_overwritten(tmp_path: Path) -> None:
@@ -139,6 +162,34 @@ def test_ephemeral_keys_are_private_and_leave_nothing() -> None:
     with pytest.raises(ZeroDivisionError), ephemeral_keys(2) as folder:
         raise ZeroDivisionError
     assert not folder.exists()
+
+
+@pytest.mark.parametrize("trouble", ["none", "expired", "taken", "replaced"])
+def test_ephemeral_keys_are_renewed(trouble: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A service runs for longer than they are valid, and than temporary files are kept."""
+    with ephemeral_keys(2) as folder:
+        serial = show_keys(folder)[0].serial
+        if trouble == "expired":
+            past = credentials.why_not_valid
+            monkeypatch.setattr(
+                credentials,
+                "why_not_valid",
+                lambda begins, ends, now: past(begins, ends, now + datetime.timedelta(days=2)),
+            )
+            with pytest.raises(KeysError, match="has expired"):
+                Keys(folder).contexts(0)
+        if trouble in ("taken", "replaced"):
+            shutil.rmtree(folder)
+        if trouble == "replaced":
+            folder.write_text("of somebody else")
+            with pytest.raises(KeysError, match="cannot make .* anew"):
+                certificates.renew_ephemeral_keys(folder, 2)
+            folder.unlink()
+        certificates.renew_ephemeral_keys(folder, 2)
+        monkeypatch.undo()
+        Keys(folder).contexts(1)
+        assert mode(folder) == 0o700
+        assert (show_keys(folder)[0].serial == serial) is (trouble == "none")
 
 
 def test_contexts_speak_nothing_below_tls_1_3() -> None:
@@ -292,6 +343,21 @@ def test_keys_of_the_environment(insecure: bool, monkeypatch: pytest.MonkeyPatch
     as_ranks(meshes, lambda mesh: all_to_all(mesh, 1, 10))
 
 
+def test_the_doctor_looks_at_keys_as_a_rank_does(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = tmp_path / "keys"
+    shutil.copytree(key_folder(), folder)
+    for named in (folder, folder / "rank-1"):
+        monkeypatch.setenv("ASTRA_KEYS", str(named))
+        assert doctor._check_keys() == "made and read; those of ASTRA_KEYS are valid"
+    (folder / "rank-1" / "key.pem").write_text("x")
+    for named in (folder, folder / "rank-1", tmp_path):
+        monkeypatch.setenv("ASTRA_KEYS", str(named))
+        with pytest.raises(KeysError):
+            doctor._check_keys()
+
+
 # --- without the package that makes keys
 
 
@@ -313,11 +379,13 @@ def test_the_extra_is_named_where_it_is_missing(
 
 
 @pytest.mark.usefixtures("without_cryptography")
-def test_using_keys_needs_no_package() -> None:
+def test_using_keys_needs_no_package(monkeypatch: pytest.MonkeyPatch) -> None:
     peers = free_ports(2)
     meshes = together([lambda r=r: connect(r, 2, peers, keys=key_folder()) for r in range(2)])
     assert all(mesh.encrypted for mesh in meshes)
     as_ranks(meshes, lambda mesh: all_to_all(mesh, 1, 10))
+    monkeypatch.setenv("ASTRA_KEYS", str(key_folder()))
+    assert doctor._check_keys().endswith("those of ASTRA_KEYS are valid")
 
 
 @pytest.mark.usefixtures("without_cryptography")
@@ -354,14 +422,14 @@ def astra(capsys: pytest.CaptureFixture[str]) -> Callable[..., tuple[str, str]]:
 
 def test_init_and_show(astra: Callable[..., tuple[str, str]], tmp_path: Path) -> None:
     folder = str(tmp_path / "keys")
-    asked = ["--output", folder, "--hosts", "10.0.0.1,pi-2.local", "--days", "9"]
+    asked = ["--output", folder, "--hosts", "[2001:DB8::1], pi-2.local", "--days", "9"]
     made = json.loads(astra("keys", "init", "--ranks", "2", *asked, "--json")[0])
     assert made["ranks"] == 2
     assert made["folders"] == [f"{folder}/rank-0", f"{folder}/rank-1"]
     assert Path(made["authority_key"]).is_file()
     shown = json.loads(astra("keys", "show", folder, "--json")[0])["ranks"]
     assert [(one["rank"], one["hosts"]) for one in shown] == [
-        (0, ["10.0.0.1"]),
+        (0, ["2001:db8::1"]),
         (1, ["pi-2.local"]),
     ]
     assert {one["expires"] for one in shown} == {made["expires"]}
@@ -393,6 +461,18 @@ def test_show_marks_what_is_not_valid_now(
     assert all(line.endswith(f"UTC: {words}" if words else "UTC") for line in lines)
     shown = json.loads(astra("keys", "show", str(key_folder()), "--json")[0])["ranks"]
     assert {one["valid"] for one in shown} == {words is None}
+
+
+def test_show_marks_what_is_damaged(astra: Callable[..., tuple[str, str]], tmp_path: Path) -> None:
+    folder = tmp_path / "keys"
+    shutil.copytree(key_folder(), folder)
+    (folder / "rank-1" / "key.pem").write_text("x")
+    lines = astra("keys", "show", str(folder))[0].splitlines()
+    assert lines[0].endswith("UTC")
+    assert "expected a private key in" in lines[1]
+    shown = json.loads(astra("keys", "show", str(folder), "--json")[0])["ranks"]
+    assert [one["valid"] for one in shown[:2]] == [True, False]
+    assert "expected a private key in" in shown[1]["problem"]
 
 
 def test_init_says_what_to_do_with_the_keys(

@@ -11,14 +11,19 @@ import hashlib
 import hmac
 import ipaddress
 import os
+import re
 import socket
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from ...errors import AstraError
+from ...transport.addresses import parse_host
+from ...transport.credentials import warn_if_readable
 from .errors import ApiError
 
 KEY_VARIABLE = "ASTRA_API_KEY"
+# As browsers write it: lower case, no path; the scheme's own port is left out.
+_ORIGIN = re.compile(r"[a-z][a-z0-9+.-]*://[^\s/?#@A-Z]+")
 
 
 def read_api_keys(
@@ -26,8 +31,8 @@ def read_api_keys(
 ) -> tuple[str, ...]:
     """The keys that clients may use: `given`, those in a file, one a line, or the variable's.
 
-    Lines of the file that begin with # are comments. An option takes precedence over the variable
-    `ASTRA_API_KEY`.
+    Lines of the file that begin with # are comments; a file that others than its owner can read is
+    warned of. An option takes precedence over the variable `ASTRA_API_KEY`.
 
     Raises:
         AstraError: the file cannot be read, or there is no key where one was named.
@@ -36,10 +41,11 @@ def read_api_keys(
         keys = [given]
     elif file is not None:
         try:
-            lines = Path(file).read_text("utf-8").splitlines()
+            lines = [line.strip() for line in Path(file).read_text("utf-8").splitlines()]
+            warn_if_readable(Path(file))
         except (OSError, UnicodeDecodeError) as error:
             raise AstraError(f"API keys: cannot read {str(file)!r}: {error}") from error
-        keys = [line.strip() for line in lines if line.strip() and not line.startswith("#")]
+        keys = [line for line in lines if line and not line.startswith("#")]
     elif KEY_VARIABLE in os.environ:
         keys = [os.environ[KEY_VARIABLE]]
     else:
@@ -54,10 +60,11 @@ def read_api_keys(
 
 def is_loopback(host: str) -> bool:
     """Whether a server at `host` is reached from this machine alone."""
-    if host == "localhost":
+    name = parse_host(host)
+    if name == "localhost":
         return True
     try:
-        return ipaddress.ip_address(host).is_loopback
+        return ipaddress.ip_address(name).is_loopback
     except ValueError:
         return False
 
@@ -112,7 +119,7 @@ class Hosts:
     """
 
     def __init__(self, host: str, more: Iterable[str] = ()) -> None:
-        own = {socket.gethostname(), host, "localhost"}
+        own = {socket.gethostname(), parse_host(host), "localhost"}
         self._names = {name.lower().rstrip(".") for name in (*own, *more)}
 
     def check(self, header: str | None) -> None:
@@ -124,6 +131,29 @@ class Hosts:
             f"Host {header[:80]!r} is no name of this server (--allowed-host adds one)",
             code="host_not_allowed",
         )
+
+
+def check_names(hosts: Iterable[str], origins: Iterable[str]) -> None:
+    """Refuses names and origins that no header will ever be equal to.
+
+    Raises:
+        ValueError: a name with a scheme or a port; an origin with a path, or as browsers do not
+            write it.
+    """
+    for name in hosts:
+        if not (re.fullmatch(r"[^\s:/?#@*]+", name) or is_address(name)):
+            raise ValueError(
+                "allowed_hosts (--allowed-host): expected a name without scheme and port, such as "
+                f"api.example.org, got {name!r}"
+            )
+    for origin in origins:
+        standard = origin.startswith("http://") and origin.endswith(":80")
+        standard = standard or (origin.startswith("https://") and origin.endswith(":443"))
+        if origin not in ("*", "null") and (standard or not _ORIGIN.fullmatch(origin)):
+            raise ValueError(
+                "cors_origins (--cors-origin): expected an origin as browsers send it, such as "
+                f"https://example.org, or *, got {origin!r}"
+            )
 
 
 def host_name(header: str) -> str:

@@ -33,11 +33,16 @@ class Choice:
 
 
 class Shape(ABC):
-    """What chat and text completions have in common; the subclasses differ in a choice's form."""
+    """What chat and text completions have in common; the subclasses differ in a choice's form.
+
+    Attributes:
+        default_tokens: of an answer whose request says nothing of its length; None: as many as fit.
+    """
 
     whole: str
     chunk: str
     prefix: str
+    default_tokens: int | None = None
 
     def __init__(self, model: str, number: str, names: TokenNames | None, top: int | None) -> None:
         self.model, self.names, self.top = model, names, top
@@ -126,6 +131,7 @@ class ChatShape(Shape):
 
 class TextShape(Shape):
     whole, chunk, prefix = "text_completion", "text_completion", "cmpl"
+    default_tokens = 16
 
     def _choice(self, index: int, text: str, **more: Any) -> dict[str, Any]:
         return {"index": index, "text": text, "logprobs": None, "finish_reason": None} | more

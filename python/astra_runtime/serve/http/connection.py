@@ -20,6 +20,8 @@ SHUTTING_DOWN = "it is being shut down"
 CLOSE = {"Connection": "close"}
 # How long the rest of a body that is too large is read, so that the client reads the answer.
 DISCARD_S = 1.0
+# Those that JSON does not escape by itself.
+_LINE_BREAKS = {ord(mark): f"\\u{ord(mark):04x}" for mark in "\x85\u2028\u2029"}
 EVENT_HEADERS = [
     (b"content-type", b"text/event-stream; charset=utf-8"),
     (b"cache-control", b"no-store"),
@@ -152,7 +154,9 @@ class EventStream:
 
 
 def _event(content: Any) -> bytes:
-    return b"data: " + json.dumps(content, ensure_ascii=False).encode() + b"\n\n"
+    """Some clients take every line break of Unicode for the end of a line, so those are escaped."""
+    text = json.dumps(content, ensure_ascii=False).translate(_LINE_BREAKS)
+    return b"data: " + text.encode() + b"\n\n"
 
 
 async def _with_pauses(chunks: AsyncGenerator[T], seconds: float) -> AsyncGenerator[T | None]:

@@ -19,8 +19,6 @@ from .front import record_of
 from .schemas import CHAT, COMPLETIONS, TextOptions, text_options
 from .server_state import ServerState
 
-DEFAULT_COMPLETION_TOKENS = 16
-
 
 async def chat(request: Request) -> Response | EventStream:
     """`/v1/chat/completions`."""
@@ -37,7 +35,6 @@ async def completions(request: Request) -> Response | EventStream:
     """`/v1/completions`; the prompts of a list are answered side by side."""
     state = ServerState.of(request)
     values = await state.read(request, COMPLETIONS, "decoder")
-    values = {"max_tokens": DEFAULT_COMPLETION_TOKENS} | values
     options = text_options(values, state.options.max_choices)
     prompts = values["prompt"]
     if len(prompts) * options.n > state.options.max_choices:
@@ -63,7 +60,7 @@ async def _answer(
     record = record_of(request.scope)
     record.stream = options.stream
     asked = [
-        _request(f"{record.request}-{number}", state, values, options, ids, param)
+        _request(f"{record.request}-{number}", state, values, options, ids, param, shape)
         for number, ids in enumerate(prompts)
     ]
     names = None if options.logprobs is None else TokenNames(state.service.tokenizer)
@@ -84,14 +81,16 @@ def _request(
     options: TextOptions,
     ids: list[int],
     param: str,
+    shape: type[Shape],
 ) -> GenerationRequest:
     """What the service is asked; refuses what does not fit into the model's context."""
     limit, most = state.service.context_length, state.options.max_new_tokens
     if len(ids) + (options.max_tokens or 1) > limit:
         raise too_long(param, len(ids), options.max_tokens or 0, limit)
     if most is not None and (options.max_tokens or 0) > most:
-        raise expected("max_tokens", f"at most {most}, this server's limit", options.max_tokens)
-    tokens = options.max_tokens or min(most or limit, limit - len(ids))
+        name = next(k for k in ("max_completion_tokens", "max_tokens") if k in values)
+        raise expected(name, f"at most {most}, this server's limit", options.max_tokens)
+    tokens = options.max_tokens or _default_tokens(limit - len(ids), most, shape.default_tokens)
     bias = values.get("logit_bias", {})
     check_ids(state.service.tokenizer, list(bias), "logit_bias")
     top_k = values.get("top_k", 0)
@@ -116,6 +115,12 @@ def _request(
         degrade=state.options.degrade,
         trace=state.options.trace_folder is not None,
     )
+
+
+def _default_tokens(room: int, *bounds: int | None) -> int | None:
+    """Of an answer whose request names no length; None: as many as fit."""
+    given = [bound for bound in bounds if bound is not None]
+    return min(room, *given) if given else None
 
 
 class Answers:

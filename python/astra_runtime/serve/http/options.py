@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from .access import check_exposure
+from .access import check_exposure, check_names
 
 
 @dataclass(frozen=True)
@@ -29,7 +29,7 @@ class HttpOptions:
 
     Raises:
         AstraError: others could reach it without a key.
-        ValueError: a limit that leaves nothing.
+        ValueError: a limit that leaves nothing; names and origins that no request can have.
     """
 
     host: str = "127.0.0.1"
@@ -48,6 +48,7 @@ class HttpOptions:
 
     def __post_init__(self) -> None:
         check_exposure(self.host, self.api_keys, self.insecure)
+        check_names(self.allowed_hosts, self.cors_origins)
         for name in ("max_body", "max_new_tokens", "max_choices", "body_timeout_s", "heartbeat_s"):
             value = getattr(self, name)
             if value is not None and not value > 0:

@@ -7,7 +7,7 @@ import json
 import logging
 import socket
 import ssl
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from types import FrameType
 from typing import Any
 
@@ -15,16 +15,15 @@ import uvicorn
 from starlette.applications import Starlette
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
-from ...errors import AstraError
 from .access import check_exposure
 from .errors import ApiError
+from .listening import BACKLOG, open_listeners, tls_context, url_of
 from .server_state import ServerState
 
 HEADERS_TIMEOUT_S = 10.0
 WRITE_TIMEOUT_S = 30.0
 IDLE_TIMEOUT_S = 30
 MAX_HEADERS = 64 << 10
-BACKLOG = 1024
 # After the answers were told to end: until their connections are closed.
 END_S = 2
 
@@ -128,6 +127,7 @@ def run_server(
     max_connections: int = 512,
     headers_timeout_s: float = HEADERS_TIMEOUT_S,
     write_timeout_s: float = WRITE_TIMEOUT_S,
+    listeners: Sequence[socket.socket] = (),
     on_listening: Callable[[str], None] | None = None,
 ) -> None:
     """Serves the app of `make_app` until SIGINT, SIGTERM or `app.state.stop()`.
@@ -138,16 +138,17 @@ def run_server(
         drain_s: how long running answers may go on at the end.
         headers_timeout_s: how long a client may take to send a request's headers.
         write_timeout_s: how long a client may read nothing of what waits for it.
+        listeners: those of `open_listeners` for this address, opened before; closed at the end.
 
     Raises:
         AstraError: the address is in use, other machines reach it and the app has no key, or the
-            certificate cannot be read.
+            certificate cannot be read or is not valid now.
     """
     state: ServerState = app.state.server
     check_exposure(host, state.options.api_keys, state.options.insecure)
     protocol = _bounded(headers_timeout_s, write_timeout_s, max_connections)
-    context = None if certfile is None else _tls(certfile, keyfile)
-    listening = _listen(host, port)
+    context = tls_context(certfile, keyfile)
+    listeners = listeners or open_listeners(host, port)
     server = _Server(_config(app, protocol, context, drain_s), state, drain_s)
 
     def stop() -> None:
@@ -155,11 +156,12 @@ def run_server(
 
     app.state.stop = stop
     if on_listening is not None:
-        on_listening(_url(listening, host, certfile is not None))
+        on_listening(url_of(listeners[0], host, tls=context is not None))
     try:
-        server.run(sockets=[listening])
+        server.run(sockets=list(listeners))
     finally:
-        listening.close()
+        for listener in listeners:
+            listener.close()
 
 
 def _bounded(
@@ -194,34 +196,3 @@ def _config(
     config.load()
     config.ssl = context
     return config
-
-
-def _listen(host: str, port: int) -> socket.socket:
-    """A listening socket: who connects from now on is answered as soon as the loop runs."""
-    family = socket.AF_INET6 if ":" in host else socket.AF_INET
-    listening = socket.socket(family, socket.SOCK_STREAM)
-    listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-    try:
-        listening.bind((host, port))
-        listening.listen(BACKLOG)
-    except OSError as error:
-        listening.close()
-        raise AstraError(
-            f"cannot listen at {host} port {port}: {error.strerror or error}"
-        ) from error
-    return listening
-
-
-def _url(listening: socket.socket, host: str, tls: bool) -> str:
-    name = f"[{host}]" if ":" in host else host
-    return f"{'https' if tls else 'http'}://{name}:{listening.getsockname()[1]}"
-
-
-def _tls(certfile: str, keyfile: str | None) -> ssl.SSLContext:
-    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
-    context.minimum_version = ssl.TLSVersion.TLSv1_2
-    try:
-        context.load_cert_chain(certfile, keyfile)
-    except (OSError, ssl.SSLError) as error:
-        raise AstraError(f"TLS: cannot use {certfile!r} and its key: {error}") from error
-    return context

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import tempfile
 import time
-from collections.abc import AsyncGenerator, AsyncIterator, Callable, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, TypeVar, cast
@@ -13,7 +14,7 @@ from typing import Any, TypeVar, cast
 from starlette.requests import Request
 
 from ...errors import AstraError
-from ..service import Event, GenerationRequest, Service, Span
+from ..service import Event, GenerationRequest, Service, Span, TimeIsUp
 from .connection import SHUTTING_DOWN, Ending, read_body
 from .errors import ApiError, no_model, unavailable
 from .logs import OnceEach
@@ -91,6 +92,17 @@ class ServerState:
         loop = asyncio.get_running_loop()
         return await loop.run_in_executor(self._thread, function, *arguments)
 
+    async def in_time(self, work: Awaitable[T]) -> T:
+        """What `work` returns, if it does within the time that an answer may take."""
+        seconds = self.options.request_timeout_s
+        if seconds is None:
+            return await work
+        try:
+            async with asyncio.timeout(seconds):
+                return await work
+        except TimeoutError:
+            raise TimeIsUp(f"not finished within {seconds:g} s") from None
+
     async def generate(self, asked: GenerationRequest) -> AsyncGenerator[Event]:
         """The service's events; to close this closes, and so cancels, the service's iterator."""
         events: AsyncIterator[Event] = self.service.generate(asked)
@@ -115,11 +127,15 @@ class ServerState:
 
 
 def make_folder(folder: Path) -> None:
-    """Before hours of requests, and not after the first."""
+    """Makes sure that it takes files: before hours of requests, and not after the first."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
     except OSError as error:
-        raise AstraError(f"--trace: cannot make the folder {folder}: {error.strerror}") from error
+        raise AstraError(
+            f"--trace: cannot make the folder {folder}, or files in it: {error.strerror}"
+        ) from error
 
 
 def _write_spans(path: Path, name: str, spans: Sequence[Span]) -> None:

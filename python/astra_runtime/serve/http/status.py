@@ -27,6 +27,7 @@ def status_report(state: ServerState, known: str | None = None) -> dict[str, Any
         "model": service.model_id,
         "kind": service.kind,
         "context_length": service.context_length,
+        "max_new_tokens": state.options.max_new_tokens,
         **dataclasses.asdict(dataclasses.replace(status, timeline=())),
         "ready": not reason,
         "reason": reason,

@@ -30,7 +30,7 @@ async def embeddings(request: Request) -> JSONResponse:
         await state.in_thread(_encode, state, text, number)
         for number, text in enumerate(values["input"])
     ]
-    work = state.service.embed(texts)
+    work = state.in_time(state.service.embed(texts))
     embedded = await while_connected(request.receive, state.ending, work)
     tokens = sum(each.tokens for each in embedded)
     record_of(request.scope).prompt_tokens = tokens
@@ -64,7 +64,7 @@ async def classify(request: Request) -> JSONResponse:
     values = await state.read(request, CLASSIFY, "vision")
     images = [_image(text, number) for number, text in enumerate(values["image"])]
     state.check_ready()
-    work = state.service.classify(images, values.get("top_k", DEFAULT_LABELS))
+    work = state.in_time(state.service.classify(images, values.get("top_k", DEFAULT_LABELS)))
     labelled = await while_connected(request.receive, state.ending, work)
     data = [
         {"object": "classification", "index": index, "labels": [_label(each) for each in labels]}

@@ -114,13 +114,15 @@ function note(turn, text, problem = false) {
 function body() {
   const system = $("system").value.trim();
   const first = system ? [{ role: "system", content: system }] : [];
+  const most = Math.floor(Number($("tokens").value));
   return {
     model,
     messages: [...first, ...conversation],
     stream: true,
     stream_options: { include_usage: true },
     temperature: Number($("temperature").value),
-    max_tokens: Number($("tokens").value),
+    // an empty field: as many as fit
+    max_tokens: most > 0 ? most : null,
   };
 }
 
@@ -226,6 +228,8 @@ function showStatus(status) {
     const path = status.kind === "encoder" ? "/v1/embeddings" : "/v1/images/classify";
     $("hint").textContent = `${model} does not chat: ask it at ${path}.`;
   }
+  const limit = status.max_new_tokens;
+  if (limit && Number($("tokens").value) > limit) $("tokens").value = limit;
   showPeers(status.peers);
   $("queue").textContent =
     `${status.running} running · ${status.queued} waiting (at most ${status.max_queue})`;
