@@ -169,6 +169,22 @@ def read_all(sock: socket.socket) -> bytes:
     return data
 
 
+def met_by(stranger: Callable[[socket.socket], Any], **options: Any) -> tuple[Any, Any]:
+    """What rank 1 meets that dials a `stranger` in rank 0's place, and what that one returns."""
+    address, own = free_ports(2)
+    host, port = address.split(":")
+    with socket.create_server((host, int(port))) as server:
+
+        def answer() -> Any:
+            link, _ = server.accept()
+            with link:
+                return stranger(link)
+
+        dialer = functools.partial(connect, 1, 2, [address, own], **options)
+        met, answered = together([dialer, answer], errors_too=True)
+        return met, answered
+
+
 def environment() -> dict[str, str]:
     root = Path(__file__).resolve().parents[2]
     path = os.pathsep.join([str(root / "python"), str(root)])

@@ -1,4 +1,4 @@
-"""A browser for the tests of the page."""
+"""What several test files ask for: the service behind a server as new, a browser for its page."""
 
 from __future__ import annotations
 
@@ -9,7 +9,17 @@ from typing import Any
 
 import pytest
 
+from .fakes import FakeService
+
 BROWSERS = ("chromium-headless-shell", "chromium", "chromium-browser", "google-chrome")
+
+
+@pytest.fixture
+def service(shared: tuple[FakeService, str]) -> FakeService:
+    """That of the file's server, as new for each test."""
+    service = shared[0]
+    vars(service).update(vars(FakeService()))
+    return service
 
 
 # Not of the whole session: while Playwright is open, its event loop is this thread's.

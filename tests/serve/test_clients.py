@@ -35,13 +35,6 @@ def shared() -> Iterator[tuple[FakeService, str]]:
 
 
 @pytest.fixture
-def service(shared: tuple[FakeService, str]) -> FakeService:
-    service = shared[0]
-    vars(service).update(vars(FakeService()))
-    return service
-
-
-@pytest.fixture
 def line(shared: tuple[FakeService, str], service: FakeService) -> Iterator[socket.socket]:
     with connect(shared[1]) as line:
         yield line

@@ -26,13 +26,6 @@ def shared() -> Iterator[tuple[FakeService, str]]:
 
 
 @pytest.fixture
-def service(shared: tuple[FakeService, str]) -> FakeService:
-    service = shared[0]
-    vars(service).update(vars(FakeService()))
-    return service
-
-
-@pytest.fixture
 def page(browser: Any, shared: tuple[FakeService, str], service: FakeService) -> Iterator[Any]:
     """The page with its key given; nothing may have gone wrong in it at the end."""
     context = browser.new_context(viewport={"width": 1280, "height": 800})

@@ -34,14 +34,6 @@ def shared() -> Iterator[tuple[FakeService, str]]:
         yield service, url
 
 
-@pytest.fixture
-def service(shared: tuple[FakeService, str]) -> FakeService:
-    """As new for each test."""
-    service = shared[0]
-    vars(service).update(vars(FakeService()))
-    return service
-
-
 @pytest.fixture(scope="module")
 def shared_client(shared: tuple[FakeService, str]) -> Iterator[Any]:
     """One for all tests: making a client takes half a second."""

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import threading
-from collections.abc import Iterator
-from typing import Any
+from collections.abc import Callable, Iterator
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -13,10 +13,12 @@ from torch import Tensor
 from astra_runtime import Codebook, Engine
 from astra_runtime.serve.leader import Leader
 from astra_runtime.serve.rank import follow
+from astra_runtime.serve.rounds import Rounds
 from astra_runtime.serve.service import Done, Event, GenerationRequest, Sampling, Token
 from astra_runtime.transport import local_mesh
 
 GREEDY = Sampling(temperature=0)
+R = TypeVar("R", bound=Rounds)
 
 
 class Numbers:
@@ -27,10 +29,10 @@ class Numbers:
 
 
 @contextlib.contextmanager
-def led(
-    model: Any, world_size: int, codebook: Codebook | None = None, **options: Any
-) -> Iterator[Leader]:
-    """A leader that is ready, over `world_size` ranks that are threads and share `model`."""
+def leading(
+    model: Any, world_size: int, make: Callable[[Engine], R], codebook: Codebook | None = None
+) -> Iterator[R]:
+    """What `make` makes of rank 0's engine, ready; the ranks are threads and share `model`."""
     meshes = local_mesh(world_size, timeout=20)
 
     def work(mesh: Any) -> None:
@@ -41,12 +43,25 @@ def led(
     for worker in workers:
         worker.start()
     with meshes[0], Engine(model, codebook, meshes[0]) as engine:
-        with Leader(engine, Numbers(), **options) as leader:
+        with make(engine) as leader:
             assert leader.wait_ready(20)
             yield leader
         for worker in workers:
             worker.join(20)
             assert not worker.is_alive()
+
+
+@contextlib.contextmanager
+def led(
+    model: Any, world_size: int, codebook: Codebook | None = None, **options: Any
+) -> Iterator[Leader]:
+    """A leader that is ready, over `world_size` ranks."""
+
+    def make(engine: Engine) -> Leader:
+        return Leader(engine, Numbers(), **options)
+
+    with leading(model, world_size, make, codebook) as leader:
+        yield leader
 
 
 def prompt(tokens: int, seed: int = 0) -> list[int]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import io
-import threading
 from collections.abc import Iterator
 from typing import Any
 
@@ -14,32 +13,19 @@ import torch.nn.functional as F
 
 from astra_runtime import Engine
 from astra_runtime.serve.encoding import Encoding
-from astra_runtime.serve.rank import follow
 from astra_runtime.serve.service import QueueFull, RequestRefused
-from astra_runtime.transport import local_mesh
 
 from ..models import tiny
-from .service import prompt
+from .service import leading, prompt
 
 
 @contextlib.contextmanager
 def encoding(model: Any, world_size: int, **options: Any) -> Iterator[Encoding]:
-    meshes = local_mesh(world_size, timeout=20)
+    def make(engine: Engine) -> Encoding:
+        return Encoding(engine, **options)
 
-    def work(mesh: Any) -> None:
-        with mesh, Engine(model, None, mesh) as engine:
-            follow(engine)
-
-    workers = [threading.Thread(target=work, args=(mesh,), daemon=True) for mesh in meshes[1:]]
-    for worker in workers:
-        worker.start()
-    with meshes[0], Engine(model, None, meshes[0]) as engine:
-        with Encoding(engine, **options) as leader:
-            assert leader.wait_ready(20)
-            yield leader
-        for worker in workers:
-            worker.join(20)
-            assert not worker.is_alive()
+    with leading(model, world_size, make) as leader:
+        yield leader
 
 
 @pytest.mark.parametrize("pooling", ["mean", "cls"])

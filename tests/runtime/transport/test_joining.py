@@ -27,6 +27,7 @@ from ..ranks import (
     environment,
     free_ports,
     key_folder,
+    met_by,
     read_all,
     together,
 )
@@ -114,16 +115,7 @@ def test_another_version_is_refused_on_both_sides() -> None:
 
 
 def test_a_dialed_stranger_is_refused() -> None:
-    address, own = free_ports(2)
-    host, port = address.split(":")
-    with socket.create_server((host, int(port))) as server:
-
-        def web_server() -> None:
-            link, _ = server.accept()
-            with link:
-                link.sendall(b"HTTP/1.1 400 Bad Request\r\n\r\n")
-
-        refused, _ = together([lambda: connect(1, 2, [address, own]), web_server], errors_too=True)
+    refused, _ = met_by(lambda link: link.sendall(b"HTTP/1.1 400 Bad Request\r\n\r\n"))
     assert isinstance(refused, errors.HandshakeRefused)
     assert "given as rank 0, does not speak ASTRA" in str(refused)
     assert "expected the same transport on all ranks" in str(refused)

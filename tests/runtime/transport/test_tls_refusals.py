@@ -35,6 +35,7 @@ from ..ranks import (
     environment,
     free_ports,
     key_folder,
+    met_by,
     open_files,
     read_all,
     tls_mesh,
@@ -99,6 +100,13 @@ def refuse_then_admit(
     return caplog.text, result[0]
 
 
+def assert_refused(met: Any, said: str, reason: str) -> None:
+    """Both sides tell the same reason."""
+    assert isinstance(met, errors.HandshakeRefused)
+    assert reason in met.reason
+    assert reason in said
+
+
 def as_rank_1(keys: Path | None, **options: Any) -> Callable[[Peers], Any]:
     return lambda peers: connect(1, 2, peers, keys=keys, **options)
 
@@ -152,9 +160,7 @@ def test_the_certificate_of_another_rank_is_refused_by_the_acceptor(
     ours = key_folder()
     said, met = refuse_then_admit(ours, as_rank_1(ours / "rank-2"), ours, caplog)
     reason = "the certificate of rank 2 was shown for rank 1"
-    assert isinstance(met, errors.HandshakeRefused)
-    assert reason in met.reason
-    assert reason in said
+    assert_refused(met, said, reason)
 
 
 @pytest.mark.parametrize("rank", [0, 2])
@@ -204,9 +210,7 @@ def test_a_certificate_bound_to_another_address_is_refused(
 
     said, met = refuse_then_admit(bound, caller, bound, caplog, host="0.0.0.0")
     reason = "the certificate of rank 0 is not for the address 127.0.0.2"
-    assert isinstance(met, errors.HandshakeRefused)
-    assert reason in met.reason
-    assert reason in said
+    assert_refused(met, said, reason)
 
 
 def test_a_caller_without_a_certificate_is_refused(caplog: pytest.LogCaptureFixture) -> None:
@@ -247,17 +251,13 @@ def test_plaintext_to_a_tls_port(caplog: pytest.LogCaptureFixture) -> None:
     ours = key_folder()
     said, met = refuse_then_admit(ours, as_rank_1(None), ours, caplog)
     reason = "plaintext came, and rank 0 accepts TLS only"
-    assert isinstance(met, errors.HandshakeRefused)
-    assert reason in met.reason
-    assert reason in said
+    assert_refused(met, said, reason)
 
 
 def test_tls_to_a_plaintext_port(caplog: pytest.LogCaptureFixture) -> None:
     said, met = refuse_then_admit(None, as_rank_1(key_folder()), None, caplog)
     reason = "TLS came, and rank 0 has no keys"
-    assert isinstance(met, errors.HandshakeRefused)
-    assert reason in met.reason
-    assert reason in said
+    assert_refused(met, said, reason)
 
 
 def test_strangers_learn_nothing_of_the_run(caplog: pytest.LogCaptureFixture) -> None:
@@ -276,20 +276,13 @@ def test_strangers_learn_nothing_of_the_run(caplog: pytest.LogCaptureFixture) ->
 
 def test_a_downgrade_to_plaintext_is_refused() -> None:
     """Somebody in between who admits the dialer in plaintext gets no frame of it."""
-    address, own = free_ports(2)
-    host, port = address.split(":")
-    with socket.create_server((host, int(port))) as server:
 
-        def impostor() -> bytes:
-            link, _ = server.accept()
-            with link:
-                assert link.recv(1) == b"\x16"
-                link.sendall(Hello(2, 0, 1).encode())
-                return read_all(link)
+    def impostor(link: socket.socket) -> None:
+        assert link.recv(1) == b"\x16"
+        link.sendall(Hello(2, 0, 1).encode())
+        read_all(link)
 
-        refused, _ = together(
-            [lambda: connect(1, 2, [address, own], keys=key_folder()), impostor], errors_too=True
-        )
+    refused, _ = met_by(impostor, keys=key_folder())
     assert isinstance(refused, errors.HandshakeRefused)
     assert "it answered in plaintext, and rank 1 has keys" in refused.reason
 
@@ -303,18 +296,11 @@ def test_a_downgrade_to_plaintext_is_refused() -> None:
     ids=["http", "tls"],
 )
 def test_dialed_strangers_are_refused(answer: bytes, keys: bool, words: str) -> None:
-    address, own = free_ports(2)
-    host, port = address.split(":")
-    with socket.create_server((host, int(port))) as server:
+    def stranger(link: socket.socket) -> None:
+        link.sendall(answer)
+        read_all(link)
 
-        def stranger() -> None:
-            link, _ = server.accept()
-            with link:
-                link.sendall(answer)
-                read_all(link)
-
-        dialer = lambda: connect(1, 2, [address, own], keys=key_folder() if keys else None)  # noqa: E731
-        refused, _ = together([dialer, stranger], errors_too=True)
+    refused, _ = met_by(stranger, keys=key_folder() if keys else None)
     assert isinstance(refused, errors.HandshakeRefused)
     assert words in refused.reason
 
