@@ -18,7 +18,7 @@ from .call import Call
 from .control import Control
 from .errors import AstraError, CallEnded, InvalidChoice, NotFinite
 from .exchange import receive_tensors, send_tensor
-from .inputs import check_bound, check_function, check_integer, check_request
+from .inputs import check_bound, check_function, check_integer, check_request, inferred_mask
 from .layer import Layer
 from .models import Adapter, with_cache
 from .prepare import prepare
@@ -127,6 +127,9 @@ def run(
     with engine.calling():
         config: Any = engine.model.config
         ends = end_tokens(engine.model, eos_token_id, int(config.vocab_size))
+        if attention_mask is None:
+            own: Any = getattr(engine.model, "generation_config", None)
+            attention_mask = inferred_mask(input_ids, getattr(own, "pad_token_id", None), ends)
         inputs = {"input_ids": input_ids, "attention_mask": attention_mask}
         call, kwargs, given = prepare(engine, inputs, "last", False, request, new_tokens, ends)
         on_block = guarded("on_block", on_block, call.mesh.device_rank)

@@ -29,6 +29,7 @@ from .inputs import (
 from .layer import Layer
 from .missing import check_deadlines
 from .models import (
+    Apart,
     Watch,
     adapt,
     check_attention,
@@ -171,6 +172,7 @@ class Engine(SessionHost):
         if self.codec.early:
             tabled = [*tabled, *adapter.attentions]
         self._watch = Watch(model, tabled)
+        self._apart = Apart(self.adapter) if self.mesh.world_size > 1 else None
         self._verified = not self.codec.early or self.mesh.world_size == 1
 
     def _remember_shapes(self) -> None:
@@ -220,6 +222,7 @@ class Engine(SessionHost):
         """
         if not self._open:
             raise RuntimeError("the engine is closed")
+        check_kind("mesh", mesh, Mesh)
         if mesh is None:
             mesh = self.mesh.reconnect(connect_timeout)
         elif mesh is not self.mesh:
@@ -328,7 +331,9 @@ class Engine(SessionHost):
         try:
             with ending_together(self.mesh), clock:
                 self._watch.check()
+                self._check_apart()
                 yield
+                self._check_apart()  # which hooks change anything shows in a pass
         finally:
             self._running, self.seconds = None, time.perf_counter() - start
 
@@ -336,6 +341,10 @@ class Engine(SessionHost):
         check_runnable(self.model)
         check_attention(self.adapter.attentions, self.adapter.causal)
         check_autocast(self.adapter.device)
+
+    def _check_apart(self) -> None:
+        if self._apart is not None:
+            self._apart.check()
 
     def _report(self, call: Call) -> None:
         """What is known when a call has ended, for the host."""
@@ -373,6 +382,8 @@ class Engine(SessionHost):
         the rest. It tells every other rank each token as it comes.
 
         Args:
+            attention_mask: None: as `model.generate` takes it, padding tokens of the model are
+                padding, unless they also end a text.
             max_new_tokens: at least 1; None: the generation config's, if one is used, else 20.
             eos_token_id: one or several that end a sequence; by default the model's own. A finished
                 sequence is continued with the end token it has until all have ended.
@@ -445,7 +456,8 @@ class Engine(SessionHost):
         for inputs in example_inputs(self.adapter, lengths):
             if self.adapter.generates:
                 room = inputs["input_ids"].shape[1] < (token_limit(self.model) or 1 << 30)
-                self.generate(**inputs, max_new_tokens=2 if room else 1)
+                whole = torch.ones_like(inputs["input_ids"])
+                self.generate(**inputs, attention_mask=whole, max_new_tokens=2 if room else 1)
             else:
                 self(**inputs, logits="local")
 

@@ -163,6 +163,10 @@ def _shortest(model: nn.Module, windows: Sequence[Inputs], world_size: int) -> i
         raise ValueError(
             f"world_size: expected at least 2, so that there are remote tokens, got {world_size}"
         )
+    if not windows:
+        raise ValueError("windows: expected at least one, got none")
+    if any(not bool(w["attention_mask"].all()) for w in windows if "attention_mask" in w):
+        raise ValueError("windows: expected no padding, which would be counted, got some")
     shortest = min(adapt(model).count(window)[1] for window in windows)
     if shortest <= world_size:
         raise ValueError(
@@ -192,7 +196,7 @@ def _by_rank(
                 if language:
                     measured.append(shard_loss(engine, window["input_ids"]))
                 else:
-                    measured.append(_output(engine(**window, logits="all")))
+                    measured.append(answer_of(engine(**window, logits="all")).float())
                 if engine.rank == 0:
                     heard()
             return measured, (engine.bits_per_token_block, engine.bits_per_receiver)
@@ -201,10 +205,15 @@ def _by_rank(
     return [measured for measured, _ in ranks], ranks[0][1]
 
 
-def _output(output: Any) -> Tensor:
-    """What a model without a language head is for: its logits, or its final hidden states."""
-    tensor = output.logits if "logits" in output else output.last_hidden_state
-    return tensor.float()
+def answer_of(output: Any) -> Tensor:
+    """What a model is for: its logits, those of an answer's first and last token, [B, 2, T], or its
+    final hidden states."""
+    answer: Tensor
+    if "start_logits" in output:
+        answer = torch.stack([output.start_logits, output.end_logits], 1)
+    else:
+        answer = output.logits if "logits" in output else output.last_hidden_state
+    return answer
 
 
 def _loss(logits: Tensor, targets: Tensor) -> float:
@@ -221,4 +230,8 @@ def _error(outputs: list[Tensor], exact: list[Tensor]) -> float:
     """Squared error over the variance of the exact outputs."""
     pairs = list(zip(outputs, exact, strict=True))
     error = sum(float((a - b).square().sum()) for a, b in pairs)
-    return error / sum(float((b - b.mean()).square().sum()) for _, b in pairs)
+    spread = sum(float((b - b.mean()).square().sum()) for _, b in pairs)
+    if not spread:  # one number a window: that of all windows, or their size
+        all_of = torch.cat([b.flatten() for b in exact])
+        spread = float((all_of - all_of.mean()).square().sum()) or float(all_of.square().sum())
+    return error / spread if spread else math.nan

@@ -17,14 +17,22 @@ import torch
 from torch import Tensor, nn
 
 from .decoding import DEFAULT_NEW_TOKENS, Generation, end_tokens
-from .inputs import check_function, check_integer
+from .inputs import (
+    check_function,
+    check_inputs,
+    check_integer,
+    inferred_mask,
+    num_leading_padding,
+)
 from .sessions.several import draw_several
+from .stopping import Stopping
 
 # What a call may be told, and the only values that say what happens anyway.
 _CALL = {
     "use_cache": (False, "sessions keep what was read (`engine.session()`)"),
     "output_attentions": (False, "no rank has the weights of all tokens"),
     "output_hidden_states": (False, "no rank has the states of all tokens"),
+    "interpolate_pos_encoding": (False, "pictures have the size that the model was made for"),
 }
 _NOT_OF_A_CALL = {
     "labels": "compute the loss from the logits of logits='all'",
@@ -53,7 +61,8 @@ def call_arguments(inputs: dict[str, Any]) -> tuple[dict[str, Any], str | None, 
     for name, instead in _NOT_OF_A_CALL.items():
         if left.pop(name, None) is not None:
             raise ValueError(f"{name}: expected none, got one: {instead}")
-    as_tuple = left.pop("return_dict", None) is False
+    as_dict = left.pop("return_dict", None)
+    as_tuple = as_dict is not None and not as_dict
     keep, logits = left.pop("logits_to_keep", None), None
     if keep is not None:
         if not isinstance(keep, int) or isinstance(keep, bool) or keep not in (0, 1):
@@ -114,22 +123,26 @@ class Asked:
     """What a generation was asked for in Hugging Face's words.
 
     Attributes:
-        choose, stop: as `Engine.generate` takes them; None: its own.
+        ends: tokens that end a row.
+        choose: as `Engine.generate` takes it; None: its own.
+        criteria: that end a row, of the host's own.
         warp: what `choose` does to the logits before it draws, where any row may be drawn by
             itself; None: it is not to draw, or a function of the host's own takes part.
         returned: answers for each row of the prompt.
         pad: what stands behind the end of a finished row; None: the end token again.
         streamer: hears of the prompt and of every token.
+        mask: the attention mask, given or inferred.
     """
 
-    max_new_tokens: int | None = None
-    eos_token_id: Any = None
-    choose: Callable[[Tensor, Tensor], Tensor] | None = None
-    stop: Callable[[Tensor], bool] | None = None
-    warp: Callable[[Tensor, Tensor], Tensor] | None = None
-    returned: int = 1
-    pad: int | None = None
-    streamer: Any = None
+    max_new_tokens: int | None
+    ends: tuple[int, ...]
+    choose: Callable[[Tensor, Tensor], Tensor] | None
+    criteria: Sequence[Callable[..., Any]]
+    warp: Callable[[Tensor, Tensor], Tensor] | None
+    returned: int
+    pad: int | None
+    streamer: Any
+    mask: Tensor
 
 
 def generate_as_asked(
@@ -140,27 +153,18 @@ def generate_as_asked(
     Args:
         plain: keywords of `engine.generate` itself, which count before those of the config.
     """
-    asked = generation_arguments(engine.model, input_ids, config, keywords)
-    for name in ("choose", "stop"):
-        if getattr(asked, name) is not None and plain[name] is not None:
+    inputs = {"input_ids": input_ids, "attention_mask": plain["attention_mask"]}
+    check_inputs(engine.adapter, inputs)
+    asked = generation_arguments(engine.model, input_ids, config, keywords, plain)
+    for name, other in (("choose", asked.choose), ("stop", asked.criteria)):
+        if other and plain[name] is not None:
             raise ValueError(
                 f"{name}: expected alone, without Hugging Face's keywords for the same"
             )
-    plain = {name: value for name, value in plain.items() if value is not None}
-    from_config = {"max_new_tokens": asked.max_new_tokens, "eos_token_id": asked.eos_token_id}
-    from_config |= {"choose": asked.choose, "stop": asked.stop}
-    options = {name: value for name, value in from_config.items() if value is not None} | plain
-    prompt = input_ids
-    if asked.returned > 1 and isinstance(input_ids, Tensor):
-        if asked.choose is None:
-            raise ValueError(
-                "num_return_sequences: expected 1 without do_sample, as all were alike"
-            )
-        prompt = input_ids.repeat_interleave(asked.returned, 0)
-        if "attention_mask" in options:
-            options["attention_mask"] = options["attention_mask"].repeat_interleave(
-                asked.returned, 0
-            )
+    if asked.returned > 1 and asked.choose is None:
+        raise ValueError("num_return_sequences: expected 1 without do_sample, as all were alike")
+    options = _options(asked, plain)
+    prompt = input_ids.repeat_interleave(asked.returned, 0)
     if (streamer := asked.streamer) is not None:
         options["on_token"] = _streaming(streamer, prompt, options.get("on_token"))
     if asked.returned > 1 and asked.warp is not None and _is_for_all(engine, input_ids, options):
@@ -169,20 +173,32 @@ def generate_as_asked(
         ids = engine.generate(prompt, **options)
     if streamer is not None:
         streamer.end()
-    ends = end_tokens(engine.model, options.get("eos_token_id"), engine.model.config.vocab_size)
-    return _padded(ids, prompt.shape[1], ends, asked.pad)
+    return _padded(ids, prompt.shape[1], asked.ends, asked.pad)
 
 
-def _is_for_all(engine: Any, input_ids: Any, options: Mapping[str, Any]) -> bool:
+def _options(asked: Asked, plain: Mapping[str, Any]) -> dict[str, Any]:
+    """The keywords with which `engine.generate` does what was asked for."""
+    options = {name: value for name, value in plain.items() if value is not None}
+    own: dict[str, Any] = {"max_new_tokens": asked.max_new_tokens, "choose": asked.choose}
+    own |= {"attention_mask": asked.mask.repeat_interleave(asked.returned, 0)}
+    options |= {name: value for name, value in own.items() if value is not None}
+    options["eos_token_id"] = asked.ends
+    if asked.criteria:
+        choose = options.get("choose")
+        check_function("choose", choose)
+        stopping = Stopping(asked.criteria, asked.ends, asked.pad)
+        options |= {"choose": stopping.filling(choose), "stop": stopping.stop}
+    return options
+
+
+def _is_for_all(engine: Any, input_ids: Tensor, options: Mapping[str, Any]) -> bool:
     """Whether every rank can draw some of several answers: to one prompt, without padding."""
     mesh = engine.mesh
     if mesh.world_size == 1 or not mesh.resumes or "stop" in options or "on_block" in options:
         return False
     if not (engine.adapter.causal and engine.codec.keeps_sessions and engine.on_missing == "raise"):
         return False
-    mask = options.get("attention_mask")
-    whole = mask is None or (isinstance(mask, Tensor) and bool((mask == 1).all()))
-    return isinstance(input_ids, Tensor) and input_ids.shape[:1] == (1,) and whole
+    return len(input_ids) == 1 and bool((options["attention_mask"] != 0).all())
 
 
 def _draw_several(
@@ -190,7 +206,6 @@ def _draw_several(
 ) -> Tensor:
     """`engine.generate` of several answers to one prompt, each drawn by a rank."""
     most = check_integer("max_new_tokens", options.get("max_new_tokens", DEFAULT_NEW_TOKENS), 1)
-    ends = end_tokens(engine.model, options.get("eos_token_id"), engine.model.config.vocab_size)
     check_function("on_token", options.get("on_token"))
     assert asked.warp is not None
     start = time.perf_counter()
@@ -201,7 +216,7 @@ def _draw_several(
         input_ids,
         asked.returned,
         asked.warp,
-        Generation(most, ends, None, options.get("on_token")),
+        Generation(most, asked.ends, None, options.get("on_token")),
         request=options.get("request"),
         within_ms=options.get("within_ms"),
     )
@@ -227,9 +242,15 @@ def _streaming(
 
 
 def generation_arguments(
-    model: nn.Module, input_ids: Tensor, config: Any, keywords: Mapping[str, Any]
+    model: Any,
+    input_ids: Tensor,
+    config: Any,
+    keywords: Mapping[str, Any],
+    plain: Mapping[str, Any],
 ) -> Asked:
     """From a `GenerationConfig` (None: the model's own) and the keywords of `model.generate`.
+
+    `plain`: those of them that `engine.generate` has as its own; None: not given.
 
     Raises:
         TypeError: a keyword that there is not.
@@ -241,36 +262,55 @@ def generation_arguments(
             raise ValueError(f"{name}: expected none, as the engine does without, got one")
     functions = {name: keywords.pop(name, None) for name in _FUNCTIONS}
     _check_functions(functions)
+    given = _config(model, config, keywords, plain)
+    ends = plain["eos_token_id"]
+    ends = getattr(given, "eos_token_id", None) if ends is None else ends
+    ends = end_tokens(model, ends, int(model.config.vocab_size))
+    pad, mask = getattr(given, "pad_token_id", None), plain["attention_mask"]
+    mask = inferred_mask(input_ids, pad, ends) if mask is None else mask
+    mask = torch.ones_like(input_ids) if mask is None else mask
+    returned = getattr(given, "num_return_sequences", None)
+    returned = 1 if returned is None else check_integer("num_return_sequences", returned, 1)
+    sample, own = bool(getattr(given, "do_sample", False)), functions["logits_processor"]
+    padding = num_leading_padding(mask, returned)
+    processors = _with_own(_processors(given, input_ids.shape[1], model, ends, padding), own or [])
+    processors += _warpers(given) if sample else []
+    return Asked(
+        _new_tokens(given, input_ids.shape[1]),
+        ends,
+        _chooser(processors, sample) if processors or sample else None,
+        list(functions["stopping_criteria"] or []),
+        _warper(processors) if sample and not own else None,
+        returned,
+        pad,
+        functions["streamer"],
+        mask,
+    )
+
+
+def _config(model: Any, config: Any, keywords: Mapping[str, Any], plain: Mapping[str, Any]) -> Any:
+    """A copy of the generation config that counts: `config`, what it does not say by the model's
+    own, then the keywords. None: there is none."""
     if config is not None and not hasattr(config, "to_diff_dict"):
         raise TypeError(
             "generation_config: expected transformers' GenerationConfig, got "
             f"{type(config).__name__}"
         )
-    given: Any = copy.deepcopy(
-        getattr(model, "generation_config", None) if config is None else config
-    )
+    own: Any = getattr(model, "generation_config", None)
+    given: Any = copy.deepcopy(own if config is None else config)
+    for name, value in vars(own).items() if config is not None and own is not None else ():
+        if not name.startswith("_") and getattr(given, name, None) is None:
+            setattr(given, name, copy.deepcopy(value))
     for name, value in keywords.items():
         if given is None or not hasattr(given, name):
             raise TypeError(f"generate: expected keywords of Hugging Face's generate, got {name!r}")
         setattr(given, name, value)
     if given is not None:
         _check_config(given, keywords)
-    processors = _processors(given, input_ids.shape[1], model)
-    processors += list(functions["logits_processor"] or [])
-    criteria = list(functions["stopping_criteria"] or [])
-    sample = bool(getattr(given, "do_sample", False))
-    own = functions["logits_processor"]
-    returned = getattr(given, "num_return_sequences", None)
-    return Asked(
-        _new_tokens(given, input_ids.shape[1]),
-        getattr(given, "eos_token_id", None),
-        _chooser(processors, sample) if processors or sample else None,
-        _stopper(criteria) if criteria else None,
-        _warper(processors) if sample and not own else None,
-        1 if returned is None else check_integer("num_return_sequences", returned, 1),
-        getattr(given, "pad_token_id", None),
-        functions["streamer"],
-    )
+        for name in ("max_new_tokens", "eos_token_id"):
+            if plain[name] is not None:
+                setattr(given, name, plain[name])
+    return given
 
 
 def _check_functions(functions: Mapping[str, Any]) -> None:
@@ -302,39 +342,57 @@ def _new_tokens(config: Any, tokens: int) -> int | None:
     asked, whole = (getattr(config, name, None) for name in ("max_new_tokens", "max_length"))
     if asked is not None or whole is None:
         return asked
-    if whole <= tokens:
+    if check_integer("max_length", whole, 0) <= tokens:
         raise ValueError(
             f"max_length: expected more than the prompt's {tokens} tokens, got {whole}"
         )
     return int(whole) - tokens
 
 
-def _processors(config: Any, tokens: int, model: nn.Module) -> list[Any]:
-    """In the order of `model.generate`."""
+def _processors(
+    config: Any, tokens: int, model: nn.Module, ends: Sequence[int], padding: Tensor | None
+) -> list[Any]:
+    """In the order of `model.generate`; `padding`: tokens of it in front of each row."""
     from transformers.generation import logits_process as hf
 
     def value(name: str) -> Any:
         return getattr(config, name, None)
 
-    ends = value("eos_token_id")
-    device = str(next(model.parameters()).device)
+    last, device = list(ends) or None, str(next(model.parameters()).device)
     made: list[Any] = []
     if value("repetition_penalty") not in (None, 1.0):
-        made.append(hf.RepetitionPenaltyLogitsProcessor(value("repetition_penalty")))
+        made.append(hf.RepetitionPenaltyLogitsProcessor(value("repetition_penalty"), padding))
     if value("no_repeat_ngram_size"):
         made.append(hf.NoRepeatNGramLogitsProcessor(value("no_repeat_ngram_size")))
     if value("bad_words_ids"):
-        made.append(hf.NoBadWordsLogitsProcessor(value("bad_words_ids"), ends))
-    if value("min_new_tokens") and ends is not None:
+        made.append(hf.NoBadWordsLogitsProcessor(value("bad_words_ids"), last))
+    if value("min_new_tokens") and last is not None:
         made.append(
             hf.MinNewTokensLengthLogitsProcessor(
-                tokens, value("min_new_tokens"), ends, device=device
+                tokens, value("min_new_tokens"), last, device=device
             )
         )
     if value("suppress_tokens"):
         made.append(hf.SuppressTokensLogitsProcessor(value("suppress_tokens"), device=device))
-    if not value("do_sample"):
-        return made
+    return made
+
+
+def _with_own(made: Sequence[Any], own: Sequence[Any]) -> list[Any]:
+    """The host's own processors stand behind those that were made, and in place of those of the
+    same class."""
+    kinds = {type(processor): processor for processor in own}
+    merged = [kinds.get(type(processor), processor) for processor in made]
+    return merged + [processor for processor in own if processor not in merged]
+
+
+def _warpers(config: Any) -> list[Any]:
+    """What a draw does to the logits, behind all other processors."""
+    from transformers.generation import logits_process as hf
+
+    def value(name: str) -> Any:
+        return getattr(config, name, None)
+
+    made: list[Any] = []
     if value("temperature") not in (None, 1.0):
         made.append(hf.TemperatureLogitsWarper(value("temperature")))
     top_k = DEFAULT_TOP_K if value("top_k") is None else value("top_k")
@@ -370,17 +428,6 @@ def _chooser(processors: Sequence[Any], sample: bool) -> Callable[[Tensor, Tenso
         return torch.multinomial(logits.softmax(-1), 1)[:, 0]
 
     return choose
-
-
-def _stopper(criteria: Sequence[Any]) -> Callable[[Tensor], bool]:
-    def stop(ids: Tensor) -> bool:
-        """Whether every row is ended by one of the criteria."""
-        ended = torch.zeros(len(ids), dtype=torch.bool, device="cpu")
-        for criterion in criteria:
-            ended |= torch.as_tensor(criterion(ids, None)).cpu()
-        return bool(ended.all())
-
-    return stop
 
 
 def _padded(ids: Tensor, prompt: int, ends: Sequence[int], pad: int | None) -> Tensor:

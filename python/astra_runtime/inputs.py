@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .codes.rotary import ConsecutiveAngles, Rope
-from .models import EVERY, ROW, Adapter
+from .models import EVERY, ROW, Adapter, vocabulary_of
 from .plan import Plan
 
 NAMES = ("input_ids", "attention_mask", "token_type_ids", "pixel_values")
@@ -47,7 +47,7 @@ def check_inputs(adapter: Adapter, inputs: Mapping[str, Any]) -> dict[str, Tenso
     if "pixel_values" in given:
         _check_picture(given["pixel_values"], adapter.model.config)
         return given
-    vocabulary = int(adapter.model.get_input_embeddings().num_embeddings)
+    vocabulary = vocabulary_of(adapter.model)
     _check_range("input_ids", given["input_ids"], vocabulary)
     if "token_type_ids" in given:
         types = given["token_type_ids"]
@@ -204,7 +204,7 @@ def picture_means(pixels: Tensor) -> Tensor:
     """fp32 [B, 17] on the CPU: the means of 16 parts of each picture, and its root mean square."""
     plain = pixels.float()
     # unlike shares, so that pictures whose channels changed places differ
-    shares = torch.linspace(0.5, 1.5, plain.shape[1], device=plain.device)
+    shares = torch.linspace(0.5, 1.5, plain.shape[1], dtype=plain.dtype, device=plain.device)
     mixed = (plain * (shares / shares.mean())[:, None, None]).mean(1, keepdim=True)
     parts = F.adaptive_avg_pool2d(mixed, _GRID).flatten(1)
     size = plain.square().mean((1, 2, 3)).sqrt()
@@ -214,6 +214,24 @@ def picture_means(pixels: Tensor) -> Tensor:
 def num_padding(visible: Tensor | None) -> int:
     """The most tokens of padding in front of a sequence of the batch; `visible` is bool [B, T]."""
     return 0 if visible is None else int((visible.cumsum(-1) == 0).sum(-1).max())
+
+
+def inferred_mask(ids: Any, pad: Any, ends: Sequence[int]) -> Tensor | None:
+    """The attention mask that `model.generate` takes for granted where none is given: the padding
+    token is padding, unless it also ends a text. None: no token is."""
+    if not isinstance(ids, Tensor) or ids.dim() != 2 or ids.is_floating_point():
+        return None
+    if not isinstance(pad, int) or pad in ends:
+        return None
+    mask = ids != pad
+    return None if bool(mask.all()) else mask
+
+
+def num_leading_padding(mask: Tensor | None, repeats: int) -> Tensor | None:
+    """How many tokens of padding are in front of each row, int64 [B·repeats]; None: none are."""
+    if mask is None or bool((mask != 0).all()):
+        return None
+    return (mask != 0).int().argmax(1).repeat_interleave(repeats)
 
 
 def check_integer(name: str, value: Any, least: int, most: int | None = None) -> int:

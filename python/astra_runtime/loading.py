@@ -145,7 +145,9 @@ def _share(model: Any, form: str, heads: set[str], kinds: dict[str, str]) -> Non
         model.get_output_embeddings().weight = embeddings.weight
         return
     for name in heads & kinds.keys():
-        head: Any = quantized_module("head", torch.zeros(1, embeddings.embedding_dim), None, form)
+        head: Any = quantized_module(
+            "head", torch.zeros(1, embeddings.embedding_dim, dtype=torch.float32), None, form
+        )
         head.out_features = embeddings.num_embeddings
         _replace(model, name, head)
         tie_head(model)

@@ -55,7 +55,7 @@ def prefill(
     """`Engine.prefill`, of the engine given."""
     last = engine.mesh.world_size - 1
     owner = last if owner is None else check_integer("owner", owner, 0, last)
-    if input_ids.shape[:1] != (1,):
+    if isinstance(input_ids, Tensor) and input_ids.shape[:1] != (1,):
         raise ValueError(f"input_ids: expected one sequence, got shape {list(input_ids.shape)}")
     request, within_ms = check_request(request), check_bound(within_ms)
     check_function("between", between)

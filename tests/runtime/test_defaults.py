@@ -11,11 +11,11 @@ import torch
 from torch import Tensor
 
 import astra_kernels as ak
-from astra_runtime import Engine
+from astra_runtime import Codebook, Engine
 from astra_runtime.evaluate import run_ranks
 from astra_runtime.transport import Mesh
 
-from .models import book_of, inputs_for, tiny
+from .models import book_of, inputs_for, tiny, windows_for
 
 
 @contextlib.contextmanager
@@ -67,3 +67,31 @@ def test_ops_under_another_default_device() -> None:
         got = calls()
     for one, other in zip(got, want, strict=True):
         assert torch.equal(one, other)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_pictures_and_draws_under_another_default_dtype(dtype: torch.dtype) -> None:
+    """Means of pictures were sent as fp64, of twice the length: that ended the mesh."""
+    vit, llama, picture = tiny("vit"), tiny("llama"), inputs_for("vit")
+
+    def work(mesh: Mesh, context: Callable[[], Any]) -> list[Tensor]:
+        with context(), Engine(vit, None, mesh) as engine, Engine(llama, None, mesh) as other:
+            answer = engine(**picture, logits="all").logits
+            torch.manual_seed(0)
+            ids, asked = inputs_for("llama", 70)["input_ids"], {"do_sample": True, "top_k": 9}
+            return [answer, other.generate(ids, num_return_sequences=3, max_new_tokens=3, **asked)]
+
+    want = run_ranks(2, lambda mesh: work(mesh, contextlib.nullcontext))
+    for got, own in zip(
+        run_ranks(2, lambda mesh: work(mesh, lambda: _default_dtype(dtype))), want, strict=True
+    ):
+        for one, other in zip(got, own, strict=True):
+            assert torch.equal(one, other)
+
+
+@pytest.mark.parametrize("space", ["kv", "transform"])
+def test_a_fit_under_another_default_dtype(space: str) -> None:
+    model, options = tiny("llama"), {"codewords": 8, "held_back": 0, "iterations": 2}
+    want = Codebook.fit(model, windows_for("llama", 2), space=space, **options)
+    with _default_dtype(torch.float64):
+        assert Codebook.fit(model, windows_for("llama", 2), space=space, **options) == want

@@ -209,3 +209,22 @@ def test_generation_behind_padding_is_refused_before_anything_is_sent() -> None:
 
     first, second = run_ranks(2, work, timeout=20)
     assert first == second
+
+
+class MeanPooler(torch.nn.Module):
+    def forward(self, hidden: Tensor) -> Tensor:
+        return hidden.mean(1)
+
+
+@pytest.mark.parametrize("name", ["BertForSequenceClassification", "BertModel", "ViTModel"])
+def test_poolers_that_read_more_than_the_first_token_are_refused(name: str) -> None:
+    """They were given the class token alone, and took it for the whole text."""
+    model = with_head(name)
+    base = getattr(model, "bert", model)
+    own, base.pooler = base.pooler, MeanPooler()
+    with pytest.raises(ValueError, match="expected a pooler that reads the first token"):
+        Engine(model)
+    base.pooler = own
+    handle = own.register_forward_hook(lambda _, x, out: out * 2)
+    Engine(model).close()
+    handle.remove()

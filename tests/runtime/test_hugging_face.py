@@ -8,7 +8,11 @@ import pytest
 import torch
 from transformers import GenerationConfig, LogitsProcessorList
 from transformers.generation import MaxLengthCriteria, StoppingCriteriaList
-from transformers.generation.logits_process import TemperatureLogitsWarper
+from transformers.generation.logits_process import (
+    SuppressTokensLogitsProcessor,
+    TemperatureLogitsWarper,
+    TopKLogitsWarper,
+)
 
 from astra_runtime import Engine
 from astra_runtime.evaluate import run_ranks
@@ -45,7 +49,9 @@ def test_a_call_takes_what_means_something(model: Any, engine: Any) -> None:
 def test_a_picture_by_position() -> None:
     model, inputs = tiny("vit"), inputs_for("vit")
     with Engine(model) as engine:
-        found = engine(inputs["pixel_values"])
+        found = engine(inputs["pixel_values"], interpolate_pos_encoding=False)
+        with pytest.raises(ValueError, match="interpolate_pos_encoding: expected False, got True"):
+            engine(inputs["pixel_values"], interpolate_pos_encoding=True)
     torch.testing.assert_close(found[0], model(**inputs)[0], rtol=1e-4, atol=1e-4)
 
 
@@ -85,6 +91,25 @@ def test_a_call_refuses_by_name(engine: Any, given: dict[str, Any], wanted: str)
             "logits_processor": LogitsProcessorList([TemperatureLogitsWarper(2.0)]),
         },
         {"max_new_tokens": 9, "stopping_criteria": StoppingCriteriaList([MaxLengthCriteria(12)])},
+        {  # warpers come last: the likeliest tokens are gone before they are counted
+            "max_new_tokens": 4,
+            "do_sample": True,
+            "top_k": 3,
+            "logits_processor": LogitsProcessorList(
+                [SuppressTokensLogitsProcessor([*range(70)], device="cpu")]
+            ),
+        },
+        {
+            "max_new_tokens": 5,
+            "do_sample": True,
+            "logits_processor": LogitsProcessorList([TopKLogitsWarper(2)]),
+        },
+        {
+            "max_new_tokens": 8,
+            "min_new_tokens": 5,
+            "eos_token_id": [*range(0, 97, 2)],
+            "pad_token_id": 96,
+        },
     ],
 )
 def test_generation_is_that_of_the_model(model: Any, engine: Any, keywords: dict[str, Any]) -> None:
@@ -102,6 +127,61 @@ def test_finished_rows_are_padded(model: Any, engine: Any) -> None:
     want = model.generate(IDS, attention_mask=torch.ones_like(IDS), do_sample=False, **keywords)
     found = engine.generate(IDS, do_sample=False, **keywords)
     assert found[:, : want.shape[1]].tolist() == want.tolist()
+
+
+class _Hits:
+    """A criterion that a row meets at one step, and not any more at the next."""
+
+    def __init__(self, *lengths: int) -> None:
+        self.lengths = lengths
+
+    def __call__(self, ids: torch.Tensor, scores: Any, **_: Any) -> torch.Tensor:
+        return torch.tensor([ids.shape[1] == IDS.shape[1] + n for n in self.lengths])
+
+
+@pytest.mark.parametrize("keywords", [{}, {"eos_token_id": 96, "pad_token_id": 95}])
+def test_rows_that_a_criterion_has_ended_stay_so(
+    model: Any, engine: Any, keywords: dict[str, Any]
+) -> None:
+    """One row by one, and filled up where an end token is known."""
+    asked = {"max_new_tokens": 9, "stopping_criteria": StoppingCriteriaList([_Hits(2, 5)])}
+    want = model.generate(IDS, attention_mask=torch.ones_like(IDS), **asked, **keywords)
+    assert want.shape[1] == IDS.shape[1] + 5
+    assert engine.generate(IDS, **asked, **keywords).tolist() == want.tolist()
+
+
+def test_a_generation_config_is_filled_by_the_models(model: Any, engine: Any) -> None:
+    own = model.generation_config
+    model.generation_config = GenerationConfig(do_sample=True, top_k=4, max_length=30)
+    try:
+        torch.manual_seed(3)
+        asked = GenerationConfig(max_new_tokens=6)
+        want = model.generate(IDS, attention_mask=torch.ones_like(IDS), generation_config=asked)
+        torch.manual_seed(3)
+        assert engine.generate(IDS, generation_config=asked).tolist() == want.tolist()
+        long = IDS.repeat(1, 4)  # longer than the config's max_length, which is not what counts
+        assert engine.generate(long, max_new_tokens=2, top_k=2).shape[1] == long.shape[1] + 2
+    finally:
+        model.generation_config = own
+
+
+@pytest.mark.parametrize("repetition_penalty", [None, 1.5])
+def test_padding_tokens_are_padding(model: Any, repetition_penalty: float | None) -> None:
+    """As transformers infers it: without a mask, and where they end no text."""
+    ids, own = IDS.clone(), model.generation_config
+    ids[1, :4] = 0
+    keywords: dict[str, Any] = {"max_new_tokens": 5}
+    if repetition_penalty is not None:
+        keywords["repetition_penalty"] = repetition_penalty
+    model.generation_config = GenerationConfig(pad_token_id=0)
+    try:
+        want = model.generate(ids, do_sample=False, **keywords).tolist()
+        found = run_ranks(2, lambda mesh: Engine(model, None, mesh).generate(ids, **keywords))
+        assert [found[0].tolist(), found[1].tolist()] == [want, want]
+        alone = model.generate(ids[1:, 4:], do_sample=False, **keywords)
+        assert want[1][4:] == alone[0].tolist()
+    finally:
+        model.generation_config = own
 
 
 def test_every_rank_returns_what_the_owner_drew(model: Any) -> None:
@@ -151,6 +231,9 @@ def test_a_streamer_hears_prompt_and_tokens(engine: Any) -> None:
         ({"logits_processor": len}, TypeError, "logits_processor: expected a list of functions"),
         ({"streamer": []}, TypeError, "streamer: expected an object with put and end"),
         ({"max_length": 9}, ValueError, "max_length: expected more than the prompt's 9"),
+        ({"max_length": 14.5}, TypeError, "max_length: expected an integer"),
+        ({"do_sample": True, "attention_mask": [[1]]}, TypeError, "attention_mask: expected a ten"),
+        ({"top_k": 2, "eos_token_id": 1.5}, TypeError, "eos_token_id: expected an integer"),
         ({"bogus": 1}, TypeError, "got 'bogus'"),
         ({"do_sample": True, "choose": lambda ids, logits: ids[:, 0]}, ValueError, "choose: exp"),
         ({"max_new_tokens": 0, "do_sample": True}, ValueError, "max_new_tokens"),
@@ -161,3 +244,12 @@ def test_generation_refuses_by_name(
 ) -> None:
     with pytest.raises(error, match=wanted):
         engine.generate(IDS, **keywords)
+
+
+@pytest.mark.parametrize("ids", [IDS.tolist(), None, IDS[0], IDS[:0], IDS.float()])
+def test_prompts_that_are_none(engine: Any, ids: Any) -> None:
+    for keywords in ({}, {"do_sample": True}, {"num_return_sequences": 2, "do_sample": True}):
+        with pytest.raises((TypeError, ValueError), match="input_ids: expected"):
+            engine.generate(ids, **keywords)
+    with pytest.raises((TypeError, ValueError), match="input_ids: expected"):
+        engine.prefill(ids)

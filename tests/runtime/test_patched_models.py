@@ -242,3 +242,93 @@ def test_arguments_of_other_types(options: dict[str, Any], words: str) -> None:
         Engine(None)  # type: ignore[arg-type]
     with pytest.raises(TypeError, match="agree: expected"):
         local_mesh(1)[0].agree({"step": 1})  # type: ignore[dict-item]
+
+
+def _write_to_the_last(module: nn.Module, args: Any, output: Any) -> None:
+    """As vectors that steer a model are added to the last token."""
+    hidden = output[0] if isinstance(output, tuple) else output
+    hidden[:, -1] += 1.0
+
+
+def _add_mean(module: nn.Module, args: Any, output: Tensor) -> Tensor:
+    return output + output.mean(1, keepdim=True)
+
+
+class Shifted(nn.Module):
+    """A layer that mixes each token with the one before."""
+
+    def __init__(self, layer: nn.Module) -> None:
+        super().__init__()
+        self.layer = layer
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        out: Tensor = self.layer(hidden)
+        return out + out.roll(1, 1)
+
+
+def _shift(model: Any) -> None:
+    layer = model.encoder.layer[1].intermediate
+    layer.dense = Shifted(layer.dense)
+
+
+def _patch_mlp(model: Any) -> None:
+    mlp = model.model.layers[0].mlp
+    own = mlp.forward
+    mlp.forward = lambda hidden: own(hidden) * hidden.norm(dim=1, keepdim=True)
+
+
+_MIXING: dict[str, tuple[str, Callable[[Any], Any]]] = {
+    "a block": ("llama", lambda m: m.model.layers[1].register_forward_hook(_write_to_the_last)),
+    "the base": ("qwen2", lambda m: m.model.norm.register_forward_hook(_add_mean)),
+    "a hook on an MLP": ("gpt2", lambda m: m.transformer.h[0].mlp.register_forward_hook(_add_mean)),
+    "a patched MLP": ("llama", _patch_mlp),
+    "a layer": ("bert", _shift),
+    "a block of a ViT": ("vit", lambda m: adapt(m).blocks[2].register_forward_hook(_add_mean)),
+}
+
+
+@pytest.mark.parametrize("where", _MIXING)
+def test_what_reads_tokens_together_is_an_error(where: str) -> None:
+    """Each rank did it to its own part of the sequence, without a word. The mesh stays."""
+    kind, change = _MIXING[where]
+    model, other, inputs = tiny(kind), tiny(kind, seed=1), inputs_for(kind, 70)
+    change(model)
+
+    def work(mesh: Mesh) -> None:
+        with Engine(model, None, mesh) as engine:
+            for _ in range(2):
+                with pytest.raises(AstraError, match="depends on other tokens"):
+                    engine(**inputs)
+        with Engine(other, None, mesh) as engine:
+            engine(**inputs)
+
+    run_ranks(2, work, timeout=20)
+    with Engine(model) as alone, torch.no_grad():
+        torch.testing.assert_close(
+            alone(**inputs, logits="all")[0], model(**inputs)[0], atol=1e-3, rtol=1e-3
+        )
+
+
+@pytest.mark.parametrize("kind", ["llama", "gpt2", "vit", "bert"])
+def test_hooks_that_treat_each_token_by_itself_are_welcome(kind: str) -> None:
+    model, inputs = tiny(kind), inputs_for(kind, 70)
+    blocks, seen = adapt(model).blocks, []
+    handle = blocks[1].register_forward_hook(lambda *_: seen.append(True))
+
+    def work(mesh: Mesh) -> Tensor:
+        with Engine(model, None, mesh) as engine:
+            answer: Tensor = engine(**inputs, logits="all")[0]
+            return answer
+
+    run_ranks(2, work, timeout=20)
+    assert len(seen) == 2  # once a rank
+    handle.remove()
+    blocks[1].register_forward_hook(lambda _, x, out: out + 0.5)
+    blocks[0].register_forward_pre_hook(_twice, with_kwargs=True)
+    with torch.no_grad():
+        want = model(**inputs)[0]
+    for got in run_ranks(2, work, timeout=20):
+        torch.testing.assert_close(got, want, atol=1e-3, rtol=1e-3)
+    for block in blocks:
+        for hook in (*block._forward_hooks.values(), *block._forward_pre_hooks.values()):
+            assert hook is _twice or type(hook).__name__ == "function"

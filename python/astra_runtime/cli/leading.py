@@ -182,11 +182,35 @@ def _leader(
     return Encoding(engine, pooling=pooling_of(folder), prepare=prepare, **rounds)
 
 
+# the square root of the length changes no direction
+_MODES = {"cls": "cls", "cls_token": "cls", "mean": "mean", "mean_tokens": "mean"}
+_MODES |= {"mean_sqrt_len_tokens": "mean"}
+_MODULES = ("Transformer", "Pooling", "Normalize")
+
+
 def pooling_of(folder: str) -> str:
-    """How a text's vector is made of its tokens', as sentence-transformers keeps it."""
-    file = Path(folder) / "1_Pooling" / "config.json"
-    found = json.loads(file.read_text()) if file.is_file() else {}
-    return "cls" if found.get("pooling_mode_cls_token") else "mean"
+    """How a text's vector is made of its tokens', as sentence-transformers keeps it.
+
+    Raises:
+        AstraError: in another way than by the mean or the first token, or by a layer of its own.
+    """
+    file, modules = Path(folder) / "1_Pooling" / "config.json", Path(folder) / "modules.json"
+    parts = json.loads(modules.read_text("utf-8")) if modules.is_file() else []
+    kinds = [str(part.get("type")).rpartition(".")[2] for part in parts]
+    strange = [kind for kind in kinds if kind not in _MODULES]
+    found = json.loads(file.read_text("utf-8")) if file.is_file() else {}
+    modes = [
+        name.removeprefix("pooling_mode_")
+        for name, on in found.items()
+        if on and name.startswith("pooling_mode_")
+    ]
+    modes += [found["pooling_mode"]] if "pooling_mode" in found else []
+    if strange or any(mode not in _MODES for mode in modes) or len({*modes}) > 1:
+        raise AstraError(
+            "model: expected text vectors that are the mean of the tokens', or the first token's, "
+            f"got {', '.join([*strange, *map(str, modes)])} (modules.json, 1_Pooling)"
+        )
+    return _MODES[modes[0]] if modes else "mean"
 
 
 def _join(

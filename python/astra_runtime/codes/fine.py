@@ -14,6 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -49,10 +50,11 @@ class FineCode:
     @classmethod
     def zero_codes(cls, width: int, codewords: int) -> FineCode:
         """Of a block of which nothing more is sent; `width` is E."""
+        zeros = partial(torch.zeros, dtype=torch.float32, device="cpu")
         return cls(
-            torch.zeros(width, 0, device="cpu"),
-            torch.zeros(0, width, device="cpu"),
-            torch.zeros(0, codewords, 1, device="cpu"),
+            zeros(width, 0),
+            zeros(0, width),
+            zeros(0, codewords, 1),
         )
 
     def tensors(self) -> dict[str, Tensor]:

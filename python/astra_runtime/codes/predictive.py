@@ -27,6 +27,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -70,13 +71,14 @@ class Transform:
     @classmethod
     def zero_codes(cls, width: int, codewords: int) -> Transform:
         """A block of which nothing is sent, and nothing predicted; `width` is E."""
+        zeros = partial(torch.zeros, dtype=torch.float32, device="cpu")
         return cls(
-            torch.zeros(0, 0, device="cpu"),
-            torch.zeros(0, width, device="cpu"),
-            torch.zeros(width, device="cpu"),
-            torch.zeros(width, 0, device="cpu"),
-            torch.zeros(0, width, device="cpu"),
-            torch.zeros(0, codewords, 1, device="cpu"),
+            zeros(0, 0),
+            zeros(0, width),
+            zeros(width),
+            zeros(width, 0),
+            zeros(0, width),
+            zeros(0, codewords, 1),
         )
 
     def tensors(self) -> dict[str, Tensor]:

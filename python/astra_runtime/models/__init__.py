@@ -1,8 +1,9 @@
 """What ASTRA must know of each model family, and the hooks into unmodified Hugging Face models."""
 
-from .base import Adapter, Inputs, check_runnable, is_language_model, with_cache
+from .apart import Apart
+from .base import Adapter, Inputs, check_runnable, is_language_model, vocabulary_of, with_cache
 from .dtypes import check_dtypes
-from .families import adapt
+from .families import adapt, pair
 from .heads import EVERY, ROW, check_head_module
 from .hooks import Listener, check_attention
 from .watch import Watch
@@ -11,6 +12,7 @@ __all__ = [
     "EVERY",
     "ROW",
     "Adapter",
+    "Apart",
     "Inputs",
     "Listener",
     "Watch",
@@ -20,5 +22,7 @@ __all__ = [
     "check_head_module",
     "check_runnable",
     "is_language_model",
+    "pair",
+    "vocabulary_of",
     "with_cache",
 ]

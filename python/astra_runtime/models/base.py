@@ -294,6 +294,13 @@ def is_language_model(model: Any) -> bool:
     return hasattr(model, "lm_head")
 
 
+def vocabulary_of(model: Any) -> int:
+    """How many token ids the model has embeddings of; as its configuration says where the module
+    that embeds them is somebody's own."""
+    embeddings = model.get_input_embeddings()
+    return int(getattr(embeddings, "num_embeddings", model.config.vocab_size))
+
+
 def check_runnable(model: nn.Module) -> None:
     """Refuses a model that cannot be run by engines, by name.
 

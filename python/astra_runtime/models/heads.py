@@ -10,7 +10,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from .projection import is_plain
 from .quantized import QuantizedLinear
@@ -109,7 +109,7 @@ def check_forward(model: nn.Module) -> None:
 
 
 _HEADS = ("lm_head", "score", "cls", "qa_outputs", "classifier")
-_LINEAR = (nn.Linear, nn.LayerNorm, nn.Dropout, QuantizedLinear)
+_LINEAR = (nn.Linear, nn.LayerNorm, nn.Dropout, nn.Tanh, QuantizedLinear)
 
 
 def _own_class(module: nn.Module) -> tuple[type, ...]:
@@ -121,24 +121,42 @@ def check_head_module(model: nn.Module, hidden_size: int, dtype: torch.dtype) ->
     """Refuses a head that was put in or hooked and reads tokens together: it gets some of them.
 
     Raises:
-        ValueError: it gives other answers of tokens one by one than of all.
+        ValueError: it gives other answers of tokens one by one than of all, or a pooler reads more
+            than the first one.
     """
+    tokens = torch.arange(3 * hidden_size, device=next(model.parameters()).device)
+    tokens = tokens.sin().to(dtype).view(1, 3, -1)
+    base = getattr(model, getattr(model, "base_model_prefix", ""), model)
+    pooler: Any = getattr(base, "pooler", None)
+    if not _is_of_its_class(pooler) and not _alike(pooler(tokens), pooler(tokens[:, :1])):
+        raise ValueError(
+            f"model: expected a pooler that reads the first token, got {type(pooler).__name__}, "
+            "whose answer depends on others"
+        )
     name = next((name for name in _HEADS if hasattr(model, name)), None)
     if head_reads(model) == CLASS or name is None:
         return
     head: Any = getattr(model, name)
-    if all(is_plain(part, *_LINEAR, *_own_class(part)) for part in head.modules()):
+    if _is_of_its_class(head):
         return
-    device = next(model.parameters()).device
-    tokens = torch.arange(3 * hidden_size, device=device).sin().to(dtype).view(1, 3, -1)
-    whole = head(tokens)
     apart = torch.cat([head(token) for token in tokens.split(1, 1)], 1)
-    bound = 0.05 * whole.abs().amax().float()
-    if not bool(((whole - apart).abs().float() <= bound).all()):
+    if not _alike(head(tokens), apart):
         raise ValueError(
             f"model: expected a head that reads each token by itself, got {type(head).__name__} in "
             f"{name}, whose answer to a token depends on others"
         )
+
+
+def _is_of_its_class(head: Any) -> bool:
+    """Whether a head is what its class says, or there is none."""
+    parts = [] if head is None else head.modules()
+    return all(is_plain(part, *_LINEAR, *_own_class(part)) for part in parts)
+
+
+def _alike(one: Tensor, other: Tensor) -> bool:
+    """Whether they differ by rounding alone."""
+    bound = 0.05 * one.abs().amax().float()
+    return one.shape == other.shape and bool(((one - other).abs().float() <= bound).all())
 
 
 def _is_model(model: nn.Module, name: str) -> bool:

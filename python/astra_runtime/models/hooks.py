@@ -14,9 +14,11 @@ leave a rank with its own shard alone; it is an error that names the module.
 from __future__ import annotations
 
 import contextlib
+import copy
 import sys
 import threading
-from collections.abc import Callable, Iterator, Sequence
+import weakref
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextvars import ContextVar
 from typing import Any, Protocol
 
@@ -140,6 +142,48 @@ class _Hook:
         return _Clean, ()
 
 
+class _Watched:
+    """A hook of somebody's own, which notes during a call whether it changes anything."""
+
+    def __init__(self, hook: Callable[..., Any], changing: dict[int, Any]) -> None:
+        self.hook, self.changing = hook, changing
+
+    def __call__(self, module: nn.Module, *given: Any) -> Any:
+        tensors = list(_tensors(given))
+        before = _versions(tensors)
+        result = self.hook(module, *given)
+        if result is not None or before is None or _versions(tensors) != before:
+            self.changing[id(self.hook)] = self.hook
+        return result
+
+    def __deepcopy__(self, memo: Any) -> Any:
+        return copy.deepcopy(self.hook, memo)
+
+    def __reduce__(self) -> Any:
+        return _same, (self.hook,)
+
+
+def unwatched(hook: Any) -> Any:
+    return hook.hook if isinstance(hook, _Watched) else hook
+
+
+def _tensors(given: Any) -> Iterator[Tensor]:
+    if isinstance(given, Tensor):
+        yield given
+    elif isinstance(given, Mapping):
+        yield from _tensors(tuple(given.values()))
+    elif isinstance(given, tuple | list):
+        for part in given:
+            yield from _tensors(part)
+
+
+def _versions(tensors: Sequence[Tensor]) -> list[int] | None:
+    """What counts the writes to them; None: they have no count, as in inference mode."""
+    if any(tensor.is_inference() for tensor in tensors):
+        return None
+    return [tensor._version for tensor in tensors]
+
+
 class _AttentionConfig:
     """A model's configuration, as its attention modules see it during a call.
 
@@ -155,8 +199,6 @@ class _AttentionConfig:
         return getattr(self._original, name)
 
     def __deepcopy__(self, memo: Any) -> Any:
-        import copy
-
         return copy.deepcopy(self._original, memo)
 
     def __reduce__(self) -> Any:
@@ -168,6 +210,7 @@ def _same(value: Any) -> Any:
 
 
 _patched: dict[nn.Module, tuple[Any, int]] = {}  # by attention module: configuration, how often
+_watched: dict[nn.Module, int] = {}  # how often each module's own hooks are watched
 
 
 class Hooks:
@@ -196,6 +239,10 @@ class Hooks:
         self._users = 0
         self._packed: list[PackedForward] = []
         self._packers = 0
+        self._watching: list[nn.Module] = []
+        self._watched_base: Callable[[], nn.Module | None] = lambda: None
+        self._watched: list[nn.Module] = []  # those of them that have hooks, during a call
+        self._changing: dict[int, Any] = {}
 
     @contextlib.contextmanager
     def installed(self) -> Iterator[None]:
@@ -230,6 +277,22 @@ class Hooks:
             finally:
                 _current.reset(token)
         running.check_whole()
+
+    def watch(self, base: nn.Module) -> None:
+        """Notes from now on, during calls, which hooks in `base` change anything."""
+        _, *self._watching = base.modules()
+        self._watched_base = weakref.ref(base)  # it may be the model, which nothing here keeps
+
+    def changing(self, modules: Iterable[nn.Module]) -> list[Any]:
+        """The hooks that have changed something, of those that are in `modules` now."""
+        found = []
+        for module in modules:
+            for hooks in (module._forward_pre_hooks, module._forward_hooks):
+                for hook in list(hooks.values()) if hooks else ():
+                    own = unwatched(hook)
+                    if self._changing.get(id(own)) is own:
+                        found.append(own)
+        return found
 
     def pack(self) -> None:
         """Keeps copies of the blocks' weights for calls, see `packed`.
@@ -273,8 +336,32 @@ class Hooks:
             if forward.layer.__dict__.get("forward") is forward:
                 del forward.layer.__dict__["forward"]
 
+    def _watch_hooks(self) -> None:
+        base = self._watched_base()
+        modules = self._watching if base is None else [base, *self._watching]
+        with_hooks = [m for m in modules if m._forward_hooks or m._forward_pre_hooks]
+        for module in with_hooks:
+            _watched[module] = _watched.get(module, 0) + 1
+            for hooks in (module._forward_pre_hooks, module._forward_hooks):
+                for key, hook in hooks.items():
+                    if not isinstance(hook, _Watched | _Hook):
+                        hooks[key] = _Watched(hook, self._changing)
+        self._watched = with_hooks
+
+    def _leave_hooks(self) -> None:
+        for module in self._watched:
+            _watched[module] -= 1
+            if _watched[module]:
+                continue
+            del _watched[module]
+            for hooks in (module._forward_pre_hooks, module._forward_hooks):
+                for key, hook in hooks.items():
+                    hooks[key] = unwatched(hook)
+        self._watched = []
+
     def _install(self) -> None:
         register_attention()
+        self._watch_hooks()
         self._read_packed()
         for index, block in enumerate(self.blocks):
             hook = _Hook(self, _before_block(index))
@@ -293,6 +380,7 @@ class Hooks:
 
     def _remove(self) -> None:
         self._read_own()
+        self._leave_hooks()
         for handle in self._handles:
             handle.remove()
         self._handles.clear()
@@ -314,6 +402,8 @@ def _before_block(index: int) -> Callable[..., None]:
 def _finish(running: _Pass, args: Any, output: Any) -> Any:
     if isinstance(output, Tensor):
         return running.finish(output)
+    if isinstance(output, tuple):  # a configuration that says return_dict=False
+        return (running.finish(output[0]), *output[1:])
     output.last_hidden_state = running.finish(output.last_hidden_state)
     return output
 

@@ -35,7 +35,7 @@ def quantize_signed(weight: Tensor) -> tuple[Tensor, Tensor]:
     outputs, inputs = weight.shape
     group = next((size for size in SIGNED_GROUPS if inputs % size == 0), inputs)
     integers = torch.empty(weight.shape, dtype=torch.int8)
-    scales = torch.empty(outputs, inputs // group)
+    scales = torch.empty(outputs, inputs // group, dtype=torch.float32)
     for start in range(0, outputs, ROWS):
         rows = _finite(weight[start : start + ROWS]).unflatten(1, (-1, group))
         scale = rows.abs().amax(-1, keepdim=True) / 127

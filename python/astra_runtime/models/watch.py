@@ -25,6 +25,7 @@ from torch import Tensor, nn
 from ..errors import ModelChanged
 from .constants import numbers_of
 from .digest import is_beside_the_function
+from .hooks import unwatched
 from .packed import PackedForward
 
 SAMPLE = 8  # values of a tensor, evenly spaced
@@ -142,8 +143,8 @@ def _function(module: nn.Module) -> tuple[Any, ...]:
     forward = module.__dict__.get("forward")
     return (
         type(module),
-        tuple(module._forward_hooks.values()),
-        tuple(module._forward_pre_hooks.values()),
+        tuple(map(unwatched, module._forward_hooks.values())),
+        tuple(map(unwatched, module._forward_pre_hooks.values())),
         None if isinstance(forward, PackedForward) else forward,
         getattr(module, "eps", None),
         getattr(module, "variance_epsilon", None),

@@ -21,6 +21,7 @@ from torch import Tensor
 from ..costs import EXACT_TOKENS
 from ..engine import Engine
 from ..errors import AstraError
+from ..models import vocabulary_of
 from ..models.families import ViT
 from ..store import token_limit
 from .costs import PromptCosts
@@ -67,6 +68,7 @@ class Encoding(Rounds):
         prepare: Preparation | None = None,
         **options: Any,
     ) -> None:
+        _check_head(engine)
         super().__init__(engine, **options)
         self.max_queue, self.pooling = max_queue, pooling
         if prepare is None and not engine.adapter.token_ids:
@@ -83,7 +85,7 @@ class Encoding(Rounds):
 
     def embed(self, texts: Sequence[Sequence[int]]) -> Future[list[Embedding]]:
         """Vectors of length 1 of token ids, class token and separator among them."""
-        vocabulary = int(self.engine.model.get_input_embeddings().num_embeddings)  # type: ignore
+        vocabulary = vocabulary_of(self.engine.model)
         for ids in texts:
             if not 1 <= len(ids) <= self.context_length:
                 code = "context_length_exceeded" if len(ids) else None
@@ -241,6 +243,20 @@ class Encoding(Rounds):
 
     def _count(self, one: Input) -> int:
         return len(one["input_ids"]) if "input_ids" in one else self._patches()
+
+
+def _check_head(engine: Engine) -> None:
+    """Refuses models whose answers are neither vectors of tokens nor classes of an image."""
+    model: Any = engine.model
+    if engine.adapter.token_ids:
+        fits = engine.adapter.base is model and not engine.adapter.causal
+    else:
+        fits = hasattr(model, "classifier")
+    if not fits:
+        raise ValueError(
+            "engine: expected an encoder without a head, or an image classifier, got "
+            f"{type(model).__name__}"
+        )
 
 
 def _joined(reports: Sequence[dict[str, Any]], index: int) -> Tensor:

@@ -20,6 +20,7 @@ from .. import decoding
 from ..control import Control
 from ..engine import Engine
 from ..errors import AstraError, CallEnded, anew
+from ..models import vocabulary_of
 from ..store import token_limit
 from ..trace import stage
 from ..transport import peers_of
@@ -80,8 +81,7 @@ class Leader(Rounds):
         adapter, model = engine.adapter, engine.model
         self.tokenizer = tokenizer
         self.context_length = token_limit(model) or 1 << 30
-        embeddings: Any = model.get_input_embeddings()  # type: ignore[operator]
-        self.vocabulary = int(embeddings.num_embeddings)
+        self.vocabulary = vocabulary_of(model)
         self._ends = decoding.end_tokens(model, ends, self.vocabulary)
         self._memory = memory
         width = 2 * len(adapter.blocks) * adapter.num_key_value_heads * adapter.head_dim

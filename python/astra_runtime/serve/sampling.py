@@ -72,7 +72,7 @@ class Sampler:
         for token in tokens:
             if self.sampling.temperature:
                 # how far the generator goes depends on the number of scores alone
-                self._sampled(torch.zeros(vocabulary))
+                self._sampled(torch.zeros(vocabulary, dtype=torch.float32))
             self._counts[token] += 1
 
     def _penalized(self, logits: Tensor) -> Tensor:

@@ -121,7 +121,10 @@ class Decoder:
         Raises:
             ValueError: another rank owns the session, or it is being continued already.
         """
-        engine, state = self._engine, session._state
+        state = getattr(session, "_state", None)
+        if not isinstance(state, SessionState):
+            raise TypeError(f"session: expected a session, got {type(session).__name__}")
+        engine = self._engine
         engine._check_model()
         asked = Asked.of(engine, max_new_tokens, eos_token_id, choose)
         asked.check_room(state.tokens, int(engine.adapter.model.config.max_position_embeddings))
@@ -165,7 +168,8 @@ class Decoder:
         reading = []
         for answer in answers:
             if not answer.tokens and answer.state.scores is not None:
-                answer.logits = answer.state.scores
+                # a copy, as `choose` may write to it and forks share the scores
+                answer.logits = answer.state.scores.clone()
             else:
                 reading.append(answer)
         if reading:

@@ -10,7 +10,7 @@ import torch
 from ..codes.packed import PackedCodes
 from ..codes.store import CodeStore
 from ..files import check_path, read_whole
-from ..inputs import check_integer
+from ..inputs import check_integer, check_kind
 from .base import EngineParts
 from .cache import KeyValues
 from .decoder import Decoder
@@ -90,6 +90,7 @@ class SessionHost(EngineParts):
             SessionRefused: ranks have different sessions, or `source` has none.
         """
         self._check_sessions()
+        check_kind("session", session, Session)
         source = check_integer("source", source, 0, self.mesh.world_size - 1)
         with one_call(self, None, None):
             state = None if session is None else session._state.fork()

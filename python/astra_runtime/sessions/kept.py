@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import OrderedDict
+from typing import Any
 
 from torch import Tensor
 
@@ -43,6 +44,8 @@ class KeptSessions:
 
         One that it continues is dropped, and so are those used least recently, beyond the budget.
         """
+        if not isinstance(session, Session):
+            raise TypeError(f"session: expected a session, got {type(session).__name__}")
         ids = session.ids
         for key, other in list(self._sessions.items()):
             if common_prefix(other.ids, ids) == len(other):
@@ -58,8 +61,9 @@ class KeptSessions:
         At least the last token of `ids` is left to be appended. None: no session has `least` tokens
         in common with them.
         """
+        _check_ids(ids)
         most, best = max(0, ids.shape[1] - 1), None
-        found = max(1, least) - 1
+        found = max(1, check_integer("least", least, 0)) - 1
         for key, session in self._sessions.items():
             common = min(common_prefix(session.ids, ids), most)
             if common > found:
@@ -73,6 +77,13 @@ class KeptSessions:
 
     def clear(self) -> None:
         self._sessions.clear()
+
+
+def _check_ids(ids: Any) -> None:
+    if not isinstance(ids, Tensor):
+        raise TypeError(f"ids: expected a tensor, got {type(ids).__name__}")
+    if ids.dim() != 2 or len(ids) != 1:
+        raise ValueError(f"ids: expected shape [1, T], got {list(ids.shape)}")
 
 
 def common_prefix(first: Tensor, second: Tensor) -> int:

@@ -194,7 +194,7 @@ class Session:
         with self._call(request, within_ms, "finish") as (running, work):
             tag = session_tag(work, request, "finish")
             answer, read = self._state.answer, foreign is None
-            new = foreign or ([] if answer is None else answer.tokens)
+            new = foreign if foreign is not None else [] if answer is None else answer.tokens
             if engine.rank == work.owner:
                 send_tokens(engine, new, read, tag)
             else:
@@ -266,7 +266,8 @@ class Session:
     @property
     def logits(self) -> Tensor | None:
         """On the owner, after `append`: fp32 [1, V], behind the last token. Else None."""
-        return self._state.scores
+        scores = self._state.scores
+        return None if scores is None else scores.clone()
 
     @property
     def nbytes(self) -> int:
@@ -334,6 +335,7 @@ def generate_together(
         forks = [session.fork() for _ in range(mesh.world_size)]
         answers = generate_together(forks, ranks=range(mesh.world_size), choose=samplers)
     """
+    sessions = _listed("sessions", sessions)
     engine, places, asked = _check_together(
         sessions, max_new_tokens, ranks, eos_token_id, choose, on_tokens
     )
@@ -358,6 +360,8 @@ def _check_together(
     choose: Any,
     on_tokens: Any,
 ) -> tuple[EngineParts, list[int], list[Asked]]:
+    if not all(isinstance(session, Session) for session in sessions):
+        raise TypeError(f"sessions: expected sessions, got {sessions!r:.60}")
     if not sessions or len({id(session) for session in sessions}) < len(sessions):
         raise ValueError(f"sessions: expected at least one, all different, got {len(sessions)}")
     engine = sessions[0]._engine
@@ -366,8 +370,10 @@ def _check_together(
     engine._check_model()
     check_function("on_tokens", on_tokens)
     owners = [session.owner for session in sessions]
-    places = owners if ranks is None else [_check_rank(engine, rank) for rank in ranks]
-    choices = [None] * len(sessions) if choose is None else list(choose)
+    places = owners
+    if ranks is not None:
+        places = [_check_rank(engine, rank) for rank in _listed("ranks", ranks)]
+    choices = [None] * len(sessions) if choose is None else _listed("choose", choose)
     for name, given in (("ranks", places), ("choose", choices)):
         if len(given) != len(sessions):
             raise ValueError(f"{name}: expected {len(sessions)}, one a session, got {len(given)}")
@@ -377,12 +383,20 @@ def _check_together(
     return engine, places, asked
 
 
+def _listed(name: str, values: Any) -> list[Any]:
+    try:
+        return list(values)
+    except TypeError:
+        raise TypeError(f"{name}: expected a list, got {type(values).__name__}") from None
+
+
 def _check_rank(engine: EngineParts, rank: Any) -> int:
     return check_integer("rank", rank, 0, engine.mesh.world_size - 1)
 
 
 def _check_tokens(engine: EngineParts, tokens: Sequence[int], past: int) -> list[int]:
     vocabulary, room = int(engine.adapter.model.config.vocab_size), token_limit(engine) + 1 - past
+    tokens = _listed("tokens", tokens)
     if len(tokens) > room:
         raise ValueError(f"tokens: expected at most {room} behind {past}, got {len(tokens)}")
     return [check_integer("tokens", token, 0, vocabulary - 1) for token in tokens]

@@ -95,7 +95,7 @@ class Draws:
     def __init__(self, generator: torch.Generator, rows: int, prompt: int) -> None:
         self._generator, self._rows, self._prompt = generator, rows, prompt
         self._steps = 0
-        self._times = torch.empty(0)  # [rows, V]
+        self._times = torch.empty(0)  # fp32 [rows, V]
 
     def chooser(self, row: int, rank: int, warp: Warp) -> Choose:
         def choose(ids: Tensor, logits: Tensor) -> Tensor:
@@ -109,9 +109,8 @@ class Draws:
 
     def _advance(self, steps: int, vocabulary: int) -> None:
         while self._steps < steps:
-            self._times = torch.empty(self._rows, vocabulary).exponential_(
-                1, generator=self._generator
-            )
+            times = torch.empty(self._rows, vocabulary, dtype=torch.float32)
+            self._times = times.exponential_(1, generator=self._generator)
             self._steps += 1
 
     def state_after(self, steps: int) -> Tensor:

@@ -13,7 +13,7 @@ from ..codes.layouts import merge_heads
 from ..codes.packed import PackedCodes
 from ..codes.rotary import Rope, unrotate
 from ..inputs import check_inputs
-from ..models import Adapter, Inputs
+from ..models import ROW, Adapter, Inputs
 from ..parallel import map_cores
 
 Progress = Callable[[str, int, int], None]  # what is done, steps done, steps in all
@@ -122,7 +122,10 @@ def empty_pairs(
     """
     tokens = [adapter.count(window)[1] - prefix for window in windows]
     width = 2 * adapter.num_key_value_heads * adapter.head_dim
-    rows = [torch.empty(sum(tokens), width, device=adapter.device) for _ in adapter.blocks]
+    rows = [
+        torch.empty(sum(tokens), width, dtype=torch.float32, device=adapter.device)
+        for _ in adapter.blocks
+    ]
     return rows, list(zip(*(block.split(tokens) for block in rows), strict=True))
 
 
@@ -152,6 +155,7 @@ class _Recorder:
 
     def __init__(self, adapter: Adapter, inputs: bool, window: Inputs, prefix: int) -> None:
         self.copies, self.inputs = adapter.class_tokens + prefix, inputs
+        self.row = adapter.head == ROW  # which looks for a token by its column
         positions = adapter.positions(window)
         self.rope: Rope = None if positions is None else adapter.rope(positions)
         self.blocks: list[Any] = [None] * len(adapter.blocks)
@@ -174,7 +178,8 @@ class _Recorder:
                 for tensor in [recorded] if self.inputs else recorded:
                     check_finite(tensor, block)
             raise ValueError("model: its output is not finite on the calibration data")
-        return hidden[:, :1]  # the head's work is not needed
+        first = hidden[:, :1]  # the head's work is not needed
+        return first.expand(-1, hidden.shape[1], -1) if self.row else first
 
 
 class _RowRecorder(_Recorder):

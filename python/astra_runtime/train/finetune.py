@@ -25,7 +25,7 @@ from torch import Tensor, nn
 
 from ..codes.codebook import Codebook
 from ..errors import AstraError
-from ..evaluate import Measured, measure
+from ..evaluate import Measured, answer_of, measure
 from ..files import written_together
 from ..models import Adapter, Inputs, adapt, is_language_model
 from .calibration import as_windows, check_weights, check_windows, on_device
@@ -220,9 +220,12 @@ class _Training:
             predicted = output.logits[:, :-1].float().flatten(0, 1)
             return F.cross_entropy(predicted, inputs["input_ids"][:, 1:].flatten())
         with torch.no_grad():
-            wanted = _output(self.teacher(**inputs))
-        error = (_output(output) - wanted).square().mean()
-        return error / wanted.var(correction=0)
+            wanted = answer_of(self.teacher(**inputs)).float()
+            spread = wanted.var(correction=0)
+            # of a single number a window the batch may hold one only
+            spread = torch.where(spread > 0, spread, wanted.square().mean())
+        error = (answer_of(output).float() - wanted).square().mean()
+        return error / spread
 
     # Looking at the result.
 
@@ -378,9 +381,3 @@ def _apart(windows: int, held_back: int) -> set[int]:
     """Evenly spaced windows that are not trained on; at least half are trained on."""
     count = max(0, min(held_back, windows // 2))
     return {windows * (2 * i + 1) // (2 * count) for i in range(count)}
-
-
-def _output(output: Any) -> Tensor:
-    """What a model without a language head is for: its logits, or its final hidden states."""
-    tensor = output.logits if "logits" in output else output.last_hidden_state
-    return tensor.float()

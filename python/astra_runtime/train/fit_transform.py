@@ -138,7 +138,7 @@ def _models(rows: Rows) -> Iterator[_Model]:
         y = y - y.mean(0)
         width = y.shape[1]
         if not block:
-            return _Model(torch.zeros(width, width), y.T @ y / len(y))
+            return _Model(y.new_zeros(width, width), y.T @ y / len(y))
         x = _known(rows.blocks[block - 1][few], embedding, y)
         cross = x.cross(y)
         weights = regression(x.gram, cross, len(y))

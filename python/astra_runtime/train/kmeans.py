@@ -79,8 +79,8 @@ def draw(weight: Tensor, count: int, generator: torch.Generator) -> Tensor:
 
 def _initial(vectors: Tensor, codewords: int, generator: torch.Generator, rounds: int) -> Tensor:
     count, groups, width = vectors.shape
-    chosen = torch.empty(groups, codewords, width, device=vectors.device)
-    distance = torch.ones(count, groups, device=vectors.device)
+    chosen = vectors.new_empty(groups, codewords, width)
+    distance = vectors.new_ones(count, groups)
     bounds = [codewords * r // rounds for r in range(rounds + 1)]
     for low, high in pairwise(bounds):
         if low == high:

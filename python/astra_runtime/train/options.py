@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from ..codes.base import Codec
 from ..codes.codebook import Codebook
+from ..inputs import check_function
 from ..models import Adapter, Inputs
 from .calibration import Progress
 
@@ -67,9 +68,21 @@ class FitOptions:
     progress: Progress = lambda what, done, steps: None
 
     def __post_init__(self) -> None:
-        numbers = ("groups", "codewords", "prefix", "rank", "iterations", "seed")
-        for name in (*numbers, "held_back", "world_size"):
+        for name in ("codewords", "prefix", "rank"):
+            if getattr(self, name) is not None:
+                _check_whole(name, getattr(self, name))
+        numbers = ("groups", "iterations", "seed", "fine_tokens", "held_back", "world_size")
+        for name in numbers:
             _check_whole(name, getattr(self, name))
+        for name in ("bits", "fine_bits", "target_gap"):
+            _check_number(name, getattr(self, name))
+        if not isinstance(self.space, str):
+            raise TypeError(f"space: expected a string, got {self.space!r}")
+        if not isinstance(self.extra, Tensor | Sequence):
+            raise TypeError(f"extra: expected tensors, got {type(self.extra).__name__}")
+        check_function("progress", self.progress)
+        if self.codewords == 0:
+            raise ValueError("codewords: expected 2 to 65536, got 0")
         for name in ("iterations", "held_back"):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name}: expected at least 0, got {getattr(self, name)}")
@@ -86,8 +99,13 @@ class FitOptions:
 
 
 def _check_whole(name: str, value: Any) -> None:
-    if value is not None and (isinstance(value, bool) or not isinstance(value, int)):
+    if isinstance(value, bool) or not isinstance(value, int):
         raise TypeError(f"{name}: expected an integer, got {value!r}")
+
+
+def _check_number(name: str, value: Any) -> None:
+    if value is not None and (isinstance(value, bool) or not isinstance(value, int | float)):
+        raise TypeError(f"{name}: expected a number, got {value!r}")
 
 
 @dataclass(frozen=True)

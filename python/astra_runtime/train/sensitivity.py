@@ -15,6 +15,7 @@ from ..codes.codebook import Codebook
 from ..codes.layouts import merge_heads, split_heads
 from ..codes.rotary import rotate, unrotate
 from ..codes.simulated import Pair
+from ..evaluate import answer_of
 from ..models import Adapter, Inputs, adapt, is_language_model
 from ..plan import Plan
 from ..steady import give_back
@@ -116,7 +117,9 @@ def sensitivity(
         generator = torch.Generator(adapter.device).manual_seed(seed + number)
         probe = _Probe(model, plan, inputs, parts[number] if parts else ())
         with torch.enable_grad():
-            answer, slope = _drawn_slope(model, probe.run(), generator)
+            output = probe.run()
+            answer = answer_of(output)
+            slope = _drawn_slope(answer, "last_hidden_state" in output, generator)
             leaves = [probe.leaves.pop(n) for n in range(len(adapter.blocks))]
             gradients = _gradients(answer, slope, leaves)
         # nobody receives the last shard
@@ -183,22 +186,21 @@ def _equal_plan(adapter: Adapter, inputs: Inputs, prefix: int, world_size: int) 
 
 
 @torch.no_grad()
-def _drawn_slope(
-    model: nn.Module, output: Any, generator: torch.Generator
-) -> tuple[Tensor, Tensor]:
-    """What the model answers, and the gradient by it of the negative log-likelihood of answers
-    drawn from the model's own distribution; of the same shape."""
-    if is_language_model(model) or "logits" in output:
-        logits = output.logits
-        if not bool(torch.stack(logits.aminmax()).isfinite().all()):
+def _drawn_slope(answer: Tensor, is_hidden: bool, generator: torch.Generator) -> Tensor:
+    """The gradient, by what the model answers, of the negative log-likelihood of answers drawn from
+    the model's own distribution; of the same shape. Final hidden states, and the one number of a
+    regression, have a normal distribution."""
+    if not is_hidden and answer.shape[-1] > 1:
+        if not bool(torch.stack(answer.aminmax()).isfinite().all()):
             raise ValueError("model: its output is not finite on the calibration data")
-        chances = logits.flatten(0, -2).float().softmax(-1)
+        chances = answer.flatten(0, -2).float().softmax(-1)
         drawn = _drawn(chances, generator)
         chances.scatter_add_(1, drawn, chances.new_full(drawn.shape, -1.0))
-        return logits, chances.view_as(logits).to(logits.dtype)
-    answer = output.last_hidden_state
-    direction = torch.randn(answer.shape, generator=generator, device=answer.device)
-    return answer, (direction / answer.float().std()).to(answer.dtype)
+        return chances.view_as(answer).to(answer.dtype)
+    kind: dict[str, Any] = {"dtype": torch.float32, "device": answer.device}
+    direction = torch.randn(answer.shape, generator=generator, **kind)
+    spread = answer.float().std() if answer.numel() > 1 else 1.0
+    return (direction / spread).to(answer.dtype)
 
 
 def _drawn(chances: Tensor, generator: torch.Generator) -> Tensor:
@@ -207,7 +209,9 @@ def _drawn(chances: Tensor, generator: torch.Generator) -> Tensor:
     From one random number a row, where `torch.multinomial` draws one for every entry.
     """
     sums = chances.cumsum(-1)
-    place = torch.rand(len(chances), 1, generator=generator, device=chances.device)
+    place = torch.rand(
+        len(chances), 1, generator=generator, dtype=torch.float32, device=chances.device
+    )
     drawn = torch.searchsorted(sums, place * sums[:, -1:], right=True)
     return drawn.clamp(max=chances.shape[1] - 1)
 

@@ -33,7 +33,7 @@ from ..codes.codebook import Codebook
 from ..codes.registry import CODECS
 from ..codes.search import Search
 from ..codes.simulated import Pair, SentTokens, SimulatedCodec
-from ..models import Adapter, adapt
+from ..models import ROW, Adapter, adapt
 from ..plan import Plan
 from .navq import NAVQ
 
@@ -197,8 +197,9 @@ class Simulation:
         if positions is not None:
             positions = positions[:, plan.copies :]  # of the tokens sent
         self.rope = None if positions is None else self.adapter.rope(positions)
+        self.last = self.adapter.last_tokens(inputs) if self.adapter.head == ROW else None
         self.kwargs = self._inputs(inputs)
-        self.commitment = torch.zeros((), device=device)
+        self.commitment = torch.zeros((), dtype=torch.float32, device=device)
         self.sizes = geometry(self.adapter)
         self.near = self._near()
         apart = self.losing or self.near is not None  # what a rank knows is its own
@@ -328,7 +329,8 @@ class Simulation:
             return None
         received = torch.ones((self.plan.world_size,) * 2, dtype=torch.bool)
         if self.lost:
-            received = torch.rand(received.shape, generator=self.generator) >= self.lost
+            drawn = torch.rand(received.shape, dtype=torch.float32, generator=self.generator)
+            received = drawn >= self.lost
         for receiver, sender, of_block in self.missed:
             if of_block == block:
                 received[receiver, sender] = False
@@ -345,6 +347,16 @@ class Simulation:
         return received
 
     def finish(self, hidden: Tensor) -> Tensor:
+        whole = self._in_order(hidden)
+        if self.adapter.head != ROW:
+            return whole
+        # the head looks for a token by its column in what it was given, so all columns are it
+        rows = torch.arange(len(whole), device=whole.device)
+        read = whole[:, -1] if self.last is None else whole[rows, self.last]
+        return read[:, None].expand(-1, hidden.shape[1], -1)
+
+    def _in_order(self, hidden: Tensor) -> Tensor:
+        """The final hidden states of the sequence as the model knows it, of all ranks'."""
         sent = self.layout.sent
         if self.single:
             return hidden

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+import transformers
 
 from astra_runtime import Engine
 from astra_runtime.serve.encoding import Encoding
@@ -83,3 +84,16 @@ def test_texts_that_no_rank_can_read_are_refused() -> None:
             with pytest.raises(QueueFull):
                 leader.embed([[2]])
         assert len(waiting.result(20)) == 1
+
+
+def test_pictures_and_patches_that_are_no_squares() -> None:
+    model = tiny("vit", image_size=(8, 12), patch_size=(4, 6), num_labels=3)
+    with encoding(model, 2) as leader:
+        assert leader._patches() == 4
+
+
+def test_models_whose_answers_are_no_vectors_are_refused() -> None:
+    for name, kind in (("BertForTokenClassification", "bert"), ("ViTModel", "vit")):
+        model = getattr(transformers, name)(tiny(kind).config).eval()
+        with Engine(model) as engine, pytest.raises(ValueError, match=f"without a head.*{name}"):
+            Encoding(engine)

@@ -18,6 +18,7 @@ from astra_runtime.errors import CallEnded, WireError
 from astra_runtime.evaluate import run_ranks
 from astra_runtime.files import write_private
 from astra_runtime.sessions.kept import KeptSessions, common_prefix
+from astra_runtime.sessions.session import generate_together
 from astra_runtime.transport import Mesh
 
 from ..models import inputs_for, tiny, windows_for
@@ -169,10 +170,50 @@ def test_arguments_that_no_rank_can_use_are_refused_before_anything_is_sent() ->
             session.generate(249)
         with pytest.raises(ValueError, match="keep: expected one of exact, codes"):
             session.release("nothing")  # type: ignore[arg-type]
+        kept = KeptSessions(1 << 20)
+        for call, message in (
+            (lambda: generate_together(3), "sessions: expected a list"),
+            (lambda: generate_together([session, None]), "sessions: expected sessions"),  # type: ignore[list-item]
+            (lambda: generate_together([session], ranks=0), "ranks: expected a list"),
+            (lambda: generate_together([session], choose=max), "choose: expected a list"),
+            (lambda: session.finish(5), "tokens: expected a list"),
+            (lambda: engine.share_session("a", 0), "session: expected Session"),
+            (lambda: engine.decoder().add(None), "session: expected a session"),
+            (lambda: kept.keep(None), "session: expected a session"),
+            (lambda: kept.find([1]), "ids: expected a tensor"),
+            (lambda: kept.find(IDS[0]), r"ids: expected shape \[1, T\]"),
+        ):
+            with pytest.raises((TypeError, ValueError), match=message):
+                call()  # type: ignore[no-untyped-call]
         assert session.generate(1).shape == (1, 10)
         if engine.rank == 0:
             with pytest.raises(ValueError, match="expected one of rank 0, got 1's"):
                 engine.decoder().add(session)
+
+    ranks(work)
+
+
+def test_a_choice_writes_to_logits_of_its_own() -> None:
+    """Forks share what is known behind their last token; a choice that hid a token there hid it
+    from all of them, and from the session."""
+
+    def work(engine: Engine) -> None:
+        session = engine.session()
+        session.append(IDS[:, :20])
+        plain = session.fork().generate(1)
+        likeliest = int(plain[0, -1])
+
+        def other(ids: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:
+            logits[:, likeliest] = -torch.inf
+            return logits.argmax(-1)
+
+        forks = [session.fork(), session.fork()]
+        first, second = generate_together(forks, 1, choose=[other, None])
+        assert int(first[0, -1]) != likeliest
+        assert torch.equal(second, plain)
+        if session.logits is not None:
+            session.logits.zero_()
+        assert torch.equal(session.generate(1), plain)
 
     ranks(work)
 

@@ -7,11 +7,16 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
+from torch import Tensor
 
 from astra_runtime import Codebook, Engine
-from astra_runtime.evaluate import Measured, run_ranks
+from astra_runtime.costs import engine_plan
+from astra_runtime.evaluate import Measured, answer_of, measure, run_ranks
+from astra_runtime.models import adapt
 from astra_runtime.train.finetune import finetune
 from astra_runtime.train.schedule import Settings
+from astra_runtime.train.simulate import Simulation
 
 from ..models import tiny, windows_for
 
@@ -115,6 +120,13 @@ def test_more_windows_are_checked_alike() -> None:
 def test_numbers_of_another_type_are_refused(options: dict[str, Any]) -> None:
     with pytest.raises(TypeError, match="expected an integer, got"):
         fit(tiny("llama"), WINDOWS, **options)
+    for other in ({"bits": "100"}, {"fine_bits": [1]}, {"extra": None}, {"progress": 5}):
+        with pytest.raises(TypeError, match=f"{next(iter(other))}: expected"):
+            fit(tiny("llama"), WINDOWS, "transform", **other)
+    with pytest.raises(TypeError, match="space: expected a string"):
+        fit(tiny("llama"), WINDOWS, ["kv"])  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="codewords: expected 2 to 65536, got 0"):
+        Codebook.fit(tiny("llama"), WINDOWS, codewords=0)
     with pytest.raises(TypeError, match="unexpected keyword argument 'foo'"):
         fit(tiny("llama"), WINDOWS, foo=1)
 
@@ -182,3 +194,43 @@ def test_a_target_without_a_gap_is_refused_at_once() -> None:
             progress=lambda what, done, steps: tried.append(what),
         )
     assert tried.count("clustering") == 3  # one budget
+
+
+@pytest.mark.parametrize(
+    ("name", "space", "labels"),
+    [
+        ("LlamaForSequenceClassification", "kv", 1),
+        ("GPT2ForSequenceClassification", "transform", 3),
+        ("Qwen2ForQuestionAnswering", "kv", 2),
+        ("BertForQuestionAnswering", "transform", 2),
+        ("BertForSequenceClassification", "transform", 1),
+    ],
+)
+def test_models_with_heads_are_fitted(name: str, space: str, labels: int) -> None:
+    """A head that looks for a token by its column, two answers, a single number."""
+    family = next(f for f in ("Llama", "GPT2", "Qwen2", "Bert") if name.startswith(f))
+    config = tiny(family.lower(), pad_token_id=96, num_labels=labels).config
+    torch.manual_seed(0)
+    model = getattr(transformers, name)(config).eval()
+    windows = windows_for(family.lower(), count=3, tokens=30)
+    options: dict[str, Any] = {"space": space, "codewords": 8, "iterations": 2}
+    book = Codebook.fit(model, windows, held_back=1, world_size=2, **options)
+    assert 0 <= book.notes["held_back"]["astra"] < 10
+    ids = windows[:1]
+    plan = engine_plan(adapt(model), book, ids.shape[1] - adapt(model).class_tokens, 2, halo=0)
+
+    def work(mesh: Any) -> Tensor:
+        with Engine(model, book, mesh, halo=0) as engine:
+            return answer_of(engine(input_ids=ids, logits="all"))
+
+    with torch.no_grad():
+        simulated = answer_of(Simulation(model, book, plan, {"input_ids": ids}).run())
+    torch.testing.assert_close(run_ranks(2, work)[0], simulated, atol=1e-3, rtol=1e-3)
+
+
+def test_what_cannot_be_measured_on_is_refused() -> None:
+    with pytest.raises(ValueError, match="windows: expected at least one, got none"):
+        measure(tiny("llama"), Codebook.dense(), [], world_size=2)
+    padded = {"input_ids": WINDOWS[:1], "attention_mask": (WINDOWS[:1] > 50).long()}
+    with pytest.raises(ValueError, match="windows: expected no padding"):
+        measure(tiny("llama"), Codebook.dense(), [padded], world_size=2)
