@@ -23,6 +23,7 @@ Ranges = Sequence[tuple[int, int]]  # of bytes, [start, stop)
 SAME_PICTURE = 0.02  # of a picture's root mean square: what preprocessing may round differently
 DIMMEST = 0.1  # of the largest root mean square of a batch: no picture is taken for dimmer
 STAR_RANKS = 4  # up to so many send their class tokens straight to the rank that has the answer
+STEP_SECONDS = 0.1  # in which a rank that gives up has told the next one, in a tree
 
 
 def send_tensor(call: Call, tensor: Tensor, *, block: int, to: Iterable[int]) -> None:
@@ -46,15 +47,21 @@ def send_tensor(call: Call, tensor: Tensor, *, block: int, to: Iterable[int]) ->
 
 
 def receive_tensors(
-    call: Call, shapes: Mapping[int, tuple[int, ...]], like: Tensor, *, block: int
+    call: Call,
+    shapes: Mapping[int, tuple[int, ...]],
+    like: Tensor,
+    *,
+    block: int,
+    extra: float = 0.0,
 ) -> dict[int, Tensor]:
     """The tensors of the given shapes that these ranks sent, with the dtype of `like`.
 
-    Where ranks may be left out, those that are not needed get no longer than a block's exchange.
+    Where ranks may be left out, those that are not needed get no longer than a block's exchange;
+    the others `extra` seconds longer than answers take.
     """
     sizes = {n: like.dtype.itemsize * torch.Size(shape).numel() for n, shape in shapes.items()}
     with stage("wait"):
-        views = _receive_answer(call, sizes, block) if sizes else {}
+        views = _receive_answer(call, sizes, block, extra) if sizes else {}
     return {
         n: torch.frombuffer(view, dtype=torch.uint8)
         .to(like.device, copy=True)
@@ -156,28 +163,26 @@ def _mean_by_tree(call: Call, token: Tensor) -> Tensor:
     the mean; a rank that is not gets its own.
     """
     rank, world = call.rank, call.mesh.world_size
-    shape, total, step = tuple(token.shape), token, 1
-    children = []
-    while step < world and not rank & step:
-        if rank + step < world:
-            children.append(rank + step)
-            total = total + _receive_from(call, children[-1], shape, token)
-        step *= 2
+    behind = rank & -rank or 1 << (world - 1).bit_length()  # ranks in this one's branch, and itself
+    steps = [1 << n for n in range(behind.bit_length() - 1)]
+    children = [rank + step for step in steps if rank + step < world]
+    # who waits for another must not give up before that one has named whom it waits for
+    shapes, extra = dict.fromkeys(children, tuple(token.shape)), STEP_SECONDS * len(steps)
+    received = receive_tensors(call, shapes, token, block=Control.HEAD, extra=extra)
+    total = sum((received[child] for child in children), token)
     mean = total / world
     if rank:
-        send_tensor(call, total, block=Control.HEAD, to=[rank - step])
+        parent = rank - behind
+        send_tensor(call, total, block=Control.HEAD, to=[parent])
         if not call.everywhere:
             return token
-        mean = _receive_from(call, rank - step, shape, token)
+        back = {parent: tuple(token.shape)}
+        extra += STEP_SECONDS * world.bit_length()
+        mean = receive_tensors(call, back, token, block=Control.HEAD, extra=extra)[parent]
     if call.everywhere:
         # the child with the most ranks behind it first
-        for child in reversed(children):
-            send_tensor(call, mean, block=Control.HEAD, to=[child])
+        send_tensor(call, mean, block=Control.HEAD, to=reversed(children))
     return mean
-
-
-def _receive_from(call: Call, rank: int, shape: tuple[int, ...], like: Tensor) -> Tensor:
-    return receive_tensors(call, {rank: shape}, like, block=Control.HEAD)[rank]
 
 
 def _gather_last_tokens(call: Call, last: LastTokens, hidden: Tensor) -> Tensor:
@@ -194,9 +199,12 @@ def _gather_last_tokens(call: Call, last: LastTokens, hidden: Tensor) -> Tensor:
     return last.put(pieces | receive_tensors(call, shapes, hidden, block=Control.HEAD))
 
 
-def _receive_answer(call: Call, sizes: Mapping[int, int], block: int) -> dict[int, memoryview]:
+def _receive_answer(
+    call: Call, sizes: Mapping[int, int], block: int, extra: float
+) -> dict[int, memoryview]:
     """What these ranks contribute to the answer, of those that are not left out."""
-    missing, patience = call.missing, call.patience
+    missing = call.missing
+    patience = (call.mesh.timeout if call.patience is None else call.patience) + extra
     if missing is None:
         return _receive(call, sizes, block, patience)
     totals = {n: size + missing.all_width for n, size in sizes.items()}
