@@ -54,7 +54,7 @@ class AttendProblem(Problem):
             return _SMALL
         if family == 90 and size == 128 and self.mask and self.rotary and not self.mixed:
             return _MASKED_ROTARY
-        if family == 80 and size == 128 and not TRITON_3_6 and not self.natural:
+        if family == 80 and size == 128 and not self.natural:
             if self.mixed and self.rotary:
                 return _SMALL
             if not loaded:
@@ -99,9 +99,10 @@ _LAST = (Tile(32, 16, 4, 2), Tile(16, 16, 4, 1))
 _WIDE = (Tile(128, 64, 8, 3), Tile(128, 32, 8, 3), Tile(64, 64, 4, 3), Tile(64, 32, 4, 2), *_LAST)
 _NARROW = (Tile(64, 32, 4, 3), Tile(64, 32, 4, 2), *_LAST)
 _SMALL = (Tile(64, 32, 8, 2), Tile(32, 32, 4, 2), *_LAST)
-# By Triton 3.9 some tiles spill that do not by 3.6, at 128 channels: on sm_80, 64 columns over
-# codewords alone 128 bytes, rotated keys of both kinds in four warps 8; on sm_90, 128 by 32 with a
-# mask per query beside rotated keys 56.
+# At 128 channels some tiles spill by one version of Triton or both. On sm_80, 64 columns: codewords
+# alone 128 bytes by 3.9, 80 channels beside a mask of codes 56 by 3.6; rotated keys of both kinds
+# in four warps: 8 by 3.9, 16 by 3.6. On sm_90, 128 by 32 with a mask per query beside rotated keys:
+# 56 by 3.9.
 _HALVED = (Tile(128, 32, 8, 3), Tile(64, 32, 4, 2), *_LAST)
 _MASKED_ROTARY = (
     *((Tile(128, 32, 8, 3),) if TRITON_3_6 else ()),

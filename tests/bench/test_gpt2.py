@@ -21,10 +21,15 @@ from bench.gpt2.tables import gpt2_bits, gpt2_ranks, gpt2_settings
 
 @pytest.fixture(scope="module")
 def report(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    def beginnings(domain: str) -> tuple[str, ...]:
+        """To make tokens of a whole corpus takes seconds."""
+        return tuple(text[:40_000] for text in corpora.corpus(domain))
+
     folder = tmp_path_factory.mktemp("gpt2")
     few = {"noise": (0.1,), "commitment": (1e-4,), "codewords": (16,), "seeds": 1}
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("ASTRA_CACHE", str(folder))
+        patch.setattr("bench.gpt2.model.corpus", beginnings)
         patch.setattr(program, "QUICK", replace(program.QUICK, **few))
         program.main(["--quick", "--results", str(folder), "--output", "quick"])
     (file,) = folder.glob("*/quick.json")

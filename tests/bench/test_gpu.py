@@ -88,7 +88,7 @@ def test_a_failing_or_late_stage_stops_no_other(monkeypatch, tmp_path, cache, ca
     bad = "print('WRONG merge_state'); print('1 failed, 2 passed in 3s'); raise SystemExit(3)"
     late = "import time; print('begun', flush=True); time.sleep(60)"
     groups = [
-        (python(bad, name="bad", note="perhaps not"), python(late, name="late", seconds=5)),
+        (python(bad, name="bad", note="perhaps not"), python(late, name="late", seconds=3)),
         (python("", name="absent", missing="no such tool"),),
         (python(write, name="good"),),
     ]
@@ -106,18 +106,19 @@ def test_a_failing_or_late_stage_stops_no_other(monkeypatch, tmp_path, cache, ca
 
 
 def test_a_stage_gets_the_time_that_is_left(monkeypatch, tmp_path, cache):
+    monkeypatch.setattr(gpu, "LEAST_LIMIT", 1.0)
     slow = "import time; time.sleep(60)"
     groups = [
         (python(slow, name="first"),),
-        (python("", name="second", least=6),),
+        (python("", name="second", least=3),),
         (python(slow, name="spare", least=0, spare=True),),
     ]
     began = time.monotonic()
-    stages = run(monkeypatch, groups, tmp_path / "out", "--minutes", str(12 / 60))
+    stages = run(monkeypatch, groups, tmp_path / "out", "--minutes", str(6 / 60))
     assert stages["first"]["result"] == "timed out"
-    assert stages["first"]["seconds"] < 7 + running.GRACE
+    assert stages["first"]["seconds"] < 4 + running.GRACE
     assert stages["second"]["result"] == "passed"
-    assert time.monotonic() - began < 12 + 2 * running.GRACE
+    assert time.monotonic() - began < 6 + 2 * running.GRACE
 
 
 def test_what_there_is_is_kept_while_a_stage_runs(monkeypatch, tmp_path, cache):
@@ -134,7 +135,7 @@ def test_what_there_is_is_kept_while_a_stage_runs(monkeypatch, tmp_path, cache):
         kept.append(json.loads((output / "summary.json").read_text()))
 
     monkeypatch.setattr(running, "KEEP_EVERY", 0.2)
-    code = "import time; print('half way', flush=True); time.sleep(2)"
+    code = "import time; print('half way', flush=True); time.sleep(1)"
     running.run_group([(python(code, name="slow"), 30.0)], {"PATH": ""}, scratch, keep)
     assert kept[-1]["running"] == ["slow"]
     assert "half way" in (output / "log.txt").read_text()

@@ -31,7 +31,7 @@ def run(code: str) -> str:
 def test_lean_and_quick() -> None:
     """Without Triton and transformers, and in under 1.5 s more than torch (best of two)."""
     code = IMPORT.format(absent={"triton", "transformers", "safetensors", "sklearn", "faiss"})
-    assert min(float(run(code)) for _ in range(2)) < 1.5
+    assert float(run(code)) < 1.5 or float(run(code)) < 1.5
 
 
 def test_exports() -> None:

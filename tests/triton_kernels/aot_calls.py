@@ -35,11 +35,13 @@ TOKENS, CODEWORDS, KV_HEADS, HEADS = 8192, 1024, 2, 8
 @dataclass(frozen=True)
 class Call:
     """``channels`` of vectors that a program holds whole, 0 where it goes over them in steps.
-    ``decisive``: what the goals for a GPU are measured on, whose loops must read wide."""
+    ``options``: what tells it from other calls of its op. ``decisive``: what the goals for a GPU
+    are measured on, whose loops must read wide."""
 
     name: str
     channels: int
     run: Callable[[], object]
+    options: dict[str, Any]
     decisive: bool = False
 
 
@@ -52,7 +54,7 @@ def attention(
     mask: bool = False, width: int = 0,
 ) -> Call:  # fmt: skip
     """Mixed attention; without local tokens (``near``) attention over codes alone."""
-    options = {
+    options: dict[str, Any] = {
         "m": m, "near": near, "rope": rope, "causal": causal, "groups": groups, "stages": stages,
         "bits": bits, "mask": code_mask, "counted": counted, "attn_mask": mask, "d_v": width,
     }  # fmt: skip
@@ -89,7 +91,8 @@ def attention(
         )
         return attend(query, None, coded=coded, splits=splits)
 
-    return Call(name or f"attention d={d} {short(dtype)} {said}", d, run)
+    options |= {"op": "attention", "d": d, "dtype": dtype, "splits": splits}
+    return Call(name or f"attention d={d} {short(dtype)} {said}", d, run, options)
 
 
 def dense(
@@ -98,7 +101,7 @@ def dense(
     softcap: float | None = None, sinks: bool = False, width: int = 0, name: str = "",
 ) -> Call:  # fmt: skip
     """Dense attention; ``mask``: of one per query, the same for all heads."""
-    options = {"window": window, "softcap": softcap, "sinks": sinks, "d_v": width}
+    options: dict[str, Any] = {"window": window, "softcap": softcap, "sinks": sinks, "d_v": width}
     said = f"{' causal' * causal}{'' if mask is None else f' mask={short(mask)}'}" + "".join(
         f" {key}={value}" for key, value in options.items() if value
     )
@@ -111,7 +114,8 @@ def dense(
         scores = Scores(None, softcap, torch.empty(HEADS) if sinks else None)
         return attend(query, scores, dense=Dense(key, value, causal, None, attn_mask, window))
 
-    return Call(name or f"dense d={d} {short(dtype)} m={m}{said}", max(d, width), run)
+    options |= {"op": "dense", "d": d, "dtype": dtype, "m": m, "causal": causal, "mask": mask}
+    return Call(name or f"dense d={d} {short(dtype)} m={m}{said}", max(d, width), run, options)
 
 
 def gradient(
@@ -119,7 +123,9 @@ def gradient(
     window: tuple[int, int] | None = None, softcap: float | None = None, width: int = 0,
 ) -> Call:  # fmt: skip
     """The gradient of dense attention, of 512 queries to 2,048 keys."""
-    options = {"causal": causal, "mask": mask, "window": window, "softcap": softcap, "d_v": width}
+    options: dict[str, Any] = {
+        "causal": causal, "mask": mask, "window": window, "softcap": softcap, "d_v": width,
+    }  # fmt: skip
     said = "".join(f" {key}={value}" for key, value in options.items() if value)
 
     def run() -> object:
@@ -132,7 +138,8 @@ def gradient(
         dense = Dense(key, value, causal, None, attn_mask, window)
         return attention_gradient(query, dense, rows, grad_out, rows, d**-0.5, softcap)
 
-    return Call(f"gradient d={d} {short(dtype)}{said}", max(d, width), run)
+    options |= {"op": "gradient", "d": d, "dtype": dtype}
+    return Call(f"gradient d={d} {short(dtype)}{said}", max(d, width), run, options)
 
 
 def search(
@@ -147,7 +154,9 @@ def search(
 
     packed = "" if bits is None else f" {bits} bits"
     channels = width if width <= 128 else 0
-    return Call(name or f"encode w={width} groups={groups} {short(dtype)}{packed}", channels, run)
+    options = {"op": "encode", "width": width, "groups": groups, "dtype": dtype, "bits": bits}
+    said = name or f"encode w={width} groups={groups} {short(dtype)}{packed}"
+    return Call(said, channels, run, options)
 
 
 def linear(
@@ -164,7 +173,12 @@ def linear(
         return lookup_linear(codes, codebook[0], weight, estimate=state, norm=norm)
 
     said = f"{norm or 'no norm'}{' estimate' * estimate}"
-    return Call(name or f"lookup_linear w={width} groups={groups} {short(dtype)} {said}", 0, run)
+    options = {
+        "op": "lookup_linear", "width": width, "groups": groups, "dtype": dtype, "norm": norm,
+        "estimate": estimate,
+    }  # fmt: skip
+    said = name or f"lookup_linear w={width} groups={groups} {short(dtype)} {said}"
+    return Call(said, 0, run, options)
 
 
 def helpers(dtype: torch.dtype, bits: int, d: int = 128) -> Iterator[Call]:
@@ -192,7 +206,8 @@ def helpers(dtype: torch.dtype, bits: int, d: int = 128) -> Iterator[Call]:
         "merge states": lambda: merge_states(*four),
     }  # fmt: skip
     for name, run in calls.items():
-        yield Call(f"{name} d={d} {short(dtype)} bits={bits}", d, run)
+        options = {"op": name, "d": d, "dtype": dtype, "bits": bits}
+        yield Call(f"{name} d={d} {short(dtype)} bits={bits}", d, run, options)
 
 
 def short(dtype: torch.dtype) -> str:
@@ -261,6 +276,18 @@ def decisive() -> list[Call]:
         linear(24, 32, BF16, "rms", False, 8192, name="lookup_linear, 32 groups"),
     ]  # fmt: skip
     return [replace(call, decisive=True) for call in calls]
+
+
+def spilled_before() -> list[Call]:
+    """What spilled by a version of Triton until it got other tiles (attend_tiles.py, gradient.py):
+    the first two on sm_80, the masks on sm_80 and sm_90, the gradient everywhere."""
+    return [
+        attention(128, BF16, counted=True),
+        attention(128, BF16, near=1024, causal=True, rope=True),
+        attention(128, BF16, mask=True, rope=True),
+        attention(128, BF16, mask=True, groups=4, width=64),
+        gradient(128, FLOAT),
+    ]
 
 
 def all_calls() -> Iterator[Call]:

@@ -72,7 +72,7 @@ def loops(cubin: bytes) -> tuple[Loop, ...]:
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "kernel.cubin"
         path.write_bytes(cubin)
-        command = [str(BIN / "nvdisasm"), "-c", str(path)]
+        command = [str(BIN / "nvdisasm"), "-c", "-ndf", str(path)]
         listing = subprocess.run(command, check=True, capture_output=True, text=True).stdout
     return tuple(loops_of(listing))
 

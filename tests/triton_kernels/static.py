@@ -45,9 +45,8 @@ Row = dict[str, Any]
 def outcomes(names: Iterable[str] | None = None) -> Iterator[Outcome]:
     """Compiles the decisive calls, or those of them that are named."""
     wanted = None if names is None else set(names)
-    for call in decisive():
-        if wanted is None or call.name in wanted:
-            yield from check(call, CAPABILITY, MULTIPLYING)
+    calls = [call for call in decisive() if wanted is None or call.name in wanted]
+    return check(calls, CAPABILITY, MULTIPLYING)
 
 
 def row_of(outcome: Outcome) -> Row:

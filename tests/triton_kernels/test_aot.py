@@ -7,12 +7,14 @@ import os
 import subprocess
 import sys
 from collections import Counter
+from itertools import combinations, product
 
 import pytest
+import torch
 import triton
 
-from astra_kernels._triton.launch import Launch
-from tests.triton_kernels import aot, aot_calls, sass, static
+from astra_kernels._triton.launch import Launch, launch
+from tests.triton_kernels import aot, aot_calls, aot_launches, sass, static
 
 
 def in_a_process(module: str, *options: str) -> subprocess.CompletedProcess[str]:
@@ -46,7 +48,7 @@ def test_decisive_kernels_are_as_quick_as_the_table_says():
 @pytest.mark.slow
 @pytest.mark.parametrize("capability", [80, 100])
 def test_a_configuration_of_each_kind_compiles_elsewhere(capability):
-    """The decisive ones are compiled for sm_90 above; `make test-aot` compiles all for sm_100."""
+    """The decisive ones are compiled for sm_90 above; `make test-aot` compiles more of each."""
     outcomes = compiled("--few", "--capability", str(capability), "--processes", "1")
     matrix = {80: "mma.sync", 100: "tcgen05.mma"}
     assert len({o["call"] for o in outcomes}) == len(aot_calls.few())
@@ -58,7 +60,7 @@ def test_a_configuration_of_each_kind_compiles_elsewhere(capability):
 
 @pytest.mark.slow
 @pytest.mark.timeout(7200)
-def test_every_configuration_compiles_without_spills():
+def test_configurations_compile_without_spills():
     compiled()
 
 
@@ -134,10 +136,55 @@ def test_arguments_are_specialized_as_the_jit_does():
         ]
 
     launch = Launch(Kernel, (1,), (32, 1, 1, 7, None, 0.5), {"TILE": 16}, 4, 2, {})
-    types, constants, aligned = aot.signature(launch)
+    types, constants, aligned = aot_launches.signature(launch)
     assert types == {
         "rows": "i32", "one": "constexpr", "free": "i32", "odd": "i32", "nothing": "constexpr",
         "scale": "fp32", "TILE": "constexpr",
     }  # fmt: skip
     assert constants == {"TILE": 16, "one": 1, "nothing": None}
     assert list(aligned) == [(0,)]
+
+
+def test_a_few_rows_show_every_two_options_that_occur_together():
+    options = [dict(zip("abc", values, strict=True)) for values in product(range(3), repeat=3)]
+    rows = [set(combinations(sorted(each.items()), 2)) for each in options]
+    picked = aot_launches.covering(rows, start=[26, 13])
+    assert picked[:2] == [26, 13]
+    assert set().union(*(rows[index] for index in picked)) == set().union(*rows)
+    assert 9 <= len(picked) <= 13
+    assert aot_launches.covering(rows, start=[26, 13]) == picked
+    assert aot_launches.covering([set(), rows[0], rows[0]]) == [1]
+
+
+def test_launches_that_the_compiler_cannot_tell_apart_are_compiled_once():
+    class Kernel:
+        params = tuple(type("Parameter", (), {"name": name}) for name in ("ROWS", "KEYS"))
+
+        @staticmethod
+        def fn() -> None: ...
+
+    def call(name: str, rows: int, keys: int) -> aot_calls.Call:
+        def run() -> None:
+            launch(
+                *(Kernel, (1,)), device=torch.device("cpu"), warps=4, stages=1, ROWS=rows, KEYS=keys
+            )  # fmt: skip
+
+        return aot_calls.Call(name, 128, run, {"rows": rows, "keys": keys})
+
+    # Of two calls of one name the first counts.
+    calls = [call("one", 16, 16), call("same", 16, 16), call("wide", 16, 32), call("one", 64, 64)]
+    uses = aot_launches.specializations(calls, 90)
+    names = [[use.call.name for use in used] for used in uses.values()]
+    assert names == [["one", "same"], ["wide"]]
+    assert list(uses)[1].constants == (("ROWS", 16), ("KEYS", 32))
+    assert list(aot_launches.subset(uses, ["wide"])) == list(uses)  # each has a pair of its own
+
+    spilling = aot.Compilation(aot.Report(255, 8, 1000, "", 0), "", 2.0, cached=True)
+    failing = aot.Compilation(None, "CompilationError: no", 1.0, cached=False)
+    results = list(aot.outcomes(uses, lambda _, jobs: [spilling, failing][: len(jobs)]))
+    spilled = "8 bytes of registers spilled"
+    assert [[o.wrong for o in same] for same in results] == [[spilled] * 2, [failing.error]]
+    tally = aot.Tally()
+    for same in results:
+        tally.add(same)
+    assert str(tally) == "1 compiled, 1 cached, 2 not as they must be"

@@ -9,7 +9,6 @@ import io
 import os
 import pty
 import signal
-import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -64,27 +63,28 @@ def struck(
     world_size: int,
     *more: str,
 ) -> str:
-    """The last words of a leader, this process, whose last worker meets `blow` in the middle."""
-    leading = threading.Event()
+    """The last words of a leader, this process, whose last worker meets `blow` as the job begins.
 
-    def submit(ranks: Ranks, **job: Any) -> Any:
-        leading.set()
-        return real(ranks, **job)
+    It is the leader that strikes, once the ranks have compared their models: before, a wait has the
+    start's longer timeout.
+    """
+    leader, struck_at = os.getpid(), list[int]()
 
-    def strike() -> None:
-        assert leading.wait(90)
-        os.kill(workers_of(os.getpid())[world_size - 1], blow)
+    def engine(ranks: Ranks, *asked: Any) -> Any:
+        made = real(ranks, *asked)
+        if os.getpid() == leader and not struck_at:  # the workers are forks
+            struck_at.append(workers_of(leader)[world_size - 1])
+            os.kill(struck_at[0], blow)
+        return made
 
-    real = Ranks.submit
-    monkeypatch.setattr(Ranks, "submit", submit)
-    striking = threading.Thread(target=strike)
-    striking.start()
+    real = Ranks.engine
+    monkeypatch.setattr(Ranks, "engine", engine)
     _, words = here(
         "run", *model_options(home), "--prompt", PROMPT, "--world-size", str(world_size),
         "--max-new-tokens", "200", *more, code=1,
     )  # fmt: skip
-    striking.join()
-    assert not workers_of(os.getpid())
+    assert struck_at
+    assert not workers_of(leader)
     return words.strip().splitlines()[-1]
 
 
@@ -93,7 +93,7 @@ def test_the_worker_that_died_first_is_named(
     here: Any,  # noqa: F811
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """Rank 2 is killed in the middle; rank 1, which then fails as well, is not to blame."""
+    """Rank 2 is killed; rank 1, which then fails as well, is not to blame."""
     last = struck(home, here, monkeypatch, signal.SIGKILL, 3)
     assert last.startswith("astra: error: rank 2 was lost")
     assert "rank 2 was ended by SIGKILL" in last
@@ -104,9 +104,7 @@ def test_a_worker_that_stops_is_named_and_ended(
     here: Any,  # noqa: F811
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    # the blow may fall before the ranks have compared their models, which is part of the start
-    limits = ["--timeout", "2", "--connect-timeout", "12"]
-    last = struck(home, here, monkeypatch, signal.SIGSTOP, 2, *limits)
+    last = struck(home, here, monkeypatch, signal.SIGSTOP, 2, "--timeout", "2")
     assert "rank 1 sent nothing within" in last
 
 
