@@ -93,7 +93,8 @@ class Adapter(ABC):
 
     @property
     def dtype(self) -> torch.dtype:
-        return activation_dtype(self.model)
+        """Of queries, keys and values. Embeddings and norms may have another."""
+        return activation_dtype(self.attentions[0]) or activation_dtype(self.model) or torch.float32
 
     @property
     def mlp_size(self) -> int:

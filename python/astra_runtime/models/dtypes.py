@@ -69,8 +69,8 @@ def check_dtypes(adapter: Adapter, inputs: Mapping[str, Any]) -> None:
     for what, seen in listener.seen.items():
         if seen != adapter.dtype:
             raise ValueError(
-                f"model: expected {what} in {adapter.dtype}, as its first weight is, got {seen}; "
-                f"{advice}"
+                f"model: expected {what} in {adapter.dtype}, as attention's weights are, got "
+                f"{seen}; {advice}"
             )
 
 

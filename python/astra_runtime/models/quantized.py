@@ -161,13 +161,14 @@ def form_of(model: nn.Module) -> str:
     return str(dtype).removeprefix("torch.")
 
 
-def activation_dtype(model: nn.Module) -> torch.dtype:
-    """What goes from layer to layer has it: the dtype of the first weight that is no scale."""
-    for name, parameter in model.named_parameters():
+def activation_dtype(module: nn.Module) -> torch.dtype | None:
+    """What goes from layer to layer has it: the dtype of the first weight that is no scale; None:
+    all weights are integers."""
+    for name, parameter in module.named_parameters():
         scales = name.endswith((".scale", ".minimum"))
         if parameter.is_floating_point() and not scales:
             return parameter.dtype
-    return torch.float32
+    return None
 
 
 def weight_bytes(model: nn.Module) -> int:
