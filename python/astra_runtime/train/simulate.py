@@ -129,6 +129,20 @@ class Layout:
         return masks
 
 
+def _check_losses(
+    codebook: Codebook, lost: float, generator: torch.Generator | None, after_loss: str
+) -> None:
+    if not 0 <= lost <= 1:
+        raise ValueError(f"lost: expected a share between 0 and 1, got {lost}")
+    if lost and generator is None:
+        raise ValueError("generator: expected one, from which the losses are drawn, got None")
+    if after_loss not in ("stale", "out", "predicted"):
+        raise ValueError(f"after_loss: expected stale, out or predicted, got {after_loss!r}")
+    if after_loss == "predicted" and not codebook.codec.predicts:
+        predicting = " or ".join(f'"{key}"' for key, c in CODECS.items() if c.predicts)
+        raise ValueError(f'after_loss: expected "predicted" with space {predicting} only')
+
+
 class Simulation:
     """One forward pass of `model` as the ranks of `plan`; a listener of the hooks.
 
@@ -166,15 +180,7 @@ class Simulation:
         after_loss: Literal["stale", "out", "predicted"] = "stale",
         generator: torch.Generator | None = None,
     ) -> None:
-        if not 0 <= lost <= 1:
-            raise ValueError(f"lost: expected a share between 0 and 1, got {lost}")
-        if lost and generator is None:
-            raise ValueError("generator: expected one, from which the losses are drawn, got None")
-        if after_loss not in ("stale", "out", "predicted"):
-            raise ValueError(f"after_loss: expected stale, out or predicted, got {after_loss!r}")
-        if after_loss == "predicted" and not codebook.codec.predicts:
-            predicting = " or ".join(f'"{key}"' for key, c in CODECS.items() if c.predicts)
-            raise ValueError(f'after_loss: expected "predicted" with space {predicting} only')
+        _check_losses(codebook, lost, generator, after_loss)
         self.lost, self.generator = lost, generator
         self.missed, self.after_loss = frozenset(missed), after_loss
         self.losing = bool(lost or missed)
@@ -188,16 +194,7 @@ class Simulation:
         self.quantizers = quantizers if quantizers is not None else frozen(codebook, device)
         self.single = single_class_token
         self.layout = Layout.make(plan, device, single_class_token)
-        visible = self.adapter.visible(inputs)
-        self.local_masks: Sequence[Tensor | None] = [None] * plan.world_size
-        if visible is not None:
-            self.local_masks = self.layout.local_masks(plan.causal, visible)
-        self.counted = None if visible is None else visible[:, self.layout.token[self.layout.sent]]
-        positions = self.adapter.positions(inputs)
-        if positions is not None:
-            positions = positions[:, plan.copies :]  # of the tokens sent
-        self.rope = None if positions is None else self.adapter.rope(positions)
-        self.last = self.adapter.last_tokens(inputs) if self.adapter.head == ROW else None
+        self._look_at(inputs)
         self.kwargs = self._inputs(inputs)
         self.commitment = torch.zeros((), dtype=torch.float32, device=device)
         self.sizes = geometry(self.adapter)
@@ -206,6 +203,19 @@ class Simulation:
         self.receivers = plan.world_size if apart else 1
         self.codec: SimulatedCodec | None = None  # of the pass that runs
         self.block_input: Tensor | None = None
+
+    def _look_at(self, inputs: Mapping[str, Tensor]) -> None:
+        """Which tokens attention may see, and the angles of those that are sent."""
+        visible = self.adapter.visible(inputs)
+        self.local_masks: Sequence[Tensor | None] = [None] * self.plan.world_size
+        if visible is not None:
+            self.local_masks = self.layout.local_masks(self.plan.causal, visible)
+        self.counted = None if visible is None else visible[:, self.layout.token[self.layout.sent]]
+        positions = self.adapter.positions(inputs)
+        if positions is not None:
+            positions = positions[:, self.plan.copies :]  # of the tokens sent
+        self.rope = None if positions is None else self.adapter.rope(positions)
+        self.last = self.adapter.last_tokens(inputs) if self.adapter.head == ROW else None
 
     def _near(self) -> Tensor | None:
         """Whose fine codes each rank gets: bool [N receiving, S]; None: there are none."""
