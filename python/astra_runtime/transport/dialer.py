@@ -29,8 +29,9 @@ from astra_runtime.transport.stream import Stream
 from astra_runtime.wire import HELLO_SIZE, SAME_TRANSPORT
 
 RETRY_SECONDS: Final = 0.05
-# What the store of torch.distributed does to a dialer as well.
+# What the store of torch.distributed does to a dialer, too.
 NO_ANSWER: Final = f"it closed the connection without an answer; if it runs, {SAME_TRANSPORT}"
+SILENT: Final = f"no answer within {HANDSHAKE_SECONDS:g} s; if it runs, {SAME_TRANSPORT}"
 
 
 class _Dial:
@@ -81,7 +82,7 @@ class Dialer:
     def expire(self, now: float) -> None:
         for dial in self._dials.values():
             if dial.pending is not None and now > dial.pending.deadline:
-                self._retry_later(dial, f"no answer within {HANDSHAKE_SECONDS:g} s")
+                self._retry_later(dial, SILENT)
 
     def _dial(self, dial: _Dial) -> None:
         try:

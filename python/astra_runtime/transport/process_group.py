@@ -63,7 +63,8 @@ def join(options: ConnectOptions, store: Any = None) -> Any:
             reason += f"; if rank 0 runs, {SAME_TRANSPORT}"
         raise ConnectFailed(reason) from error
     who = ", ".join(map(str, missing))
-    raise ConnectFailed(f"rank {who} did not join the {backend} group in {seconds:g} s", missing)
+    reason = f"rank {who} did not join the {backend} group in {seconds:g} s"
+    raise ConnectFailed(f"{reason}; if it runs, {SAME_TRANSPORT}", missing)
 
 
 def _enter(

@@ -9,6 +9,7 @@ import struct
 import threading
 import time
 import tracemalloc
+import weakref
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -130,6 +131,33 @@ def test_close_delivers_everything_and_says_bye() -> None:
         meshes[1].close()
 
     together([leave, read])
+
+
+@pytest.mark.parametrize("fault", ["another plan", "another call", "late", "gone"])
+def test_an_error_is_gone_once_it_was_handled(fault: str) -> None:
+    """Without the collector: nothing that it passed through holds it."""
+    here, there = local_mesh(2)
+    if fault == "another call":
+        there.begin()
+    if fault.startswith("another"):
+        there.send(b"abc", block=0, plan=PLAN + 1, to=[0])
+    elif fault == "gone":
+        there.close()
+
+    def failing() -> Callable[[], object]:
+        try:
+            here.receive({1: 3}, block=0, plan=PLAN, timeout=0.01 if fault == "late" else None)
+        except errors.AstraError as error:
+            return weakref.ref(error)
+        raise AssertionError("nothing was wrong")
+
+    gc.disable()
+    try:
+        assert failing()() is None
+    finally:
+        gc.enable()
+        here.close()
+        there.close()
 
 
 def test_a_rank_that_fails_looks_lost() -> None:
