@@ -10,5 +10,5 @@ def decode(codes: Tensor, codebook: Tensor) -> Tensor:
     groups, codewords, width = codebook.shape
     first_rows = torch.arange(0, groups * codewords, codewords, device="cpu")
     index = (codes + first_rows).reshape(-1)
-    vectors = codebook.reshape(-1, width).index_select(0, index)
+    vectors = codebook.reshape(groups * codewords, width).index_select(0, index)
     return vectors.view(*codes.shape, width)

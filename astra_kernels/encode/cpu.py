@@ -25,6 +25,8 @@ BLOCK = 64
 def encode(vectors: Tensor, codebook: Tensor, half_norms: Tensor | None = None) -> Tensor:
     """argmin_k ||x - c_k||^2 = argmin_k ||c_k||^2 / 2 - x.c_k"""
     groups, codewords, width = codebook.shape
+    if not vectors.numel():  # of no channels all codewords are equal: the lowest index
+        return vectors.new_zeros(vectors.shape[:-1], dtype=torch.int32)
     double = torch.float64 in (vectors.dtype, codebook.dtype)
     if width <= NATIVE_WIDTH and not double:
         return native.encode(vectors, codebook)

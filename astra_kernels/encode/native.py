@@ -16,6 +16,8 @@ def encode(vectors: Tensor, codebook: Tensor, half_norms: Tensor | None = None) 
             "and bfloat16, not float64; impl='auto' takes what there is"
         )
     groups, codewords, width = codebook.shape
+    if not vectors.numel():
+        return vectors.new_zeros(vectors.shape[:-1], dtype=torch.int32)
     table = codebook.detach().float().contiguous()
     rows = vectors.detach().reshape(-1, groups, width).float().contiguous()
     codes = torch.empty(vectors.shape[:-1], dtype=torch.int32, device="cpu")

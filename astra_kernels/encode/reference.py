@@ -16,7 +16,8 @@ def encode(vectors: Tensor, codebook: Tensor, half_norms: Tensor | None = None) 
     codes = torch.empty(vectors.shape[:-1], dtype=torch.int32, device=vectors.device)
     for group in range(codebook.shape[0]):
         codewords = codebook[group].to(dtype)
-        rows = vectors[..., group, :].reshape(-1, vectors.shape[-1]).to(dtype)
+        count = codes[..., group].numel()
+        rows = vectors[..., group, :].reshape(count, vectors.shape[-1]).to(dtype)
         nearest = [squared_distances(row, codewords).argmin() for row in rows]
         if nearest:
             codes[..., group] = torch.stack(nearest).view(vectors.shape[:-2]).to(torch.int32)

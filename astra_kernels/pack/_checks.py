@@ -14,6 +14,9 @@ def check_input(name: str, tensor: Tensor, dtype: torch.dtype) -> Tensor:
     if not isinstance(tensor, Tensor):
         refuse(name, f"a torch tensor of {dtype_name(dtype)}", tensor)
     check_dtype(name, tensor, dtype)
+    if tensor.is_nested or tensor.layout is not torch.strided:
+        layout = "a nested one" if tensor.is_nested else str(tensor.layout)
+        raise TypeError(f"{name} must be a dense tensor (layout torch.strided), got {layout}")
     if not tensor.is_cpu:
         raise ValueError(f"{name} must be on the CPU, got a tensor on {tensor.device}")
     return tensor.contiguous()

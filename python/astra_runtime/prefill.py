@@ -10,6 +10,7 @@ from torch import Tensor
 
 from .codes.base import Codec
 from .codes.rotary import Rope
+from .decoding import guarded
 from .inputs import check_bound, check_function, check_integer, check_request
 from .layer import Layer
 from .prepare import prepare
@@ -59,6 +60,7 @@ def prefill(
         raise ValueError(f"input_ids: expected one sequence, got shape {list(input_ids.shape)}")
     request, within_ms = check_request(request), check_bound(within_ms)
     check_function("between", between)
+    between = guarded("between", between, engine.rank)
     with engine.calling():
         inputs = {"input_ids": input_ids}
         call, kwargs, _ = prepare(engine, inputs, "last", False, request, "prefill", owner=owner)

@@ -131,6 +131,16 @@ def test_no_vectors(impl):
     assert codes.dtype == torch.int32
 
 
+@pytest.mark.parametrize("impl", ["auto", "reference"])
+@pytest.mark.parametrize(("groups", "width"), [(3, 0), (0, 4)])
+def test_no_channels_and_no_groups(impl, groups, width):
+    """Of no channels all codewords are equal."""
+    table = torch.zeros(groups, 5, width)
+    codes = ak.encode(torch.zeros(2, groups, width), table, impl=impl)
+    assert torch.equal(codes, torch.zeros(2, groups, dtype=torch.int32))
+    assert ak.decode(codes, table).shape == (2, groups, width)
+
+
 def test_strided_vectors():
     vectors = torch.randn(3, 8, 20).permute(2, 0, 1)
     codebook = torch.randn(3, 8, 64).transpose(1, 2)

@@ -262,6 +262,11 @@ TEN_BYTES = torch.zeros(10, dtype=torch.uint8)
             "data must hold at least 10 bytes for 8 codes of 10 bits, got 5",
         ),
         (
+            lambda: pack(torch.ones(3, dtype=torch.int32).to_sparse(), 3),
+            TypeError,
+            "codes must be a dense tensor (layout torch.strided), got torch.sparse_coo",
+        ),
+        (
             lambda: unpack(b"", 16, 1 << 60),
             ValueError,
             f"data must hold at least {1 << 61} bytes for {1 << 60} codes of 16 bits, got 0",

@@ -180,8 +180,13 @@ def test_blocks_that_cannot_be_cut_are_refused() -> None:
         Engine(shared)
     cut = tiny("llama")
     cut.model.layers[1] = nn.Identity()
-    with pytest.raises(ValueError, match="one without its attention"):
+    with pytest.raises(ValueError, match="blocks of transformers' llama with their attention"):
         Engine(cut)
+    gone = tiny("llama")
+    Engine(gone).close()
+    del gone.model.layers
+    with pytest.raises(ValueError, match="with their attention, got others: .*layers"):
+        Engine(gone)
     with pytest.raises(ValueError, match="chunk_size_feed_forward=0"):
         Engine(tiny("bert", chunk_size_feed_forward=4))
 

@@ -53,13 +53,13 @@ class Adapter(ABC):
         config: Any = model.config
         self._model = weakref.ref(model)  # strong, it would keep its own key in adapters alive
         self.head = head_reads(model)
-        self.blocks: list[nn.Module] = self.find_blocks()
         try:
+            self.blocks: list[nn.Module] = self.find_blocks()
             self.attentions = [self.attention_of(block) for block in self.blocks]
         except AttributeError as error:
             raise ValueError(
-                f"model: expected blocks of transformers' {config.model_type}, got one without its "
-                f"attention: {error}"
+                f"model: expected blocks of transformers' {config.model_type} with their "
+                f"attention, got others: {error}"
             ) from error
         if len(set(self.attentions)) < len(self.attentions):
             raise ValueError(
@@ -169,8 +169,11 @@ class Adapter(ABC):
 
     def is_current(self) -> bool:
         """Whether the model still has the blocks and attention modules that this adapter knows."""
-        blocks = self.find_blocks()
-        modules = [*blocks, *map(self.attention_of, blocks)]
+        try:
+            blocks = self.find_blocks()
+            modules = [*blocks, *map(self.attention_of, blocks)]
+        except AttributeError:  # a new adapter says what is not there
+            return False
         known = [*self.blocks, *self.attentions]
         return len(modules) == len(known) and all(map(operator.is_, modules, known))
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from ..call import CallState
-from ..decoding import Choose
+from ..decoding import Choose, guarded
 from ..files import check_path, write_private
 from ..inputs import (
     check_bound,
@@ -122,6 +122,7 @@ class Session:
         ids = _check_ids(engine, ids, state.tokens)
         owner = state.owner if rank is None else _check_rank(engine, rank)
         check_function("between", between)
+        between = guarded("between", between, engine.rank)
         cached = state.tokens
         with self._call(request, within_ms, "append") as (running, work):
             work.ids = torch.cat([work.ids, ids], 1)

@@ -28,12 +28,16 @@ def as_windows(calibration: Tensor | Sequence[Tensor]) -> list[Inputs]:
     """
     if not isinstance(calibration, Tensor | Sequence):
         raise TypeError(f"calibration: expected tensors, got {type(calibration).__name__}")
+    if isinstance(calibration, Tensor) and not calibration.dim():
+        raise ValueError("calibration: expected windows, got a single number")
     windows = list(calibration)
     if not windows:
         raise ValueError("calibration: expected at least one window, got none")
     for window in windows:
         if not isinstance(window, Tensor):
             raise TypeError(f"calibration: expected tensors, got {type(window).__name__}")
+        if window.is_meta:
+            raise ValueError("calibration: expected tensors in memory, got one on the meta device")
     images = windows[0].is_floating_point()
     for window in windows:
         if window.is_floating_point() != images or window.dim() != (3 if images else 1):

@@ -81,6 +81,8 @@ class FitOptions:
         if not isinstance(self.extra, Tensor | Sequence):
             raise TypeError(f"extra: expected tensors, got {type(self.extra).__name__}")
         check_function("progress", self.progress)
+        if not -(2**62) <= self.seed <= 2**62:
+            raise ValueError(f"seed: expected at most 62 bits, got {self.seed}")
         if self.codewords == 0:
             raise ValueError("codewords: expected 2 to 65536, got 0")
         for name in ("iterations", "held_back"):

@@ -261,6 +261,8 @@ def test_a_call_that_is_ended_leaves_the_session_as_it_was() -> None:
             each.append(IDS[:, :20])
         with pytest.raises(CallEnded):
             session.generate(5, choose=lambda ids, logits: torch.tensor([97]))
+        with pytest.raises(CallEnded, match="between raised ZeroDivisionError"):
+            session.append(IDS[:, 20:22], between=lambda block: 1 // 0)
         assert len(session) == 20
         assert torch.equal(session.generate(3), other.generate(3))
         # ranks that are given different tokens find out, also one that only sends and is long done

@@ -80,6 +80,8 @@ def test_models_without_gradients_are_refused_where_they_are_needed() -> None:
     ("windows", "message"),
     [
         (WINDOWS[:0], "expected at least one window, got none"),
+        (torch.tensor(3), "calibration: expected windows, got a single number"),
+        (WINDOWS.to("meta"), "expected tensors in memory"),
         (WINDOWS[:, :0], "window 0: input_ids: expected at least one token"),
         (WINDOWS[:, :1], "expected windows of at least [23] tokens, got 1 in window 0"),
         (WINDOWS[:3, :4], "codewords: expected 2 to 65536 and at most the (9|12) calibration"),
@@ -125,6 +127,8 @@ def test_numbers_of_another_type_are_refused(options: dict[str, Any]) -> None:
             fit(tiny("llama"), WINDOWS, "transform", **other)
     with pytest.raises(TypeError, match="space: expected a string"):
         fit(tiny("llama"), WINDOWS, ["kv"])  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="seed: expected at most 62 bits"):
+        fit(tiny("llama"), WINDOWS, seed=2**70)
     with pytest.raises(ValueError, match="codewords: expected 2 to 65536, got 0"):
         Codebook.fit(tiny("llama"), WINDOWS, codewords=0)
     with pytest.raises(TypeError, match="unexpected keyword argument 'foo'"):
