@@ -71,6 +71,8 @@ def model_folder(name: str) -> str:
             return str(_converted(name, path))
         if path.exists() and not (path / "config.json").is_file():
             raise ModelNotFound(f"model {name!r}: expected a folder with config.json")
+        if not path.exists() and name.startswith(("/", ".", "~")):  # no name of a hub has these
+            raise ModelNotFound(f"model {name!r} is not here: there is no such file or folder")
         return str(path) if path.exists() else name
     folder = cache_folder() / "models" / name
     if not (folder / "config.json").is_file():

@@ -411,6 +411,7 @@ ONE_WORD = ["--prompt", "w1"]
     ("arguments", "message"),
     [
         (["run", "--model", "no/such/model", *ONE_WORD], "model 'no/such/model' is not here"),
+        (["run", "--model", "/no/such/model", *ONE_WORD], "there is no such file or folder"),
         (["run", "--model", "{home}/cache", *ONE_WORD], "expected a folder with config.json"),
         (["run", "{model}", "--codebook", "{home}/none", *ONE_WORD], "make one with `astra"),
         (["run", "{model}", "--codebook", "{home}/other", *ONE_WORD], "made for a model with"),
