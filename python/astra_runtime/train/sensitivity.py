@@ -107,6 +107,11 @@ def sensitivity(
     `parts`: of each window and block, where its keys and values are written to on the way; see
     `calibration.empty_pairs`.
     """
+    if torch.is_inference_mode_enabled():
+        raise ValueError(
+            "fit: expected a call outside of torch.inference_mode, as transform codes weigh errors "
+            "by gradients, got one inside; use torch.no_grad"
+        )
     adapter = adapt(model)
     width = 2 * adapter.num_key_value_heads * adapter.head_dim
     total = torch.zeros(len(adapter.blocks), width, width, dtype=torch.float64)

@@ -127,6 +127,9 @@ def test_numbers_of_another_type_are_refused(options: dict[str, Any]) -> None:
             fit(tiny("llama"), WINDOWS, "transform", **other)
     with pytest.raises(TypeError, match="space: expected a string"):
         fit(tiny("llama"), WINDOWS, ["kv"])  # type: ignore[arg-type]
+    inside = pytest.raises(ValueError, match="expected a call outside of torch.inference_mode")
+    with inside, torch.inference_mode():
+        fit(tiny("llama"), WINDOWS, "transform")
     with pytest.raises(ValueError, match="seed: expected at most 62 bits"):
         fit(tiny("llama"), WINDOWS, seed=2**70)
     with pytest.raises(ValueError, match="codewords: expected 2 to 65536, got 0"):
