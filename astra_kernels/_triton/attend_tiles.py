@@ -51,11 +51,11 @@ class AttendProblem(Problem):
             return _few_rows_tiles(self.few_rows, size, loaded)
         family = _family(self.capability)
         if family == 80 and self.mask and (self.rotary or self.composed or self.mixed):
-            return _SMALL
+            return _SMALL if TRITON_3_6 or not self.rotary else _SMALL[1:]
         if family == 90 and size == 128 and self.mask and self.rotary and not self.mixed:
             return _MASKED_ROTARY
         if family == 80 and size == 128 and not self.natural:
-            if self.mixed and self.rotary:
+            if self.mixed and not (self.composed and self.summed > 1):
                 return _SMALL
             if not loaded:
                 return _HALVED
@@ -100,9 +100,9 @@ _WIDE = (Tile(128, 64, 8, 3), Tile(128, 32, 8, 3), Tile(64, 64, 4, 3), Tile(64, 
 _NARROW = (Tile(64, 32, 4, 3), Tile(64, 32, 4, 2), *_LAST)
 _SMALL = (Tile(64, 32, 8, 2), Tile(32, 32, 4, 2), *_LAST)
 # At 128 channels some tiles spill by one version of Triton or both. On sm_80, 64 columns: codewords
-# alone 128 bytes by 3.9, 80 channels beside a mask of codes 56 by 3.6; rotated keys of both kinds
-# in four warps: 8 by 3.9, 16 by 3.6. On sm_90, 128 by 32 with a mask per query beside rotated keys:
-# 56 by 3.9.
+# alone 128 bytes by 3.9, 80 channels beside a mask of codes 56 by 3.6; keys of both kinds in four
+# warps: rotated 8 by 3.9 and 16 by 3.6, counted 8 by 3.6. Rotated keys beside a mask per query, by
+# 3.9: 8 in 64 by 32 on sm_80, 56 in 128 by 32 on sm_90.
 _HALVED = (Tile(128, 32, 8, 3), Tile(64, 32, 4, 2), *_LAST)
 _MASKED_ROTARY = (
     *((Tile(128, 32, 8, 3),) if TRITON_3_6 else ()),

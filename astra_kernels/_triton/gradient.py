@@ -250,7 +250,9 @@ def _launch(
         *mask_arguments(query, dense.attn_mask, num_keys, kv_heads),
         *(group, kv_heads, num_queries, num_keys, left, right or None, scale, softcap),
     ]
-    of_keys, of_queries = _tiles(query, max(padded(dim), padded(width)))
+    of_keys, of_queries = _tiles(
+        query, max(padded(dim), padded(width)), dense.attn_mask is not None
+    )
     constants = {
         "CAUSAL": right is not None, "HEAD": dim, "BLOCK": padded(dim), "VALUE_HEAD": width,
         "VALUE_BLOCK": padded(width),
@@ -267,12 +269,13 @@ def _launch(
         )  # fmt: skip
 
 
-def _tiles(query: Tensor, channels: int) -> tuple[Tile, Tile]:
-    """Rows and keys of a program of either kernel: of keys, of queries; none spills."""
+def _tiles(query: Tensor, channels: int, masked: bool) -> tuple[Tile, Tile]:
+    """Rows and keys of a program of either kernel: of keys, of queries. None spills but the second
+    of fp32 with a mask per query beyond 64 channels: no tile of at most eight warps holds it."""
     if query.element_size() == 4:
         if channels > 64:
             return Tile(16, 16, 4, 1), Tile(16, 16, 8, 1)
-        return Tile(32, 32, 8, 1), Tile(32, 32, 8, 1)
+        return Tile(32, 32, 8, 1), Tile(16, 32, 8, 1) if masked else Tile(32, 32, 8, 1)
     if channels > 128:
         return Tile(32, 32, 8, 1), Tile(32, 32, 8, 1)
     if channels > 64 or capability(query.device) < 90:

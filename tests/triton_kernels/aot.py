@@ -150,7 +150,7 @@ def outcome(key: Specialization, use: Use, done: Compilation) -> Outcome:
     wrong = done.error
     if done.report is not None:
         limit = shared_memory(key.capability)
-        wrong = judge(done.report, use.call.channels, limit, use.bound)
+        wrong = judge(done.report, use.call.channels, limit, use.bound, use.call.spill)
         if use.call.decisive and not wrong:
             wrong = judge_loops(done.report.loops)
     tile = use.tile
@@ -179,8 +179,9 @@ def check(
         yield from same
 
 
-def judge(report: Report, channels: int, limit: int, bound: int | None) -> str:
-    if report.stack > (STEPPED_SPILL if channels == 0 else 0) and channels <= 128:
+def judge(report: Report, channels: int, limit: int, bound: int | None, spill: int = 0) -> str:
+    allowed = STEPPED_SPILL if channels == 0 else spill
+    if report.stack > allowed and channels <= 128:
         return f"{report.stack} bytes of registers spilled"
     if report.shared > limit:
         return f"{report.shared} bytes of shared memory, the chip has {limit}"

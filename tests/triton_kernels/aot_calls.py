@@ -31,18 +31,23 @@ from astra_kernels.pack.kernel import pack, unpack
 HALF, BF16, FLOAT = torch.float16, torch.bfloat16, torch.float32
 TOKENS, CODEWORDS, KV_HEADS, HEADS = 8192, 1024, 2, 8
 
+# Bytes that a thread of the gradient of fp32 queries with a mask spills beyond 64 channels.
+MASKED_FLOAT_SPILL = 128
+
 
 @dataclass(frozen=True)
 class Call:
     """``channels`` of vectors that a program holds whole, 0 where it goes over them in steps.
     ``options``: what tells it from other calls of its op. ``decisive``: what the goals for a GPU
-    are measured on, whose loops must read wide."""
+    are measured on, whose loops must read wide. ``spill``: bytes a thread may, where no tile holds
+    all of it."""
 
     name: str
     channels: int
     run: Callable[[], object]
     options: dict[str, Any]
     decisive: bool = False
+    spill: int = 0
 
 
 def attention(
@@ -139,7 +144,9 @@ def gradient(
         return attention_gradient(query, dense, rows, grad_out, rows, d**-0.5, softcap)
 
     options |= {"op": "gradient", "d": d, "dtype": dtype}
-    return Call(f"gradient d={d} {short(dtype)}{said}", max(d, width), run, options)
+    channels = max(d, width)
+    spill = MASKED_FLOAT_SPILL if dtype == FLOAT and mask is not None and channels > 64 else 0
+    return Call(f"gradient d={d} {short(dtype)}{said}", channels, run, options, spill=spill)
 
 
 def search(
@@ -279,14 +286,16 @@ def decisive() -> list[Call]:
 
 
 def spilled_before() -> list[Call]:
-    """What spilled by a version of Triton until it got other tiles (attend_tiles.py, gradient.py):
-    the first two on sm_80, the masks on sm_80 and sm_90, the gradient everywhere."""
+    """What spilled by a version of Triton until it got other tiles."""
     return [
         attention(128, BF16, counted=True),
         attention(128, BF16, near=1024, causal=True, rope=True),
+        attention(128, BF16, near=1024, counted=True),
+        attention(80, HALF, code_mask=True),
         attention(128, BF16, mask=True, rope=True),
         attention(128, BF16, mask=True, groups=4, width=64),
         gradient(128, FLOAT),
+        *(gradient(d, FLOAT, mask=FLOAT, window=(256, 0)) for d in (64, 128)),
     ]
 
 

@@ -122,6 +122,7 @@ def test_what_is_wrong_is_said():
     assert "spilled" in aot.judge(aot.Report(255, 24, 1000, "", 0), 0, 2000, 1500)
     assert "the chip has 900" in aot.judge(fine, 64, 900, None)
     assert "at most 999" in aot.judge(fine, 64, 2000, 999)
+    assert aot.judge(aot.Report(255, 8, 1000, "", 0), 128, 2000, 1500, spill=8) == ""
 
 
 def test_arguments_are_specialized_as_the_jit_does():

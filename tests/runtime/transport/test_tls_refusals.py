@@ -184,7 +184,7 @@ def test_the_certificate_of_another_rank_is_refused_by_the_dialer() -> None:
     ours, peers = key_folder(), free_ports(2)
     results = together(
         [
-            lambda: connect(0, 2, peers, keys=ours / "rank-3", connect_timeout=6),
+            lambda: connect(0, 2, peers, keys=ours / "rank-3", connect_timeout=3),
             lambda: connect(1, 2, peers, keys=ours, connect_timeout=30),
         ],
         errors_too=True,
