@@ -378,7 +378,11 @@ def _needs_registers(query: Tensor, dense: Dense | None, coded: Coded | None) ->
     """Whether operands pass through registers on their way to the matrix unit."""
     if query.element_size() == 4 or (dense is not None and coded is not None):
         return True
-    return coded is not None and any(coded.key_table.shape[i] > 1 for i in (0, 2))
+    if coded is None:
+        return False
+    if coded.rope is not None and coded.mask is not None:
+        return True
+    return any(coded.key_table.shape[i] > 1 for i in (0, 2))
 
 
 def _dense_arguments(dense: Dense | None) -> tuple[Any, ...]:

@@ -278,6 +278,6 @@ def _tiles(query: Tensor, channels: int, masked: bool) -> tuple[Tile, Tile]:
         return Tile(32, 32, 8, 1), Tile(16, 32, 8, 1) if masked else Tile(32, 32, 8, 1)
     if channels > 128:
         return Tile(32, 32, 8, 1), Tile(32, 32, 8, 1)
-    if channels > 64 or capability(query.device) < 90:
+    if channels > 64 or masked or capability(query.device) < 90:
         return Tile(32, 64, 8, 2), Tile(64, 32, 8, 2)
     return Tile(64, 64, 8, 2), Tile(64, 64, 8, 2)

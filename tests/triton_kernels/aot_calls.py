@@ -292,9 +292,11 @@ def spilled_before() -> list[Call]:
         attention(128, BF16, near=1024, causal=True, rope=True),
         attention(128, BF16, near=1024, counted=True),
         attention(80, HALF, code_mask=True),
+        attention(128, BF16, m=8, rope=True, code_mask=True),
         attention(128, BF16, mask=True, rope=True),
         attention(128, BF16, mask=True, groups=4, width=64),
         gradient(128, FLOAT),
+        gradient(64, BF16, mask=BF16, window=(256, 0)),
         *(gradient(d, FLOAT, mask=FLOAT, window=(256, 0)) for d in (64, 128)),
     ]
 
