@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from .decoding import DEFAULT_NEW_TOKENS, Generation, end_tokens
 from .inputs import (
@@ -24,6 +24,7 @@ from .inputs import (
     inferred_mask,
     num_leading_padding,
 )
+from .processors import chooser, processors, warper, warpers, with_own
 from .sessions.several import draw_several
 from .stopping import Stopping
 
@@ -115,7 +116,6 @@ _REFUSED = (
     *("assistant_model", "prefix_allowed_tokens_fn", "negative_prompt_ids", "synced_gpus"),
     *("negative_prompt_attention_mask", "custom_generate", "inputs_embeds", "past_key_values"),
 )
-DEFAULT_TOP_K = 50  # of `model.generate`
 
 
 @dataclass(frozen=True)
@@ -273,14 +273,14 @@ def generation_arguments(
     returned = 1 if returned is None else check_integer("num_return_sequences", returned, 1)
     sample, own = bool(getattr(given, "do_sample", False)), functions["logits_processor"]
     padding = num_leading_padding(mask, returned)
-    processors = _with_own(_processors(given, input_ids.shape[1], model, ends, padding), own or [])
-    processors += _warpers(given) if sample else []
+    made = with_own(processors(given, input_ids.shape[1], model, ends, padding), own or [])
+    made += warpers(given) if sample else []
     return Asked(
         _new_tokens(given, input_ids.shape[1]),
         ends,
-        _chooser(processors, sample) if processors or sample else None,
+        chooser(made, sample) if made or sample else None,
         list(functions["stopping_criteria"] or []),
-        _warper(processors) if sample and not own else None,
+        warper(made) if sample and not own else None,
         returned,
         pad,
         functions["streamer"],
@@ -347,87 +347,6 @@ def _new_tokens(config: Any, tokens: int) -> int | None:
             f"max_length: expected more than the prompt's {tokens} tokens, got {whole}"
         )
     return int(whole) - tokens
-
-
-def _processors(
-    config: Any, tokens: int, model: nn.Module, ends: Sequence[int], padding: Tensor | None
-) -> list[Any]:
-    """In the order of `model.generate`; `padding`: tokens of it in front of each row."""
-    from transformers.generation import logits_process as hf
-
-    def value(name: str) -> Any:
-        return getattr(config, name, None)
-
-    last, device = list(ends) or None, str(next(model.parameters()).device)
-    made: list[Any] = []
-    if value("repetition_penalty") not in (None, 1.0):
-        made.append(hf.RepetitionPenaltyLogitsProcessor(value("repetition_penalty"), padding))
-    if value("no_repeat_ngram_size"):
-        made.append(hf.NoRepeatNGramLogitsProcessor(value("no_repeat_ngram_size")))
-    if value("bad_words_ids"):
-        made.append(hf.NoBadWordsLogitsProcessor(value("bad_words_ids"), last))
-    if value("min_new_tokens") and last is not None:
-        made.append(
-            hf.MinNewTokensLengthLogitsProcessor(
-                tokens, value("min_new_tokens"), last, device=device
-            )
-        )
-    if value("suppress_tokens"):
-        made.append(hf.SuppressTokensLogitsProcessor(value("suppress_tokens"), device=device))
-    return made
-
-
-def _with_own(made: Sequence[Any], own: Sequence[Any]) -> list[Any]:
-    """The host's own processors stand behind those that were made, and in place of those of the
-    same class."""
-    kinds = {type(processor): processor for processor in own}
-    merged = [kinds.get(type(processor), processor) for processor in made]
-    return merged + [processor for processor in own if processor not in merged]
-
-
-def _warpers(config: Any) -> list[Any]:
-    """What a draw does to the logits, behind all other processors."""
-    from transformers.generation import logits_process as hf
-
-    def value(name: str) -> Any:
-        return getattr(config, name, None)
-
-    made: list[Any] = []
-    if value("temperature") not in (None, 1.0):
-        made.append(hf.TemperatureLogitsWarper(value("temperature")))
-    top_k = DEFAULT_TOP_K if value("top_k") is None else value("top_k")
-    if top_k:
-        made.append(hf.TopKLogitsWarper(top_k))
-    if value("top_p") is not None and value("top_p") < 1:
-        made.append(hf.TopPLogitsWarper(value("top_p")))
-    if value("min_p") is not None:
-        made.append(hf.MinPLogitsWarper(value("min_p")))
-    if value("typical_p") is not None and value("typical_p") < 1:
-        made.append(hf.TypicalLogitsWarper(value("typical_p")))
-    return made
-
-
-def _warper(processors: Sequence[Any]) -> Callable[[Tensor, Tensor], Tensor]:
-    def warp(ids: Tensor, logits: Tensor) -> Tensor:
-        for processor in processors:
-            logits = processor(ids, logits)
-        return logits
-
-    return warp
-
-
-def _chooser(processors: Sequence[Any], sample: bool) -> Callable[[Tensor, Tensor], Tensor]:
-    """Draws as `model.generate` does, from torch's own generator."""
-
-    warp = _warper(processors)
-
-    def choose(ids: Tensor, logits: Tensor) -> Tensor:
-        logits = warp(ids, logits)
-        if not sample:
-            return logits.argmax(-1)
-        return torch.multinomial(logits.softmax(-1), 1)[:, 0]
-
-    return choose
 
 
 def _padded(ids: Tensor, prompt: int, ends: Sequence[int], pad: int | None) -> Tensor:

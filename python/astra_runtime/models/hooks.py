@@ -18,13 +18,14 @@ import copy
 import sys
 import threading
 import weakref
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextvars import ContextVar
 from typing import Any, Protocol
 
 from torch import Tensor, nn
 
 from ..errors import ModelChanged
+from .own_hooks import Watched, unwatched
 from .packed import PackedForward, bytes_of, can_pack, packable
 from .patches import PatchRows
 
@@ -140,48 +141,6 @@ class _Hook:
 
     def __reduce__(self) -> Any:
         return _Clean, ()
-
-
-class _Watched:
-    """A hook of somebody's own, which notes during a call whether it changes anything."""
-
-    def __init__(self, hook: Callable[..., Any], changing: dict[int, Any]) -> None:
-        self.hook, self.changing = hook, changing
-
-    def __call__(self, module: nn.Module, *given: Any) -> Any:
-        tensors = list(_tensors(given))
-        before = _versions(tensors)
-        result = self.hook(module, *given)
-        if result is not None or before is None or _versions(tensors) != before:
-            self.changing[id(self.hook)] = self.hook
-        return result
-
-    def __deepcopy__(self, memo: Any) -> Any:
-        return copy.deepcopy(self.hook, memo)
-
-    def __reduce__(self) -> Any:
-        return _same, (self.hook,)
-
-
-def unwatched(hook: Any) -> Any:
-    return hook.hook if isinstance(hook, _Watched) else hook
-
-
-def _tensors(given: Any) -> Iterator[Tensor]:
-    if isinstance(given, Tensor):
-        yield given
-    elif isinstance(given, Mapping):
-        yield from _tensors(tuple(given.values()))
-    elif isinstance(given, tuple | list):
-        for part in given:
-            yield from _tensors(part)
-
-
-def _versions(tensors: Sequence[Tensor]) -> list[int] | None:
-    """What counts the writes to them; None: they have no count, as in inference mode."""
-    if any(tensor.is_inference() for tensor in tensors):
-        return None
-    return [tensor._version for tensor in tensors]
 
 
 class _AttentionConfig:
@@ -344,8 +303,8 @@ class Hooks:
             _watched[module] = _watched.get(module, 0) + 1
             for hooks in (module._forward_pre_hooks, module._forward_hooks):
                 for key, hook in hooks.items():
-                    if not isinstance(hook, _Watched | _Hook):
-                        hooks[key] = _Watched(hook, self._changing)
+                    if not isinstance(hook, Watched | _Hook):
+                        hooks[key] = Watched(hook, self._changing)
         self._watched = with_hooks
 
     def _leave_hooks(self) -> None:

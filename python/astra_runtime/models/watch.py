@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from ..errors import ModelChanged
 from .constants import numbers_of
 from .digest import is_beside_the_function
-from .hooks import unwatched
+from .own_hooks import unwatched
 from .packed import PackedForward
 
 SAMPLE = 8  # values of a tensor, evenly spaced
