@@ -15,7 +15,12 @@ from torch import Tensor
 
 from astra_kernels._triton import attend as kernels
 from astra_kernels._triton import loops
-from astra_kernels._triton.attend_tiles import MOST_PAIRS, MOST_ROWS, AttendProblem
+from astra_kernels._triton.attend_tiles import (
+    MOST_PAIRS,
+    MOST_ROWS,
+    TRITON_3_6,
+    AttendProblem,
+)
 from astra_kernels._triton.blocks import BASE_2, NATURAL, PLAIN
 from astra_kernels._triton.launch import capability, cdiv, launch, next_power_of_2, processors
 from astra_kernels._triton.packed import as_words
@@ -33,6 +38,9 @@ MOST_SPLITS = 64
 
 # Up to this many rows rotating queries, once a tile, costs less than reading a tile's angles.
 ROWS_TO_ROTATE = 16
+
+# Channels of heads whose programs are many on a multiprocessor.
+SMALL_HEAD = 32
 
 # Partial rows a program of ``combine`` reads at a time.
 COMBINED_AT_ONCE = 32
@@ -375,14 +383,16 @@ def _scale_and_sign(scale: float, units: int) -> tuple[float, float]:
 
 
 def _needs_registers(query: Tensor, dense: Dense | None, coded: Coded | None) -> bool:
-    """Whether operands pass through registers on their way to the matrix unit."""
+    """Whether operands pass through registers on their way to the matrix unit, or the assembler
+    was seen to spill although there were registers left."""
     if query.element_size() == 4 or (dense is not None and coded is not None):
         return True
     if coded is None:
         return False
-    if coded.rope is not None and coded.mask is not None:
-        return True
-    return any(coded.key_table.shape[i] > 1 for i in (0, 2))
+    # On sm_90, 8 bytes each: by 3.6 rotated keys beside a mask of codes, by 3.9 plain keys in fp16.
+    spilled = coded.rope is not None and coded.mask is not None
+    spilled = spilled or (query.shape[3] <= SMALL_HEAD and not TRITON_3_6)
+    return spilled or any(coded.key_table.shape[i] > 1 for i in (0, 2))
 
 
 def _dense_arguments(dense: Dense | None) -> tuple[Any, ...]:

@@ -293,6 +293,7 @@ def spilled_before() -> list[Call]:
         attention(128, BF16, near=1024, counted=True),
         attention(80, HALF, code_mask=True),
         attention(128, BF16, m=8, rope=True, code_mask=True),
+        attention(32, HALF, m=8),
         attention(128, BF16, mask=True, rope=True),
         attention(128, BF16, mask=True, groups=4, width=64),
         gradient(128, FLOAT),
