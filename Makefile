@@ -74,7 +74,7 @@ test-core: $(STAMP)
 	@echo "== C++ tests under ASan and UBSan, about 1 minute =="
 	$(BIN)/cmake -S . -B build/sanitized -G Ninja -DCMAKE_MAKE_PROGRAM=$(abspath $(BIN))/ninja -DCMAKE_BUILD_TYPE=RelWithDebInfo -DASTRA_BUILD_PYTHON=OFF -DASTRA_BUILD_TESTS=ON -DASTRA_SANITIZE=ON -DASTRA_WERROR=ON
 	$(BIN)/cmake --build build/sanitized --parallel 2
-	$(BIN)/ctest --test-dir build/sanitized --output-on-failure
+	$(BIN)/ctest --test-dir build/sanitized --output-on-failure --parallel 2
 
 test-slow: $(STAMP)
 	$(BIN)/python -m pytest -m slow --timeout 1200 --ignore tests/triton_kernels
