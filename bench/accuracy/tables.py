@@ -73,7 +73,8 @@ def _between_seeds(gaps: list[float]) -> str:
 def accuracy_ranks(report: Report) -> str:
     """A line for codes and world size, a column for a text; seeds in one line.
 
-    ± is the standard error of the mean over windows, the last column the number of codebooks.
+    ± is the standard error of the mean over windows; the last columns have the fewest windows of a
+    text, and the number of codebooks.
     """
     rows = most_windows(row for row in report["rows"] if "gap_recovered" in row)
     texts = list(dict.fromkeys(row["domain"] for row in rows))
@@ -94,6 +95,7 @@ def accuracy_ranks(report: Report) -> str:
             f"{receiver:.0f}",
             f"{flops:.2f}",
             *(_kept([row for row in of_codes if row["domain"] == text]) for text in texts),
+            f"{min(row['windows'] for row in of_codes)}",
             f"{len({row['seed'] for row in of_codes})}",
         ]
         lines.append((ranks, receiver, halo, line))
@@ -102,7 +104,7 @@ def accuracy_ranks(report: Report) -> str:
     names = [f"{text}, unseen" if text in UNSEEN else text for text in texts]
     # nothing here is timed, so what else ran does not matter
     untimed = {key: value for key, value in report.items() if key != "contention"}
-    return table([*head, *names, "codebooks"], [line[-1] for line in lines]) + source(untimed)
+    return table([*head, *names, "windows", "codebooks"], [line[-1] for line in lines]) + source(untimed)
 
 
 def most_windows(rows: Iterable[Row]) -> list[Row]:
