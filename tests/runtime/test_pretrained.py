@@ -47,7 +47,7 @@ def test_minilm_embeds_as_on_one_device() -> None:
     dense = embeddings(model, Codebook.none(), windows, 3)
     torch.testing.assert_close(dense, single, rtol=1e-4, atol=1e-5)
     texts = token_windows(tokenizer, calibration, 64, 60)
-    book = Codebook.fit(model, texts, groups=12, codewords=256, held_back=0)
+    book = Codebook.fit(model, texts, groups=48, codewords=256, held_back=0)
     coded = embeddings(model, book, windows, 3)
     dropped = embeddings(model, Codebook.drop(), windows, 3)
     agreement = (coded * single).sum(-1).mean(), (dropped * single).sum(-1).mean()
