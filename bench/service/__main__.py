@@ -30,7 +30,13 @@ from bench.service.server import Answer, serving
 def prompts_of(model: str, tokens: int, count: int) -> list[str]:
     """Texts of about so many tokens each, none like another."""
     tokenizer = load_tokenizer(model)
-    windows = token_windows(tokenizer, builtin_text()[1], tokens - 8, count)
+    windows = [
+        window
+        for text in reversed(builtin_text())
+        for window in token_windows(tokenizer, text, tokens - 8, count)
+    ][:count]
+    if len(windows) < count:
+        raise SystemExit(f"{count} prompts of {tokens} tokens: the texts give {len(windows)}")
     return [f"{n}. {tokenizer.decode(window)}" for n, window in enumerate(windows)]
 
 
