@@ -26,7 +26,8 @@ LOWEST_TESTS := tests/kernels/test_pack.py tests/kernels/test_encode.py tests/ke
   tests/serve/test_openai.py tests/serve/test_access.py tests/serve/test_clients.py
 SOAK_EXCHANGES ?= 3000000
 SOAK_CALLS ?= 20000
-FAULTS ?= bench/results/cpu-$(shell nproc)core/faults.json
+# nproc takes OMP_NUM_THREADS for the number of cores.
+FAULTS ?= bench/results/cpu-$(shell env -u OMP_NUM_THREADS nproc)core/faults.json
 SOURCES := $(shell find csrc -type f) CMakeLists.txt setup.py pyproject.toml $(CONSTRAINTS)
 
 .PHONY: help setup demo test test-core test-slow test-aot aot-table test-faults test-sanitized soak fuzz test-install test-lowest lint format docs bench rivals clean
