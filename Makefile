@@ -37,7 +37,7 @@ help:
 	@echo "make test    all fast tests: C++ under sanitizers, Python (about 9 minutes on 2 cores)"
 	@echo "make test-slow  the tests with pretrained models"
 	@echo "make test-aot   Triton kernels, compiled ahead of time by two versions of Triton; AOT=--all for every one"
-	@echo "make test-faults  ranks killed, stopped, cut off and lied to; about seven minutes"
+	@echo "make test-faults  ranks killed, stopped, cut off and lied to; a quarter of an hour"
 	@echo "make soak    millions of exchanges, and 20,000 calls over each transport: does anything grow"
 	@echo "make fuzz    the wire's decoder under libFuzzer, ASan and UBSan; needs clang"
 	@echo "make test-sanitized  Python tests on a sanitized build of the extension; FULL=1 for all"
