@@ -104,7 +104,8 @@ def accuracy_ranks(report: Report) -> str:
     names = [f"{text}, unseen" if text in UNSEEN else text for text in texts]
     # nothing here is timed, so what else ran does not matter
     untimed = {key: value for key, value in report.items() if key != "contention"}
-    return table([*head, *names, "windows", "codebooks"], [line[-1] for line in lines]) + source(untimed)
+    head += [*names, "windows", "codebooks"]
+    return table(head, [line[-1] for line in lines]) + source(untimed)
 
 
 def most_windows(rows: Iterable[Row]) -> list[Row]:
