@@ -145,7 +145,8 @@ def free_ports(count: int) -> list[str]:
     while len(addresses) < count:
         port = random.SystemRandom().randrange(15_000 + own, 32_000, processes)
         with contextlib.suppress(OSError), socket.create_server(("127.0.0.1", port)):
-            addresses.append(f"127.0.0.1:{port}")
+            if f"127.0.0.1:{port}" not in addresses:
+                addresses.append(f"127.0.0.1:{port}")
     return addresses
 
 
