@@ -175,10 +175,9 @@ def cases_of(
         # playing a pass of many ranks takes seconds, so each is played once
         passes = [Played.of(recording, link, costs) for recording in of_ranks]
         times = percentiles([1e3 * each.finish for each in passes])
-        middle = sorted(passes, key=lambda each: each.finish)[(len(passes) - 1) // 2]
-        as_timed = statistics.median(
-            Played.of(recording, link, costs).finish for recording in timed.passes[codes, ranks]
-        )
+        number = sorted(range(len(passes)), key=lambda n: passes[n].finish)[(len(passes) - 1) // 2]
+        middle = passes[number]
+        as_timed = Played.of(timed.passes[codes, ranks][number], link, costs).finish
         peers = {name: usual.alone[name] for name in ("single", "torch") if name in usual.alone}
         case = Case(
             name=f"curve_{options.model}_{tokens}_{ranks}ranks",

@@ -120,7 +120,8 @@ def gather(call: Call, hidden: Tensor) -> Tensor:
         return hidden if not last else hidden[:, -1:] if plan.causal else hidden[:, :1]
     if call.answer == "all":
         piece, senders = hidden, set(range(plan.world_size))
-    elif not plan.causal and in_a_tree(call, hidden):
+    elif not plan.causal and call.missing is None and go_by_tree(plan.world_size, hidden.dtype):
+        # who is left out would take others along, so there is no tree where ranks may be
         return _mean_by_tree(call, hidden[:, : plan.copies])
     elif not plan.causal:
         piece, senders = hidden[:, : plan.copies], set(range(plan.world_size))
@@ -148,11 +149,10 @@ def gather(call: Call, hidden: Tensor) -> Tensor:
     return torch.cat([token, *(p[:, plan.copies :] for p in ordered)], 1)
 
 
-def in_a_tree(call: Call, hidden: Tensor) -> bool:
-    """Whether class tokens are added up on their way. Not where a rank may be left out, who would
-    take others along, and not in half precision, whose sums would be rounded at every step."""
-    many = call.mesh.world_size > STAR_RANKS
-    return many and call.missing is None and hidden.dtype == torch.float32
+def go_by_tree(world_size: int, dtype: torch.dtype) -> bool:
+    """Whether class tokens are added up on their way: not in half precision, whose sums would be
+    rounded at every step."""
+    return world_size > STAR_RANKS and dtype == torch.float32
 
 
 def _mean_by_tree(call: Call, token: Tensor) -> Tensor:

@@ -23,7 +23,7 @@ import astra_kernels as ak
 from ..codes.base import Payload
 from ..codes.codebook import Codebook
 from ..costs import attention_pairs, costs_of
-from ..exchange import STAR_RANKS
+from ..exchange import go_by_tree
 from ..models import Adapter, adapt
 from ..models.families import ViT, pair
 from ..plan import Plan
@@ -347,7 +347,7 @@ def _class_tokens(adapter: Adapter, ready: Sequence[float], link: Link) -> float
     if world == 1:
         return ready[0]
     takes, delay = link.seconds(4 * adapter.hidden_size), link.delay_ms / 1e3
-    if world <= STAR_RANKS:
+    if not go_by_tree(world, adapter.dtype):
         free = 0.0
         for start in sorted(ready[1:]):
             free = max(free, start) + takes
