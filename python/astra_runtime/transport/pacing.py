@@ -217,7 +217,7 @@ class PacedMesh(Mesh):
 
     def _fail(self, error: AstraError) -> None:
         with self._changed:
-            self._failure = error
+            self._failure = self._failure or error
             self._held.clear()
             self._changed.notify_all()
 
@@ -245,6 +245,8 @@ class PacedMesh(Mesh):
 
     def close(self) -> None:
         if self._mesh.ended is None:  # of a fork the thread and what its lock protects are no use
+            # First, so that a call elsewhere names the end, not what delivery meets until then.
+            self._failure = self._failure or AstraError(CLOSED)
             with contextlib.suppress(AstraError):
                 self.flush()
             self._stop()
