@@ -6,6 +6,7 @@ from ..costs import EXACT_TOKENS
 from ..engine import Engine
 
 NEWEST = 0.3  # the weight of the newest figure
+FORGOTTEN = 0.03  # of what reading in pieces was seen to cost, whenever something else is seen
 UNKNOWN_CHECKS = 3  # segments of a prompt of unknown cost that nobody else waits for
 SEGMENT_SECONDS = 0.35  # that a prompt may be read before the others get a token
 
@@ -14,14 +15,18 @@ class PromptCosts:
     """Learns seconds a token of a rank by itself, and what reading together adds to that.
 
     Reading together takes as long as the largest shard would by itself, and an exchange whose
-    length hardly depends on the prompt.
+    length hardly depends on the prompt. While others wait for tokens, all ranks pause for these; a
+    rank that reads by itself reads pieces, whose products of few rows are slower a row, and takes
+    the others' tokens along.
     """
 
     def __init__(self, engine: Engine) -> None:
         self._engine = engine
         self._blocks = len(engine.adapter.blocks)
         self.token: float | None = None  # seconds of one token, on a rank by itself
+        self.in_pieces: float | None = None  # the same, where it reads a piece at a time
         self.exchange: float | None = None  # seconds that reading together adds
+        self.pause: float | None = None  # seconds of a pause
 
     @property
     def tokens_per_s(self) -> float | None:
@@ -32,6 +37,13 @@ class PromptCosts:
         """A rank has read a prompt by itself."""
         if self.token is None or tokens > EXACT_TOKENS:  # of a few tokens each costs more
             self.token = _mixed(self.token, seconds / tokens)
+
+    def heard_in_pieces(self, tokens: int, seconds: float) -> None:
+        """A rank has read a prompt by itself, a piece at a time."""
+        if self.token is None:
+            self.token = seconds / tokens
+        if tokens > EXACT_TOKENS:
+            self.in_pieces = _mixed(self.in_pieces, seconds / tokens)
 
     def heard_together(self, tokens: int, seconds: float, busy: float | None = None) -> None:
         """All ranks have read a prompt, pauses not counted.
@@ -44,6 +56,12 @@ class PromptCosts:
             self.token = seconds / self._shard(tokens)
         rest = max(0.0, seconds - self.token * self._shard(tokens))
         self.exchange = _mixed(self.exchange, rest)
+        if self.in_pieces is not None:  # what once seemed slow is tried again some day
+            self.in_pieces += FORGOTTEN * (self.token - self.in_pieces)
+
+    def heard_pause(self, seconds: float) -> None:
+        """All ranks have paused while they read a prompt, and decoded a token of all else."""
+        self.pause = _mixed(self.pause, seconds)
 
     def together_is_faster(self, tokens: int) -> bool:
         """Whether all ranks should read a prompt of so many tokens."""
@@ -51,20 +69,42 @@ class PromptCosts:
             return False
         if self.token is None or self.exchange is None:
             return True
-        return self.together(tokens) < self.token * tokens
+        return self.together(tokens) < self.alone(tokens)
 
-    def apart_is_faster(self, tokens: int, waiting: int) -> bool:
-        """Whether of so many prompts that wait, the first tokens come sooner on average where each
-        rank reads some of them by itself than where all ranks read one after the other."""
+    def apart_is_faster(
+        self, tokens: int, waiting: int, others: bool = False, rest: float | None = None
+    ) -> bool:
+        """Whether of so many prompts that wait or are read by one rank, each should be read by one.
+
+        Where there are more of them than ranks, what counts is how many are read in a second; else
+        how soon their first tokens come on average, or that of a further one where ranks read some.
+
+        Args:
+            others: whether answers wait for tokens meanwhile.
+            rest: seconds until no rank reads a prompt by itself any more; None: none does.
+        """
         ranks = self._engine.mesh.world_size
         if ranks == 1 or waiting < 2 or self.token is None:
             return False
-        turns = sum(1 + i // ranks for i in range(waiting)) / waiting
-        return turns * self.token * tokens < self.together(tokens) * (waiting + 1) / 2
+        alone, together = self.alone(tokens), self.together(tokens, others)
+        if waiting > ranks:
+            return alone < ranks * together
+        if rest is not None:
+            return alone < rest + together
+        return alone < together * (waiting + 1) / 2
 
-    def together(self, tokens: int) -> float:
-        """Seconds that all ranks need for a prompt; 0 where nothing is known."""
-        return (self.token or 0.0) * self._shard(tokens) + (self.exchange or 0.0)
+    def alone(self, tokens: int) -> float:
+        """Seconds that one rank needs for a prompt, beside what else it does; 0 where nothing is
+        known."""
+        return (self.in_pieces or self.token or 0.0) * tokens
+
+    def together(self, tokens: int, others: bool = False) -> float:
+        """Seconds that all ranks need for a prompt; 0 where nothing is known.
+
+        others: whether they pause for answers that wait for tokens.
+        """
+        seconds = (self.token or 0.0) * self._shard(tokens) + (self.exchange or 0.0)
+        return seconds + len(self.pauses(tokens)) * (self.pause or 0.0) if others else seconds
 
     def pauses(self, tokens: int) -> list[int]:
         """The blocks before which all ranks pause, so that others do not wait for their tokens."""

@@ -255,7 +255,8 @@ class Leader(Rounds):
 
     def _read(self, work: Work) -> None:
         """A round in which all ranks read one prompt, with pauses for everybody else."""
-        if self._requests.answers:
+        others = bool(self._requests.answers)
+        if others:
             pauses = self.costs.pauses(work.new_tokens)
         else:
             seconds = LEAST_PATIENCE * self.engine.mesh.timeout
@@ -280,6 +281,8 @@ class Leader(Rounds):
             self._requests.prompts.forget(prompt.number)
             self._requests.fail(work, problem)
         else:
+            if others and pauses:
+                self.costs.heard_pause(paused / len(pauses))
             self._have_read(work, seconds)
 
     def _have_read(self, work: Work, seconds: float) -> None:

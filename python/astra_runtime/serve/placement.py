@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from dataclasses import replace
 from typing import Literal
 
@@ -18,7 +19,7 @@ class Placement:
     """Decides for the request that comes next, from what the ranks do and what it would cost.
 
     A lone prompt is read by all ranks together, as that is fastest for it. Of several that wait,
-    each rank reads one by itself where the first tokens come sooner so: nothing is exchanged then.
+    each rank reads one by itself where that is better for all: nothing is exchanged then.
 
     Args:
         admission: what waits and what runs.
@@ -109,8 +110,18 @@ class Placement:
         return self._admission.has_room(rank, count * work.answer_bytes, count)
 
     def _is_apart(self, work: Work, busy: int) -> bool:
-        tokens, waiting = work.prompt_tokens, len(self._admission) + busy
-        return tokens > EXACT_TOKENS and self._costs.apart_is_faster(tokens, waiting)
+        if work.prompt_tokens <= EXACT_TOKENS:
+            return False
+        running, waiting = self._admission.running, len(self._admission) + busy
+        reading = [one for one in running if one.reading]
+        others = len(reading) < len(running)
+        rest = max(map(self._rest, reading), default=None)
+        return self._costs.apart_is_faster(work.prompt_tokens, waiting, others, rest)
+
+    def _rest(self, work: Work) -> float:
+        """Seconds until the ranks that read its prompt by themselves have done so."""
+        taken = time.monotonic() - work.admitted
+        return max(0.0, self._costs.alone(work.prompt_tokens) - taken)
 
     def _of_one(self, work: Work, busy: set[int]) -> Place:
         if work.owner not in busy:

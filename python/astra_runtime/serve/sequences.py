@@ -7,6 +7,7 @@ confirmed it.
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
@@ -23,7 +24,10 @@ from .kept import Kept
 from .prompt import Move, Prompt
 from .sampling import Sampler
 
-STEP_SECONDS = 0.35  # of a step with a piece of a prompt: answers wait for their next tokens
+# Of a step with a piece of a prompt: answers wait for their next tokens, half a second at most with
+# what a round takes beside its step. The longer it is, the more rows the products of a piece have,
+# and the fewer steps read the weights anew.
+STEP_SECONDS = 0.43
 NOTABLE = 1_000_000  # ns, of a wait in a timeline
 FIRST_PIECE, LEAST_PIECE = 32, 8  # tokens
 
@@ -184,9 +188,8 @@ class Sequences:
         caches = [answer.cache for answer in answers]
         new = [[answer.token] for answer in answers]
         if reading is not None:
-            start = reading.cache.length
             caches.append(reading.cache)
-            new.append(list(reading.prompt.ids[start : start + self._piece]))
+            new.append(self._next_piece(reading))
         if not new:
             return
         begun = time.perf_counter()
@@ -201,12 +204,19 @@ class Sequences:
         if reading is not None:
             self._have_read(reading, len(new[-1]), seconds, len(answers))
 
+    def _next_piece(self, reading: _Reading) -> list[int]:
+        """Pieces of a prompt are about as long as each other: in a short last one, this rank would
+        wait for the steps of the others."""
+        rest = reading.prompt.ids[reading.cache.length :]
+        pieces = math.ceil(len(rest) / self._piece)
+        return list(rest[: math.ceil(len(rest) / pieces)])
+
     def _have_read(self, reading: _Reading, tokens: int, seconds: float, others: int) -> None:
         """A piece of a prompt, in a step of so many seconds with `others` tokens of answers."""
         prompt, cache = reading.prompt, reading.cache
         reading.seconds += seconds * tokens / (tokens + others)
-        if tokens == self._piece:
-            ideal = self._piece * STEP_SECONDS / max(seconds, 1e-6)
+        if 2 * tokens > self._piece:  # a shorter one says little of a whole one
+            ideal = tokens * STEP_SECONDS / max(seconds, 1e-6)
             self._piece = int(min(max(ideal, self._piece / 2, LEAST_PIECE), 2 * self._piece))
         if cache.length == len(prompt.ids):
             self._reading.remove(reading)

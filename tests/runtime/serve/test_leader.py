@@ -305,7 +305,7 @@ def test_prompts_that_wait_are_read_by_a_rank_each_and_kept(
             assert third.ids() == alone(llama, [*ids, 9], 5)
 
 
-def _if_two_wait(costs: Any, tokens: int, waiting: int) -> bool:
+def _if_two_wait(costs: Any, tokens: int, waiting: int, *_: Any) -> bool:
     return waiting >= 2
 
 
@@ -328,11 +328,22 @@ def test_prompts_are_read_apart_where_that_is_sooner(
     with led(llama, 2) as leader:
         costs = leader.costs
         assert not costs.apart_is_faster(1000, 8)  # nothing is known
+        costs.heard_in_pieces(10, 0.2)  # a short prompt, whose tokens cost more
+        assert (costs.token, costs.in_pieces) == (0.02, None)
         costs.token, costs.exchange = 3e-3, 0.1  # 1.6 s together, 3 s apart
-        apart = {waiting: costs.apart_is_faster(1000, waiting) for waiting in (1, 2, 4, 16)}
-        assert apart == {1: False, 2: False, 4: False, 16: True}
+        apart = {waiting: costs.apart_is_faster(1000, waiting) for waiting in (1, 2, 3, 16)}
+        assert apart == {1: False, 2: False, 3: True, 16: True}
+        assert [costs.apart_is_faster(1000, 2, False, rest) for rest in (1.0, 2.0)] == [False, True]
         costs.exchange = 1.0  # 2.5 s together
         assert [costs.apart_is_faster(1000, waiting) for waiting in (1, 2)] == [False, True]
+        costs.exchange = 0.1
+        costs.heard_in_pieces(1000, 4.0)
+        assert not costs.apart_is_faster(1000, 3)  # 4 s, and 1.6 s together
+        costs.heard_pause(0.25)
+        assert len(costs.pauses(1000)) == 2  # of three blocks
+        assert costs.apart_is_faster(1000, 3, True)  # 2.1 s together
+        costs.heard_together(1000, 1.6)
+        assert costs.alone(1000) == pytest.approx(3.97)  # it would be tried again some day
 
 
 @pytest.mark.parametrize("world_size", [1, 2])

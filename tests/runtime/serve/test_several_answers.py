@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import threading
+import time
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -189,6 +191,19 @@ def test_a_rank_reads_a_prompt_as_long_as_an_answer_is_wanted(llama: Any) -> Non
         assert len(sequences) == 0
 
 
+def test_pieces_of_a_prompt_are_about_as_long_as_each_other(llama: Any) -> None:
+    with Engine(llama) as engine:
+        sequences, ids = Sequences(engine), prompt(100)
+        sequences.read_alone(Prompt(7, 0, ids, [0], 4, [], sampling_to_json(SEEDED)))
+        (reading,), read = sequences._reading, []
+        while len(read) < len(ids):
+            piece = sequences._next_piece(reading)
+            assert len(piece) == 25  # four of at most 32
+            read += piece
+            reading.cache.length = len(read)
+    assert read == ids
+
+
 def test_they_are_spread_where_steps_save_more_than_sharing_takes(llama: Any) -> None:
     with led(llama, 2) as leader:
         costs = leader.answer_costs
@@ -236,3 +251,26 @@ def test_answers_go_to_the_ranks_with_fewest(
 def asked(answers: int) -> Work:
     request = GenerationRequest("x", [1] * 100, n=answers)
     return Work(request, 5, lambda event: None, 0.0, 1)
+
+
+@pytest.mark.parametrize(("taken", "place"), [(0.0, "one"), (60.0, "later")])
+def test_a_rank_waits_for_another_one_that_has_read_most_of_its_prompt(
+    taken: float, place: str
+) -> None:
+    """Then all ranks read the next prompt together; a rank by itself needs 30 s for it."""
+    costs: Any = SimpleNamespace(
+        alone=lambda tokens: 30.0,
+        apart_is_faster=lambda tokens, waiting, others, rest: rest + 16.0 > 30.0,
+        together_is_faster=lambda tokens: True,
+    )
+    admission = Admission(2, 8)
+    admission.budget = {0: 100, 1: 100}
+    reading = asked(1)
+    reading.begin(0, [0], None, time.monotonic() - taken)
+    reading.reading = {0}
+    admission.running.append(reading)
+    admission.add(asked(1))
+    work = admission.next()
+    assert work is not None
+    assert work.owner == 1
+    assert Placement(admission, costs, AnswerCosts(costs), True).of(work) == place
