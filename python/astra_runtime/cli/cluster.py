@@ -96,6 +96,7 @@ class Cluster:
         if options.checkpoint is not None:
             arguments += ["--checkpoint", options.checkpoint]
         arguments += ["--mixed-dtypes"] if settings["mixed_forms"] else []
+        arguments += ["--pack-weights"] if settings["pack_weights"] else []
         arguments += ["--threads", str(options.threads), "--timeout", str(options.timeout)]
         arguments += ["--connect-timeout", str(options.connect_timeout)]
         arguments += ["--on-missing", settings["on_missing"]]

@@ -45,7 +45,7 @@ class Ranks:
         halo: of the engine with codes; None: its default. The others have none.
         on_missing, deadline_ms: as the engine's. Where ranks may be left out, a job goes on without
             those that are late or lost, unless it needs them.
-        mixed_forms: as the engine's.
+        mixed_forms, pack_weights: as the engine's.
     """
 
     def __init__(
@@ -59,9 +59,10 @@ class Ranks:
         on_missing: Literal["raise", "degrade"] = "raise",
         deadline_ms: float | None = None,
         mixed_forms: bool = False,
+        pack_weights: bool = False,
     ) -> None:
         self.model, self.codebook = model, codebook
-        self.mixed_forms = mixed_forms
+        self.mixed_forms, self.pack_weights = mixed_forms, pack_weights
         self.on_missing, self.deadline_ms = on_missing, deadline_ms
         self.partial = on_missing == "degrade"
         self.mesh, self.timed = mesh, timed or mesh
@@ -95,6 +96,7 @@ class Ranks:
                 deadline_ms=self.deadline_ms,
                 on_missing=self.on_missing,
                 mixed_forms=self.mixed_forms,
+                pack_weights=self.pack_weights,
             )
             mesh.flush()  # nothing held by the link may be overtaken on the other mesh
         return self._engines[key]

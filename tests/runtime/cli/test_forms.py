@@ -13,6 +13,7 @@ import pytest
 from astra_runtime import cores, store
 from astra_runtime.cli import _parser as parser_of
 from astra_runtime.cli import leading, run
+from astra_runtime.cli.cluster import Cluster
 from astra_runtime.cli.options import settle_threads, sharing
 from astra_runtime.store import DamagedModel, model_folder
 
@@ -90,6 +91,17 @@ def test_commands_of_a_mesh_settle_the_threads_of_their_machine(
         options = parser_of("serve").parse_args(asked)
         leading.Place(options, peers.split(","))
         assert options.threads == threads
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_local_workers_pack_weights_as_their_leader_does(packed: bool) -> None:
+    asked = ["serve", "--world-size", "2", *(["--pack-weights"] if packed else [])]
+    options = parser_of("serve").parse_args(asked)
+    place = leading.Place.of(options)
+    assert place.settings["pack_weights"] == packed
+    ranks = Cluster(options, 2, place.settings, None, None, standing=True)
+    arguments = ["worker", "--rank", "1", *ranks._worker_arguments(None)]
+    assert parser_of("worker").parse_args(arguments).pack_weights == packed
 
 
 def test_a_gguf_file_is_converted_once_for_each_content(
