@@ -193,9 +193,13 @@ OTHERS = (
     ),
     Bench(
         "service",
-        "concurrent chats on two processes at 10 Mbit/s beside one, and a lone request",
-        15,
-        (_cpu("bench.service", "service"), _cpu("bench.service.lone", "service_lone")),
+        "concurrent chats on two processes at 10 Mbit/s beside one; lone requests, several answers",
+        17,
+        (
+            _cpu("bench.service", "service"),
+            _cpu("bench.service.lone", "service_lone"),
+            _cpu("bench.service.several", "service_several"),
+        ),
     ),
     Bench(
         "rivals",
@@ -206,9 +210,12 @@ OTHERS = (
     ),
     Bench(
         "service-faults",
-        "a service whose workers are killed and stopped at random moments",
-        22,
-        (_cpu("bench.service.faults", "service_faults"),),
+        "a service whose workers are killed at random moments; malformed requests, slow clients",
+        24,
+        (
+            _cpu("bench.service.faults", "service_faults"),
+            _cpu("bench.service.malformed", "service_malformed"),
+        ),
     ),
     Bench(
         "latency-scaled",

@@ -3,9 +3,9 @@
     python -m bench.service [--ranks 2] [--mbit 10] [--clients 8] [--tokens 1024] [--answer 16]
 
 Real processes, HTTP and an emulated link. `chats`: `--clients` clients ask at once, each with a
-prompt of its own; milliseconds are of one request, all of them over their number. `decode_batch`:
-one step of one rank for several sequences together, which reads the weights once. Writes
-service.json.
+prompt of its own; milliseconds are of one request, all of them over their number; `read_alone`
+is the share of the prompts that one rank has read by itself. `decode_batch`: one step of one rank
+for several sequences together, which reads the weights once. Writes service.json.
 """
 
 from __future__ import annotations
@@ -46,9 +46,10 @@ def chats(
     """Seconds and answers of each repeat of all clients asking at once, and seconds of the start,
     from the command until it is ready."""
     prompts = prompts_of(options.model, options.tokens, options.clients * (1 + options.repeats))
+    more = ["--pack-weights"] if options.pack_weights else []
     found = []
     with (
-        serving(options.model, ranks, options.mbit, options.rtt_ms / 2) as server,
+        serving(options.model, ranks, options.mbit, options.rtt_ms / 2, *more) as server,
         ThreadPoolExecutor(options.clients) as pool,
     ):
         for repeat in range(1 + options.repeats):
@@ -70,15 +71,6 @@ def chat_case(options: argparse.Namespace) -> Case:
         ranks: [1e3 * seconds / options.clients for seconds, _ in found]
         for ranks, found in runs.items()
     }
-    first = {
-        ranks: sorted(a.first or 0.0 for _, answers in found for a in answers)
-        for ranks, found in runs.items()
-    }
-    added = {
-        f"first_token_{name}_ms{'' if ranks > 1 else '_single'}": 1e3 * quantile(first[ranks], q)
-        for ranks in first
-        for name, q in (("p50", 0.5), ("p95", 0.95))
-    }
     shape = {
         "model": options.model,
         "tokens": options.tokens,
@@ -86,8 +78,15 @@ def chat_case(options: argparse.Namespace) -> Case:
         "mbit_per_s": options.mbit,
         "rtt_ms": options.rtt_ms,
     }
-    added |= {"clients": options.clients, "answer_tokens": options.answer}
-    added |= {"start_seconds": starts[options.ranks], "start_seconds_single": starts[1]}
+    added = {
+        **waits_of(runs[1], "_single"),
+        **waits_of(runs[options.ranks], ""),
+        "read_alone": read_alone(runs[options.ranks]),
+        "clients": options.clients,
+        "answer_tokens": options.answer,
+        "start_seconds": starts[options.ranks],
+        "start_seconds_single": starts[1],
+    }
     return Case(
         "chats",
         shape,
@@ -99,13 +98,30 @@ def chat_case(options: argparse.Namespace) -> Case:
     )
 
 
+def waits_of(runs: Sequence[tuple[float, list[Answer]]], suffix: str) -> dict[str, float]:
+    """Of all requests: until the first token, and the longest until a further one."""
+    answers = [answer for _, some in runs for answer in some]
+    first = sorted(answer.first or 0.0 for answer in answers)
+    return {
+        f"first_token_p50_ms{suffix}": 1e3 * quantile(first, 0.5),
+        f"first_token_p95_ms{suffix}": 1e3 * quantile(first, 0.95),
+        f"longest_wait_ms{suffix}": 1e3 * max(answer.wait for answer in answers),
+    }
+
+
+def read_alone(runs: Sequence[tuple[float, list[Answer]]]) -> float:
+    """Which share of the prompts one rank has read by itself: none of it stands for codes."""
+    answers = [answer for _, some in runs for answer in some]
+    return sum(not answer.astra["coded_tokens"] for answer in answers) / len(answers)
+
+
 def quantile(ordered: Sequence[float], share: float) -> float:
     return ordered[min(len(ordered) - 1, int(share * len(ordered)))]
 
 
 def decode_cases(options: argparse.Namespace) -> list[Case]:
     """A step for 1, 4 and 8 sequences behind prompts, in one batch; per sequence beside it."""
-    engine = Engine(load_model(options.model))
+    engine = Engine(load_model(options.model), pack_weights=options.pack_weights)
     ids = torch.arange(options.tokens)[None] % 1000
     first = Cache(KeyValues(len(engine.adapter.blocks)))
     with torch.no_grad():
@@ -139,6 +155,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--mbit", type=float, default=10.0)
     parser.add_argument("--rtt-ms", type=float, default=0.0)
     parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--pack-weights", action="store_true", help="on one device and on all")
     parser.add_argument("--name", default="service", help="of the result")
     options = parser.parse_args(arguments)
     quiet_transformers()

@@ -32,6 +32,8 @@ class Answer:
     Attributes:
         text: of the answer. error: what came in its place, with a status.
         first, seconds: until its first piece, and its end.
+        wait: the longest between two pieces.
+        astra: what the service says of it beside the usage: who answered, from what.
     """
 
     text: str = ""
@@ -39,7 +41,9 @@ class Answer:
     error: str = ""
     first: float | None = None
     seconds: float = 0.0
+    wait: float = 0.0
     usage: dict[str, Any] = field(default_factory=dict)
+    astra: dict[str, Any] = field(default_factory=dict)
 
 
 class Server:
@@ -113,6 +117,7 @@ class Server:
 
 
 def _read(reply: Any, answer: Answer, start: float) -> None:
+    last = start
     for line in reply:
         data = line.decode().removeprefix("data: ").strip()
         if not data or data == "[DONE]" or not data.startswith("{"):
@@ -121,10 +126,15 @@ def _read(reply: Any, answer: Answer, start: float) -> None:
         if "error" in event:
             answer.error = json.dumps(event["error"])
             return
+        now = time.monotonic()
         if answer.first is None:
-            answer.first = time.monotonic() - start
+            answer.first = now - start
+        elif event["choices"]:
+            answer.wait = max(answer.wait, now - last)
+        last = now
         answer.text += "".join(choice["text"] for choice in event["choices"])
         answer.usage = event.get("usage") or answer.usage
+        answer.astra = event.get("astra") or answer.astra
 
 
 @contextlib.contextmanager

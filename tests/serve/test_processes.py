@@ -16,6 +16,7 @@ from typing import Any
 import pytest
 
 from astra_runtime import Codebook
+from bench.service.malformed import SLOW, attack
 from bench.service.server import Server, serving
 from tests.runtime.models import tiny, windows_for
 from tests.runtime.serve.service import alone
@@ -131,6 +132,14 @@ def test_a_stopped_worker_is_noticed_and_comes_back(server: Server, expected: st
         os.kill(worker, signal.SIGCONT)
     check_ready_again(server, expected, times=2)
     assert server.workers() == [worker]
+
+
+def test_malformed_requests_and_slow_clients_harm_nobody(server: Server) -> None:
+    found = attack(server, 100, 1, seed=0)
+    assert found.wrong == []
+    assert sum(found.statuses.values()) == 100
+    assert set(found.slow) == {client.__name__ for client in SLOW}
+    assert found.answers > 0
 
 
 def cpu_seconds(process: int) -> float:
