@@ -17,9 +17,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from astra_kernels._triton.attention import Dense, mask_arguments, padded, rows_contiguous, window
+from astra_kernels._triton.arguments import mask_arguments, padded, rows_contiguous, window
 from astra_kernels._triton.blocks import LOG2_E, capped, load_rows
 from astra_kernels._triton.launch import capability, cdiv, launch
+from astra_kernels._triton.sources import Dense
 from astra_kernels._triton.tiles import Tile
 
 # Not the strides: what divides them says how wide rows may be read.

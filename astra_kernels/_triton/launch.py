@@ -56,6 +56,11 @@ class _Recording(threading.local):
 
 _recording = _Recording()
 
+# Kernels are started by one thread at a time. A kernel that one thread is still loading, Triton
+# (3.6 to 3.9) would start for another without its code; and its interpreter keeps the number of the
+# program that runs in one place.
+_starting = threading.Lock()
+
 
 def interpreted() -> bool:
     """Whether kernels run in Triton's interpreter (TRITON_INTERPRET=1), on the CPU."""
@@ -142,7 +147,7 @@ def launch(
             f"got a grid of {' x '.join(map(str, grid))}; split the batch"
         )
     run: Callable[..., Any] = kernel[grid]
-    with _on(device):
+    with _starting, _on(device):
         run(*args, **constants, num_warps=warps, num_stages=stages, **options)
 
 

@@ -149,8 +149,8 @@ def _by_triton(
     softmax: Softmax, key: Tensor, value: Tensor, see: Visibility
 ) -> tuple[Tensor, Tensor, Tensor]:
     # Triton is optional: imported on first use.
-    from astra_kernels._triton.attention import Dense
     from astra_kernels._triton.gradient import attention_gradient
+    from astra_kernels._triton.sources import Dense
 
     left, right = (-1 if limit is None else limit for limit in (see.left, see.right))
     dense = Dense(key, value, False, see.key_mask, see.attn_mask, (left, right))

@@ -6,7 +6,8 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
-from astra_kernels._triton.attention import Dense, Scores, State, attend
+from astra_kernels._triton.attention import Scores, attend
+from astra_kernels._triton.sources import Dense, State
 
 
 def attention(

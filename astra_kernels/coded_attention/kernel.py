@@ -9,9 +9,10 @@ from torch import Tensor
 
 from astra_kernels._checks import CodedShape
 from astra_kernels._rotary import Rope
-from astra_kernels._triton.attention import FEW_ROWS, Coded, Counted, Dense, Scores, State, attend
+from astra_kernels._triton.attention import FEW_ROWS, Scores, attend
 from astra_kernels._triton.expand import expand
 from astra_kernels._triton.launch import capability
+from astra_kernels._triton.sources import Coded, Counted, Dense, State
 from astra_kernels._triton.strategies import COUNTED, EXPANDED, choose
 from astra_kernels.count_codes.kernel import count_codes
 

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from astra_kernels._triton.attention import Counted, State, attend
+from astra_kernels._triton.attention import attend
+from astra_kernels._triton.sources import Counted, State
 
 
 def codeword_attention(

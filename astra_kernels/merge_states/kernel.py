@@ -46,9 +46,10 @@ def merge_all(
     mask = row_mask[:, None]
     if HEAD % BLOCK != 0:
         mask = mask & (channel < HEAD)[None, :]
-    wide = row.to(tl.int64)
-    start = wide // inner // middle * stride_0
-    start += wide // inner % middle * stride_1 + wide % inner * stride_2
+    # Rows fit 32 bits, in which dividing is quick; places do not.
+    start = (row // inner // middle).to(tl.int64) * stride_0
+    start += (row // inner % middle).to(tl.int64) * stride_1
+    start += (row % inner).to(tl.int64) * stride_2
     merged = tl.zeros([ROWS, BLOCK], tl.float32)
     part_lse = lses + row
     part = outs + start[:, None] * UNIT + channel[None, :]
@@ -60,7 +61,7 @@ def merge_all(
         merged += tl.load(part, mask=some, other=0.0).to(tl.float32) * weight[:, None]
         part_lse += rows
         part += stride_s * UNIT
-    cell = wide[:, None] * HEAD + channel[None, :]
+    cell = row[:, None].to(tl.int64) * HEAD + channel[None, :]
     tl.store(out + cell, merged.to(out.dtype.element_ty), mask=mask)
 
 

@@ -13,7 +13,8 @@ from torch import Tensor
 
 from astra_kernels._checks import CodedShape
 from astra_kernels._rotary import Rope
-from astra_kernels._triton.attention import Dense, Scores, State, attend
+from astra_kernels._triton.attention import Scores, attend
+from astra_kernels._triton.sources import Dense, State
 from astra_kernels._triton.strategies import COUNTED, EXPANDED
 from astra_kernels.coded_attention.kernel import choose_strategy, count, describe, look_up
 from astra_kernels.merge_state.kernel import merge_state

@@ -35,7 +35,7 @@ from typing import Any
 from bench.gpu import plan, prepare
 from bench.gpu.plan import CACHE, PARTS, Group, Setup
 from bench.gpu.running import Result, Stage, run_group, skipped
-from bench.report import ROOT, commit
+from bench.tree import ROOT, commit
 
 KEPT_OF_LOG = 2_000_000  # characters of a process's output in log.txt
 LEAST_LIMIT = 5.0  # seconds; with less a stage is not begun

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from bench.gpu.environment import cuda_ptxas, find_tool
 from bench.gpu.running import SECONDS, Stage
-from bench.report import ROOT
+from bench.tree import ROOT
 
 # Ignored by version control, and kept between the parts: the second finds compiled what the first
 # compiled, and goes on with its results.

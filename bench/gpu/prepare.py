@@ -10,7 +10,7 @@ import sys
 from pathlib import Path
 
 from bench.gpu.plan import WHEELS
-from bench.report import ROOT
+from bench.tree import ROOT
 
 # vector-quantize-pytorch, a baseline of `encode`, and what it needs beside numpy, torch and torch's
 # own needs, which must not be shadowed; all pure Python.

@@ -12,7 +12,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from bench.report import ROOT
+from bench.tree import ROOT
 
 SECONDS = "{seconds}"  # in a command: how long it may go on, so that it ends by itself
 ENDING = 20  # seconds before the limit at which such a command starts nothing new

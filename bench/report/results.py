@@ -8,9 +8,7 @@ baselines' medians (`peers`).
 import importlib.metadata
 import json
 import math
-import os
 import platform
-import subprocess
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -19,10 +17,10 @@ from pathlib import Path
 from typing import Any
 
 from astra_runtime.contention import Watch
+from bench.tree import ROOT, commit
 
 from .machine import cores, cpu_name
 
-ROOT = Path(__file__).resolve().parents[2]
 RESULTS = ROOT / "bench" / "results"
 WATCH = Watch()  # of this process, which is one benchmark
 
@@ -125,27 +123,6 @@ def write(
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(report, indent=1) + "\n")
     return path
-
-
-def commit() -> str:
-    """The commit this tree is at, with "-dirty" if files under version control were changed.
-
-    A copy of the tree without its history has it from `$BENCH_COMMIT`, else it is "unknown".
-    """
-    named = os.environ.get("BENCH_COMMIT")
-    if named:
-        return named
-
-    def git(*arguments: str) -> str:
-        command = ["git", "-C", str(ROOT), *arguments]
-        return subprocess.run(command, check=True, capture_output=True, text=True).stdout.strip()
-
-    same = (":!bench/results", ":!*.md")  # what cannot change a measurement
-    try:
-        changed = git("status", "--porcelain", "--untracked-files=no", "--", ".", *same)
-        return git("rev-parse", "HEAD") + ("-dirty" if changed else "")
-    except (OSError, subprocess.CalledProcessError):
-        return "unknown"
 
 
 def _sample(call: Callable[[], object], repeats: int) -> float:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 import time
@@ -234,3 +235,12 @@ def test_a_rehearsal(tmp_path, cache):
     assert first < {case["name"] for case in report["cases"]}
     assert report["failed"] == []
     assert set(report["ceilings"]["measured"]) == {"copy", "dense", "exp", "gather"}
+
+
+def test_it_starts_with_nothing_built_or_installed():
+    """Another machine has a Python with torch; the extension may have to be built there first."""
+    bare = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
+    words = [sys.executable, "-S", "-m", "bench.gpu", "--dry-run"]  # without installed packages
+    done = subprocess.run(words, cwd=plan.ROOT, env=bare, capture_output=True, text=True)
+    assert done.stderr == ""
+    assert "A decisive" in done.stdout

@@ -14,9 +14,10 @@ from typing import Any
 import torch
 
 from astra_kernels._checks import CodedShape
-from astra_kernels._triton.attention import Coded, Dense, Scores, attend
+from astra_kernels._triton.attention import Scores, attend
 from astra_kernels._triton.expand import expand
 from astra_kernels._triton.gradient import attention_gradient
+from astra_kernels._triton.sources import Coded, Dense
 from astra_kernels.codeword_attention.kernel import codeword_attention
 from astra_kernels.count_codes.kernel import count_codes
 from astra_kernels.decode.kernel import decode
@@ -299,6 +300,8 @@ def spilled_before() -> list[Call]:
         gradient(128, FLOAT),
         gradient(64, BF16, mask=BF16, window=(256, 0)),
         *(gradient(d, FLOAT, mask=FLOAT, window=(256, 0)) for d in (64, 128)),
+        attention(64, BF16, rope=True, bits=12),
+        *(call for call in helpers(FLOAT, 4, 72) if call.name.startswith("merge states")),
     ]
 
 

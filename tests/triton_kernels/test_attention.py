@@ -11,6 +11,7 @@ import astra_kernels as ak
 from astra_kernels._triton import attention as launcher
 from astra_kernels._triton import loops as kernels
 from astra_kernels._triton.launch import record
+from astra_kernels._triton.sources import Coded, Dense
 from astra_kernels._triton.strategies import STRATEGIES
 from astra_kernels._triton.tiles import Tile
 from astra_kernels.coded_attention.kernel import coded_attention
@@ -133,7 +134,7 @@ def test_any_number_of_splits(dtype, splits, m, rope):
     got = launcher.attend(
         case.query,
         None,
-        dense=launcher.Dense(case.key, case.value, is_causal=True),
+        dense=Dense(case.key, case.value, is_causal=True),
         coded=described(case),
         splits=splits,
         tile=Tile(16, 16, 4, 2),
@@ -141,9 +142,9 @@ def test_any_number_of_splits(dtype, splits, m, rope):
     assert_as_exact_as_torch(got, case)
 
 
-def described(case: Case) -> launcher.Coded:
+def described(case: Case) -> Coded:
     shared = case.codes.shape[2] == case.key_codebook.shape[0] * case.key_codebook.shape[2]
-    return launcher.Coded(
+    return Coded(
         *(case.codes.shape[1], case.codes, case.key_codebook, shared),
         *(case.codes, case.value_codebook, shared),
         rope=case.coded.get("rope"),
@@ -269,16 +270,16 @@ def test_views_of_much_memory_are_copied_and_larger_rows_refused():
         cache = torch.empty(1, 2**17, 2**10, 2, 16, device="meta")
         key = cache[:, :, 3].transpose(1, 2)
         query = torch.empty(1, 2, 70, 16, device="meta")
-        launcher.attend(query, None, dense=launcher.Dense(key, key))
+        launcher.attend(query, None, dense=Dense(key, key))
         (given, *strides), *_ = (launch.args[6:10] for launch in launches)
         assert given.shape == key.shape
         unit = launches[0].constants["UNIT"]
         assert [stride * unit for stride in strides] == [2**22, 2**21, 16]
         large = torch.empty(1, 2, 2**26, 16, device="meta")
         with pytest.raises(ValueError, match="too large"):
-            launcher.attend(large, None, dense=launcher.Dense(key, key))
+            launcher.attend(large, None, dense=Dense(key, key))
         with pytest.raises(ValueError, match="too large"):
-            launcher.attend(query, None, dense=launcher.Dense(large, large))
+            launcher.attend(query, None, dense=Dense(large, large))
 
 
 def test_large_scores_do_not_overflow():
@@ -322,7 +323,7 @@ def test_no_number_is_no_answer(m, value):
     case.query[0, 1, 2] = value
     for splits in (1, 3):
         for keys in (
-            {"dense": launcher.Dense(case.key, case.value)},
+            {"dense": Dense(case.key, case.value)},
             {"coded": described(case)},
         ):
             out, lse = launcher.attend(case.query, None, **keys, splits=splits)

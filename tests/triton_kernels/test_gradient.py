@@ -8,8 +8,8 @@ import torch
 import astra_kernels as ak
 from astra_kernels import _dispatch
 from astra_kernels._triton import gradient
-from astra_kernels._triton.attention import Dense
 from astra_kernels._triton.gradient import attention_gradient
+from astra_kernels._triton.sources import Dense
 from astra_kernels.attention import reference
 
 pytestmark = pytest.mark.usefixtures("poisoned")

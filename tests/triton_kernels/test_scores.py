@@ -10,7 +10,9 @@ import torch
 import astra_kernels as ak
 from astra_kernels._triton import attend as kernels
 from astra_kernels._triton import attention as launcher
+from astra_kernels._triton.attention import Scores
 from astra_kernels._triton.launch import record
+from astra_kernels._triton.sources import Dense
 from astra_kernels._triton.strategies import STRATEGIES
 from astra_kernels._triton.tiles import Tile
 from astra_kernels.attention.kernel import attention
@@ -181,10 +183,8 @@ def test_the_strategy_follows_from_the_mask():
 @pytest.mark.parametrize("splits", [2, 5])
 def test_any_number_of_splits(given, splits):
     inputs, options = dense(FEW, 70, 24), options_of(given, FEW, 70)
-    keys = launcher.Dense(
-        *inputs[1:], attn_mask=options.get("attn_mask"), window=options.get("window")
-    )
-    scores = launcher.Scores(None, options.get("softcap"), options.get("sinks"))
+    keys = Dense(*inputs[1:], attn_mask=options.get("attn_mask"), window=options.get("window"))
+    scores = Scores(None, options.get("softcap"), options.get("sinks"))
     got = launcher.attend(inputs[0], scores, dense=keys, splits=splits, tile=Tile(16, 16, 4, 2))
     assert_exact(ak.attention, got, *inputs, **options)
 
@@ -194,7 +194,7 @@ def test_the_smallest_number_hides_nothing(splits, dtype):
     query, key, value = dense(FEW, 40, dtype=dtype)
     query = query / 100  # beside such a mask the rounding of sums is what differs
     mask = torch.full((FEW, 40), torch.finfo(dtype).min, dtype=dtype)
-    keys = launcher.Dense(key, value, attn_mask=mask)
+    keys = Dense(key, value, attn_mask=mask)
     out, _ = launcher.attend(query, None, dense=keys, splits=splits, tile=Tile(16, 16, 4, 2))
     mean = value.mean(dim=2, keepdim=True).repeat_interleave(2, dim=1)
     torch.testing.assert_close(out, mean.expand_as(out), rtol=1e-2, atol=1e-2)

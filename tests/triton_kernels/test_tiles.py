@@ -16,8 +16,9 @@ import astra_kernels as ak
 from astra_kernels import _dispatch
 from astra_kernels._triton import tiles, tuning
 from astra_kernels._triton.attend_tiles import AttendProblem
-from astra_kernels._triton.attention import Coded, Dense, problem_of
+from astra_kernels._triton.attention import problem_of
 from astra_kernels._triton.launch import cdiv, launch, next_power_of_2, record
+from astra_kernels._triton.sources import Coded, Dense, Keys
 from astra_kernels._triton.tiles import Tile
 from astra_kernels.encode import reference as encode_reference
 
@@ -168,7 +169,7 @@ def test_the_key_of_a_tile_says_what_decides():
             9, codes, table, False, codes, table, False, bits, (angle, angle) if rope else None
         )
         near = torch.empty(batch, 2, m, 64, dtype=torch.float16)
-        return problem_of(query, Dense(near, near, causal), coded, None)
+        return problem_of(query, Keys(Dense(near, near, causal), coded))
 
     keys = [key(), key(m=100), key(batch=4), key(rope=True), key(bits=3), key(causal=True)]
     keys.append(key(rope=True, angles=torch.float32))
@@ -191,6 +192,26 @@ def test_threads_do_not_see_each_others_problems_and_launches(device):
     assert seen == []
     assert launches == []
     torch.testing.assert_close(tuple(got), want)
+
+
+def test_kernels_are_started_by_one_thread_at_a_time():
+    """One that another thread is still loading has no code yet."""
+    threads, second = [], threading.Event()
+
+    def run(**options):
+        threads.append(threading.Thread(target=start))
+        if len(threads) == 2:
+            second.set()
+            return
+        threads[0].start()
+        assert not second.wait(0.05)
+
+    def start():
+        launch({(1,): run}, (1,), device=torch.device("cpu"), warps=4, stages=1)
+
+    start()
+    threads[0].join()
+    assert second.is_set()
 
 
 def test_a_broken_or_foreign_file_is_no_reason_to_fail():
