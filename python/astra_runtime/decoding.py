@@ -6,9 +6,9 @@ sends each token to every other rank as it comes, so that all ranks return the s
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -20,10 +20,11 @@ from .errors import AstraError, CallEnded, InvalidChoice, NotFinite
 from .exchange import receive_tensors, send_tensor
 from .inputs import check_bound, check_function, check_integer, check_request, inferred_mask
 from .layer import Layer
-from .models import Adapter, with_cache
+from .models import Adapter, unheard, with_cache
 from .prepare import prepare
 from .trace import stage
 
+T = TypeVar("T")
 DEFAULT_NEW_TOKENS = 20  # of `model.generate`
 Choose = Callable[[Tensor, Tensor], Tensor]  # (ids [B, t], logits [B, V]) -> next token [B]
 
@@ -72,15 +73,16 @@ class Generation:
 
 
 def guarded(
-    name: str, function: Callable[[int], None] | None, rank: int
-) -> Callable[[int], None] | None:
+    name: str, function: Callable[[T], None] | None, rank: int
+) -> Callable[[T], None] | None:
     """The host's `function`, of whose errors one ends this call, and no more."""
     if function is None:
         return None
 
-    def call(block: int) -> None:
+    def call(block: T) -> None:
         try:
-            function(block)
+            with unheard():  # it may run the model itself
+                function(block)
         except AstraError:
             raise
         except Exception as error:
@@ -98,7 +100,7 @@ def end_tokens(model: Any, eos_token_id: Any, vocabulary: int) -> tuple[int, ...
         return ()
     if isinstance(eos_token_id, Tensor):
         eos_token_id = eos_token_id.tolist()
-    several = isinstance(eos_token_id, Sequence) and not isinstance(eos_token_id, str)
+    several = isinstance(eos_token_id, Iterable) and not isinstance(eos_token_id, str)
     ids = eos_token_id if several else [eos_token_id]
     return tuple(check_integer("eos_token_id", token, 0, vocabulary - 1) for token in ids)
 

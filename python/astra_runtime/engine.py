@@ -45,7 +45,7 @@ from .store import token_limit
 from .trace import stage
 from .transport import Mesh, local_mesh
 from .transport.subset import Subset
-from .turns import turn_of
+from .turns import turn_of, without_gradients
 from .warmup import example_inputs
 
 ANSWERS = ("last", "all", "local")
@@ -250,6 +250,7 @@ class Engine(SessionHost):
 
         Where the codebook has attention-sink tokens, `padding` in front of them is taken along.
         """
+        tokens, padding = check_integer("tokens", tokens, 0), check_integer("padding", padding, 0)
         return self._plan(tokens, padding=padding)
 
     def __call__(
@@ -285,6 +286,8 @@ class Engine(SessionHost):
             The model's own output class; a tuple with `return_dict=False`.
         """
         inputs, kept, as_tuple = call_arguments(inputs)
+        if kept is not None and logits not in ("last", kept):
+            raise ValueError(f"logits_to_keep: expected none beside logits={logits!r}, got one")
         logits = kept or logits
         if first is not None:
             name = "input_ids" if self.adapter.token_ids else "pixel_values"
@@ -294,7 +297,7 @@ class Engine(SessionHost):
         check_choice("logits", logits, ANSWERS)
         check_choice("outputs", outputs, ("every", "one"))
         request, within_ms = check_request(request), check_bound(within_ms)
-        with torch.no_grad(), self._turn():
+        with without_gradients(), self._turn():
             call, kwargs, _ = prepare(self, inputs, logits, outputs == "every", request)
             with (
                 self._ending_together(call, request, within_ms),
@@ -330,7 +333,7 @@ class Engine(SessionHost):
         start = time.perf_counter()
         try:
             with ending_together(self.mesh), clock:
-                self._watch.check()
+                self._check_unchanged()
                 self._check_apart()
                 yield
                 self._check_apart()  # which hooks change anything shows in a pass
@@ -341,6 +344,9 @@ class Engine(SessionHost):
         check_runnable(self.model)
         check_attention(self.adapter.attentions, self.adapter.causal)
         check_autocast(self.adapter.device)
+
+    def _check_unchanged(self) -> None:
+        self._watch.check()
 
     def _check_apart(self) -> None:
         if self._apart is not None:
@@ -467,7 +473,7 @@ class Engine(SessionHost):
 
         Raises RuntimeError where the engine is closed.
         """
-        with torch.no_grad(), self._turn():
+        with without_gradients(), self._turn():
             yield
 
     def close(self) -> None:

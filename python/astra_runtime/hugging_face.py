@@ -115,6 +115,7 @@ _FUNCTIONS = ("logits_processor", "stopping_criteria", "streamer")
 _REFUSED = (
     *("assistant_model", "prefix_allowed_tokens_fn", "negative_prompt_ids", "synced_gpus"),
     *("negative_prompt_attention_mask", "custom_generate", "inputs_embeds", "past_key_values"),
+    "cache",
 )
 
 
@@ -258,7 +259,8 @@ def generation_arguments(
     """
     keywords = dict(keywords)
     for name in _REFUSED:
-        if keywords.pop(name, None):
+        value = keywords.pop(name, None)
+        if value is not None and value is not False:  # an empty cache is one, too
             raise ValueError(f"{name}: expected none, as the engine does without, got one")
     functions = {name: keywords.pop(name, None) for name in _FUNCTIONS}
     _check_functions(functions)
@@ -267,6 +269,8 @@ def generation_arguments(
     ends = getattr(given, "eos_token_id", None) if ends is None else ends
     ends = end_tokens(model, ends, int(model.config.vocab_size))
     pad, mask = getattr(given, "pad_token_id", None), plain["attention_mask"]
+    if pad is not None:
+        pad = check_integer("pad_token_id", pad, -1)  # as some configurations have it
     mask = inferred_mask(input_ids, pad, ends) if mask is None else mask
     mask = torch.ones_like(input_ids) if mask is None else mask
     returned = getattr(given, "num_return_sequences", None)

@@ -10,6 +10,7 @@ from __future__ import annotations
 import operator
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from numbers import Real
 from typing import Any
 
 import torch
@@ -21,6 +22,7 @@ from .models import EVERY, ROW, Adapter, vocabulary_of
 from .plan import Plan
 
 NAMES = ("input_ids", "attention_mask", "token_type_ids", "pixel_values")
+LONGEST_MS = 1e9  # that a call may be given
 _LARGEST_REQUEST = 2**63 - 1
 _GRID = 4  # a picture's means are those of so many parts each way
 
@@ -256,6 +258,8 @@ def check_kind(name: str, value: Any, kind: type) -> None:
 
 def check_numbers(name: str, values: Any) -> tuple[float, ...]:
     try:
+        if isinstance(values, str | bytes):
+            raise TypeError
         return tuple(float(value) for value in values)
     except (TypeError, ValueError):
         raise TypeError(f"{name}: expected numbers, one for each rank, got {values!r}") from None
@@ -268,11 +272,12 @@ def check_request(request: Any) -> int | None:
 def check_bound(within_ms: Any) -> float | None:
     if within_ms is None:
         return None
-    if isinstance(within_ms, bool) or not isinstance(within_ms, int | float):
+    if isinstance(within_ms, bool) or not isinstance(within_ms, Real):
         raise TypeError(f"within_ms: expected milliseconds, above 0, got {within_ms!r}")
-    if not 0 < within_ms <= 1e9:
+    bound = float(within_ms)
+    if not 0 < bound <= LONGEST_MS:
         raise ValueError(f"within_ms: expected above 0, at most 1e9, got {within_ms}")
-    return float(within_ms)
+    return bound
 
 
 def check_choice(name: str, value: object, choices: Sequence[str]) -> None:

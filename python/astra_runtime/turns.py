@@ -2,10 +2,22 @@
 
 from __future__ import annotations
 
+import contextlib
 import threading
 import weakref
+from collections.abc import Iterator
+
+import torch
 
 from .transport import Mesh
+
+
+@contextlib.contextmanager
+def without_gradients() -> Iterator[None]:
+    """Tensors that are made in here are ordinary ones, whatever mode the host is in: what a session
+    keeps of a call in `torch.inference_mode` is written to by later calls outside of it."""
+    with torch.inference_mode(False), torch.no_grad():
+        yield
 
 
 class _Turn:

@@ -7,6 +7,7 @@ import time
 from typing import Any
 from unittest.mock import patch
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -592,7 +593,8 @@ def test_a_generation_ends_where_its_host_wants() -> None:
                 ids,
                 max_new_tokens=50,
                 stop=lambda whole: whole.shape[1] == tokens + 3,
-                on_block=blocks.append,
+                on_block=lambda block: (blocks.append(block), model(ids)),  # by itself meanwhile
+                within_ms=np.float32(1e6),
             )
             assert engine.seconds > 0
             return out, blocks, engine.generate(ids, max_new_tokens=3)

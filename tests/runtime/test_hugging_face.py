@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import GenerationConfig, LogitsProcessorList
+from transformers import DynamicCache, GenerationConfig, LogitsProcessorList
 from transformers.generation import MaxLengthCriteria, StoppingCriteriaList
 from transformers.generation.logits_process import (
     SuppressTokensLogitsProcessor,
@@ -66,6 +66,7 @@ def test_a_picture_by_position() -> None:
         ({"inputs_embeds": torch.zeros(1, 2, 3)}, "inputs_embeds: expected none"),
         ({"position_ids": IDS}, "position_ids: expected none"),
         ({"logits_to_keep": 3}, "logits_to_keep: expected 0"),
+        ({"logits_to_keep": 1, "logits": "all"}, "logits_to_keep: expected none beside"),
         ({"bogus": 1}, "got also bogus"),
     ],
 )
@@ -217,6 +218,8 @@ def test_a_streamer_hears_prompt_and_tokens(engine: Any) -> None:
     [
         ({"num_beams": 4}, ValueError, "num_beams: expected 1"),
         ({"assistant_model": object()}, ValueError, "assistant_model: expected none"),
+        ({"inputs_embeds": torch.zeros(2, 3, 48)}, ValueError, "inputs_embeds: expected none"),
+        ({"past_key_values": DynamicCache()}, ValueError, "past_key_values: expected none"),
         ({"penalty_alpha": 0.6}, ValueError, "penalty_alpha: expected None"),
         ({"return_dict_in_generate": True}, ValueError, "return_dict_in_generate: expected False"),
         (
@@ -234,6 +237,7 @@ def test_a_streamer_hears_prompt_and_tokens(engine: Any) -> None:
         ({"max_length": 14.5}, TypeError, "max_length: expected an integer"),
         ({"do_sample": True, "attention_mask": [[1]]}, TypeError, "attention_mask: expected a ten"),
         ({"top_k": 2, "eos_token_id": 1.5}, TypeError, "eos_token_id: expected an integer"),
+        ({"pad_token_id": 1.5}, TypeError, "pad_token_id: expected an integer"),
         ({"bogus": 1}, TypeError, "got 'bogus'"),
         ({"do_sample": True, "choose": lambda ids, logits: ids[:, 0]}, ValueError, "choose: exp"),
         ({"max_new_tokens": 0, "do_sample": True}, ValueError, "max_new_tokens"),

@@ -245,6 +245,7 @@ WRITES: dict[str, Any] = {
     "data": lambda p: p.data.mul_(2.0),
     "in place": lambda p: p.mul_(2.0),
     "one of many": lambda p: p.data.view(-1)[0].add_(1.0),
+    "one that no sample has": lambda p: p[3, 5].zero_(),
     "replaced": lambda p: setattr(p, "data", p.data.clone()),
 }
 
@@ -431,6 +432,49 @@ def test_a_configuration_that_changes_while_an_engine_is_open() -> None:
         model.config.sliding_window = 4
         with pytest.raises(ModelChanged, match="sliding_window of the model's configuration"):
             engine(**inputs_for("mistral"))
+
+
+def test_a_configuration_may_hold_anything() -> None:
+    """A tensor of class weights there ended the mesh at the first call."""
+    model = tiny("llama")
+    model.config.class_weights, model.config.callbacks = torch.ones(3), [object()]
+    assert adapt(model).digest() == adapt(model).digest()
+    with Engine(model) as engine:
+        engine(**inputs_for("llama"))
+        model.config.class_weights = torch.ones(3)
+        with pytest.raises(ModelChanged, match="class_weights of the model's configuration"):
+            engine(**inputs_for("llama"))
+    model.config.lock = threading.Lock()
+    with pytest.raises(ValueError, match="expected a configuration that can be saved"):
+        Engine(model)
+
+
+def _swap_function(layer: Any) -> None:
+    layer.intermediate.intermediate_act_fn = torch.relu
+
+
+def _swap_inside(layer: Any) -> None:
+    layer.intermediate.intermediate_act_fn.act = torch.relu
+
+
+@pytest.mark.parametrize(
+    ("swap", "activation"),
+    [(_swap_function, torch.nn.functional.gelu), (_swap_inside, "gelu")],
+)
+def test_activation_functions_that_are_swapped(swap: Any, activation: Any) -> None:
+    """On one rank alone, or while an engine is open."""
+    model = tiny("bert", hidden_act="gelu")
+    for layer in model.encoder.layer:
+        if activation != "gelu":
+            del layer.intermediate.intermediate_act_fn
+            layer.intermediate.intermediate_act_fn = activation
+    assert adapt(model).other_numbers() == ""
+    with Engine(model) as engine:
+        engine(**inputs_for("bert"))
+        swap(model.encoder.layer[1])
+        with pytest.raises(ModelChanged, match=r"layer\.1\.intermediate\..*act.* has changed"):
+            engine(**inputs_for("bert"))
+    assert adapt(model).other_numbers().startswith("encoder.layer.1.intermediate.")
 
 
 def test_dropout_at_work_in_one_part_is_refused() -> None:

@@ -189,6 +189,35 @@ def test_blocks_that_cannot_be_cut_are_refused() -> None:
         Engine(gone)
     with pytest.raises(ValueError, match="chunk_size_feed_forward=0"):
         Engine(tiny("bert", chunk_size_feed_forward=4))
+    with pytest.raises(ValueError, match="at least one Transformer block, got none"):
+        Engine(tiny("llama", num_hidden_layers=0))
+
+
+def test_blocks_that_the_configuration_leaves_out_run_nowhere() -> None:
+    model, inputs = tiny("llama"), inputs_for("llama")
+    Engine(model).close()
+    model.config.num_hidden_layers = 2
+    with Engine(model) as engine, torch.no_grad():
+        torch.testing.assert_close(engine(**inputs, logits="all").logits, model(**inputs).logits)
+        model.config.num_hidden_layers = 3
+        with pytest.raises(AstraError, match="num_hidden_layers of the model's configuration"):
+            engine(**inputs)
+
+
+@pytest.mark.parametrize("kind", ["llama", "bert"])
+def test_a_configuration_that_asks_for_tuples(kind: str) -> None:
+    """A head of transformers' own does not find the hidden states in them."""
+    model, inputs = tiny(kind), inputs_for(kind)
+    base = getattr(model, model.base_model_prefix, model)
+    with torch.no_grad():
+        want = base(**inputs)[0]
+    model.config.return_dict = False
+    if base is not model:
+        with pytest.raises(ValueError, match="expected return_dict=True in its configuration"):
+            Engine(model)
+    with Engine(base) as engine:
+        got = engine(**inputs, logits="all").last_hidden_state
+    torch.testing.assert_close(got, want, atol=1e-4, rtol=1e-4)
 
 
 def test_a_norm_of_the_users_own_is_not_folded() -> None:
@@ -234,7 +263,7 @@ def test_engines_and_meshes_are_not_copied(what: str, way: Callable[[Any], Any])
         ({"codebook": "folder"}, "codebook: expected Codebook"),
         ({"mesh": "mesh"}, "mesh: expected Mesh"),
         ({"halo": 2.5}, "halo: expected an integer"),
-        ({"weights": "a"}, "weights: expected numbers"),
+        ({"weights": "1"}, "weights: expected numbers"),
         ({"deadline_ms": "5"}, "deadline_ms: expected milliseconds"),
         ({"checkpoint": 5}, "checkpoint: expected str"),
     ],
@@ -257,6 +286,11 @@ def _write_to_the_last(module: nn.Module, args: Any, output: Any) -> None:
 
 def _add_mean(module: nn.Module, args: Any, output: Tensor) -> Tensor:
     return output + output.mean(1, keepdim=True)
+
+
+def _center(module: nn.Module, args: Any, output: Any) -> Any:
+    output.logits = output.logits - output.logits.mean(1, keepdim=True)
+    return output
 
 
 class Shifted(nn.Module):
@@ -288,6 +322,7 @@ _MIXING: dict[str, tuple[str, Callable[[Any], Any]]] = {
     "a hook on an MLP": ("gpt2", lambda m: m.transformer.h[0].mlp.register_forward_hook(_add_mean)),
     "a patched MLP": ("llama", _patch_mlp),
     "a layer": ("bert", _shift),
+    "the model": ("llama", lambda m: m.register_forward_hook(_center)),
     "a block of a ViT": ("vit", lambda m: adapt(m).blocks[2].register_forward_hook(_add_mean)),
 }
 
@@ -312,6 +347,98 @@ def test_what_reads_tokens_together_is_an_error(where: str) -> None:
         torch.testing.assert_close(
             alone(**inputs, logits="all")[0], model(**inputs)[0], atol=1e-3, rtol=1e-3
         )
+
+
+def test_ids_that_a_hook_on_the_model_moves_are_an_error() -> None:
+    model, inputs = tiny("llama"), inputs_for("llama", 70)
+
+    def shift(module: nn.Module, args: Any, given: dict[str, Any]) -> Any:
+        return args, given | {"input_ids": given["input_ids"].roll(1, 1)}
+
+    def swap(module: nn.Module, args: Any, given: dict[str, Any]) -> Any:
+        return args, given | {"input_ids": 96 - given["input_ids"]}
+
+    def work(mesh: Mesh) -> Any:
+        with Engine(model, None, mesh) as engine:
+            return engine(**inputs, logits="all").logits
+
+    handle = model.register_forward_pre_hook(shift, with_kwargs=True)
+    with pytest.raises(AstraError, match="depends on other tokens"):
+        run_ranks(2, work, timeout=20)
+    handle.remove()
+    model.register_forward_pre_hook(swap, with_kwargs=True)
+    with torch.no_grad():
+        want = model(**inputs).logits
+    torch.testing.assert_close(run_ranks(2, work, timeout=20)[0], want, atol=1e-3, rtol=1e-3)
+
+
+def test_hooks_that_torch_calls_for_every_module_are_looked_at() -> None:
+    model, inputs = tiny("llama"), inputs_for("llama", 70)
+    mlps = {block.mlp for block in adapt(model).blocks}
+
+    def hook(module: nn.Module, args: Any, output: Any) -> Any:
+        return _add_mean(module, args, output) if module in mlps else None
+
+    def work(mesh: Mesh) -> None:
+        with Engine(model, None, mesh) as engine:
+            engine(**inputs)
+
+    handle = nn.modules.module.register_module_forward_hook(hook)
+    try:
+        with pytest.raises(AstraError, match="depends on other tokens"):
+            run_ranks(2, work, timeout=20)
+    finally:
+        handle.remove()
+    run_ranks(2, work, timeout=20)
+
+
+@pytest.mark.parametrize("when", ["before", "open"])
+def test_a_forward_that_was_set_on_a_class(when: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As libraries patch all models of a family: what reads each token by itself is welcome."""
+    model, inputs = tiny("llama"), inputs_for("llama", 70)
+    kind = type(model.model.layers[0].mlp)
+    own = kind.forward
+
+    def mixed(self: Any, hidden: Tensor) -> Tensor:
+        out: Tensor = own(self, hidden)
+        return out + out.mean(1, keepdim=True)
+
+    def doubled(self: Any, hidden: Tensor) -> Tensor:
+        out: Tensor = own(self, hidden)
+        return 2 * out
+
+    def work(mesh: Mesh) -> Any:
+        if when == "before" and mesh.rank == 0:
+            monkeypatch.setattr(kind, "forward", patch)
+        mesh.agree({"at": "begin"})
+        with Engine(model, None, mesh) as engine:
+            engine(**inputs)
+            mesh.agree({"at": "open"})
+            if mesh.rank == 0:
+                monkeypatch.setattr(kind, "forward", patch)
+            mesh.agree({"at": "patched"})
+            return engine(**inputs, logits="all").logits
+
+    patch: Any = mixed
+    with pytest.raises(AstraError, match="depends on other tokens"):
+        run_ranks(2, work, timeout=20)
+    monkeypatch.setattr(kind, "forward", own)
+    patch = doubled
+    got = run_ranks(2, work, timeout=20)[0]
+    with torch.no_grad():
+        torch.testing.assert_close(got, model(**inputs).logits, atol=1e-3, rtol=1e-3)
+
+
+@pytest.mark.parametrize("where", ["the model", "its base"])
+def test_a_head_or_base_whose_class_was_patched_is_refused(
+    where: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = tiny("llama")
+    kind: Any = type(model if where == "the model" else model.model)
+    own = kind.forward
+    monkeypatch.setattr(kind, "forward", lambda self, *args, **given: own(self, *args, **given))
+    with pytest.raises(ValueError, match="forward of transformers' own in .*got that of .*lambda"):
+        Engine(model)
 
 
 @pytest.mark.parametrize("kind", ["llama", "gpt2", "vit", "bert"])

@@ -5,7 +5,7 @@ from .base import Adapter, Inputs, check_runnable, is_language_model, vocabulary
 from .dtypes import check_dtypes
 from .families import adapt, pair
 from .heads import EVERY, ROW, check_head_module
-from .hooks import Listener, check_attention
+from .hooks import Listener, check_attention, unheard
 from .watch import Watch
 
 __all__ = [
@@ -23,6 +23,7 @@ __all__ = [
     "check_runnable",
     "is_language_model",
     "pair",
+    "unheard",
     "vocabulary_of",
     "with_cache",
 ]

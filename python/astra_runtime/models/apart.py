@@ -19,6 +19,8 @@ from ..errors import AstraError, ModelChanged
 from ..plan import Plan
 from .base import Adapter
 from .families import pair
+from .heads import CLASS, ROW
+from .own_hooks import hooks_of_all
 from .packed import PackedForward
 from .quantized import QuantizedEmbedding, QuantizedLinear, is_quantized
 
@@ -30,6 +32,7 @@ _TOKENWISE = (
 )
 # A compiled module is looked into, as containers are.
 _KNOWN = ("transformers.", "torch.ao.", "torch._dynamo.")
+_THEIRS = ("transformers.", "torch.", "astra_runtime.")  # forward passes of classes
 # Of a token's hidden state, what products of other shapes may round differently.
 _ROUNDING, _ROUNDING_OF_16_BITS, _ROUNDING_OF_INTEGERS = 0.01, 0.1, 0.2
 
@@ -44,9 +47,10 @@ class Apart:
         whole = set() if before is None else set(before.modules())
         self.adapter = adapter
         self._modules = [module for module in adapter.base.modules() if module not in whole]
+        self._kinds: list[Any] = list(dict.fromkeys(map(type, self._modules)))
         self._strange = not all(map(_is_known, self._modules))
         self._tried: tuple[Any, ...] | None = None if self._strange else ()
-        adapter.hooks.watch(adapter.base)
+        adapter.hooks.watch(adapter.model, adapter.base)
 
     def check(self) -> None:
         """Raises ModelChanged where what is done to one token depends on others."""
@@ -63,9 +67,12 @@ class Apart:
         self._tried = parts
 
     def _parts(self) -> tuple[Any, ...]:
-        """The patches, and the hooks that have changed something."""
+        """The patches of modules and of classes, the hooks that have changed something, and those
+        that torch calls for every module."""
         patches = [module.__dict__["forward"] for module in self._modules if _is_patched(module)]
-        return (*patches, *self.adapter.hooks.changing(self._modules))
+        patches += [kind.forward for kind in self._kinds if _is_patched_class(kind)]
+        changing = self.adapter.hooks.changing([*self._modules, self.adapter.model])
+        return (*patches, *changing, *hooks_of_all())
 
 
 def _is_patched(module: nn.Module) -> bool:
@@ -75,6 +82,12 @@ def _is_patched(module: nn.Module) -> bool:
         return False
     compiled: Any = getattr(forward, "_torchdynamo_orig_callable", None)
     return getattr(compiled, "__func__", None) is not type(module).forward
+
+
+def _is_patched_class(kind: Any) -> bool:
+    """Whether somebody has set the `forward` of a class that is not theirs."""
+    ours = kind.__module__.startswith(_THEIRS)
+    return ours and not kind.forward.__module__.startswith(_THEIRS)
 
 
 def _is_known(module: nn.Module) -> bool:
@@ -126,7 +139,7 @@ def _first_mixed(adapter: Adapter) -> int | None:
     for place, hidden in enumerate(want):
         for rank, part in enumerate(parts):
             if not _alike(halves.local_tokens(hidden, rank), part[place], rounding):
-                return max(0, place - 1)
+                return min(max(0, place - 1), len(adapter.blocks) - 1)
     return None
 
 
@@ -136,7 +149,10 @@ def _hidden(adapter: Adapter, inputs: dict[str, Tensor], plan: Plan, rank: int) 
     if adapter.causal:
         options["use_cache"] = False
     with adapter.listening(trial):
-        adapter.model(**adapter.local_inputs(inputs, plan, rank), **options)
+        output = adapter.model(**adapter.local_inputs(inputs, plan, rank), **options)
+    if adapter.head not in (CLASS, ROW):  # what a hook on the model has made of them
+        answer = output[0]
+        trial.hidden.append(answer if answer.dim() > 2 else answer[..., None])
     return trial.hidden
 
 

@@ -61,6 +61,8 @@ class Adapter(ABC):
                 f"model: expected blocks of transformers' {config.model_type} with their "
                 f"attention, got others: {error}"
             ) from error
+        if not self.blocks:
+            raise ValueError("model: expected at least one Transformer block, got none")
         if len(set(self.attentions)) < len(self.attentions):
             raise ValueError(
                 "model: expected an attention module of its own in every block, got one that "
@@ -312,6 +314,13 @@ def check_runnable(model: nn.Module) -> None:
         ValueError: training mode, weights that are not in memory, a forward pass of the user's own.
     """
     check_forward(model)
+    config: Any = model.config
+    base = getattr(model, getattr(model, "base_model_prefix", ""), model)
+    if not getattr(config, "return_dict", True) and base is not model:
+        raise ValueError(
+            "model: expected return_dict=True in its configuration, which its own head needs, got "
+            "False; pass return_dict=False to the call for a tuple"
+        )
     if model.training:
         raise ValueError("model: expected evaluation mode, got training: call model.eval()")
     for path, module in model.named_modules():

@@ -8,6 +8,7 @@ are compared between ranks, and a number that changes while an engine is open is
 
 from __future__ import annotations
 
+import inspect
 import math
 import zlib
 from collections.abc import Mapping
@@ -25,18 +26,36 @@ _OF_ADAPTERS = ("scaling", "_disable_adapters", "_active_adapter")
 _ACTIVATIONS = ("act_fn", "act", "activation_fn", "intermediate_act_fn", "transform_act_fn")
 _NAMED = 3  # of the numbers that differ; a checksum covers all of them
 _CLOSE = 1e-4  # relative: how alike devices compute angles
+# What modules of torch and transformers say of themselves and no pass in evaluation reads.
+_BESIDE = frozenset(
+    ("training", "gradient_checkpointing", "name_or_path", "loss_type", "in_features")
+    + ("out_features", "num_embeddings", "embedding_dim", "p")
+)
 
 Slot = tuple[str, dict[str, Any], str, Any]  # path, and where the number is: attributes[name]
 
 
 def numbers_of(model: nn.Module) -> list[Slot]:
-    """All of a model's `NUMBERS`, as they are now."""
+    """What a model's modules compute with beside their parameters, as it is now: numbers, words and
+    activation functions. Of classes that are somebody's own it is `NUMBERS` and functions alone, as
+    others may change by themselves."""
     return [
-        (f"{path}.{name}".lstrip("."), vars(module), name, vars(module)[name])
+        (f"{path}.{name}".lstrip("."), vars(module), name, value)
         for path, module in model.named_modules()
-        for name in NUMBERS
-        if isinstance(vars(module).get(name, ""), int | float | None)
+        for name, value in vars(module).items()
+        if _is_computed_with(module, name, value)
     ]
+
+
+def _is_computed_with(module: nn.Module, name: str, value: Any) -> bool:
+    if name in _ACTIVATIONS:
+        return callable(value)
+    if name in NUMBERS:
+        return isinstance(value, int | float | None)
+    if name in _BESIDE or name.startswith("_") or name.endswith("dropout"):
+        return False
+    plain = isinstance(value, int | float | str | None)  # a bool is an int
+    return plain and type(module).__module__.startswith(_FIXED)
 
 
 def other_numbers(model: Any, scales: Mapping[nn.Module, float], rotary: nn.Module | None) -> str:
@@ -64,7 +83,8 @@ def other_numbers(model: Any, scales: Mapping[nn.Module, float], rotary: nn.Modu
 
 
 def _other_activations(model: Any) -> list[str]:
-    """Activation functions of transformers or torch that give other values than the configured."""
+    """Activation functions that give other values than the configured, but for modules of
+    somebody's own."""
     from transformers.activations import ACT2FN
 
     words = (getattr(model.config, name, None) for name in ("hidden_act", "activation_function"))
@@ -76,11 +96,12 @@ def _other_activations(model: Any) -> list[str]:
     for path, module in model.named_modules():
         for name in _ACTIVATIONS:
             own: Any = getattr(module, name, None)
-            kind = type(own)
-            if kind is type(expected) or not kind.__module__.startswith(_FIXED):
+            function = inspect.isroutine(own)
+            if not function and not type(own).__module__.startswith(_FIXED):
                 continue
             if not torch.allclose(own(places), expected(places), atol=1e-2):
-                found.append(f"{path}.{name}={kind.__name__}".lstrip("."))
+                said = own.__name__ if function else type(own).__name__
+                found.append(f"{path}.{name}={said}".lstrip("."))
     return found
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -35,6 +36,7 @@ _NOT_WEIGHTS = {
 }
 _NOT_WEIGHTS_ENDS = ("_token_id", "dropout", "_dropout_prob", "_pdrop", "layerdrop")
 _SAMPLE = 256  # values of a tensor, evenly spaced
+_ADDRESS = re.compile(" at 0x[0-9a-f]+")
 
 
 def entry_of(name: str, value: Any, dtype: torch.dtype | None = None) -> bytes:
@@ -54,7 +56,12 @@ def entry_of(name: str, value: Any, dtype: torch.dtype | None = None) -> bytes:
 def digests_of(config: Any, entries: Mapping[str, bytes]) -> tuple[str, str]:
     """The name of a model with these entries, and the name that codebooks fitted before version 0.2
     know it by, which also covered ids of special tokens, labels and dropouts."""
-    said = config.to_diff_dict()
+    try:
+        said = config.to_diff_dict()
+    except TypeError as error:  # transformers copies it
+        raise ValueError(
+            f"model: expected a configuration that can be saved, got one that cannot: {error}"
+        ) from error
     left_out = {name for name in said if _is_about_training(name)}
     return _digest(said, entries, left_out), _digest(said, entries, set())
 
@@ -71,10 +78,15 @@ def _is_about_training(name: str) -> bool:
 def _digest(said: Mapping[str, Any], entries: Mapping[str, bytes], left_out: set[str]) -> str:
     content = hashlib.sha256()
     for name in sorted(said.keys() - _NOT_THE_MODEL - left_out):
-        content.update(f"{name}={said[name]!r};".encode())
+        content.update(f"{name}={_text(said[name])};".encode())
     for _, entry in sorted(entries.items()):
         content.update(entry)
     return content.hexdigest()[:16]
+
+
+def _text(value: Any) -> str:
+    """What `value` is, but not where objects of unknown classes lie in memory."""
+    return _ADDRESS.sub("", repr(value))
 
 
 def _tensors(value: Any) -> list[Tensor]:

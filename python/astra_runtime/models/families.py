@@ -141,7 +141,7 @@ class Llama(_Decoder):
         return module
 
     def find_blocks(self) -> list[nn.Module]:
-        return list(self.base.layers)
+        return list(self.base.layers[: self.base.config.num_hidden_layers])
 
     def project(self, block: int, hidden: Tensor) -> tuple[Tensor, Tensor]:
         layer: Any = self.blocks[block]

@@ -29,6 +29,7 @@ _READS = {
     "ForQuestionAnswering": EVERY,
     "ForSequenceClassification": ROW,
 }
+_TRANSFORMERS = "transformers."
 _DECODERS = ("Llama", "Mistral", "Qwen2", "GPT2")
 _GENERIC = {  # forward passes that transformers shares between families
     "GenericForSequenceClassification": ROW,
@@ -66,7 +67,7 @@ def check_head(model: nn.Module) -> None:
         ValueError: a wrapper, a head of the user's own, or one that reads more than it would get.
     """
     kind = _forward_of(model)
-    if kind.__name__ in HEADS and kind.__module__.startswith("transformers."):
+    if kind.__name__ in HEADS and kind.__module__.startswith(_TRANSFORMERS):
         return
     inside = [
         name for name in ("base_model", "model", "module", "_orig_mod") if _is_model(model, name)
@@ -84,23 +85,27 @@ def check_forward(model: nn.Module) -> None:
     around the blocks in a forward pass of the user's own would see a shard for the whole.
 
     Raises:
-        ValueError: a base of the user's own, a `forward` that was set on the model or its base;
-            accelerate's and torch.compile's are those of the class.
+        ValueError: a base of the user's own, a `forward` that was set on the model or its base, or
+            on the class of either; accelerate's and torch.compile's are those of the class.
     """
     prefix = getattr(model, "base_model_prefix", "")
     for module in dict.fromkeys((model, getattr(model, prefix, model))):
         where = "the model" if module is model else f"model.{prefix}"
         kind = _forward_of(module)
-        if module is not model and not kind.__module__.startswith("transformers."):
+        own = kind.__dict__["forward"]
+        said = f"{kind.__module__}.{kind.__name__}"
+        theirs = said.startswith(_TRANSFORMERS)
+        if theirs:  # it may have been set on the class
+            said = f"{own.__module__}.{own.__qualname__}"
+        if not said.startswith(_TRANSFORMERS) and (theirs or module is not model):
             raise ValueError(
-                f"model: expected a forward of transformers' own in {where}, got that of "
-                f"{kind.__module__}.{kind.__name__}"
+                f"model: expected a forward of transformers' own in {where}, got that of {said}"
             )
         set_on = module.__dict__.get("forward")
         if set_on is None or "_hf_hook" in module.__dict__:
             continue
         compiled: Any = getattr(set_on, "_torchdynamo_orig_callable", None)
-        if getattr(compiled, "__func__", None) is not kind.__dict__["forward"]:
+        if getattr(compiled, "__func__", None) is not own:
             raise ValueError(
                 f"model: expected the forward of {kind.__name__} in {where}, got another one that "
                 "was set on it; take it away (del model.forward), and apply what it adds to the "
@@ -113,7 +118,7 @@ _LINEAR = (nn.Linear, nn.LayerNorm, nn.Dropout, nn.Tanh, QuantizedLinear)
 
 
 def _own_class(module: nn.Module) -> tuple[type, ...]:
-    return (type(module),) if type(module).__module__.startswith("transformers.") else ()
+    return (type(module),) if type(module).__module__.startswith(_TRANSFORMERS) else ()
 
 
 @torch.no_grad()

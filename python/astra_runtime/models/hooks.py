@@ -114,6 +114,18 @@ class _Pass:
 
 
 _current: ContextVar[_Pass | None] = ContextVar("astra_pass", default=None)
+
+
+@contextlib.contextmanager
+def unheard() -> Iterator[None]:
+    """Nobody listens in here, of what a host's function does in the middle of a pass."""
+    token = _current.set(None)
+    try:
+        yield
+    finally:
+        _current.reset(token)
+
+
 _lock = threading.RLock()  # ranks that are threads share one model
 
 
@@ -199,7 +211,7 @@ class Hooks:
         self._packed: list[PackedForward] = []
         self._packers = 0
         self._watching: list[nn.Module] = []
-        self._watched_base: Callable[[], nn.Module | None] = lambda: None
+        self._watched_tops: list[Callable[[], nn.Module | None]] = []
         self._watched: list[nn.Module] = []  # those of them that have hooks, during a call
         self._changing: dict[int, Any] = {}
 
@@ -237,10 +249,11 @@ class Hooks:
                 _current.reset(token)
         running.check_whole()
 
-    def watch(self, base: nn.Module) -> None:
-        """Notes from now on, during calls, which hooks in `base` change anything."""
+    def watch(self, model: nn.Module, base: nn.Module) -> None:
+        """Notes from now on, during calls, which hooks on `model` and in `base` change anything."""
         _, *self._watching = base.modules()
-        self._watched_base = weakref.ref(base)  # it may be the model, which nothing here keeps
+        tops = dict.fromkeys((model, base))
+        self._watched_tops = [weakref.ref(top) for top in tops]  # nothing here keeps the model
 
     def changing(self, modules: Iterable[nn.Module]) -> list[Any]:
         """The hooks that have changed something, of those that are in `modules` now."""
@@ -296,8 +309,8 @@ class Hooks:
                 del forward.layer.__dict__["forward"]
 
     def _watch_hooks(self) -> None:
-        base = self._watched_base()
-        modules = self._watching if base is None else [base, *self._watching]
+        tops = [top for kept in self._watched_tops if (top := kept()) is not None]
+        modules = [*tops, *self._watching]
         with_hooks = [m for m in modules if m._forward_hooks or m._forward_pre_hooks]
         for module in with_hooks:
             _watched[module] = _watched.get(module, 0) + 1
@@ -397,7 +410,13 @@ def _attention(
                 f"attention of block {block} was given {', '.join(strange)}, which is not supported"
             )
         scale = kwargs.get("scaling")
-        scale = query.shape[-1] ** -0.5 if scale is None else float(scale)
+        scale = query.shape[-1] ** -0.5 if scale is None else scale
+        if isinstance(scale, Tensor) and scale.numel() > 1:
+            raise ModelChanged(
+                f"attention of block {block} was given a scale of shape {list(scale.shape)}, which "
+                "is not supported: expected one number"
+            )
+        scale = float(scale)
         out = running.attend(block, query, key, value, scale)
         if out is not None:
             return out.transpose(1, 2), None

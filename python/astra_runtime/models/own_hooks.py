@@ -30,6 +30,13 @@ class Watched:
         return unwatched, (self.hook,)
 
 
+def hooks_of_all() -> tuple[Any, ...]:
+    """Those that torch calls for the modules of every model."""
+    module = nn.modules.module
+    before, behind = module._global_forward_pre_hooks, module._global_forward_hooks
+    return (*before.values(), *behind.values())
+
+
 def unwatched(hook: Any) -> Any:
     return hook.hook if isinstance(hook, Watched) else hook
 

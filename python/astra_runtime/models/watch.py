@@ -3,17 +3,16 @@
 Tables are made from weights once, when an engine is made. Whoever merges an adapter, loads other
 weights or converts the model afterwards would get answers of two models mixed. So a call begins
 with a look at the configuration, at every module, whether it is the one that was there, and at
-every parameter and buffer: whether it is the same tensor at the same address, and on a CPU a sample
-of its bits, since a write through `.data` leaves no other trace. The look takes about a microsecond
-a parameter. On an accelerator, where reading values would wait for the device, the version counter
-stands for them. Numbers such as attention's scale (`constants`) have to be what they were. Where
-tables were made from a module, a later hook or patch of it counts as well, and of an adapter
-whether it is switched on.
+every parameter and buffer: whether it is the same tensor at the same address, and by torch's
+version counter whether anybody has written to it; on a CPU also a sample of its bits, since a write
+through `.data` leaves no other trace. The look takes about a microsecond a parameter. What modules
+compute with besides (`constants`), such as attention's scale or an activation function, has to be
+what it was. Where tables were made from a module, a later hook or patch of it counts as well, and
+of an adapter whether it is switched on.
 """
 
 from __future__ import annotations
 
-import copy
 import operator
 from collections.abc import Iterable
 from typing import Any
@@ -46,7 +45,7 @@ class Watch:
         ]
         self._tabled = [(module, _function(module)) for module in tabled]
         self._config: Any = model.config
-        self._words = copy.deepcopy(_words(self._config))
+        self._words = _words(self._config)
         self._numbers = numbers_of(model)
         self._slots: list[tuple[dict[str, Any], str, Tensor]] = []
         self._names: list[str] = []
@@ -57,7 +56,6 @@ class Watch:
                         self._slots.append((slots, name, tensor))
                         self._names.append(f"{prefix}.{name}".lstrip("."))
         self._addresses = self._places()
-        self._elsewhere = [tensor for _, _, tensor in self._slots if not tensor.is_cpu]
         self._versions = self._counters()
         self._samples = [_sample(tensor) for _, _, tensor in self._slots if tensor.is_cpu]
         self._values = [sample.copy() for sample in self._samples]
@@ -83,8 +81,9 @@ class Watch:
         now = self._places()
         if now != self._addresses:
             return self._first(a != b for a, b in zip(now, self._addresses, strict=True))
-        if self._counters() != self._versions:
-            return self._first(not tensor.is_cpu for _, _, tensor in self._slots)
+        versions = self._counters()
+        if versions != self._versions:
+            return self._first(a != b for a, b in zip(versions, self._versions, strict=True))
         if not np.array_equal(self._read(), self._joined):
             pairs = iter(zip(self._samples, self._values, strict=True))
             return self._first(
@@ -107,7 +106,8 @@ class Watch:
                 path = next(path for path, known, _ in self._modules if known is module)
                 return f"what {path} computes, by a hook, a patch or its epsilon,"
         for path, attributes, name, value in self._numbers:
-            if attributes.get(name) != value:
+            given = attributes.get(name)
+            if given is not value and (isinstance(given, Tensor) or given != value):
                 return path
         return None
 
@@ -120,7 +120,8 @@ class Watch:
 
     def _counters(self) -> list[int]:
         # inference tensors keep no version counter, and cannot be written to either
-        return [-1 if tensor.is_inference() else tensor._version for tensor in self._elsewhere]
+        tensors = (tensor for _, _, tensor in self._slots)
+        return [-1 if tensor.is_inference() else tensor._version for tensor in tensors]
 
     def _read(self) -> Any:
         """The bytes of all samples, side by side."""
@@ -132,10 +133,38 @@ class Watch:
 def _words(config: Any) -> dict[str, Any]:
     """What a configuration says of the function, some of which is read in every pass."""
     return {
-        name: value
+        name: _frozen(value)
         for name, value in vars(config).items()
         if not (name.startswith("_") or is_beside_the_function(name))
     }
+
+
+class _Itself:
+    """Stands for an object of which nothing is known, a tensor of class weights for example: any
+    other one is another word."""
+
+    def __init__(self, value: Any) -> None:
+        self.value = value
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, _Itself) and self.value is other.value
+
+    __hash__ = object.__hash__
+
+
+def _frozen(value: Any) -> Any:
+    """What is equal as long as `value` says the same, and does not change with it."""
+    if isinstance(value, int | float | str | torch.dtype | None):
+        return value
+    if isinstance(value, dict):
+        return {name: _frozen(item) for name, item in value.items()}
+    if isinstance(value, list | tuple):
+        return tuple(map(_frozen, value))
+    if isinstance(value, set | frozenset):
+        return frozenset(value)
+    if type(value).__module__.startswith("transformers.") and hasattr(value, "to_dict"):
+        return _words(value)  # the configuration of a part
+    return _Itself(value)
 
 
 def _function(module: nn.Module) -> tuple[Any, ...]:

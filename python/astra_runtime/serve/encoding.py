@@ -24,6 +24,7 @@ from ..errors import AstraError
 from ..models import vocabulary_of
 from ..models.families import ViT
 from ..store import token_limit
+from .checks import token_ids
 from .costs import PromptCosts
 from .images import Preparation
 from .passes import Input, Passes, packed, unpacked
@@ -86,6 +87,7 @@ class Encoding(Rounds):
     def embed(self, texts: Sequence[Sequence[int]]) -> Future[list[Embedding]]:
         """Vectors of length 1 of token ids, class token and separator among them."""
         vocabulary = vocabulary_of(self.engine.model)
+        texts = [token_ids("input", ids) for ids in texts]
         for ids in texts:
             if not 1 <= len(ids) <= self.context_length:
                 code = "context_length_exceeded" if len(ids) else None
@@ -96,7 +98,7 @@ class Encoding(Rounds):
                 )
             if not all(0 <= id < vocabulary for id in ids):
                 raise RequestRefused("input", f"expected token ids from 0 to {vocabulary - 1}")
-        inputs = [{"input_ids": list(ids)} for ids in texts]
+        inputs = [{"input_ids": ids} for ids in texts]
         counts = [len(ids) for ids in texts]
 
         def embeddings(vectors: list[Tensor]) -> list[Embedding]:

@@ -20,6 +20,7 @@ from .. import decoding
 from ..control import Control
 from ..engine import Engine
 from ..errors import AstraError, CallEnded, anew
+from ..inputs import LONGEST_MS
 from ..models import vocabulary_of
 from ..store import token_limit
 from ..trace import stage
@@ -270,7 +271,7 @@ class Leader(Rounds):
         paused, problem = self._read_prompt(work, prompt, pauses)
         seconds = time.perf_counter() - start - paused
         with reporting(self.engine):
-            problem = self._collect() or problem
+            problem = self._collect(work) or problem
         self._just_read, self._beaten = True, time.monotonic()
         work.spans += [
             Span(rank, name, begun + a, begun + b)
@@ -324,12 +325,14 @@ class Leader(Rounds):
 
         within = None
         if work.deadline is not None:
-            within = max(1e-3, 1e3 * (work.deadline - time.monotonic()))
+            left = 1e3 * (work.deadline - time.monotonic())
+            within = min(max(1e-3, left), LONGEST_MS)
         try:
             cache = self._sequences.read_together(prompt, between, within)
-            work.degraded = self.engine.degraded
             work.coded_tokens[work.owner] = self._num_coded(prompt)
-            self._counts["degraded"] += work.degraded
+            problem = self._lacking(work) if self.engine.degraded else None
+            if problem is not None:
+                return paused, problem
             if cache is not None:
                 self._sequences.answer(prompt, cache)
             return paused, None
@@ -338,6 +341,16 @@ class Leader(Rounds):
         finally:
             with self._changed:
                 self._requests.reading, self._progress = None, None
+
+    def _lacking(self, work: Work) -> str | None:
+        """The answers lack tokens of a device; why they are not given then, or None."""
+        self._counts["degraded"] += not work.degraded
+        work.degraded = True
+        if work.request.degrade:
+            return None
+        problem = "a device was late or lost, and an answer without it was not asked for"
+        self._requests.fail(work, problem)
+        return problem
 
     def _num_coded(self, prompt: Prompt) -> int:
         """Of how many of its tokens the owner has codes alone."""
@@ -356,8 +369,9 @@ class Leader(Rounds):
             self._told = time.monotonic()
         self._requests.expire()
 
-    def _collect(self) -> str | None:
-        """The tokens of this round, of all ranks; why a rank has not read a prompt, or None."""
+    def _collect(self, work: Work | None = None) -> str | None:
+        """The tokens of this round, of all ranks; why the prompt of `work`, which all ranks were to
+        read, has no answers, or None."""
         report, problem = self._sequences.report(), None
         self._sequences.confirm()
         self._spans = {0: report["spans"]}
@@ -365,6 +379,8 @@ class Leader(Rounds):
         self._requests.heard(0, report)
         for rank, report in enumerate(self._reports(), 1):
             problem = report["problem"] or problem
+            if work is not None and report.get("degraded"):
+                problem = self._lacking(work) or problem
             self._spans[rank] = report["spans"]
             self._note(rank, report, len(report["tokens"]))
             self._requests.heard(rank, report)

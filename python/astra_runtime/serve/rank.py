@@ -63,13 +63,14 @@ class Worker:
             self._encode(job)
             return
         problem = self._read_together(job) if job["prompt"] else self._move(job)
+        lacks = bool(job["prompt"]) and self.engine.degraded
         with reporting(self.engine):
             for prompt in job["alone"]:
                 if self.mesh.rank in prompt["places"]:
                     sequences.read_alone(Prompt(**prompt))
             if not job["prompt"]:
                 sequences.step()
-            self._report(problem)
+            self._report(problem, lacks)
             sequences.confirm()
 
     def _encode(self, job: dict[str, Any]) -> None:
@@ -111,8 +112,9 @@ class Worker:
             self.mesh.receive({0: 1}, block=Control.GO_ON, plan=0)
             self.sequences.confirm()
 
-    def _report(self, problem: str | None) -> None:
-        report = self.sequences.report() | {"problem": problem}
+    def _report(self, problem: str | None, lacks: bool = False) -> None:
+        """`lacks`: of a prompt that all ranks have read, this one lacks tokens of a device."""
+        report = self.sequences.report() | {"problem": problem, "degraded": lacks}
         send_json(self.mesh, report, blocks=REPORT, to=(0,))
 
 

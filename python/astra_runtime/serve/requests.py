@@ -119,7 +119,13 @@ class Requests:
                 self.end(self.answers[number].work, ServiceFailed(reason))
 
     def _heard_token(self, answer: Answer, token: list[Any], now: float) -> None:
-        if not answer.work.heard(answer, token, now):
+        try:
+            whole = answer.work.heard(answer, token, now)
+        except Exception as error:  # the host's tokenizer has no text for it, say
+            problem = f"its text: {type(error).__name__}: {error}"
+            self.end(answer.work, ServiceFailed(problem))
+            return
+        if not whole:
             return
         del self.answers[answer.number]
         self.answer_costs.heard_answer(answer.tokens)

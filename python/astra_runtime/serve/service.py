@@ -91,7 +91,8 @@ class GenerationRequest:
         top_logprobs: how many alternatives each token names, 0 to 20; None: no log-probabilities.
         within_s: seconds from now until the answer has to be whole; None: no limit.
         fresh: read the whole prompt anew, whatever is kept of earlier requests.
-        degrade: rather an answer without a late device than an error, where the service may.
+        degrade: rather an answer that lacks tokens of a device than an error, where the service may
+            leave out a device that is late or lost (`Engine(on_missing="degrade")`).
         trace: keep a timeline of this request, for `Done`.
     """
 

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import logging
-import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from ..errors import AstraError
+from .checks import checked
 from .prompt import Prompt
 from .sampling import sampling_to_json
 from .service import Done, Event, GenerationRequest, RequestRefused, Span, Token
@@ -202,9 +202,9 @@ class Limits:
 
     def work_of(self, request: GenerationRequest, deliver: Deliver) -> Work:
         """A request that can be queued, as of now. Raises RequestRefused where it cannot."""
+        request = checked(request)
         self._check_ids("prompt", request.prompt_ids)
         self._check_ids("logit_bias", list(request.sampling.logit_bias))
-        _check_values(request)
         tokens, asked = len(request.prompt_ids), request.max_new_tokens
         if tokens < 1:
             raise RequestRefused("prompt", "expected at least one token, got an empty prompt")
@@ -234,24 +234,3 @@ class Limits:
     def _check_ids(self, param: str, ids: Sequence[int]) -> None:
         if not all(0 <= id < self.vocabulary for id in ids):
             raise RequestRefused(param, f"expected token ids from 0 to {self.vocabulary - 1}")
-
-
-def _check_values(request: GenerationRequest) -> None:
-    """Refuses what no token can be drawn with, and a number of answers that nobody would give."""
-    asked, most = request.sampling, math.inf
-    limits = [
-        ("n", request.n, 1, most),
-        ("top_logprobs", request.top_logprobs, 0, 20),
-        ("temperature", asked.temperature, 0, most),
-        ("top_p", asked.top_p, 0, 1),
-        ("top_k", asked.top_k, 1, most),
-    ]
-    for param, value, low, high in limits:
-        if value is not None and not low <= value <= high:
-            wanted = f"at least {low}" if high == most else f"{low} to {high}"
-            raise RequestRefused(param, f"{param}: expected {wanted}, got {value}")
-    for token, bias in asked.logit_bias.items():
-        if not bias < most:
-            raise RequestRefused(
-                "logit_bias", f"logit_bias[{token}]: expected a number, got {bias}"
-            )

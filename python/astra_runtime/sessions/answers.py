@@ -36,6 +36,7 @@ def moved(
     for key, state, place in zip(keys, states, places, strict=True):
         if key not in alike:
             alike[key] = state.fork()
+            alike[key].settle()
         if place != state.owner and alike[key].pending:
             synchronize(engine, alike[key], running)
     works = []

@@ -44,6 +44,10 @@ class EngineParts(ABC):
         """Refuses, with a ValueError, to compute with a model as it is now: in training, say."""
 
     @abstractmethod
+    def _check_unchanged(self) -> None:
+        """Raises ModelChanged unless the model is the one that the engine was made with."""
+
+    @abstractmethod
     def _turn(self) -> AbstractContextManager[None]:
         """Keeps calls of other threads out."""
 

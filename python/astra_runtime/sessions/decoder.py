@@ -12,6 +12,7 @@ from torch import Tensor
 from ..decoding import Choose, end_tokens, next_token
 from ..errors import InvalidChoice, NotFinite, anew
 from ..inputs import check_function, check_integer
+from ..turns import without_gradients
 from .base import EngineParts
 from .codes import complete
 from .passes import read_tokens
@@ -90,7 +91,8 @@ class Decoder:
 
     A step reads one token of each answer in one pass of the model: the products with its weights
     are of the whole batch, attention is each sequence's own. So nothing is padded, and an answer
-    has the tokens that it would have alone, up to rounding.
+    has the tokens that it would have alone, up to rounding. Whatever else is done with a session
+    before `finish` drops the answer.
 
     Example:
         decoder = engine.decoder()
@@ -120,19 +122,21 @@ class Decoder:
 
         Raises:
             ValueError: another rank owns the session, or it is being continued already.
+            ModelChanged: the model is another one by now.
         """
         state = getattr(session, "_state", None)
         if not isinstance(state, SessionState):
             raise TypeError(f"session: expected a session, got {type(session).__name__}")
         engine = self._engine
         engine._check_model()
+        engine._check_unchanged()
         asked = Asked.of(engine, max_new_tokens, eos_token_id, choose)
         asked.check_room(state.tokens, int(engine.adapter.model.config.max_position_embeddings))
         if state.owner != engine.rank:
             raise ValueError(f"session: expected one of rank {engine.rank}, got {state.owner}'s")
         if state.answer is not None:
             raise ValueError("session: expected `finish` before it is continued again, got none")
-        with torch.no_grad():
+        with without_gradients():
             complete(engine, state)
         return self.join(state, asked)
 
@@ -156,7 +160,7 @@ class Decoder:
         The first token of a session that was just appended to costs nothing.
         """
         stepped = list(self._answers)
-        with torch.no_grad():
+        with without_gradients():
             self._read(stepped)
             for answer in stepped:
                 self._choose(answer)

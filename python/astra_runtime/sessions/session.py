@@ -22,6 +22,7 @@ from ..inputs import (
     check_integer,
     check_request,
 )
+from ..turns import without_gradients
 from .answers import decode_together, joint_tag, moved, receive_tokens, send_tokens, token_limit
 from .base import EngineParts, Running
 from .codes import complete, confirm, session_tag, synchronize
@@ -164,10 +165,11 @@ class Session:
         options: dict[str, Any] = {"eos_token_id": eos_token_id, "choose": [choose]}
         options |= {"request": request, "within_ms": within_ms, "ranks": ranks}
         check_function("on_token", on_token)
+        told = guarded("on_token", on_token, self._engine.rank)
 
         def hear(tokens: Tensor) -> None:
-            if on_token is not None:
-                on_token(tokens.clone())
+            if told is not None:
+                told(tokens.clone())
 
         return generate_together([self], max_new_tokens, on_tokens=hear, **options)[0]
 
@@ -214,7 +216,7 @@ class Session:
         engine = self._engine
         with engine._turn():
             state = self._state.fork()
-            state.answer = None
+            state.settle()
         other = type(self)(engine, state)
         other._cached = self._cached
         return other
@@ -223,6 +225,7 @@ class Session:
         """Keeps the first `length` tokens."""
         length = check_integer("length", length, 0, self._state.tokens)
         with self._engine._turn():
+            self._state.settle()
             self._state.truncate(length)
 
     def save(self, path: str | os.PathLike[str]) -> None:
@@ -260,9 +263,10 @@ class Session:
         engine, state = self._engine, self._state
         if engine.rank != state.owner:
             raise ValueError(f"session: expected rank {state.owner}, its owner, got {engine.rank}")
-        with torch.no_grad():
+        with without_gradients():
             complete(engine, state)
-        return [state.cache.tensors(block) for block in range(len(engine.adapter.blocks))]
+        blocks = range(len(engine.adapter.blocks))
+        return [state.cache.tensors(block, 0, state.read) for block in blocks]
 
     @property
     def logits(self) -> Tensor | None:
@@ -287,6 +291,8 @@ class Session:
         """One call of the mesh, on a fork of the session's state that is kept if it succeeds."""
         with one_call(self._engine, request, within_ms) as running:
             work = self._state.fork()
+            if what != ("finish",):
+                work.settle()
             yield running, work
             confirm(self._engine, running, session_tag(work, *what))
         self._state = work
@@ -302,7 +308,7 @@ def one_call(
 ) -> Iterator[Running]:
     """A collective call that ends on all ranks alike."""
     request, within_ms = check_request(request), check_bound(within_ms)
-    with torch.no_grad(), engine._turn():
+    with without_gradients(), engine._turn():
         running = Running(engine.mesh, CallState())
         with engine._ending_together(running, request, within_ms):
             yield running
@@ -326,7 +332,7 @@ def generate_together(
         ranks: who decodes each; None: each session's owner. A rank's own are one batch.
         choose: one for each session, see `Engine.generate`; None: the likeliest token.
         on_tokens: called on every rank at each step with int64 [sessions]; −1 for those that have
-            ended.
+            ended. What it raises ends this call with CallEnded, on every rank.
         max_new_tokens, eos_token_id, request, within_ms: as of `Engine.generate`.
 
     Returns:
@@ -342,7 +348,8 @@ def generate_together(
     )
     with one_call(engine, request, within_ms) as running:
         works = moved(engine, [session._state for session in sessions], places, running)
-        tokens = decode_together(engine, works, places, asked, on_tokens, request, running)
+        hear = guarded("on_tokens", on_tokens, engine.rank)
+        tokens = decode_together(engine, works, places, asked, hear, request, running)
         for session, work, place, new in zip(sessions, works, places, tokens, strict=True):
             session._remember(work, place)
             work.add_answer(new, place)

@@ -141,6 +141,11 @@ class SessionState:
         self.add_computed(start, self.tokens - 1, rank)
         self.answer = None
 
+    def settle(self) -> None:
+        """Forgets an answer that was begun and not finished."""
+        self.answer = None
+        self.cache.truncate(self.read)
+
     def add_unread(self, tokens: Sequence[int]) -> None:
         """Tokens of which no rank has keys and values."""
         if tokens:

@@ -6,6 +6,7 @@ import math
 import time
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
@@ -206,6 +207,18 @@ def test_the_queue_is_bounded_and_memory_accounted_for(llama: Any) -> None:
         ({"ids": [1], "sampling": Sampling(top_k=0)}, "top_k", None),
         ({"ids": [1], "n": 0}, "n", None),
         ({"ids": [1], "top_logprobs": 21}, "top_logprobs", None),
+        ({"ids": [1.0]}, "prompt", None),
+        ({"ids": "text"}, "prompt", None),
+        ({"ids": torch.zeros(1, 2, dtype=torch.int64)}, "prompt", None),
+        ({"ids": [1], "new_tokens": 2.5}, "max_tokens", None),
+        ({"ids": [1], "n": 1.5}, "n", None),
+        ({"ids": [1], "stop": [5]}, "stop", None),
+        ({"ids": [1], "within_s": math.nan}, "within_s", None),
+        ({"ids": [1], "sampling": {"temperature": 0}}, "sampling", None),
+        ({"ids": [1], "sampling": Sampling(temperature=torch.ones(2))}, "temperature", None),
+        ({"ids": [1], "sampling": Sampling(seed=1.5)}, "seed", None),
+        ({"ids": [1], "sampling": Sampling(logit_bias=[(1, 2)])}, "logit_bias", None),
+        ({"ids": [1], "sampling": Sampling(presence_penalty=math.nan)}, "presence_penalty", None),
     ],
 )
 def test_what_no_rank_can_answer_is_refused(
@@ -214,6 +227,69 @@ def test_what_no_rank_can_answer_is_refused(
     with pytest.raises(RequestRefused) as refused:
         ask(one_rank, **asked)
     assert (refused.value.param, refused.value.code) == (param, code)
+
+
+def test_numbers_of_numpy_and_torch_are_numbers(llama: Any) -> None:
+    """They cannot cross as JSON: one such request ended the mesh for everybody."""
+    ids = prompt(150)
+    sampling = Sampling(temperature=np.float32(0), seed=np.int64(3), logit_bias={np.int64(5): 0})
+    asked: dict[str, Any] = {"sampling": sampling, "within_s": math.inf, "top_logprobs": np.int8(1)}
+    with led(llama, 2) as leader:
+        for given in (torch.tensor(ids), np.array(ids)):
+            heard = ask(leader, given, np.int64(4), fresh=True, **asked).wait()
+            assert heard.ids() == alone(llama, ids, 4)
+        assert leader.status().lost == 0
+
+
+def test_one_stop_text_is_no_list_of_characters(one_rank: Leader, llama: Any) -> None:
+    expected = alone(llama, prompt(20), 8)
+    heard = ask(one_rank, prompt(20), 8, stop=f" {expected[3]} ").wait()
+    assert "".join(event.text for event in heard.events) == " ".join(map(str, expected[:3]))
+
+
+def test_a_text_that_cannot_be_made_ends_one_request(
+    one_rank: Leader, llama: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As of a token that the tokenizer does not have; the others went with the mesh."""
+    first = alone(llama, prompt(20), 1)[0]
+
+    def decode(ids: list[int], **_: Any) -> str:
+        if first in ids:
+            raise KeyError(first)
+        return ""
+
+    monkeypatch.setattr(one_rank.tokenizer, "decode", decode)
+    broken, sound = ask(one_rank, prompt(20)), ask(one_rank, prompt(9), 3)
+    assert isinstance(broken.wait().error(), ServiceFailed)
+    assert f"its text: KeyError: {first}" in str(broken.error())
+    assert sound.wait().ids() == alone(llama, prompt(9), 3)
+
+
+@pytest.mark.parametrize("owner", [0, 1])
+def test_answers_that_lack_a_device_are_given_where_asked_for(
+    llama: Any, owner: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The rank that answers knows best what it had to leave out."""
+    report = Engine._report
+
+    def report_lack(engine: Engine, call: Any) -> None:
+        report(engine, call)
+        engine.degraded = engine.rank == owner
+
+    monkeypatch.setattr(Engine, "_report", report_lack)
+    with led(llama, 2) as leader:
+        monkeypatch.setattr(leader.costs, "apart_is_faster", lambda *_: False)
+        monkeypatch.setattr(leader.costs, "together_is_faster", lambda *_: True)
+        # ranks answer in turn
+        taken, refused = (
+            [ask(leader, prompt(150), 1, fresh=True, degrade=d).wait() for _ in range(2)]
+            for d in (True, False)
+        )
+        assert all(one.done().degraded for one in taken if one.done().rank == owner)
+        assert {one.done().rank for one in taken} == {0, 1}
+        problems = [str(one.error()) for one in refused if one.error() and not one.ids()]
+        assert any("late or lost" in problem for problem in problems)
+        assert ask(leader, prompt(9), 3, degrade=True).wait().ids() == alone(llama, prompt(9), 3)
 
 
 @pytest.fixture(scope="module")

@@ -13,7 +13,9 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from astra_runtime import Engine
+from astra_runtime.errors import CallEnded, ModelChanged
 from astra_runtime.evaluate import run_ranks
+from astra_runtime.sessions.decoder import Decoder
 from astra_runtime.sessions.session import Session, generate_together
 from astra_runtime.transport import Mesh
 
@@ -161,6 +163,82 @@ def test_a_decoder_continues_sessions_that_join_and_leave() -> None:
             assert any(len(batch) > 1 for batch in stepped) or mesh.rank == 0
 
     run_ranks(2, work, timeout=30)
+
+
+@pytest.mark.parametrize("name", ["on_token", "on_tokens"])
+def test_a_callback_that_fails_ends_its_call_alone(name: str) -> None:
+    ids = IDS["llama"][:, :20]
+    expected, _ = greedy("llama", ids, 3)
+
+    def fail(*_: Any) -> None:
+        raise ZeroDivisionError("of the host's own")
+
+    def work(session: Session) -> Tensor:
+        session.append(ids)
+        calls: dict[str, Callable[[], Any]] = {
+            "on_token": lambda: session.generate(3, on_token=fail),
+            "on_tokens": lambda: generate_together([session, session.fork()], 3, on_tokens=fail),
+        }
+        with pytest.raises(CallEnded, match=f"{name} raised ZeroDivisionError: of the host's own"):
+            calls[name]()
+        return session.generate(3)
+
+    assert all(torch.equal(got, expected) for got in sessions_of("llama", 2, work))
+
+
+def test_a_session_goes_on_outside_of_inference_mode() -> None:
+    """What it had kept of calls inside could not be written to: that ended the mesh."""
+    ids = IDS["llama"]
+    first, _ = greedy("llama", ids[:, :20], 3)
+    second, _ = greedy("llama", torch.cat([first, ids[:, 20:25]], 1), 3)
+
+    def work(session: Session) -> Tensor:
+        with torch.inference_mode():
+            session.append(ids[:, :20])
+        session.generate(3)
+        session.append(ids[:, 20:25])
+        with torch.inference_mode():
+            return session.generate(3)
+
+    assert all(torch.equal(got, second) for got in sessions_of("llama", 2, work))
+
+
+@pytest.mark.parametrize("then", ["append", "fork", "generate", "truncate"])
+def test_an_answer_that_is_not_finished_is_dropped(then: str) -> None:
+    """Its tokens were attended to by what came next, though no rank's session had them."""
+    ids = IDS["llama"]
+    more = torch.cat([ids[:, :20], ids[:, 30:34]], 1)
+    expected, _ = greedy("llama", ids[:, :20] if then == "generate" else more, 3)
+
+    def work(session: Session) -> Tensor:
+        session.append(ids[:, :20], rank=0)
+        if session._engine.rank == 0:
+            decoder = Decoder(session._engine)
+            decoder.add(session, 8)
+            for _ in range(4):
+                decoder.step()
+            assert session.keys_and_values()[0][0].shape[2] == 20
+        if then == "fork":
+            session = session.fork()
+        if then == "truncate":
+            session.truncate(20)
+        if then != "generate":
+            session.append(ids[:, 30:34], rank=0)
+        return session.generate(3)
+
+    for ranks in (1, 2):
+        assert all(torch.equal(got, expected) for got in sessions_of("llama", ranks, work))
+
+
+def test_a_decoder_refuses_a_model_that_has_changed() -> None:
+    model = tiny("llama")
+    with Engine(model) as engine:
+        session = engine.session()
+        session.append(IDS["llama"])
+        with torch.no_grad():
+            model.lm_head.weight.mul_(2)
+        with pytest.raises(ModelChanged, match="lm_head"):
+            engine.decoder().add(session)
 
 
 def test_a_model_that_cannot_be_run_now_is_refused() -> None:
