@@ -98,6 +98,7 @@ class Leader(Rounds):
         self._moving: tuple[Work, Move] | None = None  # with the next step
         self._progress: float | None = None
         self._just_read = False
+        self._overdue = False  # answers wait since the last pause of a prompt that all have read
         self._spans: dict[int, list[Any]] = {}  # of the round before, by rank
         self._thread.start()
 
@@ -195,7 +196,7 @@ class Leader(Rounds):
         if work is not None and place == "all" and not (active and self._just_read):
             self._read(work)
         elif work is not None or active:
-            self._step(self._alone())
+            self._step([] if self._overdue else self._alone())
         else:
             self._watch()
 
@@ -231,7 +232,8 @@ class Leader(Rounds):
                     self._sequences.read_alone(prompt)
             self._sequences.step()
             problem = self._collect() or problem
-        self._just_read, self._beaten = False, time.monotonic()
+        self._just_read = self._overdue = False
+        self._beaten = time.monotonic()
         if moving is not None:
             self._have_moved(*moving, problem)
 
@@ -272,7 +274,7 @@ class Leader(Rounds):
         seconds = time.perf_counter() - start - paused
         with reporting(self.engine):
             problem = self._collect(work) or problem
-        self._just_read, self._beaten = True, time.monotonic()
+        self._just_read, self._overdue, self._beaten = True, others, time.monotonic()
         work.spans += [
             Span(rank, name, begun + a, begun + b)
             for rank, spans in self._spans.items()

@@ -204,6 +204,34 @@ def test_pieces_of_a_prompt_are_about_as_long_as_each_other(llama: Any) -> None:
     assert read == ids
 
 
+def test_answers_that_waited_for_a_prompt_get_a_token_before_others_are_read(
+    llama: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As a step with a piece of a prompt takes several times as long."""
+    rounds: list[Any] = []
+
+    def noting(real: Any) -> Any:
+        def note(given: Any) -> Any:
+            rounds.append(len(given) if isinstance(given, list) else "all")
+            return real(given)
+
+        return note
+
+    with led(llama, 2) as leader:
+        stream = Paused(leader, 1)
+        place = lambda work: "all" if work.prompt_tokens == 160 else "one"  # noqa: E731
+        monkeypatch.setattr(leader._placement, "of", place)
+        for name in ("_read", "_step"):
+            monkeypatch.setattr(leader, name, noting(getattr(leader, name)))
+        heard = [(n, ask(leader, prompt(n), fresh=True)) for n in (160, 155, 145)]
+        stream.go.set()
+        for tokens, one in heard:
+            assert one.wait().ids() == alone(llama, prompt(tokens), 5)
+        stream.ticket.cancel()
+        stream.wait()
+    assert rounds[:3] == ["all", 0, 2]
+
+
 def test_they_are_spread_where_steps_save_more_than_sharing_takes(llama: Any) -> None:
     with led(llama, 2) as leader:
         costs = leader.answer_costs
