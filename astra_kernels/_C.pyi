@@ -108,6 +108,28 @@ def quantized_linear(
 
 def linear_isas() -> list[str]: ...
 
+# csrc/include/astra/elementwise.hpp. Addresses of contiguous fp32, for which the caller vouches.
+def rms_norm(
+    x: int, weight: int, rows: int, width: int, eps: float, out: int, threads: int
+) -> None: ...
+def gated_silu(gate: int, up: int, count: int, out: int, threads: int) -> None: ...
+def rotate(
+    shape: tuple[int, int, int, int, int], x: Heads, cos: int, sin: int, out: Heads, threads: int
+) -> None:
+    """shape: batch, heads, tokens, width, and floats from a batch row of angles to the next."""
+
+def merge_state(
+    out_a: int,
+    lse_a: int,
+    out_b: int,
+    lse_b: int,
+    rows: int,
+    width: int,
+    out: int,
+    lse: int,
+    threads: int,
+) -> None: ...
+
 # What csrc/include/astra/frame.hpp says of bytes that a peer sent, its verdicts as integers.
 def check_header(data: Buffer, expected: tuple[int, int, int, int, int, int, int]) -> int: ...
 def is_bye(data: Buffer, source: int) -> bool: ...

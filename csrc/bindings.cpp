@@ -17,6 +17,7 @@
 
 #include "astra/attention.hpp"
 #include "astra/bitpack.hpp"
+#include "astra/elementwise.hpp"
 #include "astra/encode.hpp"
 #include "astra/frame.hpp"
 #include "astra/keeper.hpp"
@@ -337,6 +338,50 @@ void quantized_linear(std::uintptr_t x, std::uintptr_t values, std::uintptr_t sc
                           isa);
 }
 
+// Addresses of contiguous fp32, for which the caller vouches.
+void rms_norm(std::uintptr_t x, std::uintptr_t weight, std::size_t rows, std::size_t width,
+              float eps, std::uintptr_t out, unsigned threads) {
+  run(rows * width, [&] {
+    astra::rms_norm(reinterpret_cast<const float*>(x), reinterpret_cast<const float*>(weight), rows,
+                    width, eps, reinterpret_cast<float*>(out), threads);
+  });
+}
+
+void gated_silu(std::uintptr_t gate, std::uintptr_t up, std::size_t count, std::uintptr_t out,
+                unsigned threads) {
+  run(count, [&] {
+    astra::gated_silu(reinterpret_cast<const float*>(gate), reinterpret_cast<const float*>(up),
+                      count, reinterpret_cast<float*>(out), threads);
+  });
+}
+
+// shape: batch, heads, tokens, width, angle_stride
+void rotate(const py::tuple& shape_given, const py::tuple& x_given, std::uintptr_t cos,
+            std::uintptr_t sin, const py::tuple& out_given, unsigned threads) {
+  const auto [batch, heads, tokens, width, angle_stride] = sizes<5>("shape", shape_given);
+  const Heads x("x", x_given);
+  const Heads out("out", out_given);
+  const auto by = [](const astra::HeadStrides& strides) {
+    return astra::RowStrides{strides.batch, strides.head, strides.row};
+  };
+  const astra::RotateShape shape{batch, heads, tokens, width, angle_stride};
+  run(batch * heads * tokens * width, [&] {
+    astra::rotate(static_cast<const float*>(x.address), by(x.by),
+                  reinterpret_cast<const float*>(cos), reinterpret_cast<const float*>(sin), shape,
+                  static_cast<float*>(out.address), by(out.by), threads);
+  });
+}
+
+void merge_state(std::uintptr_t out_a, std::uintptr_t lse_a, std::uintptr_t out_b,
+                 std::uintptr_t lse_b, std::size_t rows, std::size_t width, std::uintptr_t out,
+                 std::uintptr_t lse, unsigned threads) {
+  const auto read = [](std::uintptr_t address) { return reinterpret_cast<const float*>(address); };
+  run(rows * width, [&] {
+    astra::merge_state(read(out_a), read(lse_a), read(out_b), read(lse_b), rows, width,
+                       reinterpret_cast<float*>(out), reinterpret_cast<float*>(lse), threads);
+  });
+}
+
 // Bytes that somebody sent, in any contiguous buffer. Called for every frame: nothing but the
 // address and the size is asked for.
 class Bytes {
@@ -475,6 +520,15 @@ PYBIND11_MODULE(_C, module) {
     for (const std::string& name : astra::linear_isas()) names.append(name);
     return names;
   });
+  module.def("rms_norm", &rms_norm, py::arg("x"), py::arg("weight"), py::arg("rows"),
+             py::arg("width"), py::arg("eps"), py::arg("out"), py::arg("threads"));
+  module.def("gated_silu", &gated_silu, py::arg("gate"), py::arg("up"), py::arg("count"),
+             py::arg("out"), py::arg("threads"));
+  module.def("rotate", &rotate, py::arg("shape"), py::arg("x"), py::arg("cos"), py::arg("sin"),
+             py::arg("out"), py::arg("threads"));
+  module.def("merge_state", &merge_state, py::arg("out_a"), py::arg("lse_a"), py::arg("out_b"),
+             py::arg("lse_b"), py::arg("rows"), py::arg("width"), py::arg("out"), py::arg("lse"),
+             py::arg("threads"));
   module.def("check_header", &check_header, py::arg("data"), py::arg("expected"));
   module.def("is_bye", &is_bye, py::arg("data"), py::arg("source"));
   module.def("judge_prefix", &judge_prefix, py::arg("data"));

@@ -168,6 +168,7 @@ class Engine(SessionHost):
         check_dtypes(adapter, example_inputs(adapter, (1,))[0])
         check_head_module(model, adapter.hidden_size, adapter.dtype)
         self.codec = self.codebook.make_codec(adapter)
+        adapter.hooks.fuse(adapter.base)
         tabled = adapter.projecting() if self.codec.tabled else []
         if self.codec.early:
             tabled = [*tabled, *adapter.attentions]

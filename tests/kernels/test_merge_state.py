@@ -55,7 +55,9 @@ def test_rounds_once(impl, dtype):
     want, _ = ak.merge_state(out_a.double(), lse_a.double(), out_b.double(), lse_b.double())
     assert out.dtype == dtype
     assert lse.dtype == torch.float32
-    assert ((out - want).abs() <= torch.finfo(dtype).eps * (want.abs() + 1)).all()
+    # weights and sums of fp32 are rounded as well
+    steps = 2 if dtype == torch.float32 else 1
+    assert ((out - want).abs() <= steps * torch.finfo(dtype).eps * (want.abs() + 1)).all()
 
 
 def test_layout_of_out_a(impl):

@@ -37,7 +37,7 @@ def test_a_call_takes_what_means_something(model: Any, engine: Any) -> None:
     given = {"use_cache": False, "output_attentions": False, "output_hidden_states": None}
     output = engine(IDS, return_dict=True, **given)
     want = model(IDS).logits
-    torch.testing.assert_close(output.logits, want[:, -1:])
+    torch.testing.assert_close(output.logits, want[:, -1:], rtol=1e-4, atol=5e-5)
     for keep, columns in ((0, slice(None)), (1, slice(-1, None))):
         kept = engine(input_ids=IDS, logits_to_keep=keep).logits
         torch.testing.assert_close(kept, want[:, columns])

@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from .rotary import Rope, rotate
+
 
 def split_groups(key: Tensor, value: Tensor, scales: Tensor, groups: int, shared: bool) -> Tensor:
     """Keys and values [B, Hkv, T, d] as the vectors that are coded, [B, T, C, w].
@@ -46,6 +48,18 @@ def split_tables(table: Tensor, scales: Tensor, heads: int, shared: bool) -> tup
 def merge_heads(key: Tensor, value: Tensor) -> Tensor:
     """Keys and values [B, Hkv, T, d] as y, [B, T, E]: all keys, then all values."""
     return torch.cat([key, value], 1).transpose(1, 2).flatten(2)
+
+
+def merge_rotated(key: Tensor, value: Tensor, rope: Rope) -> Tensor:
+    """The same in fp32, of keys that are rotated on the way."""
+    if torch.is_grad_enabled():
+        return merge_heads(rotate(key.float(), rope), value.float())
+    batch, heads, tokens, width = key.shape
+    both = torch.empty(batch, tokens, 2 * heads, width, device=key.device)
+    keys, values = both.transpose(1, 2).split(heads, 1)
+    rotate(key.float(), rope, keys)
+    values.copy_(value)
+    return both.flatten(2)
 
 
 def split_heads(y: Tensor, heads: int) -> tuple[Tensor, Tensor]:

@@ -7,6 +7,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from astra_kernels import _elementwise as elementwise
+
 Rope = tuple[Tensor, Tensor] | None  # cos and sin, [B, N, d]
 
 
@@ -17,20 +19,15 @@ class ConsecutiveAngles(NamedTuple):
     sin: Tensor
 
 
-def rotate(keys: Tensor, rope: Rope) -> Tensor:
-    """Rotary positions, rotate-half convention: keys [B, H, N, d] by cos and sin [B, N, d]."""
+def rotate(keys: Tensor, rope: Rope, out: Tensor | None = None) -> Tensor:
+    """Rotary positions, rotate-half convention: keys [B, H, N, d] by cos and sin [B, N, d].
+
+    out: to write to, like `keys`; None: a new tensor, or `keys` themselves without a rotation.
+    """
     if rope is None:
-        return keys
-    cos, sin = (t.to(keys.dtype).unsqueeze(1) for t in rope)
-    first, second = keys.chunk(2, -1)
-    if torch.is_grad_enabled():
-        return keys * cos + torch.cat([-second, first], -1) * sin
-    # the same sums, in fewer passes over memory
-    rotated, half = keys * cos, first.shape[-1]
-    turned = second * sin[..., :half]
-    rotated[..., :half].sub_(turned)
-    rotated[..., half:].add_(torch.mul(first, sin[..., half:], out=turned))
-    return rotated
+        return keys if out is None else out.copy_(keys)
+    cos, sin = (t.to(keys.dtype) for t in rope)
+    return elementwise.rotate(keys, cos, sin, out)
 
 
 def unrotate(keys: Tensor, rope: Rope) -> Tensor:

@@ -17,7 +17,7 @@ from .base import CodeCosts, Payload, Pending, TokenBits
 from .dense import DenseAttention, DenseTokens
 from .fields import CodebookFields
 from .latent import DecoderState, code_macs, latent_codes
-from .layouts import merge_heads, split_heads
+from .layouts import merge_heads, merge_rotated, split_heads
 from .packed import PackedCodes, pack_rows, unpack_rows
 from .predictive import rms_normalized
 from .rotary import Rope, inverse, rotate, unrotate
@@ -120,7 +120,7 @@ class TransformCodes(PackedCodes, DenseAttention):
         key, value = what
         if self.turned_back[0] is not rope:  # the same for every block
             self.turned_back = rope, inverse(rope, torch.float32)
-        y = merge_heads(rotate(key.float(), self.turned_back[1]), value.float())
+        y = merge_rotated(key, value, self.turned_back[1])
         size = self.payload_bytes(block, len(y), y.shape[1])
         codes, pending = self.write(block, self.own.coordinates(block, y), out[:size])
         codewords = ak.decode(codes, self.tables[block], check=False)  # they were found right here

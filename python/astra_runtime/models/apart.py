@@ -18,10 +18,10 @@ from torch import Tensor, nn
 from ..errors import AstraError, ModelChanged
 from ..plan import Plan
 from .base import Adapter
+from .during_calls import set_forward
 from .families import pair
 from .heads import CLASS, ROW
 from .own_hooks import hooks_of_all
-from .packed import PackedForward
 from .quantized import QuantizedEmbedding, QuantizedLinear, is_quantized
 
 TOKENS = 8  # that a text model is tried on
@@ -77,8 +77,8 @@ class Apart:
 
 def _is_patched(module: nn.Module) -> bool:
     """Whether a module's `forward` is neither its class's, compiled or not, nor one of ours."""
-    forward = module.__dict__.get("forward")
-    if forward is None or isinstance(forward, PackedForward):
+    forward = set_forward(module)
+    if forward is None:
         return False
     compiled: Any = getattr(forward, "_torchdynamo_orig_callable", None)
     return getattr(compiled, "__func__", None) is not type(module).forward

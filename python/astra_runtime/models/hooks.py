@@ -25,6 +25,8 @@ from typing import Any, Protocol
 from torch import Tensor, nn
 
 from ..errors import ModelChanged
+from .during_calls import CallForward
+from .fused import fused_forwards
 from .own_hooks import Watched, unwatched
 from .packed import PackedForward, bytes_of, can_pack, packable
 from .patches import PatchRows
@@ -210,6 +212,8 @@ class Hooks:
         self._users = 0
         self._packed: list[PackedForward] = []
         self._packers = 0
+        self._fused: list[CallForward] = []
+        self._placed: list[CallForward] = []  # those of them that are in modules, during a call
         self._watching: list[nn.Module] = []
         self._watched_tops: list[Callable[[], nn.Module | None]] = []
         self._watched: list[nn.Module] = []  # those of them that have hooks, during a call
@@ -248,6 +252,11 @@ class Hooks:
             finally:
                 _current.reset(token)
         running.check_whole()
+
+    def fuse(self, base: nn.Module) -> None:
+        """Has small steps of `base` computed in one pass from now on, during calls; see `fused`."""
+        _, *inside = base.modules()
+        self._fused = fused_forwards(inside, _attention, _is_running, _is_heard)
 
     def watch(self, model: nn.Module, base: nn.Module) -> None:
         """Notes from now on, during calls, which hooks on `model` and in `base` change anything."""
@@ -301,12 +310,11 @@ class Hooks:
 
     def _read_packed(self) -> None:
         for forward in self._packed:
-            forward.layer.__dict__.setdefault("forward", forward)
+            forward.put()
 
     def _read_own(self) -> None:
         for forward in self._packed:
-            if forward.layer.__dict__.get("forward") is forward:
-                del forward.layer.__dict__["forward"]
+            forward.take()
 
     def _watch_hooks(self) -> None:
         tops = [top for kept in self._watched_tops if (top := kept()) is not None]
@@ -335,6 +343,9 @@ class Hooks:
         register_attention()
         self._watch_hooks()
         self._read_packed()
+        self._placed = list(self._fused)
+        for forward in self._placed:
+            forward.put()
         for index, block in enumerate(self.blocks):
             hook = _Hook(self, _before_block(index))
             self._handles.append(block.register_forward_pre_hook(hook, with_kwargs=True))
@@ -352,6 +363,8 @@ class Hooks:
 
     def _remove(self) -> None:
         self._read_own()
+        for forward in self._placed:
+            forward.take()
         self._leave_hooks()
         for handle in self._handles:
             handle.remove()
@@ -421,6 +434,15 @@ def _attention(
         if out is not None:
             return out.transpose(1, 2), None
     return own_attention(module)(module, query, key, value, attention_mask, **kwargs)
+
+
+def _is_running() -> bool:
+    return _current.get() is not None
+
+
+def _is_heard(module: nn.Module) -> bool:
+    running = _current.get()
+    return running is not None and module in running.hooks.index
 
 
 def own_attention(module: nn.Module) -> Callable[..., Any]:

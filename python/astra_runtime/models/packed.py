@@ -12,13 +12,14 @@ weights would not reach it; engines refuse such a model, see `Watch`.
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Iterable
 from typing import Any, Final
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+from .during_calls import CallForward
 
 ORDERED_FOR: Final = 1024  # rows: the order that was fastest for any number of them
 LEAST_ROWS: Final = 4  # with fewer, reading the weights takes all the time
@@ -47,15 +48,16 @@ def bytes_of(layers: Iterable[nn.Linear]) -> int:
     return sum(layer.weight.nbytes + _PAGE for layer in layers)
 
 
-class PackedForward:
+class PackedForward(CallForward):
     """The `forward` of a linear layer by MKL's product, where no gradient is asked for."""
 
     def __init__(self, layer: nn.Linear) -> None:
+        super().__init__(layer)
         self.layer, self.weight = layer, layer.weight
         with torch.no_grad():
             self.packed = torch.ops.mkl._mkl_reorder_linear_weight(layer.weight, ORDERED_FOR)
 
-    def __call__(self, vectors: Tensor) -> Tensor:
+    def __call__(self, vectors: Tensor) -> Any:
         layer = self.layer
         rows = vectors.numel() // max(1, vectors.shape[-1])
         if (
@@ -71,21 +73,3 @@ class PackedForward:
             vectors, self.packed, self.weight, layer.bias, rows
         )
         return product
-
-    # What a copy of the model made during a call has in its place.
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> OwnForward:
-        return OwnForward(copy.deepcopy(self.layer, memo))
-
-    def __reduce__(self) -> Any:
-        return OwnForward, (self.layer,)
-
-
-class OwnForward:
-    """A layer's own forward."""
-
-    def __init__(self, layer: nn.Module) -> None:
-        self.layer = layer
-
-    def __call__(self, vectors: Tensor) -> Tensor:
-        return type(self.layer).forward(self.layer, vectors)

@@ -11,6 +11,8 @@ from torch import Tensor, nn
 
 import astra_kernels as ak
 
+from .during_calls import set_forward
+
 
 @dataclass(frozen=True, eq=False)
 class Projection:
@@ -33,11 +35,11 @@ def is_plain(module: nn.Module, *kinds: type) -> bool:
         type(module) in kinds
         and not module._forward_hooks
         and not module._forward_pre_hooks
-        and "forward" not in module.__dict__
+        and set_forward(module) is None
     )
 
 
-_RMS = ("LlamaRMSNorm", "MistralRMSNorm", "Qwen2RMSNorm")
+RMS_NORMS = ("LlamaRMSNorm", "MistralRMSNorm", "Qwen2RMSNorm")
 
 
 def _is_own(module: nn.Module) -> bool:
@@ -63,7 +65,7 @@ def folded(norm: Any, weight: Tensor, bias: Tensor | None) -> Projection | None:
     """The projection behind `norm`, a layer norm or transformers' RMS norm; None: it is another."""
     if is_plain(norm, nn.LayerNorm):
         kind, eps = "layer", norm.eps
-    elif is_plain(norm, type(norm)) and type(norm).__name__ in _RMS and _is_own(norm):
+    elif is_plain(norm, type(norm)) and type(norm).__name__ in RMS_NORMS and _is_own(norm):
         kind, eps = "rms", norm.variance_epsilon
     else:
         return None

@@ -24,8 +24,8 @@ from torch import Tensor, nn
 from ..errors import ModelChanged
 from .constants import numbers_of
 from .digest import is_beside_the_function
+from .during_calls import set_forward
 from .own_hooks import unwatched
-from .packed import PackedForward
 
 SAMPLE = 8  # values of a tensor, evenly spaced
 _BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}  # by bytes an element
@@ -169,12 +169,11 @@ def _frozen(value: Any) -> Any:
 
 def _function(module: nn.Module) -> tuple[Any, ...]:
     """What tells, besides its parameters, which function a module computes."""
-    forward = module.__dict__.get("forward")
     return (
         type(module),
         tuple(map(unwatched, module._forward_hooks.values())),
         tuple(map(unwatched, module._forward_pre_hooks.values())),
-        None if isinstance(forward, PackedForward) else forward,
+        set_forward(module),
         getattr(module, "eps", None),
         getattr(module, "variance_epsilon", None),
         None if _is_fixed(module) else _settings(module),

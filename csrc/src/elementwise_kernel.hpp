@@ -1,0 +1,26 @@
+// The seam between elementwise.cpp and its inner loops, one table of functions per instruction set.
+
+#pragma once
+
+#include <cstddef>
+
+namespace astra::detail {
+
+struct ElementwiseKernels {
+  void (*rms_norm)(const float* x, const float* weight, std::size_t width, float eps, float* out);
+  void (*gated_silu)(const float* gate, const float* up, std::size_t count, float* out);
+  void (*rotate)(const float* x, const float* cos, const float* sin, std::size_t half, float* out);
+  // out = a + weight * (b - a)
+  void (*blend)(const float* a, const float* b, float weight, std::size_t width, float* out);
+};
+
+// As in kernels.hpp, each has a translation unit and flags of its own, and shares nothing inline.
+extern const ElementwiseKernels kElementwisePortable;
+#ifdef ASTRA_HAVE_AVX2
+extern const ElementwiseKernels kElementwiseAvx2;
+#endif
+#ifdef ASTRA_HAVE_AVX512
+extern const ElementwiseKernels kElementwiseAvx512;
+#endif
+
+}  // namespace astra::detail

@@ -1,0 +1,144 @@
+"""The small steps of a Llama's block, each in one pass over memory, for the time of a call.
+
+Norms, the gate of the MLP and rotary positions are an eighth of the time of a small model on one
+core, because torch computes them in four to eight passes each (`astra_kernels/_elementwise`). Their
+modules get a `forward` that computes the same, where the class is transformers' own, unchanged; it
+gives every other call to the class: other dtypes or devices, gradients, what was patched.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules import module as torch_module
+
+from astra_kernels._elementwise import native, rotate
+
+from .during_calls import CallForward
+from .projection import RMS_NORMS, is_plain
+
+_GATED = ("LlamaMLP", "MistralMLP", "Qwen2MLP")
+_ROTARY = ("LlamaAttention", "MistralAttention", "Qwen2Attention")
+_ROTATION = "apply_rotary_pos_emb"
+_CACHES = ("cache", "past_key_values")  # as transformers calls it since 5.24, and before
+
+
+def fused_forwards(
+    modules: Iterable[nn.Module],
+    attention: Callable[..., Any],
+    is_running: Callable[[], bool],
+    is_heard: Callable[[nn.Module], bool],
+) -> list[CallForward]:
+    """The forwards of those modules that have one.
+
+    Args:
+        attention: what attention modules call, see transformers' AttentionInterface.
+        is_running: whether a call is under way in this thread; the model's own pass in another one
+            meanwhile is left alone.
+        is_heard: whether this attention module is a part of it.
+    """
+    found: list[CallForward] = []
+    for module in modules:
+        name = type(module).__name__
+        if not _is_transformers(type(module)) or not _is_transformers(type(module).forward):
+            continue
+        if name in RMS_NORMS:
+            found.append(_Norm(module, is_running))
+        elif name in _GATED:
+            found.append(_Gate(module, is_running))
+        elif name in _ROTARY and _is_transformers(_rotation_of(module)):
+            found.append(_Attention(module, is_running, attention, is_heard))
+    return found
+
+
+def _is_transformers(code: Any) -> bool:
+    return str(getattr(code, "__module__", "")).startswith("transformers.")
+
+
+def _rotation_of(module: nn.Module) -> Any:
+    return getattr(sys.modules[type(module).__module__], _ROTATION, None)
+
+
+class _Fused(CallForward):
+    def __init__(self, module: nn.Module, is_running: Callable[[], bool]) -> None:
+        super().__init__(module)
+        self._of_class, self._is_running = type(module).forward, is_running
+
+    def _serves(self) -> bool:
+        """In a call, where the class still computes what it did."""
+        unchanged = type(self.module).forward is self._of_class
+        return unchanged and self._is_running() and not torch.compiler.is_compiling()
+
+
+class _Norm(_Fused):
+    def __call__(self, *given: Any, **named: Any) -> Any:
+        norm: Any = self.module
+        if len(given) == 1 and not named and self._serves():
+            x, weight = given[0], norm.weight
+            if native.can_run(x, weight):
+                return native.rms_norm(x, weight, norm.variance_epsilon)
+        return self.own(*given, **named)
+
+
+class _Gate(_Fused):
+    def __call__(self, *given: Any, **named: Any) -> Any:
+        mlp: Any = self.module
+        if len(given) != 1 or named or not self._serves() or not _is_silu(mlp.act_fn):
+            return self.own(*given, **named)
+        gate, up = mlp.gate_proj(given[0]), mlp.up_proj(given[0])
+        if native.can_run(gate, up):
+            return mlp.down_proj(native.gated_silu(gate, up))
+        return mlp.down_proj(mlp.act_fn(gate) * up)
+
+
+def _is_silu(module: nn.Module) -> bool:
+    from transformers.activations import SiLUActivation
+
+    everywhere = torch_module._global_forward_hooks or torch_module._global_forward_pre_hooks
+    return is_plain(module, nn.SiLU, SiLUActivation) and not everywhere
+
+
+class _Attention(_Fused):
+    def __init__(
+        self,
+        module: nn.Module,
+        is_running: Callable[[], bool],
+        attention: Callable[..., Any],
+        is_heard: Callable[[nn.Module], bool],
+    ) -> None:
+        super().__init__(module, is_running)
+        self._attention, self._is_heard = attention, is_heard
+        self._rotation = _rotation_of(module)
+
+    def __call__(self, *given: Any, **named: Any) -> Any:
+        angles = named.get("position_embeddings")
+        hidden = named.get("hidden_states")
+        if given or hidden is None or angles is None or not self._takes(hidden, angles, named):
+            return self.own(*given, **named)
+        kept = ("hidden_states", "position_embeddings", "attention_mask", *_CACHES)
+        others = {name: value for name, value in named.items() if name not in kept}
+        module: Any = self.module
+        query, key, value = (
+            projection(hidden).unflatten(-1, (-1, module.head_dim)).transpose(1, 2)
+            for projection in (module.q_proj, module.k_proj, module.v_proj)
+        )
+        query, key = rotate(query, *angles), rotate(key, *angles)
+        mask = named.get("attention_mask")
+        out, weights = self._attention(
+            module, query, key, value, mask, dropout=0.0, scaling=module.scaling, **others
+        )
+        return module.o_proj(out.flatten(2)), weights
+
+    def _takes(self, hidden: Tensor, angles: Any, named: dict[str, Any]) -> bool:
+        return (
+            self._serves()
+            and self._is_heard(self.module)
+            and not self.module.training
+            and _rotation_of(self.module) is self._rotation
+            and all(named.get(name) is None for name in _CACHES)
+            and native.can_run(hidden, *angles)
+        )
