@@ -1,4 +1,4 @@
-"""Norms, gates and rotary positions in one pass, during calls: the model's own function."""
+"""Norms, gates, GELU and rotary positions in one pass, during calls: the model's own function."""
 
 from __future__ import annotations
 
@@ -55,6 +55,18 @@ def test_an_engine_answers_as_the_model(kind: str, monkeypatch: pytest.MonkeyPat
         assert runs.of["gated_silu"] == 3
         assert runs.of["rotate"] >= 6
         assert not placed(model)
+    torch.testing.assert_close(called, alone, rtol=1e-4, atol=5e-5)
+
+
+def test_gelu_of_gpt2_is_one_pass(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, inputs = tiny("gpt2"), inputs_for("gpt2", 24)
+    alone = model(**inputs).logits.detach()
+    runs, own = [], torch.nn.functional.gelu
+    with Engine(model) as engine:
+        counted = lambda x, **how: runs.append(how) or own(x, **how)  # noqa: E731
+        monkeypatch.setattr(fused.F, "gelu", counted)
+        called = engine(**inputs, logits="all").logits
+    assert runs == 3 * [{"approximate": "tanh"}]
     torch.testing.assert_close(called, alone, rtol=1e-4, atol=5e-5)
 
 

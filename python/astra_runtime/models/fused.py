@@ -1,9 +1,10 @@
-"""The small steps of a Llama's block, each in one pass over memory, for the time of a call.
+"""The small steps of a block, each in one pass over memory, for the time of a call.
 
-Norms, the gate of the MLP and rotary positions are an eighth of the time of a small model on one
-core, because torch computes them in four to eight passes each (`astra_kernels/_elementwise`). Their
-modules get a `forward` that computes the same, where the class is transformers' own, unchanged; it
-gives every other call to the class: other dtypes or devices, gradients, what was patched.
+Norms, the gate of the MLP and rotary positions are an eighth of a small Llama's time on one core,
+because torch computes them in four to eight passes each (`astra_kernels/_elementwise`); so is
+GPT-2's GELU. Their modules get a `forward` that computes the same, where the class is transformers'
+own, unchanged; it gives every other call to the class: other dtypes or devices, gradients, what was
+patched.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules import module as torch_module
 
@@ -23,6 +25,7 @@ from .projection import RMS_NORMS, is_plain
 
 _GATED = ("LlamaMLP", "MistralMLP", "Qwen2MLP")
 _ROTARY = ("LlamaAttention", "MistralAttention", "Qwen2Attention")
+_GELU = ("NewGELUActivation",)
 _ROTATION = "apply_rotary_pos_emb"
 _CACHES = ("cache", "past_key_values")  # as transformers calls it since 5.24, and before
 
@@ -48,6 +51,8 @@ def fused_forwards(
             continue
         if name in RMS_NORMS:
             found.append(_Norm(module, is_running))
+        elif name in _GELU:
+            found.append(_Gelu(module, is_running))
         elif name in _GATED:
             found.append(_Gate(module, is_running))
         elif name in _ROTARY and _is_transformers(_rotation_of(module)):
@@ -81,6 +86,15 @@ class _Norm(_Fused):
             x, weight = given[0], norm.weight
             if native.can_run(x, weight):
                 return native.rms_norm(x, weight, norm.variance_epsilon)
+        return self.own(*given, **named)
+
+
+class _Gelu(_Fused):
+    """GELU by a hyperbolic tangent, 0.5·x·(1 + tanh(√(2/π)·(x + 0.044715·x³))), as torch has it."""
+
+    def __call__(self, *given: Any, **named: Any) -> Any:
+        if len(given) == 1 and not named and self._serves() and native.can_run(given[0]):
+            return F.gelu(given[0], approximate="tanh")
         return self.own(*given, **named)
 
 
