@@ -16,11 +16,11 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.nn.modules import module as torch_module
 
 from astra_kernels._elementwise import native, rotate
 
 from .during_calls import CallForward
+from .own_hooks import hooks_of_all
 from .projection import RMS_NORMS, is_plain
 
 _GATED = ("LlamaMLP", "MistralMLP", "Qwen2MLP")
@@ -112,8 +112,7 @@ class _Gate(_Fused):
 def _is_silu(module: nn.Module) -> bool:
     from transformers.activations import SiLUActivation
 
-    everywhere = torch_module._global_forward_hooks or torch_module._global_forward_pre_hooks
-    return is_plain(module, nn.SiLU, SiLUActivation) and not everywhere
+    return is_plain(module, nn.SiLU, SiLUActivation) and not hooks_of_all()
 
 
 class _Attention(_Fused):
