@@ -10,6 +10,7 @@ from bench.accuracy.corpora import UNSEEN
 from bench.report.markdown import Report, Table, source, spread, table
 
 Row = dict[str, Any]
+BY_RANKS = ("documentation", "handbook")  # the texts that every number of ranks was measured on
 NAMES = {"exact": "exact", "local_only": "local-only", "drop": "local-only"}
 
 
@@ -76,7 +77,8 @@ def accuracy_ranks(report: Report) -> str:
     ± is the standard error of the mean over windows; the last columns have the fewest windows of a
     text, and the number of codebooks.
     """
-    rows = most_windows(row for row in report["rows"] if "gap_recovered" in row)
+    shown = (row for row in report["rows"] if row["domain"] in BY_RANKS)
+    rows = most_windows(row for row in shown if "gap_recovered" in row)
     texts = list(dict.fromkeys(row["domain"] for row in rows))
     groups: dict[tuple[Any, ...], list[Row]] = {}
     for row in rows:
@@ -106,6 +108,24 @@ def accuracy_ranks(report: Report) -> str:
     untimed = {key: value for key, value in report.items() if key != "contention"}
     head += [*names, "windows", "codebooks"]
     return table(head, [line[-1] for line in lines]) + source(untimed)
+
+
+def accuracy_texts(report: Report) -> str:
+    """A line for each kind of text, of the codes with fine ones on four ranks."""
+    of_four = (row for row in report["rows"] if (row["world_size"], row["seed"]) == (4, 0))
+    rows = most_windows(row for row in of_four if "+" in row["codes"] and "gap_recovered" in row)
+    lines = [
+        [
+            f"{row['domain']}, unseen" if row["domain"] in UNSEEN else row["domain"],
+            *(f"{row[name]:.2f}" for name in ("exact", "perplexity", "local_only")),
+            _kept([row]),
+            f"{row['windows']}",
+        ]
+        for row in rows
+    ]
+    head = ["text", "one device: perplexity", "100+400", "local-only", "gap recovered", "windows"]
+    untimed = {key: value for key, value in report.items() if key != "contention"}
+    return table(head, lines) + source(untimed)
 
 
 def most_windows(rows: Iterable[Row]) -> list[Row]:
@@ -174,5 +194,6 @@ TABLES = {
         "four ranks without losses, both controls and a few of the codes in each space",
     ),
     "accuracy_ranks": Table(("cpu-2core/accuracy_ranks",), accuracy_ranks),
+    "accuracy_texts": Table(("cpu-2core/accuracy_ranks",), accuracy_texts),
     "accuracy_encoder": Table(("cpu-2core/accuracy_encoder",), accuracy_encoder),
 }
