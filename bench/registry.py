@@ -194,9 +194,10 @@ OTHERS = (
     Bench(
         "service",
         "concurrent chats on two processes at 10 Mbit/s beside one; lone requests, several answers",
-        17,
+        20,
         (
             _cpu("bench.service", "service"),
+            _cpu("bench.service --pack-weights --name service_packed", "service_packed"),
             _cpu("bench.service.lone", "service_lone"),
             _cpu("bench.service.several", "service_several"),
         ),

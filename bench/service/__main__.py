@@ -91,7 +91,7 @@ def chat_case(options: argparse.Namespace) -> Case:
         "chats",
         shape,
         "float32",
-        "astra serve",
+        "astra serve --pack-weights" if options.pack_weights else "astra serve",
         percentiles(each[options.ranks]),
         peers={"single": statistics.median(each[1])},
         extra=added,
