@@ -12,6 +12,7 @@ import socket
 import tempfile
 import threading
 import time
+from collections import deque
 from collections.abc import Callable
 from datetime import timedelta
 from pathlib import Path
@@ -22,6 +23,7 @@ from astra_runtime.transport.certificates import can_make_keys, make_keys
 from astra_runtime.wire import Frame
 
 PLAN = 0x1234
+_drawn: deque[str] = deque(maxlen=1000)  # addresses that a test may be about to use
 
 
 def gloo_mesh(world_size: int, *, timeout: float = 30.0) -> list[Mesh]:
@@ -36,7 +38,7 @@ def gloo_mesh(world_size: int, *, timeout: float = 30.0) -> list[Mesh]:
     def join(rank: int) -> Mesh:
         options = dist.ProcessGroupGloo._Options()
         options._devices = [dist.ProcessGroupGloo.create_device(hostname="127.0.0.1")]
-        options._timeout = timedelta(seconds=20)
+        options._timeout = timedelta(seconds=60)
         group = dist.ProcessGroupGloo(dist.PrefixStore("a", store), rank, world_size, options)
         return DistributedMesh(group, timeout=timeout)
 
@@ -96,13 +98,22 @@ def together(calls: list[Callable[[], Any]], *, errors_too: bool = False) -> lis
     for thread in threads:
         thread.start()
     for thread in threads:
-        thread.join(60)
+        thread.join(100)
         assert not thread.is_alive(), "a rank hangs"
     if not errors_too:
         for result in results:
             if isinstance(result, BaseException):
                 raise result
     return results
+
+
+def wait_for(condition: Callable[[], Any], pause: float = 0.01) -> Any:
+    """What the condition gives once that is true, which takes no minute on the slowest machine."""
+    deadline = time.monotonic() + 60
+    while not (found := condition()):
+        assert time.monotonic() < deadline
+        time.sleep(pause)
+    return found
 
 
 def as_ranks(meshes: list[Mesh], work: Callable[[Mesh], Any], **options: bool) -> list[Any]:
@@ -136,26 +147,30 @@ def all_to_all(mesh: Mesh, blocks: int, size: int) -> None:
 def free_ports(count: int) -> list[str]:
     """Addresses nobody listens at, below the range that the kernel hands to outgoing dials.
 
-    Test processes that run side by side draw from ports of their own: a port may be taken between
-    this look and its use.
+    A port may be taken between this look and its use. So test processes that run side by side draw
+    from ports of their own, and none is drawn again soon.
     """
     processes = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
     own = int(os.environ.get("PYTEST_XDIST_WORKER", "gw0").removeprefix("gw"))
     addresses: list[str] = []
     while len(addresses) < count:
         port = random.SystemRandom().randrange(15_000 + own, 32_000, processes)
+        address = f"127.0.0.1:{port}"
+        if address in _drawn:
+            continue
         with contextlib.suppress(OSError), socket.create_server(("127.0.0.1", port)):
-            if f"127.0.0.1:{port}" not in addresses:
-                addresses.append(f"127.0.0.1:{port}")
+            _drawn.append(address)
+            addresses.append(address)
     return addresses
 
 
 def dial(address: str) -> socket.socket:
     """A connection to an address at which somebody listens by now, or will in a moment."""
     host, port = address.split(":")
-    for _ in range(500):
+    deadline = time.monotonic() + 60
+    while time.monotonic() < deadline:
         try:
-            return socket.create_connection((host, int(port)), timeout=20)
+            return socket.create_connection((host, int(port)), timeout=60)
         except ConnectionRefusedError:
             time.sleep(0.01)
     raise AssertionError("nobody listens")
@@ -168,6 +183,19 @@ def read_all(sock: socket.socket) -> bytes:
         while part := sock.recv(4096):
             data += part
     return data
+
+
+class Deadlines:
+    """In place of `time` where ranks connect: deadlines pass when a test says so."""
+
+    def __init__(self) -> None:
+        self._ahead = 0.0
+
+    def monotonic(self) -> float:
+        return time.monotonic() + self._ahead
+
+    def over(self) -> None:
+        self._ahead = 1e6
 
 
 def met_by(stranger: Callable[[socket.socket], Any], **options: Any) -> tuple[Any, Any]:

@@ -163,7 +163,7 @@ class Acceptor:
         try:
             self._members.stats.bytes_sent_total += caller.write(hello.encode(reason))
         except OSError:
-            caller.sock.close()
+            self._members.drop(caller.sock)
             return False
         return True
 
@@ -204,7 +204,7 @@ class Acceptor:
         if why:
             self._log_refusal(f"{caller.name}: {why}")
         del self._pending[caller.fd]
-        caller.sock.close()
+        self._members.drop(caller.sock)
 
     def expire(self, now: float) -> None:
         """Drops callers whose time is up."""

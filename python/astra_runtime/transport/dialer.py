@@ -106,7 +106,7 @@ class Dialer:
     def _retry_later(self, dial: _Dial, trouble: str) -> None:
         if dial.pending is not None:
             del self._by_fd[dial.pending.fd]
-            dial.pending.sock.close()
+            self._members.drop(dial.pending.sock)
             dial.pending = None
         dial.trouble = trouble
         # every address of a name is tried before there is a pause

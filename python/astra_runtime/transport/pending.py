@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import select
 import socket
 import ssl
@@ -113,6 +114,17 @@ class Members:
         fd = stream.sock.fileno()
         self.rank_of[fd] = rank
         self.watch.modify(fd, ENDED)
+
+    def drop(self, sock: socket.socket) -> None:
+        """Closes a connection that has not joined.
+
+        A process or a helper task that was forked off meanwhile may hold it open a while longer,
+        and `watch` would go on telling of it, by a number that is another connection's by then.
+        """
+        # a dial that has failed at once was never watched
+        with contextlib.suppress(OSError):
+            self.watch.unregister(sock)
+        sock.close()
 
 
 def misnamed(named: int | None, claimed: int) -> str:

@@ -67,7 +67,8 @@ class TcpMesh(PeerMesh[Connection]):
         super().__init__(rank, world_size, timeout, peers)
         self._by_fd = {peer.fd: peer for peer in self._peers.values()}
         self._turn = WriteTurn()  # a link emulator sends from a thread of its own
-        self._end_deadline = math.inf
+        # of closes and aborts, of which the first to come counts; appending needs no lock
+        self._end_deadlines: list[float] = []
         self._poll = select.poll()
         self._poll.register(self._lifetime.wake, select.POLLIN)
         self._handshake = handshake or Stats()
@@ -415,18 +416,16 @@ class TcpMesh(PeerMesh[Connection]):
     def _end(
         self, reason: str, last_frame: Callable[[Connection], memoryview], seconds: float
     ) -> None:
-        if not self._lifetime.end(reason):
-            # an abort need not wait for a close in another thread, nor in what a signal interrupted
-            self._end_deadline = min(self._end_deadline, time.monotonic() + seconds)
-            return
-        self._end_deadline = time.monotonic() + seconds
-        if not self._turn.defer(lambda: self._take_leave(last_frame)):
+        first = self._lifetime.end(reason)
+        # an abort need not wait for a close in another thread, nor in what a signal interrupted
+        self._end_deadlines.append(time.monotonic() + seconds)
+        if first and not self._turn.defer(lambda: self._take_leave(last_frame)):
             self._take_leave(last_frame)
 
     def _take_leave(self, last_frame: Callable[[Connection], memoryview]) -> None:
         reached = []
         try:
-            with self._turn.within(self._end_deadline - time.monotonic()) as taken:
+            with self._turn.within(min(self._end_deadlines) - time.monotonic()) as taken:
                 for peer in self._peers.values() if taken else ():
                     # where an exception has cut a frame short, a further one would be taken for it
                     if peer.send_closed or peer.writing:
@@ -434,7 +433,7 @@ class TcpMesh(PeerMesh[Connection]):
                     with contextlib.suppress(OSError):  # the peer is gone
                         peer.transmit(last_frame(peer))
                         reached.append(peer)
-            deliver(reached, self._turn, lambda: self._end_deadline)
+            deliver(reached, self._turn, lambda: min(self._end_deadlines))
         finally:
             shut_down(self._peers.values())
             self._lifetime.finish()

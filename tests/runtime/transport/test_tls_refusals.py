@@ -21,7 +21,7 @@ import pytest
 
 import astra_runtime.transport.certificates as keys_module
 from astra_runtime import errors, wire
-from astra_runtime.transport import Mesh, connect, credentials, pending
+from astra_runtime.transport import Mesh, bootstrap, connect, credentials, pending
 from astra_runtime.transport.acceptor import LOGGED_REFUSALS, MAX_PENDING
 from astra_runtime.transport.certificates import make_keys
 from astra_runtime.transport.credentials import Keys
@@ -29,6 +29,7 @@ from astra_runtime.transport.stream import UNTRUSTED_BYTES
 from astra_runtime.wire import Hello
 
 from ..ranks import (
+    Deadlines,
     all_to_all,
     as_ranks,
     dial,
@@ -40,6 +41,7 @@ from ..ranks import (
     read_all,
     tls_mesh,
     together,
+    wait_for,
 )
 
 pytest.importorskip("cryptography")
@@ -180,14 +182,22 @@ def test_another_rank_may_not_stand_in(rank: int, caplog: pytest.LogCaptureFixtu
     assert reply[wire.HELLO_SIZE :].decode() == reason
 
 
-def test_the_certificate_of_another_rank_is_refused_by_the_dialer() -> None:
-    ours, peers = key_folder(), free_ports(2)
+def test_the_certificate_of_another_rank_is_refused_by_the_dialer(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    ours, peers, deadlines = key_folder(), free_ports(2), Deadlines()
+    monkeypatch.setattr(bootstrap, "time", deadlines)
+    reason = "the certificate of rank 3 was shown for rank 0"
+
+    def dialer() -> None:
+        try:
+            connect(1, 2, peers, keys=ours)
+        finally:
+            wait_for(lambda: reason in caplog.text)
+            deadlines.over()
+
     results = together(
-        [
-            lambda: connect(0, 2, peers, keys=ours / "rank-3", connect_timeout=3),
-            lambda: connect(1, 2, peers, keys=ours, connect_timeout=30),
-        ],
-        errors_too=True,
+        [lambda: connect(0, 2, peers, keys=ours / "rank-3"), dialer], errors_too=True
     )
     assert isinstance(results[1], errors.HandshakeRefused)
     # the acceptor waits on, since anybody could have called, and tells it at its deadline
@@ -196,7 +206,7 @@ def test_the_certificate_of_another_rank_is_refused_by_the_dialer() -> None:
     assert isinstance(results[0], errors.ConnectFailed)
     assert results[0].missing == (1,)
     for result in results:
-        assert "the certificate of rank 3 was shown for rank 0" in result.reason
+        assert reason in result.reason
 
 
 def test_a_certificate_bound_to_another_address_is_refused(
@@ -407,11 +417,11 @@ def test_a_silent_caller_is_dropped_after_its_time(
     peers = free_ports(2)
 
     def silent_then_good() -> Mesh:
+        start = time.monotonic()
         with dial(peers[0]) as sock:
             sock.sendall(first)
-            start = time.monotonic()
             read_all(sock)
-            assert time.monotonic() - start > 0.4
+            assert time.monotonic() - start >= 0.5
         monkeypatch.setattr(pending, "HANDSHAKE_SECONDS", 5.0)
         return connect(1, 2, peers, keys=ours)
 
@@ -486,7 +496,7 @@ def test_two_thousand_strangers_do_not_delay_peers(
     before = open_files()
     with caplog.at_level(logging.DEBUG, "astra_runtime.transport"):
         meshes = together([lambda: connect(0, 2, peers, keys=ours), good_peer])
-    assert took[0] < 40
+    assert took[0] < 45
     assert descriptors[0] < MAX_PENDING + 20
     if when == "open":
         assert "too many connections without a HELLO" in caplog.text
