@@ -170,22 +170,20 @@ def test_an_error_of_one_s_own_is_told_to_all(maker: str) -> None:
 
 
 def test_every_rank_names_the_one_that_stopped() -> None:
-    stop, sent = threading.Event(), threading.Barrier(3, timeout=20)
+    sent, over = (threading.Barrier(count, timeout=60) for count in (3, 4))
 
     def work(mesh: Mesh) -> Any:
         others = [n for n in range(4) if n != mesh.rank]
         with mesh:
             if mesh.rank == 2:
-                stop.wait(20)
+                over.wait()
                 return None
-            try:
-                mesh.send(b"x", block=0, plan=PLAN, to=others)
-                sent.wait()
-                with pytest.raises(DeadlineExceeded) as caught:
-                    mesh.receive(dict.fromkeys(others, 1), block=0, plan=PLAN, timeout=0.4)
-                mesh.abort(caught.value)
-            finally:
-                threading.Timer(1, stop.set).start()
+            mesh.send(b"x", block=0, plan=PLAN, to=others)
+            sent.wait()
+            with pytest.raises(DeadlineExceeded) as caught:
+                mesh.receive(dict.fromkeys(others, 1), block=0, plan=PLAN, timeout=0.4)
+            mesh.abort(caught.value)
+            over.wait()
             return caught.value
 
     calls = [lambda mesh=mesh: work(mesh) for mesh in local_mesh(4)]
@@ -239,7 +237,7 @@ def test_a_failing_model_fails_on_every_rank() -> None:
 def test_a_deadline_by_block_sees_who_stopped() -> None:
     """Of several ranks that are late the first is named, so here it is whoever stopped."""
     model, inputs = tiny("llama"), inputs_for("llama", 12)
-    noticed = threading.Barrier(3, timeout=20)
+    noticed = threading.Barrier(3, timeout=60)
 
     def work(mesh: Mesh) -> Any:
         with Engine(model, None, mesh, deadline_ms=250) as engine:
@@ -253,10 +251,11 @@ def test_a_deadline_by_block_sees_who_stopped() -> None:
             noticed.wait()
             return caught.value, seconds
 
-    _, (first, _), (last, seconds) = as_ranks(local_mesh(3, timeout=2 * PROMPT), work)
+    _, (first, waited), (last, waited_too) = as_ranks(local_mesh(3, timeout=2 * PROMPT), work)
     assert (first.rank, first.block) == (last.rank, last.block) == (0, 0)
     assert first.seconds == last.seconds == 0.25
-    assert 0.24 < seconds < PROMPT
+    # whoever began later may have heard of it from the other
+    assert 0.24 < max(waited, waited_too) < PROMPT
 
 
 def test_a_choice_that_fails_ends_its_call_everywhere_and_nothing_else() -> None:

@@ -103,7 +103,7 @@ def test_a_rank_that_runs_ahead_is_heard_in_order(
                 mesh.send(content(0, block, 2000), block=block, plan=PLAN, to=[1])
             ahead.set()
         else:
-            assert ahead.wait(30)
+            assert ahead.wait(LONG)
             for block in range(40):
                 views = mesh.receive({0: 2000}, block=block, plan=PLAN, timeout=LONG, partial=True)
                 assert bytes(views[0]) == content(0, block, 2000)
@@ -140,11 +140,11 @@ def test_stats_count_payload_and_datagrams(make: Callable[..., list[DatagramMesh
 def test_gaps_are_the_parts_that_were_lost(make: Callable[..., list[DatagramMesh]]) -> None:
     size = 10 * FRAGMENT_SIZE
     count, step = fragment_layout(size)
-    lost = [0, 4, 5, 9]
+    lost, sent = [0, 4, 5, 9], threading.Barrier(2, timeout=LONG)
 
     def work(mesh: DatagramMesh) -> None:
         lane(mesh, 1 - mesh.rank, dropping(*lost))
-        found = told(mesh, 0, size, timeout=4, partial=True)
+        found = told(mesh, 0, size, sent, timeout=0.4, partial=True)
         want = bytearray(content(1 - mesh.rank, 0, size))
         for index in lost:
             want[index * step : (index + 1) * step] = bytes(step)
@@ -230,12 +230,16 @@ def test_the_wait_for_an_overtaken_part_is_short(pair: list[DatagramMesh]) -> No
     assert len(pair[1].missing_ranges[0]) == 1
 
 
-def test_the_wait_for_the_end_of_a_frame_is_a_quarter(pair: list[DatagramMesh]) -> None:
+def test_the_wait_for_the_end_of_a_frame_is_a_quarter(
+    pair: list[DatagramMesh], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert datagram.PAUSE == 0.25
+    monkeypatch.setattr(datagram, "PAUSE", 0.3 / LONG)
     lane(pair[0], 1, dropping(8))  # the last one
     pair[0].send(content(0, 0, 10_000), block=0, plan=PLAN, to=[1])
     start = time.monotonic()
-    pair[1].receive({0: 10_000}, block=0, plan=PLAN, timeout=4, partial=True)
-    assert 0.9 < time.monotonic() - start < 4
+    pair[1].receive({0: 10_000}, block=0, plan=PLAN, timeout=LONG, partial=True)
+    assert 0.29 < time.monotonic() - start < LONG
     assert len(pair[1].missing_ranges[0]) == 1
 
 
@@ -554,7 +558,7 @@ def test_connect_and_connect_again() -> None:
     peers, keys = free_ports(2), key_folder()
 
     def join(rank: int) -> Mesh:
-        return connect(rank, 2, peers, backend="datagram", keys=keys, timeout=10)
+        return connect(rank, 2, peers, backend="datagram", keys=keys, timeout=LONG)
 
     meshes = together([lambda rank=rank: join(rank) for rank in range(2)])
     assert all(mesh.encrypted and mesh.lossy and mesh.partial for mesh in meshes)
@@ -592,7 +596,7 @@ def test_a_peer_that_sends_no_datagrams() -> None:
 @pytest.mark.parametrize("datagrams", [0, 1])
 def test_a_transport_that_differs_is_named_on_both_sides(datagrams: int) -> None:
     """Whoever sees it first: the other one gets the same words."""
-    meshes = local_mesh(2, timeout=20)
+    meshes = local_mesh(2, timeout=LONG)
 
     def join(mesh: Mesh) -> None:
         with mesh:

@@ -7,18 +7,16 @@ import signal
 import socket
 import subprocess
 import sys
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 import pytest
 
 from astra_kernels import _C
 from astra_runtime.transport import connect
 
-from ..ranks import free_ports, together
+from ..ranks import free_ports, together, wait_for
 
 BALLAST = 256 << 20  # bytes
 # A process without torch: a keeper, memory, and a socket whose end is seen here.
@@ -43,21 +41,14 @@ def status(pid: int) -> dict[str, str]:
     return {} if found["State"].startswith("Z") else found
 
 
-def wait_for(condition: Callable[[], Any]) -> None:
-    deadline = time.monotonic() + 20
-    while not condition():
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
-
-
 @contextmanager
 def kept(script: str) -> Iterator[tuple[subprocess.Popen[bytes], socket.socket, int]]:
     """A process that makes a keeper, our end of its socket, and its keeper's process id."""
-    ours, its = socket.socketpair()
+    ours, its = socket.socketpair(type=socket.SOCK_SEQPACKET)  # what is sent at once, comes at once
     arguments = [sys.executable, "-S", "-c", KEPT + script, _C.__file__, str(its.fileno())]
     process = subprocess.Popen(arguments, pass_fds=[its.fileno()])
     its.close()
-    ours.settimeout(20)
+    ours.settimeout(60)
     try:
         keeper = int(ours.recv(16))
         wait_for(lambda: status(keeper).get("Name") in (None, "astra-keeper"))
@@ -104,7 +95,6 @@ if os.fork() == 0:  # a fork has none, and must not end this one's
     os._exit(0)
 os.wait()
 sock.send(b"%d " % keeper.pid)
-time.sleep(0.2)
 sock.send(b"%r" % heard)
 time.sleep(60)
 """

@@ -58,7 +58,7 @@ def test_backlog_of_a_rank_that_runs_ahead(make: Callable[..., list[Mesh]]) -> N
                 mesh.send(pattern(0, block, 500) * 64, block=block, plan=PLAN, to=[1])
             ahead.set()
         else:
-            assert ahead.wait(30)
+            assert ahead.wait(60)
             for block in range(100):
                 view = mesh.receive({0: 32_000}, block=block, plan=PLAN)[0]
                 assert bytes(view) == pattern(0, block, 500) * 64
@@ -179,7 +179,7 @@ def test_a_silent_peer_meets_the_deadline(make: Callable[..., list[Mesh]]) -> No
     start = time.monotonic()
     with pytest.raises(errors.DeadlineExceeded) as caught:
         meshes[0].receive({1: 8}, block=6, plan=PLAN)
-    assert 0.35 < time.monotonic() - start < 20
+    assert 0.35 < time.monotonic() - start < 60
     assert (caught.value.rank, caught.value.block) == (1, 6)
     for mesh in meshes:
         mesh.close()
