@@ -163,9 +163,9 @@ def serving(service: Any, options: HttpOptions | None = None, **settings: Any) -
     thread = threading.Thread(target=run_server, args=(app,), kwargs=settings, daemon=True)
     thread.start()
     try:
-        assert listening.wait(10)
+        assert listening.wait(60)
         yield urls[0]
     finally:
         app.state.stop()
-        thread.join(10)
+        thread.join(60)
         assert not thread.is_alive()

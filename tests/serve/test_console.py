@@ -30,7 +30,7 @@ def page(browser: Any, shared: tuple[FakeService, str], service: FakeService) ->
     """The page with its key given; nothing may have gone wrong in it at the end."""
     context = browser.new_context(viewport={"width": 1280, "height": 800})
     page = context.new_page()
-    page.set_default_timeout(10_000)
+    page.set_default_timeout(60_000)
     wrong: list[str] = []
     page.on("pageerror", lambda error: wrong.append(str(error)))
     page.on("console", lambda line: wrong.append(line.text) if line.type == "error" else None)
@@ -93,7 +93,7 @@ def test_an_answer_can_be_stopped(page: Any, service: FakeService) -> None:
     ask(page, "Go on")
     page.locator(".turn.assistant .words", has_text=re.compile("Gr")).wait_for()
     page.click("#stop")
-    assert service.cancelled.wait(10)
+    assert service.cancelled.wait(60)
     page.locator(".note", has_text="Stopped.").wait_for()
     page.click("#settings summary")
     page.click("#clear")

@@ -156,17 +156,17 @@ def test_prompts_are_answered_side_by_side(client: Any, service: FakeService) ->
 
     asking = threading.Thread(target=ask)
     asking.start()
-    deadline = time.monotonic() + 10
+    deadline = time.monotonic() + 60
     while len(service.asked) < 3:
         assert time.monotonic() < deadline
         time.sleep(0.01)
     service.gate.set()
-    asking.join(10)
+    asking.join(60)
     assert [choice.index for choice in answers[0].choices] == [0, 1, 2]
     service.endless, service.error, service.error_at = True, ServiceFailed("lost"), 4
     with pytest.raises(openai.InternalServerError, match="lost"):
         client.completions.create(model="tiny", prompt=["a", "b", "c"])
-    assert service.cancelled.wait(10)
+    assert service.cancelled.wait(60)
 
 
 def test_completions_stream_and_logprobs(client: Any, service: FakeService) -> None:
@@ -257,16 +257,17 @@ def test_to_close_a_stream_cancels_the_request(client: Any, service: FakeService
     assert next(iter(stream)).choices[0].delta.role == "assistant"
     assert not service.cancelled.is_set()
     stream.close()
-    assert service.cancelled.wait(10)
+    assert service.cancelled.wait(60)
 
 
 def test_a_client_that_waits_no_longer_cancels_the_request(
     client: Any, service: FakeService
 ) -> None:
     service.gate = threading.Event()
-    with pytest.raises(openai.APITimeoutError):
-        chat(client, timeout=0.3)
-    assert service.cancelled.wait(10)
+    while not service.asked:  # on a busy machine the server may come to it too late
+        with pytest.raises(openai.APITimeoutError):
+            chat(client, timeout=0.3)
+    assert service.cancelled.wait(60)
 
 
 def test_while_it_loads_the_reason_is_told(client: Any, service: FakeService) -> None:

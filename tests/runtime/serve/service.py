@@ -44,10 +44,10 @@ def leading(
         worker.start()
     with meshes[0], Engine(model, codebook, meshes[0]) as engine:
         with make(engine) as leader:
-            assert leader.wait_ready(20)
+            assert leader.wait_ready(60)
             yield leader
         for worker in workers:
-            worker.join(20)
+            worker.join(60)
             assert not worker.is_alive()
 
 
@@ -80,22 +80,26 @@ def alone(model: Any, ids: list[int], new_tokens: int) -> list[int]:
 
 
 class Heard:
-    """Gathers the events of one request; waits for its end."""
+    """Gathers the events of one request; waits for its end. `held`: the leader comes no further
+    than its first event before `resume` is set."""
 
-    def __init__(self) -> None:
+    def __init__(self, held: bool = False) -> None:
         self.events: list[Any] = []
-        self.first, self.over = threading.Event(), threading.Event()
+        self.first, self.over, self.resume = (threading.Event() for _ in range(3))
         self.ticket: Any = None
+        if not held:
+            self.resume.set()
 
     def __call__(self, event: Event | Exception | None) -> None:
         if event is None:
             self.over.set()
-        else:
-            self.events.append(event)
-            self.first.set()
+            return
+        self.events.append(event)
+        self.first.set()
+        self.resume.wait(60)
 
     def wait(self) -> Heard:
-        assert self.over.wait(30)
+        assert self.over.wait(60)
         return self
 
     def ids(self, index: int = 0) -> list[int]:
@@ -108,8 +112,10 @@ class Heard:
         return next((e for e in self.events if isinstance(e, Exception)), None)
 
 
-def ask(leader: Leader, ids: list[int], new_tokens: int = 5, **asked: Any) -> Heard:
-    heard = Heard()
+def ask(
+    leader: Leader, ids: list[int], new_tokens: int = 5, *, held: bool = False, **asked: Any
+) -> Heard:
+    heard = Heard(held)
     asked = {"sampling": GREEDY} | asked
     name = f"request-{id(heard)}"
     heard.ticket = leader.submit(GenerationRequest(name, ids, new_tokens, **asked), heard)

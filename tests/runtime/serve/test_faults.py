@@ -5,8 +5,7 @@ from __future__ import annotations
 import contextlib
 import socket
 import threading
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from types import SimpleNamespace
 from typing import Any
 
@@ -20,15 +19,8 @@ from astra_runtime.serve.rank import follow
 from astra_runtime.serve.service import NotReady, ServiceFailed
 
 from ..models import tiny
-from ..ranks import free_ports
+from ..ranks import free_ports, wait_for
 from .service import Numbers, alone, ask, prompt
-
-
-def wait_for(condition: Callable[[], Any], seconds: float = 30) -> None:
-    deadline = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
 
 
 class Rank:
@@ -43,7 +35,7 @@ class Rank:
 
     def _run(self, model: Any, peers: list[str]) -> None:
         while True:
-            assert self.may.wait(60)
+            assert self.may.wait(100)
             with (
                 contextlib.suppress(AstraError),
                 connect(1, peers=peers, timeout=20) as mesh,
@@ -65,7 +57,7 @@ def pair(model: Any, **options: Any) -> Iterator[tuple[Leader, Rank]]:
     with connect(0, peers=peers, timeout=20) as mesh, Engine(model, None, mesh) as engine:
         with Leader(engine, Numbers(), **options) as leader:
             yield leader, other
-        other.thread.join(30)
+        other.thread.join(60)
         engine.mesh.close()
     assert not other.thread.is_alive()
 
@@ -100,12 +92,14 @@ def test_a_rank_that_is_lost_comes_back(llama: Any) -> None:
 
 def test_what_runs_fails_and_what_waits_is_answered(llama: Any) -> None:
     with pair(llama) as (leader, other):
-        running = [ask(leader, prompt(8, seed), 200) for seed in range(2)]
+        with leader._changed:  # no round begins
+            running = [ask(leader, prompt(8, n), 200, held=bool(n)) for n in range(2)]
         for one in running:
-            assert one.first.wait(20)
+            assert one.first.wait(60)
         with leader._changed:  # no further round begins
             waiting = ask(leader, prompt(9), 5)
             other.die()
+        running[1].resume.set()
         for one in running:
             assert isinstance(one.wait().error(), ServiceFailed)
             assert "rank 1 was lost" in str(one.error())
@@ -168,7 +162,7 @@ def test_a_worker_of_ones_own_rejoins(llama: Any) -> None:
     def work() -> None:
         with connect(1, peers=peers, timeout=20) as mesh, Engine(llama, None, mesh) as engine:
             engines.append(engine)
-            jobs.append(follow(engine, rejoin_seconds=30))
+            jobs.append(follow(engine, rejoin_seconds=60))
             engine.mesh.close()
 
     worker = threading.Thread(target=work, daemon=True)
@@ -179,7 +173,7 @@ def test_a_worker_of_ones_own_rejoins(llama: Any) -> None:
                 connection.sock.shutdown(socket.SHUT_RDWR)
             wait_for(lambda: leader.status().rejoined == 1)
             assert ask_when_ready(leader) == alone(llama, prompt(150), 5)
-        worker.join(30)
+        worker.join(60)
         engine.mesh.close()
     assert not worker.is_alive()
     assert jobs[0] > 0

@@ -60,13 +60,13 @@ class Paused(Heard):
         self.last, self.reached, self.go = answers - 1, threading.Event(), threading.Event()
         request = GenerationRequest("paused", prompt(150), 100, SEEDED, n=answers)
         self.ticket = leader.submit(request, self)
-        assert self.reached.wait(30)
+        assert self.reached.wait(60)
 
     def __call__(self, event: Any) -> None:
         super().__call__(event)
         if not self.reached.is_set() and len(self.ids(self.last)) == 2:
             self.reached.set()
-            assert self.go.wait(30)
+            assert self.go.wait(60)
 
 
 def ranks_of(heard: Heard) -> list[int]:
@@ -167,7 +167,7 @@ def test_what_cannot_be_shared_ends_its_request_alone(
 
     with led(llama, 2) as leader:
         other = ask(leader, prompt(9), 60)
-        assert other.first.wait(20)
+        assert other.first.wait(60)
         with monkeypatch.context() as patched:
             patched.setattr(kept, "complete", broken)
             error = three(leader, 150).wait().error()
