@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import subprocess
@@ -129,7 +130,8 @@ def workers_of(leader: int) -> dict[int, int]:
     found = {}
     for entry in Path("/proc").iterdir():
         if entry.name.isdigit() and status(entry.name)[1:2] == [str(leader)]:
-            name = (entry / "comm").read_text().strip() if (entry / "comm").exists() else ""
-            if name.startswith("rank-"):
-                found[int(name.removeprefix("rank-"))] = int(entry.name)
+            with contextlib.suppress(OSError):  # it has ended
+                name = (entry / "comm").read_text().strip()
+                if name.startswith("rank-"):
+                    found[int(name.removeprefix("rank-"))] = int(entry.name)
     return found

@@ -21,9 +21,9 @@ import pytest
 import torch
 
 from astra_runtime.cli import main
-from astra_runtime.deploy.launch import free_ports
 from tests.documents import LANGUAGES, ROOT, Block, blocks, commands, pages
 from tests.processes import Fork, fork_workers
+from tests.runtime.ranks import free_ports
 
 transformers = pytest.importorskip("transformers")
 
@@ -126,7 +126,7 @@ def with_free_ports(source: str) -> str:
     chosen: dict[str, str] = {}
     return re.sub(
         r"(?<=127\.0\.0\.1:)7\d{3}",
-        lambda found: chosen.setdefault(found[0], str(next(ports))),
+        lambda found: chosen.setdefault(found[0], next(ports).rpartition(":")[2]),
         source,
     )
 

@@ -13,7 +13,6 @@ import signal
 import socket
 import subprocess
 import sys
-import time
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
@@ -28,7 +27,6 @@ from astra_runtime import Codebook, transport
 from astra_runtime.cli import COMMANDS, chat, main
 from astra_runtime.cli.fitting import codebook_at_hand, default_fine_bits, default_name
 from astra_runtime.deploy import launch
-from astra_runtime.deploy.launch import free_ports
 from astra_runtime.store import (
     DOMAINS,
     builtin_text,
@@ -39,6 +37,7 @@ from astra_runtime.store import (
 from tests.processes import Fork, fork_workers, runs, workers_of
 
 from ..models import tiny
+from ..ranks import free_ports, wait_for
 
 WORDS = [f"w{i}" for i in range(96)]
 PROMPT = " ".join(WORDS[i * 7 % 96] for i in range(30))
@@ -208,7 +207,7 @@ def test_ranks_that_torchrun_would_have_started(
 ) -> None:
     asked = ["run", *model_options(home), "--prompt", PROMPT, "--max-new-tokens", "3", "--json"]
     found = json.loads(here(*asked, "--world-size", "2")[0])
-    port = str(free_ports(1)[0])
+    port = free_ports(1)[0].rpartition(":")[2]
 
     def rank(number: int) -> int:
         place = {"RANK": str(number), "LOCAL_RANK": str(number), "WORLD_SIZE": "2"}
@@ -222,7 +221,7 @@ def test_ranks_that_torchrun_would_have_started(
 def test_a_worker_follows_a_leader_on_given_addresses(
     home: Path, here: Callable[..., tuple[str, str]]
 ) -> None:
-    peers = ",".join(f"127.0.0.1:{port}" for port in free_ports(2))
+    peers = ",".join(free_ports(2))
     asked = ["worker", "--once", "--rank", "1", "--peers", peers, *model_options(home)]
     worker = Fork(lambda: main(asked))
     try:
@@ -488,17 +487,13 @@ def test_no_worker_outlives_its_leader(
         open(tmp_path / "stderr", "w+") as stderr,
         contextlib.closing(Fork(lambda: main(asked), stderr)) as leader,
     ):
-        deadline = time.monotonic() + 60
-        while not (workers := workers_of(leader.pid)) and time.monotonic() < deadline:
-            time.sleep(0.05)
+        workers = wait_for(lambda: workers_of(leader.pid), 0.05)
         assert len(workers) == 1
-        time.sleep(1.0)
+        assert leader.stdout.read(1)  # the answer has begun
         leader.send_signal(blow)
         ends = {signal.SIGINT: 130, signal.SIGTERM: 143, signal.SIGKILL: -9}
-        assert leader.wait(30) == ends[blow]
-        while any(map(runs, workers.values())) and time.monotonic() < deadline:
-            time.sleep(0.05)
-        assert not any(map(runs, workers.values()))
+        assert leader.wait() == ends[blow]
+        wait_for(lambda: not any(map(runs, workers.values())), 0.05)
         stderr.seek(0)
         assert "Traceback" not in stderr.read()
 

@@ -24,19 +24,26 @@ from astra_runtime.deploy.jobs import Ranks
 from astra_runtime.deploy.launch import WorkerFailed, Workers, import_path
 from astra_runtime.errors import ConnectFailed, HandshakeRefused, PeerLost
 from astra_runtime.store import load_model
-from astra_runtime.transport import ConnectOptions, open_mesh
+from astra_runtime.transport import ConnectOptions, bootstrap, open_mesh
 from astra_runtime.transport.credentials import KeysError
 from tests.processes import Fork
 
-from ..ranks import free_ports
+from ..ranks import free_ports, wait_for
 from .test_cli import PROMPT, here, home, model_options  # noqa: F401 - two are fixtures
 
 Here = Callable[..., tuple[str, str]]
 
 
+@pytest.fixture
+def quick_notices(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ranks that wait say so after moments."""
+    monkeypatch.setattr(bootstrap, "NOTICE_SECONDS", 0.02)
+
+
+@pytest.mark.usefixtures("quick_notices")
 def test_a_rank_says_for_whom_it_waits(capsys: pytest.CaptureFixture[str]) -> None:
     peers, lines = free_ports(3), []
-    waiting = Waiting(0, peers, silence=0.5)
+    waiting = Waiting(0, peers, silence=0.1)
 
     def on_wait(missing: tuple[int, ...]) -> None:
         waiting(missing)
@@ -50,6 +57,7 @@ def test_a_rank_says_for_whom_it_waits(capsys: pytest.CaptureFixture[str]) -> No
     assert all(f"rank 0 waits for rank 1 at {peers[1]}, rank 2 at {peers[2]}" in s for s in lines)
 
 
+@pytest.mark.usefixtures("quick_notices")
 def test_what_on_wait_raises_ends_the_wait() -> None:
     def give_up(missing: tuple[int, ...]) -> None:
         raise WorkerFailed(f"without {missing}")
@@ -91,12 +99,12 @@ def test_a_service_that_waits_for_days_says_so_more_and_more_rarely(
 
 
 def test_long_work_is_not_silent(capsys: pytest.CaptureFixture[str]) -> None:
-    with working("reading", silence=0.2), working(lambda: "thinking", silence=0.2):
-        time.sleep(0.5)
+    with working("reading", silence=0.1), working(lambda: "thinking", silence=0.1):
+        first = wait_for(lambda: capsys.readouterr().err)
         say("a thought")
-    told = capsys.readouterr().err.splitlines()
-    assert told[-1] == "a thought"
+        told = [*first.splitlines(), *capsys.readouterr().err.splitlines()]
     assert told[0].startswith("thinking … ")
+    assert "a thought" in told
     assert not any(line.startswith("reading") for line in told)
 
 
@@ -225,7 +233,7 @@ def test_what_a_worker_wrote_before_it_crashed_is_passed_on(
 ) -> None:
     monkeypatch.setattr(launch, "_CHILD", "raise SystemError('no such thing')")
     with Workers(2, [], 1) as workers, pytest.raises(WorkerFailed) as failed:
-        workers.wait_ready(30)
+        workers.wait_ready(60)
     assert str(failed.value) == "rank 1 ended with status 1: SystemError: no such thing"
     assert "rank 1 wrote: Traceback (most recent call last):" in capsys.readouterr().err
 

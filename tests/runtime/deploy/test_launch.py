@@ -22,14 +22,7 @@ from astra_runtime.deploy.launch import READY, Workers
 from tests.processes import Fork, runs, workers_of
 
 from ..cli.test_cli import PROMPT, here, home, model_options  # noqa: F401 - two are fixtures
-
-
-def wait_for(condition: Callable[[], Any], seconds: float = 90) -> Any:
-    deadline = time.monotonic() + seconds
-    while not (found := condition()) and time.monotonic() < deadline:
-        time.sleep(0.1)  # to look through /proc is work that the processes had better do
-    assert found
-    return found
+from ..ranks import wait_for
 
 
 def test_a_closed_terminal_ends_leader_and_workers(
@@ -48,11 +41,11 @@ def test_a_closed_terminal_ends_leader_and_workers(
 
     leader = Fork(lead_the_terminal)
     os.close(theirs)
-    workers = wait_for(lambda: len(found := workers_of(leader.pid)) == 2 and found)
+    workers = wait_for(lambda: len(found := workers_of(leader.pid)) == 2 and found, 0.1)
     os.close(ours)  # the terminal is gone: SIGHUP to its foreground
-    assert leader.wait(30) == 128 + signal.SIGHUP
+    assert leader.wait() == 128 + signal.SIGHUP
     leader.stdout.close()
-    wait_for(lambda: not any(map(runs, workers.values())), 20)
+    wait_for(lambda: not any(map(runs, workers.values())), 0.1)
 
 
 def struck(
