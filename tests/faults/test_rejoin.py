@@ -80,7 +80,7 @@ def test_a_killed_rank_is_replaced(forks: Forks, victim: int, sleep: float) -> N
         for n in range(2)
     ]
     tasks[victim] = ("tests.faults.test_rejoin:short_lived", {"number": victim, "peers": peers})
-    told = [outcome.told for outcome in forks.run(tasks, seconds=80)]
+    told = [outcome.told for outcome in forks.run(tasks, seconds=100)]
     stayed, left = told[1 - victim], told[victim]
     assert stayed["failed"] == ["PeerLost"] * (TURNS - 1)
     assert len(stayed["answers"]) == len(left) == TURNS
@@ -147,6 +147,6 @@ def test_who_is_missing_is_said() -> None:
     with pytest.raises(ConnectFailed, match="rank 1 did not join the gloo group") as caught:
         connect(0, 2, free_ports(2), backend="gloo", connect_timeout=0.5)
     assert caught.value.missing == (1,)
-    assert time.monotonic() - start < 5
+    assert time.monotonic() - start < 30
     with pytest.raises(ConnectFailed, match="rank 1 could not join the gloo group"):
         connect(1, 2, free_ports(2), backend="gloo", connect_timeout=0.5)

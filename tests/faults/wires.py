@@ -17,7 +17,7 @@ from astra_runtime.wire import Frame
 from tests.runtime.ranks import key_folder
 
 PLAN = 0x1234
-TIMEOUT = 5.0
+TIMEOUT = 60.0
 
 
 class Wire:
