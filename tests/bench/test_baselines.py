@@ -9,6 +9,7 @@ import os
 import socket
 import stat
 import struct
+import threading
 import time
 import warnings
 import weakref
@@ -27,6 +28,7 @@ from bench.baselines import GlooComm, ThreadComm
 from bench.baselines.block_parallel import original_layers
 from bench.baselines.blocks import Transformer, cut
 from bench.baselines.segment_means import segment_sizes
+from tests.processes import status
 from tests.runtime.models import inputs_for, tiny
 from tests.runtime.ranks import together
 
@@ -354,14 +356,14 @@ class CountedComm(GlooComm):
 
 
 def settled(read: Callable[[], int]) -> int:
-    """The value once it has stopped growing: gloo's thread sends on its own."""
-    value, since = read(), time.monotonic()
-    while time.monotonic() - since < 0.02:
-        time.sleep(0.002)
-        now = read()
-        if now != value:
-            value, since = now, time.monotonic()
-    return value
+    """The value once it grows no more: gloo's threads send on their own, until they all sleep."""
+    own = str(threading.get_native_id())
+    while True:
+        value = read()
+        time.sleep(0.005)
+        others = [status(f"self/task/{n}") for n in os.listdir("/proc/self/task") if n != own]
+        if all(found[:1] in ([], ["S"]) for found in others) and read() == value:
+            return value
 
 
 def test_over_gloo_the_sockets_carry_what_is_counted(tmp_path: Path) -> None:
@@ -378,7 +380,7 @@ def test_over_gloo_the_sockets_carry_what_is_counted(tmp_path: Path) -> None:
             process.start()
     ranks = dict(results.get(timeout=200) for _ in processes)
     for process in processes:
-        process.join(10)
+        process.join(60)
     model, inputs = model_of("gpt2"), inputs_for("gpt2")
     for name, method in METHODS.items():
         found, comms = answers(world_size, method.run, model, inputs)

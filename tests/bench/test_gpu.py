@@ -135,9 +135,15 @@ def test_what_there_is_is_kept_while_a_stage_runs(monkeypatch, tmp_path, cache):
         record.keep()
         kept.append(json.loads((output / "summary.json").read_text()))
 
-    monkeypatch.setattr(running, "KEEP_EVERY", 0.2)
-    code = "import time; print('half way', flush=True); time.sleep(1)"
-    running.run_group([(python(code, name="slow"), 30.0)], {"PATH": ""}, scratch, keep)
+    monkeypatch.setattr(running, "KEEP_EVERY", 0.05)
+    code = (
+        "import pathlib, sys, time; print('half way', flush=True)\n"
+        "log = pathlib.Path(sys.argv[1])\n"
+        "while not (log.exists() and 'half way' in log.read_text()): time.sleep(0.02)"
+    )
+    command = (sys.executable, "-S", "-c", code, str(output / "log.txt"))
+    stage = Stage("slow", (command,), 60.0)
+    running.run_group([(stage, 60.0)], {"PATH": ""}, scratch, keep)
     assert kept[-1]["running"] == ["slow"]
     assert "half way" in (output / "log.txt").read_text()
 

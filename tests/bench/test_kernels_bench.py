@@ -6,7 +6,7 @@ import dataclasses
 import json
 import math
 import os
-import time
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -266,14 +266,18 @@ def test_a_run_that_was_cut_goes_on(tmp_path):
 
 
 def test_the_clock_of_a_gpu(monkeypatch):
-    """Its logic, on a device that is pretended: what is queued runs at once."""
+    """Its logic, on a device and a clock that are pretended: what is queued runs at once."""
+    now = [0.0]
+
+    def spend(milliseconds):
+        now[0] += milliseconds / 1e3
 
     class Event:
         def __init__(self, enable_timing):
             self.at = None
 
         def record(self):
-            self.at = time.perf_counter()
+            self.at = now[0]
 
         def elapsed_time(self, other):
             return (other.at - self.at) * 1e3
@@ -300,20 +304,26 @@ def test_the_clock_of_a_gpu(monkeypatch):
             pass
 
         def replay(self):
-            time.sleep(0.001)
+            spend(1.0)
 
     class Properties:
         L2_cache_size = 1024
 
     slept = []
     empty = torch.empty
+
+    def wait(cycles):
+        slept.append(cycles)
+        spend(cycles / 1e6)
+
     for name, pretended in {
-        "Event": Event, "Stream": Stream, "CUDAGraph": Graph, "_sleep": slept.append,
+        "Event": Event, "Stream": Stream, "CUDAGraph": Graph, "_sleep": wait,
         "current_stream": Stream, "stream": lambda stream: stream, "synchronize": lambda: None,
         "current_device": lambda: 0, "get_device_properties": lambda _: Properties,
     }.items():  # fmt: skip
         monkeypatch.setattr(torch.cuda, name, pretended)
     monkeypatch.setattr(torch, "empty", lambda *size, dtype, device: empty(*size, dtype=dtype))
+    monkeypatch.setattr(timing, "time", SimpleNamespace(perf_counter=lambda: now[0]))
     clock = timing.Gpu(samples=5)
     assert clock.flushed.nbytes == 4 * 1024
 
@@ -321,19 +331,19 @@ def test_the_clock_of_a_gpu(monkeypatch):
         if Graph.captured > 1:
             Graph.captured = 1
             raise RuntimeError("operation not permitted when stream is capturing")
-        time.sleep(0.0005)
+        spend(0.5)
 
     times = clock.measure({
-        "quick": lambda: time.sleep(0.0005), "slow": lambda: time.sleep(0.003),
+        "quick": lambda: spend(0.5), "slow": lambda: spend(3.0),
         "waits": refuses_capture,
     })  # fmt: skip
-    assert 0.4 < times["quick"].warm.p50 < 5
-    assert times["quick"].cold.p50 > 0.4
-    assert times["quick"].graph.p50 == pytest.approx(1 / timing.MOST_REPEATS, rel=1)
-    assert times["quick"].eager.p50 > 0.4
+    assert times["quick"].warm.p50 == pytest.approx(0.5)
+    assert times["quick"].cold.p50 == pytest.approx(0.5)
+    assert times["quick"].graph.p50 == pytest.approx(1 / timing.MOST_REPEATS)
+    assert times["quick"].eager.p50 == pytest.approx(0.5)
     assert times["slow"].graph is None  # too long for launches to matter
     assert times["waits"].graph is None
-    assert times["waits"].warm.p50 > 0.4
+    assert times["waits"].warm.p50 == pytest.approx(0.5)
     assert slept
 
 

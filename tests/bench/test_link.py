@@ -274,15 +274,15 @@ def test_both_clocks_time_what_is_executed(clock: str) -> None:
         until = time.thread_time() + 0.02
         while time.thread_time() < until:
             pass
-        time.sleep(0.02)
+        time.sleep(0.2)
         swap(mesh)
         return mesh.lap()
 
     run = World(2, Link(10), clock=clock).run(work)
-    least = 0.02 if clock == "cpu" else 0.04
+    least = 0.02 if clock == "cpu" else 0.22
     assert min(lap.computing for lap in run.results) >= least * 0.99
     if clock == "cpu":  # the sleep is not computing
-        assert max(lap.computing for lap in run.results) < 0.035
+        assert max(lap.computing for lap in run.results) < 0.15
     assert run.elsewhere < 1.0
 
 

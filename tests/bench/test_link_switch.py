@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import signal
 import socket
 import subprocess
@@ -18,7 +19,8 @@ from bench.link import switch
 from bench.link.model import Link
 from bench.link.rank import begin, join
 from bench.link.switch import LinkUnavailable, Namespaces
-from tests.runtime.ranks import environment, free_ports, together
+from tests.processes import runs
+from tests.runtime.ranks import environment, free_ports, together, wait_for
 
 
 @pytest.fixture(autouse=True)
@@ -38,13 +40,13 @@ def datagrams(net: Namespaces, rank: int) -> socket.socket:
         end = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
         end.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 1 << 20)
         end.bind((net.addresses[rank], 0))
-        end.settimeout(2)
+        end.settimeout(60)
         return end
 
     return net.inside(rank, make)
 
 
-def count_coming(end: socket.socket, quiet: float = 0.3) -> list[bytes]:
+def count_coming(end: socket.socket, quiet: float) -> list[bytes]:
     """What comes until nothing does for a while."""
     end.settimeout(quiet)
     came = []
@@ -59,13 +61,17 @@ def count_coming(end: socket.socket, quiet: float = 0.3) -> list[bytes]:
 @pytest.mark.parametrize("mbit", [10, 100, 500])
 def test_the_switch_flatters_no_packet_and_is_late_by_little(mbit: int) -> None:
     """Other work on the machine only makes packets later, so the fastest is what the link does."""
-    link = Link(mbit, rtt_ms=1)
+    link, sizes, fastest = Link(mbit, rtt_ms=1), (320, 1472), dict[int, float]()
+    expected = {size: program.expected_packet(link, size) for size in sizes}
     with Namespaces(2, link) as net:
-        for size in (320, 1472):
-            fastest = min(program.single_packets(net, size, 40))
-            expected = program.expected_packet(link, size)
-            assert expected <= fastest <= expected + 0.4e-3
-        assert net.report().packets == 80
+        for turn in range(1, 11):
+            for size in sizes:
+                found = program.single_packets(net, size, 40)
+                fastest[size] = min(found + [fastest.get(size, math.inf)])
+            assert net.report().packets == 80 * turn
+            if all(fastest[size] <= expected[size] + 0.4e-3 for size in sizes):
+                break
+        assert all(expected[n] <= fastest[n] <= expected[n] + 0.4e-3 for n in sizes)
         assert net.report().lost == net.report().dropped == 0
 
 
@@ -76,7 +82,7 @@ def test_bulk_takes_the_links_rate(mbit: int, slack: float) -> None:
     size = mbit * 25_000  # 0.2 s
     times = []
     with Namespaces(2, link) as net:
-        for _ in range(5):
+        for _ in range(20):
             seconds, report = program.bulk(net, size)
             times.append(seconds)
             assert report.bytes > size
@@ -96,7 +102,7 @@ def test_two_senders_share_the_downlink_and_not_the_uplink() -> None:
         ends = [datagrams(net, rank) for rank in range(3)]
         for senders, receivers, packets in (((1, 2), (0,), 2 * count), ((1, 2), (0, 1), count)):
             times = []
-            while len(times) < 5 and (not times or times[-1] > packets * each + 0.3):
+            while len(times) < 20 and (not times or times[-1] > packets * each + 0.3):
                 start = time.perf_counter()
                 for _ in range(count):
                     for n, sender in enumerate(senders):
@@ -117,10 +123,15 @@ def test_the_switch_loses_what_it_says_and_keeps_the_order() -> None:
         out, into = (datagrams(net, rank) for rank in (0, 1))
         for number in range(300):
             out.sendto(number.to_bytes(2, "big"), into.getsockname())
-        came = count_coming(into)
+        came: list[bytes] = []
+
+        def all_are_known() -> bool:
+            came.extend(count_coming(into, 0.05))
+            return net.report().lost == 300 - len(came)
+
+        wait_for(all_are_known)
         assert came == sorted(came)
         assert 150 < len(came) < 270
-        assert net.report().lost == 300 - len(came)
         out.close()
         into.close()
 
@@ -165,15 +176,12 @@ def test_the_switch_ends_with_its_owner(number: signal.Signals) -> None:
         env=environment(),
     )
     assert owner.stdout is not None
-    folder = Path(f"/proc/{int(owner.stdout.readline())}")
-    assert folder.exists()
+    switch_process = int(owner.stdout.readline())
+    assert runs(switch_process)
     owner.send_signal(number)
-    owner.wait(30)
+    owner.wait(60)
     owner.stdout.close()
-    deadline = time.monotonic() + 20
-    while folder.exists() and folder.joinpath("stat").read_text().split()[2] != "Z":
-        assert time.monotonic() < deadline, "the switch lives on"
-        time.sleep(0.02)
+    wait_for(lambda: not runs(switch_process))
 
 
 def test_a_machine_without_the_switch_says_why(monkeypatch: pytest.MonkeyPatch) -> None:
