@@ -117,7 +117,7 @@ def test_ranks_that_ask_for_other_answers_find_out_and_go_on(asked: Any) -> None
 
         def look_late() -> None:
             """Rank 0 may need nothing of rank 1, and be done before that has found it out."""
-            assert mesh.rank == 1 or found.wait(20)
+            assert mesh.rank == 1 or found.wait(60)
             look()
 
         with Engine(model, None, mesh) as engine:
@@ -130,7 +130,7 @@ def test_ranks_that_ask_for_other_answers_find_out_and_go_on(asked: Any) -> None
             found.set()
             return before, engine(**inputs).logits
 
-    for before, after in run_ranks(2, work, timeout=5):
+    for before, after in run_ranks(2, work, timeout=20):
         assert torch.equal(before, after)
 
 
@@ -441,7 +441,7 @@ def test_cancelling_wakes_whoever_waits(kind: str) -> None:
             if mesh.rank == 0:
                 cancelling.start()
             else:
-                assert ended.wait(20)
+                assert ended.wait(60)
             with pytest.raises(CallEnded, match="rank 0 ended the call: it was cancelled"):
                 engine(**inputs)
             if mesh.rank == 0:
@@ -471,7 +471,7 @@ def test_a_call_takes_no_longer_than_it_may() -> None:
         with Engine(model, None, mesh) as engine:
             good = engine(**inputs, within_ms=1e6).logits
             if mesh.rank == 1:
-                assert ended.wait(20)
+                assert ended.wait(60)
             with pytest.raises(CallEnded, match="rank 0 ended the call: it took longer than 200 m"):
                 engine(**inputs, within_ms=200 if mesh.rank == 0 else None)
             ended.set()
@@ -484,6 +484,7 @@ def test_a_call_takes_no_longer_than_it_may() -> None:
 def test_cancelling_ends_generation() -> None:
     """The owner of the text waits for nobody, and hears of it before its next token."""
     model, ids = tiny("llama"), inputs_for("llama", 12)["input_ids"]
+    ended = threading.Event()
 
     def work(mesh: Mesh) -> Any:
         with Engine(model, None, mesh) as engine:
@@ -491,19 +492,21 @@ def test_cancelling_ends_generation() -> None:
 
             def on_token(token: Tensor) -> None:
                 columns.append(token)
-                if len(columns) == 3 and mesh.rank == 0:
+                if mesh.rank == 0 and len(columns) == 3:
                     engine.cancel()
-                time.sleep(0.05)
+                if mesh.rank == 1 and len(columns) == 10:
+                    assert ended.wait(60)  # on rank 0, which has said so by then
 
             with pytest.raises(CallEnded, match="rank 0 ended the call: it was cancelled"):
                 engine.generate(ids, max_new_tokens=100, on_token=on_token)
+            ended.set()
             return len(columns), engine.generate(ids, max_new_tokens=3)
 
     with Engine(model) as engine:
         want = engine.generate(ids, max_new_tokens=3)
-    for columns, made in run_ranks(2, work, timeout=20):
-        assert columns < 40
-        assert torch.equal(made, want)
+    (few, _), (most, _) = found = run_ranks(2, work, timeout=60)
+    assert 3 <= few <= most <= 10
+    assert all(torch.equal(made, want) for _, made in found)
 
 
 def test_answers_are_ordinary_tensors() -> None:
