@@ -4,6 +4,7 @@ import os
 import signal
 
 import pytest
+from hypothesis import HealthCheck, settings
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -22,6 +23,10 @@ def pytest_configure(config: pytest.Config) -> None:
     signal.signal(signal.SIGHUP, signal.SIG_DFL)
     if config.getoption("--device") == "cpu":
         os.environ["TRITON_INTERPRET"] = "1"  # read when Triton is first imported
+    # the same examples each time, however long a busy machine takes for one
+    slow = [HealthCheck.too_slow]
+    settings.register_profile("same", deadline=None, derandomize=True, suppress_health_check=slow)
+    settings.load_profile("same")
 
 
 @pytest.fixture(scope="session")

@@ -2,7 +2,19 @@
 
 from __future__ import annotations
 
+import random
+
+import numpy as np
 import pytest
+import torch
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_setup() -> None:
+    """Each test draws the same numbers, whatever has run before it in its process."""
+    random.seed(0)
+    np.random.seed(0)  # noqa: NPY002 - what others draw from
+    torch.default_generator.manual_seed(0)
 
 
 @pytest.fixture(autouse=True)

@@ -118,7 +118,7 @@ def examples(count: int) -> settings:
     return settings(
         max_examples=count if interpreted else min(count, 8),
         deadline=None,
-        suppress_health_check=[HealthCheck.function_scoped_fixture],
+        suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
     )
 
 
