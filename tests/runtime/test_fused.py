@@ -13,7 +13,7 @@ from torch import nn
 
 from astra_kernels._elementwise import native
 from astra_runtime import Engine
-from astra_runtime.models import adapt, fused
+from astra_runtime.models import adapt, fused, hooks
 
 from .models import inputs_for, tiny
 
@@ -127,3 +127,39 @@ def test_a_copy_made_during_a_call_computes_the_same() -> None:
         assert torch.equal(other(**inputs).logits, alone)
         other.model.norm.weight.data.zero_()
         assert not torch.equal(other(**inputs).logits, alone)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_what_a_listener_leaves_to_the_model_is_its_own_attention(
+    kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With all that the module's own forward hands over."""
+    model, inputs = tiny(kind), inputs_for(kind, 24) | {"use_cache": False}
+    given: list[set[str]] = []
+
+    class Listens:
+        def before_block(self, block: int, hidden: torch.Tensor) -> None: ...
+
+        def attend(self, *given: Any) -> None: ...
+
+        def finish(self, hidden: torch.Tensor) -> torch.Tensor:
+            return hidden
+
+    with torch.no_grad():
+        alone = model(**inputs).logits
+        Engine(model).close()
+        own = hooks.own_attention
+
+        def noted(module: nn.Module) -> Any:
+            return lambda *args, **named: given.append(set(named)) or own(module)(*args, **named)
+
+        monkeypatch.setattr(hooks, "own_attention", noted)
+        with adapt(model).listening(Listens()):
+            runs = Runs(monkeypatch)
+            torch.testing.assert_close(model(**inputs).logits, alone, rtol=1e-4, atol=5e-5)
+        assert runs.of["rotate"] == 6
+        fused_gives, given[:] = given[0], []
+        monkeypatch.setattr(native, "can_run", lambda *tensors: False)
+        with adapt(model).listening(Listens()):
+            torch.testing.assert_close(model(**inputs).logits, alone)
+    assert fused_gives == given[0]

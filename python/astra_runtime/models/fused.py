@@ -109,6 +109,15 @@ class _Gate(_Fused):
         return mlp.down_proj(mlp.act_fn(gate) * up)
 
 
+def _window(module: Any) -> dict[str, Any]:
+    """The sliding window that such a module hands to its attention: of its own or, in Mistral, of
+    its configuration."""
+    if type(module).__name__ == "LlamaAttention":
+        return {}
+    window = getattr(module, "sliding_window", getattr(module.config, "sliding_window", None))
+    return {"sliding_window": window}
+
+
 def _is_silu(module: nn.Module) -> bool:
     from transformers.activations import SiLUActivation
 
@@ -140,9 +149,15 @@ class _Attention(_Fused):
             for projection in (module.q_proj, module.k_proj, module.v_proj)
         )
         query, key = rotate(query, *angles), rotate(key, *angles)
-        mask = named.get("attention_mask")
         out, weights = self._attention(
-            module, query, key, value, mask, dropout=0.0, scaling=module.scaling, **others
+            module,
+            query,
+            key,
+            value,
+            named.get("attention_mask"),
+            dropout=0.0,
+            scaling=module.scaling,
+            **(_window(module) | others),
         )
         return module.o_proj(out.flatten(2)), weights
 
