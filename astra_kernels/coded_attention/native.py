@@ -102,11 +102,11 @@ class Coded:
             return
         which = found - 1
         codes = self._codes[which]
+        name = "codes" if codes is self._codes[0] else "value_codes"
         if self._bits is not None:
             count = self.keys[0] * self._per_token[which]
             rows = [unpack_tensor(row, self._bits, count) for row in codes]
             codes = torch.stack(rows).view(len(rows), self.keys[0], -1)
-        name = "codes" if which == 0 else "value_codes"
         check_code_values(op, name, codes, self._tables[which].shape[-2], self._mask)
         raise AssertionError("the kernel met a code that the check does not find")
 

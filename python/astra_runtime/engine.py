@@ -138,8 +138,8 @@ class Engine(SessionHost):
         self._owns_mesh = mesh is None
         self.shard_weights = None if weights is None else check_numbers("weights", weights)
         if self.shard_weights is not None:  # refuses those that no plan can have
-            number, ranks = len(self.shard_weights), self.mesh.world_size
-            Plan.make(number, ranks, causal=True, shard_weights=self.shard_weights)
+            ranks = self.mesh.world_size
+            Plan.make(ranks, ranks, causal=True, shard_weights=self.shard_weights)
         self.halo = halo if halo is None else check_integer("halo", halo, 0)
         check_halo(self.halo or 0, self.adapter.causal)
         check_deadlines(on_missing, deadline_ms, self.mesh)
@@ -289,6 +289,8 @@ class Engine(SessionHost):
         inputs, kept, as_tuple = call_arguments(inputs)
         if kept is not None and logits not in ("last", kept):
             raise ValueError(f"logits_to_keep: expected none beside logits={logits!r}, got one")
+        if kept == "last" and not self.adapter.causal:
+            raise ValueError("logits_to_keep: expected 0, as an encoder has no last token, got 1")
         logits = kept or logits
         if first is not None:
             name = "input_ids" if self.adapter.token_ids else "pixel_values"
@@ -342,6 +344,8 @@ class Engine(SessionHost):
             self._running, self.seconds = None, time.perf_counter() - start
 
     def _check_model(self) -> None:
+        if not self._open:
+            raise RuntimeError("the engine is closed")
         check_runnable(self.model)
         check_attention(self.adapter.attentions, self.adapter.causal)
         check_autocast(self.adapter.device)

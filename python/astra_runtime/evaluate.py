@@ -6,7 +6,7 @@ import contextlib
 import itertools
 import math
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
@@ -165,6 +165,11 @@ def _shortest(model: nn.Module, windows: Sequence[Inputs], world_size: int) -> i
         )
     if not windows:
         raise ValueError("windows: expected at least one, got none")
+    for window in windows:
+        if not isinstance(window, Mapping):
+            raise TypeError(
+                f"windows: expected the inputs of a call each, by name, got {type(window).__name__}"
+            )
     if any(not bool(w["attention_mask"].all()) for w in windows if "attention_mask" in w):
         raise ValueError("windows: expected no padding, which would be counted, got some")
     shortest = min(adapt(model).count(window)[1] for window in windows)

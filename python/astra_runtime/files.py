@@ -72,9 +72,11 @@ def _require_file(target: Path) -> None:
 
 
 def check_path(name: str, path: Any) -> None:
-    """Raises TypeError unless `path` is one."""
+    """Raises TypeError unless `path` is one, ValueError where it is empty."""
     if not isinstance(path, str | os.PathLike):
         raise TypeError(f"{name}: expected a path, got {type(path).__name__}")
+    if path == "":
+        raise ValueError(f"{name}: expected a path, got an empty text")
 
 
 @contextlib.contextmanager

@@ -455,6 +455,12 @@ def test_bad_input_is_named(impl, name, place, new, error, message):
         getattr(ak, name)(*args, **options, impl=impl)
 
 
+def test_codes_of_keys_and_values_are_named_as_they_were_given():
+    query, codes, *tables = inputs("coded_attention")[0]
+    with pytest.raises(ValueError, match="coded_attention: codes must be in"):
+        ak.coded_attention(query, torch.full_like(codes, 8), *tables)
+
+
 @pytest.mark.parametrize(
     ("size", "bits", "options", "message"),
     [

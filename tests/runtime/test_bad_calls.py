@@ -123,6 +123,8 @@ def test_token_types_that_the_model_does_not_have() -> None:
         for types in (ids * 0 + 7, ids * 0 - 1, ids.float()):
             with pytest.raises(ValueError, match="token_type_ids: expected"):
                 engine(input_ids=ids, token_type_ids=types)
+        with pytest.raises(ValueError, match="logits_to_keep: expected 0, as an encoder"):
+            engine(input_ids=ids, logits_to_keep=1)
         engine(input_ids=ids, token_type_ids=None)
 
 

@@ -40,6 +40,8 @@ def test_calls_under_another_default(setting: Callable[[], Any], space: str) -> 
     def work(mesh: Mesh, context: Callable[[], Any]) -> Tensor:
         with context(), Engine(model, book, mesh, halo=0) as engine:
             answer: Tensor = engine(**inputs, logits="all").logits
+            draws = {"do_sample": True, "num_return_sequences": 2, "max_new_tokens": 2}
+            engine.generate(inputs["input_ids"], **draws)
             return answer
 
     want = run_ranks(2, lambda mesh: work(mesh, contextlib.nullcontext))

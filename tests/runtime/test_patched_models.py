@@ -245,14 +245,14 @@ def test_an_engine_closes_a_mesh_of_its_own_alone() -> None:
     given.close()
 
 
-@pytest.mark.parametrize("what", ["engine", "mesh"])
+@pytest.mark.parametrize("what", ["engine", "mesh", "session"])
 @pytest.mark.parametrize("way", [copy.copy, copy.deepcopy, pickle.dumps])
 def test_engines_and_meshes_are_not_copied(what: str, way: Callable[[Any], Any]) -> None:
     """What had been copied of a mesh before its sockets closed the mesh's own descriptors."""
     meshes = local_mesh(2)
     engine = Engine(tiny("llama"))
     with pytest.raises(TypeError, match=f"{what} .*copied"):
-        way(engine if what == "engine" else meshes[0])
+        way({"engine": engine, "mesh": meshes[0], "session": engine.session()}[what])
     for mesh in meshes:
         mesh.close()
 
@@ -272,6 +272,8 @@ def test_engines_and_meshes_are_not_copied(what: str, way: Callable[[Any], Any])
 def test_arguments_of_other_types(options: dict[str, Any], words: str) -> None:
     with pytest.raises(TypeError, match=words):
         Engine(tiny("llama"), **options)
+    with pytest.raises(ValueError, match="weights: expected 1 positive numbers"):
+        Engine(tiny("llama"), weights=[1, 1])
     with pytest.raises(TypeError, match="model: expected"):
         Engine(None)  # type: ignore[arg-type]
     with pytest.raises(TypeError, match="agree: expected"):

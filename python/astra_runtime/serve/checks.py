@@ -24,6 +24,8 @@ def checked(request: GenerationRequest) -> GenerationRequest:
     Raises:
         RequestRefused: what is of another type, or nothing that a token can be drawn with.
     """
+    if not isinstance(request, GenerationRequest):
+        raise _refused("request", "GenerationRequest", request)
     plain = replace(
         request,
         prompt_ids=token_ids("prompt", request.prompt_ids),

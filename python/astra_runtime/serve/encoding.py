@@ -21,6 +21,7 @@ from torch import Tensor
 from ..costs import EXACT_TOKENS
 from ..engine import Engine
 from ..errors import AstraError
+from ..inputs import check_integer
 from ..models import vocabulary_of
 from ..models.families import ViT
 from ..store import token_limit
@@ -111,6 +112,7 @@ class Encoding(Rounds):
     def classify(self, images: Sequence[bytes], top: int = 5) -> Future[list[list[Label]]]:
         """The likeliest classes of encoded images, each most likely first."""
         assert self._prepare is not None, "a vision model"
+        top = check_integer("top", top, 0)
         pixels = [self._prepare(image) for image in images]
         inputs = [{"pixel_values": packed(p), "shape": list(p.shape)} for p in pixels]
         config: Any = self.engine.model.config

@@ -71,6 +71,9 @@ class Preparation:
         """
         from PIL import Image, UnidentifiedImageError
 
+        if not isinstance(image, bytes | bytearray | memoryview):
+            wanted = "expected the bytes of a PNG or JPEG"
+            raise RequestRefused("image", f"{wanted}, got {type(image).__name__}")
         try:
             with Image.open(io.BytesIO(image), formats=("PNG", "JPEG")) as opened:
                 if opened.width * opened.height > MAX_PIXELS:

@@ -20,7 +20,7 @@ from .. import decoding
 from ..control import Control
 from ..engine import Engine
 from ..errors import AstraError, CallEnded, anew
-from ..inputs import LONGEST_MS
+from ..inputs import LONGEST_MS, check_integer
 from ..models import vocabulary_of
 from ..store import token_limit
 from ..trace import stage
@@ -78,6 +78,9 @@ class Leader(Rounds):
         ends: Sequence[int] | None = None,
         **options: Any,
     ) -> None:
+        check_integer("max_queue", max_queue, 0)
+        if memory is not None:
+            check_integer("memory", memory, 1)
         super().__init__(engine, **options)
         adapter, model = engine.adapter, engine.model
         self.tokenizer = tokenizer
@@ -112,6 +115,8 @@ class Leader(Rounds):
         Raises:
             RequestRefused, QueueFull, NotReady: at once.
         """
+        if not callable(deliver):
+            raise TypeError(f"deliver: expected a function, got {type(deliver).__name__}")
         memory = max(self._admission.budget.values())
         limits = Limits(self.context_length, self.vocabulary, self._token_bytes, memory)
         work = limits.work_of(request, deliver)

@@ -284,6 +284,12 @@ class Session:
         coded = 0 if state.store is None else codes
         return int(state.tokens * (8 + len(adapter.blocks) * width + coded))
 
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        raise TypeError(
+            "a session is one rank's part of all ranks' session, and cannot be copied or pickled: "
+            "fork() gives another one, save() a file"
+        )
+
     @contextlib.contextmanager
     def _call(
         self, request: int | None, within_ms: float | None, *what: object

@@ -95,7 +95,7 @@ class Draws:
     def __init__(self, generator: torch.Generator, rows: int, prompt: int) -> None:
         self._generator, self._rows, self._prompt = generator, rows, prompt
         self._steps = 0
-        self._times = torch.empty(0)  # fp32 [rows, V]
+        self._times = torch.empty(0, device="cpu")  # fp32 [rows, V]
 
     def chooser(self, row: int, rank: int, warp: Warp) -> Choose:
         def choose(ids: Tensor, logits: Tensor) -> Tensor:
@@ -109,7 +109,7 @@ class Draws:
 
     def _advance(self, steps: int, vocabulary: int) -> None:
         while self._steps < steps:
-            times = torch.empty(self._rows, vocabulary, dtype=torch.float32)
+            times = torch.empty(self._rows, vocabulary, dtype=torch.float32, device="cpu")
             self._times = times.exponential_(1, generator=self._generator)
             self._steps += 1
 
@@ -121,7 +121,7 @@ class Draws:
 
 def _generator(engine: EngineParts, owner: int, tag: int) -> torch.Generator:
     """That of torch on the owner, in the same state on all ranks; on a CPU."""
-    generator, state = torch.Generator(), None
+    generator, state = torch.Generator("cpu"), None
     if engine.rank == owner:
         device = engine.adapter.device
         if device.type == "cpu":
@@ -146,7 +146,7 @@ def _columns(asked: Generation, rank: int, count: int) -> Callable[[Tensor], Non
     """Hands out a token of each answer at each step; of those that have ended, the last again."""
     if asked.on_token is None:
         return None
-    last = torch.zeros(count, dtype=torch.int64)
+    last = torch.zeros(count, dtype=torch.int64, device="cpu")
 
     def hear(step: Tensor) -> None:
         nonlocal last

@@ -249,6 +249,17 @@ def test_numbers_of_numpy_and_torch_are_numbers(llama: Any) -> None:
         assert leader.status().lost == 0
 
 
+def test_arguments_of_other_types(llama: Any, one_rank: Leader) -> None:
+    with pytest.raises(RequestRefused, match="request: expected GenerationRequest"):
+        one_rank.submit({"prompt_ids": [1]}, print)  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match="deliver: expected a function"):
+        one_rank.submit(GenerationRequest("x", [1], 2), None)  # type: ignore[arg-type]
+    with Engine(llama) as engine:
+        for name, value in (("max_queue", "4"), ("memory", 0)):
+            with pytest.raises((TypeError, ValueError), match=f"{name}: expected"):
+                Leader(engine, None, **{name: value})
+
+
 def test_one_stop_text_is_no_list_of_characters(one_rank: Leader, llama: Any) -> None:
     expected = alone(llama, prompt(20), 8)
     heard = ask(one_rank, prompt(20), 8, stop=f" {expected[3]} ").wait()

@@ -239,6 +239,8 @@ def test_a_decoder_refuses_a_model_that_has_changed() -> None:
             model.lm_head.weight.mul_(2)
         with pytest.raises(ModelChanged, match="lm_head"):
             engine.decoder().add(session)
+    with pytest.raises(RuntimeError, match="the engine is closed"):
+        engine.decoder().add(session)
 
 
 def test_a_model_that_cannot_be_run_now_is_refused() -> None:

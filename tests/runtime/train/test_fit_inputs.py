@@ -238,6 +238,8 @@ def test_models_with_heads_are_fitted(name: str, space: str, labels: int) -> Non
 def test_what_cannot_be_measured_on_is_refused() -> None:
     with pytest.raises(ValueError, match="windows: expected at least one, got none"):
         measure(tiny("llama"), Codebook.dense(), [], world_size=2)
+    with pytest.raises(TypeError, match="windows: expected the inputs of a call each"):
+        measure(tiny("llama"), Codebook.dense(), [WINDOWS[:1]], world_size=2)  # type: ignore[list-item]
     padded = {"input_ids": WINDOWS[:1], "attention_mask": (WINDOWS[:1] > 50).long()}
     with pytest.raises(ValueError, match="windows: expected no padding"):
         measure(tiny("llama"), Codebook.dense(), [padded], world_size=2)
