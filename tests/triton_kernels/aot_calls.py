@@ -301,7 +301,12 @@ def spilled_before() -> list[Call]:
         gradient(64, BF16, mask=BF16, window=(256, 0)),
         *(gradient(d, FLOAT, mask=FLOAT, window=(256, 0)) for d in (64, 128)),
         attention(64, BF16, rope=True, bits=12),
-        *(call for call in helpers(FLOAT, 4, 72) if call.name.startswith("merge states")),
+        *(
+            call
+            for dtype in (BF16, FLOAT)
+            for call in helpers(dtype, 4, 72)
+            if call.name.startswith("merge states")
+        ),
     ]
 
 
