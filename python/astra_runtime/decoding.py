@@ -20,7 +20,7 @@ from .errors import AstraError, CallEnded, InvalidChoice, NotFinite
 from .exchange import receive_tensors, send_tensor
 from .inputs import check_bound, check_function, check_integer, check_request, inferred_mask
 from .layer import Layer
-from .models import Adapter, unheard, with_cache
+from .models import Adapter, unheard, vocabulary_of, with_cache
 from .prepare import prepare
 from .trace import stage
 
@@ -128,7 +128,7 @@ def run(
         check_function(name, function)
     with engine.calling():
         config: Any = engine.model.config
-        ends = end_tokens(engine.model, eos_token_id, int(config.vocab_size))
+        ends = end_tokens(engine.model, eos_token_id, vocabulary_of(engine.model))
         if attention_mask is None:
             own: Any = getattr(engine.model, "generation_config", None)
             attention_mask = inferred_mask(input_ids, getattr(own, "pad_token_id", None), ends)
@@ -169,7 +169,8 @@ def generate(
         call.check_running()
         if decoder is not None:
             call.mesh.check_cancelled()
-            token = next_token(call.rank, ids, decoder.scores(ids), asked.choose)
+            scores, known = decoder.scores(ids), vocabulary_of(model)
+            token = next_token(call.rank, ids, scores, asked.choose, known)
             token = torch.where(done, last, token)
             new_ids = torch.cat([ids, token[:, None]], 1)
             stopped = asked.ends_behind(call.mesh.device_rank, new_ids)
@@ -190,16 +191,30 @@ def generate(
     return ids
 
 
-def next_token(rank: int, ids: Tensor, scores: Tensor, choose: Choose | None) -> Tensor:
-    """The next token of each sequence, int64 [B]; InvalidChoice where `choose` gave none, NotFinite
-    where `scores` hold NaN, of which any token could be the likeliest."""
+def next_token(rank: int, ids: Tensor, scores: Tensor, choose: Choose | None, known: int) -> Tensor:
+    """The next token of each sequence, int64 [B].
+
+    Args:
+        known: how many tokens the model has embeddings of, with which it goes on.
+
+    Raises:
+        InvalidChoice: `choose` gave no token, or the likeliest is one without an embedding.
+        NotFinite: `scores` hold NaN, of which any token could be the likeliest.
+    """
     if bool(scores.isnan().any()):
         raise NotFinite(rank, "the logits behind its tokens hold NaN")
+    batch, vocabulary = len(scores), min(scores.shape[1], known)
     if choose is None:
-        return scores.argmax(-1)
-    batch, vocabulary = scores.shape
+        token = scores.argmax(-1)
+        if vocabulary < scores.shape[1] and int(token.max()) >= vocabulary:
+            raise InvalidChoice(
+                rank,
+                f"the likeliest token is {int(token.max())}, and the model has embeddings of 0 to "
+                f"{vocabulary - 1}",
+            )
+        return token
     try:
-        token: Any = choose(ids.clone(), scores)
+        token = choose(ids.clone(), scores)
     except AstraError:
         raise
     except Exception as error:

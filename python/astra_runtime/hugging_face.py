@@ -24,6 +24,7 @@ from .inputs import (
     inferred_mask,
     num_leading_padding,
 )
+from .models import vocabulary_of
 from .processors import chooser, processors, warper, warpers, with_own
 from .sessions.several import draw_several
 from .stopping import Stopping
@@ -267,7 +268,7 @@ def generation_arguments(
     given = _config(model, config, keywords, plain)
     ends = plain["eos_token_id"]
     ends = getattr(given, "eos_token_id", None) if ends is None else ends
-    ends = end_tokens(model, ends, int(model.config.vocab_size))
+    ends = end_tokens(model, ends, vocabulary_of(model))
     pad, mask = getattr(given, "pad_token_id", None), plain["attention_mask"]
     if pad is not None:
         pad = check_integer("pad_token_id", pad, -1)  # as some configurations have it

@@ -399,6 +399,17 @@ def test_dtypes_that_are_mixed_on_purpose_are_taken() -> None:
     )
 
 
+def test_hidden_states_and_attentions_of_the_model_beside_an_open_engine() -> None:
+    """transformers puts hooks into the model for them."""
+    model, inputs = tiny("llama", attn_implementation="eager"), inputs_for("llama")
+    book = book_of(model, "llama", space="hidden", codewords=16, held_back=0)
+    with Engine(model, book) as engine:
+        want = engine(**inputs).logits
+        output = model(**inputs, output_hidden_states=True, output_attentions=True)
+        assert len(output.attentions) == len(output.hidden_states) - 1 == 3
+        assert torch.equal(engine(**inputs).logits, want)
+
+
 def test_a_hook_that_no_table_knows_of_is_welcome() -> None:
     model, seen = tiny("llama"), []
     with Engine(model) as engine:

@@ -83,8 +83,7 @@ def other_numbers(model: Any, scales: Mapping[nn.Module, float], rotary: nn.Modu
 
 
 def _other_activations(model: Any) -> list[str]:
-    """Activation functions that give other values than the configured, but for modules of
-    somebody's own."""
+    """Activation functions of torch and transformers that give other values than the configured."""
     from transformers.activations import ACT2FN
 
     words = (getattr(model.config, name, None) for name in ("hidden_act", "activation_function"))
@@ -97,7 +96,9 @@ def _other_activations(model: Any) -> list[str]:
         for name in _ACTIVATIONS:
             own: Any = getattr(module, name, None)
             function = inspect.isroutine(own)
-            if not function and not type(own).__module__.startswith(_FIXED):
+            # torch's own in C++ name no module
+            home = own.__module__ or "torch." if function else type(own).__module__
+            if not f"{home}.".startswith(_FIXED):
                 continue
             if not torch.allclose(own(places), expected(places), atol=1e-2):
                 said = own.__name__ if function else type(own).__name__

@@ -14,7 +14,7 @@ of an adapter whether it is switched on.
 from __future__ import annotations
 
 import operator
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import numpy as np
@@ -28,6 +28,7 @@ from .during_calls import set_forward
 from .own_hooks import unwatched
 
 SAMPLE = 8  # values of a tensor, evenly spaced
+_GATHERING = "transformers.utils.output_capturing"
 _BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}  # by bytes an element
 
 
@@ -171,13 +172,20 @@ def _function(module: nn.Module) -> tuple[Any, ...]:
     """What tells, besides its parameters, which function a module computes."""
     return (
         type(module),
-        tuple(map(unwatched, module._forward_hooks.values())),
-        tuple(map(unwatched, module._forward_pre_hooks.values())),
+        _changing(module._forward_hooks),
+        _changing(module._forward_pre_hooks),
         set_forward(module),
         getattr(module, "eps", None),
         getattr(module, "variance_epsilon", None),
         None if _is_fixed(module) else _settings(module),
     )
+
+
+def _changing(hooks: Mapping[int, Any]) -> tuple[Any, ...]:
+    """A module's hooks, but for those by which transformers gathers hidden states and attentions,
+    which it puts there when they are asked for."""
+    own = map(unwatched, hooks.values())
+    return tuple(hook for hook in own if getattr(hook, "__module__", "") != _GATHERING)
 
 
 def _is_fixed(module: nn.Module) -> bool:

@@ -17,6 +17,7 @@ from typing import Any
 import torch
 
 from ..engine import Engine
+from ..models import vocabulary_of
 from ..sessions.cache import KeyValues
 from ..trace import trace_of, tracing
 from .batch import Cache, read
@@ -149,7 +150,7 @@ class Sequences:
         prompt, rank = move.prompt, self.engine.rank
         with self._traced():
             self.kept.share(prompt.number, move.ranks)
-        vocabulary = int(self.adapter.model.config.vocab_size)
+        vocabulary = vocabulary_of(self.adapter.model)
         for index, token in move.drawn:
             self._answers.pop(prompt.number + index, None)
             if prompt.places[index] == rank:

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from ..control import Control
 from ..errors import WireError, anew
+from ..models import vocabulary_of
 from .base import EngineParts, Running
 from .codes import complete, session_tag, synchronize
 from .decoder import Asked, Decoder
@@ -116,7 +117,7 @@ def _exchange_step(
 
 
 def _valid(engine: EngineParts, token: int, rank: int) -> int:
-    vocabulary = int(engine.adapter.model.config.vocab_size)
+    vocabulary = vocabulary_of(engine.adapter.model)
     if not 0 <= token < vocabulary:
         raise WireError("token", f"0 to {vocabulary - 1}", token, rank)
     return token

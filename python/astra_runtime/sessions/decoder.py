@@ -12,6 +12,7 @@ from torch import Tensor
 from ..decoding import Choose, end_tokens, next_token
 from ..errors import InvalidChoice, NotFinite, anew
 from ..inputs import check_function, check_integer
+from ..models import vocabulary_of
 from ..turns import without_gradients
 from .base import EngineParts
 from .codes import complete
@@ -42,11 +43,10 @@ class Asked:
         choose: Callable[[Tensor, Tensor], Tensor] | None,
     ) -> Asked:
         """The arguments, checked. ValueError, TypeError: not ones that any rank can use."""
-        vocabulary = int(engine.adapter.model.config.vocab_size)
         check_function("choose", choose)
         return cls(
             check_integer("max_new_tokens", max_new_tokens, 1),
-            end_tokens(engine.model, eos_token_id, vocabulary),
+            end_tokens(engine.model, eos_token_id, vocabulary_of(engine.model)),
             choose,
         )
 
@@ -184,9 +184,10 @@ class Decoder:
 
     def _choose(self, answer: Answer) -> None:
         assert answer.logits is not None
-        asked = answer.asked
+        asked, engine = answer.asked, self._engine
+        known = vocabulary_of(engine.model)
         try:
-            chosen = next_token(self._engine.rank, answer.ids, answer.logits, asked.choose)
+            chosen = next_token(engine.rank, answer.ids, answer.logits, asked.choose, known)
         except (InvalidChoice, NotFinite) as error:
             answer.error, answer.done = anew(error), True
             return

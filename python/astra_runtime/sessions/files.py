@@ -12,6 +12,7 @@ from torch import Tensor
 
 from ..control import Control
 from ..errors import SessionRefused, WireError
+from ..models import vocabulary_of
 from .base import EngineParts
 from .state import SessionState
 
@@ -126,7 +127,8 @@ def _read(data: bytes) -> tuple[dict[str, Tensor], dict[str, str]]:
 
 def _ids(engine: EngineParts, ids: Tensor | None, read: int) -> Tensor:
     config: Any = engine.adapter.model.config
-    limit, vocabulary = int(config.max_position_embeddings), int(config.vocab_size)
+    limit = int(config.max_position_embeddings)
+    vocabulary = vocabulary_of(engine.adapter.model)
     if ids is None or ids.dtype != torch.int64 or ids.dim() != 2 or len(ids) != 1:
         raise ValueError("it has no ids, int64 [1, T]")
     tokens = ids.shape[1]

@@ -22,6 +22,7 @@ from ..inputs import (
     check_integer,
     check_request,
 )
+from ..models import vocabulary_of
 from ..turns import without_gradients
 from .answers import decode_together, joint_tag, moved, receive_tokens, send_tokens, token_limit
 from .base import EngineParts, Running
@@ -409,7 +410,7 @@ def _check_rank(engine: EngineParts, rank: Any) -> int:
 
 
 def _check_tokens(engine: EngineParts, tokens: Sequence[int], past: int) -> list[int]:
-    vocabulary, room = int(engine.adapter.model.config.vocab_size), token_limit(engine) + 1 - past
+    vocabulary, room = vocabulary_of(engine.model), token_limit(engine) + 1 - past
     tokens = _listed("tokens", tokens)
     if len(tokens) > room:
         raise ValueError(f"tokens: expected at most {room} behind {past}, got {len(tokens)}")

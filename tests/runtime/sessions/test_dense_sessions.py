@@ -10,10 +10,10 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch import Tensor
+from torch import Tensor, nn
 
 from astra_runtime import Engine
-from astra_runtime.errors import CallEnded, ModelChanged
+from astra_runtime.errors import CallEnded, InvalidChoice, ModelChanged
 from astra_runtime.evaluate import run_ranks
 from astra_runtime.sessions.decoder import Decoder
 from astra_runtime.sessions.session import Session, generate_together
@@ -241,6 +241,37 @@ def test_a_decoder_refuses_a_model_that_has_changed() -> None:
             engine.decoder().add(session)
     with pytest.raises(RuntimeError, match="the engine is closed"):
         engine.decoder().add(session)
+
+
+def test_the_vocabulary_is_that_of_the_embeddings() -> None:
+    """Tokens beyond the configuration's number were a wrong frame, and ended the mesh."""
+    model, ids = tiny("llama"), IDS["llama"]
+    model.model.embed_tokens = nn.Embedding(150, 48)
+    model.lm_head = nn.Linear(48, 150, bias=False)
+    model.lm_head.weight.data[:97] = 0
+    expected = model.generate(ids, max_new_tokens=3, do_sample=False)
+    assert expected[0, 48:].min() >= 97
+
+    def work(mesh: Mesh) -> None:
+        with Engine(model, None, mesh) as engine:
+            session = engine.session()
+            session.append(ids)
+            assert torch.equal(session.generate(3), expected)
+            assert torch.equal(engine.generate(ids, max_new_tokens=3), expected)
+
+    run_ranks(2, work, timeout=20)
+    model.model.embed_tokens = nn.Embedding(97, 48)
+
+    def beyond(mesh: Mesh) -> None:
+        with Engine(model, None, mesh) as engine:
+            session = engine.session()
+            session.append(ids)
+            for call in (lambda: engine.generate(ids), session.generate):
+                with pytest.raises(InvalidChoice, match="embeddings of 0 to 96"):
+                    call()
+            assert engine(input_ids=ids).logits.shape[-1] == 150
+
+    run_ranks(2, beyond, timeout=20)
 
 
 def test_a_model_that_cannot_be_run_now_is_refused() -> None:
