@@ -198,7 +198,8 @@ def test_blocks_that_the_configuration_leaves_out_run_nowhere() -> None:
     Engine(model).close()
     model.config.num_hidden_layers = 2
     with Engine(model) as engine, torch.no_grad():
-        torch.testing.assert_close(engine(**inputs, logits="all").logits, model(**inputs).logits)
+        got, want = engine(**inputs, logits="all").logits, model(**inputs).logits
+        torch.testing.assert_close(got, want, atol=1e-3, rtol=1e-3)
         model.config.num_hidden_layers = 3
         with pytest.raises(AstraError, match="num_hidden_layers of the model's configuration"):
             engine(**inputs)
