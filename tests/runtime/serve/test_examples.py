@@ -37,7 +37,7 @@ def test_a_service_of_ones_own(
     )
     other.start()
     example.serve(model, Words(), None, 0, peers)
-    other.join(20)
+    other.join(60)
     assert not other.is_alive()
     lines = capsys.readouterr().out.splitlines()
     for line, ids in zip(lines, ([5, 6, 7], [8, 9]), strict=True):
