@@ -242,7 +242,13 @@ OTHERS = (
         "lossy-perplexity",
         "what lost datagrams cost",
         5,
-        (_cpu("bench.lossy perplexity --codes transform:100", "lossy_perplexity"),),
+        (
+            _cpu(
+                "bench.lossy perplexity --codes transform:100 transform:100+400 "
+                "--losses 0 0.05 0.2 --windows 6 --halo 32 0",
+                "lossy_perplexity",
+            ),
+        ),
         ("codebooks",),
     ),
     Bench(

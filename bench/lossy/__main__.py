@@ -55,7 +55,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--deadline-ms", type=float, default=30.0)
     parser.add_argument("--codes", nargs="+", default=["kv:3", "transform:100"])
     parser.add_argument("--windows", type=int, default=2, help="of 1024 tokens")
-    parser.add_argument("--halo", type=int, default=32)
+    parser.add_argument("--halo", type=int, nargs="+", default=[32], help="tokens")
     parser.add_argument("--domain", default="documentation")
     options = parser.parse_args(given)
     command = command_line("bench.lossy", given)

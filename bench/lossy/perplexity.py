@@ -87,17 +87,17 @@ def perplexity(options: argparse.Namespace) -> list[dict[str, Any]]:
     rows = []
     for name in options.codes:
         book = kept_codebook_of(name, model, tokenizer)
-        for lost, parity in product(options.losses, (0, FEC_GROUP)):
+        for halo, lost, parity in product(options.halo, options.losses, (0, FEC_GROUP)):
             if parity and not lost:
                 continue  # the same
-            ours = losses(model, book, windows, options.halo, lost, parity)
+            ours = losses(model, book, windows, halo, lost, parity)
             row = {
                 "codes": name,
                 "domain": options.domain,
                 "datagrams_lost": lost,
                 "parity": parity,
                 "world_size": RANKS,
-                "halo": options.halo,
+                "halo": halo,
                 "windows": len(windows),
             }
             rows.append(row | figures(model, book, ours, controls))

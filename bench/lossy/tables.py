@@ -38,17 +38,20 @@ def exchange(report: Report) -> str:
 
 
 def perplexity(report: Report) -> str:
-    """By codes and loss, without and with forward error correction."""
+    """By codes, halo and loss, without and with forward error correction."""
     groups: dict[Any, dict[int, dict[str, Any]]] = {}
     for row in report["rows"]:
-        groups.setdefault((row["codes"], row["datagrams_lost"]), {})[row["parity"]] = row
+        groups.setdefault((row["codes"], row["halo"], row["datagrams_lost"]), {})[row["parity"]] = (
+            row
+        )
     rows = []
-    for (codes, lost), by_parity in groups.items():
+    for (codes, halo, lost), by_parity in groups.items():
         plain = by_parity[0]
         corrected = next((row for parity, row in by_parity.items() if parity), plain)
         rows.append(
             [
                 codes,
+                f"{halo}",
                 f"{lost:.0%}",
                 f"{plain['perplexity']:.2f}",
                 f"{plain['gap_recovered']:.2f}",
@@ -58,7 +61,15 @@ def perplexity(report: Report) -> str:
                 f"{plain['local_only']:.2f}",
             ]
         )
-    head = ["codes", "datagrams lost", "no FEC", "gap recovered", "**FEC**", "gap recovered"]
+    head = [
+        "codes",
+        "halo",
+        "datagrams lost",
+        "no FEC",
+        "gap recovered",
+        "**FEC**",
+        "gap recovered",
+    ]
     return table([*head, "exact", "local-only"], rows) + source(report)
 
 
