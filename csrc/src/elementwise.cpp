@@ -65,8 +65,7 @@ void gated_silu(const float* gate, const float* up, std::size_t count, float* ou
 }
 
 void rotate(const float* x, const RowStrides& x_strides, const float* cos, const float* sin,
-            const RotateShape& shape, float* out, const RowStrides& out_strides,
-            unsigned threads) {
+            const RotateShape& shape, float* out, const RowStrides& out_strides, unsigned threads) {
   if (shape.width % 2 != 0) {
     throw std::invalid_argument("width must be even, got " + std::to_string(shape.width));
   }

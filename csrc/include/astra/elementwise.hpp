@@ -32,17 +32,17 @@ struct RotateShape {
 };
 
 // Rotary positions, rotate-half convention, by cos and sin [tokens, width] of each batch row:
-// with x = [a, b] in halves, out = x * cos + [-b, a] * sin, every step rounded. `out` may be `x` with its strides.
-// Throws std::invalid_argument where the width is odd.
+// with x = [a, b] in halves, out = x * cos + [-b, a] * sin, every step rounded. `out` may be `x`
+// with its strides. Throws std::invalid_argument where the width is odd.
 void rotate(const float* x, const RowStrides& x_strides, const float* cos, const float* sin,
             const RotateShape& shape, float* out, const RowStrides& out_strides,
             unsigned threads = 1);
 
-// lse = ln(exp lse_a + exp lse_b), out = exp(lse_a - lse) out_a + exp(lse_b - lse) out_b, row by row;
-// outs [rows, width], lses [rows], natural logarithms. A side whose lse is -inf has no say, whatever
-// its out holds; two such sides give out 0 and lse -inf. An lse that is NaN or +inf gives NaN.
+// lse = ln(exp lse_a + exp lse_b), out = exp(lse_a - lse) out_a + exp(lse_b - lse) out_b, row by
+// row; outs [rows, width], lses [rows], natural logarithms. A side whose lse is -inf has no say,
+// whatever its out holds; two such sides give out 0 and lse -inf. An lse that is NaN or +inf gives
+// NaN.
 void merge_state(const float* out_a, const float* lse_a, const float* out_b, const float* lse_b,
-                 std::size_t rows, std::size_t width, float* out, float* lse,
-                 unsigned threads = 1);
+                 std::size_t rows, std::size_t width, float* out, float* lse, unsigned threads = 1);
 
 }  // namespace astra
