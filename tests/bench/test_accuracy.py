@@ -238,7 +238,7 @@ def test_missing_frames(results, monkeypatch, model, windows, books):
 def test_lost_datagrams(monkeypatch, model, windows, books):
     in_place_of_smollm2(monkeypatch, perplexity, model, windows, books)
     monkeypatch.setattr(perplexity, "kept_codebook_of", lambda name, *_: books[name])
-    options = argparse.Namespace(domain="", windows=3, codes=["kv:3"], halo=0, losses=[0.0, 1.0])
+    options = argparse.Namespace(domain="", windows=3, codes=["kv:3"], halo=[0], losses=[0.0, 1.0])
     rows = perplexity.perplexity(options)
     assert [(row["datagrams_lost"], row["parity"] > 0) for row in rows] == [
         (0, False),

@@ -72,7 +72,13 @@ class Apart:
         patches = [module.__dict__["forward"] for module in self._modules if _is_patched(module)]
         patches += [kind.forward for kind in self._kinds if _is_patched_class(kind)]
         changing = self.adapter.hooks.changing([*self._modules, self.adapter.model])
-        return (*patches, *changing, *hooks_of_all())
+        everywhere = [hook for hook in hooks_of_all() if not _is_of_torch(hook)]
+        return (*patches, *changing, *everywhere)
+
+
+def _is_of_torch(hook: Any) -> bool:
+    """Whether it is one of torch's own, which count or name modules and change nothing."""
+    return str(getattr(hook, "__module__", "")).startswith("torch.")
 
 
 def _is_patched(module: nn.Module) -> bool:
