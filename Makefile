@@ -66,7 +66,7 @@ demo: $(STAMP)
 	@$(BIN)/astra demo
 
 test: $(STAMP) test-core
-	@echo "== Python tests, two at a time: about 6 minutes on 2 cores =="
+	@echo "== Python tests, two at a time: about 7 minutes on 2 cores =="
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not slow and not gpu and not faults" -n 2 --dist worksteal --ignore tests/triton_kernels
 	@echo "== Triton kernels, interpreted, and compiled ahead of time: about 2 minutes =="
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not slow and not gpu and not faults" -n 2 --dist worksteal tests/triton_kernels
