@@ -172,9 +172,7 @@ GOALS = (
             LATENCY,
             f"ViT-Base, N={ranks}, 10 Mbit/s, TLS counted, one core for all ranks in turn",
             f"≥{least:g}×",
-            curve(
-                "latency_curve_vit-base", 1024, ranks, least, "latency_curve_vit-base_packed"
-            ),
+            curve("latency_curve_vit-base", 1024, ranks, least, "latency_curve_vit-base_packed"),
         )
         for ranks, least in ((2, 1.9), (4, 3.7), (8, 6.8), (16, 12), (32, 18))
     ),

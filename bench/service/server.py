@@ -91,8 +91,8 @@ class Server:
     def workers(self) -> list[int]:
         """The process ids of its workers."""
         children = Path(f"/proc/{self.process.pid}/task").glob("*/children")
-        ids = [int(pid) for file in children for pid in file.read_text().split()]
-        return [pid for pid in ids if b"worker" in Path(f"/proc/{pid}/cmdline").read_bytes()]
+        ids = [int(pid) for file in children for pid in contents(file).split()]
+        return [pid for pid in ids if b"worker" in contents(Path(f"/proc/{pid}/cmdline"))]
 
     def ask(self, prompt: str, new_tokens: int, timeout: float = 600.0) -> Answer:
         """A streamed completion, always the likeliest token."""
@@ -114,6 +114,14 @@ class Server:
             answer.error = f"{type(error).__name__}: {error}"
         answer.seconds = time.monotonic() - start
         return answer
+
+
+def contents(file: Path) -> bytes:
+    """Of a file in /proc; nothing where its process has ended meanwhile."""
+    try:
+        return file.read_bytes()
+    except OSError:
+        return b""
 
 
 def _read(reply: Any, answer: Answer, start: float) -> None:
