@@ -3,8 +3,7 @@
 Norms, the gate of the MLP and rotary positions are an eighth of a small Llama's time on one core,
 because torch computes them in four to eight passes each (`astra_kernels/_elementwise`); so is
 GPT-2's GELU. Their modules get a `forward` that computes the same, where the class is transformers'
-own, unchanged; it gives every other call to the class: other dtypes or devices, gradients, what was
-patched.
+own, unchanged: what was patched is what runs. Other dtypes and devices go by the class's formula.
 """
 
 from __future__ import annotations
@@ -17,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from astra_kernels._elementwise import native, rotate
+from astra_kernels._elementwise import gated_silu, native, rms_norm, rotate
 
 from .during_calls import CallForward
 from .own_hooks import hooks_of_all
@@ -82,11 +81,9 @@ class _Fused(CallForward):
 class _Norm(_Fused):
     def __call__(self, *given: Any, **named: Any) -> Any:
         norm: Any = self.module
-        if len(given) == 1 and not named and self._serves():
-            x, weight = given[0], norm.weight
-            if native.can_run(x, weight):
-                return native.rms_norm(x, weight, norm.variance_epsilon)
-        return self.own(*given, **named)
+        if len(given) != 1 or named or not self._serves():
+            return self.own(*given, **named)
+        return rms_norm(given[0], norm.weight, norm.variance_epsilon)
 
 
 class _Gelu(_Fused):
@@ -104,9 +101,7 @@ class _Gate(_Fused):
         if len(given) != 1 or named or not self._serves() or not _is_silu(mlp.act_fn):
             return self.own(*given, **named)
         gate, up = mlp.gate_proj(given[0]), mlp.up_proj(given[0])
-        if native.can_run(gate, up):
-            return mlp.down_proj(native.gated_silu(gate, up))
-        return mlp.down_proj(mlp.act_fn(gate) * up)
+        return mlp.down_proj(gated_silu(gate, up))
 
 
 def _window(module: Any) -> dict[str, Any]:
