@@ -72,6 +72,8 @@ def prepare() -> None:
 
 def serve(told: Told, transport: str, calls: int) -> None:
     """Told: bytes that a call adds, bytes added in the second half, and the curve."""
+    # torch makes its pool of threads anew in a forked process, and two threads at once are too many
+    torch.set_num_threads(1)
     model, book, inputs = subject()
     readings: list[int] = []
 
