@@ -219,6 +219,12 @@ OTHERS = (
         ),
     ),
     Bench(
+        "service-soak",
+        "an hour of a service's ordinary life: memory, threads, descriptors",
+        62,
+        (_cpu("bench.service.soak", "service_soak"),),
+    ),
+    Bench(
         "latency-scaled",
         "measured stage times divided by a factor, as of faster devices",
         5,
