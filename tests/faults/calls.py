@@ -58,9 +58,12 @@ if can_make_keys():
 
 @functools.cache
 def subject() -> tuple[Any, Codebook, dict[str, torch.Tensor]]:
-    """Model, codebook and input, made before the server forks."""
+    """Model, codebook and input, made before the server forks.
+
+    One block is enough: what is looked for is kept by a call, a frame or a peer.
+    """
     torch.set_num_threads(1)
-    model = tiny("bert")
+    model = tiny("bert", num_hidden_layers=1)
     options: dict[str, Any] = {"codewords": 16, "iterations": 2, "held_back": 0}
     book = Codebook.fit(model, windows_for("bert"), space="kv", groups=6, **options)
     return model, book, inputs_for("bert", 24)
