@@ -7,6 +7,7 @@ environment.py  what machine this is
 prepare.py      what a machine without a network needs brought along
 pytest_log.py   a pytest plugin: failures are reported as they happen
 ranks.py        one device as every rank in turn, for bench.gpu_engine
+memory.py       one device as every rank at once, which exchange as over NCCL
 stages.py       what a rank's device does, and what a link adds
 graphs.py       a rank's call as CUDA graphs
 """

@@ -193,6 +193,12 @@ class Call(Endable):
         return frozenset(owners) - {self.rank}
 
     @property
+    def on_device(self) -> bool:
+        """Whether this rank's codes and the others' can stay on the model's device."""
+        device = self.mesh.device
+        return device is not None and device == self.codec.payload_device and self.missing is None
+
+    @property
     def has_answer(self) -> bool:
         return self.everywhere or self.answer == "local" or self.rank == self.plan.owner
 

@@ -39,6 +39,7 @@ class Control(IntEnum):
     SERVICE_SIZE = 0xFF23  # bytes of what a worker says of itself
     SERVICE = 0xFF24  # its JSON
     LAST_OF_ENGINE = 0xFFEF
+    NOT_FINITE = 0xFFFA  # in place of a block: its codes stand for no finite numbers; on devices
     CANCEL = 0xFFFB  # why a rank ends the call that runs; later calls are as good as before
     DATAGRAMS = 0xFFFC  # agrees UDP port and secret
     ABORT = 0xFFFD  # the error that ends a rank, so that all ranks raise the same

@@ -12,9 +12,9 @@ import torch
 from torch import Tensor
 
 from .call import Call
-from .codes.base import Payload, received_mask
+from .codes.base import Bytes, Payload, received_mask
 from .control import Control
-from .errors import InputsDiffer
+from .errors import InputsDiffer, WireError
 from .last_tokens import LastTokens
 from .trace import stage
 from .transport import peers_of, require
@@ -234,19 +234,21 @@ def _receive(
     return frames
 
 
-def receive_payloads(call: Call, block: int) -> list[Payload]:
+def receive_payloads(call: Call, block: int, on_device: bool = False) -> list[Payload]:
     """The codes of a block, by source; of those that did not arrive whole, which tokens are there.
 
     Bytes that did not arrive are zeros. A block of which nobody sends anything is not waited for.
+    With `on_device` the payloads stay there, and nothing is waited for: what is to be known of them
+    the mesh's `check_received` looks at.
     """
     sizes, near = call.sizes, call.rank - 1
     coarse = {n: sizes.payload[block][n] for n in sizes.sources}
     totals = {n: size + _fine_bytes(call, block, n) for n, size in coarse.items()}
-    views = dict.fromkeys(totals, memoryview(b""))
-    ranges: dict[int, Ranges] = {}
+    views: Mapping[int, Bytes] = dict.fromkeys(totals, memoryview(b""))
+    ranges: Mapping[int, Ranges] = {}
     if any(totals.values()):
         with stage("wait", block):
-            views, ranges = _receive_codes(call, totals, block)
+            views, ranges = _receive_codes(call, totals, block, on_device)
     payloads = []
     for n, size in coarse.items():
         tokens, fine = sizes.num_sent[n], sizes.num_fine[n] if n == near else 0
@@ -269,7 +271,16 @@ def receive_payloads(call: Call, block: int) -> list[Payload]:
                 masks[1],
             )
         )
+        if on_device and len(view):
+            _check_later(call, block, payloads[-1])
     return payloads
+
+
+def _check_later(call: Call, block: int, payload: Payload) -> None:
+    right = call.codec.codes_are_right(block, payload, call.batch)
+    if right is not None:
+        got = f"something else in block {block}"
+        call.mesh.check_later(right, WireError("payload", "codes as a rank packs them", got))
 
 
 def _fine_bytes(call: Call, block: int, source: int) -> int:
@@ -278,10 +289,13 @@ def _fine_bytes(call: Call, block: int, source: int) -> int:
 
 
 def _receive_codes(
-    call: Call, sizes: Mapping[int, int], block: int
-) -> tuple[dict[int, memoryview], dict[int, Ranges]]:
+    call: Call, sizes: Mapping[int, int], block: int, on_device: bool
+) -> tuple[Mapping[int, Bytes], Mapping[int, Ranges]]:
     """Payloads by rank, and the ranges of bytes [start, stop) that some of them lack."""
     mesh, missing = call.mesh, call.missing
+    if on_device:
+        timeout, tag = call.deadline, call.tag
+        return mesh.receive_on_device(sizes, block=block, plan=tag, timeout=timeout), {}
     if missing is None:
         return _receive(call, sizes, block, call.deadline), {}
     totals = {n: size + missing.width for n, size in sizes.items()}

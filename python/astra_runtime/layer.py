@@ -31,6 +31,7 @@ from .exchange import compare_pictures, gather, receive_payloads
 from .inputs import all_finite
 from .trace import stage
 from .transport import Frame
+from .transport.on_device import DeviceFrame
 
 NOTHING = (None, None)  # nothing is known of remote tokens
 
@@ -38,8 +39,11 @@ NOTHING = (None, None)  # nothing is known of remote tokens
 class Layer:
     """The Transformer blocks of one rank during `call`; the model's hooks call it."""
 
+    keeps_codes = False  # `sent` and `received` keep bytes, which so have to come to the host
+
     def __init__(self, call: Call) -> None:
         self.call = call
+        self._on_device = call.on_device and not self.keeps_codes
         self._unsent: Callable[[], None] | None = None  # sends codes that are still being made
         self._input: Tensor | None = None  # of the block, where its projection is to be verified
 
@@ -123,10 +127,23 @@ class Layer:
             what: Any = tensors[0] if call.codec.early else tensors
             out = frame.payload[: size + fine]
             pending = call.codec.encode(block, what, call.views.local_rope, out)
-            is_finite = read_later(finite)
+            if isinstance(frame, DeviceFrame):
+                is_finite = self._tell_later(block, frame, finite)
+            else:
+                is_finite = read_later(finite)
         self._unsent = partial(self._send, block, frame, (size, fine), pending, is_finite)
         if pending is None:
             self._send_made()
+
+    def _tell_later(self, block: int, frame: DeviceFrame, finite: Tensor) -> Callable[[], bool]:
+        """Codes that stay on the device leave unseen; the frame itself says what they are worth."""
+        frame.finite = finite
+        self.call.mesh.check_later(finite, self._not_finite(block))
+        return lambda: True
+
+    def _not_finite(self, block: int) -> NotFinite:
+        rank = self.call.mesh.device_rank
+        return NotFinite(rank, f"its tokens hold NaN or infinity in block {block}")
 
     def _send_made(self) -> None:
         """Sends the codes that a GPU was making while this rank queued its next work."""
@@ -147,8 +164,7 @@ class Layer:
             if pending is not None:
                 pending()
             if not is_finite():
-                rank = call.mesh.device_rank
-                raise NotFinite(rank, f"its tokens hold NaN or infinity in block {block}")
+                raise self._not_finite(block)
             size, fine = sizes
             if call.missing:
                 call.missing.write_recent(frame.payload[size + fine :])
@@ -157,6 +173,8 @@ class Layer:
                 coarse = self._frame(size)
                 coarse.payload[:size] = frame.payload[:size]
                 coarse.payload[size:] = frame.payload[size + fine :]
+                if isinstance(frame, DeviceFrame) and isinstance(coarse, DeviceFrame):
+                    coarse.finite = frame.finite
                 others = [n for n in to if n != call.rank + 1]
                 call.mesh.send(coarse, block=block, plan=call.tag, to=others, partial=best_effort)
                 to = (call.rank + 1,)
@@ -170,16 +188,21 @@ class Layer:
         """A frame with room for `size` bytes of codes, used again by later blocks."""
         call, frames = self.call, self.call.state.frames
         total = size + (call.missing.width if call.missing else 0)
-        return frames.get(total) or frames.setdefault(total, call.mesh.buffer(total))
+        if total not in frames:
+            mesh = call.mesh
+            frames[total] = mesh.device_buffer(total) if self._on_device else mesh.buffer(total)
+        return frames[total]
 
     def receive_codes(self, block: int) -> tuple[Any, Tensor | None]:
         """This block's codes of every rank whose shard is visible here, and which of their tokens
         attention may see: bool [B, N], None for all. Without any codes: `NOTHING`."""
         call = self.call
         if not call.sizes.sources:
+            if self._on_device:  # what was sent would wait for something that is received
+                call.mesh.receive_on_device({}, block=block, plan=call.tag)
             return NOTHING
         compare_pictures(call)
-        payloads = receive_payloads(call, block)
+        payloads = receive_payloads(call, block, self._on_device)
         self.received(block, payloads)
         with stage("unpack", block):
             remote = call.codec.decode(block, payloads, call.batch, call.views.remote_rope)
@@ -200,5 +223,7 @@ class Layer:
         if call.state.decoding:
             return hidden
         compare_pictures(call)
+        if self._on_device:  # before anybody has an answer
+            call.mesh.check_received()
         read = gather(call, call.plan.without_halo(hidden, call.rank))
         return read.expand(-1, hidden.shape[1], -1) if call.pooled else read

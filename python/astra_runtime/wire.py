@@ -123,6 +123,16 @@ def parse_header(data: bytes | bytearray | memoryview) -> Header:
     return Header._make(_HEADER.unpack_from(data))
 
 
+def encode_header(header: Header) -> bytes:
+    """The inverse of `parse_header`."""
+    return _HEADER.pack(*header)
+
+
+def not_finite(header: bytes | bytearray | memoryview) -> bytes:
+    """The header of the same frame where its codes stand for no finite numbers."""
+    return encode_header(parse_header(header)._replace(block=Control.NOT_FINITE))
+
+
 def check_header(data: bytes | bytearray | memoryview, expected: Header) -> None:
     """Raises WireError, naming the field, unless `data` starts with exactly `expected`."""
     verdict = _C.check_header(data, expected)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import time
+from functools import partial
 
 import pytest
 import torch
@@ -11,10 +12,12 @@ import torch
 pytest.importorskip("transformers")
 
 from astra_runtime import Engine
+from astra_runtime.codes import packed, staging
 from astra_runtime.trace import Trace
 from astra_runtime.transport import Link
 from bench import gpu_engine
 from bench.gpu import graphs
+from bench.gpu.memory import run_on_device
 from bench.gpu.ranks import Replaying, record
 from bench.gpu.stages import Rank, Stopwatch, linked, stages_of
 from bench.report import Times
@@ -48,6 +51,20 @@ def test_a_rank_alone_does_what_it_did_among_the_others():
     spoiled = {key: bytes(len(data)) for key, data in received[2].items()}
     with Engine(model, codebook, Replaying(2, 3, spoiled)) as engine:
         assert not torch.allclose(engine(input_ids=ids).logits, logits)
+
+
+def test_ranks_exchange_in_the_memory_of_one_device(monkeypatch):
+    """As over NCCL: nothing of a block comes to the host."""
+    model = gpu_engine.make_model(gpu_engine.TINY, CPU)
+    codebook = gpu_engine.make_codebook(model, gpu_engine.TINY)
+    ids = torch.randint(0, gpu_engine.TINY.vocabulary, (1, 96))
+    _, want = record(model, codebook, ids, 3)
+    monkeypatch.setattr(packed, "stays_packed", lambda device: True)
+    monkeypatch.delattr(staging.Staging, "download")
+    monkeypatch.delattr(staging.Staging, "upload")
+    work = partial(gpu_engine.logits_of, model, codebook, ids)
+    for logits in run_on_device(3, CPU, work):
+        torch.testing.assert_close(logits, want)
 
 
 @pytest.mark.parametrize("rank", [0, 1, 2])

@@ -26,7 +26,7 @@ PLAN = 0x1234
 _drawn: deque[str] = deque(maxlen=1000)  # addresses that a test may be about to use
 
 
-def gloo_mesh(world_size: int, *, timeout: float = 30.0) -> list[Mesh]:
+def gloo_mesh(world_size: int, *, timeout: float = 30.0, on_device: bool = False) -> list[Mesh]:
     """All ranks of a gloo mesh in this process: process groups of their own, over one store."""
     import torch.distributed
 
@@ -40,7 +40,7 @@ def gloo_mesh(world_size: int, *, timeout: float = 30.0) -> list[Mesh]:
         options._devices = [dist.ProcessGroupGloo.create_device(hostname="127.0.0.1")]
         options._timeout = timedelta(seconds=60)
         group = dist.ProcessGroupGloo(dist.PrefixStore("a", store), rank, world_size, options)
-        return DistributedMesh(group, timeout=timeout)
+        return DistributedMesh(group, timeout=timeout, on_device=on_device)
 
     return together([lambda rank=rank: join(rank) for rank in range(world_size)])
 
@@ -67,7 +67,11 @@ def tls_mesh(world_size: int, *, timeout: float = 30.0, link: Link | None = None
     return together([lambda rank=rank: join(rank) for rank in range(world_size)])
 
 
-MAKERS = {"tcp": local_mesh, "gloo": gloo_mesh, "paced": paced_mesh}
+MAKERS: dict[str, Callable[..., list[Mesh]]] = {
+    "tcp": local_mesh,
+    "gloo": gloo_mesh,
+    "paced": paced_mesh,
+}
 if can_make_keys():
     MAKERS["tls"] = tls_mesh
 

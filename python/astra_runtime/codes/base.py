@@ -23,8 +23,15 @@ from .fields import CodebookFields
 from .rotary import Rope
 from .simulated import Quantize, SimulatedCodec
 
+# Of a payload: on the host, or uint8 on a device.
+Bytes = memoryview | Tensor
 # Waits until a payload is where it was to be written.
 Pending = Callable[[], None]
+
+
+def as_tensor(data: Bytes) -> Tensor:
+    """The bytes as uint8, in the same memory."""
+    return data if isinstance(data, Tensor) else torch.frombuffer(data, dtype=torch.uint8)
 
 
 @dataclass(frozen=True, eq=False)
@@ -39,11 +46,11 @@ class Payload:
         fine_received: which of those are there, bool [B, num_fine]. None: all.
     """
 
-    view: memoryview
+    view: Bytes
     tokens: int
     num_received: int
     received: Tensor | None = None
-    fine: memoryview | None = None
+    fine: Bytes | None = None
     num_fine: int = 0
     fine_received: Tensor | None = None
 
@@ -142,6 +149,7 @@ class Codec(ABC):
             any time; `tensors` works.
         fine_tokens: how many tokens before a cut have fine codes, for the next rank alone.
         tabled: its tables were made from the model's projections when it was created.
+        payload_device: where it can write and read payloads as tensors; None: on the host alone.
     """
 
     key: ClassVar[str]
@@ -157,6 +165,7 @@ class Codec(ABC):
     keeps_sessions: ClassVar[bool] = False
     fine_tokens: int = 0
     tabled: bool = False
+    payload_device: torch.device | None = None
 
     # What is known of a codebook without a device. `sizes` are those of `geometry`.
 
@@ -260,12 +269,18 @@ class Codec(ABC):
         """Where each token's bits lie in the fine codes of `tokens` tokens."""
         return []
 
+    def codes_are_right(self, block: int, payload: Payload, batch: int) -> Tensor | None:
+        """Whether a payload on the device is as any rank packs it: a bool tensor there, which the
+        host reads later. None: whatever its bytes are, they are right."""
+        return None
+
     @abstractmethod
-    def encode(self, block: int, what: Any, rope: Rope, out: memoryview) -> Pending | None:
+    def encode(self, block: int, what: Any, rope: Rope, out: Bytes) -> Pending | None:
         """Writes the payload of this rank's shard into `out`, and fine codes, if any, behind it.
 
         On a GPU this only begins: what is returned waits until the bytes are there, and is called
-        before the next block is encoded. None: they are there.
+        before the next block is encoded. None: they are there, or they will be for whoever reads
+        `out`, a tensor on the device, in the same stream.
 
         `what` is the block input [B, T, D] where `early`, else the keys and values of the shard,
         [B, Hkv, T, d] each, the keys rotated by `rope`.

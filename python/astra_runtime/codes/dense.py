@@ -12,10 +12,11 @@ from torch import Tensor
 import astra_kernels as ak
 
 from ..models import Adapter
-from .base import Codec, CodeCosts, Payload, TokenBits, key_value_width
+from .base import Bytes, Codec, CodeCosts, Payload, TokenBits, as_tensor, key_value_width
 from .fields import CodebookFields
 from .rotary import Rope
 from .simulated import Pair, Quantize, SentTokens, SimulatedCodec
+from .staging import stays_packed
 
 
 @dataclass(frozen=True, eq=False)
@@ -55,6 +56,7 @@ class DenseExchange(DenseAttention):
     def __init__(self, codebook: CodebookFields, adapter: Adapter) -> None:
         self.dtype: torch.dtype = getattr(torch, codebook.dtype)
         self.model_dtype, self.device = adapter.dtype, adapter.device
+        self.payload_device = self.device if stays_packed(self.device) else None
         self.heads, self.head_dim = adapter.num_key_value_heads, adapter.head_dim
 
     @classmethod
@@ -92,21 +94,21 @@ class DenseExchange(DenseAttention):
                 start += size * tokens
         return layout
 
-    def encode(self, block: int, what: Any, rope: Rope, out: memoryview) -> None:
+    def encode(self, block: int, what: Any, rope: Rope, out: Bytes) -> None:
         pair = torch.stack(what)  # [2, B, Hkv, T, d]
-        flat = torch.frombuffer(out, dtype=torch.uint8)
+        flat = as_tensor(out)
         if self.dtype != torch.int8:
             largest = torch.finfo(self.dtype).max  # a few massive activations exceed fp16
-            fitting = pair.float().clamp(-largest, largest).to("cpu", self.dtype)
+            fitting = pair.float().clamp(-largest, largest).to(flat.device, self.dtype)
             flat.copy_(fitting.contiguous().view(-1).view(torch.uint8))
             return
         codes, step = int8(pair)
         size = codes.numel()
-        flat[:size].copy_(codes.cpu().view(-1).view(torch.uint8))
-        flat[size:].copy_(step.cpu().view(-1).view(torch.uint8))
+        flat[:size].copy_(codes.view(-1).view(torch.uint8))
+        flat[size:].copy_(step.view(-1).view(torch.uint8))
 
     def _pair(self, payload: Payload, batch: int) -> Tensor:
-        flat = torch.frombuffer(payload.view, dtype=torch.uint8).to(self.device, copy=True)
+        flat = as_tensor(payload.view).to(self.device, copy=True)
         shape, first = (2, batch, self.heads, payload.tokens), slice(payload.num_received)
         if self.dtype != torch.int8:
             pair = flat.view(self.dtype).view(*shape, self.head_dim)

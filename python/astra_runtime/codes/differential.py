@@ -12,7 +12,7 @@ import astra_kernels as ak
 
 from ..models import Adapter
 from ..plan import Plan
-from .base import Codec, CodeCosts, Payload, Pending, projection_flops
+from .base import Bytes, Codec, CodeCosts, Payload, Pending, projection_flops
 from .dense import DenseTokens
 from .fields import CodebookFields
 from .hidden import HiddenCodes, SimulatedInputs
@@ -84,7 +84,7 @@ class DifferentialCodes(HiddenCodes):
         if block == 0:
             check_embedding(hidden, self.own)
 
-    def encode(self, block: int, what: Any, rope: Rope, out: memoryview) -> Pending | None:
+    def encode(self, block: int, what: Any, rope: Rope, out: Bytes) -> Pending | None:
         missing = (what.float() - self.own).unflatten(-1, (self.groups, -1))
         codes, pending = self.write(block, missing, out)
         self.own = self.own + ak.decode(codes, self.tables[block]).flatten(2)

@@ -13,7 +13,7 @@ import astra_kernels as ak
 
 from ..models import Adapter
 from ..models.projection import Projection
-from .base import Codec, CodeCosts, Payload, Pending, projection_flops
+from .base import Bytes, Codec, CodeCosts, Payload, Pending, projection_flops
 from .dense import DenseAttention, DenseTokens
 from .fields import CodebookFields
 from .packed import PackedCodes, TableLookup, search_flops
@@ -44,7 +44,7 @@ class HiddenEncoder(PackedCodes):
     ) -> SimulatedCodec:
         return _Simulated(codebook, adapter, quantize, receivers)
 
-    def encode(self, block: int, what: Any, rope: Rope, out: memoryview) -> Pending | None:
+    def encode(self, block: int, what: Any, rope: Rope, out: Bytes) -> Pending | None:
         return self.write_only(block, what.float().unflatten(-1, (self.groups, -1)), out)
 
 

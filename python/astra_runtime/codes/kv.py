@@ -11,7 +11,7 @@ from torch import Tensor
 import astra_kernels as ak
 
 from ..models import Adapter
-from .base import CodeCosts, Pending, geometry, key_value_width
+from .base import Bytes, CodeCosts, Pending, geometry, key_value_width
 from .fields import CodebookFields
 from .layouts import merge_groups, split_groups, split_tables
 from .packed import TableLookup, search_flops
@@ -67,7 +67,7 @@ class KeyValueCodes(TableLookup):
         scales = balance(key, value)
         return split_groups(key, value, scales, groups, shared).flatten(0, 1), scales
 
-    def encode(self, block: int, what: Any, rope: Rope, out: memoryview) -> Pending | None:
+    def encode(self, block: int, what: Any, rope: Rope, out: Bytes) -> Pending | None:
         key, value = what
         key, scales = unrotate(key.float(), rope), self.scales[block]
         vectors = split_groups(key, value.float(), scales, self.groups, self.shared)

@@ -8,7 +8,7 @@ from typing import Any
 from torch import Tensor
 
 from ..models import Adapter
-from .base import Codec, CodeCosts, Payload, TokenBits
+from .base import Bytes, Codec, CodeCosts, Payload, TokenBits
 from .fields import CodebookFields
 from .rotary import Rope
 from .simulated import Quantize, SimulatedCodec
@@ -42,7 +42,7 @@ class LocalOnly(Codec):
     def token_layout(self, block: int, batch: int, tokens: int) -> list[TokenBits]:
         return []
 
-    def encode(self, block: int, what: Any, rope: Rope, out: memoryview) -> None:
+    def encode(self, block: int, what: Any, rope: Rope, out: Bytes) -> None:
         raise AssertionError("nothing is sent")
 
     def decode(self, block: int, payloads: Sequence[Payload], batch: int, rope: Rope) -> None:

@@ -13,11 +13,11 @@ import astra_kernels as ak
 from .. import wire
 from ..models import Adapter
 from ..trace import stage
-from .base import Codec, Payload, Pending, TokenBits, visible_tokens
+from .base import Bytes, Codec, Payload, Pending, TokenBits, as_tensor, visible_tokens
 from .fields import CodebookFields
 from .rotary import ConsecutiveAngles, Rope
 from .search import Search, search_macs
-from .staging import ReceivedCodes, Staging, stays_packed
+from .staging import ReceivedCodes, Staging, packed_right, stays_packed
 
 
 class PackedCodes(Codec):
@@ -31,6 +31,7 @@ class PackedCodes(Codec):
         self.codewords, self.device = codebook.codewords, adapter.device
         # None: codes are packed and unpacked on the host
         self.staging = Staging(self.device) if stays_packed(self.device) else None
+        self.payload_device = None if self.staging is None else self.device
         tables = codebook.block_tables
         self.tables = [table.to(adapter.device, torch.float32) for table in tables]
         self.searches = [Search(table) for table in self.tables]
@@ -60,26 +61,28 @@ class PackedCodes(Codec):
         row = ak.packed_size(tokens * groups, self.bits)
         return [TokenBits(b * row, groups * self.bits, b) for b in range(batch)]
 
-    def write(self, block: int, vectors: Tensor, out: memoryview) -> tuple[Tensor, Pending | None]:
+    def write(self, block: int, vectors: Tensor, out: Bytes) -> tuple[Tensor, Pending | None]:
         """Writes the nearest codewords of vectors [B, T, C, w] into `out`, packed.
 
         Returns the codes, and what waits for the bytes, see `Codec.encode`.
         """
         codes = self.searches[block](vectors)
         with stage("pack", block):
-            if self.staging is not None:
-                packed = torch.stack([ak.pack(row, self.bits) for row in codes])
-                return codes, self.staging.download(packed, out)
+            if self.staging is not None and not isinstance(out, Tensor):
+                return codes, self.staging.download(packed_rows(codes, self.bits), out)
             pack_rows(codes, self.bits, out)
         return codes, None
 
-    def write_only(self, block: int, vectors: Tensor, out: memoryview) -> Pending | None:
+    def write_only(self, block: int, vectors: Tensor, out: Bytes) -> Pending | None:
         """`write` where the sender has no use for its codes: found and packed in one."""
         if self.staging is None:
             return self.write(block, vectors, out)[1]
         packed = self.searches[block].packed(vectors, self.bits)
         with stage("pack", block):
-            return self.staging.download(packed, out)
+            if not isinstance(out, Tensor):
+                return self.staging.download(packed, out)
+            out.copy_(packed.view(-1))
+        return None
 
     def read_codewords(self, block: int, payloads: Sequence[Payload], batch: int) -> Tensor:
         """The codewords of payloads, [B, N, C, w]; zeros where a token's codes did not come."""
@@ -102,25 +105,40 @@ class PackedCodes(Codec):
         return torch.cat(parts, 1).to(self.device)
 
     def receive(self, block: int, payloads: Sequence[Payload], batch: int) -> ReceivedCodes:
-        """Checks payloads and brings them to the device as they are."""
+        """Checks payloads and brings them to the device as they are. Those that are there already
+        are joined; `codes_are_right` checks them."""
         assert self.staging is not None
         groups = len(self.tables[block])
-        rows: list[list[memoryview]] = [[] for _ in range(batch)]
+        rows: list[list[Any]] = [[] for _ in range(batch)]
         for payload in payloads:
             size = len(payload.view) // batch
             for b, row in enumerate(rows):
                 part = payload.view[b * size : (b + 1) * size]
-                wire.check_codes(part, self.bits, self.codewords, payload.tokens * groups)
+                if not isinstance(part, Tensor):
+                    wire.check_codes(part, self.bits, self.codewords, payload.tokens * groups)
                 row.append(part[: ak.packed_size(payload.num_received * groups, self.bits)])
         counts = tuple(payload.num_received for payload in payloads)
-        return ReceivedCodes(self.staging.upload(rows), counts, groups, self.bits)
+        if any(isinstance(payload.view, Tensor) for payload in payloads):
+            data = torch.stack([torch.cat(row) for row in rows])
+        else:
+            data = self.staging.upload(rows)
+        return ReceivedCodes(data, counts, groups, self.bits)
+
+    def codes_are_right(self, block: int, payload: Payload, batch: int) -> Tensor | None:
+        rows = as_tensor(payload.view).view(batch, -1)
+        count = payload.tokens * len(self.tables[block])
+        return packed_right(rows, count, self.bits, self.codewords)
 
 
-def unpack_rows(view: memoryview, shape: tuple[int, int, int], bits: int, codewords: int) -> Tensor:
-    """Codes int32 [B, T, C] of `shape`, whose rows are byte-aligned in `view`, on the host.
+def unpack_rows(view: Bytes, shape: tuple[int, int, int], bits: int, codewords: int) -> Tensor:
+    """Codes int32 [B, T, C] of `shape`, whose rows are byte-aligned in `view`, where that is.
 
-    WireError: not as any rank packs them.
+    WireError: not as any rank packs them; on a device `packed_right` says so.
     """
+    if isinstance(view, Tensor):
+        rows = view.view(shape[0], -1)
+        count = shape[1] * shape[2]
+        return torch.stack([ak.unpack(row, bits, count).view(shape[1:]) for row in rows])
     codes, row = torch.empty(shape, dtype=torch.int32, device="cpu"), len(view) // shape[0]
     for b, out in enumerate(codes):
         count = out.numel()
@@ -129,8 +147,16 @@ def unpack_rows(view: memoryview, shape: tuple[int, int, int], bits: int, codewo
     return codes
 
 
-def pack_rows(codes: Tensor, bits: int, out: memoryview) -> None:
+def packed_rows(codes: Tensor, bits: int) -> Tensor:
+    """Codes [B, T, C] packed, uint8 [B, bytes]."""
+    return torch.stack([ak.pack(row, bits) for row in codes])
+
+
+def pack_rows(codes: Tensor, bits: int, out: Bytes) -> None:
     """Packs codes [B, T, C] into `out`, rows byte-aligned."""
+    if isinstance(out, Tensor):
+        out.copy_(packed_rows(codes, bits).view(-1))
+        return
     row = len(out) // len(codes)
     for b, codes_of_row in enumerate(codes.cpu()):
         ak.pack(codes_of_row, bits, out=out[b * row : (b + 1) * row])

@@ -25,6 +25,19 @@ def stays_packed(device: torch.device) -> bool:
     return device.type == "cuda"
 
 
+def packed_right(rows: Tensor, count: int, bits: int, codewords: int) -> Tensor:
+    """What `wire.check_codes` looks at, on a device: whether rows uint8 [B, bytes] of `count` codes
+    have nothing behind the last code, and no code that no codebook has. Bool, a scalar there."""
+    right = torch.ones((), dtype=torch.bool, device=rows.device)
+    behind = count * bits % 8
+    if behind:
+        right = right & (rows[:, -1] >> behind == 0).all()
+    if count and codewords < 1 << bits:
+        for row in rows:
+            right = right & (ak.unpack(row, bits, count) < codewords).all()
+    return right
+
+
 def read_later(flag: Tensor) -> Callable[[], bool]:
     """The value of a bool tensor, read without waiting for what is queued behind it."""
     if flag.device.type != "cuda":

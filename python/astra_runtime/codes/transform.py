@@ -13,7 +13,7 @@ import astra_kernels as ak
 
 from ..models import Adapter
 from ..plan import Plan
-from .base import CodeCosts, Payload, Pending, TokenBits
+from .base import Bytes, CodeCosts, Payload, Pending, TokenBits, as_tensor
 from .dense import DenseAttention, DenseTokens
 from .fields import CodebookFields
 from .latent import DecoderState, code_macs, latent_codes
@@ -22,6 +22,7 @@ from .packed import PackedCodes, pack_rows, unpack_rows
 from .predictive import rms_normalized
 from .rotary import Rope, inverse, rotate, unrotate
 from .simulated import Pair, Quantize, SentTokens, SimulatedCodec
+from .staging import packed_right
 
 
 class TransformCodes(PackedCodes, DenseAttention):
@@ -116,7 +117,7 @@ class TransformCodes(PackedCodes, DenseAttention):
         )
         return this
 
-    def encode(self, block: int, what: Any, rope: Rope, out: memoryview) -> Pending | None:
+    def encode(self, block: int, what: Any, rope: Rope, out: Bytes) -> Pending | None:
         key, value = what
         if self.turned_back[0] is not rope:  # the same for every block
             self.turned_back = rope, inverse(rope, torch.float32)
@@ -129,7 +130,7 @@ class TransformCodes(PackedCodes, DenseAttention):
         self.own.update(block, codewords)
         return pending
 
-    def _write_fine(self, block: int, y: Tensor, codewords: Tensor, out: memoryview) -> None:
+    def _write_fine(self, block: int, y: Tensor, codewords: Tensor, out: Bytes) -> None:
         """What the codes of the last tokens lack, for the next rank."""
         known = self.own.estimate(block, codewords, self.fine_sent)
         codes = self.fine[block].encode(y[:, self.fine_sent] - known)
@@ -174,6 +175,16 @@ class TransformCodes(PackedCodes, DenseAttention):
         width = self.fine[block].codes * self.fine_bits
         row = ak.packed_size(tokens * self.fine[block].codes, self.fine_bits)
         return [TokenBits(b * row, width, b) for b in range(batch)]
+
+    def codes_are_right(self, block: int, payload: Payload, batch: int) -> Tensor | None:
+        right = super().codes_are_right(block, payload, batch)
+        if not payload.num_fine:
+            return right
+        assert payload.fine is not None
+        rows = as_tensor(payload.fine).view(batch, -1)
+        count = payload.num_fine * self.fine[block].codes
+        fine = packed_right(rows, count, self.fine_bits, self.fine_codewords)
+        return fine if right is None else right & fine
 
     def _tokens(self, estimate: Tensor, rope: Rope) -> DenseTokens:
         key, value = split_heads(estimate, self.adapter.num_key_value_heads)

@@ -30,6 +30,8 @@ Between = Callable[[int], None]
 class PrefillLayer(Layer):
     """A shard of new tokens: attends to the session's past beside its own shard and the others'."""
 
+    keeps_codes = True
+
     def __init__(self, call: Call, past: KeyValues) -> None:
         super().__init__(call)
         self.past = past

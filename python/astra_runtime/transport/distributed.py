@@ -3,25 +3,22 @@
 The way to outgrow one machine's sockets: gloo on CPUs, NCCL between GPUs. torch.distributed shows
 less than a socket does, so four things are weaker than over TCP: a lost peer is noticed only by a
 wait for it, nothing says BYE, bytes are counted as handed over, not at the socket, and nothing is
-authenticated or encrypted. With NCCL a
-send is launched together with the next `receive`, `send` or `flush`: two ranks that both launched
-their sends first would wait for each other. gloo aborts the process when a message is larger than
+authenticated or encrypted. With NCCL a send is launched together with the next `receive`, `send` or
+`flush`: two ranks that both launched their sends first would wait for each other. Codes that were
+made on a GPU stay on GPUs, see `on_device`. gloo aborts the process when a message is larger than
 the buffer posted for it, so buffers are posted with room to spare and the header finds the fault.
 """
 
 from __future__ import annotations
 
-import atexit
 import contextlib
 import math
 import threading
 import time
-import weakref
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from datetime import timedelta
+from collections.abc import Iterator, Mapping, Sequence
 from queue import Empty, SimpleQueue
-from typing import Any, Final, NamedTuple
+from typing import Any, Final
 
 import torch
 import torch.distributed as dist
@@ -33,86 +30,23 @@ from astra_runtime.transport import process_group
 from astra_runtime.transport.buffers import BufferPool
 from astra_runtime.transport.lifetime import CLOSED, aborted_by
 from astra_runtime.transport.mesh import Mesh, Payload, refuse_partial
+from astra_runtime.transport.on_device import Aside, DeviceFrame, LaterChecks
 from astra_runtime.transport.options import MAX_SECONDS, ConnectOptions
 from astra_runtime.transport.peers import Channel, PeerMesh, slot
+from astra_runtime.transport.transfers import Transfer, Waiter, wait
 from astra_runtime.wire import HEADER_SIZE, Frame
 
 ROOM: Final = 1 << 20  # bytes of the smallest buffer posted to gloo
 MAX_SENDING: Final = 16 << 20  # bytes on their way to peers that do not read before `send` waits
 GRACE: Final = 1.0  # seconds that gloo has to say what went wrong, after a deadline
 END_SECONDS: Final = 0.05  # for a thread to end, or to give a lock back
-EXIT_SECONDS: Final = 1.0
-
-
-class _Transfer(NamedTuple):
-    """A tensor on its way. `work` has torch.distributed's `wait`."""
-
-    work: Any
-    tensor: Tensor
-    rank: int
-
-
-class _Waiter:
-    """Waits for transfers, in order, in a thread of its own.
-
-    gloo's waits cannot be woken, a signal handler does not run in them, and one that ends before
-    its transfer breaks the connection. `ended(transfer, error)` is called in the thread.
-    """
-
-    def __init__(self, ended: Callable[[_Transfer, RuntimeError | None], None]) -> None:
-        self._ended = ended
-        self._queue: SimpleQueue[tuple[_Transfer, float] | None] = SimpleQueue()
-        self._thread: threading.Thread | None = None
-
-    def add(self, transfer: _Transfer, deadline: float) -> None:
-        if self._thread is None:
-            name = "astra-torch-wait"
-            self._thread = threading.Thread(target=self._run, name=name, daemon=True)
-            self._thread.start()
-            _waiters.add(self)
-        self._queue.put((transfer, deadline))
-
-    def stop(self) -> None:
-        self._queue.put(None)
-
-    def join(self, seconds: float) -> None:
-        if self._thread is not None and self._thread is not threading.current_thread():
-            self._thread.join(seconds)
-
-    def _run(self) -> None:
-        while (item := self._queue.get()) is not None:
-            transfer, deadline = item
-            try:
-                _wait(transfer, deadline)
-            except RuntimeError as error:
-                self._ended(transfer, error)
-            else:
-                self._ended(transfer, None)
-            del item, transfer  # a buffer must not live until the next transfer
-
-
-_waiters: weakref.WeakSet[_Waiter] = weakref.WeakSet()
-
-
-@atexit.register
-def _join_waiters() -> None:
-    """A thread that comes back from torch while the interpreter ends would abort the process."""
-    for waiter in list(_waiters):
-        waiter.stop()
-    for waiter in list(_waiters):
-        waiter.join(EXIT_SECONDS)
-
-
-def _wait(transfer: _Transfer, deadline: float) -> None:
-    left = min(max(deadline - time.monotonic(), 1e-3), MAX_SECONDS)
-    transfer.work.wait(timedelta(milliseconds=math.ceil(left * 1000)))
 
 
 class DistributedMesh(PeerMesh[Channel]):
     """`Mesh` over a process group of which every rank is a member.
 
-    device: where the frames' tensors live; "cuda" for NCCL. batched: launch sends with receives.
-    owned: `close` also destroys the default process group.
+    device: where the frames' tensors live; "cuda" for NCCL. on_device: payloads may lie there, too.
+    batched: launch sends with receives. owned: `close` also destroys the default process group.
     """
 
     def __init__(
@@ -121,6 +55,7 @@ class DistributedMesh(PeerMesh[Channel]):
         *,
         timeout: float = 30.0,
         device: str = "cpu",
+        on_device: bool = False,
         batched: bool = False,
         owned: bool = False,
     ) -> None:
@@ -129,19 +64,23 @@ class DistributedMesh(PeerMesh[Channel]):
         super().__init__(own, size, timeout, channels)
         self._group = group
         self._device = torch.device(device)
+        self.device = self._device if on_device else None
+        self._aside = Aside(self._device)
+        self._arriving: list[tuple[Transfer, int]] = []  # to the device, and of which block
+        self._later = LaterChecks()
         self._batched = batched
         self._owned = owned
         self._staged: list[tuple[Tensor, int]] = []
         self._changed = threading.Condition()  # guards what follows
-        self._sending: deque[_Transfer] = deque()
+        self._sending: deque[Transfer] = deque()
         self._sending_bytes = 0
         self._send_failure: tuple[int, RuntimeError] | None = None
         self._pool = BufferPool(self._empty)
         self._slots: dict[tuple[int, int], Tensor] = {}
-        self._received: SimpleQueue[tuple[_Transfer, RuntimeError | None] | None] = SimpleQueue()
+        self._received: SimpleQueue[tuple[Transfer, RuntimeError | None] | None] = SimpleQueue()
         received = self._received
-        self._receives = _Waiter(lambda transfer, error: received.put((transfer, error)))
-        self._sends = _Waiter(self._sent)
+        self._receives = Waiter(lambda transfer, error: received.put((transfer, error)))
+        self._sends = Waiter(self._sent)
 
     def send(
         self, payload: Payload, *, block: int, plan: int, to: Sequence[int], partial: bool = False
@@ -154,11 +93,15 @@ class DistributedMesh(PeerMesh[Channel]):
                 channel = self._peer(rank)
                 with self._changed:
                     self._wait_for_sends(MAX_SENDING, block)
-                    tensor = self._pool.take(len(frame.data))
+                    tensor = self._pool.take(HEADER_SIZE + frame.size)
                 data = channel.stamp(frame, block, plan)
-                tensor.copy_(torch.frombuffer(data, dtype=torch.uint8))
+                if isinstance(frame, DeviceFrame):
+                    frame.write(tensor)
+                else:
+                    tensor.copy_(torch.frombuffer(data, dtype=torch.uint8))
                 self._staged.append((tensor, rank))
-                channel.stats.bytes_sent_total += len(data)
+                channel.stats.bytes_sent_total += HEADER_SIZE + frame.size
+            self._aside.follow()
             if not self._batched:
                 self._launch([])
 
@@ -183,15 +126,67 @@ class DistributedMesh(PeerMesh[Channel]):
                 views[transfer.rank] = self._accept(transfer, sizes[transfer.rank], block, plan)
             return {rank: views[rank] for rank in sizes}
 
+    def begin(self, request: int | None = None) -> None:
+        super().begin(request)
+        self._arriving.clear()
+        self._later.clear()
+
+    def device_buffer(self, size: int) -> DeviceFrame:
+        with torch.inference_mode(False):
+            return DeviceFrame(size, self._device)
+
+    def receive_on_device(
+        self, sizes: Mapping[int, int], *, block: int, plan: int, timeout: float | None = None
+    ) -> dict[int, Tensor]:
+        with self._lifetime, torch.inference_mode(False):
+            wanted = []
+            for rank, size in sizes.items():
+                self._peer(rank)
+                # gloo needs room for a message of a wrong length
+                room = size if self._batched else max(size, ROOM)
+                with self._aside.launching():
+                    tensor = torch.empty(HEADER_SIZE + room, dtype=torch.uint8, device=self._device)
+                wanted.append((tensor, rank))
+            transfers = self._launch(wanted)
+            if self._aside.exists and timeout is None:
+                for transfer in transfers:
+                    transfer.work.wait()  # of the current stream, not of this thread
+                self._arriving += [(transfer, block) for transfer in transfers]
+            else:
+                seconds = self.timeout if timeout is None else timeout
+                deque(self._await(transfers, block, seconds), maxlen=0)
+            payloads = {}
+            for tensor, rank in wanted:
+                self._aside.hand_over(tensor)
+                expected = self._peers[rank].count_arriving(sizes[rank], block, plan)
+                self._later.add_header(tensor[:HEADER_SIZE], expected)
+                payloads[rank] = tensor[HEADER_SIZE : HEADER_SIZE + sizes[rank]]
+            return payloads
+
+    def check_later(self, flag: Tensor, error: AstraError) -> None:
+        self._later.add_flag(flag, error)
+
+    def check_received(self) -> None:
+        with self._lifetime:
+            self._launch([])
+            deadline = time.monotonic() + self.timeout
+            arriving, self._arriving = self._arriving, []
+            for transfer, block in arriving:
+                try:
+                    wait(transfer, deadline)
+                except RuntimeError as error:
+                    raise self._failure(transfer.rank, block, error, self.timeout) from error
+            self._later.run()
+
     def _await(
-        self, transfers: Sequence[_Transfer], block: int, seconds: float
-    ) -> Iterator[_Transfer]:
+        self, transfers: Sequence[Transfer], block: int, seconds: float
+    ) -> Iterator[Transfer]:
         """The transfers, as they end."""
         deadline = time.monotonic() + seconds
-        if self._batched:  # NCCL waits by the stream of the thread that calls, without blocking it
+        if self._batched:  # NCCL has the stream of the thread that calls wait, so no other may
             for transfer in transfers:
                 try:
-                    _wait(transfer, deadline)
+                    wait(transfer, deadline)
                 except RuntimeError as error:
                     raise self._failure(transfer.rank, block, error, seconds) from error
                 yield transfer
@@ -215,34 +210,36 @@ class DistributedMesh(PeerMesh[Channel]):
             del waiting[transfer.rank]
             yield transfer
 
-    def _accept(self, transfer: _Transfer, size: int, block: int, plan: int) -> memoryview:
+    def _accept(self, transfer: Transfer, size: int, block: int, plan: int) -> memoryview:
         """Checks the header of a frame that arrived and returns its payload."""
         received = transfer.tensor[: HEADER_SIZE + size].cpu().numpy()
         data: memoryview = received.data
         self._peers[transfer.rank].accept(data, size, block, plan)
         return data[HEADER_SIZE:]
 
-    def _launch(self, receives: Sequence[tuple[Tensor, int]]) -> list[_Transfer]:
+    def _launch(self, receives: Sequence[tuple[Tensor, int]]) -> list[Transfer]:
         """Starts the staged sends and `receives`; returns the transfers of the latter."""
         sends, self._staged = self._staged, []
         if not (sends or receives):
             return []
         group = self._group
         try:
-            if self._batched and (sends or receives):
+            if self._batched:
                 ops = [P2POp(dist.isend, tensor, rank, group) for tensor, rank in sends]
                 ops += [P2POp(dist.irecv, tensor, rank, group) for tensor, rank in receives]
-                works = dist.batch_isend_irecv(ops)
+                with self._aside.launching():
+                    works = dist.batch_isend_irecv(ops)
                 # NCCL returns one work for the whole batch.
                 works = works * len(ops) if len(works) == 1 else works
             else:
-                works = [group.send([tensor], rank, 0) for tensor, rank in sends]
-                works += [group.recv([tensor], rank, 0) for tensor, rank in receives]
+                with self._aside.launching():
+                    works = [group.send([tensor], rank, 0) for tensor, rank in sends]
+                    works += [group.recv([tensor], rank, 0) for tensor, rank in receives]
         except RuntimeError as error:
             rank = (*sends, *receives)[0][1]
             raise PeerLost(rank, None, process_group.first_line(error)) from error
         transfers = [
-            _Transfer(work, tensor, rank)
+            Transfer(work, tensor, rank)
             for work, (tensor, rank) in zip(works, (*sends, *receives), strict=True)
         ]
         with self._changed:
@@ -252,7 +249,7 @@ class DistributedMesh(PeerMesh[Channel]):
                 self._sends.add(transfer, math.inf)
         return transfers[len(sends) :]
 
-    def _sent(self, transfer: _Transfer, error: RuntimeError | None) -> None:
+    def _sent(self, transfer: Transfer, error: RuntimeError | None) -> None:
         """A send has ended, and its buffer is free: in the order in which they were launched."""
         with self._changed:
             if self._sending:
@@ -366,6 +363,13 @@ def connect_distributed(options: ConnectOptions, store: Any = None) -> Distribut
         raise ConnectFailed(f"the existing process group is not rank {rank} of {world_size}")
     nccl = backend == "nccl"
     device = f"cuda:{torch.cuda.current_device()}" if nccl else "cpu"
-    mesh = DistributedMesh(group, timeout=options.timeout, device=device, batched=nccl, owned=owned)
+    mesh = DistributedMesh(
+        group,
+        timeout=options.timeout,
+        device=device,
+        on_device=nccl,
+        batched=nccl,
+        owned=owned,
+    )
     mesh.store = store if owned else None
     return mesh

@@ -6,7 +6,7 @@ import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
-from typing import Any, Self
+from typing import TYPE_CHECKING, Any, Self
 
 from astra_runtime import wire
 from astra_runtime.control import Control
@@ -15,6 +15,12 @@ from astra_runtime.errors import AstraError, DeadlineExceeded, HandshakeRefused,
 from astra_runtime.transport.options import ConnectOptions
 from astra_runtime.transport.stats import Stats
 from astra_runtime.wire import Frame
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+
+    from astra_runtime.transport.on_device import DeviceFrame
 
 Payload = Frame | bytes | bytearray | memoryview
 
@@ -48,6 +54,8 @@ class Mesh(ABC):
             go on serving it; None over sockets.
         keeper: while it lives, this process's sockets close the moment that the process dies,
             however much memory it holds; left by `connect`, where the system can do it.
+        device: where blocks' payloads may lie, made by `device_buffer` and received by
+            `receive_on_device`, and never come to the host. None: this transport takes bytes.
     """
 
     rank: int
@@ -62,6 +70,7 @@ class Mesh(ABC):
     reconnect_factory: Callable[[ConnectOptions, Any], Mesh] | None = None
     store: Any = None
     keeper: _C.Keeper | None = None
+    device: torch.device | None = None
 
     @property
     def device_rank(self) -> int:
@@ -216,6 +225,28 @@ class Mesh(ABC):
 
     def end_early(self) -> None:  # noqa: B027
         """What is left of the call that runs will be dropped; `cancel` does it."""
+
+    def device_buffer(self, size: int) -> DeviceFrame:
+        """`buffer` on `device`."""
+        raise NotImplementedError(f"{type(self).__name__} takes no payloads on a device")
+
+    def receive_on_device(
+        self, sizes: Mapping[int, int], *, block: int, plan: int, timeout: float | None = None
+    ) -> dict[int, Tensor]:
+        """`receive` of payloads that stay on `device`: uint8 tensors, for the current stream.
+
+        Waits for nobody where there is no `timeout`, and judges no header: `check_received` does.
+        Without sizes: has what was sent so far leave.
+        """
+        raise NotImplementedError(f"{type(self).__name__} takes no payloads on a device")
+
+    def check_later(self, flag: Tensor, error: AstraError) -> None:
+        """Has `check_received` raise `error` if a bool tensor on `device` is False then."""
+        raise NotImplementedError(f"{type(self).__name__} takes no payloads on a device")
+
+    def check_received(self) -> None:  # noqa: B027
+        """Waits for the payloads on `device` of the call that runs, and looks at their headers and
+        at the flags of `check_later`. Raises what `receive` would have raised, the first of it."""
 
     @abstractmethod
     def flush(self) -> None:

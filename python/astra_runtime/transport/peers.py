@@ -11,7 +11,7 @@ from astra_runtime.core import _C
 from astra_runtime.transport.lifetime import Lifetime
 from astra_runtime.transport.mesh import Mesh
 from astra_runtime.transport.stats import Stats
-from astra_runtime.wire import NO_REQUEST, Frame, Header
+from astra_runtime.wire import HEADER_SIZE, NO_REQUEST, Frame, Header
 
 
 class Peer:
@@ -49,6 +49,12 @@ class Channel(Peer):
         header = Header(size, self.num_expected, plan, block, self.rank, *moment)
         self.num_expected += 1
         return header
+
+    def count_arriving(self, size: int, block: int, plan: int) -> Header:
+        """Counts a frame that arrived, whose header is to be compared with this one later."""
+        self.stats.count_received(size, block)
+        self.stats.bytes_received_total += HEADER_SIZE + size
+        return self.next_header(size, block, plan)
 
     def accept(self, data: memoryview | bytes, size: int, block: int, plan: int) -> None:
         """Counts a frame that arrived. Raises WireError where it is not the expected one."""

@@ -3,11 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING
 
 from astra_runtime.errors import AstraError
 from astra_runtime.transport.mesh import Mesh, Payload
 from astra_runtime.transport.stats import Stats
 from astra_runtime.wire import Frame
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from astra_runtime.transport.on_device import DeviceFrame
 
 
 class Subset(Mesh):
@@ -30,6 +36,7 @@ class Subset(Mesh):
         self.partial, self.lossy, self.resumes = whole.partial, whole.lossy, whole.resumes
         self.timeout, self.options = whole.timeout, whole.options
         self.call, self.request = whole.call, whole.request
+        self.device = whole.device
 
     @property
     def device_rank(self) -> int:
@@ -88,6 +95,22 @@ class Subset(Mesh):
             partial=partial,
         )
         return {self._number[rank]: view for rank, view in views.items()}
+
+    def device_buffer(self, size: int) -> DeviceFrame:
+        return self.whole.device_buffer(size)
+
+    def receive_on_device(
+        self, sizes: Mapping[int, int], *, block: int, plan: int, timeout: float | None = None
+    ) -> dict[int, Tensor]:
+        members = {self.members[n]: size for n, size in sizes.items()}
+        payloads = self.whole.receive_on_device(members, block=block, plan=plan, timeout=timeout)
+        return {self._number[rank]: payload for rank, payload in payloads.items()}
+
+    def check_later(self, flag: Tensor, error: AstraError) -> None:
+        self.whole.check_later(flag, error)
+
+    def check_received(self) -> None:
+        self.whole.check_received()
 
     def begin(self, request: int | None = None) -> None:
         self.whole.begin(request)

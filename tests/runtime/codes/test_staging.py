@@ -10,9 +10,10 @@ from typing import Any
 import pytest
 import torch
 
-from astra_runtime import Engine, wire
+from astra_runtime import Codebook, Engine, layer, wire
+from astra_runtime.codes import dense
 from astra_runtime.codes import packed as packed_codec
-from astra_runtime.codes.staging import ReceivedCodes, Staging, read_later
+from astra_runtime.codes.staging import ReceivedCodes, Staging, packed_right, read_later
 from astra_runtime.core import _C
 from astra_runtime.errors import NotFinite, PeerLost, WireError
 from astra_runtime.evaluate import run_ranks
@@ -21,6 +22,7 @@ from astra_runtime.trace import Trace, tracing
 from astra_runtime.transport import Mesh
 
 from ..models import KINDS, inputs_for, tiny
+from ..ranks import as_ranks, gloo_mesh
 from ..test_engine import fitted
 
 CASES = {
@@ -40,7 +42,23 @@ CASES = {
 @pytest.fixture
 def as_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> Any:
     def switch() -> None:
-        monkeypatch.setattr(packed_codec, "stays_packed", lambda device: True)
+        for codec in (packed_codec, dense):
+            monkeypatch.setattr(codec, "stays_packed", lambda device: True)
+
+    return switch
+
+
+@pytest.fixture
+def without_the_host(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """Whatever brings codes to the host, or waits for the device before the end, is an error."""
+
+    def refuse(*args: Any) -> Any:
+        raise AssertionError("codes came to the host")
+
+    def switch() -> None:
+        monkeypatch.setattr(Staging, "download", refuse)
+        monkeypatch.setattr(Staging, "upload", refuse)
+        monkeypatch.setattr(layer, "read_later", refuse)
 
     return switch
 
@@ -54,14 +72,17 @@ class Sent:
 
         def send(payload: Any, *, block: int, **how: Any) -> None:
             content = getattr(payload, "payload", payload)
-            self.frames[block] = bytes(content)
+            on_device = isinstance(content, torch.Tensor)
+            self.frames[block] = content.numpy().tobytes() if on_device else bytes(content)
             plain(payload, block=block, **how)
 
         mesh.send = send  # type: ignore[method-assign]
 
 
-def run(model: Any, book: Any, inputs: dict[str, Any], world_size: int = 3) -> list[Any]:
-    """By rank: logits and what it sent."""
+def run(
+    model: Any, book: Any, inputs: dict[str, Any], world_size: int = 3, on_device: bool = False
+) -> list[Any]:
+    """By rank: logits and what it sent, through TCP or from one device's memory to another's."""
 
     def work(mesh: Mesh) -> tuple[torch.Tensor, dict[int, bytes]]:
         sent = Sent(mesh)
@@ -71,6 +92,8 @@ def run(model: Any, book: Any, inputs: dict[str, Any], world_size: int = 3) -> l
             name = "logits" if "logits" in output else "last_hidden_state"  # BERT's, without a head
             return output[name], sent.frames
 
+    if on_device:
+        return as_ranks(gloo_mesh(world_size, timeout=60, on_device=True), work)
     return run_ranks(world_size, work, timeout=60)
 
 
@@ -124,6 +147,38 @@ def test_a_gpu_sends_what_a_cpu_sends(name: str, batch: int, as_on_a_gpu: Any) -
         torch.testing.assert_close(logits, want, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize(
+    ("kind", "options"),
+    [
+        ("llama", {"space": "kv", "groups": 3}),
+        ("vit", {"space": "hidden", "groups": 4}),
+        ("gpt2", {"space": "differential", "groups": 4}),
+        ("llama", {"space": "transform", "bits": 40, "fine_bits": 30, "fine_tokens": 3}),
+        ("llama", {"space": "none", "dtype": "int8"}),
+    ],
+    ids=lambda value: value["space"] if isinstance(value, dict) else value,
+)
+def test_codes_stay_on_their_devices(
+    kind: str, options: dict[str, Any], as_on_a_gpu: Any, without_the_host: Any
+) -> None:
+    """gloo stands for NCCL and the CPU for a device: the same bytes, and no copy to the host."""
+    model, inputs = tiny(kind), inputs_for(kind, 26, 2)
+    if options["space"] == "none":
+        book = Codebook.dense(options["dtype"])
+    else:
+        book = fitted(kind, model, **options)
+    plain = run(model, book, inputs)
+    as_on_a_gpu()
+    without_the_host()
+    direct = run(model, book, inputs, on_device=True)
+    for (logits, frames), (want, wanted) in zip(direct, plain, strict=True):
+        assert frames.keys() == wanted.keys()
+        assert any(wanted)
+        for block in [block for block in wanted if block < 3]:
+            assert frames[block] == wanted[block]
+        torch.testing.assert_close(logits, want, rtol=1e-4, atol=1e-5)
+
+
 def test_local_attention_is_queued_before_the_host_waits(as_on_a_gpu: Any) -> None:
     model, inputs = tiny("llama"), inputs_for("llama")
     book = fitted("llama", model, space="kv", groups=3)
@@ -139,8 +194,10 @@ def test_local_attention_is_queued_before_the_host_waits(as_on_a_gpu: Any) -> No
     assert run_ranks(2, order)[0] == ["pack", "encode", "attend", "send"]
 
 
-@pytest.mark.parametrize("space", ["kv", "hidden"])
-def test_what_is_not_finite_is_not_sent(space: str, as_on_a_gpu: Any) -> None:
+@pytest.mark.parametrize(
+    ("space", "on_device"), [("kv", False), ("hidden", False), ("kv", True), ("hidden", True)]
+)
+def test_what_is_not_finite_is_no_answer(space: str, on_device: bool, as_on_a_gpu: Any) -> None:
     as_on_a_gpu()
     model, inputs = tiny("llama"), inputs_for("llama")
     book = fitted("llama", model, space=space, groups=3)
@@ -148,7 +205,7 @@ def test_what_is_not_finite_is_not_sent(space: str, as_on_a_gpu: Any) -> None:
     weight[0, 0] = torch.nan
     book = fitted_for(book, model)
     with pytest.raises((NotFinite, PeerLost), match="NaN or infinity in block 1"):
-        run(model, book, inputs, 2)
+        run(model, book, inputs, 2, on_device)
 
 
 def fitted_for(book: Any, model: Any) -> Any:
@@ -205,9 +262,11 @@ def test_codes_that_stay_packed_are_checked_alike(bits: int, codewords: int) -> 
         good = bytes(ak.pack(codes, bits).numpy())
         wire.check_codes(good, bits, codewords, count)
         for data in (good + b"\0", good[:-1], *flipped(good)):
-            assert refused(wire.check_codes, data, bits, codewords, count) == refused(
-                wire.read_codes, data, bits, codewords, count
-            )
+            error = refused(wire.check_codes, data, bits, codewords, count)
+            assert error == refused(wire.read_codes, data, bits, codewords, count)
+            if len(data) == len(good):
+                rows = torch.tensor([list(data)], dtype=torch.uint8)
+                assert bool(packed_right(rows, count, bits, codewords)) == (error is None)
 
 
 def flipped(data: bytes) -> list[bytes]:

@@ -18,10 +18,19 @@ from torch import Tensor
 
 import astra_kernels as ak
 from astra_runtime import Codebook
-from astra_runtime.codes.base import Codec, CodeCosts, Payload, TokenBits, geometry
+from astra_runtime.codes.base import (
+    Bytes,
+    Codec,
+    CodeCosts,
+    Payload,
+    TokenBits,
+    as_tensor,
+    geometry,
+)
 from astra_runtime.codes.dense import DenseAttention, DenseTokens
 from astra_runtime.codes.fields import CodebookFields
 from astra_runtime.codes.hidden import SimulatedInputs
+from astra_runtime.codes.packed import pack_rows
 from astra_runtime.codes.registry import CODECS
 from astra_runtime.codes.rotary import Rope, rotate
 from astra_runtime.codes.simulated import Quantize, SimulatedCodec
@@ -72,10 +81,8 @@ class Signs(DenseAttention):
         row, width = self.payload_bytes(block, 1, tokens), self.adapter.hidden_size
         return [TokenBits(b * row, width, b) for b in range(batch)]
 
-    def encode(self, block: int, what: Any, rope: Rope, out: memoryview) -> None:
-        row = len(out) // len(what)
-        for b, signs in enumerate((what > 0).int().cpu()):
-            ak.pack(signs, 1, out=out[b * row : (b + 1) * row])
+    def encode(self, block: int, what: Any, rope: Rope, out: Bytes) -> None:
+        pack_rows((what > 0).int(), 1, out)
 
     def decode(
         self, block: int, payloads: Sequence[Payload], batch: int, rope: Rope
@@ -83,7 +90,7 @@ class Signs(DenseAttention):
         parts = []
         for payload in payloads:
             shape = (payload.tokens, self.adapter.hidden_size)
-            rows = torch.frombuffer(payload.view, dtype=torch.uint8).view(batch, -1)
+            rows = as_tensor(payload.view).view(batch, -1)
             signs = [ak.unpack(r, 1, shape[0] * shape[1]).view(shape) for r in rows]
             parts.append(torch.stack(signs)[:, : payload.num_received])
         estimate = (2.0 * torch.cat(parts, 1) - 1) * self.magnitudes[block]

@@ -320,8 +320,16 @@ with connect(timeout=20) as mesh:
 dist.init_process_group("gloo")
 with connect(backend="gloo", insecure=True) as mesh:
     work(mesh)
-with DistributedMesh(dist.group.WORLD, batched=True) as mesh:  # as NCCL needs it
+with DistributedMesh(dist.group.WORLD, batched=True, on_device=True) as mesh:  # as over NCCL
     work(mesh)
+    frame, others = mesh.device_buffer(100), peers_of(mesh)
+    for block in range(4):
+        frame.payload.fill_(10 * mesh.rank + block)
+        mesh.send(frame, block=block, plan=1, to=others)
+        sizes = dict.fromkeys(others, 100)
+        payloads = mesh.receive_on_device(sizes, block=block, plan=1)
+        assert all((payloads[rank] == 10 * rank + block).all() for rank in others)
+    mesh.check_received()
 dist.destroy_process_group()
 with open(f"{__file__}.{mesh.rank}", "w") as done:
     done.write(f"rank {mesh.rank} of {mesh.world_size}")
