@@ -14,7 +14,8 @@ status is 0 if no stage failed.
 
 The tree may be a copy without its history: --commit says then what it is of. Needs torch with CUDA,
 Triton, pytest; cmake, ninja and pybind11 where astra_kernels._C is not built. No network: what
---prepare made (build/gpu-wheels, astra_kernels/_C.*.so) is brought along with the tree.
+--prepare made (build/gpu-wheels, build/gpu-ptxas, astra_kernels/_C.*.so) is brought along with the
+tree.
 """
 
 from __future__ import annotations
@@ -167,7 +168,7 @@ def arguments(given: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--prepare",
         action="store_true",
-        help="build the extension for another Python and download the wheels, and stop",
+        help="build the extension for another Python, download wheels and a ptxas, and stop",
     )
     parser.add_argument("--python", default="3.12", help="the version that --prepare is for")
     args = parser.parse_args(given)

@@ -14,6 +14,9 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from bench.tree import ROOT
+
+PTXAS = ROOT / "build" / "gpu-ptxas" / "ptxas"  # where `bench.gpu --prepare` puts one
 CUDA_FOLDERS = (os.environ.get("CUDA_HOME", ""), "/usr/local/cuda", "/usr/local/nvidia")
 PACKAGES = (
     *("torch", "triton", "numpy", "transformers", "pytest", "pytest-xdist", "pytest-timeout"),
@@ -41,7 +44,9 @@ def find_tool(name: str) -> str | None:
 
 
 def cuda_ptxas() -> str | None:
-    """CUDA's own assembler, which is not the one that Triton brings."""
+    """An assembler that is not the one that Triton brings: brought along, else CUDA's own."""
+    if os.access(PTXAS, os.X_OK):
+        return str(PTXAS)
     for folder in CUDA_FOLDERS:
         path = Path(folder) / "bin" / "ptxas"
         if folder and path.is_file():

@@ -112,7 +112,7 @@ def part_a(setup: Setup) -> list[Group]:
             Stage(
                 *("smoke_cuda_ptxas", setup.smoke(setup.workers), 50, 12),
                 env=other if ptxas else (),
-                missing=None if ptxas or setup.rehearse else "CUDA's ptxas is not here",
+                missing=None if ptxas or setup.rehearse else "no ptxas but Triton's is here",
                 note="a call that is wrong here alone, or in `smoke` alone, is the assembler's",
             ),
         ),

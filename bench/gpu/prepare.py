@@ -1,4 +1,4 @@
-"""What a machine without a network needs brought along: the extension built, and wheels."""
+"""What a machine without a network needs brought along: the extension built, wheels, a ptxas."""
 
 from __future__ import annotations
 
@@ -7,8 +7,12 @@ import os
 import shutil
 import subprocess
 import sys
+import tempfile
+import zipfile
+from collections.abc import Sequence
 from pathlib import Path
 
+from bench.gpu.environment import PTXAS, first_line
 from bench.gpu.plan import WHEELS
 from bench.tree import ROOT
 
@@ -18,29 +22,56 @@ PACKAGES = (
     *("vector-quantize-pytorch==1.32.0", "einx", "einops", "frozendict", "loguru"),
     "torch-einops-utils",
 )
+# The assembler of CUDA 13.1: those of 12.8, which Triton 3.6 brings, and of 13.0 are known to have
+# made wrong code for Hopper (fla-org/flash-linear-attention#1262). Drivers of CUDA 13 run its code.
+COMPILER = "nvidia-cuda-nvcc==13.1.115"
+PTXAS_IN_WHEEL = "nvidia/cu13/bin/ptxas"
 
 
 def prepare(version: str) -> int:
-    """Builds astra_kernels._C for a Python of that version and downloads the wheels for it.
+    """Builds astra_kernels._C for a Python of that version and downloads what it needs.
 
     The extension takes this machine's C++ library: the other machine's must be as new.
     """
-    wheels = download(version)
+    there = download(PACKAGES, version, WHEELS)
+    print(f"{len(list(WHEELS.glob('*.whl')))} wheels in {WHEELS.relative_to(ROOT)}")
+    there = bring_ptxas(version) and there
     python = interpreter(version)
     if python is None:
         print(f"python{version} and its headers are not here: the extension is built over there")
-        return int(not wheels)
+        return int(not there)
     print(f"built {build(python)}")
-    return int(not wheels)
+    return int(not there)
 
 
-def download(version: str) -> bool:
-    WHEELS.mkdir(parents=True, exist_ok=True)
-    words = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--dest", str(WHEELS)]
-    words += ("--only-binary=:all:", "--python-version", version, *PACKAGES)
-    status = subprocess.run(words).returncode
-    print(f"{len(list(WHEELS.glob('*.whl')))} wheels in {WHEELS.relative_to(ROOT)}")
-    return status == 0
+def download(packages: Sequence[str], version: str, folder: Path) -> bool:
+    """Wheels of packages, without what they need, into a folder; False: not all of them."""
+    folder.mkdir(parents=True, exist_ok=True)
+    words = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--dest", str(folder)]
+    words += ("--only-binary=:all:", "--python-version", version, *packages)
+    return subprocess.run(words).returncode == 0
+
+
+def bring_ptxas(version: str) -> bool:
+    """Takes `PTXAS` out of its package."""
+    with tempfile.TemporaryDirectory() as folder:
+        if not download([COMPILER], version, Path(folder)):
+            print(f"no ptxas: {COMPILER} could not be downloaded; CUDA's own is used over there")
+            return False
+        (wheel,) = Path(folder).glob("*.whl")
+        unpack(wheel, PTXAS_IN_WHEEL, PTXAS)
+    print(f"{PTXAS.relative_to(ROOT)}: {first_line([str(PTXAS), '--version'], 'release')}")
+    return True
+
+
+def unpack(wheel: Path, member: str, out: Path) -> None:
+    """One program of a wheel, whole or not at all."""
+    out.parent.mkdir(parents=True, exist_ok=True)
+    part = out.with_name(f".{out.name}.part")
+    with zipfile.ZipFile(wheel) as archive, archive.open(member) as source, part.open("wb") as copy:
+        shutil.copyfileobj(source, copy)
+    part.chmod(0o755)
+    os.replace(part, out)
 
 
 def interpreter(version: str) -> str | None:

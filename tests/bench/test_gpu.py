@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 import time
+import zipfile
 
 import pytest
 
@@ -213,9 +214,20 @@ def test_tools_outside_of_path_are_found(monkeypatch, tmp_path):
     program.chmod(0o755)
     monkeypatch.setenv("PATH", "")
     monkeypatch.setattr(environment, "CUDA_FOLDERS", ("", str(tmp_path)))
+    brought = tmp_path / "brought" / "ptxas"
+    monkeypatch.setattr(environment, "PTXAS", brought)
     assert environment.find_tool("compute-sanitizer") == str(program)
     assert environment.cuda_ptxas() is None
     assert environment.find_tool("no-such-tool") is None
+    own = tmp_path / "bin" / "ptxas"
+    own.touch(mode=0o755)
+    assert environment.cuda_ptxas() == str(own)
+    wheel = tmp_path / "compiler.whl"
+    with zipfile.ZipFile(wheel, "w") as archive:
+        archive.writestr("some/bin/ptxas", "#!/bin/sh\necho release 13.1\n")
+    prepare.unpack(wheel, "some/bin/ptxas", brought)
+    assert environment.cuda_ptxas() == str(brought)
+    assert environment.first_line([str(brought)], "release") == "release 13.1"
 
 
 def test_the_extension_is_built_for_a_python_with_headers():
