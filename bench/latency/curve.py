@@ -40,10 +40,13 @@ import torch
 from astra_runtime import Codebook
 from astra_runtime.console import say
 from astra_runtime.cores import peak_bytes
-from astra_runtime.costs import flops_over_ideal
+from astra_runtime.costs import engine_plan, flops_over_ideal
+from astra_runtime.deploy import predict
 from astra_runtime.models import Adapter, adapt
 from astra_runtime.models.quantized import weight_bytes
+from astra_runtime.plan import Plan
 from astra_runtime.steady import keep_memory
+from astra_runtime.transport import Link as PacedLink
 from astra_runtime.wire import HEADER_SIZE
 from bench.baselines import methods
 from bench.latency.processes import RankSettings, outputs, rank_of
@@ -70,6 +73,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--model", choices=list(MODELS), default="smollm2")
     parser.add_argument("--codes", nargs="+", help="as bench.latency's settings; memory: the first")
     parser.add_argument("--pack-weights", action="store_true", help="on one device and on all")
+    parser.add_argument(
+        "--shares",
+        choices=("planned", "engine"),
+        default="planned",
+        help="as `astra plan` recommends them for the link and this machine, or the engine's own "
+        "(--lengths: these)",
+    )
     parser.add_argument("--lengths", action="store_true", help="several lengths, on few ranks")
     parser.add_argument("--ranks", nargs="+", type=int)
     parser.add_argument("--tokens", nargs="+", type=int)
@@ -163,7 +173,8 @@ def cases_of(
         adapter.hooks.pack()  # once for all passes of this model
     books = {codes: subject.codebook(codes) for codes in options.codes}
     pace = Pace(partial(on_one_core, partial(products, adapter, PACE_ROWS)))
-    timed, usual = measured(subject, books, adapter, pace, options)
+    plans = planned(subject, books, adapter, options)
+    timed, usual = measured(subject, books, adapter, pace, options, plans)
     paces += pace.seconds
     single = usual.single()
     whole = statistics.median(usual.alone["products 1"])
@@ -201,7 +212,9 @@ def cases_of(
                 "bound_ms": 1e3 * bound,
                 "bound_speedup": single / bound,
                 "products_speedup": whole / of_rows,
-                "flop_bound": ranks / flops_over_ideal(adapter, book, tokens, ranks),
+                "shards": [plans[codes, ranks].size(n) for n in range(ranks)],
+                "flop_bound": ranks
+                / flops_over_ideal(adapter, book, subject.tokens, ranks, plans[codes, ranks]),
                 **middle.figures(link),
             },
         )
@@ -210,12 +223,32 @@ def cases_of(
     return cases
 
 
+def planned(
+    subject: Subject, books: Mapping[str, Codebook], adapter: Adapter, options: argparse.Namespace
+) -> dict[Setting, Plan]:
+    """How the tokens are cut. Measures this machine where that depends on it."""
+    link = PacedLink(options.mbit, options.rtt_ms / 2)
+    plans = {}
+    for codes, book in books.items():
+        by_link = options.shares == "planned" and adapter.causal and not options.lengths
+        rates = predict.measured(subject.model, book, subject.tokens) if by_link else None
+        for ranks in options.ranks:
+            if rates is None:
+                plan = engine_plan(adapter, book, subject.tokens, ranks)
+            else:
+                every = [rates] * ranks
+                plan, _ = predict.quickest_plan(adapter, book, every, link, subject.tokens)
+            plans[codes, ranks] = plan
+    return plans
+
+
 def measured(
     subject: Subject,
     books: Mapping[str, Codebook],
     adapter: Adapter,
     pace: Pace,
     options: argparse.Namespace,
+    plans: Mapping[Setting, Plan],
 ) -> tuple[Times, Times]:
     """As timed, and at the usual pace: single devices, the products alone, and all ranks' passes.
 
@@ -232,7 +265,13 @@ def measured(
         rows = adapter.class_tokens + math.ceil(subject.tokens / ranks)
         alone[f"products {ranks}"] = partial(on_one_core, partial(products, adapter, rows))
     passes: dict[Setting, Callable[[int], list[Recording]]] = {
-        (codes, ranks): partial(astra, subject, book, ranks)
+        (codes, ranks): partial(
+            astra,
+            subject,
+            book,
+            ranks,
+            shard_weights=[plans[codes, ranks].size(n) for n in range(ranks)],
+        )
         for codes, book in books.items()
         for ranks in options.ranks
     }

@@ -170,12 +170,17 @@ def _execute(
 
 
 def astra(
-    subject: Subject, codebook: Codebook, world_size: int, repeats: int, clock: Any = "cpu"
+    subject: Subject,
+    codebook: Codebook,
+    world_size: int,
+    repeats: int,
+    clock: Any = "cpu",
+    shard_weights: Sequence[float] | None = None,
 ) -> list[Recording]:
-    """The engine with its own shards."""
+    """The engine, with its own shards where no others are given."""
 
     def prepare(mesh: VirtualMesh) -> tuple[Engine, Pass, Callable[[], int]]:
-        engine = Engine(subject.model, codebook, mesh)
+        engine = Engine(subject.model, codebook, mesh, weights=shard_weights)
 
         def once(warm_up: bool) -> bool:
             inputs = subject.warm_up if warm_up else subject.inputs

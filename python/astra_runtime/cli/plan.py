@@ -331,17 +331,14 @@ def row(
 ) -> dict[str, Any]:
     """What to expect of a codebook on devices of these rates."""
     from ..costs import engine_plan
-    from ..deploy.predict import first_token, single
+    from ..deploy.predict import quickest_plan
     from ..transport import Link
 
     mbit, rtt_ms = rate_and_trip
     world = len(rates)
-    plan = engine_plan(adapter, book, tokens, world)
-    seconds = [single(adapter, of_rank, tokens) for of_rank in rates]
-    if max(seconds) > min(seconds):  # shares by pace, on top of the balance of equal ones
-        sizes = [plan.size(n) / seconds[n] for n in range(world)]
-        plan = engine_plan(adapter, book, tokens, world, shard_weights=sizes)
-    prediction = first_token(adapter, book, plan, rates, Link(mbit or None, rtt_ms / 2))
+    plan, prediction = quickest_plan(adapter, book, rates, Link(mbit or None, rtt_ms / 2), tokens)
+    shards = [plan.size(n) for n in range(world)]
+    usual = plan == engine_plan(adapter, book, tokens, world)
     held_back = book.notes.get("held_back") or {}
     return {
         "world_size": world,
@@ -350,7 +347,8 @@ def row(
             waiting / (waiting + busy) if waiting else 0.0
             for waiting, busy in zip(prediction.waiting, prediction.busy, strict=True)
         ),
-        "shards": [plan.size(n) for n in range(world)],
+        "shards": shards,
+        "weights": None if usual else shards,
         "halo": plan.halo,
         "bits_per_token_block": book.token_bits(adapter),
         "gap_recovered": held_back.get("gap_recovered"),
@@ -402,3 +400,5 @@ def show(result: dict[str, Any]) -> None:
             f"\nrecommended: {best['codes']} on {best['world_size']} devices, shards {shards}: "
             f"{best['speedup']:.2f}× ({best['seconds']:.3f} s)"
         )
+        if best["weights"]:
+            print(f"with --weights {','.join(map(str, best['weights']))} on every device")

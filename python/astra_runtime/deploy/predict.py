@@ -22,13 +22,14 @@ import astra_kernels as ak
 
 from ..codes.base import Payload
 from ..codes.codebook import Codebook
-from ..costs import attention_pairs, costs_of
+from ..costs import attention_pairs, costs_of, engine_plan
 from ..exchange import go_by_tree
 from ..models import Adapter, adapt
 from ..models.families import ViT, pair
 from ..plan import Plan
 from ..transport import Link
 
+TRIED = (0.0, 0.25, 0.5, 0.75, 1.0)  # of shares: 0 is the engine's own, 1 is equal ones
 LEAST_CALLS, LEAST_SECONDS = 2, 0.02  # of a stage that is timed: a tiny one is timed often
 
 
@@ -239,6 +240,34 @@ def first_token(
     answer = ready[plan.owner] if plan.causal else _class_tokens(adapter, ready, link)
     owner = rates[plan.owner]
     return Prediction(answer + owner.once, tuple(ranks.busy), tuple(ranks.waiting))
+
+
+def quickest_plan(
+    adapter: Adapter, codebook: Codebook, rates: Sequence[Rates], link: Link, tokens: int
+) -> tuple[Plan, Prediction]:
+    """The cut of `tokens` tokens with the soonest answer, and its prediction.
+
+    The engine's own shares are such that ranks of one pace finish together. On a slow link that is
+    not the quickest: a decoder's first rank sends to all others, so of many ranks it is the one
+    whose uplink binds, and a smaller share for it is worth longer computing elsewhere. Tried are
+    the engine's shares, equal ones and three in between, all by each device's pace.
+
+    Args:
+        rates: of every rank, `single` of the same model.
+        tokens: beside the class token.
+    """
+    world = len(rates)
+    balanced = engine_plan(adapter, codebook, tokens, world)
+    seconds = [single(adapter, of_rank, tokens) for of_rank in rates]
+    alike = max(seconds) == min(seconds)
+    tried: list[tuple[Plan, Prediction]] = []
+    for even in TRIED if adapter.causal and codebook.codec.sends else TRIED[:1]:
+        plan = balanced
+        if even or not alike:
+            shares = [balanced.size(n) ** (1 - even) / seconds[n] for n in range(world)]
+            plan = engine_plan(adapter, codebook, tokens, world, shard_weights=shares)
+        tried.append((plan, first_token(adapter, codebook, plan, rates, link)))
+    return min(tried, key=lambda each: each[1].seconds)
 
 
 class _Ranks:

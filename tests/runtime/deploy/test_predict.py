@@ -20,6 +20,7 @@ from astra_runtime.deploy.predict import (
     measured,
     of_flops,
     on_paper,
+    quickest_plan,
     single,
 )
 from astra_runtime.models import adapt
@@ -159,6 +160,20 @@ def test_a_slow_rank_is_waited_for() -> None:
     assert uneven.waiting[0] > 0.3 * uneven.seconds
     with pytest.raises(ValueError, match="rates: expected those of 3 ranks, got 2"):
         first_token(adapter, book, plan, [rates] * 2, FREE)
+
+
+@pytest.mark.parametrize("mbit", [None, 1.0])
+def test_a_slow_link_takes_tokens_from_the_rank_that_sends_to_all(mbit: float | None) -> None:
+    adapter = adapter_of(shaped("gpt2"))
+    book = kv(adapter, 12)
+    rates = [of_flops(adapter, book, 50e9)] * 16
+    usual = engine_plan(adapter, book, 512, 16)
+    plan, found = quickest_plan(adapter, book, rates, Link(mbit, 1.0), 512)
+    assert (plan == usual) == (mbit is None)
+    assert plan.size(0) <= usual.size(0)
+    assert found == first_token(adapter, book, plan, rates, Link(mbit, 1.0))
+    if mbit:
+        assert found.seconds < first_token(adapter, book, usual, rates, Link(mbit, 1.0)).seconds
 
 
 @pytest.mark.parametrize(
