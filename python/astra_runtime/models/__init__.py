@@ -1,7 +1,15 @@
 """What ASTRA must know of each model family, and the hooks into unmodified Hugging Face models."""
 
 from .apart import Apart
-from .base import Adapter, Inputs, check_runnable, is_language_model, vocabulary_of, with_cache
+from .base import (
+    Adapter,
+    Inputs,
+    check_runnable,
+    is_language_model,
+    num_logits_of,
+    vocabulary_of,
+    with_cache,
+)
 from .dtypes import check_dtypes
 from .families import adapt, pair
 from .heads import EVERY, ROW, check_head_module
@@ -22,6 +30,7 @@ __all__ = [
     "check_head_module",
     "check_runnable",
     "is_language_model",
+    "num_logits_of",
     "pair",
     "unheard",
     "vocabulary_of",

@@ -307,6 +307,11 @@ def vocabulary_of(model: Any) -> int:
     return int(getattr(embeddings, "num_embeddings", model.config.vocab_size))
 
 
+def num_logits_of(model: Any) -> int:
+    """How many tokens the head gives logits of, which may be others than have embeddings."""
+    return int(getattr(model.get_output_embeddings(), "out_features", vocabulary_of(model)))
+
+
 def check_runnable(model: nn.Module) -> None:
     """Refuses a model that cannot be run by engines, by name.
 

@@ -15,6 +15,7 @@ from .service import Sampling
 
 SMALL = 1e-5  # temperatures below are as good as 0, but for tokens that are as likely
 LEAST = 1e-30  # by which a difference of fp32 scores can be divided
+LARGEST = 1e30  # that is added to a score, which stays finite
 
 
 @dataclass(frozen=True)
@@ -50,11 +51,14 @@ class Sampler:
     def draw(self, logits: Tensor) -> Choice:
         """The next token after fp32 `logits` [V], which are left as they are.
 
-        Raises ValueError where they hold NaN: no token can be drawn.
+        Raises ValueError where they hold NaN, or where logit_bias is of a token that they lack or
+        leaves none: no token can be drawn.
         """
         if not bool(torch.isfinite(logits.max())):
             raise ValueError("the model's logits are not finite")
         scores = self._penalized(logits)
+        if not bool(torch.isfinite(scores.max())):
+            raise ValueError("logit_bias: expected one that leaves a token, got −inf for all")
         if self.sampling.temperature == 0:
             token = int(scores.argmax())
         else:
@@ -67,12 +71,12 @@ class Sampler:
         top = list(zip(ids.tolist(), values.tolist(), strict=True))
         return Choice(token, float(log_probabilities[token]), top)
 
-    def resume(self, tokens: Sequence[int], vocabulary: int) -> None:
-        """Goes on as if it had drawn `tokens`, each of `vocabulary`, which another rank has."""
+    def resume(self, tokens: Sequence[int], num_logits: int) -> None:
+        """Goes on as if it had drawn `tokens`, each of so many, which another rank has."""
         for token in tokens:
             if self.sampling.temperature:
                 # how far the generator goes depends on the number of scores alone
-                self._sampled(torch.zeros(vocabulary, dtype=torch.float32))
+                self._sampled(torch.zeros(num_logits, dtype=torch.float32))
             self._counts[token] += 1
 
     def _penalized(self, logits: Tensor) -> Tensor:
@@ -84,8 +88,14 @@ class Sampler:
                 changes[token] = changes.get(token, 0.0) - penalty
         if not changes:
             return logits
+        if max(changes) >= len(logits):
+            raise ValueError(
+                f"logit_bias: expected tokens that the model's head knows, 0 to {len(logits) - 1}, "
+                f"got {max(changes)}"
+            )
         index = torch.tensor(list(changes), device=logits.device)
-        values = torch.tensor(list(changes.values()), dtype=logits.dtype, device=logits.device)
+        bounded = [min(change, LARGEST) for change in changes.values()]
+        values = torch.tensor(bounded, dtype=logits.dtype, device=logits.device)
         return logits.index_add(0, index, values)
 
     def _tempered(self, scores: Tensor) -> Tensor:

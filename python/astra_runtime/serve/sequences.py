@@ -17,7 +17,7 @@ from typing import Any
 import torch
 
 from ..engine import Engine
-from ..models import vocabulary_of
+from ..models import num_logits_of, vocabulary_of
 from ..sessions.cache import KeyValues
 from ..trace import trace_of, tracing
 from .batch import Cache, read
@@ -150,12 +150,12 @@ class Sequences:
         prompt, rank = move.prompt, self.engine.rank
         with self._traced():
             self.kept.share(prompt.number, move.ranks)
-        vocabulary = vocabulary_of(self.adapter.model)
+        num_logits = num_logits_of(self.adapter.model)
         for index, token in move.drawn:
             self._answers.pop(prompt.number + index, None)
             if prompt.places[index] == rank:
                 answer = self._begin(prompt, index, self.kept.shared(prompt.number))
-                answer.sampler.resume([token], vocabulary)
+                answer.sampler.resume([token], num_logits)
                 answer.token, answer.drawn = token, 1
 
     def drop(self, numbers: Sequence[int]) -> None:
@@ -231,6 +231,7 @@ class Sequences:
         assert logits is not None, "an answer's prompt was read"
         try:
             choice = answer.sampler.draw(logits)
+            self._check_embedded(choice.token)
         except (ValueError, RuntimeError) as error:
             self._failed.append([answer.number, str(error)])
             del self._answers[answer.number]
@@ -248,6 +249,13 @@ class Sequences:
         self._unreported.append(
             [answer.number, position, choice.token, choice.logprob, choice.top, reason]
         )
+
+    def _check_embedded(self, token: int) -> None:
+        known = vocabulary_of(self.adapter.model)
+        if token >= known:
+            raise ValueError(
+                f"token {token} was drawn, and the model has embeddings of 0 to {known - 1}"
+            )
 
     def report(self) -> dict[str, Any]:
         """What the leader has not confirmed to have heard: tokens, failures, prompts read."""

@@ -354,6 +354,29 @@ def test_logits_that_are_not_finite_end_one_answer() -> None:
         assert len(sound.wait().ids()) == 5
 
 
+def test_tokens_that_the_model_cannot_read_end_one_answer() -> None:
+    """Of a head that knows more tokens than there are embeddings; and one that knows fewer."""
+    model = tiny("llama", seed=5)
+    model.lm_head = torch.nn.Linear(48, 120)
+    with torch.no_grad():
+        model.lm_head.bias[110] += 1e3
+    with led(model, 1) as leader:
+        five = Sampling(temperature=0, logit_bias={5: 1e5})
+        broken, sound = ask(leader, [1, 9], 5), ask(leader, [1, 2], 5, sampling=five)
+        assert "token 110 was drawn, and the model has embeddings of 0 to 96" in str(
+            broken.wait().error()
+        )
+        assert sound.wait().ids() == [5] * 5
+    model.lm_head = torch.nn.Linear(48, 60)
+    with led(model, 1) as leader:
+        asked = Sampling(temperature=0, logit_bias={80: 1.0})
+        broken, sound = ask(leader, [1, 9], 5, sampling=asked), ask(leader, [1, 2], 5)
+        assert "logit_bias: expected tokens that the model's head knows" in str(
+            broken.wait().error()
+        )
+        assert len(sound.wait().ids()) == 5
+
+
 def test_a_second_question_costs_its_own_tokens_alone(llama: Any) -> None:
     document = prompt(150)
     with led(llama, 2) as leader:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import pytest
@@ -34,6 +35,22 @@ def test_equally_likely_tokens_are_all_drawn_at_any_temperature() -> None:
     sampler = Sampler(Sampling(seed=1, temperature=1e-30))
     drawn = {sampler.draw(torch.tensor([5.0, 7.0, 7.0])).token for _ in range(50)}
     assert drawn == {1, 2}
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_a_bias_of_any_size_is_a_bias(temperature: float) -> None:
+    def drawn(**bias: float) -> set[int]:
+        named = {int(name[1:]): value for name, value in bias.items()}
+        sampler = Sampler(Sampling(seed=1, temperature=temperature, logit_bias=named))
+        return {sampler.draw(torch.tensor([5.0, 7.0, 6.0])).token for _ in range(20)}
+
+    assert drawn(_0=1e308) == {0}
+    assert drawn(_0=-math.inf, _1=-math.inf) == {2}
+    assert 0 not in drawn(_0=-1e308)
+    with pytest.raises(ValueError, match="expected one that leaves a token"):
+        drawn(_0=-math.inf, _1=-math.inf, _2=-math.inf)
+    with pytest.raises(ValueError, match=r"the model's head knows, 0 to 2, got 3"):
+        drawn(_3=1.0)
 
 
 @pytest.mark.parametrize(
