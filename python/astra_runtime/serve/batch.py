@@ -18,7 +18,7 @@ import astra_kernels as ak
 from ..prefill import Prefix
 from ..sessions.base import EngineParts
 from ..sessions.cache import KeyValues
-from ..sessions.passes import read_tokens
+from ..sessions.passes import Between, read_tokens
 from ..trace import stage
 
 
@@ -82,11 +82,18 @@ class Cache:
         return ak.merge_state(*state, *far)
 
 
-def read(engine: EngineParts, caches: Sequence[Cache], new: Sequence[Tensor]) -> None:
+def read(
+    engine: EngineParts,
+    caches: Sequence[Cache],
+    new: Sequence[Tensor],
+    between: Between | None = None,
+) -> None:
     """Reads the next tokens of each sequence, int64 [1, M] of any M, in one pass of the model.
 
     Each sequence then has the logits after its last token, and is M tokens longer.
+
+    between: called before each block, with its number; other sequences may be read in it.
     """
-    rows = read_tokens(engine, caches, new)
+    rows = read_tokens(engine, caches, new, between)
     for cache, ids, logits in zip(caches, new, rows, strict=True):
         cache.advance(ids.shape[1], logits)

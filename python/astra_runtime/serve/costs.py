@@ -6,25 +6,27 @@ from ..costs import EXACT_TOKENS
 from ..engine import Engine
 
 NEWEST = 0.3  # the weight of the newest figure
-FORGOTTEN = 0.03  # of what reading in pieces was seen to cost, whenever something else is seen
+FORGOTTEN = 0.03  # of what reading by one rank was seen to cost, whenever something else is seen
 UNKNOWN_CHECKS = 3  # segments of a prompt of unknown cost that nobody else waits for
-SEGMENT_SECONDS = 0.35  # that a prompt may be read before the others get a token
+# From a token of an answer to its next one, while a prompt is read: half a second at most with what
+# it takes to report and to hand them out.
+ROUND_SECONDS = 0.44
+LEAST_SEGMENT = 0.1  # seconds of a prompt between two tokens of the others, however long these take
 
 
 class PromptCosts:
     """Learns seconds a token of a rank by itself, and what reading together adds to that.
 
     Reading together takes as long as the largest shard would by itself, and an exchange whose
-    length hardly depends on the prompt. While others wait for tokens, all ranks pause for these; a
-    rank that reads by itself reads pieces, whose products of few rows are slower a row, and takes
-    the others' tokens along.
+    length hardly depends on the prompt. While others wait for tokens, whoever reads pauses for
+    these every `ROUND_SECONDS`.
     """
 
     def __init__(self, engine: Engine) -> None:
         self._engine = engine
         self._blocks = len(engine.adapter.blocks)
         self.token: float | None = None  # seconds of one token, on a rank by itself
-        self.in_pieces: float | None = None  # the same, where it reads a piece at a time
+        self.by_one: float | None = None  # the same, as prompts were read by one of several ranks
         self.exchange: float | None = None  # seconds that reading together adds
         self.pause: float | None = None  # seconds of a pause
 
@@ -38,12 +40,12 @@ class PromptCosts:
         if self.token is None or tokens > EXACT_TOKENS:  # of a few tokens each costs more
             self.token = _mixed(self.token, seconds / tokens)
 
-    def heard_in_pieces(self, tokens: int, seconds: float) -> None:
-        """A rank has read a prompt by itself, a piece at a time."""
+    def heard_by_one(self, tokens: int, seconds: float) -> None:
+        """A rank has read a prompt by itself while others did something else."""
         if self.token is None:
             self.token = seconds / tokens
         if tokens > EXACT_TOKENS:
-            self.in_pieces = _mixed(self.in_pieces, seconds / tokens)
+            self.by_one = _mixed(self.by_one, seconds / tokens)
 
     def heard_together(self, tokens: int, seconds: float, busy: float | None = None) -> None:
         """All ranks have read a prompt, pauses not counted.
@@ -56,8 +58,8 @@ class PromptCosts:
             self.token = seconds / self._shard(tokens)
         rest = max(0.0, seconds - self.token * self._shard(tokens))
         self.exchange = _mixed(self.exchange, rest)
-        if self.in_pieces is not None:  # what once seemed slow is tried again some day
-            self.in_pieces += FORGOTTEN * (self.token - self.in_pieces)
+        if self.by_one is not None:  # what once seemed slow is tried again some day
+            self.by_one += FORGOTTEN * (self.token - self.by_one)
 
     def heard_pause(self, seconds: float) -> None:
         """All ranks have paused while they read a prompt, and decoded a token of all else."""
@@ -78,6 +80,7 @@ class PromptCosts:
 
         Where there are more of them than ranks, what counts is how many are read in a second; else
         how soon their first tokens come on average, or that of a further one where ranks read some.
+        To read one together, ranks that are free would wait for the others.
 
         Args:
             others: whether answers wait for tokens meanwhile.
@@ -86,17 +89,21 @@ class PromptCosts:
         ranks = self._engine.mesh.world_size
         if ranks == 1 or waiting < 2 or self.token is None:
             return False
-        alone, together = self.alone(tokens), self.together(tokens, others)
+        alone, together = self.alone(tokens, others), self.together(tokens, others)
         if waiting > ranks:
-            return alone < ranks * together
+            return alone < ranks * together + (rest or 0.0)
         if rest is not None:
             return alone < rest + together
         return alone < together * (waiting + 1) / 2
 
-    def alone(self, tokens: int) -> float:
-        """Seconds that one rank needs for a prompt, beside what else it does; 0 where nothing is
-        known."""
-        return (self.in_pieces or self.token or 0.0) * tokens
+    def alone(self, tokens: int, others: bool = False) -> float:
+        """Seconds that one rank needs for a prompt; 0 where nothing is known.
+
+        others: whether it pauses for answers that wait for tokens.
+        """
+        seconds = (self.by_one or self.token or 0.0) * tokens
+        pause = (self.pause or 0.0) if others else 0.0
+        return seconds + int(seconds / segment_seconds(pause)) * pause
 
     def together(self, tokens: int, others: bool = False) -> float:
         """Seconds that all ranks need for a prompt; 0 where nothing is known.
@@ -106,9 +113,13 @@ class PromptCosts:
         seconds = (self.token or 0.0) * self._shard(tokens) + (self.exchange or 0.0)
         return seconds + len(self.pauses(tokens)) * (self.pause or 0.0) if others else seconds
 
-    def pauses(self, tokens: int) -> list[int]:
-        """The blocks before which all ranks pause, so that others do not wait for their tokens."""
-        return self._cuts(tokens, SEGMENT_SECONDS, self._blocks)
+    def pauses(self, tokens: int, pause: float | None = None) -> list[int]:
+        """The blocks before which all ranks pause, so that others do not wait for their tokens.
+
+        pause: seconds that a pause takes; None: as long as those so far.
+        """
+        pause = (self.pause or 0.0) if pause is None else pause
+        return self._cuts(tokens, segment_seconds(pause), self._blocks)
 
     def checks(self, tokens: int, seconds: float) -> list[int]:
         """The same where nobody waits for tokens: in so many seconds each rank has shown that it
@@ -159,6 +170,13 @@ class AnswerCosts:
         """An answer has so many tokens."""
         self._tokens = _mixed(self._tokens, tokens)
 
+    def step(self, answers: int) -> float | None:
+        """Seconds that a step of so many answers takes; None: nothing is known."""
+        if not self._steps or not answers:
+            return None
+        known = min(self._steps, key=lambda count: abs(count - answers))
+        return max(0.0, self._steps[known] + (answers - known) * (self.added() or 0.0))
+
     def added(self) -> float | None:
         """Seconds that one more answer adds to a step; None: nothing is known.
 
@@ -188,6 +206,11 @@ class AnswerCosts:
             return False
         added = self.added()
         return added is None or fewer * added * (tokens - 1) > seconds
+
+
+def segment_seconds(pause: float) -> float:
+    """Of a prompt, between two pauses of so many seconds for the others' tokens."""
+    return max(LEAST_SEGMENT, ROUND_SECONDS - pause)
 
 
 def _mixed(old: float | None, new: float) -> float:

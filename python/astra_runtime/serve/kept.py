@@ -55,7 +55,8 @@ class Kept:
 
         known: on the owner, its keys and values where the prompt that is held lacks some.
         """
-        session = self._engine.session()
+        # in the middle of a pass, perhaps: `Engine.session` would wait for its end
+        session = Session(self._engine, self._engine._new_state())
         self._sessions[number] = session
         held = self._held.pop(number, None)
         if held is None or held.length < len(ids):

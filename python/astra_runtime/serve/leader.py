@@ -33,7 +33,7 @@ from .rank import reporting
 from .requests import Requests
 from .rounds import IDLE_SECONDS, LEAST_PATIENCE, Rounds
 from .sequences import Sequences, busy_seconds
-from .service import Event, GenerationRequest, Span, Status
+from .service import CLOSING, Event, GenerationRequest, NotReady, Span, Status
 from .work import Deliver, Limits, Work
 
 MEMORY_SHARE = 0.5  # of the free memory, for keys and values
@@ -101,6 +101,8 @@ class Leader(Rounds):
         self._moving: tuple[Work, Move] | None = None  # with the next step
         self._progress: float | None = None
         self._just_read = False
+        self._is_long = False  # the round: a rank reads a prompt by itself
+        self._problem: str | None = None  # of the round
         self._overdue = False  # answers wait since the last pause of a prompt that all have read
         self._spans: dict[int, list[Any]] = {}  # of the round before, by rank
         self._thread.start()
@@ -220,27 +222,48 @@ class Leader(Rounds):
         said = self._requests.news()
         self._sequences.follow(said)
         nothing: dict[str, Any] = {"prompt": None, "pauses": [], "alone": [], "move": None}
-        self._send_job(**{"do": "round"} | nothing | said | job)
+        self._is_long = any(work.reading for work in self._admission.running)
+        self._send_job(**{"do": "round", "long": self._is_long} | nothing | said | job)
 
     def _step(self, alone: list[Work]) -> None:
-        """A round in which every rank decodes, and some begin to read prompts by themselves."""
-        prompts = [work.prompt(self._ends) for work in alone]
+        """A round in which every rank decodes, and some begin to read prompts by themselves, or go
+        on to; several rounds where this rank does."""
         moving, self._moving = self._moving, None
         if moving is not None and moving[0].state == "over":
             moving = None
-        move = None if moving is None else asdict(moving[1])
-        self._job(alone=[asdict(prompt) for prompt in prompts], move=move)
-        problem = None if moving is None else self._move(*moving)
+        prompts = self._begin_round(alone, None if moving is None else asdict(moving[1]))
+        self._problem = None if moving is None else self._move(*moving)
         with reporting(self.engine):
-            for prompt in prompts:
-                if 0 in prompt.places:
-                    self._sequences.read_alone(prompt)
-            self._sequences.step()
-            problem = self._collect() or problem
+            self._read_alone(prompts)
+            self._sequences.run_round(self._is_long, self._go_on)
+            self._end_round()
+        if moving is not None:
+            self._have_moved(*moving, self._problem)
+
+    def _begin_round(self, alone: list[Work], move: dict[str, Any] | None = None) -> list[Prompt]:
+        prompts = [work.prompt(self._ends) for work in alone]
+        self._job(alone=[asdict(prompt) for prompt in prompts], move=move)
+        return prompts
+
+    def _read_alone(self, prompts: list[Prompt]) -> None:
+        for prompt in prompts:
+            if 0 in prompt.places:
+                self._sequences.read_alone(prompt)
+
+    def _end_round(self) -> None:
+        self._problem = self._collect() or self._problem
         self._just_read = self._overdue = False
         self._beaten = time.monotonic()
-        if moving is not None:
-            self._have_moved(*moving, problem)
+
+    def _go_on(self) -> None:
+        """In the middle of a prompt that this rank reads: one round ends, the next begins."""
+        self._end_round()
+        self._requests.expire()
+        if self._ended:
+            self._requests.end_all(NotReady(CLOSING))
+        prompts = self._begin_round(self._alone())
+        self.engine.mesh.begin()
+        self._read_alone(prompts)
 
     def _move(self, work: Work, move: Move) -> str | None:
         """Other ranks take answers; why that has failed, or None."""
@@ -265,7 +288,7 @@ class Leader(Rounds):
         """A round in which all ranks read one prompt, with pauses for everybody else."""
         others = bool(self._requests.answers)
         if others:
-            pauses = self.costs.pauses(work.new_tokens)
+            pauses = self.costs.pauses(work.new_tokens, self._pause_seconds())
         else:
             seconds = LEAST_PATIENCE * self.engine.mesh.timeout
             pauses = self.costs.checks(work.new_tokens, seconds)
@@ -292,6 +315,11 @@ class Leader(Rounds):
             if others and pauses:
                 self.costs.heard_pause(paused / len(pauses))
             self._have_read(work, seconds)
+
+    def _pause_seconds(self) -> float | None:
+        """What the next pause takes, with as many answers as the ranks have; None: not known."""
+        ranks = Counter(answer.rank for answer in self._requests.answers.values())
+        return self.answer_costs.step(max(ranks.values()))
 
     def _have_read(self, work: Work, seconds: float) -> None:
         """All ranks have read a prompt, in so many seconds without the pauses."""

@@ -8,7 +8,7 @@ from typing import Literal
 
 from ..costs import EXACT_TOKENS
 from .admission import Admission
-from .costs import SEGMENT_SECONDS, AnswerCosts, PromptCosts
+from .costs import ROUND_SECONDS, AnswerCosts, PromptCosts
 from .prompt import Move
 from .work import Work
 
@@ -62,7 +62,7 @@ class Placement:
         rebuild what these stand for: in less than `patience` seconds."""
         seconds = self._answer_costs.sharing(work.prompt_tokens)
         others = len(self._admission.running) > 1
-        if seconds is None or seconds > (SEGMENT_SECONDS if others else patience):
+        if seconds is None or seconds > (ROUND_SECONDS if others else patience):
             return [work.owner] * work.request.n
         return self._spread(work, seconds)
 
@@ -121,7 +121,8 @@ class Placement:
     def _rest(self, work: Work) -> float:
         """Seconds until the ranks that read its prompt by themselves have done so."""
         taken = time.monotonic() - work.admitted
-        return max(0.0, self._costs.alone(work.prompt_tokens) - taken)
+        others = any(not one.reading for one in self._admission.running)
+        return max(0.0, self._costs.alone(work.prompt_tokens, others) - taken)
 
     def _of_one(self, work: Work, busy: set[int]) -> Place:
         if work.owner not in busy:

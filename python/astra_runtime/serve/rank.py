@@ -11,7 +11,7 @@ import logging
 import os
 import socket
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -44,34 +44,74 @@ def reporting(engine: Engine) -> Iterator[None]:
         yield
 
 
+class _Interrupted(Exception):
+    """A prompt that this rank reads is not wanted any more, and the next job is another round's."""
+
+
 class Worker:
     """A rank other than 0: does what the leader's jobs say.
 
     Args:
         engine: of the same model, codebook and mesh as the leader's.
+        idle: seconds to wait for a job.
     """
 
-    def __init__(self, engine: Engine) -> None:
-        self.engine, self.mesh = engine, engine.mesh
+    def __init__(self, engine: Engine, idle: float) -> None:
+        self.engine, self.mesh, self._idle = engine, engine.mesh, idle
         self.sequences = Sequences(engine)
+        self.jobs = 0  # that were done
+        self._next: dict[str, Any] | None = None  # heard in the middle of a prompt
+        self._problem: str | None = None  # not reported yet
+
+    def follow(self) -> None:
+        """Does jobs until one says stop."""
+        while (job := self._next or self._receive())["do"] != "stop":
+            self._next = None
+            if job["do"] == "hello":
+                send_json(self.mesh, about_this_process(), blocks=ABOUT, to=(0,))
+            elif job["do"] == "round":
+                self.run(job)
+            else:
+                raise WireError("job", "hello, round or stop", job["do"], 0)
+            self.jobs += 1
+
+    def _receive(self) -> dict[str, Any]:
+        options: dict[str, Any] = {"limit": MAX_JOB, "what": "job", "timeout": self._idle}
+        return dict(receive_json(self.mesh, 0, blocks=JOB, **options))
 
     def run(self, job: dict[str, Any]) -> None:
-        """One round. Raises what ends the mesh; what ends a prompt alone is reported."""
-        sequences = self.sequences
-        sequences.follow(job)
+        """A round, or several. Raises what ends the mesh; what ends a prompt alone is reported."""
+        self.sequences.follow(job)
         if "encode" in job:
             self._encode(job)
             return
-        problem = self._read_together(job) if job["prompt"] else self._move(job)
+        self._problem = self._read_together(job) if job["prompt"] else self._move(job)
         lacks = bool(job["prompt"]) and self.engine.degraded
-        with reporting(self.engine):
-            for prompt in job["alone"]:
-                if self.mesh.rank in prompt["places"]:
-                    sequences.read_alone(Prompt(**prompt))
+        with reporting(self.engine), suppress(_Interrupted):
+            self._begin(job)
             if not job["prompt"]:
-                sequences.step()
-            self._report(problem, lacks)
-            sequences.confirm()
+                self.sequences.run_round(job["long"], self._go_on)
+            self._report(lacks)
+            self.sequences.confirm()
+
+    def _begin(self, job: dict[str, Any]) -> None:
+        """What this rank reads by itself from this round on."""
+        for prompt in job["alone"]:
+            if self.mesh.rank in prompt["places"]:
+                self.sequences.read_alone(Prompt(**prompt))
+
+    def _go_on(self) -> None:
+        """In the middle of a prompt that this rank reads: one round ends, the next begins."""
+        self._report()
+        self.sequences.confirm()
+        job = self._receive()
+        if job["do"] != "round" or "encode" in job or job["prompt"] or job["move"]:
+            self._next = job
+            raise _Interrupted
+        self.jobs += 1
+        self.sequences.follow(job)
+        self.mesh.begin()
+        self._begin(job)
 
     def _encode(self, job: dict[str, Any]) -> None:
         report = Passes(self.engine, job["pooling"]).run(job["encode"])
@@ -108,13 +148,14 @@ class Worker:
         """In the middle of a prompt: a token of every answer, and all ranks go on together."""
         with stage("pause"):
             self.sequences.step()
-            self._report(None)
+            self._report()
             self.mesh.receive({0: 1}, block=Control.GO_ON, plan=0)
             self.sequences.confirm()
 
-    def _report(self, problem: str | None, lacks: bool = False) -> None:
+    def _report(self, lacks: bool = False) -> None:
         """`lacks`: of a prompt that all ranks have read, this one lacks tokens of a device."""
-        report = self.sequences.report() | {"problem": problem, "degraded": lacks}
+        report = self.sequences.report() | {"problem": self._problem, "degraded": lacks}
+        self._problem = None
         send_json(self.mesh, report, blocks=REPORT, to=(0,))
 
 
@@ -140,19 +181,9 @@ def follow(engine: Engine, idle: float = 86_400.0, *, rejoin_seconds: float | No
 
 
 def _follow_once(engine: Engine, idle: float) -> int:
-    mesh, jobs = engine.mesh, 0
-    worker = Worker(engine)
-    while True:
-        job = receive_json(mesh, 0, blocks=JOB, limit=MAX_JOB, what="job", timeout=idle)
-        if job["do"] == "stop":
-            return jobs
-        if job["do"] == "hello":
-            send_json(mesh, about_this_process(), blocks=ABOUT, to=(0,))
-        elif job["do"] == "round":
-            worker.run(job)
-        else:
-            raise WireError("job", "hello, round or stop", job["do"], 0)
-        jobs += 1
+    worker = Worker(engine, idle)
+    worker.follow()
+    return worker.jobs
 
 
 def about_this_process() -> dict[str, Any]:

@@ -147,7 +147,7 @@ class Requests:
         work.spans.append(Span(rank, "compute", work.admitted - work.arrived, now - work.arrived))
         if rank != work.owner:
             return
-        self.costs.heard_in_pieces(work.prompt_tokens, seconds)
+        self.costs.heard_by_one(work.prompt_tokens, seconds)
         if self._keeps and work.prompt_tokens > EXACT_TOKENS:
             self.prompts.add_alone(number, work.request.prompt_ids, work.owner)
         else:

@@ -1,13 +1,12 @@
-"""The sequences of one rank: prompts that it reads, answers that it decodes, all in one pass.
+"""The sequences of one rank: prompts that it reads, answers that it decodes.
 
-A prompt is read by all ranks together, or by this one alone, a piece in each step. A step takes one
+A prompt is read by all ranks together, or by this one alone, over some rounds. A step takes one
 token of every answer that this rank decodes; what it drew stays in the report until the leader has
 confirmed it.
 """
 
 from __future__ import annotations
 
-import math
 import time
 from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
@@ -16,21 +15,19 @@ from typing import Any
 
 import torch
 
+from ..costs import EXACT_TOKENS
 from ..engine import Engine
 from ..models import num_logits_of, vocabulary_of
 from ..sessions.cache import KeyValues
 from ..trace import trace_of, tracing
 from .batch import Cache, read
+from .costs import ROUND_SECONDS
 from .kept import Kept
 from .prompt import Move, Prompt
+from .reading import Dropped, Pace, Reading
 from .sampling import Sampler
 
-# Of a step with a piece of a prompt: answers wait for their next tokens, half a second at most with
-# what a round takes beside its step. The longer it is, the more rows the products of a piece have,
-# and the fewer steps read the weights anew.
-STEP_SECONDS = 0.43
 NOTABLE = 1_000_000  # ns, of a wait in a timeline
-FIRST_PIECE, LEAST_PIECE = 32, 8  # tokens
 
 
 @dataclass(eq=False)
@@ -52,16 +49,6 @@ class _Answer:
     drawn: int = 0
 
 
-@dataclass(eq=False)
-class _Reading:
-    """A prompt that this rank reads by itself. `wanted`: which of its answers it then gives."""
-
-    prompt: Prompt
-    cache: Cache
-    wanted: set[int]
-    seconds: float = 0.0
-
-
 class Sequences:
     """The answers that this rank decodes, and the prompts that it reads by itself.
 
@@ -73,11 +60,11 @@ class Sequences:
         self.engine, self.adapter = engine, engine.adapter
         self._answers: dict[int, _Answer] = {}
         self._ended: dict[int, Cache] = {}  # since the last job: the next one may keep them
-        self._reading: list[_Reading] = []
+        self._reading: list[Reading] = []
         self._unreported: list[list[Any]] = []
         self._failed: list[list[Any]] = []
         self._read: list[list[Any]] = []
-        self._piece = FIRST_PIECE
+        self._pace = Pace(ROUND_SECONDS)
         self.kept = Kept(engine)
         self.spans: list[list[Any]] = []  # of the last prompt that all ranks have read
         self._busy = 0.0  # seconds of computing that were not reported
@@ -88,8 +75,8 @@ class Sequences:
 
     def read_alone(self, prompt: Prompt) -> None:
         """Begins to read a prompt without the other ranks."""
-        cache = Cache(KeyValues(len(self.adapter.blocks)))
-        self._reading.append(_Reading(prompt, cache, set(prompt.indices(self.engine.rank))))
+        blocks = len(self.adapter.blocks)
+        self._reading.append(Reading.of(prompt, self.engine.rank, blocks))
 
     def read_together(
         self, prompt: Prompt, between: Callable[[int], None], within_ms: float | None = None
@@ -182,15 +169,59 @@ class Sequences:
         cache = self._ended.get(number) if answer is None else answer.cache
         return None if cache is None else cache.known()
 
+    def run_round(self, is_long: bool, go_on: Callable[[], None]) -> None:
+        """Reads of a prompt what there is time for, then draws a token of every answer.
+
+        Args:
+            is_long: whether another rank may read a prompt meanwhile, so that there is time for
+                more than one token.
+            go_on: called in the middle of a prompt, when this round is over: reports, and begins
+                the next one.
+        """
+        self._pace.begin()
+        is_over = False
+        while (reading := self._next_long()) is not None:
+            is_over = self._read_alone(reading, go_on)
+        if not is_over:
+            self.step()
+        while is_long and len(self) and self._pace.has_time(len(self)):
+            self.step()
+
+    def _next_long(self) -> Reading | None:
+        """The prompt that is read in a pass of its own."""
+        return next((r for r in self._reading if len(r.prompt.ids) > EXACT_TOKENS), None)
+
+    def _read_alone(self, reading: Reading, go_on: Callable[[], None]) -> bool:
+        """Whether every answer has got a token in this round by then."""
+
+        def between(block: int) -> None:
+            seconds, due = self._pace.passed(block, len(self._answers))
+            reading.seconds += seconds
+            self._busy += seconds
+            if due:
+                self.step()
+                go_on()
+                self._pace.begin(in_pass=True)
+                if reading not in self._reading:
+                    raise Dropped
+
+        self._pace.go_on()
+        try:
+            reading.read(self.engine, between)
+        except Dropped:
+            return False
+        seconds, _ = self._pace.passed(len(self.adapter.blocks), 0)
+        self._busy += seconds
+        is_over = not len(self._answers)
+        self._have_read(reading, seconds)
+        return is_over
+
     def step(self) -> None:
-        """A token of every answer and a piece of the prompt that is read here, in one pass."""
+        """A token of every answer, and all of a short prompt, in one pass."""
         answers = list(self._answers.values())
-        reading = self._reading[0] if self._reading else None
-        caches = [answer.cache for answer in answers]
-        new = [[answer.token] for answer in answers]
-        if reading is not None:
-            caches.append(reading.cache)
-            new.append(self._next_piece(reading))
+        short = [r for r in self._reading if len(r.prompt.ids) <= EXACT_TOKENS][:1]
+        caches = [answer.cache for answer in answers] + [one.cache for one in short]
+        new = [[answer.token] for answer in answers] + [list(one.prompt.ids) for one in short]
         if not new:
             return
         begun = time.perf_counter()
@@ -198,33 +229,23 @@ class Sequences:
             read(self.engine, caches, [torch.tensor([ids]).to(self.adapter.device) for ids in new])
         seconds = time.perf_counter() - begun
         self._busy += seconds
-        if reading is None:
+        if not short:
             self._stepped = [len(answers), round(seconds, 6)]
+            self._pace.stepped(len(answers), seconds)
         for answer in answers:
             self._draw(answer)
-        if reading is not None:
-            self._have_read(reading, len(new[-1]), seconds, len(answers))
+        for reading in short:
+            tokens = len(reading.prompt.ids)
+            self._have_read(reading, seconds * tokens / (tokens + len(answers)))
 
-    def _next_piece(self, reading: _Reading) -> list[int]:
-        """Pieces of a prompt are about as long as each other: in a short last one, this rank would
-        wait for the steps of the others."""
-        rest = reading.prompt.ids[reading.cache.length :]
-        pieces = math.ceil(len(rest) / self._piece)
-        return list(rest[: math.ceil(len(rest) / pieces)])
-
-    def _have_read(self, reading: _Reading, tokens: int, seconds: float, others: int) -> None:
-        """A piece of a prompt, in a step of so many seconds with `others` tokens of answers."""
+    def _have_read(self, reading: Reading, seconds: float) -> None:
+        """All of a prompt is read, the last of it in so many seconds."""
         prompt, cache = reading.prompt, reading.cache
-        reading.seconds += seconds * tokens / (tokens + others)
-        if 2 * tokens > self._piece:  # a shorter one says little of a whole one
-            ideal = tokens * STEP_SECONDS / max(seconds, 1e-6)
-            self._piece = int(min(max(ideal, self._piece / 2, LEAST_PIECE), 2 * self._piece))
-        if cache.length == len(prompt.ids):
-            self._reading.remove(reading)
-            self._read.append([prompt.number, reading.seconds])
-            if prompt.owner == self.engine.rank:
-                self.kept.hold(prompt.number, cache.known())
-            self.answer(prompt, cache, reading.wanted)
+        self._reading.remove(reading)
+        self._read.append([prompt.number, reading.seconds + seconds])
+        if prompt.owner == self.engine.rank:
+            self.kept.hold(prompt.number, cache.known())
+        self.answer(prompt, cache, reading.wanted)
 
     def _draw(self, answer: _Answer) -> None:
         logits = answer.cache.logits

@@ -78,16 +78,23 @@ class SteadyLayer:
     Args:
         caches: one a sequence.
         lengths: how many new tokens each has.
+        between: called before each block, with its number.
     """
 
-    def __init__(self, caches: Sequence[Continued], lengths: Sequence[int]) -> None:
-        self.caches, self.lengths = caches, list(lengths)
+    def __init__(
+        self,
+        caches: Sequence[Continued],
+        lengths: Sequence[int],
+        between: Between | None = None,
+    ) -> None:
+        self.caches, self.lengths, self.between = caches, list(lengths), between
 
     def embedded(self, hidden: Tensor) -> Tensor:
         return hidden
 
     def before_block(self, block: int, hidden: Tensor) -> None:
-        pass
+        if self.between is not None:
+            self.between(block)
 
     def attend(self, block: int, query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
         tensors = [tensor.split(self.lengths, 2) for tensor in (query, key, value)]
@@ -104,12 +111,18 @@ class SteadyLayer:
         return hidden[:, ends - 1]
 
 
-def read_tokens(engine: EngineParts, caches: Sequence[Continued], new: Sequence[Tensor]) -> Tensor:
+def read_tokens(
+    engine: EngineParts,
+    caches: Sequence[Continued],
+    new: Sequence[Tensor],
+    between: Between | None = None,
+) -> Tensor:
     """Reads the next tokens of B sequences in one pass, so that the weights are read once.
 
     Args:
         caches: what is known of each sequence so far; they grow by its new tokens.
         new: int64 [1, M], M ≥ 1, of each; any M beside any other.
+        between: called before each block, with its number; other sequences may be read in it.
 
     Returns:
         fp32 logits [B, V] behind the last ones. No other rank is asked for anything.
@@ -118,7 +131,7 @@ def read_tokens(engine: EngineParts, caches: Sequence[Continued], new: Sequence[
         torch.arange(cache.length, cache.length + ids.shape[1], device=ids.device)
         for cache, ids in zip(caches, new, strict=True)
     ]
-    layer = SteadyLayer(caches, [len(span) for span in spans])
+    layer = SteadyLayer(caches, [len(span) for span in spans], between)
     with engine.adapter.listening(layer), stage("compute"):
         output = engine.model(**_inputs(torch.cat(list(new), 1), torch.cat(spans)[None]))
     logits: Tensor = output.logits[0].float()

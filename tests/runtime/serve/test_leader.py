@@ -76,7 +76,7 @@ def test_others_get_tokens_while_a_prompt_is_read(
 ) -> None:
     first, second = prompt(8), prompt(160)
     with led(llama, 2) as leader:
-        monkeypatch.setattr(leader.costs, "pauses", lambda tokens: [0, 1, 2])
+        monkeypatch.setattr(leader.costs, "pauses", lambda *_: [0, 1, 2])
         with leader._changed:  # no round begins
             streams = [ask(leader, first, 30), ask(leader, first[::-1], 30, held=True)]
         for stream in streams:
@@ -447,8 +447,8 @@ def test_prompts_are_read_apart_where_that_is_sooner(
     with led(llama, 2) as leader:
         costs = leader.costs
         assert not costs.apart_is_faster(1000, 8)  # nothing is known
-        costs.heard_in_pieces(10, 0.2)  # a short prompt, whose tokens cost more
-        assert (costs.token, costs.in_pieces) == (0.02, None)
+        costs.heard_by_one(10, 0.2)  # a short prompt, whose tokens cost more
+        assert (costs.token, costs.by_one) == (0.02, None)
         costs.token, costs.exchange = 3e-3, 0.1  # 1.6 s together, 3 s apart
         apart = {waiting: costs.apart_is_faster(1000, waiting) for waiting in (1, 2, 3, 16)}
         assert apart == {1: False, 2: False, 3: True, 16: True}
@@ -456,11 +456,12 @@ def test_prompts_are_read_apart_where_that_is_sooner(
         costs.exchange = 1.0  # 2.5 s together
         assert [costs.apart_is_faster(1000, waiting) for waiting in (1, 2)] == [False, True]
         costs.exchange = 0.1
-        costs.heard_in_pieces(1000, 4.0)
+        costs.heard_by_one(1000, 4.0)
         assert not costs.apart_is_faster(1000, 3)  # 4 s, and 1.6 s together
         costs.heard_pause(0.25)
         assert len(costs.pauses(1000)) == 2  # of three blocks
-        assert costs.apart_is_faster(1000, 3, True)  # 2.1 s together
+        assert costs.alone(1000, True) == pytest.approx(4.0 + 21 * 0.25)  # every 0.44 s
+        assert not costs.apart_is_faster(1000, 3, True)  # 2.1 s together
         costs.heard_together(1000, 1.6)
         assert costs.alone(1000) == pytest.approx(3.97)  # it would be tried again some day
 
@@ -546,7 +547,7 @@ def test_a_broken_prompt_is_kept_by_nobody(llama: Any, monkeypatch: pytest.Monke
     """One rank ends the call at a block that the other may have behind it."""
     ids = prompt(160)
     with led(llama, 2) as leader:
-        monkeypatch.setattr(leader.costs, "pauses", lambda tokens: [])
+        monkeypatch.setattr(leader.costs, "pauses", lambda *_: [])
         real = leader._read_prompt
 
         def read(work: Any, *rest: Any) -> Any:

@@ -191,17 +191,40 @@ def test_a_rank_reads_a_prompt_as_long_as_an_answer_is_wanted(llama: Any) -> Non
         assert len(sequences) == 0
 
 
-def test_pieces_of_a_prompt_are_about_as_long_as_each_other(llama: Any) -> None:
+def test_a_long_prompt_is_read_in_rounds_until_nobody_wants_its_answer(
+    llama: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A round that lasts no time has one block of it, and a token of every answer."""
+    monkeypatch.setattr("astra_runtime.serve.sequences.ROUND_SECONDS", 0.0)
+    monkeypatch.setattr("astra_runtime.serve.reading.MOST_ROWS", 40)
+    ids, greedy = prompt(100), sampling_to_json(Sampling(temperature=0))
+    passes = 3 * len(llama.model.layers)
+
+    def rounds(dropped_in: int) -> tuple[list[list[int]], list[Any]]:
+        """By round, whose tokens were drawn in it; and those of the last one."""
+        drawn: list[list[int]] = []
+
+        def go_on() -> None:
+            drawn.append([token[0] for token in sequences.report()["tokens"]])
+            sequences.confirm()
+            if len(drawn) == dropped_in:
+                sequences.drop([7])
+
+        sequences = Sequences(engine)
+        sequences.read_alone(Prompt(1, 0, prompt(9), [0], 99, [], greedy))
+        sequences.step()
+        sequences.read_alone(Prompt(7, 0, ids, [0], 4, [], greedy))
+        sequences.run_round(True, go_on)
+        return drawn, sequences.report()["tokens"]
+
     with Engine(llama) as engine:
-        sequences, ids = Sequences(engine), prompt(100)
-        sequences.read_alone(Prompt(7, 0, ids, [0], 4, [], sampling_to_json(SEEDED)))
-        (reading,), read = sequences._reading, []
-        while len(read) < len(ids):
-            piece = sequences._next_piece(reading)
-            assert len(piece) == 25  # four of at most 32
-            read += piece
-            reading.cache.length = len(read)
-    assert read == ids
+        drawn, last = rounds(dropped_in=4)
+        assert drawn == [[1, 1], [1], [1], [1]]
+        assert [token[0] for token in last] == [1]
+        drawn, last = rounds(dropped_in=99)
+    assert drawn == [[1, 1], *[[1]] * (passes - 2)]
+    assert [token[0] for token in last] == [7, 1, 7]
+    assert [token[2] for token in last if token[0] == 7] == alone(llama, ids, 2)
 
 
 def test_answers_that_waited_for_a_prompt_get_a_token_before_others_are_read(
@@ -287,7 +310,7 @@ def test_a_rank_waits_for_another_one_that_has_read_most_of_its_prompt(
 ) -> None:
     """Then all ranks read the next prompt together; a rank by itself needs 30 s for it."""
     costs: Any = SimpleNamespace(
-        alone=lambda tokens: 30.0,
+        alone=lambda tokens, others: 30.0,
         apart_is_faster=lambda tokens, waiting, others, rest: rest + 16.0 > 30.0,
         together_is_faster=lambda tokens: True,
     )

@@ -1,0 +1,112 @@
+"""A prompt that one rank reads by itself, while others, and its own answers, go on.
+
+The pass over a prompt stops between two blocks when answers wait for their tokens: these are drawn
+by a pass of their own in there. So a prompt's products have all of its rows, and a step the few of
+the answers.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+
+from ..sessions.base import EngineParts
+from ..sessions.cache import KeyValues
+from .batch import Cache, read
+from .prompt import Prompt
+
+MOST_ROWS = 1024  # of a prompt in one pass: the longer, the longer a block takes
+RECENT_STEPS = 4  # that say how long the next one takes
+
+
+class Dropped(Exception):
+    """Nobody wants the answers to the prompt any more that this rank is reading."""
+
+
+@dataclass(eq=False)
+class Reading:
+    """A prompt that this rank reads by itself.
+
+    Attributes:
+        wanted: which of its answers it then gives.
+        seconds: of computing so far.
+    """
+
+    prompt: Prompt
+    cache: Cache
+    wanted: set[int]
+    seconds: float = 0.0
+
+    @classmethod
+    def of(cls, prompt: Prompt, rank: int, blocks: int) -> Reading:
+        return cls(prompt, Cache(KeyValues(blocks)), set(prompt.indices(rank)))
+
+    def read(self, engine: EngineParts, between: Callable[[int], None]) -> None:
+        """Reads all of it, in as few passes as are as long as each other.
+
+        between: called before each block of each.
+        """
+        ids = self.prompt.ids
+        for part in range(passes := math.ceil(len(ids) / MOST_ROWS)):
+            start, stop = len(ids) * part // passes, len(ids) * (part + 1) // passes
+            new = torch.tensor([list(ids[start:stop])]).to(engine.adapter.device)
+            with torch.no_grad():
+                read(engine, [self.cache], [new], between)
+
+
+class Pace:
+    """When a rank that computes has to look after the answers that wait, and the other ranks.
+
+    Args:
+        seconds: of a round.
+    """
+
+    def __init__(self, seconds: float) -> None:
+        self._seconds = seconds
+        self._until = self._since = 0.0
+        self._block = 0.0  # seconds of the last block of a prompt
+        self._steps: deque[tuple[int, float]] = deque(maxlen=RECENT_STEPS)  # answers, seconds
+        self._is_new = True  # no block was begun in this round
+
+    def begin(self, in_pass: bool = False) -> None:
+        """A round begins; `in_pass`: with the next block of a prompt."""
+        self.go_on()
+        self._until = self._since + self._seconds
+        self._is_new = not in_pass
+
+    def go_on(self) -> None:
+        """A prompt is read from now on."""
+        self._since = time.perf_counter()
+
+    def stepped(self, answers: int, seconds: float) -> None:
+        """A token of each of so many answers was drawn."""
+        if answers:
+            self._steps.append((answers, seconds))
+
+    def step_seconds(self, answers: int) -> float:
+        """What the next step takes at most, with so many answers: as long as the slowest of the
+        last ones, and longer in proportion where that had fewer."""
+        if not answers:
+            return 0.0
+        steps = (seconds * max(1.0, answers / count) for count, seconds in self._steps)
+        return max(steps, default=self._seconds / 3)
+
+    def passed(self, block: int, answers: int) -> tuple[float, bool]:
+        """Before a block of a prompt, or behind its last one: seconds since the last time, and
+        whether there is no time for one more before the next step. A round has one at least."""
+        now = time.perf_counter()
+        taken, self._since = now - self._since, now
+        if block and not self._is_new:
+            self._block = taken
+        due = not self._is_new and now + self._block + self.step_seconds(answers) > self._until
+        self._is_new = False
+        return taken, due
+
+    def has_time(self, answers: int) -> bool:
+        """Whether the round is long enough for one more step."""
+        return time.perf_counter() + self.step_seconds(answers) <= self._until
