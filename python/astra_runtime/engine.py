@@ -172,7 +172,7 @@ class Engine(SessionHost):
         tabled = adapter.projecting() if self.codec.tabled else []
         if self.codec.early:
             tabled = [*tabled, *adapter.attentions]
-        self._watch = Watch(model, tabled)
+        self._watch = Watch(model, tabled, self.codebook.tensors())
         self._apart = Apart(self.adapter) if self.mesh.world_size > 1 else None
         self._verified = not self.codec.early or self.mesh.world_size == 1
 

@@ -301,6 +301,18 @@ PARTS: dict[str, tuple[Any, str]] = {
 }
 
 
+def test_a_codebook_that_changes_while_an_engine_is_open() -> None:
+    """Its rank would code by it, and the others read the codes by theirs."""
+    model = tiny("llama")
+    own = copy.deepcopy(book_of(model, "llama", space="hidden", codewords=16, held_back=0))
+    assert own.tables is not None
+    with Engine(model, own) as engine:
+        engine(**inputs_for("llama"))
+        own.tables[1, 0, 3] += 1
+        with pytest.raises(ModelChanged, match="the codebook's tables has changed"):
+            engine(**inputs_for("llama"))
+
+
 @pytest.mark.parametrize("part", PARTS)
 def test_parts_that_change_while_an_engine_is_open(part: str) -> None:
     """Tables of a projection that is another by now, too."""

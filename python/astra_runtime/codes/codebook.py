@@ -140,12 +140,16 @@ class Codebook(CodebookFields):
 
     def _tensors(self) -> dict[str, Tensor]:
         """What the safetensors file holds, by name."""
+        return {name: tensor.contiguous() for name, tensor in self.tensors().items()}
+
+    def tensors(self) -> dict[str, Tensor]:
+        """All that it has, by the names in its file."""
         tensors = {"tables": self.tables, "scales": self.scales}
         for block, transform in enumerate(self.transforms):
             tensors |= {f"{block:03}.{name}": t for name, t in transform.tensors().items()}
         for block, fine in enumerate(self.fine):
             tensors |= {f"{block:03}.{name}": t for name, t in fine.tensors().items()}
-        return {name: t.contiguous() for name, t in tensors.items() if t is not None}
+        return {name: tensor for name, tensor in tensors.items() if tensor is not None}
 
     def check_fields(self) -> None:
         """Refuses what no fit writes: see `checks.py`."""

@@ -8,7 +8,7 @@ version counter whether anybody has written to it; on a CPU also a sample of its
 through `.data` leaves no other trace. The look takes about a microsecond a parameter. What modules
 compute with besides (`constants`), such as attention's scale or an activation function, has to be
 what it was. Where tables were made from a module, a later hook or patch of it counts as well, and
-of an adapter whether it is switched on.
+of an adapter whether it is switched on. A codebook's tensors are looked at as the model's are.
 """
 
 from __future__ import annotations
@@ -36,10 +36,15 @@ class Watch:
     """The modules, parameters and buffers of `model` as they are now; `changed` names the first
     that is different.
 
-    tabled: modules of the model that tables were made from.
+    tabled: modules of the model that tables were made from. codebook: its tensors, by name.
     """
 
-    def __init__(self, model: nn.Module, tabled: Iterable[nn.Module] = ()) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        tabled: Iterable[nn.Module] = (),
+        codebook: Mapping[str, Tensor] | None = None,
+    ) -> None:
         self._modules = [
             (path or "the model", module, list(module._modules.values()))
             for path, module in model.named_modules()
@@ -56,6 +61,9 @@ class Watch:
                     if tensor is not None:
                         self._slots.append((slots, name, tensor))
                         self._names.append(f"{prefix}.{name}".lstrip("."))
+        coded = dict(codebook or {})
+        self._slots += [(coded, name, tensor) for name, tensor in coded.items()]
+        self._names += [f"the codebook's {name}" for name in coded]
         self._addresses = self._places()
         self._versions = self._counters()
         self._samples = [_sample(tensor) for _, _, tensor in self._slots if tensor.is_cpu]
