@@ -129,6 +129,18 @@ def merge_state(
     lse: int,
     threads: int,
 ) -> None: ...
+def merge_into(
+    shape: tuple[int, int, int, int],
+    one: tuple[Heads, Heads],
+    other: tuple[Heads, Heads],
+    threads: int,
+) -> None:
+    """shape: batch, heads, tokens, width. A side: its out and its lse, the strides of the latter in
+    the same order."""
+
+def all_finite(shape: tuple[int, int, int, int], x: Heads) -> bool: ...
+def look_up(shape: tuple[int, int, int, int], codes: int, tables: int, out: int) -> bool:
+    """shape: rows, groups, codewords, width. Whether there is a codeword of every code."""
 
 # What csrc/include/astra/frame.hpp says of bytes that a peer sent, its verdicts as integers.
 def check_header(data: Buffer, expected: tuple[int, int, int, int, int, int, int]) -> int: ...

@@ -355,20 +355,21 @@ void gated_silu(std::uintptr_t gate, std::uintptr_t up, std::size_t count, std::
   });
 }
 
+astra::RowStrides row_strides(const astra::HeadStrides& strides) {
+  return {strides.batch, strides.head, strides.row};
+}
+
 // shape: batch, heads, tokens, width, angle_stride
 void rotate(const py::tuple& shape_given, const py::tuple& x_given, std::uintptr_t cos,
             std::uintptr_t sin, const py::tuple& out_given, unsigned threads) {
   const auto [batch, heads, tokens, width, angle_stride] = sizes<5>("shape", shape_given);
   const Heads x("x", x_given);
   const Heads out("out", out_given);
-  const auto by = [](const astra::HeadStrides& strides) {
-    return astra::RowStrides{strides.batch, strides.head, strides.row};
-  };
   const astra::RotateShape shape{batch, heads, tokens, width, angle_stride};
   run(batch * heads * tokens * width, [&] {
-    astra::rotate(static_cast<const float*>(x.address), by(x.by),
+    astra::rotate(static_cast<const float*>(x.address), row_strides(x.by),
                   reinterpret_cast<const float*>(cos), reinterpret_cast<const float*>(sin), shape,
-                  static_cast<float*>(out.address), by(out.by), threads);
+                  static_cast<float*>(out.address), row_strides(out.by), threads);
   });
 }
 
@@ -380,6 +381,48 @@ void merge_state(std::uintptr_t out_a, std::uintptr_t lse_a, std::uintptr_t out_
     astra::merge_state(read(out_a), read(lse_a), read(out_b), read(lse_b), rows, width,
                        reinterpret_cast<float*>(out), reinterpret_cast<float*>(lse), threads);
   });
+}
+
+// A side: ((address, strides) of out, (address, strides) of lse)
+astra::PartialState side_of(const py::tuple& given) {
+  if (given.size() != 2) throw py::type_error("a side must be (out, lse)");
+  const Heads out("out", given[0].cast<py::tuple>());
+  const Heads lse("lse", given[1].cast<py::tuple>());
+  return {static_cast<float*>(out.address), row_strides(out.by), static_cast<float*>(lse.address),
+          row_strides(lse.by)};
+}
+
+// shape: batch, heads, tokens, width
+void merge_into(const py::tuple& shape_given, const py::tuple& one, const py::tuple& other,
+                unsigned threads) {
+  const auto [batch, heads, tokens, width] = sizes<4>("shape", shape_given);
+  const astra::StateShape shape{batch, heads, tokens, width};
+  const auto into = side_of(one), from = side_of(other);
+  run(batch * heads * tokens * width, [&] { astra::merge_into(into, from, shape, threads); });
+}
+
+bool all_finite(const py::tuple& shape_given, const py::tuple& x_given) {
+  const auto [batch, heads, tokens, width] = sizes<4>("shape", shape_given);
+  const Heads x("x", x_given);
+  const astra::StateShape shape{batch, heads, tokens, width};
+  bool finite = false;
+  run(batch * heads * tokens * width, [&] {
+    finite = astra::all_finite(static_cast<const float*>(x.address), row_strides(x.by), shape);
+  });
+  return finite;
+}
+
+// shape: rows, groups, codewords, width
+bool look_up(const py::tuple& shape_given, std::uintptr_t codes, std::uintptr_t tables,
+             std::uintptr_t out) {
+  const auto [rows, groups, codewords, vector_width] = sizes<4>("shape", shape_given);
+  bool found = false;
+  run(rows * groups * vector_width, [&] {
+    found = astra::look_up(reinterpret_cast<const std::int32_t*>(codes),
+                           reinterpret_cast<const float*>(tables), rows, groups, codewords,
+                           vector_width, reinterpret_cast<float*>(out));
+  });
+  return found;
 }
 
 // Bytes that somebody sent, in any contiguous buffer. Called for every frame: nothing but the
@@ -529,6 +572,11 @@ PYBIND11_MODULE(_C, module) {
   module.def("merge_state", &merge_state, py::arg("out_a"), py::arg("lse_a"), py::arg("out_b"),
              py::arg("lse_b"), py::arg("rows"), py::arg("width"), py::arg("out"), py::arg("lse"),
              py::arg("threads"));
+  module.def("merge_into", &merge_into, py::arg("shape"), py::arg("one"), py::arg("other"),
+             py::arg("threads"));
+  module.def("all_finite", &all_finite, py::arg("shape"), py::arg("x"));
+  module.def("look_up", &look_up, py::arg("shape"), py::arg("codes"), py::arg("tables"),
+             py::arg("out"));
   module.def("check_header", &check_header, py::arg("data"), py::arg("expected"));
   module.def("is_bye", &is_bye, py::arg("data"), py::arg("source"));
   module.def("judge_prefix", &judge_prefix, py::arg("data"));

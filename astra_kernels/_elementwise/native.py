@@ -12,14 +12,14 @@ _PLAIN = (Tensor, nn.Parameter)  # others, such as quantized ones, are more than
 
 def can_run(*tensors: Tensor) -> bool:
     """Whether C++ may read the memory of these tensors, in their last dimension in order."""
-    return not (torch.is_grad_enabled() or torch._C._are_functorch_transforms_active()) and all(
-        type(t) in _PLAIN and t.dtype is torch.float32 and t.is_cpu and _in_order(t)
-        for t in tensors
-    )
-
-
-def _in_order(tensor: Tensor) -> bool:
-    return tensor.shape[-1:].numel() < 2 or tensor.stride(-1) == 1
+    if torch.is_grad_enabled() or torch._C._are_functorch_transforms_active():
+        return False
+    for t in tensors:  # several hundred times a call of an engine, so nothing is called in between
+        if type(t) not in _PLAIN or t.dtype is not torch.float32 or not t.is_cpu:
+            return False
+        if t.dim() and t.stride(-1) != 1 and t.shape[-1] > 1:
+            return False
+    return True
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:

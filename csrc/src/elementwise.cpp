@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <cmath>
+#include <cstring>
 #include <limits>
 #include <stdexcept>
 #include <string>
@@ -44,6 +45,32 @@ void in_parts(std::size_t count, std::size_t width, unsigned threads, Work work)
       &parts);
 }
 
+std::size_t row_of(const RowStrides& strides, std::size_t b, std::size_t h, std::size_t n) {
+  return b * strides[0] + h * strides[1] + n * strides[2];
+}
+
+// Merges one row, whose `out` may be `a`; returns its lse.
+float merge_row(decltype(ElementwiseKernels::blend) blend, const float* a, float one,
+                const float* b, float other, std::size_t width, float* out) {
+  constexpr float kEmpty = -std::numeric_limits<float>::infinity();
+  if (!(std::isfinite(one) && std::isfinite(other))) {
+    const bool known = std::isfinite(one) || one == kEmpty;
+    const bool both = known && (std::isfinite(other) || other == kEmpty);
+    const bool none = one == kEmpty && other == kEmpty;
+    const float* seen = other == kEmpty ? a : b;
+    for (std::size_t i = 0; i < width; ++i) {
+      out[i] = !both ? std::nanf("") : none ? 0.0F : seen[i];
+    }
+    return !both ? std::nanf("") : std::max(one, other);
+  }
+  // The lesser side is added to the greater, so that what rounds is small.
+  const float small = std::exp(-std::abs(other - one));
+  const auto weight = static_cast<float>(double{small} / (1.0 + double{small}));
+  const bool swapped = other > one;
+  blend(swapped ? b : a, swapped ? a : b, weight, width, out);
+  return std::max(one, other) + std::log1p(small);
+}
+
 }  // namespace
 
 void rms_norm(const float* x, const float* weight, std::size_t rows, std::size_t width, float eps,
@@ -70,9 +97,6 @@ void rotate(const float* x, const RowStrides& x_strides, const float* cos, const
     throw std::invalid_argument("width must be even, got " + std::to_string(shape.width));
   }
   const auto kernel = kernels().rotate;
-  const auto row = [](const RowStrides& strides, std::size_t b, std::size_t h, std::size_t n) {
-    return b * strides[0] + h * strides[1] + n * strides[2];
-  };
   // all heads of a token in turn, which have its angles in common
   in_parts(shape.batch * shape.tokens, shape.heads * shape.width, threads,
            [&](std::size_t first, std::size_t last) {
@@ -80,8 +104,8 @@ void rotate(const float* x, const RowStrides& x_strides, const float* cos, const
                const std::size_t b = at / shape.tokens, n = at % shape.tokens;
                const std::size_t angle = b * shape.angle_stride + n * shape.width;
                for (std::size_t h = 0; h < shape.heads; ++h) {
-                 kernel(x + row(x_strides, b, h, n), cos + angle, sin + angle, shape.width / 2,
-                        out + row(out_strides, b, h, n));
+                 kernel(x + row_of(x_strides, b, h, n), cos + angle, sin + angle, shape.width / 2,
+                        out + row_of(out_strides, b, h, n));
                }
              }
            });
@@ -89,31 +113,57 @@ void rotate(const float* x, const RowStrides& x_strides, const float* cos, const
 
 void merge_state(const float* out_a, const float* lse_a, const float* out_b, const float* lse_b,
                  std::size_t rows, std::size_t width, float* out, float* lse, unsigned threads) {
-  constexpr float kEmpty = -std::numeric_limits<float>::infinity();
   const auto blend = kernels().blend;
   in_parts(rows, width, threads, [&](std::size_t first, std::size_t last) {
     for (std::size_t r = first; r < last; ++r) {
-      const float *a = out_a + r * width, *b = out_b + r * width;
-      const float one = lse_a[r], other = lse_b[r];
-      if (!(std::isfinite(one) && std::isfinite(other))) {
-        const bool known = std::isfinite(one) || one == kEmpty;
-        const bool both = known && (std::isfinite(other) || other == kEmpty);
-        const bool none = one == kEmpty && other == kEmpty;
-        const float* seen = other == kEmpty ? a : b;
-        for (std::size_t i = 0; i < width; ++i) {
-          out[r * width + i] = !both ? std::nanf("") : none ? 0.0F : seen[i];
-        }
-        lse[r] = !both ? std::nanf("") : std::max(one, other);
-        continue;
-      }
-      // The lesser side is added to the greater, so that what rounds is small.
-      const float small = std::exp(-std::abs(other - one));
-      const auto weight = static_cast<float>(double{small} / (1.0 + double{small}));
-      const bool swapped = other > one;
-      blend(swapped ? b : a, swapped ? a : b, weight, width, out + r * width);
-      lse[r] = std::max(one, other) + std::log1p(small);
+      const std::size_t at = r * width;
+      lse[r] = merge_row(blend, out_a + at, lse_a[r], out_b + at, lse_b[r], width, out + at);
     }
   });
+}
+
+void merge_into(const PartialState& one, const PartialState& other, const StateShape& shape,
+                unsigned threads) {
+  const auto blend = kernels().blend;
+  const std::size_t per_token = shape.heads * shape.width;
+  in_parts(shape.batch * shape.tokens, per_token, threads,
+           [&](std::size_t first, std::size_t last) {
+             for (std::size_t at = first; at < last; ++at) {
+               const std::size_t b = at / shape.tokens, n = at % shape.tokens;
+               for (std::size_t h = 0; h < shape.heads; ++h) {
+                 float* out = one.out + row_of(one.out_strides, b, h, n);
+                 float* lse = one.lse + row_of(one.lse_strides, b, h, n);
+                 *lse = merge_row(blend, out, *lse, other.out + row_of(other.out_strides, b, h, n),
+                                  other.lse[row_of(other.lse_strides, b, h, n)], shape.width, out);
+               }
+             }
+           });
+}
+
+bool all_finite(const float* x, const RowStrides& strides, const StateShape& shape) {
+  const auto finite = kernels().finite;
+  for (std::size_t b = 0; b < shape.batch; ++b) {
+    for (std::size_t h = 0; h < shape.heads; ++h) {
+      for (std::size_t n = 0; n < shape.tokens; ++n) {
+        if (!finite(x + row_of(strides, b, h, n), shape.width)) return false;
+      }
+    }
+  }
+  return true;
+}
+
+bool look_up(const std::int32_t* codes, const float* tables, std::size_t rows, std::size_t groups,
+             std::size_t codewords, std::size_t width, float* out) {
+  for (std::size_t n = 0; n < rows; ++n) {
+    for (std::size_t g = 0; g < groups; ++g) {
+      // a negative code is one beyond all, too
+      const auto code = static_cast<std::size_t>(static_cast<std::uint32_t>(*codes++));
+      if (code >= codewords) return false;
+      std::memcpy(out, tables + (g * codewords + code) * width, width * sizeof(float));
+      out += width;
+    }
+  }
+  return true;
 }
 
 }  // namespace astra

@@ -12,6 +12,7 @@ struct ElementwiseKernels {
   void (*rotate)(const float* x, const float* cos, const float* sin, std::size_t half, float* out);
   // out = a + weight * (b - a)
   void (*blend)(const float* a, const float* b, float weight, std::size_t width, float* out);
+  bool (*finite)(const float* x, std::size_t width);
 };
 
 // As in kernels.hpp, each has a translation unit and flags of its own, and shares nothing inline.

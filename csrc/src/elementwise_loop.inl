@@ -129,8 +129,19 @@ void blend(const float* a, const float* b, float weight, std::size_t width, floa
       });
 }
 
+bool finite(const float* x, std::size_t width) {
+  // 0 where x is finite, else NaN, which no sum loses
+  Floats zeros = {};
+  sweep(
+      width, [&](std::size_t i) { zeros += load(x + i) * 0.0F; },
+      [&](std::size_t i, std::size_t rest) { zeros += load_some(x + i, rest) * 0.0F; });
+  bool all_are = true;
+  for (std::size_t l = 0; l < kLanes; ++l) all_are &= zeros[l] == 0.0F;
+  return all_are;
+}
+
 }  // namespace
 
-const ElementwiseKernels ASTRA_ELEMENTWISE = {rms_norm, gated_silu, rotate, blend};
+const ElementwiseKernels ASTRA_ELEMENTWISE = {rms_norm, gated_silu, rotate, blend, finite};
 
 }  // namespace astra::detail

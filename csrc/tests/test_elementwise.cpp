@@ -120,6 +120,73 @@ void merges_of_nothing() {
          "no logarithm of a sum");
 }
 
+// One state with heads inside of tokens, another with tokens inside of heads: as rows in a row.
+void merges_in_place(std::mt19937& random, const astra::StateShape& shape, unsigned threads) {
+  const auto [batch, heads, tokens, width] = shape;
+  const std::size_t rows = batch * heads * tokens;
+  const auto a = normal(random, rows * width), b = normal(random, rows * width);
+  const auto lse_a = normal(random, rows), lse_b = normal(random, rows);
+  std::vector<float> want(rows * width), want_lse(rows), inside(rows * width), lse(lse_a);
+  astra::merge_state(a.data(), lse_a.data(), b.data(), lse_b.data(), rows, width, want.data(),
+                     want_lse.data());
+  const auto place = [&](std::size_t r) {  // of row r of `a` with heads inside of tokens
+    const std::size_t n = r % tokens, h = r / tokens % heads, batch_row = r / tokens / heads;
+    return ((batch_row * tokens + n) * heads + h) * width;
+  };
+  for (std::size_t r = 0; r < rows; ++r) {
+    for (std::size_t i = 0; i < width; ++i) inside[place(r) + i] = a[r * width + i];
+  }
+  const astra::RowStrides by_heads{heads * tokens, tokens, 1};
+  auto other = b;
+  auto other_lse = lse_b;
+  astra::merge_into(
+      {inside.data(), {tokens * heads * width, width, heads * width}, lse.data(), by_heads},
+      {other.data(), {heads * tokens * width, tokens * width, width}, other_lse.data(), by_heads},
+      shape, threads);
+  expect(lse == want_lse && other == b && other_lse == lse_b, "one side becomes both");
+  for (std::size_t r = 0; r < rows; ++r) {
+    for (std::size_t i = 0; i < width; ++i) {
+      expect(inside[place(r) + i] == want[r * width + i], "rows anywhere");
+    }
+  }
+}
+
+void finite_values(std::mt19937& random, const astra::StateShape& shape) {
+  auto x = normal(random, shape.batch * shape.heads * shape.tokens * shape.width);
+  const std::size_t row = shape.width, plane = shape.tokens * row;
+  const astra::RowStrides strides{shape.heads * plane, plane, row};
+  expect(astra::all_finite(x.data(), strides, shape), "all are");
+  for (float wrong : {std::nanf(""), std::numeric_limits<float>::infinity()}) {
+    for (const std::size_t at : {std::size_t{0}, x.size() / 2, x.size() - 1}) {
+      std::swap(x[at], wrong);
+      expect(!astra::all_finite(x.data(), strides, shape), "one is not");
+      std::swap(x[at], wrong);
+    }
+  }
+  x.back() = std::numeric_limits<float>::max();
+  x.front() = -x.back();
+  expect(astra::all_finite(x.data(), strides, shape), "the largest are");
+}
+
+void codewords(std::mt19937& random) {
+  const std::size_t rows = 5, groups = 3, count = 4, width = 7;
+  const auto tables = normal(random, groups * count * width);
+  std::vector<std::int32_t> codes(rows * groups);
+  for (std::size_t i = 0; i < codes.size(); ++i) codes[i] = static_cast<int>(i * 7 % count);
+  std::vector<float> out(rows * groups * width);
+  expect(astra::look_up(codes.data(), tables.data(), rows, groups, count, width, out.data()),
+         "there");
+  for (std::size_t i = 0; i < out.size(); ++i) {
+    const std::size_t group = i / width % groups, code = codes[i / width];
+    expect(out[i] == tables[(group * count + code) * width + i % width], "a code's codeword");
+  }
+  for (const std::int32_t wrong : {-1, 4, 1 << 30}) {
+    codes.back() = wrong;
+    expect(!astra::look_up(codes.data(), tables.data(), rows, groups, count, width, out.data()),
+           "no codeword");
+  }
+}
+
 void bad_sizes() {
   bool refused = false;
   try {
@@ -130,6 +197,8 @@ void bad_sizes() {
   expect(refused, "halves of an odd width");
   astra::rms_norm(nullptr, nullptr, 0, 8, 1e-6F, nullptr);
   astra::gated_silu(nullptr, nullptr, 0, nullptr);
+  expect(astra::all_finite(nullptr, {}, {1, 0, 4, 4}), "nothing is finite");
+  expect(astra::look_up(nullptr, nullptr, 0, 1, 1, 1, nullptr), "of no codes");
 }
 
 }  // namespace
@@ -150,6 +219,12 @@ int main() {
   rotations(random, {2, 9, 200, 64, 0}, 4);
   merges(random, 300, 64, 4);
   merges(random, 3, 37, 1);
+  for (const std::size_t width : {1, 6, 17, 64}) {
+    merges_in_place(random, {2, 3, 5, width}, 1);
+    finite_values(random, {2, 3, 5, width});
+  }
+  merges_in_place(random, {2, 9, 200, 64}, 4);
+  codewords(random);
   gates_of_all_sizes();
   merges_of_nothing();
   bad_sizes();

@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-import astra_kernels as ak
+from astra_kernels import _direct as direct
 
 from .call import Call
 from .codes.base import Payload, Pending, visible_tokens
@@ -89,8 +89,7 @@ class Layer:
                 block, query[:, :, first:], remote, call.views.remote_rope, mask, scale
             )
         with stage("merge", block):
-            merged, _ = ak.merge_state(local[:, :, first:], local_lse[:, :, first:], out, lse)
-            return torch.cat([local[:, :, :first], merged], 2) if first else merged
+            return direct.merge_into(local, local_lse, out, lse, first)
 
     def _verify(self, block: int, key: Tensor, value: Tensor) -> None:
         call, hidden, self._input = self.call, self._input, None
@@ -106,7 +105,7 @@ class Layer:
         if mask is not None:
             mask = mask[:, : key.shape[2]]
         with stage("attend", block):
-            return ak.attention(query, key, value, is_causal=causal, key_mask=mask, scale=scale)
+            return direct.attention(query, key, value, is_causal=causal, key_mask=mask, scale=scale)
 
     def send_codes(self, block: int, tensors: tuple[Tensor, ...]) -> None:
         """Codes of this rank's shard, packed into one frame for each rank that may see it; the next
@@ -123,7 +122,7 @@ class Layer:
         fine = call.sizes.fine[block][call.rank]
         frame = self._frame(size + fine)
         with stage("encode", block):
-            finite = torch.stack([all_finite(tensor) for tensor in tensors]).all()
+            finite = all_finite(*tensors)
             what: Any = tensors[0] if call.codec.early else tensors
             out = frame.payload[: size + fine]
             pending = call.codec.encode(block, what, call.views.local_rope, out)
@@ -135,10 +134,12 @@ class Layer:
         if pending is None:
             self._send_made()
 
-    def _tell_later(self, block: int, frame: DeviceFrame, finite: Tensor) -> Callable[[], bool]:
+    def _tell_later(
+        self, block: int, frame: DeviceFrame, finite: Tensor | bool
+    ) -> Callable[[], bool]:
         """Codes that stay on the device leave unseen; the frame itself says what they are worth."""
-        frame.finite = finite
-        self.call.mesh.check_later(finite, self._not_finite(block))
+        frame.finite = torch.as_tensor(finite)
+        self.call.mesh.check_later(frame.finite, self._not_finite(block))
         return lambda: True
 
     def _not_finite(self, block: int) -> NotFinite:

@@ -1,6 +1,6 @@
 // What a Transformer block computes between its products, each in one pass over memory: RMS norm,
-// the gate of an MLP, rotary positions, two partial softmaxes that become one. This header is the
-// contract.
+// the gate of an MLP, rotary positions, two partial softmaxes that become one, whether values are
+// finite, codes that become codewords. This header is the contract.
 //
 // Everything is fp32. NaN and infinities go through the formulas. An answer depends on its own row
 // alone, not on the number of threads; between instruction sets only sums may differ, by rounding.
@@ -10,6 +10,7 @@
 
 #include <array>
 #include <cstddef>
+#include <cstdint>
 
 namespace astra {
 
@@ -44,5 +45,30 @@ void rotate(const float* x, const RowStrides& x_strides, const float* cos, const
 // NaN.
 void merge_state(const float* out_a, const float* lse_a, const float* out_b, const float* lse_b,
                  std::size_t rows, std::size_t width, float* out, float* lse, unsigned threads = 1);
+
+// The outs [batch, heads, tokens, width] and lses [batch, heads, tokens] of a partial softmax.
+struct PartialState {
+  float* out;
+  RowStrides out_strides;
+  float* lse;
+  RowStrides lse_strides;
+};
+
+struct StateShape {
+  std::size_t batch, heads, tokens, width;
+};
+
+// The same where rows lie anywhere: `one` becomes the merged state, `other` is only read.
+void merge_into(const PartialState& one, const PartialState& other, const StateShape& shape,
+                unsigned threads = 1);
+
+// Whether x [batch, heads, tokens, width] holds neither NaN nor an infinity.
+bool all_finite(const float* x, const RowStrides& strides, const StateShape& shape);
+
+// out[n, g] = tables[g, codes[n, g]] with codes [rows, groups], tables [groups, codewords, width],
+// out [rows, groups, width]. Codes below 0 or from `codewords` on: returns false, and what `out`
+// holds is unspecified; nothing outside of `tables` is read.
+bool look_up(const std::int32_t* codes, const float* tables, std::size_t rows, std::size_t groups,
+             std::size_t codewords, std::size_t width, float* out);
 
 }  // namespace astra

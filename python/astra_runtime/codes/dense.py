@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-import astra_kernels as ak
+from astra_kernels import _direct as direct
 
 from ..models import Adapter
 from .base import Bytes, Codec, CodeCosts, Payload, TokenBits, as_tensor, key_value_width
@@ -33,7 +33,7 @@ class DenseAttention(Codec):
     def attend(
         self, block: int, query: Tensor, remote: Any, rope: Rope, mask: Tensor | None, scale: float
     ) -> tuple[Tensor, Tensor]:
-        return ak.attention(query, remote.key, remote.value, key_mask=mask, scale=scale)
+        return direct.attention(query, remote.key, remote.value, key_mask=mask, scale=scale)
 
     def tensors(self, block: int, remote: Any, rope: Rope) -> tuple[Tensor, Tensor]:
         return remote.key, remote.value

@@ -19,7 +19,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-import astra_kernels as ak
+from astra_kernels import _direct as direct
 
 FINE = "fine_"  # in front of a tensor's name in a codebook's file
 
@@ -73,8 +73,8 @@ class FineCode:
     def encode(self, missing: Tensor) -> Tensor:
         """Codes int32 [..., C] of y − ŷ, [..., E]."""
         z = (missing @ self.analysis).unflatten(-1, (self.codes, self.tables.shape[-1]))
-        return ak.encode(z, self.tables)
+        return direct.encode(z, self.tables)
 
     def decode(self, codes: Tensor) -> Tensor:
         """What codes [..., C], found or checked before, add to ŷ, [..., E]."""
-        return ak.decode(codes, self.tables, check=False).flatten(-2) @ self.synthesis
+        return direct.decode(codes, self.tables).flatten(-2) @ self.synthesis

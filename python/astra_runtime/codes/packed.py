@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 import astra_kernels as ak
+from astra_kernels import _direct as direct
 
 from .. import wire
 from ..models import Adapter
@@ -86,8 +87,7 @@ class PackedCodes(Codec):
 
     def read_codewords(self, block: int, payloads: Sequence[Payload], batch: int) -> Tensor:
         """The codewords of payloads, [B, N, C, w]; zeros where a token's codes did not come."""
-        # `read` has checked the codes
-        codewords = ak.decode(self.read(block, payloads, batch), self.tables[block], check=False)
+        codewords = direct.decode(self.read(block, payloads, batch), self.tables[block])
         received = visible_tokens(payloads, batch, None)
         if received is None:
             return codewords
@@ -97,12 +97,20 @@ class PackedCodes(Codec):
         """Unpacks and joins payloads: codes [B, N, C]. WireError: not as any rank packs them."""
         if self.staging is not None:
             return self.receive(block, payloads, batch).unpacked()
-        parts, groups = [], len(self.tables[block])
-        for payload in payloads:
-            shape = (batch, payload.tokens, groups)
-            codes = unpack_rows(payload.view, shape, self.bits, self.codewords)
-            parts.append(codes[:, : payload.num_received])
-        return torch.cat(parts, 1).to(self.device)
+        groups = len(self.tables[block])
+        total = groups * sum(payload.num_received for payload in payloads)
+        # room behind each row for the codes of a payload's other tokens, which the next payload's
+        # are then written over
+        room = groups * max((p.tokens - p.num_received for p in payloads), default=0)
+        codes = torch.empty(batch, total + room, dtype=torch.int32, device="cpu")
+        for b in range(batch):
+            address = codes.data_ptr() + codes.itemsize * b * (total + room)
+            for payload in payloads:
+                size, count = len(payload.view) // batch, payload.tokens * groups
+                part: Any = payload.view[b * size : (b + 1) * size]  # on the host
+                wire.read_codes(part, self.bits, self.codewords, (address, count), count)
+                address += codes.itemsize * payload.num_received * groups
+        return codes[:, :total].view(batch, total // groups, groups).to(self.device)
 
     def receive(self, block: int, payloads: Sequence[Payload], batch: int) -> ReceivedCodes:
         """Checks payloads and brings them to the device as they are. Those that are there already

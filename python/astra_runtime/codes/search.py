@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 import astra_kernels as ak
+from astra_kernels import _direct as direct
 
 DIMENSIONS = 64
 
@@ -51,7 +52,7 @@ class Search:
 
     def __call__(self, vectors: Tensor) -> Tensor:
         """int32 [..., C] of vectors [..., C, w]."""
-        return ak.encode(self._coordinates(vectors), self.tables)
+        return direct.encode(self._coordinates(vectors), self.tables)
 
     def packed(self, vectors: Tensor, bits: int) -> Tensor:
         """The codes of vectors [B, T, C, w] as they are sent, uint8 [B, bytes]."""

@@ -38,9 +38,9 @@ def packed_right(rows: Tensor, count: int, bits: int, codewords: int) -> Tensor:
     return right
 
 
-def read_later(flag: Tensor) -> Callable[[], bool]:
+def read_later(flag: Tensor | bool) -> Callable[[], bool]:
     """The value of a bool tensor, read without waiting for what is queued behind it."""
-    if flag.device.type != "cuda":
+    if isinstance(flag, bool) or flag.device.type != "cuda":
         value = bool(flag)
         return lambda: value
     copy = torch.empty(flag.shape, dtype=flag.dtype, pin_memory=True, device="cpu")

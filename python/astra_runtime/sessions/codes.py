@@ -151,7 +151,7 @@ def encode(
     payloads = []
     for block, sizes in enumerate(_sizes(engine, tokens, num_fine)):
         key, value = state.cache.tensors(block, start, stop)
-        if not bool(all_finite(key) and all_finite(value)):
+        if not bool(all_finite(key, value)):
             raise NotFinite(engine.rank, f"its tokens hold NaN or infinity in block {block}")
         out = bytearray(sum(sizes))
         if out:

@@ -1,0 +1,124 @@
+"""Ops as an engine calls them, some of them hundreds of times a call: straight to their C++.
+
+Torch's dispatcher and the checks of arguments cost some ten microseconds each, and more where a
+model's weights have just gone through the caches. They are left out where a call is of the plain
+kind: dense fp32 on a CPU, shapes that fit, nothing that records gradients or traces. Any other
+call goes to the public op, with its answers and its errors.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+from torch.autograd import forward_ad
+
+import astra_kernels as ak
+from astra_kernels import _C
+from astra_kernels._elementwise.native import can_run
+from astra_kernels.attention import native as attention_native
+from astra_kernels.encode import native as encode_native
+from astra_kernels.encode.cpu import NATIVE_WIDTH
+
+# An extension that was built before these stays usable.
+_HAS_MERGE, _HAS_FINITE = hasattr(_C, "merge_into"), hasattr(_C, "all_finite")
+_HAS_LOOK_UP = hasattr(_C, "look_up")
+
+
+def attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    *,
+    is_causal: bool = False,
+    key_mask: Tensor | None = None,
+    scale: float,
+) -> tuple[Tensor, Tensor]:
+    """`ak.attention`: (out [B, H, M, d], lse [B, H, M]) of [B, H, M, d] and [B, Hkv, L, d]."""
+    plain = key_mask is None and attention_native.serves(query.dtype) and not _is_traced()
+    if plain and can_run(query, key, value) and _fit(query, key, value, is_causal):
+        return attention_native.attention(query, key, value, is_causal=is_causal, scale=scale)
+    return ak.attention(query, key, value, is_causal=is_causal, key_mask=key_mask, scale=scale)
+
+
+def _fit(query: Tensor, key: Tensor, value: Tensor, is_causal: bool) -> bool:
+    if query.dim() != 4 or key.dim() != 4 or key.shape != value.shape:
+        return False
+    batch, heads, rows, width = query.shape
+    same = key.shape[0] == batch and key.shape[3] == width
+    kv_heads, tokens = key.shape[1], key.shape[2]
+    return same and kv_heads > 0 and heads % kv_heads == 0 and not (is_causal and rows > tokens)
+
+
+def merge_into(out: Tensor, lse: Tensor, other: Tensor, other_lse: Tensor, first: int) -> Tensor:
+    """`ak.merge_state` of out [B, H, M, d] from row `first` on and other [B, H, M - first, d].
+
+    Returns the merged outs of all rows, [B, H, M, d]; what `out` and `lse` hold afterwards is
+    unspecified, as they may be written to.
+    """
+    given = (out, lse, other, other_lse)
+    batch, heads, rows, width = out.shape
+    shape = (batch, heads, rows - first, width)
+    fit = other.shape == shape and lse.shape == (batch, heads, rows)
+    fit = fit and other_lse.shape == shape[:3]
+    if _HAS_MERGE and fit and not _is_traced() and can_run(*given):
+        one = (_place(out, first), _place(lse, first))
+        theirs = (_place(other), _place(other_lse))
+        _C.merge_into(shape, one, theirs, torch.get_num_threads())
+        return out
+    merged, _ = ak.merge_state(out[:, :, first:], lse[:, :, first:], other, other_lse)
+    return torch.cat([out[:, :, :first], merged], 2) if first else merged
+
+
+def all_finite(tensors: Sequence[Tensor]) -> bool | None:
+    """Whether tensors of up to four dimensions hold neither NaN nor an infinity; None: the C++ does
+    not serve."""
+    if not _HAS_FINITE or _is_traced() or not can_run(*tensors):
+        return None
+    if any(tensor.dim() > 4 for tensor in tensors):
+        return None
+    return all(_C.all_finite(_four(t.shape, 1), (t.data_ptr(), _strides(t))) for t in tensors)
+
+
+def encode(vectors: Tensor, codebook: Tensor) -> Tensor:
+    """`ak.encode`: int32 [..., C] of vectors [..., C, w] by codewords [C, K, w]."""
+    fit = vectors.shape[-2:] == codebook.shape[::2] and 0 < codebook.shape[2] <= NATIVE_WIDTH
+    if fit and codebook.dim() == 3 and not _is_traced() and can_run(vectors, codebook):
+        return encode_native.encode(vectors, codebook)
+    return ak.encode(vectors, codebook)
+
+
+def decode(codes: Tensor, codebook: Tensor) -> Tensor:
+    """`ak.decode`: [..., C, w] of codes int32 [..., C], which were found or checked before."""
+    fit = codebook.dim() == 3 and codes.shape[-1:] == codebook.shape[:1]
+    plain = fit and codes.dtype is torch.int32 and codes.is_cpu and codes.is_contiguous()
+    if _HAS_LOOK_UP and plain and not _is_traced() and can_run(codebook):
+        groups, codewords, width = codebook.shape
+        out, tables = codebook.new_empty((*codes.shape, width)), codebook.contiguous()
+        shape = (codes.numel() // max(1, groups), groups, codewords, width)
+        if _C.look_up(shape, codes.data_ptr(), tables.data_ptr(), out.data_ptr()):
+            return out
+    return ak.decode(codes, codebook)  # names the code that there is no codeword of
+
+
+def _place(tensor: Tensor, first: int = 0) -> tuple[int, tuple[int, int, int]]:
+    """Where rows from `first` on begin, and the strides of batch, head and row."""
+    batch, head, row = tensor.stride()[:3]
+    return tensor.data_ptr() + first * row * tensor.itemsize, (batch, head, row)
+
+
+def _strides(tensor: Tensor) -> tuple[int, int, int]:
+    return _four(tensor.stride(), 0)[:3]
+
+
+def _four(sizes: tuple[int, ...], filler: int) -> tuple[int, int, int, int]:
+    """Of a tensor of up to four dimensions, as if it had so many."""
+    first, second, third, last = (filler,) * (4 - len(sizes)) + tuple(sizes)
+    return first, second, third, last
+
+
+def _is_traced() -> bool:
+    """Whether somebody follows the operations of this thread, or differentiates forwards."""
+    compiles = torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() > 0
+    return compiles or forward_ad._current_level >= 0

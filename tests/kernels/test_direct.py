@@ -1,0 +1,77 @@
+"""Ops as an engine calls them: they answer and refuse as the public ones do."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+
+import pytest
+import torch
+from torch import Tensor
+
+import astra_kernels as ak
+from astra_kernels import _direct as direct
+from astra_kernels.merge_state import reference
+
+
+@pytest.fixture(autouse=True)
+def without_gradients() -> Iterator[None]:
+    with torch.no_grad():
+        yield
+
+
+@pytest.mark.parametrize("first", [0, 2])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_state_takes_in_another_from_some_row_on(first: int, dtype: torch.dtype) -> None:
+    outs = [torch.randn(2, rows, 3, 6).transpose(1, 2).to(dtype) for rows in (7, 7 - first)]
+    lses = [torch.randn(2, 3, rows) for rows in (7, 7 - first)]
+    lses[0][0, 0, 3] = lses[1][1, 0, 2] = -math.inf
+    lses[1][0, 1, 1] = math.nan
+    wide = [out.double() for out in outs]
+    want, _ = reference.merge_state(wide[0][:, :, first:], lses[0][:, :, first:], wide[1], lses[1])
+    want = torch.cat([wide[0][:, :, :first], want], 2).to(dtype)
+    found = direct.merge_into(outs[0], lses[0], outs[1], lses[1], first)
+    torch.testing.assert_close(found, want, equal_nan=True)
+
+
+def test_attention_and_what_does_not_fit() -> None:
+    query, key, value = torch.randn(2, 4, 5, 8), *torch.randn(2, 2, 2, 7, 8)
+    for causal in (False, True):
+        found = direct.attention(query, key, value, is_causal=causal, scale=0.3)
+        want = ak.attention(query, key, value, is_causal=causal, scale=0.3)
+        torch.testing.assert_close(found, want)
+    for wrong in (key[:1], key[..., :4], key[:, :, :6], torch.randn(2, 3, 7, 8)):
+        with pytest.raises(ValueError, match=r"astra_kernels\.attention"):
+            direct.attention(query, wrong, value, scale=0.3)
+
+
+def test_codewords_and_codes() -> None:
+    table = torch.randn(3, 16, 5)
+    codes = torch.randint(0, 16, (2, 7, 3), dtype=torch.int32)
+    assert torch.equal(direct.decode(codes, table), ak.decode(codes, table))
+    assert torch.equal(direct.decode(codes[:, ::2], table), ak.decode(codes[:, ::2], table))
+    assert torch.equal(direct.encode(direct.decode(codes, table), table), codes)
+    for wrong in (-1, 16):
+        codes[1, 6, 2] = wrong
+        with pytest.raises(ValueError, match=str(wrong)):
+            direct.decode(codes, table)
+    with pytest.raises(ValueError, match="vectors"):
+        direct.encode(torch.randn(2, 3, 4), table)
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
+def test_values_that_are_not_finite(bad: float) -> None:
+    x = torch.randn(2, 3, 9, 33)
+    views: list[Tensor] = [x, x.transpose(1, 2), x[1], x[1, 2], x[1, 2, 8]]
+    assert direct.all_finite([*views, x[:0]]) is True
+    assert direct.all_finite([x[..., ::2]]) is None
+    x[1, 2, 8, 32] = bad
+    assert [direct.all_finite([view]) for view in views] == [False] * len(views)
+
+
+def test_who_traces_sees_the_public_op() -> None:
+    given = torch.randn(1, 2, 3, 4), torch.randn(1, 2, 3), torch.randn(1, 2, 3, 4)
+    graph = torch.fx.experimental.proxy_tensor.make_fx(
+        lambda out, lse, other: direct.merge_into(out, lse, other, lse, 0)
+    )(*given)
+    assert "astra.merge_state" in graph.code
