@@ -130,6 +130,7 @@ class Asked:
         criteria: that end a row, of the host's own.
         warp: what `choose` does to the logits before it draws, where any row may be drawn by
             itself; None: it is not to draw, or a function of the host's own takes part.
+        sampling: what `warp` does, in words.
         returned: answers for each row of the prompt.
         pad: what stands behind the end of a finished row; None: the end token again.
         streamer: hears of the prompt and of every token.
@@ -141,6 +142,7 @@ class Asked:
     choose: Callable[[Tensor, Tensor], Tensor] | None
     criteria: Sequence[Callable[..., Any]]
     warp: Callable[[Tensor, Tensor], Tensor] | None
+    sampling: str
     returned: int
     pad: int | None
     streamer: Any
@@ -219,6 +221,7 @@ def _draw_several(
         asked.returned,
         asked.warp,
         Generation(most, asked.ends, None, options.get("on_token")),
+        named=asked.sampling,
         request=options.get("request"),
         within_ms=options.get("within_ms"),
     )
@@ -286,6 +289,7 @@ def generation_arguments(
         chooser(made, sample) if made or sample else None,
         list(functions["stopping_criteria"] or []),
         warper(made) if sample and not own else None,
+        str({name: getattr(given, name, None) for name in _SAMPLING}),
         returned,
         pad,
         functions["streamer"],

@@ -70,6 +70,8 @@ class Plan:
                 f"weights: expected {world_size} positive numbers, one for each rank, got {shares}"
             )
         check_halo(halo, causal)
+        if sum(shares) == float("inf"):
+            shares = [weight / max(shares) for weight in shares]
         bounds, reached = [0], 0.0
         for n, weight in enumerate(shares):
             reached += weight / sum(shares)

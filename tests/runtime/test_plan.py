@@ -70,6 +70,12 @@ def test_tags_tell_plans_and_inputs_apart() -> None:
     assert len(tags) == 24
 
 
+@pytest.mark.parametrize("weight", [5e-324, 1.0, 1e308])
+def test_only_the_proportions_of_weights_count(weight: float) -> None:
+    cut = Plan.make(30, 3, causal=True, shard_weights=[weight] * 3)
+    assert cut.bounds == (0, 10, 20, 30)
+
+
 @pytest.mark.parametrize(
     ("tokens", "world_size", "weights", "message"),
     [

@@ -34,6 +34,7 @@ def draw_several(
     warp: Warp,
     asked: Generation,
     *,
+    named: str,
     request: int | None,
     within_ms: float | None,
 ) -> Tensor:
@@ -48,6 +49,7 @@ def draw_several(
         ids: int64 [1, T].
         warp: what is done to the logits of an answer before one draws from them.
         asked: `choose` and `stop` are not used.
+        named: what `warp` does, in words that have to be the same on all ranks.
 
     Returns:
         int64 [count, T + new], on every rank. With dense exchange, to rounding, what the owner
@@ -68,7 +70,7 @@ def draw_several(
             _read_alone(engine, state, ids)
         elif most_lacking(engine, state) > MOST_SHARED:
             places = [state.owner] * count
-        tag = session_tag(state, request, options.max_new_tokens, options.ends, count)
+        tag = session_tag(state, request, options.max_new_tokens, options.ends, count, named)
         draws = Draws(_generator(engine, state.owner, tag), count, ids.shape[1])
         works = moved(engine, [state] * count, places, running)
         rows = [replace(options, choose=draws.chooser(n, engine.rank, warp)) for n in range(count)]

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from astra_runtime import Codebook, Engine
-from astra_runtime.errors import CallEnded, InvalidChoice
+from astra_runtime.errors import CallEnded, InvalidChoice, WireError
 from astra_runtime.evaluate import run_ranks
 from astra_runtime.sessions import several
 from astra_runtime.sessions.answers import decode_together
@@ -157,7 +157,10 @@ def test_errors_end_the_call_and_no_more(llama: Any, monkeypatch: pytest.MonkeyP
                 engine.generate(ids, within_ms=-1, **options)
             with pytest.raises(InvalidChoice, match="not finite"):
                 engine.generate(ids, **options | {"temperature": 1e-45})
-            return engine.generate(ids, **options)
+            same = engine.generate(ids, **options)
+            with pytest.raises(WireError, match="wrong plan"):  # each would draw its own way
+                engine.generate(ids, **options | {"temperature": 1.0 + mesh.rank})
+            return same
 
     first, second = run_ranks(2, work)
     assert torch.equal(first, second)
