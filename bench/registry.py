@@ -194,12 +194,13 @@ OTHERS = (
     Bench(
         "service",
         "concurrent chats on two processes at 10 Mbit/s beside one; lone requests, several answers",
-        20,
+        22,
         (
             _cpu("bench.service", "service"),
             _cpu("bench.service --pack-weights --name service_packed", "service_packed"),
             _cpu("bench.service.lone", "service_lone"),
             _cpu("bench.service.several", "service_several"),
+            _cpu("bench.service.beside", "service_beside"),
         ),
     ),
     Bench(

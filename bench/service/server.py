@@ -95,9 +95,12 @@ class Server:
         return [pid for pid in ids if b"worker" in contents(Path(f"/proc/{pid}/cmdline"))]
 
     def ask(self, prompt: str, new_tokens: int, timeout: float = 600.0) -> Answer:
-        """A streamed completion, always the likeliest token."""
+        """A streamed completion, always the likeliest token.
+
+        With log-probabilities, so that a token that only begins a character is a piece, too.
+        """
         body = {"model": "bench", "prompt": prompt, "max_tokens": new_tokens, "temperature": 0}
-        body |= {"stream": True, "stream_options": {"include_usage": True}}
+        body |= {"stream": True, "stream_options": {"include_usage": True}, "logprobs": 0}
         request = urllib.request.Request(
             f"{self.url}/v1/completions",
             json.dumps(body).encode(),

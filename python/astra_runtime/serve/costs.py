@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 from ..costs import EXACT_TOKENS
 from ..engine import Engine
 
@@ -118,7 +120,8 @@ class PromptCosts:
 
         pause: seconds that a pause takes; None: as long as those so far.
         """
-        pause = (self.pause or 0.0) if pause is None else pause
+        if pause is None:
+            pause = ROUND_SECONDS / 3 if self.pause is None else self.pause
         return self._cuts(tokens, segment_seconds(pause), self._blocks)
 
     def checks(self, tokens: int, seconds: float) -> list[int]:
@@ -129,7 +132,7 @@ class PromptCosts:
     def _cuts(self, tokens: int, seconds: float, unknown: int) -> list[int]:
         """Cuts a prompt's blocks into segments of `seconds`; `unknown`: how many, where nothing is
         known of its costs."""
-        segments = 1 + int(self.together(tokens) / seconds)
+        segments = max(1, math.ceil(self.together(tokens) / seconds))
         if self.token is None:
             segments = unknown
         segments = min(segments, self._blocks)

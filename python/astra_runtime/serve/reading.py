@@ -20,8 +20,12 @@ from ..sessions.cache import KeyValues
 from .batch import Cache, read
 from .prompt import Prompt
 
-MOST_ROWS = 1024  # of a prompt in one pass: the longer, the longer a block takes
+# Of a prompt in one pass. The fewer, the more often weights are read; the more, the longer a block
+# takes, and the more of a round is left over where answers wait.
+MOST_ROWS = 1024
+MOST_ROWS_BESIDE = 512
 RECENT_STEPS = 4  # that say how long the next one takes
+ADDED = 0.3  # of a step of one answer, by each further one: most of a step is reading the weights
 
 
 class Dropped(Exception):
@@ -46,17 +50,21 @@ class Reading:
     def of(cls, prompt: Prompt, rank: int, blocks: int) -> Reading:
         return cls(prompt, Cache(KeyValues(blocks)), set(prompt.indices(rank)))
 
-    def read(self, engine: EngineParts, between: Callable[[int], None]) -> None:
-        """Reads all of it, in as few passes as are as long as each other.
+    def read(
+        self, engine: EngineParts, most_rows: Callable[[], int], between: Callable[[int], None]
+    ) -> None:
+        """Reads all of it, in passes that are about as long as each other.
 
-        between: called before each block of each.
+        Args:
+            most_rows: how many tokens the next pass may have.
+            between: called before each block of each pass.
         """
         ids = self.prompt.ids
-        for part in range(passes := math.ceil(len(ids) / MOST_ROWS)):
-            start, stop = len(ids) * part // passes, len(ids) * (part + 1) // passes
-            new = torch.tensor([list(ids[start:stop])]).to(engine.adapter.device)
+        while rest := len(ids) - self.cache.length:
+            start, passes = self.cache.length, math.ceil(rest / most_rows())
+            new = torch.tensor([list(ids[start : start + math.ceil(rest / passes)])])
             with torch.no_grad():
-                read(engine, [self.cache], [new], between)
+                read(engine, [self.cache], [new.to(engine.adapter.device)], between)
 
 
 class Pace:
@@ -90,10 +98,10 @@ class Pace:
 
     def step_seconds(self, answers: int) -> float:
         """What the next step takes at most, with so many answers: as long as the slowest of the
-        last ones, and longer in proportion where that had fewer."""
+        last ones would with as many."""
         if not answers:
             return 0.0
-        steps = (seconds * max(1.0, answers / count) for count, seconds in self._steps)
+        steps = (seconds * _share(answers) / _share(count) for count, seconds in self._steps)
         return max(steps, default=self._seconds / 3)
 
     def passed(self, block: int, answers: int) -> tuple[float, bool]:
@@ -110,3 +118,8 @@ class Pace:
     def has_time(self, answers: int) -> bool:
         """Whether the round is long enough for one more step."""
         return time.perf_counter() + self.step_seconds(answers) <= self._until
+
+
+def _share(answers: int) -> float:
+    """What a step of so many answers takes, over one of one."""
+    return 1 + ADDED * (answers - 1)

@@ -24,7 +24,7 @@ from .batch import Cache, read
 from .costs import ROUND_SECONDS
 from .kept import Kept
 from .prompt import Move, Prompt
-from .reading import Dropped, Pace, Reading
+from .reading import MOST_ROWS, MOST_ROWS_BESIDE, Dropped, Pace, Reading
 from .sampling import Sampler
 
 NOTABLE = 1_000_000  # ns, of a wait in a timeline
@@ -179,17 +179,18 @@ class Sequences:
                 the next one.
         """
         self._pace.begin()
-        is_over = False
-        while (reading := self._next_long()) is not None:
-            is_over = self._read_alone(reading, go_on)
-        if not is_over:
+        reading = self._next_long()
+        if reading is None or not self._read_alone(reading, go_on):
             self.step()
-        while is_long and len(self) and self._pace.has_time(len(self)):
+        while is_long and self._answers and self._pace.has_time(len(self._answers)):
             self.step()
 
     def _next_long(self) -> Reading | None:
         """The prompt that is read in a pass of its own."""
         return next((r for r in self._reading if len(r.prompt.ids) > EXACT_TOKENS), None)
+
+    def _most_rows(self) -> int:
+        return MOST_ROWS_BESIDE if self._answers else MOST_ROWS
 
     def _read_alone(self, reading: Reading, go_on: Callable[[], None]) -> bool:
         """Whether every answer has got a token in this round by then."""
@@ -207,14 +208,15 @@ class Sequences:
 
         self._pace.go_on()
         try:
-            reading.read(self.engine, between)
+            reading.read(self.engine, self._most_rows, between)
         except Dropped:
             return False
         seconds, _ = self._pace.passed(len(self.adapter.blocks), 0)
         self._busy += seconds
-        is_over = not len(self._answers)
+        if self._answers:
+            self.step()
         self._have_read(reading, seconds)
-        return is_over
+        return True
 
     def step(self) -> None:
         """A token of every answer, and all of a short prompt, in one pass."""

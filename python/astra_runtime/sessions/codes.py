@@ -215,6 +215,16 @@ def complete(engine: EngineParts, state: SessionState) -> None:
     state.held = [piece for piece in state.held if piece[1] > state.cache.length]
 
 
+def make_ready(engine: EngineParts, state: SessionState) -> None:
+    """After an answer: a rank that did not give it gets keys and values of all tokens, too, while
+    nobody waits for it, so that the next question can be asked of it as well.
+
+    Not where memory was asked for: then what is freed is rebuilt when it is wanted.
+    """
+    if engine.rank != state.owner and not state.is_lean:
+        complete(engine, state)
+
+
 def confirm(engine: EngineParts, running: Running, tag: int) -> None:
     """Every rank has done its part of the call, under the same tag; collective.
 

@@ -26,7 +26,7 @@ from ..models import vocabulary_of
 from ..turns import without_gradients
 from .answers import decode_together, joint_tag, moved, receive_tokens, send_tokens, token_limit
 from .base import EngineParts, Running
-from .codes import complete, confirm, session_tag, synchronize
+from .codes import complete, confirm, make_ready, session_tag, synchronize
 from .cut import cut
 from .decoder import Asked
 from .files import packed
@@ -302,6 +302,8 @@ class Session:
                 work.settle()
             yield running, work
             confirm(self._engine, running, session_tag(work, *what))
+            if what == ("finish",):
+                make_ready(self._engine, work)
         self._state = work
 
     def _remember(self, state: SessionState, rank: int) -> None:
@@ -362,6 +364,8 @@ def generate_together(
             work.add_answer(new, place)
             synchronize(engine, work, running)
         confirm(engine, running, joint_tag(works, request))
+        if len(works) == 1:
+            make_ready(engine, works[0])
     for session, work in zip(sessions, works, strict=True):
         session._state = work
     return [session.ids for session in sessions]

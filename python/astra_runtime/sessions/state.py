@@ -61,6 +61,7 @@ class SessionState:
         fine: fine codes of the last tokens, for ranks that did not compute them; None: there are
             none.
         held: keys and values of tokens [start, stop) that are exact here and not in `cache` yet.
+        is_lean: what codes stand for is rebuilt only when it is wanted, as memory was freed.
         answer: what this rank is continuing the session with, a `decoder.Answer`.
     """
 
@@ -78,6 +79,7 @@ class SessionState:
     scores: Tensor | None = None
     fine: Fine | None = None
     held: list[tuple[int, int, list[tuple[Tensor, Tensor]]]] = field(default_factory=list)
+    is_lean: bool = False
     answer: Any = None
 
     def __post_init__(self) -> None:
@@ -192,6 +194,7 @@ class SessionState:
         """Drops what can be rebuilt from codes; without `keep_exact`, all that codes stand for."""
         if self.store is None:
             return
+        self.is_lean = True
         sinks = min(self.prefix, self.read)
         if not keep_exact:
             self.exact = [cut_intervals(held, sinks) for held in self.exact]

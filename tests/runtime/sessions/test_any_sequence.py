@@ -122,6 +122,9 @@ def test_what_is_freed_is_rebuilt_as_it_was(name: str) -> None:
             copy.release("exact")
             copy.generate(1, rank=2)
             session.generate(1, rank=2)
+            # who has not answered is ready to, but where memory was to be freed
+            ready = [one._state.cache.length == one._state.read for one in (session, copy)]
+            assert ready == [True, mesh.rank == 2]
             if mesh.rank == 2:
                 for ours, theirs in zip(rebuilt(session), rebuilt(copy), strict=True):
                     torch.testing.assert_close(theirs, ours, rtol=1e-4, atol=1e-4)
