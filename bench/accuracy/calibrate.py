@@ -18,7 +18,7 @@ from torch import Tensor
 from astra_runtime.console import say
 from astra_runtime.models import adapt
 from astra_runtime.store import load_model, load_tokenizer, token_windows
-from astra_runtime.train.budgets import TransformFit, TransformOptions, default_rank
+from astra_runtime.train.budgets import TransformFit, TransformOptions, default_basis, default_rank
 from astra_runtime.train.calibration import as_windows
 from bench import codebooks
 from bench.accuracy.corpora import UNSEEN, corpus
@@ -54,7 +54,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     options = parser.parse_args(arguments)
     quiet_transformers()
     model, tokenizer = load_model("smollm2"), load_tokenizer("smollm2")
-    rank = default_rank(adapt(model))
+    basis = default_basis(adapt(model))
+    rank = default_rank(adapt(model), basis)
     for seed in options.seeds:
         missing = [
             bits
@@ -70,6 +71,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             rank=rank,
             iterations=8,
             seed=seed,
+            basis=basis,
             fine_bits=options.fine_bits,
             fine_tokens=codebooks.FINE_TOKENS if options.fine_bits else 0,
         )

@@ -108,6 +108,8 @@ class Simulation:
         y = torch.cat([key, value], 1).transpose(1, 2).flatten(2)
         if block == 0:
             self.embedding = x / x.square().mean(-1, keepdim=True).sqrt()
+            if self.book.basis is not None:
+                self.embedding = self.embedding @ self.book.basis
             self.estimate = y if free else torch.empty(0)
         if block or not free:
             known = [self.estimate] if block else []

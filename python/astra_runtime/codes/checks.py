@@ -43,6 +43,7 @@ def _check_tables(codebook: CodebookFields, coded_width: int) -> None:
     blocks, tables = codebook.geometry.get("num_blocks"), codebook.tables
     if tables is None:  # a table a block
         made = len(codebook.transforms)
+        _check_basis(codebook)
         if made != blocks or len(codebook.fine) not in (0, blocks):
             raise ValueError(f"transforms: expected one for each of {blocks} blocks, got {made}")
         return
@@ -53,8 +54,25 @@ def _check_tables(codebook: CodebookFields, coded_width: int) -> None:
         raise ValueError(f"tables: expected shape {expected}, got {tuple(tables.shape)}")
 
 
+def _check_basis(codebook: CodebookFields) -> None:
+    """Whether the predictors read as many coordinates as the basis of embeddings has."""
+    basis = codebook.basis
+    if basis is None:
+        return
+    size = codebook.geometry.get("hidden_size")
+    if basis.dim() != 2 or basis.shape[0] != size:
+        raise ValueError(f"basis: expected shape [{size}, F], got {list(basis.shape)}")
+    for block, transform in enumerate(codebook.transforms):
+        read, width = len(transform.down), len(transform.offset)
+        if read not in (0, width + basis.shape[1]):
+            raise ValueError(
+                f"basis: expected {read - width} coordinates, which block {block} reads, "
+                f"got {basis.shape[1]}"
+            )
+
+
 def _tensors(codebook: CodebookFields) -> list[tuple[str, Tensor]]:
-    given = [("tables", codebook.tables), ("scales", codebook.scales)]
+    given = [("tables", codebook.tables), ("scales", codebook.scales), ("basis", codebook.basis)]
     for block, parts in enumerate(codebook.transforms):
         given += [(f"block {block}, {name}", tensor) for name, tensor in vars(parts).items()]
     for block, fine in enumerate(codebook.fine):

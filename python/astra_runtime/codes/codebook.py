@@ -34,7 +34,7 @@ from .predictive import Transform
 from .registry import codec_named
 
 FORMAT = 1
-NOT_IN_CONFIG = ("tables", "scales", "transforms", "fine", "notes")
+NOT_IN_CONFIG = ("tables", "scales", "transforms", "basis", "fine", "notes")
 OF_FINE_CODES = ("fine_tokens", "fine_codewords")  # in the file where there are any
 
 
@@ -134,7 +134,7 @@ class Codebook(CodebookFields):
         return content.hexdigest()[:16]
 
     def _config(self) -> dict[str, Any]:
-        bare = replace(self, tables=None, scales=None, transforms=(), fine=(), notes={})
+        bare = replace(self, tables=None, scales=None, transforms=(), basis=None, fine=(), notes={})
         skipped = NOT_IN_CONFIG if self.fine else (*NOT_IN_CONFIG, *OF_FINE_CODES)
         return {k: v for k, v in asdict(bare).items() if k not in skipped}
 
@@ -144,7 +144,7 @@ class Codebook(CodebookFields):
 
     def tensors(self) -> dict[str, Tensor]:
         """All that it has, by the names in its file."""
-        tensors = {"tables": self.tables, "scales": self.scales}
+        tensors = {"tables": self.tables, "scales": self.scales, "basis": self.basis}
         for block, transform in enumerate(self.transforms):
             tensors |= {f"{block:03}.{name}": t for name, t in transform.tensors().items()}
         for block, fine in enumerate(self.fine):

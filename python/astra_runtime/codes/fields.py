@@ -40,6 +40,8 @@ class CodebookFields:
         scales: fp32 [num_blocks, Hkv, 2], space "kv": what keys and values are multiplied with
             before the nearest codeword is sought. The tables hold scaled codewords.
         transforms: one a block, in space "transform", which has no `tables`.
+        basis: fp32 [D, F], space "transform" where there are token ids: coordinates of the
+            embedding that the predictors of all blocks read. None: they read the embedding itself.
         fine: one a block, or none at all: what the last `fine_tokens` tokens before a cut are sent
             as beside their codes, to the next rank alone (`fine.py`).
         fine_tokens, fine_codewords: how many tokens, and codewords of a group; 0: no fine codes.
@@ -57,6 +59,7 @@ class CodebookFields:
     tables: Tensor | None = None
     scales: Tensor | None = None
     transforms: tuple[Transform, ...] = ()
+    basis: Tensor | None = None
     fine: tuple[FineCode, ...] = ()
     fine_tokens: int = 0
     fine_codewords: int = 0

@@ -8,8 +8,9 @@ for what the other ranks know of them. Block by block, sender and receivers comp
     i_c = argmin_k ‖z_c − t_ck‖²                  sent: one code for each of C groups of coordinates
     ŷ = p + [t_1,i_1 … t_C,i_C]·S                 what the receivers attend to
 
-ê is the token's embedding over its root mean square, which every rank has from the token ids; for
-the same reason ŷ of block 0 is exact, and free. As the sender predicts from ŷ, not from y, what one
+ê is the token's embedding over its root mean square, which every rank has from the token ids, in a
+few coordinates that the predictors of all blocks share; for the same reason ŷ of block 0 is exact,
+and free. As the sender predicts from ŷ, not from y, what one
 block's codes miss the next block's codes make good.
 
 The engine never computes p, and a sender not even ŷ: `latent.py` runs the same recursion in the
@@ -107,9 +108,15 @@ class Transform:
 
 
 def rms_normalized(embedding: Tensor) -> Tensor:
-    """ê: embeddings [..., D] over their root mean square."""
+    """Embeddings [..., D] over their root mean square."""
     x = embedding.float()
     return x * torch.rsqrt(x.square().mean(-1, keepdim=True) + 1e-8)
+
+
+def embedding_features(embedding: Tensor, basis: Tensor | None) -> Tensor:
+    """ê, [..., F], of embeddings [..., D]: in the shared basis [D, F], or, None, all D numbers."""
+    normalized = rms_normalized(embedding)
+    return normalized if basis is None else normalized @ basis
 
 
 def nearest_codewords(transform: Transform, missing: Tensor) -> Tensor:

@@ -20,7 +20,7 @@ from .fields import CodebookFields
 from .latent import DecoderState, code_macs, latent_codes
 from .layouts import merge_heads, merge_rotated, split_heads
 from .packed import PackedCodes, pack_rows, unpack_rows
-from .predictive import rms_normalized
+from .predictive import embedding_features
 from .rotary import Rope, inverse, rotate, unrotate
 from .simulated import Pair, Quantize, SentTokens, SimulatedCodec
 from .staging import packed_right
@@ -51,6 +51,7 @@ class TransformCodes(PackedCodes, DenseAttention):
         super().__init__(codebook, adapter)
         self.adapter = adapter
         self.codes = latent_codes([t.to(adapter.device) for t in codebook.transforms])
+        self.basis = basis_on(codebook, adapter)
         self.fine = [fine.to(adapter.device) for fine in codebook.fine]
         self.fine_tokens = codebook.fine_tokens
         self.fine_bits, self.fine_codewords = codebook.fine_code_bits, codebook.fine_codewords
@@ -72,7 +73,9 @@ class TransformCodes(PackedCodes, DenseAttention):
         """The recursion for every token; of own ones the axes and the search, else the way back."""
         pairs = zip(codebook.transforms, (None, *codebook.transforms[:-1]), strict=True)
         macs = [code_macs(transform, before) for transform, before in pairs]
-        code, receive = (sum(parts) / len(macs) for parts in zip(*macs, strict=True))
+        # the embedding's coordinates are made once for all blocks
+        shared = 0 if codebook.basis is None else codebook.basis.numel()
+        code, receive = ((shared + sum(parts)) / len(macs) for parts in zip(*macs, strict=True))
         if not codebook.fine:
             return CodeCosts(2.0 * code, 2.0 * receive)
         fine = [
@@ -109,7 +112,7 @@ class TransformCodes(PackedCodes, DenseAttention):
             return this
         embedded = self.adapter.embed(inputs)
         first = merge_heads(*self.adapter.project(0, embedded)).float()
-        embedding = rms_normalized(embedded)
+        embedding = embedding_features(embedded, self.basis)
 
         sent = plan.sent_slice(rank)
         this.own = DecoderState(self.codes, first[:, sent], embedding[:, sent])
@@ -192,6 +195,11 @@ class TransformCodes(PackedCodes, DenseAttention):
         return DenseTokens(rotate(key, rope).to(self.dtype), value.to(self.dtype))
 
 
+def basis_on(codebook: CodebookFields, adapter: Adapter) -> Tensor | None:
+    """The codebook's basis of embeddings, where the model is."""
+    return None if codebook.basis is None else codebook.basis.to(adapter.device)
+
+
 class _Simulated(SimulatedCodec):
     """Attributes:
     state: what all know of the tokens sent, had nothing been lost.
@@ -203,6 +211,7 @@ class _Simulated(SimulatedCodec):
     ) -> None:
         super().__init__(codebook, adapter, quantize, receivers)
         self.codes = latent_codes([t.to(adapter.device) for t in codebook.transforms])
+        self.basis = basis_on(codebook, adapter)
         self.state: DecoderState
         self.states: list[DecoderState] = []
 
@@ -211,7 +220,8 @@ class _Simulated(SimulatedCodec):
         if not block:
             first = embedding = None
             if self.adapter.token_ids:
-                first, embedding = y.detach(), rms_normalized(sent.hidden.detach())
+                first = y.detach()
+                embedding = embedding_features(sent.hidden.detach(), self.basis)
             self.state = DecoderState(self.codes, first, embedding, *y.shape[:2])
             self.states = [self.state.fork() for _ in range(self.receivers)]
             if first is not None:

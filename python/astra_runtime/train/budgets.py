@@ -7,7 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from ..codes.base import Codec, geometry
 from ..codes.codebook import Codebook
@@ -16,7 +16,8 @@ from ..codes.transform import TransformCodes
 from ..models import Adapter, Inputs, adapt
 from ..steady import give_back
 from .calibration import Progress, check_finite, empty_pairs, record_pairs
-from .fit_transform import SEARCH, Rows, allocate, embedding_of, fit_blocks, fit_fine
+from .fit_transform import SEARCH, allocate, embedding_of, fit_blocks, fit_fine
+from .linear import Rows, linear_models, shared_basis
 from .options import FitData, FitOptions
 from .sensitivity import Cost, sensitivity
 
@@ -25,6 +26,8 @@ PASSES, DECODER_TOKENS = 8, 384
 # Tokens, and vectors a codeword, with which the rest of these windows is not needed.
 ENOUGH, ENOUGH_MEMBERS = 8192, 32
 DEFAULT_BITS = 100.0
+BASIS = 96  # coordinates of the embedding that the predictors of all blocks read
+RANK, RANK_WITH_BASIS = 64, 80  # of predictors, at most
 FINE_CODEWORDS = 64  # of a group of fine codes, which are many
 FINE_ROWS = 4096  # tokens that they are fitted on: as many as k-means of so few codewords sees
 MANY_BITS = 200.0  # beyond, groups are so many that each has few codewords
@@ -44,6 +47,7 @@ class TransformOptions:
     rank: int
     iterations: int
     seed: int
+    basis: int = 0
     bits: float = DEFAULT_BITS
     fine_bits: float = 0.0
     fine_tokens: int = 0
@@ -53,7 +57,8 @@ class TransformOptions:
     def of(cls, options: FitOptions, codec: type[Codec], adapter: Adapter) -> TransformOptions:
         """Refuses, with a ValueError, a budget that no codes can be made of."""
         prefix = options.prefix_for(codec, adapter)
-        rank = default_rank(adapter) if options.rank is None else options.rank
+        basis = _check_basis(options, adapter)
+        rank = default_rank(adapter, basis) if options.rank is None else options.rank
         bits = _check_budget(options, rank, adapter)
         return cls(
             prefix,
@@ -61,6 +66,7 @@ class TransformOptions:
             rank,
             options.iterations,
             options.seed,
+            basis,
             bits,
             options.fine_bits,
             _check_fine(options, adapter),
@@ -125,6 +131,13 @@ class TransformFit:
                 [embedding_of(adapter, window)[:, copies:].flatten(0, 1) for window in windows]
             )
         self.rows, self.cost = Rows(pairs, embedding), Cost.of(fisher.to(adapter.device))
+        self.basis: Tensor | None = None
+        if options.basis and len(pairs) > 1:
+            self.progress("sharing a basis", 0, 1)
+            with torch.no_grad():
+                models = list(linear_models(self.rows))
+                self.basis = shared_basis(self.rows, models, self.cost.root, options.basis)
+                self.rows = self.rows.in_basis(self.basis)
 
     def codebook(self, bits: float) -> Codebook:
         """At most `bits` a token and block, on average over the blocks."""
@@ -165,8 +178,15 @@ class TransformFit:
                 )
         codes = [t.codes for t in transforms]
         notes = {**self.empty.notes, "bits": bits, "rank": options.rank, "codes": codes}
+        if self.basis is not None:
+            notes["basis"] = options.basis
         made = replace(
-            self.empty, groups=max(codes), codewords=codewords, transforms=transforms, notes=notes
+            self.empty,
+            groups=max(codes),
+            codewords=codewords,
+            transforms=transforms,
+            basis=self.basis,
+            notes=notes,
         )
         if not any(part.codes for part in fine):
             return made
@@ -255,9 +275,28 @@ def _check_fine(options: FitOptions, adapter: Adapter) -> int:
     return options.fine_tokens
 
 
-def default_rank(adapter: Adapter) -> int:
-    """Receivers pay for the predictor: it is to stay small beside the block's own work."""
-    return min(64, max(1, adapter.hidden_size // 8))
+def _check_basis(options: FitOptions, adapter: Adapter) -> int:
+    """How many coordinates of the embedding predictors read; 0: the embedding, if there is one."""
+    width = adapter.hidden_size if adapter.token_ids else 0
+    if options.basis is None:
+        return default_basis(adapter)
+    if not 0 <= options.basis <= width:
+        raise ValueError(f"basis: expected 0 to {width}, got {options.basis}")
+    return options.basis
+
+
+def default_basis(adapter: Adapter) -> int:
+    """Coordinates of the embedding: few enough to be worth making, once a token."""
+    return min(BASIS, adapter.hidden_size // 2) if adapter.token_ids else 0
+
+
+def default_rank(adapter: Adapter, basis: int) -> int:
+    """Receivers pay for the predictor: it is to stay small beside the block's own work.
+
+    Where it reads few features of the embedding it may have a higher rank at the same price.
+    """
+    most, share = (RANK_WITH_BASIS, 7) if basis else (RANK, 8)
+    return min(most, max(1, adapter.hidden_size // share))
 
 
 def default_codewords(bits: float) -> int:

@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -24,9 +23,9 @@ from ..codes.predictive import Transform, nearest_codewords, rms_normalized
 from ..models import Adapter, Inputs
 from ..parallel import map_cores
 from .kmeans import kmeans
+from .linear import Centred, Rows, known_features, linear_models, regression
 from .sensitivity import Cost
 
-RIDGE = 3e-3  # of the features' own variance, in regressions
 SEARCH = 24  # steps towards the water level, at most
 STRIDE = 6.0  # the first ones, in its logarithm: three bits more on every axis
 LEFT = 0.01  # of the budget, that the search may leave
@@ -35,120 +34,6 @@ MEMBERS = 64  # vectors a codeword that k-means sees: more cost time and change 
 MEMBERS_AT_FIRST, TURNS = 16, 3
 ROUNDS = 3  # of drawing codewords to start with
 TOGETHER = 4  # groups whose k-means run as one
-SAMPLE = 8192  # rows are enough to tell where bits go
-
-
-@dataclass(frozen=True, eq=False)
-class Centred:
-    """Rows x [n, F] without their mean, in parts that stand side by side.
-
-    Attributes:
-        gram: xᵀx, [F, F]. Of the embeddings it is made once, for the regressions of all blocks.
-    """
-
-    parts: tuple[Tensor, ...]
-    mean: Tensor
-    gram: Tensor
-
-    @classmethod
-    def of(cls, rows: Tensor) -> Centred:
-        mean = rows.mean(0)
-        rows = rows - mean
-        return cls((rows,), mean, rows.T @ rows)
-
-    def beside(self, other: Centred) -> Centred:
-        across = self.cross(other.parts[0])
-        above, below = torch.cat([self.gram, across], 1), torch.cat([across.T, other.gram], 1)
-        mean = torch.cat([self.mean, other.mean])
-        return Centred(self.parts + other.parts, mean, torch.cat([above, below]))
-
-    def cross(self, y: Tensor) -> Tensor:
-        """xᵀy, [F, E]."""
-        return torch.cat([part.T @ y for part in self.parts])
-
-    def product(self, weights: Tensor) -> Tensor:
-        """x·weights, [n, E], of weights [F, E]."""
-        shares = weights.split([part.shape[1] for part in self.parts])
-        first, *others = (part @ share for part, share in zip(self.parts, shares, strict=True))
-        return sum(others, first)
-
-
-@dataclass(eq=False)
-class Rows:
-    """Calibration tokens, side by side: y of a block [n, E], and what every rank knows at once."""
-
-    blocks: list[Tensor]
-    embedding: Tensor | None
-
-    @property
-    def starts_exact(self) -> bool:
-        """Whether every rank computes block 0 itself, from the token ids."""
-        return self.embedding is not None
-
-    def few(self, count: int) -> Rows:
-        """Evenly spaced tokens, `count` or up to twice as many."""
-        few = slice(None, None, max(1, len(self.blocks[0]) // count))
-        embedding = None if self.embedding is None else self.embedding[few]
-        return Rows([block[few] for block in self.blocks], embedding)
-
-    def features(self, estimate: Tensor | None) -> Tensor:
-        """[ŷ of the block before, ê], [n, F]; F is 0 where there is neither."""
-        present = [t for t in (estimate, self.embedding) if t is not None]
-        return (
-            torch.cat(present, 1) if present else self.blocks[0].new_zeros(len(self.blocks[0]), 0)
-        )
-
-
-def regression(gram: Tensor, cross: Tensor, count: int) -> Tensor:
-    """Ridge regression of `count` centred rows x on y: [F, E], from xᵀx and xᵀy."""
-    raised = gram.clone()
-    raised.diagonal().mul_(1 + RIDGE).add_(1e-6 * count)
-    return torch.cholesky_solve(cross, torch.linalg.cholesky(raised))
-
-
-def _known(estimate: Tensor | None, embedding: Centred | None, rows: Tensor) -> Centred:
-    """ŷ of the block before and ê, as far as there are such, of the same tokens as `rows`."""
-    if estimate is None:
-        return embedding or Centred.of(rows[:, :0])
-    of_estimate = Centred.of(estimate)
-    return of_estimate if embedding is None else of_estimate.beside(embedding)
-
-
-@dataclass(eq=False)
-class _Model:
-    """A block's y as a linear function of the last block's, plus ê, plus noise.
-
-    Attributes:
-        step: [E, E], what an error of the last block becomes; noise: [E, E], covariance.
-    """
-
-    step: Tensor
-    noise: Tensor
-
-
-def _models(rows: Rows) -> Iterator[_Model]:
-    """Of every block that is coded, in order."""
-    start = 0 if rows.embedding is None else 1
-
-    few = slice(None, None, -(-len(rows.blocks[0]) // SAMPLE))
-    embedding = None if rows.embedding is None else Centred.of(rows.embedding[few])
-
-    def one(block: int) -> _Model:
-        y = rows.blocks[block][few]
-        y = y - y.mean(0)
-        width = y.shape[1]
-        if not block:
-            return _Model(y.new_zeros(width, width), y.T @ y / len(y))
-        x = _known(rows.blocks[block - 1][few], embedding, y)
-        cross = x.cross(y)
-        weights = regression(x.gram, cross, len(y))
-        predicted = weights.T @ cross
-        # of what is left: (y − x·weights)ᵀ(y − x·weights), without x·weights
-        left = y.T @ y - predicted - predicted.T + weights.T @ (x.gram @ weights)
-        free = max(1, len(y) - len(weights))  # what the regression has learned by heart is no gain
-        return _Model(weights[:width], left / free)
-
-    return map_cores(one, range(start, len(rows.blocks)))
 
 
 def _positive(eigenvalues: Tensor) -> Tensor:
@@ -180,7 +65,7 @@ def allocate(
     whole codes took most from. `progress` hears of the steps towards the level, SEARCH at most.
     """
     blocks = len(rows.blocks)
-    models = list(_models(rows))
+    models = list(linear_models(rows))
     start = blocks - len(models)
     roots, inverse = cost.root, cost.inverse
 
@@ -332,7 +217,7 @@ def fit_blocks(
             transforms.append(Transform.zero_codes(y.shape[1], codewords))
             estimate = y
         else:
-            x = _known(estimate, embedding, y)
+            x = known_features(estimate, embedding, y)
             weights = cost.root[block], cost.inverse[block]
             down, up, offset = predictor(x, y, *weights, rank)
             estimate = offset + (x.mean @ down + x.product(down)) @ up

@@ -41,7 +41,10 @@ class FitOptions:
         extra: more windows to calibrate on, never held out: `sampled_windows` of the model.
         prefix: leading tokens of a decoder's input that every rank computes itself; None: 1 in
             space "transform", else 0.
-        rank: space "transform", of its predictor; None: an eighth of the hidden size, at most 64.
+        rank: space "transform", of its predictor; None: an eighth of the hidden size, at most 64;
+            where it reads the embedding in a basis, a seventh, at most 80.
+        basis: space "transform" of a model with token ids: coordinates of the embedding that the
+            predictors of all blocks read, in place of all D; None: 96, at most D/2; 0: all D.
         shared: one set of codes for all heads; None: where `groups` is no multiple of the KV heads.
         iterations: Lloyd iterations.
         seed: makes the result deterministic, whatever the number of threads.
@@ -60,6 +63,7 @@ class FitOptions:
     extra: Tensor | Sequence[Tensor] = ()
     prefix: int | None = None
     rank: int | None = None
+    basis: int | None = None
     shared: bool | None = None
     iterations: int = 8
     seed: int = 0
@@ -68,7 +72,7 @@ class FitOptions:
     progress: Progress = lambda what, done, steps: None
 
     def __post_init__(self) -> None:
-        for name in ("codewords", "prefix", "rank"):
+        for name in ("codewords", "prefix", "rank", "basis"):
             if getattr(self, name) is not None:
                 _check_whole(name, getattr(self, name))
         numbers = ("groups", "iterations", "seed", "fine_tokens", "held_back", "world_size")

@@ -14,15 +14,13 @@ import astra_kernels as ak
 from astra_runtime import Codebook, Engine
 from astra_runtime.codes.latent import DecoderState, latent_codes
 from astra_runtime.codes.layouts import merge_heads, split_heads
-from astra_runtime.codes.predictive import Transform, nearest_codewords
+from astra_runtime.codes.predictive import Transform, embedding_features, nearest_codewords
 from astra_runtime.codes.rotary import rotate
 from astra_runtime.evaluate import measure, run_ranks
 from astra_runtime.models import adapt
 from astra_runtime.plan import Plan
 from astra_runtime.train.calibration import as_windows
 from astra_runtime.train.fit_transform import (
-    Centred,
-    Rows,
     _level,
     _rounded,
     allocate,
@@ -30,8 +28,8 @@ from astra_runtime.train.fit_transform import (
     fit_blocks,
     fit_quantizer,
     predictor,
-    regression,
 )
+from astra_runtime.train.linear import Centred, Rows, linear_models, regression, shared_basis
 from astra_runtime.train.sensitivity import Cost, _shortened, sensitivity
 from astra_runtime.train.simulate import Simulation as Package
 from astra_runtime.train.simulate import quantizers
@@ -336,6 +334,42 @@ def test_features_side_by_side_are_as_one() -> None:
     torch.testing.assert_close(parts.product(weights), whole.product(weights))
 
 
+def test_a_shared_basis_has_what_all_blocks_read() -> None:
+    generator = torch.Generator().manual_seed(0)
+
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=generator)
+
+    embedding = normal(2000, 10) @ normal(10, 10) + 3
+    read = embedding @ normal(10, 3)  # of ten numbers three sums
+    blocks = [normal(2000, 4)]
+    for _ in range(2):
+        blocks.append(0.5 * blocks[-1] + read @ normal(3, 4) + 0.1 * normal(2000, 4))
+    rows, cost = Rows(blocks, embedding), Cost.of(torch.eye(4).repeat(3, 1, 1))
+    models = list(linear_models(rows))
+    for count, lost in ((3, False), (2, True)):
+        basis = shared_basis(rows, models, cost.root, count)
+        assert basis.shape == (10, count)
+        few = list(linear_models(rows.in_basis(basis)))
+        for one, other in zip(models, few, strict=True):
+            ratio = float(other.noise.trace() / one.noise.trace())
+            assert ratio > 2 if lost else ratio < 1.2
+
+
+def test_codebooks_without_a_basis_are_named_as_before() -> None:
+    parts = (torch.ones(6, 2), torch.ones(2, 4), torch.zeros(4), torch.ones(4, 2), torch.ones(2, 4))
+    code = Transform(*parts, torch.arange(8.0).view(1, 4, 2))
+    sizes = {"num_blocks": 2, "hidden_size": 3}
+    book = Codebook("transform", 1, 4, transforms=(code, code), geometry=sizes)
+    assert book.digest == "08f2769b280b9786"
+    with_basis = replace(book, basis=torch.eye(3, 2))
+    assert with_basis.digest != book.digest
+    with_basis.check_fields()
+    for basis in (torch.eye(3, 1), torch.eye(2), torch.ones(3)):
+        with pytest.raises(ValueError, match="basis: expected"):
+            replace(book, basis=basis).check_fields()
+
+
 def test_the_level_spends_the_budget() -> None:
     values = torch.tensor([100.0, 30.0, 2.0, 0.5, 0.01])
     for budget in (1.0, 4.0, 30.0):
@@ -466,10 +500,15 @@ def test_rounding_does_not_grow_over_the_blocks() -> None:
     """Ranks compute in batches of other shapes: what they know differs by rounding alone."""
     transforms = random_transforms(30, 24, 20)
     generator = torch.Generator().manual_seed(3)
-    y, ids = (torch.randn(1, 300, n, generator=generator) for n in (24, 20))
+    y, ids = (torch.randn(1, 300, n, generator=generator) for n in (24, 64))
+    basis = torch.randn(64, 20, generator=generator) / 8
     codes = latent_codes(transforms)
-    whole = DecoderState(codes, y, ids)
-    parts = [DecoderState(codes, y[:, i : i + 1], ids[:, i : i + 1]) for i in range(7)]
+
+    def state(tokens: slice) -> DecoderState:
+        return DecoderState(codes, y[:, tokens], embedding_features(ids[:, tokens], basis))
+
+    whole = state(slice(None))
+    parts = [state(slice(i, i + 1)) for i in range(7)]
     for block, code in enumerate(transforms):
         picked = torch.randint(16, (1, 300, code.codes), generator=generator)
         words = ak.decode(picked.int(), code.tables) if code.codes else None
@@ -552,6 +591,7 @@ def test_losing_everything_is_dropping_it() -> None:
         ({"bits": 1e6}, "bits: expected at least"),
         ({"rank": 0}, "rank: expected at least 1"),
         ({"prefix": -1}, "prefix: expected 0 or more"),
+        ({"basis": 49}, "basis: expected 0 to 48"),
         ({"codewords": 4096}, "codewords: expected"),
         (
             {"space": "kv", "groups": 3, "bits": 30},

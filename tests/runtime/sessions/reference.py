@@ -132,6 +132,8 @@ class Reference:
         inputs = {"input_ids": self.ids[:, positions[0]], "position_ids": positions}
         x = self.adapter.embed(inputs)
         embedding = x / x.square().mean(-1, keepdim=True).sqrt()
+        if self.book.basis is not None:
+            embedding = embedding @ self.book.basis
         pairs, estimate = [], torch.empty(0)
         for block, (key, value) in enumerate(own):
             code = self.book.transforms[block]
