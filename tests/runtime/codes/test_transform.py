@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 import astra_kernels as ak
 from astra_runtime import Codebook, Engine
+from astra_runtime.codes.base import GEOMETRY
 from astra_runtime.codes.latent import DecoderState, latent_codes
 from astra_runtime.codes.layouts import merge_heads, split_heads
 from astra_runtime.codes.predictive import Transform, embedding_features, nearest_codewords
@@ -359,9 +360,9 @@ def test_a_shared_basis_has_what_all_blocks_read() -> None:
 def test_codebooks_without_a_basis_are_named_as_before() -> None:
     parts = (torch.ones(6, 2), torch.ones(2, 4), torch.zeros(4), torch.ones(4, 2), torch.ones(2, 4))
     code = Transform(*parts, torch.arange(8.0).view(1, 4, 2))
-    sizes = {"num_blocks": 2, "hidden_size": 3}
+    sizes = dict(zip(GEOMETRY, (2, 1, 1, 2, 3), strict=True))
     book = Codebook("transform", 1, 4, transforms=(code, code), geometry=sizes)
-    assert book.digest == "08f2769b280b9786"
+    assert book.digest == "e97c3b4d2d5493e5"
     with_basis = replace(book, basis=torch.eye(3, 2))
     assert with_basis.digest != book.digest
     with_basis.check_fields()
