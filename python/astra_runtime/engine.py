@@ -346,7 +346,7 @@ class Engine(SessionHost):
     def _check_model(self) -> None:
         if not self._open:
             raise RuntimeError("the engine is closed")
-        check_runnable(self.model)
+        check_runnable(self.model, self._watch.modules)
         check_attention(self.adapter.attentions, self.adapter.causal)
         check_autocast(self.adapter.device)
 

@@ -217,9 +217,9 @@ def picture_means(pixels: Tensor) -> Tensor:
     plain = pixels.float()
     # unlike shares, so that pictures whose channels changed places differ
     shares = torch.linspace(0.5, 1.5, plain.shape[1], dtype=plain.dtype, device=plain.device)
-    mixed = (plain * (shares / shares.mean())[:, None, None]).mean(1, keepdim=True)
-    parts = F.adaptive_avg_pool2d(mixed, _GRID).flatten(1)
-    size = plain.square().mean((1, 2, 3)).sqrt()
+    parts = F.adaptive_avg_pool2d(plain, _GRID).flatten(2)  # of each channel
+    parts = (parts * (shares / shares.mean())[:, None]).mean(1)
+    size = torch.linalg.vector_norm(plain.flatten(1), dim=1) / plain[0].numel() ** 0.5
     return torch.cat([parts, size[:, None]], 1).cpu()
 
 

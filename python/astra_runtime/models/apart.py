@@ -69,7 +69,11 @@ class Apart:
     def _parts(self) -> tuple[Any, ...]:
         """The patches of modules and of classes, the hooks that have changed something, and those
         that torch calls for every module."""
-        patches = [module.__dict__["forward"] for module in self._modules if _is_patched(module)]
+        patches = [
+            module.__dict__["forward"]
+            for module in self._modules
+            if "forward" in module.__dict__ and _is_patched(module)
+        ]
         patches += [kind.forward for kind in self._kinds if _is_patched_class(kind)]
         changing = self.adapter.hooks.changing([*self._modules, self.adapter.model])
         everywhere = [hook for hook in hooks_of_all() if not _is_of_torch(hook)]

@@ -14,7 +14,7 @@ import operator
 import threading
 import weakref
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from functools import cached_property
 from typing import Any
 
@@ -312,8 +312,12 @@ def num_logits_of(model: Any) -> int:
     return int(getattr(model.get_output_embeddings(), "out_features", vocabulary_of(model)))
 
 
-def check_runnable(model: nn.Module) -> None:
+def check_runnable(
+    model: nn.Module, modules: Iterable[tuple[str, nn.Module]] | None = None
+) -> None:
     """Refuses a model that cannot be run by engines, by name.
+
+    modules: `model.named_modules()`, of who has them already.
 
     Raises:
         ValueError: training mode, weights that are not in memory, a forward pass of the user's own.
@@ -328,7 +332,7 @@ def check_runnable(model: nn.Module) -> None:
         )
     if model.training:
         raise ValueError("model: expected evaluation mode, got training: call model.eval()")
-    for path, module in model.named_modules():
+    for path, module in model.named_modules() if modules is None else modules:
         if module.training and _is_random(module):
             raise ValueError(
                 f"model: expected evaluation mode, got training in {path}: call model.eval()"

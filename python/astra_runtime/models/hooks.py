@@ -266,7 +266,9 @@ class Hooks:
 
     def changing(self, modules: Iterable[nn.Module]) -> list[Any]:
         """The hooks that have changed something, of those that are in `modules` now."""
-        found = []
+        found: list[Any] = []
+        if not self._changing:
+            return found
         for module in modules:
             for hooks in (module._forward_pre_hooks, module._forward_hooks):
                 for hook in list(hooks.values()) if hooks else ():

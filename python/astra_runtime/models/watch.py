@@ -37,6 +37,9 @@ class Watch:
     that is different.
 
     tabled: modules of the model that tables were made from. codebook: its tensors, by name.
+
+    Attributes:
+        modules: those of the model by path; `changed` tells where it has others.
     """
 
     def __init__(
@@ -45,9 +48,10 @@ class Watch:
         tabled: Iterable[nn.Module] = (),
         codebook: Mapping[str, Tensor] | None = None,
     ) -> None:
+        self.modules = list(model.named_modules())
         self._modules = [
             (path or "the model", module, list(module._modules.values()))
-            for path, module in model.named_modules()
+            for path, module in self.modules
         ]
         self._tabled = [(module, _function(module)) for module in tabled]
         self._config: Any = model.config
@@ -108,6 +112,8 @@ class Watch:
             return f"{name} of the model's configuration"
         for path, module, children in self._modules:
             now = module._modules
+            if not now and not children:
+                continue
             if len(now) != len(children) or not all(map(operator.is_, now.values(), children)):
                 return f"a module in {path}"
         for module, function in self._tabled:
