@@ -273,7 +273,8 @@ class Engine(SessionHost):
             outputs: "every": each rank gets the answer; "one": the owner of the last token (rank 0
                 of an encoder) does, the others return None.
             request: a number of the host's own, such as the picture's. Ranks that were given
-                different ones, or none, raise RequestMismatch before any code is used.
+                different ones, or none, raise RequestMismatch before any code is used (a WireError
+                before any answer, where codes go from GPU to GPU).
             within_ms: the most that the call may take, answer included; then it ends with CallEnded
                 on every rank. None: as long as the deadlines of its waits allow.
             first: the model's own first input, `input_ids` or `pixel_values`.
