@@ -17,9 +17,12 @@ from torch.autograd import forward_ad
 import astra_kernels as ak
 from astra_kernels import _C
 from astra_kernels._elementwise.native import can_run
+from astra_kernels._library.registration import KERNELS
 from astra_kernels.attention import native as attention_native
 from astra_kernels.encode import native as encode_native
 from astra_kernels.encode.cpu import NATIVE_WIDTH
+from astra_kernels.quantized_linear import native as quantized_linear_native
+from astra_kernels.quantized_linear._checks import check_quantized_linear
 
 # An extension that was built before these stays usable.
 _HAS_MERGE, _HAS_FINITE = hasattr(_C, "merge_into"), hasattr(_C, "all_finite")
@@ -49,6 +52,52 @@ def _fit(query: Tensor, key: Tensor, value: Tensor, is_causal: bool) -> bool:
     same = key.shape[0] == batch and key.shape[3] == width
     kv_heads, tokens = key.shape[1], key.shape[2]
     return same and kv_heads > 0 and heads % kv_heads == 0 and not (is_causal and rows > tokens)
+
+
+def coded_attention(
+    query: Tensor,
+    codes: Tensor,
+    key_codebook: Tensor,
+    value_codebook: Tensor,
+    *,
+    rope: tuple[Tensor, Tensor] | None,
+    rope_consecutive: bool,
+    code_mask: Tensor | None,
+    code_bits: int | None,
+    num_tokens: int | None,
+    scale: float,
+) -> tuple[Tensor, Tensor]:
+    """`ak.coded_attention`; shapes and values of codes are checked here as well."""
+    floats = (query, key_codebook, value_codebook, *(rope or ()))
+    if codes.is_cpu and not _is_traced() and can_run(*floats):
+        cos, sin = rope or (None, None)
+        state: tuple[Tensor, Tensor] = KERNELS["coded_attention"](
+            *(query, codes, key_codebook, value_codebook, None, code_bits, num_tokens, cos, sin),
+            *(rope_consecutive, code_mask, None, scale, None, None, "auto", None),
+        )
+        return state
+    return ak.coded_attention(
+        query,
+        codes,
+        key_codebook,
+        value_codebook,
+        rope=rope,
+        rope_consecutive=rope_consecutive,
+        code_mask=code_mask,
+        code_bits=code_bits,
+        num_tokens=num_tokens,
+        scale=scale,
+    )
+
+
+def quantized_linear(
+    vectors: Tensor, weight: Tensor, scale: Tensor, minimum: Tensor | None, bias: Tensor | None
+) -> Tensor:
+    """`ak.quantized_linear`; shapes are checked here as well."""
+    if weight.is_cpu and not _is_traced() and can_run(vectors):
+        check_quantized_linear(vectors, weight, scale, minimum, bias)
+        return quantized_linear_native.quantized_linear(vectors, weight, scale, minimum, bias)
+    return ak.quantized_linear(vectors, weight, scale, minimum=minimum, bias=bias)
 
 
 def merge_into(out: Tensor, lse: Tensor, other: Tensor, other_lse: Tensor, first: int) -> Tensor:

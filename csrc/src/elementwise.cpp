@@ -142,10 +142,14 @@ void merge_into(const PartialState& one, const PartialState& other, const StateS
 
 bool all_finite(const float* x, const RowStrides& strides, const StateShape& shape) {
   const auto finite = kernels().finite;
+  // heads inside of tokens, as a projection gives them, are one row
+  const bool inside = strides[1] == shape.width;
+  const std::size_t heads = inside ? 1 : shape.heads;
+  const std::size_t width = inside ? shape.heads * shape.width : shape.width;
   for (std::size_t b = 0; b < shape.batch; ++b) {
-    for (std::size_t h = 0; h < shape.heads; ++h) {
+    for (std::size_t h = 0; h < heads; ++h) {
       for (std::size_t n = 0; n < shape.tokens; ++n) {
-        if (!finite(x + row_of(strides, b, h, n), shape.width)) return false;
+        if (!finite(x + row_of(strides, b, h, n), width)) return false;
       }
     }
   }

@@ -59,10 +59,28 @@ def test_codewords_and_codes() -> None:
         direct.encode(torch.randn(2, 3, 4), table)
 
 
+def test_attention_to_codes_and_their_values() -> None:
+    query, tables, rope = torch.randn(2, 4, 5, 8), torch.randn(2, 2, 16, 8), torch.randn(2, 9, 8)
+    codes = torch.randint(0, 16, (2, 9, 2), dtype=torch.int32)
+    options = {"rope_consecutive": False, "code_bits": None, "num_tokens": None, "scale": 0.3}
+    keys, values = tables[:, :1], tables[:, 1:]
+    for mask in (None, torch.rand(2, 9) < 0.5):
+        more = options | {"rope": tuple(rope), "code_mask": mask}
+        found = direct.coded_attention(query, codes, keys, values, **more)
+        torch.testing.assert_close(found, ak.coded_attention(query, codes, keys, values, **more))
+    more["code_mask"] = None
+    with pytest.raises(ValueError, match="codes"):
+        direct.coded_attention(query, codes[..., :1].expand(2, 9, 3), keys, values, **more)
+    codes[1, 8, 1] = 16
+    with pytest.raises(ValueError, match="codes"):
+        direct.coded_attention(query, codes, keys, values, **more)
+
+
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
 def test_values_that_are_not_finite(bad: float) -> None:
     x = torch.randn(2, 3, 9, 33)
     views: list[Tensor] = [x, x.transpose(1, 2), x[1], x[1, 2], x[1, 2, 8]]
+    views += [x.transpose(1, 2)[:, :, 1:], x[1:].transpose(1, 2)[..., 1:]]
     assert direct.all_finite([*views, x[:0]]) is True
     assert direct.all_finite([x[..., ::2]]) is None
     x[1, 2, 8, 32] = bad

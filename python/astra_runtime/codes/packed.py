@@ -188,7 +188,7 @@ class TableLookup(PackedCodes):
         self, block: int, query: Tensor, remote: Any, rope: Rope, mask: Tensor | None, scale: float
     ) -> tuple[Tensor, Tensor]:
         packed = isinstance(remote, ReceivedCodes)
-        return ak.coded_attention(
+        return direct.coded_attention(
             query,
             remote.data if packed else remote,
             self.keys[block],

@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-import astra_kernels as ak
+from astra_kernels import _direct as direct
 from astra_kernels.quantized_linear.reference import dequantized
 
 GROUP = 32  # weights of 4 bits that share a scale and a minimum
@@ -117,9 +117,7 @@ class QuantizedLinear(nn.Module):
         if torch.is_grad_enabled() and vectors.requires_grad:  # codes are fitted through the model
             weight = dequantized(self.weight, self.scale, self.minimum).to(vectors.dtype)
             return F.linear(vectors, weight, self.bias)
-        return ak.quantized_linear(
-            vectors, self.weight, self.scale, minimum=self.minimum, bias=self.bias
-        )
+        return direct.quantized_linear(vectors, self.weight, self.scale, self.minimum, self.bias)
 
     def extra_repr(self) -> str:
         bits = 4 if self.weight.dtype == torch.uint8 else 8
