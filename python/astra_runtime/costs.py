@@ -18,9 +18,6 @@ HALO = 32  # tokens
 # A decoder's input of so many tokens is computed from its start on every rank: exact, at no bits.
 # Reading the weights takes as long for few tokens as for one, and each block is spared an exchange.
 EXACT_TOKENS = 64
-# How much longer than a projection's a FLOP of attention takes, in a probe on one CPU. Shares of
-# the tokens are balanced by time; FLOPs are reported as they are.
-ATTENTION_PACE = 1.3
 
 
 def engine_plan(
@@ -36,8 +33,7 @@ def engine_plan(
     """The cut of a sequence of `tokens` tokens, the class token not counted.
 
     Args:
-        shard_weights: shares of the tokens; None: those with which ranks of equal speed finish
-            together.
+        shard_weights: shares of the tokens; None: those with which all ranks have equal FLOPs.
         padding: in front of the text. Where the codebook has every rank compute the first tokens
             itself, padding is taken along.
         halo: see `Plan`; None: all before the shard in inputs of up to `EXACT_TOKENS` tokens, else
@@ -59,7 +55,7 @@ def engine_plan(
             world_size,
             causal=adapter.causal,
             linear=linear,
-            attention=ATTENTION_PACE * attention,
+            attention=attention,
             code=costs.code,
             receive=costs.receive,
             halo=halo,

@@ -124,16 +124,14 @@ def test_transform_codes_are_counted() -> None:
     _, attention = adapter.block_flops()
     search = 2 * sum(t.tables.numel() for t in book.transforms)  # `encode` is not counted there
     assert book.basis is not None
-    basis = book.basis.numel()
-    free = 2 * 2 * 48 * 48  # block 0's keys and values, which every rank computes of all tokens
+    # of the prefix, too: what the basis makes of embeddings, and block 0's keys and values
+    once = 2 * (book.basis.numel() + 2 * 48 * 48)
     for rank, found in enumerate(run_ranks(3, work)):
         own, heard = plan.size(rank), plan.bounds[rank]
         queries = own + plan.copies
         pairs = queries * (queries + 1) / 2 + own * heard
         not_counted = 3 * attention * pairs + (search * own if rank < 2 else 0)
-        # the basis of the embedding is read for all tokens, and counted of those that codes are of
-        uncounted = 2 * basis * (23 - heard - (own if rank < 2 else 0))
-        assert found == whole[rank] - not_counted + free * 23 + uncounted
+        assert found == whole[rank] - not_counted + once * plan.copies
 
 
 def relabelled(book: Codebook, model: Any) -> Codebook:

@@ -14,7 +14,7 @@ from astra_kernels import _direct as direct
 
 from ..models import Adapter
 from ..plan import Plan
-from .base import Bytes, CodeCosts, Payload, Pending, TokenBits, as_tensor
+from .base import Bytes, CodeCosts, Payload, Pending, TokenBits, as_tensor, projection_flops
 from .dense import DenseAttention, DenseTokens
 from .fields import CodebookFields
 from .latent import DecoderState, code_macs, latent_codes
@@ -73,8 +73,9 @@ class TransformCodes(PackedCodes, DenseAttention):
         """The recursion for every token; of own ones the axes and the search, else the way back."""
         pairs = zip(codebook.transforms, (None, *codebook.transforms[:-1]), strict=True)
         macs = [code_macs(transform, before) for transform, before in pairs]
-        # the embedding's coordinates are made once for all blocks
-        shared = 0 if codebook.basis is None else codebook.basis.numel()
+        # once for all blocks: the embedding's coordinates, and block 0, which is not coded
+        shared = 0.0 if codebook.basis is None else float(codebook.basis.numel())
+        shared += projection_flops(adapter) / 2 if adapter.token_ids else 0.0
         code, receive = ((shared + sum(parts)) / len(macs) for parts in zip(*macs, strict=True))
         if not codebook.fine:
             return CodeCosts(2.0 * code, 2.0 * receive)
@@ -110,11 +111,13 @@ class TransformCodes(PackedCodes, DenseAttention):
             this.own = DecoderState(self.codes, None, None, batch, plan.num_sent(rank))
             this.remote = DecoderState(self.codes, None, None, batch, received)
             return this
-        embedded = self.adapter.embed(inputs)
+        sent = plan.sent_slice(rank)
+        # of a decoder's tokens those that it sends and those before its shard
+        seen = max(sent.stop, plan.shard(rank).start) if plan.causal else None
+        embedded = self.adapter.embed(inputs)[:, :seen]
         first = merge_heads(*self.adapter.project(0, embedded)).float()
         embedding = embedding_features(embedded, self.basis)
 
-        sent = plan.sent_slice(rank)
         this.own = DecoderState(self.codes, first[:, sent], embedding[:, sent])
         this.remote = DecoderState(
             self.codes, plan.remote_tokens(first, rank), plan.remote_tokens(embedding, rank)

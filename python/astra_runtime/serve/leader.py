@@ -18,6 +18,7 @@ from typing import Any
 
 from .. import decoding
 from ..control import Control
+from ..costs import EXACT_TOKENS
 from ..engine import Engine
 from ..errors import AstraError, CallEnded, anew
 from ..inputs import LONGEST_MS, check_integer
@@ -222,7 +223,10 @@ class Leader(Rounds):
         said = self._requests.news()
         self._sequences.follow(said)
         nothing: dict[str, Any] = {"prompt": None, "pauses": [], "alone": [], "move": None}
-        self._is_long = any(work.reading for work in self._admission.running)
+        # a short prompt is read in one pass: its first token does not wait for those that follow
+        self._is_long = any(
+            work.reading and work.prompt_tokens > EXACT_TOKENS for work in self._admission.running
+        )
         self._send_job(**{"do": "round", "long": self._is_long} | nothing | said | job)
 
     def _step(self, alone: list[Work]) -> None:

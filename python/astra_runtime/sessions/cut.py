@@ -87,7 +87,6 @@ def _plan(
         halo = costs.default_halo(adapter, codebook, tokens, ranks)
     if weights is None or len(weights) != ranks:
         linear, attention = adapter.block_flops()
-        attention *= costs.ATTENTION_PACE
         added = costs.costs_of(adapter, codebook)
         weights = balanced_weights(
             tokens,
@@ -109,7 +108,7 @@ def _cost(engine: EngineParts, past: int, plan: Plan) -> float:
     blocks = len(adapter.blocks)
     exchange = linear * costs.EXACT_TOKENS / 2 if plan.world_size > 1 else 0.0
     by_rank = [
-        flops + blocks * costs.ATTENTION_PACE * attention * past * _queries(plan, rank)
+        flops + blocks * attention * past * _queries(plan, rank)
         for rank, flops in enumerate(costs.rank_flops(adapter, engine.codebook, plan))
     ]
     return max(by_rank) + blocks * exchange
