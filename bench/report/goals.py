@@ -30,6 +30,19 @@ from .figures import (
     vision,
 )
 from .markdown import Table, table
+from .service_figures import (
+    OTHERS,
+    beside,
+    chats,
+    hour,
+    longest_wait,
+    malformed,
+    over_others,
+    second_question,
+    speedup_beside_others,
+    start,
+    struck,
+)
 
 
 @dataclass(frozen=True)
@@ -62,7 +75,7 @@ def _verdict(figure: Figure | None) -> str:
 
 
 KERNELS, CODEC, LATENCY = "GPU kernels", "codec and exchange", "end to end"
-ACCURACY, FAULTS = "accuracy per bit", "reliability"
+ACCURACY, SERVICE, FAULTS = "accuracy per bit", "service", "reliability"
 GOALS = (
     Goal(
         KERNELS,
@@ -188,6 +201,25 @@ GOALS = (
         "≤1.05×",
         lambda: tail(1.05),
     ),
+    Goal(
+        LATENCY,
+        "SmolLM2, N=2 real processes behind a switch of 10 Mbit/s, over one device",
+        "≥1.92×",
+        lambda: speedup_beside_others(1.92),
+    ),
+    *(
+        Goal(
+            LATENCY,
+            f"SmolLM2 int8, N=2, the same: its time over that of {what}",
+            f"≤{most:g}×",
+            over_others("int8", peers, most),
+        )
+        for what, peers, most in (
+            ("one device in fp32", ("astra float32",), 0.45),
+            ("one device in int8", ("astra int8",), 0.55),
+            ("the quickest of the others on one core", OTHERS, 0.4),
+        )
+    ),
     Goal(LATENCY, "first token with round trips of 0.2 to 20 ms", "reported", round_trips),
     Goal(
         ACCURACY,
@@ -230,6 +262,39 @@ GOALS = (
         "SmolLM2, N=8, 100 bits, 150 a receiver with fine codes: gap recovered, seen and unseen",
         "≥0.93 and ≥0.90 at ≤1.25 of the ideal FLOPs",
         by_ranks(8, 0.93, 0.90, 1.25),
+    ),
+    Goal(
+        SERVICE,
+        "eight chats on two ranks, requests a second over one device's",
+        "≥1.6×",
+        lambda: chats(1.6),
+    ),
+    Goal(
+        SERVICE,
+        "the longest wait for a token while prompts are read",
+        "≤0.5 s",
+        lambda: longest_wait(0.5),
+    ),
+    Goal(
+        SERVICE,
+        "a prompt's first token while another answer is decoded, over alone",
+        "≤1.3×",
+        lambda: beside(1.3),
+    ),
+    Goal(
+        SERVICE,
+        "a second question about a document over the first, on either rank",
+        "≤0.15×",
+        lambda: second_question(0.15),
+    ),
+    Goal(SERVICE, "start, with model and codebook cached", "≤12 s", lambda: start(12)),
+    Goal(SERVICE, "workers stopped, killed, started again under load", "≥200", lambda: struck(200)),
+    Goal(SERVICE, "malformed requests beside slow clients", "≥1,000", lambda: malformed(1000)),
+    Goal(
+        SERVICE,
+        "an hour of ordinary life: memory, threads, descriptors",
+        "flat, no error",
+        lambda: hour(60),
     ),
     Goal(FAULTS, "kill −9 names the rank", "≥324, p99 ≤50 ms", fault("kill", 324, 50)),
     Goal(FAULTS, "SIGSTOP", "≥30, at the deadline ±10 %", fault("stop", 30)),

@@ -88,6 +88,22 @@ def test_goals_are_reached_missed_or_not_measured(results):
     assert row("SIGSTOP") == ["29 of 29", "**missed**"]  # too few to count
     results("faults", faults=[{"name": "stop", "tried": 30, "survived": 30}])
     assert row("SIGSTOP") == ["30 of 30", "reached"]
+    wait = "the longest wait for a token while prompts are read"
+    assert row(wait) == ["–", "not measured"]
+    results("service", cases=[case("chats", 1) | {"longest_wait_ms": 512.3, "ratio": 1.7}])
+    assert row(wait) == ["0.512 s", "**missed**"]
+    struck, beaten = "workers stopped, killed, started again under load", {"tried": 150}
+    faults = [beaten | {"survived": 150}, beaten | {"survived": 150}]
+    results("service_faults", faults=faults, wrong=0)
+    assert row(struck) == ["300 of 300, 0 wrong answers", "reached"]
+    results("service_faults", faults=faults, wrong=1)
+    assert row(struck) == ["300 of 300, 1 wrong answers", "**missed**"]
+    hour = "an hour of ordinary life: memory, threads, descriptors"
+    held = {"bytes_an_hour": 3 * 2**20}
+    results("service_soak", cases=[held, {"bytes_an_hour": 0}], minutes=60, wrong=[])
+    assert row(hour)[1] == "reached"
+    results("service_soak", cases=[held], minutes=60, wrong=["turn: ValueError: 503: busy"])
+    assert row(hour) == ["+3.0 MiB/h, 1 requests got a 503 on a busy machine", "**missed**"]
 
 
 @pytest.mark.parametrize(
