@@ -43,6 +43,7 @@ KINDS = {"stop": 0.65, "kill": 0.2, "restart": 0.1, "again": 0.05}  # and how of
 BACK_SECONDS = 5.0  # that the service may need once the worker is back
 LOAD_SECONDS = 180.0  # that a killed worker may need to be back
 NOTICE_SECONDS = 30.0
+QUIET_SECONDS = 5.0  # between two blows at most, so that some answers come to their end
 SAMPLE = 10  # tries
 
 
@@ -104,7 +105,7 @@ class Kind:
 
 def strike(server: Server, kind: str, moment: random.Random) -> tuple[float, float]:
     """Milliseconds to the notice, and from the worker's return until the service is ready."""
-    time.sleep(moment.uniform(0.0, 2.0))
+    time.sleep(moment.uniform(0.0, QUIET_SECONDS))
     worker = moment.choice(server.workers())
     others = set(server.workers())
     numbers = {"stop": signal.SIGSTOP, "restart": signal.SIGTERM}
