@@ -253,7 +253,7 @@ def quickest_plan(
     the engine's shares, equal ones and three in between, all by each device's pace.
 
     Args:
-        rates: of every rank, `single` of the same model.
+        rates: of every rank.
         tokens: beside the class token.
     """
     world = len(rates)
