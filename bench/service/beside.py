@@ -18,11 +18,11 @@ from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
 
-from astra_runtime.serve import GenerationRequest, Leader, Sampling, Token, follow
-from astra_runtime.store import load_tokenizer
+from astra_runtime.serve import GenerationRequest, Leader, Sampling, Token
 from bench import codebooks
-from bench.latency.processes import RankSettings, parser_of, rank_of, run, shape_of
+from bench.latency.processes import RankSettings, parser_of, run, shape_of
 from bench.report import Case, percentiles
+from bench.service.leading import led
 
 
 @dataclass(frozen=True)
@@ -60,19 +60,7 @@ class Stream:
 
 def rank_main(setup: Settings) -> dict[str, list[float]]:
     """On rank 0 seconds to the first token, alone and beside others, and their longest wait."""
-    found: dict[str, list[float]] = {"idle": [], "beside": [], "wait": []}
-    with rank_of(setup, setup.tokens) as (subject, _, engine):
-        if setup.rank:
-            follow(engine)
-            return found
-        ids = subject.inputs["input_ids"][0].tolist()
-        with Leader(engine, load_tokenizer(setup.model), ends=()) as leader:
-            for pair in range(1 + setup.pairs):
-                measured = _pair(leader, ids, setup.streams)
-                for name, seconds in measured.items():
-                    if pair:  # the first one warms up, and the costs are learned
-                        found[name].append(seconds)
-    return found
+    return led(setup, setup.pairs, lambda leader, ids: _pair(leader, ids, setup.streams))
 
 
 def _pair(leader: Leader, ids: list[int], count: int) -> dict[str, float]:

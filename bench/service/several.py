@@ -17,12 +17,12 @@ from dataclasses import dataclass
 from typing import Any
 from unittest.mock import patch
 
-from astra_runtime.serve import Done, GenerationRequest, Leader, Sampling, Token, follow
+from astra_runtime.serve import Done, GenerationRequest, Leader, Sampling, Token
 from astra_runtime.serve.costs import AnswerCosts
-from astra_runtime.store import load_tokenizer
 from bench import codebooks
-from bench.latency.processes import RankSettings, parser_of, rank_of, run, shape_of
+from bench.latency.processes import RankSettings, parser_of, run, shape_of
 from bench.report import Case, percentiles
+from bench.service.leading import led
 
 
 @dataclass(frozen=True)
@@ -43,19 +43,12 @@ class Answered:
 
 def rank_main(setup: Settings) -> dict[str, list[Any]]:
     """On rank 0, what was answered by all ranks and by the owner, by pair."""
-    found: dict[str, list[Any]] = {"every": [], "owner": []}
-    with rank_of(setup, setup.tokens) as (subject, _, engine):
-        if setup.rank:
-            follow(engine)
-            return found
-        ids = subject.inputs["input_ids"][0].tolist()
-        with Leader(engine, load_tokenizer(setup.model), ends=()) as leader:
-            for pair in range(1 + setup.pairs):
-                for name, answers in found.items():
-                    answered = _answered(leader, setup, ids, name == "owner")
-                    if pair:  # the first one warms up
-                        answers.append(vars(answered))
-    return found
+
+    def pair(leader: Leader, ids: list[int]) -> dict[str, Any]:
+        ways = {"every": False, "owner": True}
+        return {name: vars(_answered(leader, setup, ids, alone)) for name, alone in ways.items()}
+
+    return led(setup, setup.pairs, pair)
 
 
 def _answered(leader: Leader, setup: Settings, ids: list[int], by_owner: bool) -> Answered:
