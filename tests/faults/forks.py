@@ -42,13 +42,25 @@ class Outcome:
 
 
 class Told:
-    """What a process tells its caller, one fact a call."""
+    """What a process tells its caller, one fact a call, and where it waits for the others.
 
-    def __init__(self, fd: int) -> None:
-        self._fd = fd
+    A pipe that nobody writes to: it ends when each process has closed its end, or has ended.
+    """
+
+    def __init__(self, fd: int, waits: int, holds: int) -> None:
+        self._fd, self._waits, self._holds = fd, waits, holds
 
     def __call__(self, **facts: Any) -> None:
         os.write(self._fd, json.dumps(facts).encode() + b"\n")
+
+    def arrive(self) -> None:
+        """Once: the others need not wait for this process."""
+        os.close(self._holds)
+
+    def meet(self) -> None:
+        """Once: waits until every process of the case has arrived, or has ended."""
+        self.arrive()
+        os.read(self._waits, 1)
 
 
 class Forks:
@@ -108,12 +120,12 @@ def _function(name: str) -> Callable[..., None]:
     return getattr(importlib.import_module(module), function)  # type: ignore[no-any-return]
 
 
-def _child(task: Task, fd: int) -> None:
+def _child(task: Task, told: Told) -> None:
     """A forked process: runs its task and never returns to the server's loop."""
     status = 1
     try:
         name, options = task
-        _function(name)(Told(fd), **options)
+        _function(name)(told, **options)
         status = 0
     except BaseException:
         traceback.print_exc()
@@ -122,13 +134,13 @@ def _child(task: Task, fd: int) -> None:
         os._exit(status)
 
 
-def _fork(task: Task) -> tuple[int, int]:
+def _fork(task: Task, waits: int, holds: int) -> tuple[int, int]:
     """The child's process id, and the pipe that it tells through."""
     mine, its = os.pipe()
     child = os.fork()
     if child == 0:
         os.close(mine)
-        _child(task, its)
+        _child(task, Told(its, waits, holds))
     os.close(its)
     return child, mine
 
@@ -137,7 +149,10 @@ class _Children:
     """The processes of one case, and the pipes that they tell through."""
 
     def __init__(self, tasks: Sequence[Task]) -> None:
-        forked = [_fork(task) for task in tasks]
+        meeting = os.pipe()
+        forked = [_fork(task, *meeting) for task in tasks]
+        for end in meeting:
+            os.close(end)
         self.pids = [pid for pid, _ in forked]
         self.number = {fd: number for number, (_, fd) in enumerate(forked)}
         self.data = [b""] * len(forked)

@@ -173,6 +173,7 @@ def rank(
             with Engine(model, book, mesh, **engine_options) as engine:
                 moments = Moments(mesh)
                 told(joined=True)
+                told.meet()  # one that still joins would hear of a loss there, and not wait for it
                 if fault is not None:
                     arm(mesh, told, fault)
                 told(answers=[_answer(engine, inputs) for _ in range(calls)])

@@ -21,6 +21,7 @@ CONTROL_BYTE_SECONDS = 1.0
 
 def relay(told: Told, at: str, target: str, control: str, mode: str, towards: str) -> None:
     """Serves one connection. `towards`: "dialer" or "acceptor", whose bytes are slow."""
+    told.arrive()
     with _listen(at) as door, _listen(control) as switch:
         near, _ = door.accept()
         far = _dial(target)
