@@ -26,6 +26,7 @@ from typing import IO, Any, Self
 
 ROOT = Path(__file__).resolve().parents[2]
 Task = tuple[str, dict[str, Any]]
+MEETINGS = 3  # how often the processes of a case can wait for one another
 
 
 @dataclass
@@ -44,23 +45,28 @@ class Outcome:
 class Told:
     """What a process tells its caller, one fact a call, and where it waits for the others.
 
-    A pipe that nobody writes to: it ends when each process has closed its end, or has ended.
+    A meeting is a pipe that nobody writes to: it ends when each process has closed its end, or has
+    ended. There are `MEETINGS` of them.
     """
 
-    def __init__(self, fd: int, waits: int, holds: int) -> None:
-        self._fd, self._waits, self._holds = fd, waits, holds
+    def __init__(self, fd: int, meetings: Sequence[tuple[int, int]]) -> None:
+        self._fd = fd
+        self._waits, self._holds = ([pipe[end] for pipe in meetings] for end in (0, 1))
+        self._arrived: set[int] = set()
 
     def __call__(self, **facts: Any) -> None:
         os.write(self._fd, json.dumps(facts).encode() + b"\n")
 
-    def arrive(self) -> None:
-        """Once: the others need not wait for this process."""
-        os.close(self._holds)
+    def arrive(self, meeting: int = 0) -> None:
+        """The others need not wait for this process there."""
+        if meeting not in self._arrived:
+            self._arrived.add(meeting)
+            os.close(self._holds[meeting])
 
-    def meet(self) -> None:
-        """Once: waits until every process of the case has arrived, or has ended."""
-        self.arrive()
-        os.read(self._waits, 1)
+    def meet(self, meeting: int = 0) -> None:
+        """Waits until every process of the case has arrived there, or has ended."""
+        self.arrive(meeting)
+        os.read(self._waits[meeting], 1)
 
 
 class Forks:
@@ -134,13 +140,13 @@ def _child(task: Task, told: Told) -> None:
         os._exit(status)
 
 
-def _fork(task: Task, waits: int, holds: int) -> tuple[int, int]:
+def _fork(task: Task, meetings: Sequence[tuple[int, int]]) -> tuple[int, int]:
     """The child's process id, and the pipe that it tells through."""
     mine, its = os.pipe()
     child = os.fork()
     if child == 0:
         os.close(mine)
-        _child(task, Told(its, waits, holds))
+        _child(task, Told(its, meetings))
     os.close(its)
     return child, mine
 
@@ -149,9 +155,9 @@ class _Children:
     """The processes of one case, and the pipes that they tell through."""
 
     def __init__(self, tasks: Sequence[Task]) -> None:
-        meeting = os.pipe()
-        forked = [_fork(task, *meeting) for task in tasks]
-        for end in meeting:
+        meetings = [os.pipe() for _ in range(MEETINGS)]
+        forked = [_fork(task, meetings) for task in tasks]
+        for end in (end for pipe in meetings for end in pipe):
             os.close(end)
         self.pids = [pid for pid, _ in forked]
         self.number = {fd: number for number, (_, fd) in enumerate(forked)}

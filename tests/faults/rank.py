@@ -18,6 +18,7 @@ from typing import Any, Literal
 import torch
 
 from astra_runtime import AstraError, Codebook, Engine
+from astra_runtime.control import is_control
 from astra_runtime.transport import connect, fragments
 from astra_runtime.transport.datagram import DatagramMesh
 from astra_runtime.transport.tcp import TcpMesh
@@ -28,6 +29,7 @@ from .forks import Told
 
 BLOCKS = 12
 TOKENS = 48
+JOINED, STRUCK, GIVEN_UP = range(3)  # where the processes of a case wait for one another
 
 
 @functools.cache
@@ -77,6 +79,29 @@ class Moments:
         return watched
 
 
+def give_up(mesh: SocketMesh, told: Told, block: int, seconds: float) -> None:
+    """Has the first wait for a block end after `seconds`, where nothing comes.
+
+    They begin once the fault has happened and all others have sent: however slow this machine is,
+    only the victim is late. `block`: after the last one comes the answer.
+    """
+    receive = mesh.receive
+
+    def impatient(*arguments: Any, block: int, **options: Any) -> Any:
+        if waits_there(block) and waits:
+            waits.clear()
+            told.meet(STRUCK)
+            options["timeout"] = seconds
+            try:
+                return receive(*arguments, block=block, **options)
+            finally:
+                told.arrive(GIVEN_UP)
+        return receive(*arguments, block=block, **options)
+
+    waits_there, waits = is_control if block == BLOCKS else block.__eq__, [True]
+    mesh.receive = impatient  # type: ignore[method-assign]
+
+
 def arm(mesh: SocketMesh, told: Told, fault: dict[str, Any]) -> None:
     """Has `fault` happen once, around the sending of one block's frame."""
     send = mesh.send
@@ -122,6 +147,9 @@ def _strike(told: Told, fault: dict[str, Any]) -> None:
             control.sendall(b"x")
             control.recv(1)
     told(struck=time.monotonic())
+    told.arrive(STRUCK)
+    if fault.get("late"):
+        told.meet(GIVEN_UP)
     time.sleep(fault.get("sleep", 0.0))
     name = fault.get("signal")
     if name is not None:
@@ -149,6 +177,7 @@ def rank(
     fragment_size: int = fragments.FRAGMENT_SIZE,
     timeout: float = 20.0,
     fault: dict[str, Any] | None = None,
+    patience: tuple[int, float] | None = None,
     calls: int = 1,
     ballast: int = 0,
     **engine_options: Any,
@@ -159,6 +188,7 @@ def rank(
     `raised`; `began`, `ended` and `waited`, start, end and block of the last send or
     wait; `noticed`, see `Moments`, and the errors of the `lost` by rank.
 
+    patience: of `give_up`.
     fragment_size: bytes in a datagram, so that a tiny model's frames have several.
     ballast: bytes of memory that this process holds, as one with a large model does.
     """
@@ -173,7 +203,10 @@ def rank(
             with Engine(model, book, mesh, **engine_options) as engine:
                 moments = Moments(mesh)
                 told(joined=True)
-                told.meet()  # one that still joins would hear of a loss there, and not wait for it
+                # one that still joins would hear of a loss there, and not wait for it
+                told.meet(JOINED)
+                if patience is not None:
+                    give_up(mesh, told, *patience)
                 if fault is not None:
                     arm(mesh, told, fault)
                 told(answers=[_answer(engine, inputs) for _ in range(calls)])

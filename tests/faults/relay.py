@@ -14,14 +14,15 @@ import select
 import socket
 import time
 
-from .forks import Told
+from .forks import MEETINGS, Told
 
 CONTROL_BYTE_SECONDS = 1.0
 
 
 def relay(told: Told, at: str, target: str, control: str, mode: str, towards: str) -> None:
     """Serves one connection. `towards`: "dialer" or "acceptor", whose bytes are slow."""
-    told.arrive()
+    for meeting in range(MEETINGS):
+        told.arrive(meeting)
     with _listen(at) as door, _listen(control) as switch:
         near, _ = door.accept()
         far = _dial(target)

@@ -18,7 +18,6 @@ COMMAND = "python -m pytest -m faults tests/faults/test_degraded.py"
 WORLD = 3
 CALLS = 3
 DEADLINE = 0.3  # seconds, of a block; more where a call takes as long
-BUSY = 1.0  # the same where other tests run beside this one
 LATER = 0.5  # seconds, after the deadline
 AMPLE = 60.0  # seconds, which no call takes
 
@@ -56,15 +55,27 @@ class Pace(NamedTuple):
 
 
 def run(
-    forks: Forks, case: Case, deadline_ms: float, *, sleep: float = 0.0
+    forks: Forks,
+    case: Case,
+    deadline_ms: float,
+    *,
+    sleep: float = 0.0,
+    patience: float | None = None,
 ) -> list[dict[str, Any]]:
+    """What the ranks tell. The victim sends a block late: by `sleep` seconds, or when the others,
+    who wait for `patience` seconds, have given that block up."""
     options: dict[str, Any] = {"peers": free_ports(WORLD), "calls": CALLS}
     options |= {"on_missing": "degrade", "deadline_ms": deadline_ms}
     options["keys"] = str(key_folder()) if case.encrypted else None
     tasks = [("tests.faults.rank:rank", {**options, "number": n}) for n in range(WORLD)]
+    fault: dict[str, Any] = {"block": case.block, "moment": "before"}
     if sleep:
-        fault = {"block": case.block, "moment": "before", "sleep": sleep}
-        tasks[case.victim][1]["fault"] = fault
+        tasks[case.victim][1]["fault"] = fault | {"sleep": sleep}
+    if patience is not None:
+        for number, (_, rank) in enumerate(tasks):
+            late = number == case.victim
+            rank |= {"fault": fault | {"late": True}} if late else {}
+            rank |= {} if late else {"patience": (case.block, patience)}
     return [outcome.told for outcome in forks.run(tasks, seconds=60.0)]
 
 
@@ -92,14 +103,18 @@ def fault_of(case: Case, told: dict[str, Any], whole: str, pace: Pace) -> tuple[
     return fault and f"{case}: {fault}", first["ms"]
 
 
-def try_degraded(forks: Forks, count: int, seed: int, deadline: float = DEADLINE) -> Row:
+def try_degraded(
+    forks: Forks, count: int, seed: int, deadline: float = DEADLINE, alone: bool = True
+) -> Row:
+    """alone: whether nothing else makes this machine slow."""
     undisturbed = run(forks, Case(1, 0, False), 1e3 * AMPLE)
     answers = [answer for told in undisturbed for answer in told["answers"]]
     (whole,) = {answer["digest"] for answer in answers}
     pace = Pace(max(answer["ms"] for answer in answers), 1e3 * deadline)
     row = Row("degraded", COMMAND, seed, extra={"deadline_ms": pace.deadline_ms})
     for case in cases(seed, count):
-        told = run(forks, case, pace.deadline_ms, sleep=1e-3 * pace.deadline_ms + LATER)
+        late = {"sleep": 1e-3 * pace.deadline_ms + LATER} if alone else {"patience": DEADLINE}
+        told = run(forks, case, pace.deadline_ms, **late)
         for number in range(WORLD):
             if number != case.victim:
                 row.count(*fault_of(case, told[number], whole, pace))
@@ -107,7 +122,7 @@ def try_degraded(forks: Forks, count: int, seed: int, deadline: float = DEADLINE
 
 
 def test_a_degraded_answer(forks: Forks) -> None:
-    try_degraded(forks, 2, 1, BUSY).check()
+    try_degraded(forks, 2, 1, AMPLE, alone=False).check()
 
 
 @pytest.mark.faults

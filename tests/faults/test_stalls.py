@@ -21,6 +21,7 @@ from .report import Row
 from .test_kill import MOMENTS, Case, run
 
 DEADLINE = 1.0  # seconds
+AMPLE = 60.0  # seconds, which no wait takes that does not hang
 TOLERANCE = 0.10
 COMMAND = "python -m pytest -m faults tests/faults/test_stalls.py"
 RELAYED = ("blackhole", "half_open", "slow")
@@ -56,8 +57,16 @@ def stops(seed: int, count: int) -> list[Case]:
     return found
 
 
+def waits(block: int, moment: str, alone: bool) -> dict[str, Any]:
+    """How long ranks wait: for the victim alone, where other work makes any of them slow."""
+    if alone:
+        return {"timeout": DEADLINE}
+    return {"timeout": AMPLE, "patience": (block + (moment == "after"), DEADLINE)}
+
+
 def try_stop(forks: Forks, case: Case, row: Row, alone: bool = True) -> None:
-    outcomes = run(forks, case, "SIGSTOP", timeout=DEADLINE, seconds=60.0)
+    patience = waits(case.block, case.moment, alone)
+    outcomes = run(forks, case, "SIGSTOP", seconds=AMPLE, **patience)
     if "struck" not in outcomes[case.victim].told:
         row.count(f"{case}: the victim was not stopped: {outcomes[case.victim]}")
         return
@@ -72,7 +81,7 @@ def try_relay(
     """Two ranks with a relay in between, which changes its mind just before a block's frame."""
     first, second, between, control = free_ports(4)
     side = "dialer" if victim == 0 else "acceptor"
-    options: dict[str, Any] = {"timeout": DEADLINE, "keys": str(key_folder()) if tls else None}
+    options = waits(block, "before", alone) | {"keys": str(key_folder()) if tls else None}
     ranks = [
         {**options, "number": 0, "peers": [first, second]},
         {**options, "number": 1, "peers": [between, second]},
@@ -83,7 +92,7 @@ def try_relay(
     network = {"at": between, "target": first, "control": control, "mode": mode, "towards": side}
     tasks = [("tests.faults.rank:rank", rank) for rank in ranks]
     tasks.append(("tests.faults.relay:relay", network))
-    outcomes = forks.run(tasks, seconds=60.0, stays=[2, victim] if mode == "slow" else [2])
+    outcomes = forks.run(tasks, seconds=AMPLE, stays=[2, victim] if mode == "slow" else [2])
     case = (mode, f"rank {victim}", f"block {block}", "TLS" if tls else "plaintext")
     if "switched" not in outcomes[2].told:
         row.count(f"{case}: the relay went on: {outcomes}")
