@@ -46,7 +46,7 @@ def single_packets(net: Namespaces, size: int, count: int) -> list[float]:
     def bound(rank: int) -> socket.socket:
         end = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
         end.bind((net.addresses[rank], 0))
-        end.settimeout(5)
+        end.settimeout(60)
         return end
 
     out, into = (net.inside(rank, partial(bound, rank)) for rank in (0, 1))

@@ -1,4 +1,7 @@
-"""The switch between namespaces: no packet is early, none is late by much, nothing stays behind."""
+"""The switch between namespaces: no packet is early, none is late by much, nothing stays behind.
+
+What is late depends on what else the machine does: those tests are slow ones.
+"""
 
 from __future__ import annotations
 
@@ -57,41 +60,52 @@ def count_coming(end: socket.socket, quiet: float) -> list[bytes]:
         return came
 
 
+def seconds_of_bulk(net: Namespaces, link: Link) -> float:
+    """Over those that the link needs: of a fifth of a second."""
+    size = round(link.mbit_per_s * 25_000)
+    seconds, report = program.bulk(net, size)
+    assert report.bytes > size
+    assert report.cpu_share > 0
+    return seconds / link.seconds(size)
+
+
 @needs_switch
 @pytest.mark.parametrize("mbit", [10, 100, 500])
-def test_the_switch_flatters_no_packet_and_is_late_by_little(mbit: int) -> None:
-    """Other work on the machine only makes packets later, so the fastest is what the link does."""
-    link, sizes, fastest = Link(mbit, rtt_ms=1), (320, 1472), dict[int, float]()
-    expected = {size: program.expected_packet(link, size) for size in sizes}
+def test_the_switch_flatters_no_packet(mbit: int) -> None:
+    link = Link(mbit, rtt_ms=1)
     with Namespaces(2, link) as net:
-        for turn in range(1, 11):
-            for size in sizes:
-                found = program.single_packets(net, size, 40)
-                fastest[size] = min(found + [fastest.get(size, math.inf)])
-            assert net.report().packets == 80 * turn
-            if all(fastest[size] <= expected[size] + 0.4e-3 for size in sizes):
-                break
-        assert all(expected[n] <= fastest[n] <= expected[n] + 0.4e-3 for n in sizes)
+        for turn, size in enumerate((320, 1472), start=1):
+            assert min(program.single_packets(net, size, 10)) >= program.expected_packet(link, size)
+            assert net.report().packets == 10 * turn
+        # a segment may be on its way before the clock has started
+        assert seconds_of_bulk(net, link) >= 0.99
         assert net.report().lost == net.report().dropped == 0
 
 
 @needs_switch
+@pytest.mark.slow
+@pytest.mark.parametrize("mbit", [10, 100, 500])
+def test_the_switch_is_late_by_little(mbit: int) -> None:
+    """Other work on the machine only makes packets later, so the fastest is what the link does."""
+    link, sizes, fastest = Link(mbit, rtt_ms=1), (320, 1472), dict[int, float]()
+    expected = {size: program.expected_packet(link, size) for size in sizes}
+    with Namespaces(2, link) as net:
+        for _ in range(10):
+            for size in sizes:
+                found = program.single_packets(net, size, 40)
+                fastest[size] = min(found + [fastest.get(size, math.inf)])
+            if all(fastest[size] <= expected[size] + 0.4e-3 for size in sizes):
+                break
+        assert all(fastest[n] <= expected[n] + 0.4e-3 for n in sizes)
+
+
+@needs_switch
+@pytest.mark.slow
 @pytest.mark.parametrize(("mbit", "slack"), [(10, 1.1), (100, 1.15), (500, 2.0)])
 def test_bulk_takes_the_links_rate(mbit: int, slack: float) -> None:
     link = Link(mbit)
-    size = mbit * 25_000  # 0.2 s
-    times = []
     with Namespaces(2, link) as net:
-        for _ in range(20):
-            seconds, report = program.bulk(net, size)
-            times.append(seconds)
-            assert report.bytes > size
-            assert report.cpu_share > 0
-            if seconds <= slack * link.seconds(size):
-                break
-    # a segment may be on its way before the clock has started: none is free beyond that
-    assert min(times) >= link.seconds(size) * 0.99
-    assert min(times) <= link.seconds(size) * slack
+        assert any(seconds_of_bulk(net, link) <= slack for _ in range(20))
 
 
 @needs_switch

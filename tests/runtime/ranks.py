@@ -5,6 +5,7 @@ from __future__ import annotations
 import atexit
 import contextlib
 import functools
+import itertools
 import os
 import random
 import shutil
@@ -225,6 +226,8 @@ def environment() -> dict[str, str]:
 
 
 def send_blocks(mesh: Mesh, payload: bytes, to: int) -> None:
-    for block in range(100):
-        mesh.send(payload, block=block, plan=PLAN, to=[to])
+    """Sends until that fails, for a minute."""
+    deadline, blocks = time.monotonic() + 60, itertools.cycle(range(100))
+    while time.monotonic() < deadline:
+        mesh.send(payload, block=next(blocks), plan=PLAN, to=[to])
         time.sleep(0.005)

@@ -23,11 +23,14 @@ def call():
 
 if sys.argv[1] == "kept":
     assert keep_memory()
+def faults():
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    call()
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+
 call()
 call()
-before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
-call()
-print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+print(min(faults() for _ in range(3)))  # a system short of memory takes pages away meanwhile
 """
 
 

@@ -33,6 +33,8 @@ def browser() -> Iterator[Any]:
     with playwright.sync_playwright() as started:
         # root, as in a container, can use no sandbox
         arguments = ["--no-sandbox"] if os.geteuid() == 0 else []
-        browser = started.chromium.launch(executable_path=executable, args=arguments)
+        browser = started.chromium.launch(
+            executable_path=executable, args=arguments, timeout=120_000
+        )
         yield browser
         browser.close()

@@ -152,7 +152,8 @@ def test_what_is_no_http_is_answered_in_the_references_format(line: socket.socke
 
 
 def test_headers_that_are_too_large(line: socket.socket) -> None:
-    line.sendall(b"GET / HTTP/1.1\r\nHost: localhost\r\nX-Large: " + b"x" * 100_000)
+    with contextlib.suppress(ConnectionError):  # it has read enough before all was sent
+        line.sendall(b"GET / HTTP/1.1\r\nHost: localhost\r\nX-Large: " + b"x" * 100_000)
     data = read_all(line)
     assert not data or error_of(data)[0] == 400
 

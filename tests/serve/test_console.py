@@ -126,6 +126,7 @@ def test_a_wrong_key_is_asked_for_again(
     browser: Any, shared: tuple[FakeService, str], service: FakeService
 ) -> None:
     page = browser.new_page()
+    page.set_default_timeout(60_000)
     page.goto(shared[1])
     page.fill("#key", "wrong")
     page.click("#key-form button")

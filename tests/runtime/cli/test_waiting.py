@@ -11,11 +11,12 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
-from astra_runtime import AstraError, Codebook, connect
+from astra_runtime import AstraError, Codebook, connect, console
 from astra_runtime.cli import finetune, main, worker
 from astra_runtime.cli.waiting import Waiting
 from astra_runtime.console import say, working
@@ -98,12 +99,18 @@ def test_a_service_that_waits_for_days_says_so_more_and_more_rarely(
     assert lines == ["1 s", "9 s", "25 s", "55 s", "85 s", "100 s", "108 s"]
 
 
-def test_long_work_is_not_silent(capsys: pytest.CaptureFixture[str]) -> None:
+def test_long_work_is_not_silent(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    clock = [0.0]
+    monkeypatch.setattr(console, "time", SimpleNamespace(monotonic=lambda: clock[0]))
+    monkeypatch.setattr(console, "_last_line", 0.0)
     with working("reading", silence=0.1), working(lambda: "thinking", silence=0.1):
+        clock[0] = 10.0  # nobody has said anything for so long
         first = wait_for(lambda: capsys.readouterr().err)
         say("a thought")
         told = [*first.splitlines(), *capsys.readouterr().err.splitlines()]
-    assert told[0].startswith("thinking … ")
+    assert told[0].startswith("thinking … 10 s")
     assert "a thought" in told
     assert not any(line.startswith("reading") for line in told)
 

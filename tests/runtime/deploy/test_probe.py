@@ -33,10 +33,10 @@ def test_links_and_rates_of_every_rank_are_found() -> None:
     assert found.rtt_ms[0] is found.up_mbit[0] is None
     for rank in (1, 2):
         # the link bounds these on one side, as far as a busy machine lets the shortest trip be
-        # known; on the other it may be as slow as it likes
+        # known: without it they are above 1,000; on the other they may be as slow as they like
         assert found.rtt_ms[rank] >= 6
-        assert 0 < found.up_mbit[rank] < 60
-        assert 0 < found.down_mbit[rank] < 60
+        assert 0 < found.up_mbit[rank] < 400
+        assert 0 < found.down_mbit[rank] < 400
     assert found.link().mbit_per_s == min(found.up_mbit[1:] + found.down_mbit[1:])
     assert found.link().delay_ms == max(found.rtt_ms[1:]) / 2
     for rates in found.rates.values():
@@ -88,7 +88,7 @@ def test_the_plan_of_connected_devices(tmp_path: Path, capsys: pytest.CaptureFix
         worker.kill()
     found: dict[str, Any] = json.loads(capsys.readouterr().out)
     # as slow as a busy machine likes
-    assert 0 < found["mbit_per_s"] < 75
+    assert 0 < found["mbit_per_s"] < 500
     assert found["rtt_ms"] >= 4
     assert {row["codes"] for row in found["rows"]} >= {"codes", "dense int8"}
     assert {row["world_size"] for row in found["rows"]} == {2}

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-import time
+import threading
 from typing import Any
 
 import numpy as np
@@ -12,6 +12,7 @@ import torch
 
 from astra_runtime import Codebook, Engine
 from astra_runtime.evaluate import run_ranks
+from astra_runtime.serve import activity
 from astra_runtime.serve.costs import PromptCosts
 from astra_runtime.serve.kept import Prompts
 from astra_runtime.serve.leader import Leader
@@ -564,7 +565,8 @@ def test_a_broken_prompt_is_kept_by_nobody(llama: Any, monkeypatch: pytest.Monke
         assert leader.status().rejoined == 0
 
 
-def test_the_status_knows_what_the_ranks_do(llama: Any) -> None:
+def test_the_status_knows_what_the_ranks_do(llama: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(activity, "WINDOW_SECONDS", 1e6)  # however long ago they answered
     with led(llama, 2, beat_seconds=0.0) as leader:
         answers = [ask(leader, prompt(150)), ask(leader, prompt(8)), ask(leader, prompt(9))]
         for answer in answers:
@@ -592,19 +594,27 @@ def test_the_last_request_leaves_a_timeline(llama: Any) -> None:
 
 def test_a_rank_that_is_late_is_named_as_it_is(llama: Any) -> None:
     """Where rank 0 owns a prompt, the shards are dealt from rank 1 on; ranks keep their names."""
-    ids = torch.tensor([prompt(60)])
+    ids, given_up = torch.tensor([prompt(60)]), threading.Event()
 
     def rank(mesh: Any) -> Any:
         with Engine(llama, None, mesh, on_missing="degrade", deadline_ms=50) as engine:
+            send, receive = mesh.send, mesh.receive
+
+            def late(*frame: Any, block: int, **to: Any) -> None:
+                if block == 1:
+                    assert given_up.wait(60)
+                send(*frame, block=block, **to)
+
+            def impatient(*sizes: Any, block: int, **place: Any) -> Any:
+                views = receive(*sizes, block=block, **place)
+                if block == 1:
+                    given_up.set()
+                return views
+
             if mesh.rank == 1:
-                real = mesh.send
-
-                def send(*frame: Any, block: int, **to: Any) -> None:
-                    if block == 1:
-                        time.sleep(1.0)  # many times the deadline
-                    real(*frame, block=block, **to)
-
-                mesh.send = send
+                mesh.send = late
+            else:
+                mesh.receive = impatient
             engine.prefill(ids, owner=0)
             return engine.missing
 

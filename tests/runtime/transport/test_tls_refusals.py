@@ -422,7 +422,7 @@ def test_a_silent_caller_is_dropped_after_its_time(
             sock.sendall(first)
             read_all(sock)
             assert time.monotonic() - start >= 0.5
-        monkeypatch.setattr(pending, "HANDSHAKE_SECONDS", 5.0)
+        monkeypatch.setattr(pending, "HANDSHAKE_SECONDS", 60.0)
         return connect(1, 2, peers, keys=ours)
 
     with caplog.at_level(logging.WARNING, "astra_runtime.transport"):
