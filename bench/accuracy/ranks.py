@@ -7,8 +7,8 @@ Codes are those of `bench.accuracy.calibrate`. Texts of which that calibrates on
 simulated in one pass, as in `bench.accuracy lm`; bits and FLOPs are those of the plan that the
 engine would make for 1,024 tokens, fine codes counted. The context overlap is the engine's
 default, unless --halo says another. Losses of the same codes, text, ranks and windows in
-accuracy_lm.json are taken from there. Adds to accuracy_ranks.json after each row; rows that are
-there stay.
+accuracy_lm.json are taken from there, but of codes within a budget, whose fit has changed since.
+Adds to accuracy_ranks.json after each row; rows that are there stay.
 """
 
 from __future__ import annotations
@@ -67,7 +67,7 @@ class Study:
         """Of codes, or, None, of one device; those measured before where there are any."""
         measured = {**place, "windows": self.drawn[place["domain"]], "lost": 0.0}
         for row in self.before:
-            if measured.items() <= row.items():
+            if measured.items() <= row.items() and not (book and book.codec.allots_bits):
                 return list(row["losses"][:: self.every])
         domain, ranks = place["domain"], place["world_size"]
         if book is not None:

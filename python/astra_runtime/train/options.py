@@ -47,7 +47,8 @@ class FitOptions:
             predictors of all blocks read, in place of all D; None: 96, at most D/2; 0: all D.
         shared: one set of codes for all heads; None: where `groups` is no multiple of the KV heads.
         iterations: Lloyd iterations.
-        seed: makes the result deterministic, whatever the number of threads.
+        seed: makes the result deterministic, whatever the number of threads; in space "transform"
+            for the same number, as torch sums products over all tokens in one part a thread.
         held_back: windows kept out of the fit, on which the result is evaluated as `world_size`
             ranks. `notes["held_back"]` of the codebook tells; with 0, nothing is evaluated.
         progress: hears what is done, the steps done and the steps in all.
