@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import datetime
+import errno
 import json
 import logging
 import ssl
@@ -166,7 +167,17 @@ def test_names_as_requests_have_them() -> None:
 
 def test_every_address_of_a_host_is_listened_at(monkeypatch: pytest.MonkeyPatch) -> None:
     dual_stack(monkeypatch, "::1", "127.0.0.1")
+    listen_at, failed = listening._listen_at, []
+
+    def in_use_once(endpoint: Any, port: int) -> Any:
+        if port and not failed:
+            failed.append(port)
+            raise OSError(errno.EADDRINUSE, "Address already in use")
+        return listen_at(endpoint, port)
+
+    monkeypatch.setattr(listening, "_listen_at", in_use_once)
     listeners = open_listeners("box", 0)
+    assert failed
     try:
         assert [one.getsockname()[0] for one in listeners] == ["::1", "127.0.0.1"]
         ports = {one.getsockname()[1] for one in listeners}

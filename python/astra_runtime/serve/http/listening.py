@@ -6,6 +6,7 @@ import errno
 import re
 import socket
 import ssl
+from collections.abc import Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Final, NoReturn
@@ -15,6 +16,7 @@ from ...transport.addresses import Endpoint, parse_host, resolve
 from ...transport.credentials import validity, warn_if_readable, why_not_valid
 
 BACKLOG: Final = 1024
+_TRIES: Final = 20  # any free port is looked for, at all addresses
 _ABSENT: Final = (errno.EADDRNOTAVAIL, errno.EAFNOSUPPORT)
 _CERTIFICATE: Final = re.compile(
     r"-----BEGIN CERTIFICATE-----.*?-----END CERTIFICATE-----", re.DOTALL
@@ -36,10 +38,26 @@ def open_listeners(host: str, port: int) -> list[socket.socket]:
         >>> [listener.getsockname() for listener in open_listeners("localhost", 8000)]
         [('::1', 8000, 0, 0), ('127.0.0.1', 8000)]
     """
+    try:
+        endpoints = resolve(parse_host(host), port, passive=True)
+        for _ in range(_TRIES if port == 0 else 0):
+            try:
+                return _listen_everywhere(endpoints, 0)
+            except OSError as error:  # at another of the addresses that port is in use
+                if error.errno != errno.EADDRINUSE:
+                    raise
+        return _listen_everywhere(endpoints, port)
+    except (OSError, UnicodeError) as error:
+        why = getattr(error, "strerror", None) or error
+        raise AstraError(f"cannot listen at {host} port {port}: {why}") from error
+
+
+def _listen_everywhere(endpoints: Sequence[Endpoint], port: int) -> list[socket.socket]:
+    """At those of the addresses that this machine has, at least one."""
     listeners: list[socket.socket] = []
     absent: OSError | None = None
     try:
-        for endpoint in resolve(parse_host(host), port, passive=True):
+        for endpoint in endpoints:
             taken = listeners[0].getsockname()[1] if listeners else port
             try:
                 listeners.append(_listen_at(endpoint, taken))
@@ -49,11 +67,10 @@ def open_listeners(host: str, port: int) -> list[socket.socket]:
                 absent = error
         if absent is not None and not listeners:
             raise absent
-    except (OSError, UnicodeError) as error:
+    except OSError:
         for listener in listeners:
             listener.close()
-        why = getattr(error, "strerror", None) or error
-        raise AstraError(f"cannot listen at {host} port {port}: {why}") from error
+        raise
     return listeners
 
 
