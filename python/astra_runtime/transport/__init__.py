@@ -170,18 +170,22 @@ def local_mesh(world_size: int, *, timeout: float = 30.0, link: Link | None = No
     """
     ConnectOptions(0, world_size, timeout=timeout, link=link)  # refuses what no mesh can have
     sockets: list[dict[int, socket.socket]] = [{} for _ in range(world_size)]
-    for low in range(world_size):
-        with listen("127.0.0.1", 0, low)[0] as listener:
-            for high in range(low + 1, world_size):
-                dialer = socket.create_connection(listener.getsockname())
-                listener.setblocking(True)
-                accepted, _ = listener.accept()
-                prepare(dialer)
-                prepare(accepted)
-                sockets[low][high], sockets[high][low] = accepted, dialer
-    meshes: list[Mesh] = [
-        TcpMesh(rank, world_size, sockets[rank], timeout=timeout) for rank in range(world_size)
-    ]
+    meshes: list[Mesh] = []
+    with contextlib.ExitStack() as made:  # closed where descriptors run out on the way
+        for low in range(world_size):
+            with listen("127.0.0.1", 0, low)[0] as listener:
+                for high in range(low + 1, world_size):
+                    dialer = made.enter_context(socket.create_connection(listener.getsockname()))
+                    listener.setblocking(True)
+                    accepted = made.enter_context(listener.accept()[0])
+                    prepare(dialer)
+                    prepare(accepted)
+                    sockets[low][high], sockets[high][low] = accepted, dialer
+        for rank in range(world_size):
+            mesh = TcpMesh(rank, world_size, sockets[rank], timeout=timeout)
+            made.callback(mesh.abort, RuntimeError("a further rank could not be made"))
+            meshes.append(mesh)
+        made.pop_all()
     if link is None or link.is_free:
         return meshes
     return [PacedMesh(mesh, link) for mesh in meshes]

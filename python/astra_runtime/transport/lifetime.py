@@ -47,7 +47,8 @@ class Lifetime:
         self.keeper: _C.Keeper | None = None
         self._users: list[None] = []  # appending and popping are atomic, unlike a counter
         self._finished = False
-        self._wake = [os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)]
+        self._wake: list[int] = []
+        self._wake.append(os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK))
         _all.add(self)
 
     @property

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import functools
+import itertools
 import os
 import re
 import signal
@@ -207,6 +209,24 @@ def test_an_end_gives_back_all_descriptors(maker: str) -> None:
     assert len(opened) > len(meshes)
     together([mesh.close for mesh in meshes])
     assert not open_files() & opened
+
+
+@pytest.mark.parametrize("made", range(6))
+def test_descriptors_that_run_out_leave_none_open(
+    made: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each of three ranks has two of this kind beside its connections."""
+    before, eventfd, numbers = open_files(), os.eventfd, itertools.count()
+
+    def running_out(*arguments: int) -> int:
+        if next(numbers) == made:
+            raise OSError(errno.EMFILE, "Too many open files")
+        return eventfd(*arguments)
+
+    monkeypatch.setattr(os, "eventfd", running_out)
+    with pytest.raises(OSError, match="Too many open files"):
+        local_mesh(3)
+    assert not open_files() - before
 
 
 def test_a_pool_keeps_a_bounded_number_of_bytes() -> None:
