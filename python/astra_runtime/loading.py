@@ -71,9 +71,12 @@ def load_in_form(kind: Any, folder: str, config: Any, form: str, whole: Any) -> 
 def _streamed(kind: Any, folder: Path, config: Any, form: str) -> Any:
     stored = _stored(folder)
     model = _empty(kind, folder, config)
-    names = list(model.state_dict())
+    shapes = {name: [*weight.shape] for name, weight in model.state_dict().items()}
+    names = list(shapes)
     shared = _shared(model, names, config)
     if {*names} - {*stored} != {*shared} or {*stored} - {*names}:
+        raise _NotAsStored
+    if any(tensor.shape != shapes[name] for name, tensor in stored.items()):
         raise _NotAsStored
     adapter = adapt(model)
     kinds = quantizable(model, adapter.blocks) if form in BITS else {}

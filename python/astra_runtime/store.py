@@ -190,6 +190,7 @@ def load_model(name: str, dtype: torch.dtype | str = torch.float32) -> Any:
         model = load_model("smollm2", dtype="int8")
     """
     import transformers
+    from huggingface_hub.errors import StrictDataclassError
     from safetensors import SafetensorError
 
     from .loading import form_named, load_in_form
@@ -210,6 +211,8 @@ def load_model(name: str, dtype: torch.dtype | str = torch.float32) -> Any:
         if form == "float32":
             return whole()
         return load_in_form(kind, folder, config, form, whole).eval()
+    except StrictDataclassError as error:
+        raise DamagedModel(f"model {name!r}: its config.json is wrong: {error}") from error
     except (OSError, ValueError, AttributeError, SafetensorError) as error:
         known = ", ".join(sorted(PACKAGED))
         raise ModelNotFound(
@@ -221,8 +224,17 @@ def load_model(name: str, dtype: torch.dtype | str = torch.float32) -> Any:
 def _whole(name: str, kind: Any, folder: str, dtype: Any) -> Any:
     """The model with all its weights in `dtype`, or DamagedModel."""
     model, loading = kind.from_pretrained(
-        folder, dtype=dtype, local_files_only=True, output_loading_info=True
+        folder,
+        dtype=dtype,
+        local_files_only=True,
+        output_loading_info=True,
+        ignore_mismatched_sizes=True,  # refused below, by name
     )
+    for key, found, expected in sorted(loading["mismatched_keys"]):
+        raise DamagedModel(
+            f"model {name!r}: its config.json contradicts its weights: expected {key} with shape "
+            f"{[*expected]}, got {[*found]}"
+        )
     # transformers gives random values to what the files lack; outputs may do without the pooler
     beside = kind.__name__.endswith("Model")  # its pooler is in the answer, but nothing reads it
     absent = sorted(k for k in loading["missing_keys"] if not (beside and "pooler" in k))

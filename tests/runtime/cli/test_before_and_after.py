@@ -247,6 +247,21 @@ def test_files_that_lack_weights_are_no_model(tmp_path: Path) -> None:
         load_model(str(tmp_path))
 
 
+@pytest.mark.parametrize("form", ["float32", "int8"])
+def test_a_configuration_that_contradicts_the_weights_is_named(tmp_path: Path, form: str) -> None:
+    """In another form they were taken as they are, without a word."""
+    tiny("llama").save_pretrained(tmp_path)
+    file = tmp_path / "config.json"
+    config = json.loads(file.read_text())
+    file.write_text(json.dumps(config | {"num_key_value_heads": 1}))
+    words = r"expected model.layers.0.self_attn.k_proj.weight with shape \[16, 48\], got \[48, 48\]"
+    with pytest.raises(DamagedModel, match=f"its config.json contradicts its weights: {words}"):
+        load_model(str(tmp_path), form)
+    file.write_text(json.dumps(config | {"hidden_size": 50}))
+    with pytest.raises(DamagedModel, match="its config.json is wrong"):
+        load_model(str(tmp_path), form)
+
+
 def test_doctor_finds_a_cut_model(
     home: Path,  # noqa: F811
     here: Here,  # noqa: F811
