@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from ..console import SILENCE, say, show_json
+from ..cores import return_free_memory
 from ..deploy.launch import READY, die_with
 from ..errors import AstraError
 from .common import load, uncollected
@@ -169,6 +170,7 @@ class _Worker:
                     raise
                 known = isinstance(error, AstraError | ValueError | OSError)
                 trouble = f"{place}: {error if known else f'{type(error).__name__}: {error}'}"
+            return_free_memory()  # of what was kept for this mesh
             again = min(max(2 * pause, RETRY_PAUSE), LONGEST_PAUSE)
             pause = PAUSE if self.meshes > joined else again
             say(f"{trouble}; waits for the others again in {pause:g} s")

@@ -8,22 +8,19 @@ token of every answer that it owns. A rank's new tokens cross to the leader and 
 from __future__ import annotations
 
 import logging
-import os
-import socket
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from pathlib import Path
 from typing import Any
 
 from ..call import ending_together
 from ..control import Control
-from ..cores import available_bytes
 from ..engine import Engine
 from ..errors import AstraError, CallEnded, WireError
 from ..trace import stage
 from ..transport import Mesh
 from ..transport.messages import receive_json, send_json
 from .passes import Passes
+from .patience import Patience, about_this_process
 from .prompt import Move, Prompt
 from .sequences import Sequences
 
@@ -68,6 +65,7 @@ class Worker:
         while (job := self._next or self._receive())["do"] != "stop":
             self._next = None
             if job["do"] == "hello":
+                self.mesh.more_time = Patience(self.mesh.timeout, {0: job["about"]})
                 send_json(self.mesh, about_this_process(), blocks=ABOUT, to=(0,))
             elif job["do"] == "round":
                 self.run(job)
@@ -184,16 +182,6 @@ def _follow_once(engine: Engine, idle: float) -> int:
     worker = Worker(engine, idle)
     worker.follow()
     return worker.jobs
-
-
-def about_this_process() -> dict[str, Any]:
-    """What a worker tells the leader of itself: its process, its machine, the memory there."""
-    return {"pid": os.getpid(), "machine": machine(), "memory": available_bytes()}
-
-
-def machine() -> str:
-    """Names this machine, until it starts anew; containers of one machine are told apart."""
-    return f"{Path('/proc/sys/kernel/random/boot_id').read_text().strip()} {socket.gethostname()}"
 
 
 def receive_report(mesh: Mesh, peer: int, seconds: float) -> dict[str, Any]:

@@ -2,8 +2,9 @@
 
 A killed rank is noticed within `IDLE_SECONDS` although nothing is going on, a stopped one by the
 beat, a round without work, or by the round that runs: silence is measured from the moment at which
-the ranks were told to go on, whatever the leader has done meanwhile. Then everything that runs has
-failed, what waits goes on waiting, and the ranks connect again; the model stays loaded.
+the ranks were told to go on, whatever the leader has done meanwhile. A process of this machine that
+computes, only slowly, gets more time (`patience`). Then everything that runs has failed, what waits
+goes on waiting, and the ranks connect again; the model stays loaded.
 """
 
 from __future__ import annotations
@@ -17,12 +18,14 @@ from collections.abc import Callable, Iterator
 from contextlib import suppress
 from typing import Any, Self
 
+from ..cores import return_free_memory
 from ..engine import Engine
 from ..errors import AstraError
 from ..transport import Mesh, peers_of
 from ..transport.messages import LEAST_REST, receive_json, send_json
 from .activity import Activity
-from .rank import ABOUT, JOB, about_this_process, receive_report
+from .patience import Patience, about_this_process
+from .rank import ABOUT, JOB, receive_report
 from .service import CLOSING, STARTING, NotReady, Peer, ServiceFailed
 
 log = logging.getLogger("astra_runtime.serve")
@@ -205,18 +208,20 @@ class Rounds(ABC):
     def _greet(self) -> None:
         """Hears of every worker what it has, and is ready from then on."""
         mesh = self.engine.mesh
-        self._send_job(do="hello")
         about = {0: about_this_process()}
+        self._send_job(do="hello", about=about[0])
         for rank in range(1, mesh.world_size):
             about[rank] = receive_json(
                 mesh, rank, blocks=ABOUT, limit=MAX_ABOUT, what="description of a worker"
             )
+        mesh.more_time = Patience(mesh.timeout, about)
         with self._changed:
             self._about = about
             self._activity = Activity(mesh.world_size)
             self._begin_mesh()
             self._reason = ""
             self._changed.notify_all()
+        return_free_memory()  # of what was kept for the mesh before this one
 
     def _form(self) -> None:
         """Connects the ranks again."""

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from astra_runtime.transport.on_device import DeviceFrame
 
 Payload = Frame | bytes | bytearray | memoryview
+MoreTime = Callable[[tuple[int, ...], float], float]
 
 
 class Mesh(ABC):
@@ -54,6 +55,9 @@ class Mesh(ABC):
             go on serving it; None over sockets.
         keeper: while it lives, this process's sockets close the moment that the process dies,
             however much memory it holds; left by `connect`, where the system can do it.
+        more_time: asked when a wait of this rank that leaves nobody out has come to its end, with
+            the ranks that are missing and the seconds waited so far: how many more they get, 0.0:
+            none. None: there are never more. Over sockets alone.
         device: where blocks' payloads may lie, made by `device_buffer` and received by
             `receive_on_device`, and never come to the host. None: this transport takes bytes.
     """
@@ -70,6 +74,7 @@ class Mesh(ABC):
     reconnect_factory: Callable[[ConnectOptions, Any], Mesh] | None = None
     store: Any = None
     keeper: _C.Keeper | None = None
+    more_time: MoreTime | None = None
     device: torch.device | None = None
 
     @property

@@ -29,7 +29,7 @@ from astra_runtime.transport import abort
 from astra_runtime.transport.buffers import BufferPool
 from astra_runtime.transport.lifetime import CLOSED, aborted_by
 from astra_runtime.transport.link import Link
-from astra_runtime.transport.mesh import Mesh, Payload, peers_of
+from astra_runtime.transport.mesh import Mesh, MoreTime, Payload, peers_of
 from astra_runtime.transport.stats import Stats
 from astra_runtime.wire import NO_REQUEST, Frame
 
@@ -86,6 +86,14 @@ class PacedMesh(Mesh):
     @keeper.setter
     def keeper(self, keeper: _C.Keeper | None) -> None:
         self._mesh.keeper = keeper
+
+    @property
+    def more_time(self) -> MoreTime | None:
+        return self._mesh.more_time
+
+    @more_time.setter
+    def more_time(self, asked: MoreTime | None) -> None:
+        self._mesh.more_time = asked
 
     @property
     def encrypted(self) -> bool:

@@ -231,17 +231,29 @@ class TcpMesh(PeerMesh[Connection]):
             self._yield_for(waiting, block, partial)
         for peer in self._peers.values():
             self._watch(peer, peer.fd in waiting)
+        late = False
         while waiting:
             left = deadline - time.monotonic()
-            if left <= 0:
-                self._too_late(waiting, block, seconds, partial)
-                return
+            if late and left <= 0:
+                more = 0.0 if partial else self._more_time(waiting, seconds)
+                if more <= 0:
+                    self._too_late(waiting, block, seconds, partial)
+                    return
+                seconds, deadline = seconds + more, deadline + more
+                left = deadline - time.monotonic()
+            # this rank, too, may have been without a core: what came meanwhile is looked at first
+            late = left <= 0
             for fd, events in self._poll.poll(milliseconds(left)):
                 self._lifetime.check()
                 if fd != self._interrupt.fd:
                     self._serve(self._by_fd[fd], events, waiting, block, partial)
                 else:
                     self._check_interrupt(block)
+
+    def _more_time(self, waiting: Mapping[int, Connection], waited: float) -> float:
+        if self.more_time is None:
+            return 0.0
+        return self.more_time(tuple(sorted(peer.rank for peer in waiting.values())), waited)
 
     def _too_late(
         self, waiting: dict[int, Connection], block: int, seconds: float, partial: bool

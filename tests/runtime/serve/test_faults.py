@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import socket
 import threading
+import weakref
 from collections.abc import Iterator
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -13,7 +16,7 @@ import pytest
 
 from astra_runtime import Engine, connect
 from astra_runtime.errors import AstraError
-from astra_runtime.serve import rounds
+from astra_runtime.serve import patience, rounds
 from astra_runtime.serve.leader import Leader
 from astra_runtime.serve.rank import follow
 from astra_runtime.serve.service import NotReady, ServiceFailed
@@ -154,6 +157,37 @@ def test_silence_is_measured_from_when_the_ranks_were_told(
     assert waited == pytest.approx(waits)
 
 
+@pytest.mark.parametrize(
+    ("states", "changes", "computes"),
+    [
+        ("R", {}, True),
+        ("SD", {}, True),  # reads weights from a disk
+        ("S", {}, False),  # waits for something
+        ("TT", {}, False),  # was stopped
+        ("R", {"begun": 7}, False),  # its number is another process's by now
+        ("R", {"machine": "another"}, False),
+        ("R", {"pid": os.getpid()}, False),  # a thread of the rank that waits
+        ("", {}, False),  # it has ended
+    ],
+)
+def test_a_slow_rank_of_this_machine_gets_more_time(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    states: str,
+    changes: dict[str, Any],
+    computes: bool,
+) -> None:
+    about = patience.about_this_process() | {"pid": 99, "begun": 5} | changes
+    for number, state in enumerate(states):
+        for stat in (tmp_path / "99", tmp_path / f"99/task/{number}"):
+            stat.mkdir(parents=True, exist_ok=True)
+            (stat / "stat").write_text(f"99 (a (name)) {state} {'0 ' * 18}5 0 0")
+    monkeypatch.setattr(patience, "_PROCESSES", tmp_path)
+    asked = patience.Patience(2.0, {1: about})
+    assert asked((1,), 2.0) == (patience.LOOK_SECONDS if computes else 0.0)
+    assert asked((1,), 2.0 * patience.MOST_PATIENCE) == asked((1, 2), 2.0) == 0.0
+
+
 def test_a_worker_of_ones_own_rejoins(llama: Any) -> None:
     peers = free_ports(2)
     jobs: list[int] = []
@@ -169,9 +203,11 @@ def test_a_worker_of_ones_own_rejoins(llama: Any) -> None:
     worker.start()
     with connect(0, peers=peers, timeout=20) as mesh, Engine(llama, None, mesh) as engine:
         with Leader(engine, Numbers()) as leader:
+            former = weakref.ref(leader._sequences)  # keys and values of the mesh that is lost
             for connection in engines[0].mesh.connections.values():  # type: ignore[attr-defined]
                 connection.sock.shutdown(socket.SHUT_RDWR)
             wait_for(lambda: leader.status().rejoined == 1)
+            wait_for(lambda: former() is None)
             assert ask_when_ready(leader) == alone(llama, prompt(150), 5)
         worker.join(60)
         engine.mesh.close()

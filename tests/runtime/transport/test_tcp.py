@@ -56,6 +56,26 @@ def frame_bytes(payload: bytes, sequence: int, block: int, source: int = 0) -> b
     return bytes(Frame.of(payload).stamp(sequence, PLAN, block, source))
 
 
+def test_a_wait_that_gets_more_time() -> None:
+    """As often as it is given; what arrives meanwhile counts."""
+    with raw_peer(timeout=0.01) as (mesh, peer):
+        asked: list[tuple[tuple[int, ...], float]] = []
+
+        def more_time(ranks: tuple[int, ...], waited: float) -> float:
+            asked.append((ranks, waited))
+            if len(asked) == 2:
+                peer.sendall(frame_bytes(b"late", 0, 1))
+            return 0.01 if len(asked) < 2 else 60.0
+
+        mesh.more_time = more_time
+        assert bytes(mesh.receive({0: 4}, block=1, plan=PLAN)[0]) == b"late"
+        assert asked == [((0,), 0.01), ((0,), 0.02)]
+        mesh.more_time = lambda ranks, waited: 0.0
+        assert mesh.receive({0: 4}, block=2, plan=PLAN, partial=True) == {}
+        with pytest.raises(errors.DeadlineExceeded):
+            mesh.receive({0: 4}, block=3, plan=PLAN)
+
+
 def reset(sock: socket.socket) -> None:
     sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
     sock.close()
