@@ -150,6 +150,7 @@ def test_no_answer_repeats_megabytes() -> None:
         (CHAT_PATH, {"max_tokens": 500}),
         (TEXT_PATH, {"prompt": "x" * 600}),
         (TEXT_PATH, {"prompt": [[5] * 512]}),
+        (TEXT_PATH, {"prompt": [5] * 2500}),
         (VECTOR_PATH, {"input": ["x", "y" * 600]}),
     ],
 )

@@ -133,10 +133,10 @@ def prompts(name: str, value: Any) -> list[str | list[int]]:
     """A string, a list of strings, a list of token ids, or a list of such lists."""
     wanted = "a string, token ids, or a list of either"
     several = value if isinstance(value, list) else [value]
+    if several and all(_is_id(item) for item in several):
+        return [[int(item) for item in several]]  # one prompt; the context bounds its length
     if not 1 <= len(several) <= MAX_INPUTS:
         raise expected(name, f"1 to {MAX_INPUTS} inputs", value)
-    if all(_is_id(item) for item in several):
-        return [[int(item) for item in several]]
     read: list[str | list[int]] = []
     for number_, item in enumerate(several):
         place = f"{name}[{number_}]" if isinstance(value, list) else name
