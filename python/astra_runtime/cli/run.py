@@ -258,8 +258,9 @@ def encode_prompt(options: argparse.Namespace, tokenizer: Any, prompt: str, *, s
         return tokenizer(prompt, return_tensors="pt", verbose=False).input_ids
     if speak:
         say("the prompt is put into the model's chat template (--raw: taken as it stands)")
+    # the line break that ends a file, or a pipe's last line, is no part of a question
     return tokenizer.apply_chat_template(
-        [{"role": "user", "content": prompt}],
+        [{"role": "user", "content": prompt.removesuffix("\n")}],
         add_generation_prompt=True,
         return_tensors="pt",
         return_dict=True,

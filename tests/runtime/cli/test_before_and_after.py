@@ -220,9 +220,10 @@ def test_a_chat_template_is_used_unless_the_prompt_is_raw(
 
     options: Any = type("Options", (), {"raw": False})
     assert encode_prompt(options, Chat(), "hello", speak=True) == ["<user>hello"]
+    assert encode_prompt(options, Chat(), "hello\n", speak=True) == ["<user>hello"]  # a file's
     assert "--raw" in capsys.readouterr().err
     options.raw = True
-    assert encode_prompt(options, Chat(), "hello", speak=True) == ["hello"]
+    assert encode_prompt(options, Chat(), "hello\n", speak=True) == ["hello\n"]
 
 
 def test_one_rule_for_the_tokens_of_an_input(capsys: pytest.CaptureFixture[str]) -> None:
