@@ -23,7 +23,8 @@ def quantized_linear(
 
     Args:
         vectors: x, [..., K], fp32, fp16 or bf16. Each of G groups of K/G consecutive values of a
-            vector is rounded to 8 bits by itself: x̂ = q·max|x|/127 with q = round(127·x/max|x|).
+            vector is rounded to 8 bits by itself: x̂ = q·max|x|/127 with q = round(127·x/max|x|), 0
+            where max|x| is below 2^-119.
         weight: int8 [N, K], ŵ = scale·weight; or uint8 [N, K/2], two weights of 4 bits a byte, the
             even one in the low half, ŵ = scale·weight + minimum.
         scale: [N, G], fp32 or bf16, of the groups of weights.

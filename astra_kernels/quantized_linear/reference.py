@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+LEAST = 2.0**-119  # groups of smaller values are zeros: 127 over one might be infinite
+
 
 def dequantized(weight: Tensor, scale: Tensor, minimum: Tensor | None) -> Tensor:
     """fp32 [N, K] of int8 [N, K] or uint8 [N, K/2]; scale and minimum [N, G]."""
@@ -21,7 +23,7 @@ def rounded(vectors: Tensor, groups: int) -> tuple[Tensor, Tensor]:
     grouped = vectors.unflatten(-1, (groups, -1))
     largest = grouped.abs().amax(-1, keepdim=True)
     # a tensor over a tensor: a number over one would be a product with its reciprocal
-    inverse = torch.where(largest == 0, 0.0, torch.full_like(largest, 127) / largest)
+    inverse = torch.where(largest < LEAST, 0.0, torch.full_like(largest, 127) / largest)
     return (grouped * inverse).round(), largest / 127
 
 

@@ -34,17 +34,6 @@ inline Floats sums_of(Floats (&x)[kLanes]) {
   return x[0];
 }
 
-template <std::size_t kStep, std::size_t... kLane>
-inline Floats across_lanes(Floats x, std::index_sequence<kLane...>) {
-  return shuffled<static_cast<std::int32_t>(kLane ^ kStep)...>(x, x);
-}
-
-// Lane l of `x` in lane l ^ kStep.
-template <std::size_t kStep>
-inline Floats across(Floats x) {
-  return across_lanes<kStep>(x, std::make_index_sequence<kLanes>());
-}
-
 template <std::size_t kStep = kLanes / 2>
 inline float largest(Floats x) {
   x = larger(x, across<kStep>(x));

@@ -25,7 +25,7 @@ constexpr std::size_t kLine = 64;       // bytes that the spaces are aligned to
 std::vector<const LinearKernel*> kernels() {
   std::vector<const LinearKernel*> found{&detail::kLinearPortable};
 #ifdef ASTRA_HAVE_AVX2
-  if (__builtin_cpu_supports("avx2")) {
+  if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) {
     found.push_back(&detail::kLinearAvx2);
   }
 #endif
@@ -86,12 +86,6 @@ class Space {
 
 std::size_t rounded_up(std::size_t count, std::size_t to) { return (count + to - 1) / to * to; }
 
-std::size_t tile_bytes(const LinearCall& call, const LinearKernel& kernel) {
-  const std::size_t weights = call.groups * call.padded * kernel.tile;
-  const std::size_t floats = (2 * call.groups + 1) * kernel.tile * sizeof(float);
-  return weights + floats + call.inputs;
-}
-
 // Equal parts of the outputs, each a whole number of tiles.
 struct Parts {
   const LinearCall& call;
@@ -140,19 +134,19 @@ void quantized_linear(const float* x, const LinearWeights& weights, LinearShape 
       rounded_up(call.rows * call.groups * call.padded * kernel.bytes, kLine);
   const std::size_t steps = rounded_up(call.rows * call.groups * sizeof(float), kLine);
   thread_local Space kept;
-  auto* memory = static_cast<unsigned char*>(kept.of(integers + 2 * steps));
+  auto* memory = static_cast<unsigned char*>(kept.of(integers + 3 * steps));
   call.x.integers = memory;
   call.x.steps = reinterpret_cast<float*>(memory + integers);
   call.x.sums = reinterpret_cast<float*>(memory + integers + steps);
-  kernel.round(call, x, 0, call.rows);
+  call.x.offsets = reinterpret_cast<std::int32_t*>(memory + integers + 2 * steps);
+  kernel.round(call, x);
 
   const double work = static_cast<double>(call.rows) * static_cast<double>(call.inputs) *
                       static_cast<double>(call.outputs);
   const auto useful = static_cast<std::size_t>(std::min(work / kWorthAThread, 256.0)) + 1;
   const std::size_t parts = std::max<std::size_t>(1, std::min<std::size_t>(threads, useful));
   Parts given{call, call.rows <= kFew ? kernel.few : kernel.many,
-              rounded_up((call.outputs + parts - 1) / parts, kernel.tile),
-              tile_bytes(call, kernel)};
+              rounded_up((call.outputs + parts - 1) / parts, kernel.tile), kernel.space(call)};
   const std::size_t units = (call.outputs + given.share - 1) / given.share;
   detail::run_units(static_cast<unsigned>(parts), units, compute_part, &given);
 }

@@ -9,17 +9,17 @@
 #define ASTRA_LINEAR kLinearAvx2
 #define ASTRA_LINEAR_NAME "avx2"
 
+#include "vectors.inl"
+
 namespace astra::detail {
 namespace {
 
 using Input = std::int16_t;
-using Together = std::uint16_t;
 constexpr std::size_t kStep = 2, kRows = 6, kVectors = 2, kChunk = 16, kPartial = 8;
 constexpr std::int32_t kOffset = 0;
-constexpr Together kFlip = 0;
+constexpr std::uint32_t kFlip = 0;
 
-typedef std::int32_t Ints __attribute__((vector_size(32), aligned(4), may_alias));
-typedef Ints Partial;
+using Partial = Ints;
 
 inline Ints multiply_add(Ints sums, Ints weights, Ints inputs) {
   const __m256i products =
@@ -36,6 +36,16 @@ inline Ints repeated(const Input* from) {
   std::int32_t pair;
   __builtin_memcpy(&pair, from, sizeof pair);
   return reinterpret_cast<Ints>(_mm256_set1_epi32(pair));
+}
+
+inline Floats scaled_add(Floats sums, Floats x, Floats scale) {
+  return (Floats)_mm256_fmadd_ps((__m256)x, (__m256)scale, (__m256)sums);
+}
+
+inline void store_inputs(Input* to, Ints integers) {
+  const __m256i x = (__m256i)integers, pairs = _mm256_packs_epi32(x, x);
+  _mm_storeu_si128(reinterpret_cast<__m128i*>(to),
+                   _mm256_castsi256_si128(_mm256_permute4x64_epi64(pairs, 0x88)));
 }
 
 template <std::int32_t kAdded>

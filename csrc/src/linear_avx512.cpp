@@ -8,17 +8,17 @@
 #define ASTRA_LINEAR kLinearAvx512
 #define ASTRA_LINEAR_NAME "avx512"
 
+#include "vectors.inl"
+
 namespace astra::detail {
 namespace {
 
 using Input = std::int16_t;
-using Together = std::uint16_t;
-constexpr std::size_t kStep = 2, kRows = 12, kVectors = 2, kChunk = 32, kPartial = 16;
+constexpr std::size_t kStep = 2, kRows = 6, kVectors = 4, kChunk = 32, kPartial = 16;
 constexpr std::int32_t kOffset = 0;
-constexpr Together kFlip = 0;
+constexpr std::uint32_t kFlip = 0;
 
-typedef std::int32_t Ints __attribute__((vector_size(64), aligned(4), may_alias));
-typedef Ints Partial;
+using Partial = Ints;
 
 inline Ints multiply_add(Ints sums, Ints weights, Ints inputs) {
   const __m512i products =
@@ -35,6 +35,14 @@ inline Ints repeated(const Input* from) {
   std::int32_t pair;
   __builtin_memcpy(&pair, from, sizeof pair);
   return reinterpret_cast<Ints>(_mm512_set1_epi32(pair));
+}
+
+inline Floats scaled_add(Floats sums, Floats x, Floats scale) {
+  return (Floats)_mm512_fmadd_ps((__m512)x, (__m512)scale, (__m512)sums);
+}
+
+inline void store_inputs(Input* to, Ints integers) {
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(to), _mm512_cvtepi32_epi16((__m512i)integers));
 }
 
 template <std::int32_t kAdded>

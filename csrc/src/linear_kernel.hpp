@@ -11,7 +11,10 @@ namespace astra::detail {
 struct LinearRows {
   void* integers;  // [rows, groups * padded] of 1 or 2 bytes, by the kernel
   float* steps;    // [rows, groups], what 1 stands for; NaN where a group is not finite
-  float* sums;     // [rows, groups], of the integers
+  float* sums;     // [rows, groups], of the integers, times the step
+  // [rows, groups]: what is added to a sum of products, as the kernel's weights are too large by as
+  // much as makes them unsigned
+  std::int32_t* offsets;
 };
 
 // What every loop needs of a call.
@@ -32,8 +35,9 @@ struct LinearKernel {
   std::size_t step;   // inputs that one instruction sums; a group's are padded to a multiple
   std::size_t bytes;  // of a rounded input
   std::size_t tile;   // outputs side by side
-  void (*round)(const LinearCall& call, const float* x, std::size_t first, std::size_t last);
-  // Outputs from `first` to `last`, of all rows. `space` has tile_bytes(call) bytes, aligned to 64.
+  std::size_t (*space)(const LinearCall& call);
+  void (*round)(const LinearCall& call, const float* x);
+  // Outputs from `first` to `last`, of all rows. `space` has space(call) bytes, aligned to 64.
   // many: outputs are taken in tiles, whose weights are laid out once for all rows.
   void (*many)(const LinearCall& call, std::size_t first, std::size_t last, void* space);
   // few: weights are read once, in order.

@@ -8,23 +8,20 @@
 #define ASTRA_LINEAR kLinearPortable
 #define ASTRA_LINEAR_NAME "portable"
 
+#include "vectors.inl"
+
 namespace astra::detail {
 namespace {
 
 using Input = std::int16_t;
-using Together = std::uint16_t;
 constexpr std::size_t kStep = 2, kRows = 3, kVectors = 2, kChunk = 4, kPartial = 4;
 constexpr std::int32_t kOffset = 0;
-constexpr Together kFlip = 0;
+constexpr std::uint32_t kFlip = 0;
 
-typedef std::int32_t Ints __attribute__((vector_size(16), aligned(4), may_alias));
-typedef Ints Partial;
+using Partial = Ints;
 
 inline Ints multiply_add(Ints sums, Ints weights, Ints inputs) {
-  const auto lower = [](Ints both) {
-    typedef std::uint32_t Bits __attribute__((vector_size(16)));
-    return reinterpret_cast<Ints>(reinterpret_cast<Bits>(both) << 16) >> 16;
-  };
+  const auto lower = [](Ints both) { return (Ints)((Bits)both << 16) >> 16; };
   return sums + lower(weights) * lower(inputs) + (weights >> 16) * (inputs >> 16);
 }
 
@@ -43,6 +40,12 @@ inline Ints repeated(const Input* from) {
   std::int32_t pair;
   __builtin_memcpy(&pair, from, sizeof pair);
   return Ints{} + pair;
+}
+
+inline Floats scaled_add(Floats sums, Floats x, Floats scale) { return sums + x * scale; }
+
+inline void store_inputs(Input* to, Ints integers) {
+  for (std::size_t l = 0; l < kLanes; ++l) to[l] = static_cast<Input>(integers[l]);
 }
 
 template <std::int32_t kAdded>

@@ -10,17 +10,17 @@
 #define ASTRA_LINEAR kLinearVnni
 #define ASTRA_LINEAR_NAME "avx512vnni"
 
+#include "vectors.inl"
+
 namespace astra::detail {
 namespace {
 
 using Input = std::int8_t;
-using Together = std::uint32_t;
-constexpr std::size_t kStep = 4, kRows = 12, kVectors = 2, kChunk = 32, kPartial = 16;
+constexpr std::size_t kStep = 4, kRows = 6, kVectors = 4, kChunk = 32, kPartial = 16;
 constexpr std::int32_t kOffset = 128;
-constexpr Together kFlip = 0x80808080;  // + 128 of every byte, modulo 256
+constexpr std::uint32_t kFlip = 0x80808080;  // + 128 of every byte, modulo 256
 
-typedef std::int32_t Ints __attribute__((vector_size(64), aligned(4), may_alias));
-typedef Ints Partial;
+using Partial = Ints;
 
 inline Ints multiply_add(Ints sums, Ints weights, Ints inputs) {
   return reinterpret_cast<Ints>(_mm512_dpbusd_epi32(reinterpret_cast<__m512i>(sums),
@@ -36,6 +36,14 @@ inline Ints repeated(const Input* from) {
   std::int32_t four;
   __builtin_memcpy(&four, from, sizeof four);
   return reinterpret_cast<Ints>(_mm512_set1_epi32(four));
+}
+
+inline Floats scaled_add(Floats sums, Floats x, Floats scale) {
+  return (Floats)_mm512_fmadd_ps((__m512)x, (__m512)scale, (__m512)sums);
+}
+
+inline void store_inputs(Input* to, Ints integers) {
+  _mm_storeu_si128(reinterpret_cast<__m128i*>(to), _mm512_cvtepi32_epi8((__m512i)integers));
 }
 
 template <std::int32_t kAdded>

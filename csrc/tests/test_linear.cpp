@@ -101,9 +101,11 @@ void what_is_not_finite(const std::string& isa) {
   std::vector<float> x = whole_inputs(random, shape), out(shape.rows * shape.outputs);
   x[1 * 64 + 5] = std::numeric_limits<float>::quiet_NaN();
   x[4 * 64 + 63] = -std::numeric_limits<float>::infinity();
+  for (std::size_t k = 0; k < 64; ++k) x[2 * 64 + k] = 1e-40F;
   astra::quantized_linear(x.data(), weights_of(layer, 8), shape, out.data(), 1, isa.c_str());
   for (std::size_t i = 0; i < out.size(); ++i) {
     const std::size_t row = i / shape.outputs;
+    if (row == 2) expect(out[i] == layer.bias[i % shape.outputs], isa + ": tiny ones are zeros");
     expect(std::isnan(out[i]) == (row == 1 || row == 4), isa + ": NaN in its own row");
   }
 }
@@ -136,7 +138,8 @@ int main() {
       for (const astra::LinearShape& shape :
            {astra::LinearShape{1, 10, 7, 1}, astra::LinearShape{3, 64, 33, 2},
             astra::LinearShape{5, 96, 40, 3}, astra::LinearShape{29, 50, 17, 1},
-            astra::LinearShape{14, 576, 70, 18}, astra::LinearShape{0, 8, 3, 1}}) {
+            astra::LinearShape{14, 576, 70, 18}, astra::LinearShape{13, 60, 131, 2},
+            astra::LinearShape{7, 2048, 140, 32}, astra::LinearShape{0, 8, 3, 1}}) {
         against_sums_in_double(random, shape, bits, isa);
       }
     }

@@ -11,6 +11,8 @@ from astra_kernels.quantized_linear.reference import dequantized, rounded
 
 # rows, inputs, outputs, groups: a few rows and many, whole tiles and ragged ones, odd widths
 SHAPES = ((1, 10, 7, 1), (3, 64, 33, 2), (5, 96, 40, 3), (13, 50, 17, 1), (29, 576, 70, 18))
+# groups that do not fill a step, and more weights than are laid out at a time
+SHAPES += ((13, 60, 131, 2), (7, 2048, 140, 32))
 
 
 def layer(inputs, outputs, groups, bits, seed=0):
@@ -96,8 +98,9 @@ def test_what_is_not_finite_gives_nan_and_no_neighbour_notices():
     out = ak.quantized_linear(vectors, weight, scale, bias=bias)
     assert out[[1, 4]].isnan().all()
     assert out[[0, 2, 3, 5]].isfinite().all()
-    zeros = ak.quantized_linear(torch.zeros(1, 64), weight, scale, bias=bias)
-    assert torch.equal(zeros[0], bias)
+    for small in (0.0, 1e-40):
+        zeros = ak.quantized_linear(torch.full((1, 64), small), weight, scale, bias=bias)
+        assert torch.equal(zeros[0], bias)
 
 
 @pytest.mark.parametrize("bits", [8, 4])
