@@ -55,14 +55,16 @@ def imports(name: str) -> set[str]:
     return found
 
 
-GRAPH = {name: imports(name) for name in MODULES} | {CORE: set()}
+@pytest.fixture(scope="module")
+def graph() -> dict[str, set[str]]:
+    return {name: imports(name) for name in MODULES} | {CORE: set()}
 
 
-def test_the_reader_sees_late_typed_and_relative_imports() -> None:
-    assert "astra_runtime.train.fit" in GRAPH["astra_runtime.codes.codebook"]  # in a function
-    assert CORE in GRAPH["astra_runtime.core"]  # for types
-    assert "astra_runtime.plan" in GRAPH["astra_runtime.models.base"]  # relative
-    assert "astra_runtime.wire" in GRAPH["astra_runtime.transport.tcp"]
+def test_the_reader_sees_late_typed_and_relative_imports(graph: dict[str, set[str]]) -> None:
+    assert "astra_runtime.train.fit" in graph["astra_runtime.codes.codebook"]  # in a function
+    assert CORE in graph["astra_runtime.core"]  # for types
+    assert "astra_runtime.plan" in graph["astra_runtime.models.base"]  # relative
+    assert "astra_runtime.wire" in graph["astra_runtime.transport.tcp"]
 
 
 def circle(graph: dict[str, set[str]]) -> list[str] | None:
@@ -74,10 +76,10 @@ def circle(graph: dict[str, set[str]]) -> list[str] | None:
 
 
 @pytest.mark.parametrize("package", ["astra_runtime", "bench"])
-def test_one_circle_at_most(package: str) -> None:
+def test_one_circle_at_most(package: str, graph: dict[str, set[str]]) -> None:
     inside = {
         name: {other for other in others if other.split(".")[0] == package}
-        for name, others in GRAPH.items()
+        for name, others in graph.items()
         if name.split(".")[0] == package
     }
     if package == "astra_runtime":
@@ -95,13 +97,15 @@ def test_one_circle_at_most(package: str) -> None:
         ("astra_runtime.transport", ("astra_runtime.codes", "astra_runtime.models")),
     ],
 )
-def test_imports_point_one_way(package: str, above: tuple[str, ...]) -> None:
+def test_imports_point_one_way(
+    package: str, above: tuple[str, ...], graph: dict[str, set[str]]
+) -> None:
     def within(name: str, room: str) -> bool:
         return name == room or name.startswith(f"{room}.")
 
     wrong = [
         (name, other)
-        for name, others in GRAPH.items()
+        for name, others in graph.items()
         if within(name, package)
         for other in others
         if any(within(other, room) for room in above) and (name, other) != PROMISED

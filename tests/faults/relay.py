@@ -55,11 +55,13 @@ def _dial(address: str) -> socket.socket:
 
 
 def _forward(near: socket.socket, far: socket.socket, switch: socket.socket) -> None:
-    """Both ways, until somebody knocks at the control port."""
+    """Both ways, until somebody knocks at the control port; what came before is forwarded, too."""
+    knocked = False
     while True:
-        ready, _, _ = select.select([near, far, switch], [], [])
-        if switch in ready:
+        ready, _, _ = select.select([near, far, switch], [], [], 0.0 if knocked else None)
+        if knocked and not {near, far} & {*ready}:
             return
+        knocked = knocked or switch in ready
         for source, sink in ((near, far), (far, near)):
             if source in ready and (part := source.recv(65536)):
                 sink.sendall(part)

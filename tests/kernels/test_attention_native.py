@@ -46,7 +46,7 @@ def test_as_defined_key_by_key(isa, shape):
             assert_near(native(query, key, value, **options, isa=isa), exact.attend(case))
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=30, deadline=None)
 @given(st.data())
 def test_any_size(data):
     draw = data.draw
@@ -125,7 +125,7 @@ def test_nothing_visible(rows):
     assert lse.shape == (2, 4, 0)
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=25, deadline=None)
 @given(st.data())
 def test_a_nan_never_becomes_an_ordinary_answer(data):
     draw = data.draw

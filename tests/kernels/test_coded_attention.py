@@ -214,7 +214,7 @@ def test_strided_input(impl, n, use_rope):
     assert_exact((query.mT.contiguous().mT, codes, *tables), impl, **rope)
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=20, deadline=None)
 @given(st.data())
 def test_merging_any_split_is_attention_over_all(data):
     n = data.draw(st.integers(0, 24))

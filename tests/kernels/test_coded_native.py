@@ -79,7 +79,7 @@ def calls(draw):
     return (torch.randn(b, kv * group, rows, d), codes, keys, values), options
 
 
-@settings(max_examples=80, deadline=None)
+@settings(max_examples=40, deadline=None)
 @given(calls(), st.sampled_from(ISAS), st.sampled_from([None, 8, 11, 16]))
 def test_any_call(call, isa, bits):
     inputs, options = call
@@ -95,7 +95,7 @@ def test_any_call(call, isa, bits):
     assert_near(got, want)
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=20, deadline=None)
 @given(calls(), st.sampled_from(ISAS), st.integers(0, 70), st.booleans(), st.booleans())
 def test_beside_dense_keys(call, isa, local, is_causal, masked):
     (query, codes, *tables), options = call

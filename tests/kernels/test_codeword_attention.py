@@ -15,7 +15,7 @@ def tables(kv=3, k=6, d=16, dtype=torch.float64):
     return [torch.randn(kv, 1, k, d, dtype=dtype) for _ in range(2)]
 
 
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=25, deadline=None)
 @given(st.data())
 def test_equals_coded_attention_over_any_tokens_with_those_counts(data):
     impl = data.draw(st.sampled_from(["auto", "reference"]))

@@ -85,7 +85,7 @@ def test_causal(dtype, strategy, m, near):
 
 
 @pytest.mark.parametrize(("h", "kv"), [(3, 1), (9, 3), (12, 2)])
-@pytest.mark.parametrize("m", [1, 23])
+@pytest.mark.parametrize("m", [1, 11])
 def test_grouped_queries(h, kv, m):
     case = make(b=2, h=h, kv=kv, m=m, near=20, n=50)
     assert_as_exact_as_torch(mixed(case, strategy="fused"), case)
@@ -100,8 +100,7 @@ def test_value_codes_of_other_tables():
 
 @pytest.mark.parametrize(
     ("bits", "strategy"),
-    [*((bits, "fused") for bits in (1, 2, 5, 8, 9, 10, 12, 16)),
-     (1, "counted"), (10, "counted"), (5, "expanded"), (16, "expanded")],
+    [*((bits, "fused") for bits in (1, 5, 9, 16)), (10, "counted"), (12, "expanded")],
 )  # fmt: skip
 def test_packed_codes_give_the_same_bits(bits, strategy):
     case = make(b=2, n=45, k=min(2**bits, 100), code_mask=True)
@@ -290,7 +289,7 @@ def test_large_scores_do_not_overflow():
 @pytest.mark.timeout(
     600
 )  # many kernels in one test: 15 s on an idle machine, minutes on a busy one
-@examples(10)
+@examples(6)
 @given(st.data())
 def test_any_shape(data):
     draw = data.draw

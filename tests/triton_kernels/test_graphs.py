@@ -7,7 +7,7 @@ which fails if one of them waits for the device: it could not be captured then.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import pytest
@@ -17,6 +17,7 @@ from torch.utils import _pytree as pytree
 
 import astra_kernels as ak
 from astra_kernels._library.registration import KERNELS
+from astra_kernels._triton import strategies
 from astra_kernels._triton.launch import record
 from astra_kernels.coded_attention import kernel as coded_kernel
 from astra_kernels.mixed_attention import kernel as mixed_kernel
@@ -91,7 +92,7 @@ def packing(count, **more):
     return {"code_bits": BITS, "num_tokens": count, **more}
 
 
-MANY = 700  # queries; times four heads of one KV head: so many rows that codes are looked up once
+MANY = 25  # queries; times four heads of one KV head: so many rows that codes are looked up once
 
 CALLS = (
     Call(
@@ -176,6 +177,14 @@ CALLS = (
     Call("pack", "pack", lambda: (codes(333), BITS), takes_impl=False),
     Call("unpack", "unpack", lambda: (packed(1, 333)[0], BITS, 333), takes_impl=False),
 )  # fmt: skip
+
+
+@pytest.fixture(autouse=True)
+def few_rows_are_many(monkeypatch) -> None:
+    """The interpreter takes seconds for the thousands of rows from which codes are expanded."""
+    crossover = replace(strategies.DEFAULT, expanded_from=4 * MANY)
+    monkeypatch.setattr(strategies, "DEFAULT", crossover)
+
 
 every_call = pytest.mark.parametrize("call", CALLS, ids=lambda call: call.name)
 

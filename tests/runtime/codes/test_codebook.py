@@ -92,8 +92,9 @@ def small(**options: Any) -> tuple[Any, Codebook]:
 
 
 def test_fit_is_deterministic_by_seed() -> None:
-    assert small()[1].digest == small()[1].digest
-    assert small()[1].digest != small(seed=1)[1].digest
+    digest = small()[1].digest
+    assert small()[1].digest == digest
+    assert small(seed=1)[1].digest != digest
 
 
 def test_fit_evaluates_itself_and_says_when_codes_are_worse() -> None:

@@ -50,14 +50,14 @@ def test_the_loss_goes_down(space: str) -> None:
     model, data = tiny("llama", initializer_range=0.1), corpus()
     book = fitted(model, data, space)
     steps: list[Step] = []
-    settings = Settings(steps=40, lr=4e-3, batch=4, ranks=(2, 4), shard=4, commitment=1e-2)
+    settings = Settings(steps=20, lr=4e-3, batch=4, ranks=(2, 4), shard=4, commitment=1e-2)
     made = finetune(model, book, data, settings, world_size=3, report=steps.append)
     looked = [step.measured for step in steps if step.measured is not None]
     losses = [step.loss for step in steps if step.measured is None]
-    assert len(losses) == 40
+    assert len(losses) == 20
     assert {step.world_size for step in steps if step.world_size} == {2, 3, 4}
-    assert sum(losses[-10:]) < 0.7 * sum(losses[:10])
-    assert looked[-1].astra < 0.7 * looked[0].astra  # by the engine, on windows held back
+    assert sum(losses[-5:]) < 0.9 * sum(losses[:5])
+    assert looked[-1].astra < 0.8 * looked[0].astra  # by the engine, on windows held back
     assert made.notes["held_back"]["astra"] == looked[-1].astra
     made.check_model(adapt(model))
     assert made.digest != book.digest
@@ -70,7 +70,7 @@ def test_commitment_is_part_of_what_is_lowered() -> None:
         model, data = tiny("gpt2", initializer_range=0.1), corpus()
         steps: list[Step] = []
         settings = Settings(
-            steps=20, lr=2e-3, batch=4, ranks=(2, 2), shard=4, commitment=commitment, noise=0.0
+            steps=10, lr=2e-3, batch=4, ranks=(2, 2), shard=4, commitment=commitment, noise=0.0
         )
         made = finetune(
             model, fitted(model, data, "hidden"), data, settings, held_back=0, report=steps.append
@@ -158,31 +158,31 @@ def test_classifiers_learn_from_labels(single: bool) -> None:
     book = fitted(model, images, groups=6)
     steps: list[Step] = []
     settings = Settings(
-        steps=20, lr=3e-3, batch=8, ranks=(2, 4), shard=2, single_class_token=single
+        steps=12, lr=3e-3, batch=8, ranks=(2, 4), shard=2, single_class_token=single
     )
     finetune(model, book, images, settings, labels=labels, world_size=2, report=steps.append)
     losses = [step.loss for step in steps if step.measured is None]
-    assert sum(losses[-5:]) < 0.5 * sum(losses[:5])
+    assert sum(losses[-3:]) < 0.5 * sum(losses[:3])
 
 
 def test_encoders_learn_to_answer_as_before() -> None:
     model = tiny("bert", initializer_range=0.1)
     data = windows_for("bert", 16)
     steps: list[Step] = []
-    settings = Settings(steps=30, lr=2e-3, batch=4, ranks=(2, 3), shard=4, noise=0.3)
+    settings = Settings(steps=15, lr=2e-3, batch=4, ranks=(2, 3), shard=4, noise=0.3)
     finetune(model, fitted(model, data, groups=6), data, settings, report=steps.append)
     losses = [step.loss for step in steps if step.measured is None]
-    assert sum(losses[-10:]) < 0.9 * sum(losses[:10])
+    assert sum(losses[-5:]) < 0.9 * sum(losses[:5])
 
 
 @pytest.mark.parametrize("control", [Codebook.none(), Codebook.drop()])
 def test_controls_train_without_codes(control: Codebook) -> None:
     model, data = tiny("gpt2", initializer_range=0.1), corpus()
     steps: list[Step] = []
-    settings = Settings(steps=20, lr=5e-3, batch=4, ranks=(2, 4), shard=4)
+    settings = Settings(steps=12, lr=5e-3, batch=4, ranks=(2, 4), shard=4)
     assert finetune(model, control, data, settings, report=steps.append).space == control.space
     losses = [step.loss for step in steps if step.measured is None]
-    assert sum(losses[-5:]) < 0.8 * sum(losses[:5])
+    assert sum(losses[-3:]) < 0.8 * sum(losses[:3])
     assert all(step.commitment == 0 for step in steps if step.measured is None)
 
 
