@@ -19,7 +19,7 @@ from .calibration import Progress, check_finite, empty_pairs, record_pairs
 from .fit_transform import SEARCH, allocate, embedding_of, fit_blocks, fit_fine
 from .linear import Rows, linear_models, shared_basis
 from .options import FitData, FitOptions
-from .sensitivity import Cost, sensitivity
+from .sensitivity import DECODER_FLOOR, FLOOR, Cost, sensitivity
 
 # Windows with a backward pass each; of a decoder short ones, as a pass keeps all activations.
 PASSES, DECODER_TOKENS = 8, 384
@@ -130,7 +130,9 @@ class TransformFit:
             embedding = torch.cat(
                 [embedding_of(adapter, window)[:, copies:].flatten(0, 1) for window in windows]
             )
-        self.rows, self.cost = Rows(pairs, embedding), Cost.of(fisher.to(adapter.device))
+        floor = DECODER_FLOOR if adapter.causal else FLOOR
+        self.rows = Rows(pairs, embedding)
+        self.cost = Cost.of(fisher.to(adapter.device), floor)
         self.basis: Tensor | None = None
         if options.basis and len(pairs) > 1:
             self.progress("sharing a basis", 0, 1)

@@ -24,8 +24,10 @@ from .simulate import Simulation
 
 # Times the median length of a window's gradients, to which longer ones are shortened.
 LONGEST = 3.0
-# Of F's mean diagonal, added to it: what few windows say nothing of costs something too.
-FLOOR = 3e-3
+# Of F's mean diagonal, added to it: what few windows say nothing of costs something too. Of a
+# decoder, whose windows are short, F is so rough that as much as this makes it a better guess at F
+# of other windows, of the same text and of others (`docs/codebooks.md`).
+FLOOR, DECODER_FLOOR = 3e-3, 0.3
 
 
 class _Probe(Simulation):
@@ -229,10 +231,10 @@ class Cost:
     inverse: Tensor
 
     @classmethod
-    def of(cls, fisher: Tensor) -> Cost:
-        """With a floor under the eigenvalues of F."""
+    def of(cls, fisher: Tensor, floor: float = FLOOR) -> Cost:
+        """With a floor under the eigenvalues of F, a share of their mean."""
         mean = fisher.diagonal(dim1=1, dim2=2).mean(-1).clamp(min=1e-20)
         values, axes = torch.linalg.eigh(fisher)
-        spread = (values.clamp(min=0) + FLOOR * mean[:, None]).sqrt()[:, None]
+        spread = (values.clamp(min=0) + floor * mean[:, None]).sqrt()[:, None]
         back = axes.transpose(1, 2)
         return cls((axes * spread) @ back, (axes / spread) @ back)

@@ -280,6 +280,9 @@ def test_roots_squared_are_the_costs() -> None:
     torch.testing.assert_close(found.root, found.root.transpose(1, 2))
     torch.testing.assert_close(found.root @ found.root, cost, rtol=0.05, atol=0.05)
     torch.testing.assert_close(found.root @ found.inverse, torch.eye(6).repeat(2, 1, 1))
+    raised = Cost.of(cost, 0.5).root
+    more = 0.5 * cost.diagonal(dim1=1, dim2=2).mean(-1)[:, None, None] * torch.eye(6)
+    torch.testing.assert_close(raised @ raised, cost + more, rtol=1e-4, atol=1e-4)
 
 
 FLAT = Cost.of(torch.eye(4).repeat(2, 1, 1))  # all errors cost the same
