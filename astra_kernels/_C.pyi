@@ -113,6 +113,20 @@ def rms_norm(
     x: int, weight: int, rows: int, width: int, eps: float, out: int, threads: int
 ) -> None: ...
 def gated_silu(gate: int, up: int, count: int, out: int, threads: int) -> None: ...
+def product_isa() -> str: ...
+def product(
+    x: int,
+    weights: int,
+    bias: int,
+    rows: int,
+    inputs: int,
+    outputs: int,
+    out: int,
+    threads: int,
+) -> None:
+    """Addresses of contiguous fp32 [rows, inputs], [outputs, inputs], [outputs] or 0 for no bias,
+    and [rows, outputs]."""
+
 def rotate(
     shape: tuple[int, int, int, int, int], x: Heads, cos: int, sin: int, out: Heads, threads: int
 ) -> None:

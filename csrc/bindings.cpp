@@ -22,6 +22,7 @@
 #include "astra/frame.hpp"
 #include "astra/keeper.hpp"
 #include "astra/linear.hpp"
+#include "astra/product.hpp"
 
 namespace py = pybind11;
 
@@ -355,6 +356,15 @@ void gated_silu(std::uintptr_t gate, std::uintptr_t up, std::size_t count, std::
   });
 }
 
+void product(std::uintptr_t x, std::uintptr_t weights, std::uintptr_t bias, std::size_t rows,
+             std::size_t inputs, std::size_t outputs, std::uintptr_t out, unsigned threads) {
+  run(rows * inputs, [&] {
+    astra::product(reinterpret_cast<const float*>(x), reinterpret_cast<const float*>(weights),
+                   reinterpret_cast<const float*>(bias), {rows, inputs, outputs},
+                   reinterpret_cast<float*>(out), threads);
+  });
+}
+
 astra::RowStrides row_strides(const astra::HeadStrides& strides) {
   return {strides.batch, strides.head, strides.row};
 }
@@ -567,6 +577,10 @@ PYBIND11_MODULE(_C, module) {
              py::arg("width"), py::arg("eps"), py::arg("out"), py::arg("threads"));
   module.def("gated_silu", &gated_silu, py::arg("gate"), py::arg("up"), py::arg("count"),
              py::arg("out"), py::arg("threads"));
+  module.def("product_isa", [] { return std::string(astra::product_isa()); });
+  module.def("product", &product, py::arg("x"), py::arg("weights"), py::arg("bias"),
+             py::arg("rows"), py::arg("inputs"), py::arg("outputs"), py::arg("out"),
+             py::arg("threads"));
   module.def("rotate", &rotate, py::arg("shape"), py::arg("x"), py::arg("cos"), py::arg("sin"),
              py::arg("out"), py::arg("threads"));
   module.def("merge_state", &merge_state, py::arg("out_a"), py::arg("lse_a"), py::arg("out_b"),

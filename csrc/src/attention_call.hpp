@@ -11,6 +11,7 @@
 #include <memory>
 #include <new>
 
+#include "arena.hpp"
 #include "attention_kernel.hpp"
 #include "attention_source.hpp"
 
@@ -19,29 +20,6 @@ namespace astra::detail {
 inline constexpr double kLog2E = 1.4426950408889634;
 inline constexpr double kLn2 = 0.6931471805599453;
 inline constexpr float kInfinity = std::numeric_limits<float>::infinity();
-inline constexpr std::size_t kLine = 64;
-
-// Memory that only grows, for one thread.
-class Arena {
- public:
-  // Aligned to a cache line. What was in it is lost.
-  void* reserve(std::size_t bytes) {
-    if (bytes > size_) {
-      memory_.reset();
-      size_ = 0;
-      memory_.reset(static_cast<std::byte*>(::operator new(bytes, std::align_val_t(kLine))));
-      size_ = bytes;
-    }
-    return memory_.get();
-  }
-
- private:
-  struct Free {
-    void operator()(std::byte* memory) const { ::operator delete(memory, std::align_val_t(kLine)); }
-  };
-  std::unique_ptr<std::byte, Free> memory_;
-  std::size_t size_ = 0;
-};
 
 inline std::size_t in_lines(std::size_t floats) { return (floats + 15) / 16 * 16; }
 

@@ -10,6 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from astra_kernels import _C
+from astra_kernels import _direct as direct
 from astra_runtime import Engine
 from astra_runtime.cores import available_bytes
 from astra_runtime.errors import ModelChanged
@@ -52,6 +54,45 @@ def test_products_of_any_number_of_rows_are_right(inputs: int, outputs: int, thr
             torch.testing.assert_close(out, exact.float(), rtol=1e-4, atol=1e-5)
     finally:
         torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+@pytest.mark.parametrize(("inputs", "outputs"), [(576, 192), (800, 37), (33, 1)])
+def test_products_with_weights_as_they_are_stored_are_right(
+    inputs: int, outputs: int, threads: int
+) -> None:
+    weight, bias = torch.randn(outputs, inputs), torch.randn(outputs)
+    for rows in (0, 1, 4, 17, 50, 65, 129, 300):
+        vectors, out = torch.randn(rows, inputs), torch.full((rows + 1, outputs), float("nan"))
+        given = vectors.data_ptr(), weight.data_ptr(), bias.data_ptr()
+        _C.product(*given, rows, inputs, outputs, out.data_ptr(), threads)
+        exact = F.linear(vectors.double(), weight.double(), bias.double())
+        torch.testing.assert_close(out[:rows], exact.float(), rtol=1e-4, atol=1e-4)
+        assert out[rows].isnan().all()  # nothing is written behind the rows
+
+
+@pytest.mark.skipif(not direct.HAS_PRODUCT, reason="measured with AVX-512 alone")
+def test_layers_of_a_call_read_their_weights_as_they_are_stored(
+    small: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, inputs, runs = tiny("llama"), inputs_for("llama", 12), []
+    own = direct.linear
+
+    def counted(*given: torch.Tensor) -> torch.Tensor:
+        runs.append(given[1])
+        return own(*given)
+
+    monkeypatch.setattr(direct, "linear", counted)
+    with torch.no_grad():
+        alone = model(**inputs).logits
+    with Engine(model) as engine:
+        assert not runs
+        torch.testing.assert_close(
+            engine(**inputs, logits="all").logits, alone, rtol=1e-4, atol=1e-5
+        )
+    layers = packable(adapt(model).blocks)
+    assert {id(weight) for weight in runs} == {id(layer.weight) for layer in layers}
+    assert not any("forward" in layer.__dict__ for layer in layers)
 
 
 @needs_mkl

@@ -26,6 +26,7 @@ from torch import Tensor, nn
 
 from ..errors import ModelChanged
 from .during_calls import CallForward
+from .few_rows import few_rows_forwards
 from .fused import fused_forwards
 from .own_hooks import Watched, unwatched
 from .packed import PackedForward, bytes_of, can_pack, packable
@@ -254,9 +255,11 @@ class Hooks:
         running.check_whole()
 
     def fuse(self, base: nn.Module) -> None:
-        """Has small steps of `base` computed in one pass from now on, during calls; see `fused`."""
+        """Has small steps of `base` computed in one pass from now on, during calls, and products of
+        few rows with weights as they are stored; see `fused` and `few_rows`."""
         _, *inside = base.modules()
         self._fused = fused_forwards(inside, _attention, _is_running, _is_heard)
+        self._fused += few_rows_forwards(self.blocks)
 
     def watch(self, model: nn.Module, base: nn.Module) -> None:
         """Notes from now on, during calls, which hooks on `model` and in `base` change anything."""
@@ -311,12 +314,17 @@ class Hooks:
         return bytes_of(forward.layer for forward in self._packed)
 
     def _read_packed(self) -> None:
-        for forward in self._packed:
+        """Copies come before whatever else a layer may have in place of its forward."""
+        for forward in self._placed:
+            forward.take()
+        for forward in (*self._packed, *self._placed):
             forward.put()
 
     def _read_own(self) -> None:
-        for forward in self._packed:
-            forward.take()
+        for packed in self._packed:
+            packed.take()
+        for forward in self._placed:
+            forward.put()
 
     def _watch_hooks(self) -> None:
         tops = [top for kept in self._watched_tops if (top := kept()) is not None]
@@ -344,10 +352,8 @@ class Hooks:
     def _install(self) -> None:
         register_attention()
         self._watch_hooks()
-        self._read_packed()
         self._placed = list(self._fused)
-        for forward in self._placed:
-            forward.put()
+        self._read_packed()
         for index, block in enumerate(self.blocks):
             hook = _Hook(self, _before_block(index))
             self._handles.append(block.register_forward_pre_hook(hook, with_kwargs=True))
@@ -364,9 +370,10 @@ class Hooks:
             module.__dict__["config"] = _AttentionConfig(config)
 
     def _remove(self) -> None:
-        self._read_own()
         for forward in self._placed:
             forward.take()
+        self._placed = []
+        self._read_own()
         self._leave_hooks()
         for handle in self._handles:
             handle.remove()

@@ -1,0 +1,28 @@
+// Products of few fp32 rows with weights that stay in the order in which they are stored.
+//
+// A library's product copies weights into an order of its own first, which takes as long as the
+// product itself where there are few rows. Here the rows are put in order instead: vectors hold 16
+// rows, and each weight is read once for up to 48 of them.
+
+#pragma once
+
+#include <cstddef>
+
+namespace astra {
+
+struct ProductShape {
+  std::size_t rows;
+  std::size_t inputs;
+  std::size_t outputs;
+};
+
+// The instruction set that `product` runs in: "avx512" or "portable".
+const char* product_isa();
+
+// out[m][n] = bias[n] + sum over k of x[m][k] * weights[n][k], all of them contiguous; `bias` may
+// be null. Rows do not see each other: neither numbers that are not finite nor rounding of one
+// depend on another's values. On at most `threads` threads. `out` may not overlap the others.
+void product(const float* x, const float* weights, const float* bias, ProductShape shape,
+             float* out, unsigned threads);
+
+}  // namespace astra
