@@ -21,6 +21,7 @@ from .report import Row
 from .test_kill import MOMENTS, Case, run
 
 DEADLINE = 1.0  # seconds
+QUICK = 0.3  # the same where other work makes any rank slow, and only the victim's wait ends
 AMPLE = 60.0  # seconds, which no wait takes that does not hang
 TOLERANCE = 0.10
 COMMAND = "python -m pytest -m faults tests/faults/test_stalls.py"
@@ -61,7 +62,7 @@ def waits(block: int, moment: str, alone: bool) -> dict[str, Any]:
     """How long ranks wait: for the victim alone, where other work makes any of them slow."""
     if alone:
         return {"timeout": DEADLINE}
-    return {"timeout": AMPLE, "patience": (block + (moment == "after"), DEADLINE)}
+    return {"timeout": AMPLE, "patience": (block + (moment == "after"), QUICK)}
 
 
 def try_stop(forks: Forks, case: Case, row: Row, alone: bool = True) -> None:
@@ -115,14 +116,14 @@ def test_a_stopped_rank(forks: Forks) -> None:
         try_stop(forks, case, row, alone=False)
     row.check()
     # a survivor may have heard of it from another one, which began to wait before it
-    assert max(row.ms) >= 1e3 * (1 - TOLERANCE) * DEADLINE
+    assert max(row.ms) >= 1e3 * (1 - TOLERANCE) * QUICK
 
 
 @pytest.mark.parametrize("mode", RELAYED)
 def test_a_silent_network(forks: Forks, mode: str) -> None:
     row = relays(forks, mode, 1, 1, alone=False)
     row.check()
-    assert max(row.ms) >= 1e3 * (1 - TOLERANCE) * DEADLINE
+    assert max(row.ms) >= 1e3 * (1 - TOLERANCE) * QUICK
 
 
 @pytest.mark.faults
