@@ -36,6 +36,7 @@ MAX_ABOUT = 1 << 16  # bytes of what a worker says of itself
 LEAST_PATIENCE = 0.5  # of a mesh's timeout
 START_SECONDS = 60.0  # for the workers to begin
 RETRY_SECONDS = 0.5  # between tries to form the mesh again
+TIDY_SECONDS = 2.0  # without work, until memory that was freed goes back to the system
 
 
 class Rounds(ABC):
@@ -70,7 +71,8 @@ class Rounds(ABC):
         self._closing = self._ended = self._idle = False
         self._about: dict[int, dict[str, Any]] = {}
         self._counts: Counter[str] = Counter()
-        self._beaten = self._told = 0.0
+        self._beaten = self._told = self._worked = 0.0
+        self._tidy = True  # nothing was freed since memory was given back
         self._activity = Activity(engine.mesh.world_size)
         self._thread = threading.Thread(target=self._serve, name="astra-leader", daemon=True)
 
@@ -184,6 +186,8 @@ class Rounds(ABC):
     def _send_job(self, **job: Any) -> None:
         send_json(self.engine.mesh, job, blocks=JOB, to=peers_of(self.engine.mesh))
         self._told = time.monotonic()
+        if not self._idle:
+            self._worked, self._tidy = self._told, False
 
     def _reports(self) -> Iterator[dict[str, Any]]:
         """What the other ranks report of a round, or of its part up to a pause, by rank.
@@ -221,7 +225,7 @@ class Rounds(ABC):
             self._begin_mesh()
             self._reason = ""
             self._changed.notify_all()
-        return_free_memory()  # of what was kept for the mesh before this one
+        self._tidy_up()  # after the mesh before this one
 
     def _form(self) -> None:
         """Connects the ranks again."""
@@ -255,6 +259,8 @@ class Rounds(ABC):
     def _watch(self) -> None:
         """Without work: a round where somebody seems to be gone, and one in a while anyway."""
         mesh = self.engine.mesh
+        if not self._tidy and time.monotonic() - self._worked > TIDY_SECONDS:
+            self._tidy_up()
         lost = set(range(mesh.world_size)) - set(mesh.alive())
         if lost or time.monotonic() - self._beaten > self._beat_seconds:
             self._idle = True
@@ -262,6 +268,11 @@ class Rounds(ABC):
                 self._beat()
             finally:
                 self._idle = False
+
+    def _tidy_up(self) -> None:
+        """What answers have taken and freed goes back to the system: milliseconds."""
+        self._tidy = True
+        return_free_memory()
 
     def __enter__(self) -> Self:
         """Waits until all ranks are there. Raises NotReady where they are not within a minute."""

@@ -23,7 +23,7 @@ from astra_runtime.serve.service import NotReady, ServiceFailed
 
 from ..models import tiny
 from ..ranks import free_ports, wait_for
-from .service import Numbers, alone, ask, prompt
+from .service import Numbers, alone, ask, led, prompt
 
 
 class Rank:
@@ -155,6 +155,18 @@ def test_silence_is_measured_from_when_the_ranks_were_told(
     leader: Any = SimpleNamespace(engine=engine, _told=100.0, _idle=False)
     assert list(rounds.Rounds._reports(leader)) == [{}, {}]
     assert waited == pytest.approx(waits)
+
+
+def test_freed_memory_is_given_back(llama: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """When the ranks are together, and after answers when there is nothing to do."""
+    given: list[None] = []
+    monkeypatch.setattr(rounds, "TIDY_SECONDS", 0.0)
+    monkeypatch.setattr(rounds, "return_free_memory", lambda: given.append(None))
+    with led(llama, 1) as leader:
+        wait_for(lambda: len(given) > 0)
+        before = len(given)
+        ask(leader, prompt(9)).wait()
+        wait_for(lambda: len(given) > before)
 
 
 @pytest.mark.parametrize(
