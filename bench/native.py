@@ -1,4 +1,4 @@
-"""Attention in C++ beside torch's flash kernel and two matrix products, on one thread.
+"""Attention and products of integer weights in C++, beside torch's, on one thread.
 
     python -m bench.native              # writes bench/results/<device>/native.json; four minutes
     python -m bench.native --no-write --seconds 0.02 --samples 3    # whether everything runs
@@ -7,7 +7,9 @@ Calls are timed in turns. The roofline is the two products of attention alone, o
 under a causal mask, where half of them are in vain; `decode_*` are single queries, whose roofline
 is one pass over keys and values. `coded` cases stand beside C++ over keys that are dense already
 (`dense`) and torch's flash kernel over those (`sdpa`); `counting_*` show from how many tokens on
-counting codes is faster (coded_attention/cpu.py).
+counting codes is faster (coded_attention/cpu.py). `linear_int8` and `linear_int4` are `M` rows of
+`K` inputs and `N` outputs beside torch's product in fp32; their roofline is that product of as many
+fewer rows as integers are multiplied faster by this instruction set, four with VNNI.
 """
 
 import argparse
@@ -15,15 +17,19 @@ from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor
+from torch.nn.functional import linear
 from torch.nn.functional import scaled_dot_product_attention as sdpa
 
 import astra_kernels as ak
 from astra_kernels.codeword_attention import cpu as codeword_cpu
 from astra_kernels.count_codes.cpu import count as count_codes
+from astra_runtime.models.quantized import QuantizedLinear
 from bench.ops import Calls, products, rotary
 from bench.report import Case, measure, write
 
 K = 1024
+# Integers multiplied in the time of one float, by instruction set.
+INTEGER_RATE = {"avx512vnni": 4}
 
 
 class Bench:
@@ -83,6 +89,17 @@ class Bench:
         shape = {"M": rows, "N": tokens, "H": heads, "Hkv": kv_heads, "d": 64, "K": K}
         return self.timed("counting_codes", shape, calls)
 
+    def linear(self, bits: int, rows: int, inputs: int, outputs: int) -> Case:
+        weight, x = torch.randn(outputs, inputs), torch.randn(rows, inputs)
+        layer = QuantizedLinear.of(weight, None, bits)
+        part = x[: max(1, rows // INTEGER_RATE.get(ak._C.linear_isas()[-1], 2))]
+        calls: dict[str, Callable[[], object]] = {
+            "ours": lambda: layer(x),
+            "roofline": lambda: linear(part, weight),
+            "fp32": lambda: linear(x, weight),
+        }
+        return self.timed(f"linear_int{bits}", {"M": rows, "K": inputs, "N": outputs}, calls)
+
 
 def one_pass(key: Tensor, value: Tensor) -> Callable[[], object]:
     return lambda: (key.sum(), value.sum())
@@ -108,6 +125,13 @@ def cases(bench: Bench) -> Iterator[Case]:
     for tokens in (2048, 4096, 8192):
         yield bench.counting(9, 3, 1, tokens, 3)
 
+    for inputs, outputs in ((576, 576), (576, 192), (576, 1536), (1536, 576)):
+        for rows in (1, 4, 33, 129, 512, 1024):
+            yield bench.linear(8, rows, inputs, outputs)
+    for bits, inputs, outputs in ((4, 576, 1536), (4, 1536, 576), (8, 2048, 8192), (8, 8192, 2048)):
+        for rows in (1, 512):
+            yield bench.linear(bits, rows, inputs, outputs)
+
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="bench.native", description=__doc__.partition("\n")[0])
@@ -120,7 +144,7 @@ def main() -> None:
     with torch.inference_mode():
         measured = list(cases(Bench(args.seconds, args.samples)))
     if not args.no_write:
-        extra = {"isa": ak._C.attention_isas()[-1]}
+        extra = {"isa": ak._C.attention_isas()[-1], "linear_isa": ak._C.linear_isas()[-1]}
         command = "python -m bench.native"
         print(write("native", measured, command=command, packages=("torch",), extra=extra))
 

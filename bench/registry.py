@@ -354,7 +354,7 @@ OTHERS = (
     ),
     Bench(
         "native",
-        "attention in C++ beside torch's flash kernel, on one thread",
+        "attention and integer weights in C++ beside torch's, on one thread",
         4,
         (_cpu("bench.native", "native"),),
     ),

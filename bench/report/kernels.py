@@ -156,8 +156,8 @@ TABLES = {
     "native": Table(
         ("cpu-2core/native",),
         beside,
-        lambda case: case["shape"]["d"] == 64 and not case["name"].startswith("counting"),
-        "heads of 64 channels, without the counts of codes",
+        lambda case: case["shape"].get("d", 64) == 64 and not case["name"].startswith("counting"),
+        "heads of 64 channels, without the counts of codes, and linear layers",
     ),
     "ops_drop_in": Table(("cpu-2core/ops_drop_in",), beside),
     "finetune": Table(("cpu-2core/finetune",), beside),

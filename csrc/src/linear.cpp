@@ -18,7 +18,7 @@ using detail::LinearCall;
 using detail::LinearKernel;
 
 constexpr std::size_t kWidest = 65536;  // inputs of a group: its sums stay within 32 bits
-constexpr std::size_t kFew = 4;         // rows for which laying out the weights does not pay
+constexpr std::size_t kFew = 1;         // rows for which laying out the weights does not pay
 constexpr double kWorthAThread = 1e6;   // multiplications
 constexpr std::size_t kLine = 64;       // bytes that the spaces are aligned to
 

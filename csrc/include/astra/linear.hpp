@@ -3,11 +3,11 @@
 //
 // A row of x and a row of w form `groups` groups of inputs / groups consecutive values. A group of
 // x is rounded by itself: with m = max |x|, x[k] becomes q[k] = round(x[k] * (127 / m)), half to
-// even, and stands for q[k] * (m / 127); with m below 2^-119 it is 0. These integers are the same on every processor. Products
-// are summed exactly within a group, groups one after the other in fp32. So a row's answer does not
-// depend on the rows beside it, nor on the number of threads; between instruction sets, and between
-// a few rows and many, it may differ by the rounding of fp32. A row with a NaN or an infinity gives
-// NaN.
+// even, and stands for q[k] * (m / 127); with m below 2^-119 it is 0. These integers are the same
+// on every processor. Products are summed exactly within a group, groups one after the other in
+// fp32. So a row's answer does not depend on the rows beside it, nor on the number of threads;
+// between instruction sets, and between one row and several, it may differ by the rounding of fp32.
+// A row with a NaN or an infinity gives NaN.
 //
 // Errors are std::invalid_argument with a sentence that names the argument. Inputs and outputs must
 // not overlap; any alignment will do. Everything may be called concurrently.
