@@ -30,14 +30,11 @@ def on_device(device: str) -> Iterator[None]:
 
 @pytest.fixture(autouse=True)
 def few_programs(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """In the interpreter one program runs after the other: work is not split to fill a chip.
-
-    `test_graphs` calls every op as on a small one; other tests name the number of splits.
-    """
+    """In the interpreter one program runs after the other: work is not split to fill a chip."""
     if device == "cpu":
         from astra_kernels._triton import launch
 
-        monkeypatch.setattr(launch, "DEFAULT_PROCESSORS", 1)
+        monkeypatch.setattr(launch, "DEFAULT_PROCESSORS", 4)
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:

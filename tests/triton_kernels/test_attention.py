@@ -66,7 +66,7 @@ def test_strategies_agree(dtype, strategy, m, shared, masked):
 @pytest.mark.parametrize("rope", [False, True])
 def test_batches_with_masks(strategy, value_codes, rope):
     case = make(
-        b=2, near=20, n=40, groups=2, rope=rope, key_mask=True, code_mask=True,
+        b=3, near=33, n=70, groups=2, rope=rope, key_mask=True, code_mask=True,
         value_codes=value_codes, m=FEW, scale=0.3,
     )  # fmt: skip
     case.dense["key_mask"][1] = False
@@ -85,7 +85,7 @@ def test_causal(dtype, strategy, m, near):
 
 
 @pytest.mark.parametrize(("h", "kv"), [(3, 1), (9, 3), (12, 2)])
-@pytest.mark.parametrize("m", [1, 11])
+@pytest.mark.parametrize("m", [1, 23])
 def test_grouped_queries(h, kv, m):
     case = make(b=2, h=h, kv=kv, m=m, near=20, n=50)
     assert_as_exact_as_torch(mixed(case, strategy="fused"), case)
@@ -100,7 +100,7 @@ def test_value_codes_of_other_tables():
 
 @pytest.mark.parametrize(
     ("bits", "strategy"),
-    [*((bits, "fused") for bits in (1, 5, 9, 16)), (10, "counted"), (12, "expanded")],
+    [*((bits, "fused") for bits in (1, 5, 9, 16)), (10, "counted"), (16, "expanded")],
 )  # fmt: skip
 def test_packed_codes_give_the_same_bits(bits, strategy):
     case = make(b=2, n=45, k=min(2**bits, 100), code_mask=True)

@@ -17,7 +17,7 @@ from torch.utils import _pytree as pytree
 
 import astra_kernels as ak
 from astra_kernels._library.registration import KERNELS
-from astra_kernels._triton import launch, strategies
+from astra_kernels._triton import strategies
 from astra_kernels._triton.launch import record
 from astra_kernels.coded_attention import kernel as coded_kernel
 from astra_kernels.mixed_attention import kernel as mixed_kernel
@@ -177,12 +177,6 @@ CALLS = (
     Call("pack", "pack", lambda: (codes(333), BITS), takes_impl=False),
     Call("unpack", "unpack", lambda: (packed(1, 333)[0], BITS, 333), takes_impl=False),
 )  # fmt: skip
-
-
-@pytest.fixture(autouse=True)
-def few_programs(monkeypatch) -> None:
-    """Of a chip with four processors, so that work is split."""
-    monkeypatch.setattr(launch, "DEFAULT_PROCESSORS", 4)
 
 
 @pytest.fixture(autouse=True)
