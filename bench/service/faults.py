@@ -150,9 +150,13 @@ def started(server: Server, others: set[int]) -> int:
 
 
 def has_socket(process: int) -> bool:
-    """Whether it has opened a connection: a worker does when it has loaded its model."""
+    """Whether it has opened a TCP socket: a worker does when it has loaded its model. Sockets of
+    other kinds, as libraries open to ask the system something, are none."""
     try:
-        return any(os.readlink(fd).startswith("socket:") for fd in descriptors(process))
+        opened = {os.readlink(fd) for fd in descriptors(process)}
+        tables = (Path(f"/proc/{process}/net/{name}").read_text() for name in ("tcp", "tcp6"))
+        lines = (line.split() for table in tables for line in table.splitlines()[1:])
+        return any(f"socket:[{fields[9]}]" in opened for fields in lines)
     except OSError:  # closed meanwhile
         return False
 
