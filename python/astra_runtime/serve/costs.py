@@ -12,7 +12,7 @@ FORGOTTEN = 0.03  # of what reading by one rank was seen to cost, whenever somet
 UNKNOWN_CHECKS = 3  # segments of a prompt of unknown cost that nobody else waits for
 # From a token of an answer to its next one, while a prompt is read: half a second at most with what
 # it takes to report and to hand them out.
-ROUND_SECONDS = 0.44
+ROUND_SECONDS = 0.40
 LEAST_SEGMENT = 0.1  # seconds of a prompt between two tokens of the others, however long these take
 
 

@@ -461,7 +461,7 @@ def test_prompts_are_read_apart_where_that_is_sooner(
         assert not costs.apart_is_faster(1000, 3)  # 4 s, and 1.6 s together
         costs.heard_pause(0.25)
         assert len(costs.pauses(1000)) == 2  # of three blocks
-        assert costs.alone(1000, True) == pytest.approx(4.0 + 21 * 0.25)  # every 0.44 s
+        assert costs.alone(1000, True) == pytest.approx(4.0 + 26 * 0.25)  # every 0.4 s
         assert not costs.apart_is_faster(1000, 3, True)  # 2.1 s together
         costs.heard_together(1000, 1.6)
         assert costs.alone(1000) == pytest.approx(3.97)  # it would be tried again some day
