@@ -1,7 +1,6 @@
 // Every width x length x instruction set against a bit-by-bit codec, between canaries.
 
 #include <cstdio>
-#include <cstdlib>
 #include <cstring>
 #include <functional>
 #include <memory>
@@ -10,19 +9,12 @@
 #include <vector>
 
 #include "astra/bitpack.hpp"
+#include "expect.hpp"
 
 namespace {
 
 using Bytes = std::vector<std::uint8_t>;
 using Codes = std::vector<std::int32_t>;
-
-int failures = 0;
-
-void expect(bool ok, const std::string& what) {
-  if (ok) return;
-  std::fprintf(stderr, "FAILED: %s\n", what.c_str());
-  if (++failures > 20) std::exit(1);
-}
 
 // The layout, spelled out.
 Bytes reference_pack(const Codes& codes, int bits) {

@@ -1,7 +1,6 @@
 // RMS norm, the gate of an MLP, rotary positions and merged softmaxes against formulas in double.
 
 #include <cmath>
-#include <cstdio>
 #include <cstdlib>
 #include <limits>
 #include <random>
@@ -9,16 +8,9 @@
 #include <vector>
 
 #include "astra/elementwise.hpp"
+#include "expect.hpp"
 
 namespace {
-
-int failures = 0;
-
-void expect(bool ok, const char* what) {
-  if (ok) return;
-  std::fprintf(stderr, "FAILED: %s\n", what);
-  if (++failures > 20) std::exit(1);
-}
 
 bool close(float got, double want) { return std::abs(got - want) <= 2e-6 * (1 + std::abs(want)); }
 

@@ -1,23 +1,14 @@
 // Nearest codewords against a plain search in double, ties, what is not finite, threads.
 
-#include <cstdio>
-#include <cstdlib>
 #include <limits>
 #include <random>
 #include <stdexcept>
 #include <vector>
 
 #include "astra/encode.hpp"
+#include "expect.hpp"
 
 namespace {
-
-int failures = 0;
-
-void expect(bool ok, const char* what) {
-  if (ok) return;
-  std::fprintf(stderr, "FAILED: %s\n", what);
-  if (++failures > 20) std::exit(1);
-}
 
 double distance(const float* x, const float* word, std::size_t width) {
   double sum = 0;

@@ -1,27 +1,18 @@
 // The decoder against its own encoders, at the edges; csrc/fuzz looks for what lies between.
 
 #include <array>
-#include <cstdio>
-#include <cstdlib>
 #include <cstring>
 #include <string>
 #include <vector>
 
 #include "astra/bitpack.hpp"
 #include "astra/frame.hpp"
+#include "expect.hpp"
 
 namespace {
 
 using namespace astra::wire;
 using Bytes = std::vector<std::uint8_t>;
-
-int failures = 0;
-
-void expect(bool ok, const char* what) {
-  if (ok) return;
-  std::fprintf(stderr, "FAILED: %s\n", what);
-  if (++failures > 20) std::exit(1);
-}
 
 void headers() {
   const Header sent{3, 5, 0xDEADBEEF, 3, 1, 7, 9};

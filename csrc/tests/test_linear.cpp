@@ -2,7 +2,6 @@
 
 #include <cmath>
 #include <cstdio>
-#include <cstdlib>
 #include <limits>
 #include <random>
 #include <stdexcept>
@@ -10,16 +9,9 @@
 #include <vector>
 
 #include "astra/linear.hpp"
+#include "expect.hpp"
 
 namespace {
-
-int failures = 0;
-
-void expect(bool ok, const std::string& what) {
-  if (ok) return;
-  std::fprintf(stderr, "FAILED: %s\n", what.c_str());
-  if (++failures > 20) std::exit(1);
-}
 
 struct Layer {
   std::vector<std::uint8_t> values;  // int8, or two of 4 bits

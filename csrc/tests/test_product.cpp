@@ -1,23 +1,15 @@
 // Products with weights as they are stored, against sums in double.
 
 #include <cmath>
-#include <cstdio>
 #include <cstdlib>
 #include <limits>
 #include <random>
 #include <vector>
 
 #include "astra/product.hpp"
+#include "expect.hpp"
 
 namespace {
-
-int failures = 0;
-
-void expect(bool ok, const char* what) {
-  if (ok) return;
-  std::fprintf(stderr, "FAILED: %s\n", what);
-  if (++failures > 20) std::exit(1);
-}
 
 std::vector<float> normal(std::mt19937& random, std::size_t count) {
   std::normal_distribution<float> draw;
