@@ -11,7 +11,7 @@ from __future__ import annotations
 import argparse
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, Final, Literal
+from typing import Any, Final
 
 import torch
 
@@ -27,13 +27,13 @@ from astra_runtime.models import Adapter
 from astra_runtime.plan import Plan
 from astra_runtime.store import load_tokenizer
 from astra_runtime.train.budgets import DEFAULT_BITS
+from astra_runtime.train.simulate import AfterLoss
 
 CONTROLS: Final = {"exact": Codebook.dense(), "local_only": Codebook.local_only()}
 FOLDER: Final = Path("build/codebooks")  # what `bench.accuracy.calibrate` fits
 CODEWORDS: Final = 1024  # of random codebooks
 FINE_TOKENS: Final = 64  # that have fine codes, where a name does not say how many
 DEFAULT: Final = "default"
-AfterLoss = Literal["stale", "out", "predicted"]
 
 
 def control(name: str) -> Codebook | None:

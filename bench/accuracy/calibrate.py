@@ -1,11 +1,11 @@
 """Codebooks of SmolLM2 for `bench.accuracy`, fitted on real text of several kinds.
 
-    python -m bench.accuracy calibrate [--bits 30 100 …] [--seeds 0 1 2] [--text documentation:16 …]
+    python -m bench.accuracy calibrate [--bits 30 100 …] [--fine-bits 120 400 …] [--seeds 0 1 2]
 
 No text is of a domain that `bench.accuracy` calls unseen (handbook, devref). Seeds differ in the
 windows drawn, in the labels that the sensitivity is estimated from, and in k-means. Writes two
-folders a seed and budget to build/codebooks, with fine codes (`--fine-bits`) and the same without;
-what is there already is not fitted again.
+folders a seed and budget to build/codebooks, with fine codes (`--fine-bits`, one number for all
+budgets or one for each) and the same without; what is there already is not fitted again.
 """
 
 import argparse
@@ -48,19 +48,24 @@ def main(arguments: Sequence[str] | None = None) -> None:
         prog="bench.accuracy calibrate", description=__doc__.splitlines()[0]
     )
     parser.add_argument("--bits", nargs="+", type=float, default=[10, 30, 100, 300, 600, 1500])
-    parser.add_argument("--fine-bits", type=float, default=400, help="for tokens before a cut")
+    parser.add_argument(
+        "--fine-bits", nargs="+", type=float, default=[400], help="for tokens before a cut"
+    )
     parser.add_argument("--seeds", nargs="+", type=int, default=[0])
     parser.add_argument("--text", nargs="+", default=TEXT, metavar="DOMAIN:WINDOWS")
     options = parser.parse_args(arguments)
+    fine_bits = options.fine_bits * (len(options.bits) if len(options.fine_bits) == 1 else 1)
+    if len(fine_bits) != len(options.bits):
+        parser.error("--fine-bits: expected one number, or one for each of --bits")
     quiet_transformers()
     model, tokenizer = load_model("smollm2"), load_tokenizer("smollm2")
     basis = default_basis(adapt(model))
     rank = default_rank(adapt(model), basis)
     for seed in options.seeds:
         missing = [
-            bits
-            for bits in options.bits
-            if not codebooks.folder(bits, seed, options.fine_bits).is_dir()
+            (bits, fine)
+            for bits, fine in zip(options.bits, fine_bits, strict=True)
+            if not codebooks.folder(bits, seed, fine).is_dir()
         ]
         if not missing:
             continue
@@ -72,18 +77,17 @@ def main(arguments: Sequence[str] | None = None) -> None:
             iterations=8,
             seed=seed,
             basis=basis,
-            fine_bits=options.fine_bits,
-            fine_tokens=codebooks.FINE_TOKENS if options.fine_bits else 0,
+            fine_tokens=codebooks.FINE_TOKENS,
         )
         fit = TransformFit(model, as_windows(drawn), settings, stages(say))
-        for bits in missing:
-            codebook = fit.codebook(bits)
+        for bits, fine in missing:
+            codebook = fit.codebook(bits, fine)
             codebook.notes["text"] = list(options.text)
             coarse = codebooks.folder(bits, seed)
             if not coarse.is_dir():
                 codebooks.without_fine(codebook).save_pretrained(coarse)
             if codebook.fine:
-                codebook.save_pretrained(codebooks.folder(bits, seed, options.fine_bits))
+                codebook.save_pretrained(codebooks.folder(bits, seed, fine))
             say(f"{coarse}: {codebook.bits:.1f} bits, fine ones {codebook.fine_bits:.1f}")
 
 

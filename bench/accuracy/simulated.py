@@ -16,7 +16,7 @@ from astra_runtime import Codebook
 from astra_runtime.models import adapt
 from astra_runtime.parallel import map_cores
 from astra_runtime.plan import Plan
-from astra_runtime.train.simulate import Simulation
+from astra_runtime.train.simulate import AfterLoss, Simulation
 from bench import codebooks
 from bench.accuracy import calibrate
 
@@ -60,7 +60,7 @@ def losses(
     lost: float = 0.0,
     seed: int = 0,
     quantizers: Any = None,
-    after_loss: codebooks.AfterLoss = "stale",
+    after_loss: AfterLoss | None = None,
 ) -> Losses:
     """`window_losses` of a codebook. The same frames are lost with the same seed, whatever codes.
 

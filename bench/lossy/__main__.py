@@ -10,12 +10,13 @@ the report says how much they then lacked ("datagram_plain" sends no FEC fragmen
 by each rank, from handing over its frame to having what it will have of the other's.
 
 perplexity: SmolLM2 on four ranks, simulated in one pass (`astra_runtime.train.simulate`), each
-datagram lost with the given probability, independently; a token of which any bit is missing is left
-out of that block's softmax, as the engine does.
+datagram lost with the given probability, independently; a token of which any bit is missing is
+attended to as predicted, with codes that predict, or else left out of that block's softmax, as the
+engine does. `--after-loss stale` leaves it out with all codes.
 
 degraded: frames, not datagrams, miss their deadline (`degraded.py`, with options of its own).
 
-Writes lossy.json, lossy_perplexity.json and degraded.json.
+Writes lossy.json and degraded.json, and adds to lossy_perplexity.json: rows that are there stay.
 """
 
 from __future__ import annotations
@@ -23,8 +24,9 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Sequence
-from typing import Final
+from typing import Final, get_args
 
+from astra_runtime.train.simulate import AfterLoss
 from bench.lossy import degraded
 from bench.lossy.perplexity import perplexity
 from bench.lossy.ranks import latency
@@ -57,15 +59,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--windows", type=int, default=2, help="of 1024 tokens")
     parser.add_argument("--halo", type=int, nargs="+", default=[32], help="tokens")
     parser.add_argument("--domain", default="documentation")
+    parser.add_argument("--after-loss", choices=get_args(AfterLoss), help="(as the engine does)")
     options = parser.parse_args(given)
     command = command_line("bench.lossy", given)
     if "latency" in options.what:
         link = {"mbit_per_s": options.mbit, "rtt_ms": options.rtt_ms, "loss": options.losses}
         write(RESULT, latency(options), command=command, packages=("cryptography",), link=link)
     if "perplexity" in options.what:
-        packages = ("torch", "numpy", "transformers")
-        rows = {"rows": perplexity(options)}
-        write(f"{RESULT}_perplexity", [], command=command, packages=packages, extra=rows)
+        perplexity(options, command)
 
 
 if __name__ == "__main__":

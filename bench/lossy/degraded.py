@@ -3,11 +3,11 @@
     python -m bench.lossy degraded [--codes kv:3 transform:100] [--shares 0 .02 .05 .1 .2]
 
 Of each block, from each rank to each other, a frame misses its deadline with the given probability,
-independently: the receiver leaves that shard out of the block's softmax, as the engine does with
-`on_missing="degrade"`. Ranks are simulated in one pass (`astra_runtime.train.simulate`, which
-the tests hold to the engine). Codes that build on earlier blocks have rows for what else a receiver
-could do afterwards: "out" leaves the shard out of the rest of the call, "predicted" never leaves it
-out.
+independently. With codes that predict, the engine then attends to the shard as predicted; else it
+leaves it out of that block's softmax. Ranks are simulated in one pass
+(`astra_runtime.train.simulate`, which the tests hold to the engine). Codes that build on earlier
+blocks have rows for what else a receiver could do: "stale" leaves the shard out of that block,
+"out" of the rest of the call.
 Adds to degraded.json after each row; rows that are there already are not measured again.
 """
 
@@ -24,6 +24,7 @@ from torch import Tensor
 from astra_runtime import Codebook
 from astra_runtime.console import say
 from astra_runtime.store import load_model, load_tokenizer, token_windows
+from astra_runtime.train.simulate import AfterLoss
 from bench import codebooks
 from bench.accuracy.corpora import corpus
 from bench.accuracy.simulated import TOKENS, Losses, codebook_of, figures, losses, rounded
@@ -45,7 +46,7 @@ class Study:
         name: str,
         book: Codebook,
         missing: float = 0.0,
-        afterwards: codebooks.AfterLoss = "stale",
+        afterwards: AfterLoss = "stale",
         controls: dict[str, Losses] | None = None,
     ) -> Losses:
         """Of a row, which is measured where it is not there yet."""

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import argparse
-import json
+from collections.abc import Mapping
+from functools import partial
 from itertools import product
 from typing import Any
 
@@ -16,7 +17,7 @@ from astra_runtime.console import say
 from astra_runtime.missing import Missing
 from astra_runtime.plan import Plan
 from astra_runtime.store import load_model, load_tokenizer, token_windows
-from astra_runtime.train.simulate import Simulation
+from astra_runtime.train.simulate import Simulation, engines_after_loss
 from astra_runtime.transport.fragments import FEC_GROUP, fragment_layout, num_fec_fragments
 from bench.accuracy.corpora import corpus
 from bench.accuracy.simulated import (
@@ -28,8 +29,9 @@ from bench.accuracy.simulated import (
     kept_codebook_of,
     window_losses,
 )
-from bench.report import quiet_transformers
+from bench.report import Rows, quiet_transformers
 
+RESULT = "lossy_perplexity"
 RANKS = 4
 
 
@@ -78,41 +80,48 @@ class LossyDatagrams(Simulation):
         return [n for n in range(count) if lost[n] and not (groups and of_group[n % groups] == 1)]
 
 
-def perplexity(options: argparse.Namespace) -> list[dict[str, Any]]:
-    """Rows: codes, loss of datagrams, perplexity beside both controls."""
+def perplexity(options: argparse.Namespace, command: str) -> None:
+    """Adds rows that are not there yet: codes, loss of datagrams, what a receiver does then, and
+    perplexity beside both controls."""
     quiet_transformers()
     model, tokenizer = load_model("smollm2"), load_tokenizer("smollm2")
     windows = token_windows(tokenizer, corpus(options.domain)[1], TOKENS, options.windows)
     controls = control_losses(model, windows, RANKS)
-    rows = []
+    rows = Rows(RESULT, command=command, say=say)
     for name in options.codes:
         book = kept_codebook_of(name, model, tokenizer)
+        afterwards = options.after_loss or engines_after_loss(book)
         for halo, lost, parity in product(options.halo, options.losses, (0, FEC_GROUP)):
             if parity and not lost:
                 continue  # the same
-            ours = losses(model, book, windows, halo, lost, parity)
-            row = {
+            place = {
                 "codes": name,
                 "domain": options.domain,
                 "datagrams_lost": lost,
                 "parity": parity,
+                "afterwards": afterwards if lost else None,
                 "world_size": RANKS,
                 "halo": halo,
                 "windows": len(windows),
             }
-            rows.append(row | figures(model, book, ours, controls))
-            say(json.dumps(rows[-1]))
-    return rows
+            rows.measured(place, partial(measured, model, book, windows, place, controls))
 
 
-def losses(
-    model: Any, book: Codebook, windows: list[Tensor], halo: int, lost: float, parity: int
-) -> Losses:
-    """Nats a token after the first shard, by window; the same draws for all codes."""
-    plan = equal_shards(book, RANKS, halo)
+def measured(
+    model: Any,
+    book: Codebook,
+    windows: list[Tensor],
+    place: Mapping[str, Any],
+    controls: dict[str, Losses],
+) -> dict[str, Any]:
+    """`figures` of the row at `place`; the same draws for all codes."""
+    plan = equal_shards(book, RANKS, place["halo"])
+    losing = {"lost": place["datagrams_lost"], "after_loss": place["afterwards"]}
 
     def simulate(number: int, inputs: dict[str, Tensor]) -> LossyDatagrams:
         generator = torch.Generator().manual_seed(number)
-        return LossyDatagrams(model, book, plan, inputs, parity, lost=lost, generator=generator)
+        return LossyDatagrams(
+            model, book, plan, inputs, place["parity"], generator=generator, **losing
+        )
 
-    return window_losses(model, windows, RANKS, simulate)
+    return figures(model, book, window_losses(model, windows, RANKS, simulate), controls)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from astra_runtime.codes.registry import codec_named
 from bench.report.markdown import Report, Table, source, table
 
 METHODS = {
@@ -13,9 +14,9 @@ METHODS = {
     "datagram": "**datagrams**",
 }
 AFTER_LOSS = {
-    "stale": "masked in that block (**the engine**)",
+    "stale": "left out of that block",
     "out": "left out until the call ends",
-    "predicted": "the estimate used unmasked",
+    "predicted": "attended to as predicted",
 }
 
 
@@ -41,11 +42,11 @@ def perplexity(report: Report) -> str:
     """By codes, halo and loss, without and with forward error correction."""
     groups: dict[Any, dict[int, dict[str, Any]]] = {}
     for row in report["rows"]:
-        groups.setdefault((row["codes"], row["halo"], row["datagrams_lost"]), {})[row["parity"]] = (
-            row
-        )
+        afterwards = row.get("afterwards", "stale") if row["datagrams_lost"] else ""
+        place = row["codes"], row["halo"], row["datagrams_lost"], afterwards
+        groups.setdefault(place, {})[row["parity"]] = row
     rows = []
-    for (codes, halo, lost), by_parity in groups.items():
+    for (codes, halo, lost, afterwards), by_parity in sorted(groups.items()):
         plain = by_parity[0]
         corrected = next((row for parity, row in by_parity.items() if parity), plain)
         rows.append(
@@ -53,6 +54,7 @@ def perplexity(report: Report) -> str:
                 codes,
                 f"{halo}",
                 f"{lost:.0%}",
+                AFTER_LOSS.get(afterwards, "–"),
                 f"{plain['perplexity']:.2f}",
                 f"{plain['gap_recovered']:.2f}",
                 f"{corrected['perplexity']:.2f}",
@@ -65,6 +67,7 @@ def perplexity(report: Report) -> str:
         "codes",
         "halo",
         "datagrams lost",
+        "lost tokens",
         "no FEC",
         "gap recovered",
         "**FEC**",
@@ -87,8 +90,15 @@ def degraded(report: Report) -> str:
             row_of_share = rows.get((codes, "stale" if share == 0 else afterwards))
             line.append("" if row_of_share is None else f"{row_of_share['gap_recovered']:.2f}")
         lines.append(line)
-    names = [f"{codes}, {AFTER_LOSS[afterwards]}" for codes, afterwards in columns]
+    names = [f"{codes}, {_afterwards(codes, afterwards)}" for codes, afterwards in columns]
     return table(["frames missing", *names], lines) + source(report)
+
+
+def _afterwards(codes: str, afterwards: str) -> str:
+    """In words; of what the engine does, that it does so."""
+    predicts = codec_named(codes.partition(":")[0]).predicts
+    engine = " (**the engine**)" if afterwards == ("predicted" if predicts else "stale") else ""
+    return AFTER_LOSS[afterwards] + engine
 
 
 TABLES = {

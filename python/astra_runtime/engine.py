@@ -71,10 +71,11 @@ class Engine(SessionHost):
             For the answer a rank waits as long as the mesh does, at least two such deadlines; with
             "degrade", a deadline a block longer.
         on_missing: "raise": a rank that misses a deadline, or is lost, is an error on every rank.
-            "degrade": it is left out of that block's softmax, and of an encoder's mean of class
-            tokens; the answer says so. The rank that owns the answer is never left out, nor is any
-            with logits="all". A late rank is back at the next block it reaches in time, a lost one
-            after `rejoin`.
+            "degrade": it is left out of that block's softmax (with transform codes its tokens are
+            attended to as they were predicted), and of an encoder's mean of class tokens; the
+            answer says so. The rank that owns the answer is never left out, nor is any with
+            logits="all". A late rank is back at the next block it reaches in time, a lost one after
+            `rejoin`.
         checkpoint: of a model that somebody else quantized, the digest of the checkpoint that it
             was made from; the codes fitted for that one serve it.
         mixed_forms: lets other ranks run other forms of the checkpoint ("float32", "int8", "int4"),

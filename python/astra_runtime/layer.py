@@ -207,10 +207,12 @@ class Layer:
         self.received(block, payloads)
         with stage("unpack", block):
             remote = call.codec.decode(block, payloads, call.batch, call.views.remote_rope)
-        mask = visible_tokens(payloads, call.batch, call.views.remote_mask)
-        # known on the host: a look at the mask would wait for the device
-        if all(p.received is not None and not bool(p.received.any()) for p in payloads):
-            remote, mask = NOTHING  # nobody's codes arrived
+        mask = call.views.remote_mask
+        if not call.codec.predicts:  # else attention takes what did not come as it was predicted
+            mask = visible_tokens(payloads, call.batch, mask)
+            # known on the host: a look at the mask would wait for the device
+            if all(p.received is not None and not bool(p.received.any()) for p in payloads):
+                remote, mask = NOTHING  # nobody's codes arrived
         if call.keeps:
             call.state.remote[block] = remote, mask
         return remote, mask

@@ -1,9 +1,10 @@
 """Degraded answers: whose tokens an answer lacks, and how ranks report it.
 
-With `on_missing="degrade"` a rank leaves a peer out of a block's softmax rather than wait for it
-any longer. What it computes and sends from then on is shaped by that, so it says so: every frame of
-codes ends in the ranks that its sender has left out since its last frame, every answer in all that
-its sender knows of. A rank is a bit; see docs/wire.md.
+With `on_missing="degrade"` a rank leaves a peer out of a block's softmax, or attends to its tokens
+as a codec predicts them, rather than wait for it any longer. What it computes and sends from then
+on is shaped by that, so it says so: every frame of codes ends in the ranks that its sender has left
+out since its last frame, every answer in all that its sender knows of. A rank is a bit; see
+docs/wire.md.
 """
 
 from __future__ import annotations

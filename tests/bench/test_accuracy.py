@@ -235,18 +235,31 @@ def test_missing_frames(results, monkeypatch, model, windows, books):
     assert everything["losses"] == pytest.approx(rows["local_only", 0]["losses"], abs=1e-4)
 
 
-def test_lost_datagrams(monkeypatch, model, windows, books):
+def test_lost_datagrams(results, monkeypatch, model, windows, books):
     in_place_of_smollm2(monkeypatch, perplexity, model, windows, books)
+    fitted = Codebook.fit(
+        model, windows_for("llama"), space="transform", bits=20, codewords=16, held_back=0
+    )
+    books = books | {"transform:20": fitted}
     monkeypatch.setattr(perplexity, "kept_codebook_of", lambda name, *_: books[name])
-    options = argparse.Namespace(domain="", windows=3, codes=["kv:3"], halo=[0], losses=[0.0, 1.0])
-    rows = perplexity.perplexity(options)
-    assert [(row["datagrams_lost"], row["parity"] > 0) for row in rows] == [
-        (0, False),
-        (1, False),
-        (1, True),
+    options = argparse.Namespace(domain="", windows=3, halo=[0], losses=[0.0, 1.0], after_loss=None)
+    for codes, after_loss in ((["kv:3", "transform:20"], None), (["transform:20"], "stale")):
+        options.codes, options.after_loss = codes, after_loss
+        perplexity.perplexity(options, "python -m bench.lossy perplexity")
+    rows = rows_of(results, "lossy_perplexity")
+    assert [(row["datagrams_lost"], row["parity"] > 0, row["afterwards"]) for row in rows] == [
+        (0, False, None),
+        (1, False, "stale"),
+        (1, True, "stale"),
+        (0, False, None),
+        (1, False, "predicted"),
+        (1, True, "predicted"),
+        (1, False, "stale"),
+        (1, True, "stale"),
     ]
     assert rows[1]["gap_recovered"] == pytest.approx(0, abs=1e-3)
     assert rows[0]["perplexity"] != pytest.approx(rows[1]["perplexity"])
+    assert rows[4]["perplexity"] != pytest.approx(rows[6]["perplexity"])
 
 
 def test_embeddings_of_an_encoder(results, monkeypatch):
@@ -264,6 +277,22 @@ def test_embeddings_of_an_encoder(results, monkeypatch):
 def test_calibration_text_is_never_that_of_the_evaluation():
     with pytest.raises(ValueError, match="expected no domain that is to be unseen, got handbook"):
         calibrate.windows(None, ["handbook:2"], 0)
+
+
+def test_budgets_have_fine_codes_of_their_own(monkeypatch, model, tmp_path):
+    windows = [inputs_for("llama", 120, seed=seed)["input_ids"][0] for seed in range(8)]
+    in_place_of_smollm2(monkeypatch, calibrate, model, windows, {})
+    monkeypatch.setattr(codebooks, "FOLDER", tmp_path)
+    asked = ["--bits", "16", "32", "--text", "novels:8", "--fine-bits"]
+    calibrate.main([*asked, "24", "48"])
+    small, large = (
+        codebooks.calibrated(name, 0) for name in ("transform:16+24", "transform:32+48")
+    )
+    assert 8 < small.bits <= 16 < large.bits <= 32
+    assert 12 < small.fine_bits <= 24 < large.fine_bits <= 48
+    assert not codebooks.calibrated("transform:16", 0).fine
+    with pytest.raises(SystemExit):
+        calibrate.main([*asked, "24", "48", "96"])
 
 
 def test_a_fit_is_measured_and_what_its_codes_keep(results, monkeypatch, model, windows, tmp_path):

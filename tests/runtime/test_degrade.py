@@ -213,6 +213,39 @@ def test_a_decoder_equals_the_simulation_of_what_came(name: str, late: Late) -> 
         assert told == kept == missing
 
 
+@pytest.mark.parametrize(
+    ("kind", "late"),
+    [
+        ("llama", {(0, 1): (1, 2)}),
+        ("llama", {(0, block): (1, 2) for block in (1, 2)}),
+        ("bert", {(2, block): (0, 1) for block in (1, 2)}),
+    ],
+)
+def test_predictive_codes_that_are_late_are_attended_to_as_predicted(kind: str, late: Late) -> None:
+    """Also where nobody's came in a block, as on rank 1 of the decoder; padding stays unseen."""
+    model, inputs = tiny(kind), inputs_for(kind, 23, batch=2)
+    book, weights = book_for(kind, "transform", model), (5, 1, 3)
+    if kind == "llama":
+        inputs = clear_inputs("transform", weights)
+    else:
+        inputs["attention_mask"] = torch.ones_like(inputs["input_ids"])
+        inputs["attention_mask"][1, 18:] = 0
+    answer = 0 if kind == "bert" else -1
+
+    def work(engine: Engine) -> Any:
+        return logits_of(engine(**inputs))[:, answer], engine.missing
+
+    wanted, left_out = (
+        simulated(model, book, inputs, late, weights=weights, after_loss=after_loss)[:, answer]
+        for after_loss in ("predicted", "stale")
+    )
+    assert float((wanted - left_out).abs().max()) > 1e-3
+    ((sender, _), *_) = late
+    for logits, missing in degraded_ranks(model, book, 3, late, work, weights=weights):
+        torch.testing.assert_close(logits, wanted, rtol=2e-4, atol=2e-4)
+        assert missing == {sender: [1, 2][: len(late)]}
+
+
 @pytest.mark.parametrize("late", [{(2, 1): (0, 1)}, {(1, 0): (0, 2), (2, 2): (0, 1)}])
 @pytest.mark.parametrize(
     ("kind", "name"), [("vit", "kv"), ("bert", "kv"), ("bert", "differential")]
@@ -566,7 +599,8 @@ class Gappy:
 
 @pytest.mark.parametrize("name", ["kv", "hidden-1", "dense", "transform"])
 def test_gaps_leave_out_tokens_and_no_more(name: str) -> None:
-    """Rank 1 hears half of rank 0's tokens in block 1: as if the others' were masked."""
+    """Rank 1 hears half of rank 0's tokens in block 1: as if the others' were masked, or, with
+    codes that predict, as predicted."""
     model, inputs = tiny("llama"), inputs_for("llama", 24)
     book = book_for("llama", name, model)
     space = book.make_codec(adapt(model))

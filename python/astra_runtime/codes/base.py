@@ -140,7 +140,8 @@ class Codec(ABC):
             records block inputs where `early`, else keys and values.
         accumulates: blocks build on each other, so that codes that did not come are missed in later
             blocks, too.
-        predicts: where a block's codes did not come, receivers go on from a prediction.
+        predicts: where a block's codes did not come, `decode` gives a prediction in their place,
+            which attention takes for them.
         needs_token_ids: of the model, so that every rank embeds the tokens of all.
         can_share_heads: one set of codes may stand for all KV heads.
         allots_bits: a fit is given a budget of bits, and finds the groups of each block itself.

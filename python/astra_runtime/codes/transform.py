@@ -29,8 +29,9 @@ from .staging import packed_right
 class TransformCodes(PackedCodes, DenseAttention):
     """Each block has a predictor, a transform and a number of codes of its own.
 
-    Where a block's codes did not come, a receiver goes on from the prediction alone, which keeps
-    far more than leaving the shard out of all later blocks (`bench.lossy.degraded`).
+    Where a token's codes of a block did not come, a receiver attends to the prediction alone, and
+    goes on from it: that keeps more than leaving the token out of that block, and far more than
+    leaving it out of all later ones (`bench.lossy`).
 
     Attributes:
         own: what the others know of this rank's tokens; of one pass, see `begin`.

@@ -141,9 +141,11 @@ class TransformFit:
                 self.basis = shared_basis(self.rows, models, self.cost.root, options.basis)
                 self.rows = self.rows.in_basis(self.basis)
 
-    def codebook(self, bits: float) -> Codebook:
-        """At most `bits` a token and block, on average over the blocks."""
+    def codebook(self, bits: float, fine_bits: float | None = None) -> Codebook:
+        """At most `bits` a token and block, on average over the blocks; `fine_bits`: in place of
+        the options', where these have fine tokens."""
         options, blocks = self.options, len(self.rows.blocks)
+        fine_bits = options.fine_bits if fine_bits is None else fine_bits
         codewords = options.codewords_for(bits)
         with torch.no_grad():  # not inference mode: the tensors made here may be trained with
             counts = allocate(
@@ -165,12 +167,12 @@ class TransformFit:
             )
             fine: tuple[FineCode, ...] = ()
             fine_codewords = min(FINE_CODEWORDS, len(self.rows.blocks[0]))
-            if options.fine_tokens:
+            if options.fine_tokens and fine_bits:
                 fine = fit_fine(
                     self.rows.few(FINE_ROWS),
                     self.cost,
                     transforms,
-                    options.fine_bits,
+                    fine_bits,
                     codewords=fine_codewords,
                     iterations=options.iterations,
                     seed=options.seed,
@@ -192,7 +194,7 @@ class TransformFit:
         )
         if not any(part.codes for part in fine):
             return made
-        notes |= {"fine_bits": options.fine_bits, "fine_codes": [part.codes for part in fine]}
+        notes |= {"fine_bits": fine_bits, "fine_codes": [part.codes for part in fine]}
         tokens = options.fine_tokens
         return replace(made, fine=fine, fine_tokens=tokens, fine_codewords=fine_codewords)
 

@@ -11,10 +11,11 @@ scores of what is not seen. With the tables of a `Codebook` this is what the eng
 together, to rounding, without communication.
 
 Codes may be lost on their way (`lost`, `missed`): then a receiver leaves the shard out of that
-block's softmax. With a codec whose blocks build on each other it also goes on without the codewords
-of that block, so that its estimate of the shard stays off in later blocks, while the sender and the
-other receivers know nothing of it. That is computed as it is, with an estimate for each receiver.
-The engine does the same; `after_loss` has other ways, for comparison.
+block's softmax, or, with a codec that predicts, attends to it as predicted. With a codec whose
+blocks build on each other it also goes on without the codewords of that block, so that its estimate
+of the shard stays off in later blocks, while the sender and the other receivers know nothing of it.
+That is computed as it is, with an estimate for each receiver. The engine does the same;
+`after_loss` has other ways, for comparison.
 """
 
 from __future__ import annotations
@@ -56,6 +57,14 @@ def frozen(codebook: Codebook, device: torch.device | str) -> nn.ModuleList:
         if isinstance(layer, NAVQ):
             layer.search = Search(layer.tables)
     return layers
+
+
+AfterLoss = Literal["stale", "out", "predicted"]  # see `Simulation`
+
+
+def engines_after_loss(codebook: Codebook) -> AfterLoss:
+    """What the engine does where a block's codes did not come."""
+    return "predicted" if codebook.codec.predicts else "stale"
 
 
 @dataclass(frozen=True)
@@ -130,14 +139,14 @@ class Layout:
 
 
 def _check_losses(
-    codebook: Codebook, lost: float, generator: torch.Generator | None, after_loss: str
+    codebook: Codebook, lost: float, generator: torch.Generator | None, after_loss: str | None
 ) -> None:
     if not 0 <= lost <= 1:
         raise ValueError(f"lost: expected a share between 0 and 1, got {lost}")
     if lost and generator is None:
         raise ValueError("generator: expected one, from which the losses are drawn, got None")
-    if after_loss not in ("stale", "out", "predicted"):
-        raise ValueError(f"after_loss: expected stale, out or predicted, got {after_loss!r}")
+    if after_loss not in (None, "stale", "out", "predicted"):
+        raise ValueError(f"after_loss: expected stale, out, predicted or None, got {after_loss!r}")
     if after_loss == "predicted" and not codebook.codec.predicts:
         predicting = " or ".join(f'"{key}"' for key, c in CODECS.items() if c.predicts)
         raise ValueError(f'after_loss: expected "predicted" with space {predicting} only')
@@ -157,9 +166,10 @@ class Simulation:
         lost: the share of frames that do not arrive: of each block, from each rank to each other,
             drawn independently, one draw for the whole batch.
         missed: (receiver, sender, block) of further frames that do not arrive.
-        after_loss: "stale": the shard is back in the next block's softmax, as far as it is known;
-            "out": it stays out of every later block's; "predicted": it stays in, also in the block
-            whose codewords did not come, as it was predicted (by a codec that predicts).
+        after_loss: "stale": the shard is out of that block's softmax and back in the next one's, as
+            far as it is known; "out": it stays out of every later block's; "predicted": it stays
+            in, also in the block whose codewords did not come, as it was predicted (by a codec that
+            predicts). None: as the engine does.
         generator: on the CPU, what losses are drawn from; needed where `lost` is not 0.
 
     Attributes:
@@ -177,12 +187,13 @@ class Simulation:
         single_class_token: bool = False,
         lost: float = 0.0,
         missed: Collection[tuple[int, int, int]] = (),
-        after_loss: Literal["stale", "out", "predicted"] = "stale",
+        after_loss: AfterLoss | None = None,
         generator: torch.Generator | None = None,
     ) -> None:
         _check_losses(codebook, lost, generator, after_loss)
         self.lost, self.generator = lost, generator
-        self.missed, self.after_loss = frozenset(missed), after_loss
+        self.missed = frozenset(missed)
+        self.after_loss = after_loss or engines_after_loss(codebook)
         self.losing = bool(lost or missed)
         self.present: Tensor | None = None  # [N receiving, S]: of what nothing was lost so far
         self.adapter: Adapter = adapt(model)
