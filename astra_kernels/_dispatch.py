@@ -1,9 +1,9 @@
 """Which implementation runs: the one place that knows.
 
 ``auto`` takes the fastest that the device has: on a CPU the torch paths in ``cpu.py``, chosen by
-measurement; on CUDA the Triton kernels, but for fp64, which they do not take; elsewhere the
-reference. An explicit choice never falls back. Every implementation of an op takes the arguments of
-its reference; the Triton ones take more, see ``Implementation``.
+measurement; on CUDA the Triton kernels, beside cuDNN for dense keys, but for fp64, which they do
+not take; elsewhere the reference. An explicit choice never falls back. Every implementation of an
+op takes the arguments of its reference; the Triton ones take more, see ``Implementation``.
 """
 
 from __future__ import annotations
@@ -133,6 +133,9 @@ _TRITON: dict[str, str] = {
     )
 }
 
+# Ops whose launchers know of cuDNN; it is asked only where no implementation was named.
+_LIBRARY = frozenset(("attention", "coded_attention", "mixed_attention"))
+
 # Names of what a call may use, beside those of its arguments.
 VALUE_WIDTH = "values of another width than keys"
 MORE_QUERIES = "is_causal with more queries than keys"
@@ -160,7 +163,7 @@ def choose(
             return Implementation(_CPU[op])
         takes_all = op in _TRITON and not _lacking(TRITON_LACKS, op, uses)
         if takes_all and dtype != torch.float64 and runs_triton(device):
-            return _triton(op)
+            return _triton(op, library=op in _LIBRARY)
         return Implementation(_REFERENCE[op])
     if impl == "reference":
         return Implementation(_REFERENCE[op])
@@ -237,8 +240,10 @@ def packing(device: torch.device) -> Any:
 
 
 @functools.cache
-def _triton(op: str) -> Implementation:
+def _triton(op: str, library: bool = False) -> Implementation:
     launcher: Kernel = getattr(importlib.import_module(_TRITON[op]), op)
+    if library:
+        launcher = functools.partial(launcher, library=True)
     return Implementation(launcher, op in EXTENDED)
 
 

@@ -104,10 +104,12 @@ def stride_unit(query: Tensor, dense: Dense | None) -> int:
     return math.gcd(16, *strides)
 
 
-def remote_arguments(coded: Coded | None, counted: Counted | None) -> tuple[Any, ...]:
+def remote_arguments(
+    coded: Coded | None, counted: Counted | None, few_rows: bool
+) -> tuple[Any, ...]:
     """The kernel's arguments from ``codes`` to ``bias_h``."""
     if counted is not None:
-        return _counted_arguments(counted)
+        return _counted_arguments(counted, few_rows)
     if coded is None:
         return (None, 0, None, 0, None, None, None, None, 0, None, None, 0, 0)
     codes, value_codes = as_words(coded.codes, coded.bits), None
@@ -131,12 +133,14 @@ def remote_arguments(coded: Coded | None, counted: Counted | None) -> tuple[Any,
     )
 
 
-def _counted_arguments(counted: Counted) -> tuple[Any, ...]:
+def _counted_arguments(counted: Counted, few_rows: bool) -> tuple[Any, ...]:
     tables = [table.contiguous() for table in counted[1:]]
     check_offsets(*tables, axes=4)
-    # Once for all programs: in the kernel a logarithm costs as much as all else on a score.
-    bias = counted.counts.new_empty(counted.counts.shape, dtype=torch.float32)
-    torch.log2(counted.counts, out=bias)
+    bias = counted.counts
+    if not few_rows or bias.dtype != torch.int32 or bias.stride(-1) != 1:
+        # Once for all programs: in the kernel a logarithm costs as much as all else on a score.
+        bias = bias.new_empty(bias.shape, dtype=torch.float32)
+        torch.log2(counted.counts, out=bias)
     bias_arguments = (bias, bias.stride(0), bias.stride(1) if bias.shape[1] > 1 else 0)
     return (None, 0, None, 0, *tables, None, None, 0, None, *bias_arguments)
 

@@ -10,11 +10,6 @@ Rotary positions rotate looked-up keys in halves, score = q1.(k1 c - k2 s) + q2.
 row is read twice, which loading its rotated half again would do, and angle tables are read by half.
 The rotated halves are interleaved, in queries and keys alike, so that one product takes both.
 
-Few queries spend their time on reading, and angles are a third of it. Where positions are
-consecutive, the angle of a tile's j-th token is that of its first one and j steps: queries are
-rotated back by the first, once a tile, and keys by the steps, the same in every tile, which stay in
-registers. Then one row of angles is read a tile.
-
 What a call does not have (a mask, a softcap, sinks, a window) is None, and the kernel is compiled
 without it.
 """
@@ -23,14 +18,7 @@ import triton
 import triton.language as tl
 
 from astra_kernels._triton.blocks import LN_2, LOG2_E, NATURAL, PLAIN, load_rows
-from astra_kernels._triton.loops import (
-    ANGLES,
-    CONSECUTIVE,
-    UNROTATED,
-    attend_to_codes,
-    attend_to_codewords,
-    attend_to_dense,
-)
+from astra_kernels._triton.loops import attend_to_codes, attend_to_codewords, attend_to_dense
 
 # What REMOTE says of the tokens that are not dense.
 NOTHING, CODES, COUNTS = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)
@@ -62,7 +50,7 @@ def attend(
     key, key_b, key_h, key_l, value, value_b, value_h, value_l, key_mask,  # [B, Hkv, L, d]; [B, L]
     codes, codes_b, value_codes, value_codes_b, key_table, value_table,  # [B, N, C]; tables
     cos, sin, angles_b, code_mask,  # [N, d] or [B, N, d]; [B, N]
-    bias, bias_b, bias_h,  # log2 of counts, fp32 [B, 1 or Hkv, K], strides of B and Hkv
+    bias, bias_b, bias_h,  # log2 of counts, fp32, or int32 counts [B, 1 or Hkv, K]; two strides
     num_queries_per_kv, num_kv_heads, num_queries, num_keys, num_tokens,  # G, Hkv, M, L, N
     codewords, value_codewords,  # K of keys, of values
     scale, sign,  # |scale| of the scores, in base 2 unless NATURAL, and its sign
@@ -96,7 +84,7 @@ def attend(
     query_head = head * num_queries_per_kv + row % num_queries_per_kv
     query_offset = batch * query_b + query_head * query_h + position * query_m
     query_row = query + query_offset * UNIT
-    if DENSE or ROTARY == UNROTATED:
+    if DENSE or not ROTARY:
         queries = (load_rows(query_row, row_mask, HEAD, BLOCK) * sign).to(DTYPE)
     m_i, l_i = first_state(sinks, query_head, row_mask, ROWS)
     acc = tl.zeros([ROWS, VALUE_BLOCK], tl.float32)
@@ -122,26 +110,22 @@ def attend(
             UNITS,
         )  # fmt: skip
     if REMOTE == CODES:
-        queries_2 = 0
-        if ROTARY == CONSECUTIVE:
-            queries_2 = load_rows(query_row + HALF, row_mask, HALF, HALF_BLOCK) * sign
-            queries_1 = load_rows(query_row, row_mask, HALF, HALF_BLOCK) * sign
-        elif ROTARY == ANGLES:
+        if ROTARY:
             # Loaded in the keys' order: queries put together in registers would stay there.
             pair = tl.arange(0, 2 * HALF_BLOCK)
             channel = pair % 2 * HALF + pair // 2
             mask = row_mask[:, None] & (pair // 2 < HALF)[None, :]
-            queries_1 = tl.load(query_row[:, None] + channel[None, :], mask=mask, other=0.0)
-            queries_1 = (queries_1 * sign).to(DTYPE)
+            far_queries = tl.load(query_row[:, None] + channel[None, :], mask=mask, other=0.0)
+            far_queries = (far_queries * sign).to(DTYPE)
         else:
-            queries_1 = queries
+            far_queries = queries
         key_codes = codes + batch * codes_b
         val_codes = key_codes  # one load of a code then serves both
         if value_codes is not None:
             val_codes = value_codes + batch * value_codes_b
         angles = batch * angles_b
         m_i, l_i, acc = attend_to_codes(
-            queries_1, queries_2, key_codes, val_codes, key_table, value_table,
+            far_queries, key_codes, val_codes, key_table, value_table,
             cos + angles if ROTARY else cos, sin + angles if ROTARY else sin,
             code_mask, batch * num_tokens,
             code_attn_mask, code_attn_mask_n, code_seen, row_mask, head, num_kv_heads, num_tokens,

@@ -10,7 +10,10 @@ import triton
 from astra_kernels._triton.tiles import Problem, Tile
 
 # Rows and programs beyond which a tile's speed no longer depends on how many more there are.
-MOST_ROWS, MOST_PAIRS = 1024, 256
+MOST_ROWS, MOST_PAIRS = 4096, 256
+
+# Programs of 64 rows from which on two of them run on every multiprocessor of a Hopper GPU.
+MANY_PROGRAMS = 256
 
 # What the known GPUs run; others compile to other registers.
 TRITON_3_6 = triton.__version__.startswith("3.6.")
@@ -47,9 +50,14 @@ class AttendProblem(Problem):
         loaded = self.rotary or self.composed or self.mixed or self.summed > 1 or self.natural
         if self.itemsize == 4:
             return FLOAT_TILES[size, loaded]
-        if self.few_rows:
-            return _few_rows_tiles(self.few_rows, size, loaded)
         family = _family(self.capability)
+        plain = not (self.composed or self.mixed or self.summed > 1 or self.natural or self.mask)
+        if self.few_rows:
+            tiles = _few_rows_tiles(self.few_rows, size, loaded)
+            wide = family == 90 and plain and self.rotary and size == 128 and self.few_rows == 16
+            return (Tile(16, 128, 4, 2), *tiles) if wide else tiles
+        if family == 90 and plain and not self.rotary and size <= 128:
+            return self._measured_on_hopper(size)
         if family == 80 and self.mask and (self.rotary or self.composed or self.mixed):
             return _SMALL if TRITON_3_6 or not self.rotary else _SMALL[1:]
         if family == 90 and size == 128 and self.mask and self.rotary and not self.mixed:
@@ -62,6 +70,16 @@ class AttendProblem(Problem):
         if family == 80 and self.summed > 1:
             return _LAST if self.composed else _NARROW
         return HALF_TILES[family, size, loaded]
+
+    def _measured_on_hopper(self, size: int) -> tuple[Tile, ...]:
+        """Quickest first of `HALF_TILES` on an H200 (bench/results/h200/kernels_tuned.json)."""
+        tiles = HALF_TILES[90, size, False]
+        if size == 64:
+            return (Tile(64, 64, 4, 3), *tiles)
+        if self.rows * self.pairs < 64 * MANY_PROGRAMS:
+            return (Tile(128, 128, 8, 3), *tiles)
+        # By 3.9 codewords of 128 channels spill 32 bytes.
+        return (Tile(64, 64, 4, 3), *tiles) if TRITON_3_6 else tiles
 
     def shared_bytes(self, tile: Tile) -> int:
         row = self.channels * max(self.itemsize, self.staged)

@@ -13,7 +13,6 @@ import torch
 from torch import Tensor
 
 from astra_kernels._triton import attend as kernels
-from astra_kernels._triton import loops
 from astra_kernels._triton.arguments import (
     check_offsets,
     dense_arguments,
@@ -43,9 +42,6 @@ FEW_ROWS = 64
 # takes in at once.
 PROGRAMS_OF_FEW_ROWS = 4
 MOST_SPLITS = 64
-
-# Up to this many rows rotating queries, once a tile, costs less than reading a tile's angles.
-ROWS_TO_ROTATE = 16
 
 # Channels of heads whose programs are many on a multiprocessor.
 SMALL_HEAD = 32
@@ -116,10 +112,9 @@ def problem_of(query: Tensor, keys: Keys, units: int = 0) -> AttendProblem:
     batch, heads, num_queries, dim = query.shape
     kv_heads, dense, coded = keys.kv_heads, keys.dense, keys.coded
     rows = num_queries * heads // kv_heads
-    rotary = _rotary(query, coded)
-    angles = 0
-    if coded is not None and coded.rope is not None and rotary == loops.ANGLES:
-        angles = max(table.element_size() for table in coded.rope)
+    rotary, angles = False, 0
+    if coded is not None and coded.rope is not None:
+        rotary, angles = True, max(table.element_size() for table in coded.rope)
     tables = () if coded is None else (coded.key_table, coded.value_table)
     return AttendProblem(
         capability(query.device),
@@ -129,7 +124,7 @@ def problem_of(query: Tensor, keys: Keys, units: int = 0) -> AttendProblem:
             *(padded(width) for width in (dim, keys.value_width)),
         ),
         staged=max(tensor.element_size() for tensor in (query, *keys.tables)),
-        rotary=bool(rotary),
+        rotary=rotary,
         composed=any(table.shape[2] > 1 for table in tables),
         summed=max((table.shape[0] for table in tables), default=1),
         mixed=dense is not None and bool(keys.tables),
@@ -142,16 +137,6 @@ def problem_of(query: Tensor, keys: Keys, units: int = 0) -> AttendProblem:
         natural=bool(units == NATURAL),
         mask=max((mask.element_size() for mask in keys.masks), default=0),
     )
-
-
-def _rotary(query: Tensor, coded: Coded | None) -> int:
-    """How looked-up keys are rotated, as the kernel's ROTARY says it."""
-    if coded is None or coded.rope is None:
-        return int(loops.UNROTATED)
-    rows = query.shape[2] * query.shape[1] // coded.key_table.shape[1]
-    if coded.consecutive and rows <= ROWS_TO_ROTATE:
-        return int(loops.CONSECUTIVE)
-    return int(loops.ANGLES)
 
 
 def _units(scores: Scores, keys: Keys) -> int:
@@ -193,7 +178,7 @@ def _run(
         grid,
         *(query, *(stride // unit for stride in query.stride()[:3]), out, lse),
         *(x // unit if isinstance(x, int) else x for x in local),
-        *remote_arguments(coded, keys.counted),
+        *remote_arguments(coded, keys.counted, num_queries * group <= FEW_ROWS),
         *(group, kv_heads, num_queries, num_keys, num_tokens, codewords, value_codewords),
         *scale_and_sign(dim**-0.5 if scores.scale is None else scores.scale, units),
         *(scores.softcap, scores.sinks, left, right or None),
@@ -205,7 +190,7 @@ def _run(
         all_registers=_needs_registers(query, keys),
         **_constants(keys),
         CAUSAL=right is not None,
-        ROTARY=_rotary(query, coded),
+        ROTARY=coded is not None and coded.rope is not None,
         UNIT=unit,
         HEAD=dim,
         BLOCK=padded(dim),

@@ -30,9 +30,6 @@ from astra_kernels._triton.blocks import (
     visible,
 )
 
-# What ROTARY says of positions: none, a table of angles, the same of consecutive positions.
-UNROTATED, ANGLES, CONSECUTIVE = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)
-
 
 @triton.jit
 def scores_of(
@@ -107,28 +104,8 @@ def attend_to_dense(
 
 
 @triton.jit
-def relative_angles(
-    cos, sin, num_tokens, HALF: tl.constexpr, HALF_BLOCK: tl.constexpr, KEYS: tl.constexpr
-):
-    """cos and sin, fp32 [KEYS, HALF_BLOCK], of 0, 1, 2 … steps from one position to the next.
-
-    Divided by the first row's length, which is not 1 where the angle tables are scaled.
-    """
-    step = tl.arange(0, KEYS)
-    channel = tl.arange(0, HALF_BLOCK)
-    offset = step[:, None] * (2 * HALF) + channel[None, :]
-    mask = (step < num_tokens)[:, None] & (channel < HALF)[None, :]
-    cos_n = tl.load(cos + offset, mask=mask, other=0.0).to(tl.float32)
-    sin_n = tl.load(sin + offset, mask=mask, other=0.0).to(tl.float32)
-    cos_0 = tl.load(cos + channel, mask=channel < HALF, other=1.0).to(tl.float32)[None, :]
-    sin_0 = tl.load(sin + channel, mask=channel < HALF, other=0.0).to(tl.float32)[None, :]
-    length = cos_0 * cos_0 + sin_0 * sin_0
-    return (cos_n * cos_0 + sin_n * sin_0) / length, (sin_n * cos_0 - cos_n * sin_0) / length
-
-
-@triton.jit
 def attend_to_codes(
-    queries, queries_2, key_codes, value_codes, key_table, value_table,
+    queries, key_codes, value_codes, key_table, value_table,
     cos, sin, code_mask, mask_offset, mask_rows, mask_l, seen, row_mask,
     head, num_kv_heads, num_tokens, codewords, value_codewords, scale, softcap, m_i, l_i, acc,
     ROTARY: tl.constexpr, CODE_MASK: tl.constexpr, BITS: tl.constexpr,
@@ -140,28 +117,23 @@ def attend_to_codes(
 ):  # fmt: skip
     """Takes this split's coded keys into the softmax.
 
-    queries: [ROWS, BLOCK]; with ANGLES interleaved halves; CONSECUTIVE: the first half [ROWS,
-    HALF_BLOCK], and ``queries_2`` the second one, in fp32.
+    queries: [ROWS, BLOCK]; where keys are ROTARY interleaved halves.
     """
     HALF: tl.constexpr = HEAD // 2
     first, last = split_of(num_tokens, KEYS)
     whole = first
     if WHOLE and not CODE_MASK:
         whole = first + (last - first) // KEYS * KEYS
-    channel = tl.arange(0, HALF_BLOCK)
-    if ROTARY == CONSECUTIVE:
-        key_cos, key_sin = relative_angles(cos, sin, num_tokens, HALF, HALF_BLOCK, KEYS)
     for EDGE in tl.static_range(0 if WHOLE else 1, 2):
         for start in range(whole if EDGE else first, last if EDGE else whole, KEYS):
             token = start + tl.arange(0, KEYS)
             token_mask = visible(token < last, code_mask, mask_offset + token, CODE_MASK)
             token_mask = visible(token_mask, seen, token, seen is not None)
-            if ROTARY == UNROTATED:
+            if not ROTARY:
                 keys = look_up(
                     key_codes, key_table, token, token_mask, head, num_kv_heads, codewords,
                     0, HEAD, BLOCK, STAGES, GROUPS, HEAD // GROUPS, SHARED, BITS,
                 ).to(DTYPE)  # fmt: skip
-                tile_queries = queries
             else:
                 key_1 = look_up(
                     key_codes, key_table, token, token_mask, head, num_kv_heads, codewords,
@@ -171,17 +143,10 @@ def attend_to_codes(
                     key_codes, key_table, token, token_mask, head, num_kv_heads, codewords,
                     HALF, HALF, HALF_BLOCK, STAGES, GROUPS, HEAD // GROUPS, SHARED, BITS,
                 )  # fmt: skip
-                if ROTARY == CONSECUTIVE:
-                    angle = start * HEAD + channel
-                    cos_0 = tl.load(cos + angle, mask=channel < HALF, other=0.0)[None, :]
-                    sin_0 = tl.load(sin + angle, mask=channel < HALF, other=0.0)[None, :]
-                    tile_queries = interleaved(*rotated(queries, queries_2, cos_0, -sin_0, DTYPE))
-                else:
-                    key_cos = load_rows(cos + token * HEAD, token_mask, HALF, HALF_BLOCK)
-                    key_sin = load_rows(sin + token * HEAD, token_mask, HALF, HALF_BLOCK)
-                    tile_queries = queries
+                key_cos = load_rows(cos + token * HEAD, token_mask, HALF, HALF_BLOCK)
+                key_sin = load_rows(sin + token * HEAD, token_mask, HALF, HALF_BLOCK)
                 keys = interleaved(*rotated(key_1, key_2, key_cos, key_sin, DTYPE))
-            scores = scores_of(tile_queries, keys, scale, softcap, UNITS, PRECISION)
+            scores = scores_of(queries, keys, scale, softcap, UNITS, PRECISION)
             if mask_rows is not None:
                 # Tiles begin at multiples of their size, which the compiler does not see.
                 column = tl.max_contiguous(tl.multiple_of(token, KEYS), KEYS)
@@ -203,11 +168,19 @@ def attend_to_codewords(
     HEAD: tl.constexpr, BLOCK: tl.constexpr, VALUE_HEAD: tl.constexpr, VALUE_BLOCK: tl.constexpr,
     DTYPE: tl.constexpr, KEYS: tl.constexpr, PRECISION: tl.constexpr, UNITS: tl.constexpr,
 ):  # fmt: skip
-    """Takes this split's codewords into the softmax: n equal keys add n exp2(s), bias log2(n)."""
+    """Takes this split's codewords into the softmax: n equal keys add n exp2(s), bias log2(n).
+
+    ``bias`` may also be the counts themselves, where a launch costs more than their logarithms.
+    """
     first, last = split_of(codewords, KEYS)
     for start in range(first, last, KEYS):
         codeword = start + tl.arange(0, KEYS)
-        log_count = tl.load(bias + codeword, mask=codeword < last, other=-float("inf"))
+        if bias.dtype.element_ty == tl.int32:
+            count = tl.load(bias + codeword, mask=codeword < last, other=0)
+            log_count = tl.log2(tl.maximum(count, 1).to(tl.float32))
+            log_count = tl.where(count > 0, log_count, -float("inf"))
+        else:
+            log_count = tl.load(bias + codeword, mask=codeword < last, other=-float("inf"))
         codeword_mask = log_count != -float("inf")
         keys = load_rows(key_rows + codeword * HEAD, codeword_mask, HEAD, BLOCK).to(DTYPE)
         scores = scores_of(queries, keys, scale, softcap, UNITS, PRECISION)

@@ -28,8 +28,7 @@ class Coded(NamedTuple):
     """Tokens known by codes: integers [B, N, C], or with ``bits`` packed rows uint8 [B, bytes].
 
     Tables are [R, Hkv, S, K, d/S], those of values [R, Hkv, S, K, d_v/S]; ``shared`` says that all
-    KV heads have one set of codes. ``consecutive`` promises that the angles of ``rope`` grow by the
-    same step from row to row. ``attn_mask`` broadcasts to [B, H, M, N].
+    KV heads have one set of codes. ``attn_mask`` broadcasts to [B, H, M, N].
     """
 
     tokens: int
@@ -42,7 +41,6 @@ class Coded(NamedTuple):
     bits: int | None = None
     rope: tuple[Tensor, Tensor] | None = None
     mask: Tensor | None = None
-    consecutive: bool = False
     attn_mask: Tensor | None = None
 
 

@@ -14,6 +14,7 @@ from astra_kernels._triton.expand import expand
 from astra_kernels._triton.launch import capability
 from astra_kernels._triton.sources import Coded, Counted, Dense, State
 from astra_kernels._triton.strategies import COUNTED, EXPANDED, choose
+from astra_kernels.attention.kernel import attend_dense
 from astra_kernels.count_codes.kernel import count_codes
 
 
@@ -34,18 +35,20 @@ def coded_attention(
     softcap: float | None = None,
     sinks: Tensor | None = None,
     strategy: str | None = None,
+    library: bool = False,
 ) -> State:
-    """``shape`` is needed where codes are packed; ``strategy`` overrides the choice."""
+    """``shape`` is needed where codes are packed; ``strategy`` overrides the choice; ``library``:
+    what is dense may go to cuDNN."""
     coded = describe(
         codes, key_codebook, value_codebook, value_codes, rope, code_mask, code_bits, shape,
-        rope_consecutive, attn_mask,
+        attn_mask,
     )  # fmt: skip
     scores = Scores(scale, softcap, sinks)
     strategy = strategy or choose_strategy(query, coded, value_codes is None)
     if strategy == COUNTED:
         return attend(query, scores, counted=count(coded))
     if strategy == EXPANDED:
-        return attend(query, scores, dense=look_up(query, coded))
+        return attend_dense(query, scores, look_up(query, coded), library=library)
     return attend(query, scores, coded=coded)
 
 
@@ -58,7 +61,6 @@ def describe(
     code_mask: Tensor | None,
     code_bits: int | None,
     shape: CodedShape | None,
-    rope_consecutive: bool = False,
     attn_mask: Tensor | None = None,
 ) -> Coded:
     """The coded side of a call as the launchers take it."""
@@ -76,7 +78,6 @@ def describe(
         bits=code_bits,
         rope=rope,
         mask=code_mask,
-        consecutive=rope_consecutive,
         attn_mask=attn_mask,
     )
 

@@ -16,6 +16,7 @@ from astra_kernels._rotary import Rope
 from astra_kernels._triton.attention import Scores, attend
 from astra_kernels._triton.sources import Dense, State
 from astra_kernels._triton.strategies import COUNTED, EXPANDED
+from astra_kernels.attention.kernel import attend_dense
 from astra_kernels.coded_attention.kernel import choose_strategy, count, describe, look_up
 from astra_kernels.merge_state.kernel import merge_state
 
@@ -43,22 +44,26 @@ def mixed_attention(
     softcap: float | None = None,
     sinks: Tensor | None = None,
     strategy: str | None = None,
+    library: bool = False,
 ) -> State:
-    """``shape`` is needed where codes are packed; ``strategy`` overrides the choice."""
+    """``shape`` is needed where codes are packed; ``strategy`` overrides the choice; ``library``:
+    what is dense may go to cuDNN."""
     dense = Dense(key, value, is_causal, key_mask, attn_mask, window)
     scores = Scores(scale, softcap, sinks)
     coded = describe(
         codes, key_codebook, value_codebook, value_codes, rope, code_mask, code_bits, shape,
-        rope_consecutive, code_attn_mask,
+        code_attn_mask,
     )  # fmt: skip
     if coded.tokens == 0:
-        return attend(query, scores, dense=dense)
+        return attend_dense(query, scores, dense, library=library)
     strategy = strategy or choose_strategy(query, coded, value_codes is None)
     if strategy == COUNTED:
         return attend(query, scores, dense=dense, counted=count(coded))
     if strategy == EXPANDED and not (_adds(attn_mask) and _adds(code_attn_mask)):
-        local = attend(query, scores, dense=dense)
-        far = attend(query, scores._replace(sinks=None), dense=look_up(query, coded))
+        local = attend_dense(query, scores, dense, library=library)
+        far = attend_dense(
+            query, scores._replace(sinks=None), look_up(query, coded), library=library
+        )
         return merge_state(*local, *far)
     return attend(query, scores, dense=dense, coded=coded)
 

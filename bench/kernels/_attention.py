@@ -258,11 +258,8 @@ def coded(
     dtype: torch.dtype,
     device: torch.device,
     rotary: bool = False,
-    consecutive: bool = False,
 ) -> Calls:
-    """`consecutive`: the kernels are promised consecutive positions, and get fp32 angles."""
-    angles = torch.float32 if consecutive else dtype
-    case = make(shape, dtype, device, angles if rotary else None)
+    case = make(shape, dtype, device, dtype if rotary else None)
     query, tables, rope = case.query, case.tables, case.rope
 
     def attend(name: str, packed: bool) -> Call:
@@ -274,11 +271,8 @@ def coded(
                         code_bits=BITS,
                         num_tokens=shape["N"],
                         rope=rope,
-                        rope_consecutive=consecutive,
                     )
-                return ak.coded_attention(
-                    *(query, case.codes, *tables), rope=rope, rope_consecutive=consecutive
-                )
+                return ak.coded_attention(query, case.codes, *tables, rope=rope)
 
         return run
 
@@ -318,7 +312,6 @@ def expanded_by_us(case: Coded) -> tuple[Tensor, Tensor]:
 
 
 coded_rotary = functools.partial(coded, rotary=True)
-coded_consecutive = functools.partial(coded, rotary=True, consecutive=True)
 
 
 def mixed(shape: Shape, dtype: torch.dtype, device: torch.device) -> Calls:

@@ -7,7 +7,7 @@ the file: its name begins with what it measures, and its `impl` names the varian
     codeword_counted_    the same, counting included
     fused_lookup_        codes looked up inside the attention loop
     expanded_lookup_     codes looked up first, then attention to dense keys
-    decode_rotary_       one query; int32 codes, or packed ones; any positions, or consecutive ones
+    decode_rotary_       one query; int32 codes, or packed ones
     decode_plain_        one query, no positions: counts at hand, counted, or looked up
     plain_               without positions, from few to many tokens a codeword: where counting pays
     encode_ mixed_ merge_state_ pack_ unpack_ count_codes_ decode_codes_ lookup_linear_
@@ -104,7 +104,6 @@ DECISIVE = tuple(
         r"codeword_M1024_N32768_H32_",
         r"fused_lookup_rotary_M256_N8192_H32_",
         r"decode_rotary_fused_M1_N131072_",
-        r"decode_rotary_consecutive_fused_M1_N131072_",
         r"decode_plain_counts_M1_N131072_",
         r"encode_bfloat16_D768_G1$",
         r"codeword_M1024_N32768_H12_",
@@ -185,7 +184,6 @@ def fused_specs() -> Iterator[Spec]:
 
 BUILDS: dict[str, Callable[[Shape, torch.dtype, torch.device], Calls]] = {
     "rotary": _attention.coded_rotary,
-    "rotary_consecutive": _attention.coded_consecutive,
     "plain": _attention.coded,
 }
 

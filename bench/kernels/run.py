@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -51,10 +51,12 @@ class Clock:
     seconds: float = 0.3  # a call, on a CPU
     samples: int = 15  # of a call, on a CPU
 
-    def measure(self, calls: Mapping[str, Call]) -> dict[str, Measured]:
+    def measure(
+        self, calls: Mapping[str, Call], not_captured: Collection[str] = ()
+    ) -> dict[str, Measured]:
         if self.gpu is None:
             return on_cpu(calls, seconds=self.seconds, samples=self.samples)
-        return self.gpu.measure(calls)
+        return self.gpu.measure(calls, not_captured)
 
 
 def run(spec: Spec, clock: Clock) -> Outcome:
@@ -68,7 +70,7 @@ def run(spec: Spec, clock: Clock) -> Outcome:
             return outcome
         timed = {f"ours {impl}": calls.ours[impl] for impl in good}
         timed |= {name: call for name, call in calls.baselines.items() if name in errors}
-        times = clock.measure(timed)
+        times = clock.measure(timed, calls.not_captured)
     except REFUSALS as reason:
         still_there(clock.device)
         failed = [_failure(spec, impl, _first_line(reason)) for impl in spec.variants]

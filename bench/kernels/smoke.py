@@ -80,7 +80,7 @@ class CodedTokens:
     codes: Tensor
     packed: Tensor
     tables: tuple[Tensor, Tensor]
-    angle: Tensor | None  # fp32, of consecutive positions
+    angle: Tensor | None  # fp32
 
     def rope(self, dtype: torch.dtype) -> tuple[Tensor, Tensor] | None:
         if self.angle is None:
@@ -110,17 +110,13 @@ def coded_calls(layout: Layout, query: Tensor, device: str) -> Iterator[tuple[st
     names = ["fused", "expanded"]
     if layout.groups == 1 and not layout.rotary:
         names.append("counted")
-    promised = (False, True) if layout.rotary else (False,)
-    for name, packed, consecutive in itertools.product(names, (False, True), promised):
-        if name == "expanded" and (consecutive or (packed and query.shape[2] == 1)):
+    for name, packed in itertools.product(names, (False, True)):
+        if name == "expanded" and packed and query.shape[2] == 1:
             continue  # as without
 
-        def coded(
-            impl: str, name: str = name, packed: bool = packed, consecutive: bool = consecutive
-        ) -> Any:
+        def coded(impl: str, name: str = name, packed: bool = packed) -> Any:
             codes = far.packed if packed and impl != "reference" else far.codes
-            rope = far.rope(torch.float32 if consecutive else layout.dtype)
-            how: dict[str, Any] = {"rope": rope, "rope_consecutive": consecutive}
+            how: dict[str, Any] = {"rope": far.rope(layout.dtype)}
             if codes is far.packed:
                 how |= {"code_bits": BITS, "num_tokens": TOKENS}
             with strategy(name, query.device):
@@ -128,7 +124,7 @@ def coded_calls(layout: Layout, query: Tensor, device: str) -> Iterator[tuple[st
                     query, codes, *far.tables, code_mask=mask, impl=impl, **how
                 )
 
-        tail = " packed" * packed + " consecutive" * consecutive
+        tail = " packed" * packed
         yield f"coded_attention {name}{tail} M={query.shape[2]} {layout}", coded
 
 

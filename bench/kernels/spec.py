@@ -30,6 +30,7 @@ class Calls:
         whole: picks the tensor that must also be near the best baseline's everywhere (`error` may
             look at some rows only).
         not_comparable: baselines whose result is another thing, so that they are timed only.
+        not_captured: baselines that cannot be captured into a CUDA graph, as they synchronize.
         reference: a comparable result, where no baseline gives one.
         notes: what else the case's entry in the file says.
     """
@@ -40,6 +41,7 @@ class Calls:
     slack: float = 0.0
     whole: Callable[[Any], torch.Tensor] | None = None
     not_comparable: frozenset[str] = frozenset()
+    not_captured: frozenset[str] = frozenset()
     reference: Call | None = None
     notes: Callable[[], Mapping[str, Any]] = dict
 

@@ -13,7 +13,7 @@ from __future__ import annotations
 import contextlib
 import statistics
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
 
 import torch
@@ -63,15 +63,17 @@ class Gpu:
         waits = [self._events(lambda: torch.cuda._sleep(2_000_000), 0.0, 1) for _ in range(5)]
         self.cycles_per_ms = 2_000_000 / statistics.median(waits)
 
-    def measure(self, calls: Mapping[str, Call]) -> dict[str, Measured]:
+    def measure(
+        self, calls: Mapping[str, Call], not_captured: Collection[str] = ()
+    ) -> dict[str, Measured]:
         plans = {name: self._plan(call) for name, call in calls.items()}
         most = max(milliseconds for _, milliseconds, _ in plans.values())
         samples = self.samples if most < LONG_MS else min(self.samples, SAMPLES_OF_LONG)
         graphs = {
             name: self._graph(call)
             for name, call in calls.items()
-            if plans[name][1] < SHORT_MS
-        }  # fmt: skip
+            if plans[name][1] < SHORT_MS and name not in not_captured
+        }
         warm: dict[str, list[float]] = {name: [] for name in calls}
         cold: dict[str, list[float]] = {name: [] for name in calls}
         replayed: dict[str, list[float]] = {name: [] for name in calls}
@@ -85,7 +87,8 @@ class Gpu:
                 graph = graphs.get(name)
                 if graph is not None:
                     replayed[name].append(self._events(graph.replay, lead, 1) / MOST_REPEATS)
-        eager = {name: self._eager(calls[name]) for name in graphs}
+        short = [name for name, plan in plans.items() if plan[1] < SHORT_MS]
+        eager = {name: self._eager(calls[name]) for name in short}
         return {
             name: Measured(
                 percentiles(warm[name]),
@@ -152,7 +155,18 @@ class Gpu:
             graph.replay()
             torch.cuda.synchronize()
         except RuntimeError:  # a call that synchronizes, or allocates outside the pool
-            with contextlib.suppress(RuntimeError):
-                torch.cuda.synchronize()
+            self._end_failed_capture()
             return None
         return graph
+
+    def _end_failed_capture(self) -> None:
+        """torch's generator takes a capture that failed for one that goes on, and then refuses to
+        make random numbers: a capture that succeeds ends it."""
+        with contextlib.suppress(RuntimeError):
+            torch.cuda.synchronize()
+            with torch.cuda.stream(torch.cuda.Stream()):
+                graph = torch.cuda.CUDAGraph()
+                graph.capture_begin(capture_error_mode="thread_local")
+                torch.empty(1, device="cuda").zero_()
+                graph.capture_end()
+            torch.cuda.synchronize()

@@ -56,7 +56,7 @@ def attention(
     causal: bool = False, groups: int = 1, stages: int = 1, bits: int | None = None,
     code_mask: bool = False, counted: bool = False, splits: int | None = None,
     heads: int = HEADS, kv_heads: int = KV_HEADS, tokens: int = TOKENS, name: str = "",
-    angles_dtype: torch.dtype | None = None, consecutive: bool = False,
+    angles_dtype: torch.dtype | None = None,
     mask: bool = False, width: int = 0,
 ) -> Call:  # fmt: skip
     """Mixed attention; without local tokens (``near``) attention over codes alone."""
@@ -92,7 +92,7 @@ def attention(
             return codeword_attention(query, counts, *(table[0] for table in tables))
         coded = Coded(
             *(tokens, codes, tables[0], False, codes, tables[1], False, bits),
-            *(options["rope"], options["code_mask"], consecutive),
+            *(options["rope"], options["code_mask"]),
             torch.empty(m, tokens, dtype=dtype) if mask else None,
         )
         return attend(query, None, coded=coded, splits=splits)
@@ -263,14 +263,6 @@ def decisive() -> list[Call]:
         attention(128, BF16, m=256, groups=4, **_FULL, name="sub-vectors"),
         attention(128, BF16, rope=True, **decode, name="decode rotary"),
         attention(128, BF16, rope=True, bits=10, **decode, name="decode rotary packed"),
-        attention(
-            128, BF16, rope=True, consecutive=True, angles_dtype=FLOAT, **decode,
-            name="decode rotary, consecutive",
-        ),
-        attention(
-            128, BF16, rope=True, bits=10, consecutive=True, angles_dtype=FLOAT, **decode,
-            name="decode rotary packed, consecutive",
-        ),
         attention(128, BF16, **decode, name="decode plain"),
         attention(128, BF16, groups=4, **decode, name="decode sub-vectors"),
         attention(

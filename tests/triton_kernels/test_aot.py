@@ -93,13 +93,12 @@ def test_loops_are_read_from_a_listing():
 
 
 def test_the_table_says_what_the_changes_were_for():
-    """No logarithm's polynomial on every score; no angles of every key where positions follow."""
+    """No logarithm's polynomial on every score."""
     rows = static.read().values()
     loops = {(r["triton"], r["case"]): r["loops"][0] for r in rows}
     for version in {row["triton"] for row in rows}:
-        for case in ("codeword d=128", "codeword d=64", "codeword decode"):
+        for case in ("codeword d=128", "codeword d=64"):
             assert loops[version, case]["multiply_adds"] < 60
-        assert loops[version, "decode rotary, consecutive"]["row_bytes"] == 512
         assert loops[version, "decode rotary"]["row_bytes"] == 768
 
 

@@ -9,7 +9,6 @@ from hypothesis import strategies as st
 
 import astra_kernels as ak
 from astra_kernels._triton import attention as launcher
-from astra_kernels._triton import loops as kernels
 from astra_kernels._triton.launch import record
 from astra_kernels._triton.sources import Coded, Dense
 from astra_kernels._triton.strategies import STRATEGIES
@@ -239,20 +238,6 @@ def test_rope_tables_for_one_and_for_all_batch_rows():
         case.coded["rope"] = rope
         assert_as_exact_as_torch(coded(case, strategy="fused"), case)
         assert_as_exact_as_torch(coded(case, strategy="expanded"), case)
-
-
-@pytest.mark.parametrize(("m", "masked"), [(1, False), (FEW, True), (MANY, False)])
-def test_consecutive_positions(dtype, m, masked):
-    """One row of angles a tile and steps from it, for few rows; tables may carry a factor."""
-    case = make(b=2, m=m, n=70, d=20, code_mask=masked, dtype=dtype)
-    angle = (7 + torch.arange(70))[:, None] * 10.0 ** -torch.arange(10)
-    angle = angle.repeat(1, 2).double()
-    case.coded["rope"] = ((1.2 * angle.cos()).float(), (1.2 * angle.sin()).float())
-    got = coded(case, strategy="fused", rope_consecutive=True)
-    assert_as_exact_as_torch(got, case)
-    with record(90) as launches:
-        coded(case, strategy="fused", rope_consecutive=True)
-    assert launches[0].constants["ROTARY"] == (kernels.ANGLES if m == MANY else kernels.CONSECUTIVE)
 
 
 @pytest.mark.parametrize("scale", [-0.4, 0.0, -0.0])
