@@ -45,7 +45,7 @@ from bench.gpu.graphs import capture
 from bench.gpu.memory import run_on_device
 from bench.gpu.ranks import Received, Replaying, record
 from bench.gpu.stages import Rank, Stopwatch, linked, run_rank
-from bench.report import Case, Times, cores, cpu_name, write
+from bench.report import Case, Times, command_line, cores, cpu_name, write
 
 COMPILED = ("check", "measure")
 RATES = (10, 100, 1000, 10_000)  # Mbit/s
@@ -134,7 +134,7 @@ class Report:
         return write(
             "engine_small" if self.args.small else "engine",
             self.cases,
-            command=" ".join(["python -m bench.gpu_engine", *self.args.given]),
+            command=command_line("bench.gpu_engine", without_places(self.args.given)),
             packages=("torch", "transformers"),
             folder=folder,
             device=name,
@@ -150,6 +150,12 @@ class Report:
         parts = "".join(f"  {name} {ms:.3g}" for name, ms in stages.items())
         print(f"{case.name:36s} {case.ms.p50:9.4g} ms{over}{parts}", flush=True)
         self.write(complete=False)
+
+
+def without_places(given: Sequence[str]) -> list[str]:
+    """The arguments less where results went, which is this machine's affair."""
+    place = given.index("--output") if "--output" in given else len(given)
+    return [*given[:place], *given[place + 2 :]]
 
 
 def codes_of(received: Received, blocks: int) -> bytes:

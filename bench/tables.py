@@ -19,6 +19,7 @@ from bench.latency import curve_tables
 from bench.latency import tables as latency
 from bench.lossy import tables as lossy
 from bench.report import ROOT, goals
+from bench.report import gpu as of_gpu
 from bench.report import kernels as of_kernels
 from bench.report import transport as of_transport
 from bench.report.markdown import Table
@@ -35,9 +36,10 @@ TABLES: dict[str, Table] = {
     **lossy.TABLES,
     **service.TABLES,
     **of_kernels.TABLES,
+    **of_gpu.TABLES,
     **goals.TABLES,
 }
-kernels = of_kernels.kernels
+kernels = of_gpu.kernels
 
 _MARKED = re.compile(r"<!-- table (\w+) -->\n(.*?)<!-- end -->", re.S)
 

@@ -167,6 +167,6 @@ class Gpu:
             with torch.cuda.stream(torch.cuda.Stream()):
                 graph = torch.cuda.CUDAGraph()
                 graph.capture_begin(capture_error_mode="thread_local")
-                torch.empty(1, device="cuda").zero_()
+                self.flushed[:1].zero_()
                 graph.capture_end()
             torch.cuda.synchronize()

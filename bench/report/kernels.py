@@ -1,8 +1,7 @@
-"""Tables of the page on kernels: bit packing, the ops on a CPU, the GPU kernels."""
+"""Tables of the page on kernels: bit packing and the ops on a CPU."""
 
 from __future__ import annotations
 
-import re
 from typing import Any
 
 from .markdown import Report, Table, source, table
@@ -99,46 +98,6 @@ def _shown(case: dict[str, Any]) -> bool:
     )
 
 
-# GPU cases that the page shows.
-GPU = (
-    r"codeword_(counted_)?M1024_N(4096|32768|131072)_H32",
-    r"(fused|expanded)_lookup_(rotary|subvectors)_M(64|256|1024)_N8192_H32",
-    r"fused_lookup_rotary_packed_M256_N8192_H32",
-    r"decode_rotary_fused_(packed_)?M1_N(131072|1048576)",
-    r"decode_plain_(counts|counted_packed)_M1_N(131072|1048576)",
-    r"encode_(bfloat16|float32)_D768_G",
-    r"mixed_|merge_state|lookup_linear_T8192|pack_10bit_1048576|unpack_10bit_1048576",
-)
-
-
-def kernels(report: Report) -> str:
-    rows = []
-    for case in report["cases"]:
-        if not any(re.match(pattern, case["name"]) for pattern in GPU):
-            continue
-        ours, peers = case["ms"]["p50"], case["peers"]
-        best = min(peers, key=peers.__getitem__) if peers else None
-        over = {name: f"{ms / ours:.2f}×" for name, ms in peers.items()}
-        rest = ", ".join(f"{name} {x}" for name, x in over.items() if name != best)
-        graph = case.get("graph_ms")
-        rows.append(
-            [
-                case["name"],
-                f"{ours * 1e3:,.1f}",
-                "–" if graph is None else f"{graph * 1e3:,.1f}",
-                f"{case['floor_ms'] * 1e3:,.1f}",
-                "–" if best is None else f"{over[best]} ({best})",
-                rest or "–",
-            ]
-        )
-    head = ["case", "µs", "in a graph", "roofline", "over the best baseline", "over others"]
-    text = table(head, rows) + source(report)
-    if report.get("failed"):
-        text += "\n\nFailed their check, not timed: "
-        text += ", ".join(case["name"] for case in report["failed"]) + "."
-    return text
-
-
 TABLES = {
     "pack": Table(
         ("cpu-2core/pack",),
@@ -161,5 +120,4 @@ TABLES = {
     ),
     "ops_drop_in": Table(("cpu-2core/ops_drop_in",), beside),
     "finetune": Table(("cpu-2core/finetune",), beside),
-    "kernels_h100": Table(("h100/kernels",), kernels),
 }

@@ -295,13 +295,13 @@ def test_the_clock_of_a_gpu(monkeypatch):
         synchronize = record_stream = lambda *_: None
 
     class Graph:
-        captured = 0
+        began = ended = 0
 
         def capture_begin(self, capture_error_mode):
-            Graph.captured += 1
+            Graph.began += 1
 
         def capture_end(self):
-            pass
+            Graph.ended += 1
 
         def replay(self):
             spend(1.0)
@@ -328,15 +328,18 @@ def test_the_clock_of_a_gpu(monkeypatch):
     assert clock.flushed.nbytes == 4 * 1024
 
     def refuses_capture():
-        if Graph.captured > 1:
-            Graph.captured = 1
+        if Graph.began > Graph.ended:
             raise RuntimeError("operation not permitted when stream is capturing")
         spend(0.5)
 
-    times = clock.measure({
+    calls = {
         "quick": lambda: spend(0.5), "slow": lambda: spend(3.0),
-        "waits": refuses_capture,
-    })  # fmt: skip
+        "waits": refuses_capture, "left out": lambda: spend(0.5),
+    }  # fmt: skip
+    times = clock.measure(calls, not_captured={"left out"})
+    assert Graph.began == Graph.ended == 3  # quick, waits, and the one after it that succeeds
+    assert times["left out"].graph is None
+    assert times["left out"].eager.p50 == pytest.approx(0.5)
     assert times["quick"].warm.p50 == pytest.approx(0.5)
     assert times["quick"].cold.p50 == pytest.approx(0.5)
     assert times["quick"].graph.p50 == pytest.approx(1 / timing.MOST_REPEATS)
