@@ -29,6 +29,7 @@ def engine_plan(
     shard_weights: Sequence[float] | None = None,
     padding: int = 0,
     halo: int | None = None,
+    beside: Sequence[float] = (),
 ) -> Plan:
     """The cut of a sequence of `tokens` tokens, the class token not counted.
 
@@ -38,6 +39,8 @@ def engine_plan(
             itself, padding is taken along.
         halo: see `Plan`; None: all before the shard in inputs of up to `EXACT_TOKENS` tokens, else
             `default_halo`.
+        beside: by rank, what it computes meanwhile, in tokens of such a sequence: it takes fewer of
+            this one. Empty: nothing. Without effect beside `shard_weights`.
     """
     copies = adapter.class_tokens
     if adapter.causal and world_size > 1 and codebook.prefix:
@@ -59,6 +62,7 @@ def engine_plan(
             code=costs.code,
             receive=costs.receive,
             halo=halo,
+            beside=[count * (linear + attention * tokens / 2) for count in beside],
         )
     return Plan.make(
         tokens,

@@ -189,6 +189,7 @@ def balanced_weights(
     code: float,
     receive: float = 0.0,
     halo: int = 0,
+    beside: Sequence[float] = (),
 ) -> tuple[float, ...]:
     """Shares of the tokens with which all ranks of equal speed finish a block together.
 
@@ -198,11 +199,14 @@ def balanced_weights(
         code: FLOPs of coding one token; the last rank of a decoder codes nothing.
         receive: FLOPs of one remote token received, before attention reads it.
         halo: tokens before its shard that a rank computes, too (`Plan.halo`).
+        beside: by rank, FLOPs of other work that it does meanwhile; empty: there is none. Of a
+            decoder alone.
 
     A decoder's later ranks see more keys and so take fewer tokens; an encoder's take equal shares.
     """
     if not causal or world_size == 1:
         return (1.0,) * world_size
+    others = tuple(beside) or (0.0,) * world_size
 
     def reach(budget: float) -> list[float]:
         """The bounds when every rank spends `budget`: solves for each shard's size in turn."""
@@ -212,13 +216,13 @@ def balanced_weights(
             overlap = min(float(halo), start)
             received, coding = start - overlap, code if n < world_size - 1 else 0.0
             b = linear + attention * received + coding
-            left = max(0.0, budget - receive * received + coding * overlap)
+            left = max(0.0, budget - others[n] - receive * received + coding * overlap)
             # a·u² + b·u = left, u = halo and shard; the causal half of the local square is a·u²
             computed = 2 * left / (b + (b * b + 4 * a * left) ** 0.5)
             bounds.append(start + max(computed - overlap, 1e-3))
         return bounds
 
-    low, high = 0.0, tokens * (linear + code + receive + attention * tokens)
+    low, high = 0.0, tokens * (linear + code + receive + attention * tokens) + max(others)
     for _ in range(60):
         middle = (low + high) / 2
         low, high = (middle, high) if reach(middle)[-1] < tokens else (low, middle)

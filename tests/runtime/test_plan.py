@@ -96,7 +96,11 @@ def test_bad_cuts_are_refused(
 @pytest.mark.parametrize("halo", [0, 32])
 @pytest.mark.parametrize("receive", [0.0, 1e5])
 @pytest.mark.parametrize("world_size", [2, 3, 4, 7])
-def test_balanced_weights_give_equal_work(world_size: int, receive: float, halo: int) -> None:
+@pytest.mark.parametrize("other", [0.0, 1e8])
+def test_balanced_weights_give_equal_work(
+    world_size: int, receive: float, halo: int, other: float
+) -> None:
+    beside = [other] + [0.0] * (world_size - 1)
     tokens, linear, attention, code = 4096, 1e6, 2e3, 2e5
     weights = balanced_weights(
         tokens,
@@ -107,6 +111,7 @@ def test_balanced_weights_give_equal_work(world_size: int, receive: float, halo:
         code=code,
         receive=receive,
         halo=halo,
+        beside=beside,
     )
     assert sum(weights) == pytest.approx(tokens, rel=1e-6)
     work, start = [], 0.0
@@ -115,7 +120,7 @@ def test_balanced_weights_give_equal_work(world_size: int, receive: float, halo:
         overlap = halo if n else 0
         computed, received = size + overlap, start - overlap
         model = computed * (linear + attention * received) + attention * computed * computed / 2
-        work.append(model + coding * size + receive * received)
+        work.append(model + coding * size + receive * received + beside[n])
         start += size
     assert max(work) / min(work) == pytest.approx(1, rel=1e-6)
 

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 from ..costs import EXACT_TOKENS
 from ..engine import Engine
+from .segments import Segments
 
 NEWEST = 0.3  # the weight of the newest figure
 FORGOTTEN = 0.03  # of what reading by one rank was seen to cost, whenever something else is seen
+MOST_END = 0.25  # of a prompt, before its first block or behind the last one
 UNKNOWN_CHECKS = 3  # segments of a prompt of unknown cost that nobody else waits for
 # From a token of an answer to its next one, while a prompt is read: half a second at most with what
 # it takes to report and to hand them out.
@@ -26,10 +29,13 @@ class PromptCosts:
 
     def __init__(self, engine: Engine) -> None:
         self._engine = engine
-        self._blocks = len(engine.adapter.blocks)
+        self.blocks = len(engine.adapter.blocks)
         self.token: float | None = None  # seconds of one token, on a rank by itself
         self.by_one: float | None = None  # the same, as prompts were read by one of several ranks
         self.exchange: float | None = None  # seconds that reading together adds
+        # Shares of what reading together takes: before the first block (the ranks hear of it, cut
+        # and embed it), and behind the last one (the head, what is kept, who is late).
+        self.begin = self.end = 0.0
         self.pause: float | None = None  # seconds of a pause
 
     @property
@@ -62,6 +68,19 @@ class PromptCosts:
         self.exchange = _mixed(self.exchange, rest)
         if self.by_one is not None:  # what once seemed slow is tried again some day
             self.by_one += FORGOTTEN * (self.token - self.by_one)
+
+    def heard_uneven(self, tokens: int, busy: float, beside: Sequence[float]) -> None:
+        """The same where the ranks had unequal shares: see `beside`."""
+        if tokens > EXACT_TOKENS:
+            most = self._shard(tokens) + sum(beside) / len(beside) - min(beside)
+            self.token = _mixed(self.token, busy / most)
+
+    def heard_ends(self, begin: float, end: float) -> None:
+        """All ranks have read a prompt in equal shares of work: which shares of the seconds were
+        before its first block, and behind the last one."""
+        begin, end = (min(max(0.0, share), MOST_END) for share in (begin, end))
+        self.begin = _mixed(self.begin or None, begin)
+        self.end = _mixed(self.end or None, end)
 
     def heard_pause(self, seconds: float) -> None:
         """All ranks have paused while they read a prompt, and decoded a token of all else."""
@@ -115,28 +134,47 @@ class PromptCosts:
         seconds = (self.token or 0.0) * self._shard(tokens) + (self.exchange or 0.0)
         return seconds + len(self.pauses(tokens)) * (self.pause or 0.0) if others else seconds
 
-    def pauses(self, tokens: int, pause: float | None = None) -> list[int]:
+    def pauses(self, tokens: int, steps: Sequence[float] | None = None) -> list[int]:
         """The blocks before which all ranks pause, so that others do not wait for their tokens.
 
-        pause: seconds that a pause takes; None: as long as those so far.
+        steps: seconds of a step of a rank's answers, by rank in the order of the sequence; None:
+            on every rank as many as a pause took so far.
         """
-        if pause is None:
-            pause = ROUND_SECONDS / 3 if self.pause is None else self.pause
-        return self._cuts(tokens, segment_seconds(pause), self._blocks)
+        if self.token is None:
+            return list(range(1, self.blocks))
+        seconds = self.together(tokens)
+        pauses: list[int] = []
+        segments = self._segments(seconds, steps)
+        for count in range(1, self._most_segments(seconds, LEAST_SEGMENT) + 1):
+            pauses, longest = segments.cut(count)
+            if longest <= ROUND_SECONDS:
+                break
+        return pauses
+
+    def beside(self, tokens: int, steps: Sequence[float], pauses: int) -> list[int]:
+        """By rank in the order of the sequence, what it decodes in so many pauses more than others
+        do, in tokens of such a prompt: it reads so many fewer than these."""
+        if self.token is None:
+            return [0] * len(steps)
+        segments = self._segments(self.together(tokens), steps)
+        return [round(seconds / self.token) for seconds in segments.beside(pauses)]
+
+    def _segments(self, seconds: float, steps: Sequence[float] | None) -> Segments:
+        if steps is None:
+            steps = (ROUND_SECONDS / 3 if self.pause is None else self.pause,)
+        return Segments(self.blocks, seconds, steps, self.begin, self.end)
 
     def checks(self, tokens: int, seconds: float) -> list[int]:
         """The same where nobody waits for tokens: in so many seconds each rank has shown that it
         goes on."""
-        return self._cuts(tokens, seconds, UNKNOWN_CHECKS)
+        count = UNKNOWN_CHECKS
+        if self.token is not None:
+            count = self._most_segments(self.together(tokens), seconds)
+        return sorted({self.blocks * i // count for i in range(1, count)} - {0})
 
-    def _cuts(self, tokens: int, seconds: float, unknown: int) -> list[int]:
-        """Cuts a prompt's blocks into segments of `seconds`; `unknown`: how many, where nothing is
-        known of its costs."""
-        segments = max(1, math.ceil(self.together(tokens) / seconds))
-        if self.token is None:
-            segments = unknown
-        segments = min(segments, self._blocks)
-        return sorted({self._blocks * i // segments for i in range(1, segments)} - {0})
+    def _most_segments(self, whole: float, seconds: float) -> int:
+        """Of so many seconds that all of the prompt takes, a segment each of `seconds`."""
+        return max(1, min(math.ceil(whole / seconds), self.blocks))
 
     def _shard(self, tokens: int) -> int:
         """The most tokens that a rank computes of a prompt; one rank reads a short one."""

@@ -91,10 +91,12 @@ class Kept:
         base: tuple[int, int] | None,
         between: Callable[[int], None],
         within_ms: float | None,
+        beside: Sequence[float] = (),
     ) -> Cache | None:
         """Has all ranks read a prompt and keeps it; collective. On its owner: how to go on.
 
         base: the number of a prompt whose first tokens are this one's, and how many; None: none is.
+        beside: by rank, what it computes meanwhile, in tokens of this prompt: it reads fewer of it.
         """
         engine = self._engine
         session, shared = engine.session(), 0
@@ -102,7 +104,7 @@ class Kept:
             session, shared = self._sessions[base[0]].fork(), base[1]
             session.truncate(shared)
         new = torch.tensor([list(ids[shared:])]).to(engine.adapter.device)
-        session.append(new, rank=owner, request=number, within_ms=within_ms, between=between)
+        session._append(new, owner, number, within_ms, between, beside)
         self._sessions[number] = session
         state = session._state
         if engine.rank != owner:

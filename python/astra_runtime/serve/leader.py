@@ -33,6 +33,7 @@ from .prompt import Move, Prompt
 from .rank import reporting
 from .requests import Requests
 from .rounds import IDLE_SECONDS, LEAST_PATIENCE, Rounds
+from .segments import Course
 from .sequences import Sequences, busy_seconds
 from .service import CLOSING, Event, GenerationRequest, NotReady, Span, Status
 from .work import Deliver, Limits, Work
@@ -97,7 +98,8 @@ class Leader(Rounds):
         self.answer_costs = AnswerCosts(self.costs)
         costs = self.costs, self.answer_costs
         keeps = self._sequences.kept.possible
-        self._placement = Placement(self._admission, *costs, keeps)
+        uneven = keeps and engine.shard_weights is None
+        self._placement = Placement(self._admission, *costs, keeps, uneven)
         self._requests = Requests(engine, self._admission, *costs, keeps, self._changed)
         self._moving: tuple[Work, Move] | None = None  # with the next step
         self._progress: float | None = None
@@ -106,6 +108,7 @@ class Leader(Rounds):
         self._problem: str | None = None  # of the round
         self._overdue = False  # answers wait since the last pause of a prompt that all have read
         self._spans: dict[int, list[Any]] = {}  # of the round before, by rank
+        self._busiest = 0.0  # seconds of that rank's computing in it
         self._thread.start()
 
     # What others call, from any thread.
@@ -223,6 +226,7 @@ class Leader(Rounds):
         said = self._requests.news()
         self._sequences.follow(said)
         nothing: dict[str, Any] = {"prompt": None, "pauses": [], "alone": [], "move": None}
+        nothing["beside"] = []
         # a short prompt is read in one pass: its first token does not wait for those that follow
         self._is_long = any(
             work.reading and work.prompt_tokens > EXACT_TOKENS for work in self._admission.running
@@ -290,20 +294,16 @@ class Leader(Rounds):
 
     def _read(self, work: Work) -> None:
         """A round in which all ranks read one prompt, with pauses for everybody else."""
-        others = bool(self._requests.answers)
-        if others:
-            pauses = self.costs.pauses(work.new_tokens, self._pause_seconds())
-        else:
-            seconds = LEAST_PATIENCE * self.engine.mesh.timeout
-            pauses = self.costs.checks(work.new_tokens, seconds)
+        answers, patience = self._requests.answers, LEAST_PATIENCE * self.engine.mesh.timeout
+        course = self._placement.course(work, answers.values(), patience)
+        others = bool(answers)
         with self._changed:
             self._requests.begin(work, self.tokenizer)
             self._requests.reading = work
         prompt = work.prompt(self._ends)
-        self._job(prompt=asdict(prompt), pauses=pauses)
-        begun, start = time.monotonic() - work.arrived, time.perf_counter()
-        paused, problem = self._read_prompt(work, prompt, pauses)
-        seconds = time.perf_counter() - start - paused
+        self._job(prompt=asdict(prompt), pauses=course.pauses, beside=course.beside)
+        begun = time.monotonic() - work.arrived
+        problem = self._read_prompt(work, prompt, course)
         with reporting(self.engine):
             problem = self._collect(work) or problem
         self._just_read, self._overdue, self._beaten = True, others, time.monotonic()
@@ -316,23 +316,23 @@ class Leader(Rounds):
             self._requests.prompts.forget(prompt.number)
             self._requests.fail(work, problem)
         else:
-            if others and pauses:
-                self.costs.heard_pause(paused / len(pauses))
-            self._have_read(work, seconds)
+            if others and course.pauses:
+                paused = max(course.paused, course.stepped)
+                self.costs.heard_pause(paused / len(course.pauses))
+            self._have_read(work, course)
 
-    def _pause_seconds(self) -> float | None:
-        """What the next pause takes, with as many answers as the ranks have; None: not known."""
-        ranks = Counter(answer.rank for answer in self._requests.answers.values())
-        return self.answer_costs.step(max(ranks.values()))
-
-    def _have_read(self, work: Work, seconds: float) -> None:
-        """All ranks have read a prompt, in so many seconds without the pauses."""
+    def _have_read(self, work: Work, course: Course) -> None:
+        """All ranks have read a prompt."""
         number, ids = work.answers[0].number, work.request.prompt_ids
         if self._sequences.kept.possible:
             self._requests.prompts.add(number, ids, work.owner)
         if work.base is None:
             busy = max((busy_seconds(spans) for spans in self._spans.values()), default=None)
-            self.costs.heard_together(work.prompt_tokens, seconds, busy)
+            if course.is_even:
+                self.costs.heard_together(work.prompt_tokens, course.seconds, busy)
+                self.costs.heard_ends(*course.ends())
+            elif busy is not None:
+                self.costs.heard_uneven(work.prompt_tokens, busy, course.beside)
         if self._may_move(work):
             patience = LEAST_PATIENCE * self.engine.mesh.timeout
             move = self._placement.move(work, self._ends, patience)
@@ -346,19 +346,14 @@ class Leader(Rounds):
             return False
         return self._sequences.kept.may_be_shared(work.answers[0].number)
 
-    def _read_prompt(
-        self, work: Work, prompt: Prompt, pauses: list[int]
-    ) -> tuple[float, str | None]:
-        """Seconds of the pauses, and why the ranks have not read the prompt, or None."""
-        blocks, paused = len(self.engine.adapter.blocks), 0.0
+    def _read_prompt(self, work: Work, prompt: Prompt, course: Course) -> str | None:
+        """Why the ranks have not read the prompt, or None."""
 
         def between(block: int) -> None:
-            nonlocal paused
-            self._progress = block / blocks
-            if block in pauses:
-                start = time.perf_counter()
-                self._pause()
-                paused += time.perf_counter() - start
+            self._progress = block / course.blocks
+            with course.pausing(block):
+                if block in course.pauses:
+                    course.stepped += self._pause()
             if work.cancelled:
                 self.engine.cancel()
 
@@ -366,18 +361,20 @@ class Leader(Rounds):
         if work.deadline is not None:
             left = 1e3 * (work.deadline - time.monotonic())
             within = min(max(1e-3, left), LONGEST_MS)
+        course.begin()
         try:
-            cache = self._sequences.read_together(prompt, between, within)
+            cache = self._sequences.read_together(prompt, between, within, course.beside)
             work.coded_tokens[work.owner] = self._num_coded(prompt)
             problem = self._lacking(work) if self.engine.degraded else None
             if problem is not None:
-                return paused, problem
+                return problem
             if cache is not None:
                 self._sequences.answer(prompt, cache)
-            return paused, None
+            return None
         except (CallEnded, ValueError) as error:
-            return paused, str(error)
+            return str(error)
         finally:
+            course.stop()
             with self._changed:
                 self._requests.reading, self._progress = None, None
 
@@ -399,7 +396,8 @@ class Leader(Rounds):
         sources = plan.sources(plan.owner) if self.engine.codebook.coded else ()
         return sum(plan.num_received(plan.owner, source) for source in sources)
 
-    def _pause(self) -> None:
+    def _pause(self) -> float:
+        """Seconds for which the busiest rank has decoded."""
         mesh = self.engine.mesh
         with stage("pause"):
             self._sequences.step()
@@ -407,13 +405,14 @@ class Leader(Rounds):
             mesh.send(b"\1", block=Control.GO_ON, plan=0, to=peers_of(mesh))
             self._told = time.monotonic()
         self._requests.expire()
+        return self._busiest
 
     def _collect(self, work: Work | None = None) -> str | None:
         """The tokens of this round, of all ranks; why the prompt of `work`, which all ranks were to
         read, has no answers, or None."""
         report, problem = self._sequences.report(), None
         self._sequences.confirm()
-        self._spans = {0: report["spans"]}
+        self._spans, self._busiest = {0: report["spans"]}, float(report["busy"])
         self._note(0, report, len(report["tokens"]))
         self._requests.heard(0, report)
         for rank, report in enumerate(self._reports(), 1):
@@ -421,6 +420,7 @@ class Leader(Rounds):
             if work is not None and report.get("degraded"):
                 problem = self._lacking(work) or problem
             self._spans[rank] = report["spans"]
+            self._busiest = max(self._busiest, report["busy"])
             self._note(rank, report, len(report["tokens"]))
             self._requests.heard(rank, report)
         return problem

@@ -1,8 +1,11 @@
-"""Which ranks read a prompt, all together or one by itself, and which decode its answers."""
+"""Which ranks read a prompt, all together or one by itself, and which decode its answers; and how
+much of it each reads, where some decode meanwhile."""
 
 from __future__ import annotations
 
 import time
+from collections import Counter
+from collections.abc import Collection
 from dataclasses import replace
 from typing import Literal
 
@@ -10,7 +13,8 @@ from ..costs import EXACT_TOKENS
 from .admission import Admission
 from .costs import ROUND_SECONDS, AnswerCosts, PromptCosts
 from .prompt import Move
-from .work import Work
+from .segments import Course
+from .work import Answer, Work
 
 Place = Literal["all", "one", "later"]
 
@@ -25,13 +29,19 @@ class Placement:
         admission: what waits and what runs.
         costs, answer_costs: of the prompts and answers so far.
         keeps: whether prompts are kept.
+        uneven: whether the ranks' shares of a prompt can be chosen.
     """
 
     def __init__(
-        self, admission: Admission, costs: PromptCosts, answer_costs: AnswerCosts, keeps: bool
+        self,
+        admission: Admission,
+        costs: PromptCosts,
+        answer_costs: AnswerCosts,
+        keeps: bool,
+        uneven: bool = False,
     ) -> None:
         self._admission, self._costs, self._keeps = admission, costs, keeps
-        self._answer_costs = answer_costs
+        self._answer_costs, self._uneven = answer_costs, uneven
 
     def of(self, work: Work) -> Place:
         """Who reads its prompt: "all" ranks; "one", its owner, which may be chosen anew here; or
@@ -46,6 +56,27 @@ class Placement:
         if not self._is_for_all(work):
             return "one"
         return "later" if busy else "all"
+
+    def course(self, work: Work, answers: Collection[Answer], patience: float) -> Course:
+        """How all ranks read its prompt.
+
+        Args:
+            answers: that wait for tokens meanwhile, and are decoded in pauses.
+            patience: seconds; without them each rank shows so often that it goes on.
+        """
+        tokens, size = work.new_tokens, self._admission.world_size
+        if not answers:
+            return Course(self._costs.blocks, self._costs.checks(tokens, patience))
+        counts = Counter(answer.rank for answer in answers)
+        in_order = [(work.owner + 1 + n) % size for n in range(size)]  # of the shards
+        known = [self._answer_costs.step(counts[rank]) for rank in in_order]
+        steps = [seconds or 0.0 for seconds in known] if any(known) else None
+        pauses = self._costs.pauses(tokens, steps)
+        if work.base is not None or not self._uneven or steps is None:
+            return Course(self._costs.blocks, pauses)
+        beside = self._costs.beside(tokens, steps, len(pauses))
+        by_rank = dict(zip(in_order, beside, strict=True))
+        return Course(self._costs.blocks, pauses, [by_rank[rank] for rank in range(size)])
 
     def _busy(self) -> set[int]:
         """The ranks that read prompts by themselves."""

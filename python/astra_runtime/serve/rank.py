@@ -126,7 +126,7 @@ class Worker:
 
         pauses = frozenset(job["pauses"])
         try:
-            cache = self.sequences.read_together(prompt, between)
+            cache = self.sequences.read_together(prompt, between, beside=job["beside"])
         except (CallEnded, ValueError) as error:
             return str(error)
         if cache is not None:

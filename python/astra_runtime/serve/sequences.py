@@ -79,11 +79,19 @@ class Sequences:
         self._reading.append(Reading.of(prompt, self.engine.rank, blocks))
 
     def read_together(
-        self, prompt: Prompt, between: Callable[[int], None], within_ms: float | None = None
+        self,
+        prompt: Prompt,
+        between: Callable[[int], None],
+        within_ms: float | None = None,
+        beside: Sequence[float] = (),
     ) -> Cache | None:
-        """Has all ranks read a prompt; collective. Its owner gets what it needs to go on."""
+        """Has all ranks read a prompt; collective. Its owner gets what it needs to go on.
+
+        beside: by rank, what it decodes meanwhile, in tokens of a prompt. Prompts that are not kept
+            are cut into equal shares of work all the same.
+        """
         with self._traced():
-            return self._read_together(prompt, between, within_ms)
+            return self._read_together(prompt, between, within_ms, beside)
 
     @contextmanager
     def _traced(self) -> Iterator[None]:
@@ -98,11 +106,17 @@ class Sequences:
             self._busy += busy_seconds(self.spans)
 
     def _read_together(
-        self, prompt: Prompt, between: Callable[[int], None], within_ms: float | None
+        self,
+        prompt: Prompt,
+        between: Callable[[int], None],
+        within_ms: float | None,
+        beside: Sequence[float],
     ) -> Cache | None:
         number, owner = prompt.number, prompt.owner
         if self.kept.possible:
-            return self.kept.read(number, prompt.ids, owner, prompt.base, between, within_ms)
+            return self.kept.read(
+                number, prompt.ids, owner, prompt.base, between, within_ms, beside
+            )
         prefix = self.engine.prefill(
             torch.tensor([list(prompt.ids)]).to(self.adapter.device),
             owner=owner,

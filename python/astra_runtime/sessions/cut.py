@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from .. import costs
@@ -34,11 +35,15 @@ class Cut:
         return [(start, stop) for start, stop in intervals if start < stop]
 
 
-def cut(engine: EngineParts, past: int, tokens: int, owner: int) -> Cut:
+def cut(
+    engine: EngineParts, past: int, tokens: int, owner: int, beside: Sequence[float] = ()
+) -> Cut:
     """The cut of `tokens` new tokens behind `past` others, so that `owner` has the last of them.
 
     A first prompt of some length is cut as the engine cuts it. Else by cost: an exchange in every
     block counts as much as computing `EXACT_TOKENS` / 2 tokens, so few tokens go to one rank.
+
+    beside: by rank, what it computes meanwhile, in tokens of a first prompt (`engine_plan`).
     """
     world_size, prefix = engine.mesh.world_size, engine.codebook.prefix
     copies = min(max(0, prefix - past), tokens)
@@ -51,6 +56,7 @@ def cut(engine: EngineParts, past: int, tokens: int, owner: int) -> Cut:
             world_size,
             shard_weights=_weights(engine, owner),
             halo=engine.halo,
+            beside=_from(owner + 1, beside),
         )
         return Cut(_members(owner, world_size, world_size), plan)
     candidates = range(1, max(1, min(world_size, tokens - copies)) + 1)
@@ -68,7 +74,11 @@ def _members(owner: int, count: int, world_size: int) -> tuple[int, ...]:
 def _weights(engine: EngineParts, owner: int) -> tuple[float, ...] | None:
     """The ranks' shares in the order in which `owner` is the last."""
     weights = engine.shard_weights
-    return None if weights is None else weights[owner + 1 :] + weights[: owner + 1]
+    return None if weights is None else _from(owner + 1, weights)
+
+
+def _from(first: int, of_ranks: Sequence[float]) -> tuple[float, ...]:
+    return (*of_ranks[first:], *of_ranks[:first])
 
 
 def _plan(

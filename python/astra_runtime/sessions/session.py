@@ -119,6 +119,18 @@ class Session:
         Raises:
             TypeError, ValueError: ids that the model does not have, more than fit its limit.
         """
+        self._append(ids, rank, request, within_ms, between)
+
+    def _append(
+        self,
+        ids: Tensor,
+        rank: int | None,
+        request: int | None,
+        within_ms: float | None,
+        between: Between | None,
+        beside: Sequence[float] = (),
+    ) -> None:
+        """`append`; `beside`: by rank, what it computes meanwhile, as of `cut`."""
         engine, state = self._engine, self._state
         engine._check_model()
         ids = _check_ids(engine, ids, state.tokens)
@@ -129,7 +141,7 @@ class Session:
         with self._call(request, within_ms, "append") as (running, work):
             work.ids = torch.cat([work.ids, ids], 1)
             tokens, past = work.tokens - work.read, work.read
-            shares = cut(engine, past, tokens, owner)
+            shares = cut(engine, past, tokens, owner, beside)
             # whoever computes a shard needs all of the past
             known = {work.owner} if work.pending else set(range(work.world_size))
             if not known.issuperset(shares.members):

@@ -1,7 +1,8 @@
 """A leader and its workers on a clock that is made up: what a pass takes is a formula.
 
 The scheduler is the real one: `Leader`, `Worker`, `Sequences`. A worker runs in a thread, but only
-while the leader waits for its report, on a clock that is set back to when it was told to begin.
+while the leader waits for its report, on a clock that is set back to when it was told to begin, or
+to go on.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ from astra_runtime.serve import (
     reading,
     requests,
     rounds,
+    segments,
     sequences,
     work,
 )
@@ -36,6 +38,7 @@ from .service import GREEDY, Numbers
 BLOCKS, VOCABULARY = 30, 8
 REPORTING = 0.02  # seconds until all reports are there, and the next job is out
 EXCHANGE = 0.15  # seconds that all ranks wait for codes while they read a prompt
+ENDS = 0.03, 0.06  # seconds before the first block of such a prompt, and behind its last one
 
 
 def pass_seconds(rows: Sequence[tuple[int, int]]) -> float:
@@ -66,15 +69,16 @@ class World:
         self.rows: list[list[int]] = []  # of each pass of one rank
         self._slower = slower
         clock = SimpleNamespace(monotonic=lambda: self.now, perf_counter=lambda: self.now)
-        for module in (leader, placement, reading, requests, rounds, sequences, work):
+        modules = leader, placement, reading, requests, rounds, segments, sequences, work
+        for module in modules:
             monkeypatch.setattr(module, "time", clock)
         for module in (reading, sequences):
             monkeypatch.setattr(module, "read", self.read)
         for module in (leader, rank):
             monkeypatch.setattr(module, "reporting", lambda engine: contextlib.nullcontext())
-        self.threads = [RankThread(self, n) for n in range(1, ranks)]
         monkeypatch.setattr(rank, "send_json", lambda mesh, report, **_: mesh.thread.report(report))
         monkeypatch.setattr(rank, "receive_json", lambda mesh, *_, **options: mesh.thread.job())
+        self.threads = [RankThread(self, n) for n in range(1, ranks)]
         self.leader = SimulatedLeader(self)
 
     def close(self) -> None:
@@ -132,6 +136,7 @@ class World:
             adapter=adapter,
             model=model,
             plan=lambda tokens: Plan.make(tokens, self.ranks, causal=True),
+            shard_weights=None,
             degraded=False,
             codebook=SimpleNamespace(codec=SimpleNamespace(keeps_sessions=False), coded=False),
             on_missing="raise",
@@ -178,15 +183,34 @@ class RankThread:
     def _wait(self) -> None:
         assert self._told.acquire(timeout=60)
 
-    def _read_together(self, prompt: Any, between: Callable[[int], None], *_: Any) -> Cache | None:
-        for block in range(BLOCKS):
-            between(block)
-        is_owner = prompt.owner == self.worker.engine.rank
-        return read_by_all(prompt) if is_owner else None
+    def _read_together(
+        self, prompt: Any, between: Callable[[int], None], *, beside: Sequence[float]
+    ) -> Cache | None:
+        return read_by_all(self._world, self.worker.sequences, prompt, between, beside)
 
 
-def read_by_all(prompt: Any) -> Cache:
-    return Cache(KeyValues(BLOCKS), len(prompt.ids), torch.zeros(VOCABULARY))
+def read_by_all(
+    world: World,
+    sequences: Any,
+    prompt: Any,
+    between: Callable[[int], None],
+    beside: Sequence[float],
+) -> Cache | None:
+    """One rank's part of a prompt: it has fewer tokens than others where it decodes more."""
+    tokens, rank = len(prompt.ids), sequences.engine.rank
+    shard = -(-tokens // world.ranks)
+    if beside:
+        shard += round(sum(beside) / len(beside) - beside[rank])
+    busy = pass_seconds([(shard, shard + (tokens - shard) // 2)]) + sum(ENDS)
+    world.now += ENDS[0]
+    for block in range(BLOCKS):
+        between(block)
+        world.now += (busy - sum(ENDS) + EXCHANGE) / BLOCKS
+    world.now += ENDS[1]
+    sequences.spans = [["compute", 0.0, busy]]
+    if prompt.owner != rank:
+        return None
+    return Cache(KeyValues(BLOCKS), tokens, torch.zeros(VOCABULARY))
 
 
 class SimulatedLeader(leader.Leader):
@@ -199,6 +223,7 @@ class SimulatedLeader(leader.Leader):
         self._about = {n: {"machine": str(n), "memory": 1 << 34} for n in range(world.ranks)}
         self._begin_mesh()
         self._sequences.read_together = self._read_together  # type: ignore[method-assign]
+        self._placement._uneven = True  # prompts are not kept
         self._reason = ""
 
     def run(self, until: Callable[[], bool]) -> None:
@@ -213,9 +238,10 @@ class SimulatedLeader(leader.Leader):
         for thread in self._world.threads:
             thread.next_job = job
 
-    def _pause(self) -> None:
-        self._begun = self._world.now
-        super()._pause()
+    def _pause(self) -> float:
+        busiest = super()._pause()
+        self._begun = self._world.now  # of what follows, on all ranks
+        return busiest
 
     def _reports(self) -> Iterator[dict[str, Any]]:
         world, stop = self._world, self._world.now
@@ -225,16 +251,14 @@ class SimulatedLeader(leader.Leader):
             yield report
         world.now += REPORTING
 
-    def _read_together(self, prompt: Any, between: Callable[[int], None], *_: Any) -> Cache | None:
-        world, tokens = self._world, len(prompt.ids)
-        shard = -(-tokens // world.ranks)
-        busy = pass_seconds([(shard, shard + (tokens - shard) // 2)])
-        for block in range(BLOCKS):
-            between(block)
-            world.now += (busy + EXCHANGE) / BLOCKS
-        self._begun = world.now
-        self._sequences.spans = [["compute", 0.0, busy]]
-        return read_by_all(prompt) if prompt.owner == 0 else None
+    def _read_together(
+        self,
+        prompt: Any,
+        between: Callable[[int], None],
+        within_ms: float | None,
+        beside: Sequence[float],
+    ) -> Cache | None:
+        return read_by_all(self._world, self._sequences, prompt, between, beside)
 
     def _num_coded(self, prompt: Any) -> int:
         return 0

@@ -51,7 +51,9 @@ def test_answers_beside_a_prompt(monkeypatch: pytest.MonkeyPatch, streams: int) 
             first.append(prompt.first)
             world.leader.run(lambda some=some: all(one.is_over for one in some))
         assert max(one.longest_wait for one in some) <= MOST_WAIT
-        assert first[1] / first[0] < (1.6 if streams == 1 else 2.4)
+        # of two ranks, the one that decodes nothing reads more of the prompt
+        most = 2.4 if streams > 1 else 1.4 if ranks == 2 else 1.6
+        assert first[1] / first[0] < most
         world.close()
 
 
