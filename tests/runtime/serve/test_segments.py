@@ -10,9 +10,7 @@ import pytest
 
 from astra_runtime.costs import engine_plan, rank_flops
 from astra_runtime.models import adapt
-from astra_runtime.plan import Plan
 from astra_runtime.serve import segments
-from astra_runtime.serve.costs import LEAST_SEGMENT, ROUND_SECONDS, PromptCosts
 from astra_runtime.serve.segments import Course, Segments
 from astra_runtime.sessions.cut import cut
 from bench import codebooks
@@ -99,44 +97,6 @@ def test_a_segment_a_block_at_most() -> None:
 )
 def test_who_decodes_more_reads_less(steps: tuple[float, ...], beside: list[float]) -> None:
     assert Segments(BLOCKS, 1.5, steps).beside(4) == pytest.approx(beside)
-
-
-def costs_of(ranks: int) -> PromptCosts:
-    engine: Any = SimpleNamespace(
-        adapter=SimpleNamespace(blocks=[None] * BLOCKS),
-        mesh=SimpleNamespace(world_size=ranks),
-        plan=lambda tokens: Plan.make(tokens, ranks, causal=True),
-    )
-    return PromptCosts(engine)
-
-
-def test_as_few_pauses_as_keep_a_round() -> None:
-    costs = costs_of(2)
-    assert costs.pauses(1024) == list(range(1, BLOCKS))  # nothing is known
-    assert costs.beside(1024, (0.1, 0.0), 4) == [0, 0]
-    costs.token, costs.exchange = 2.7e-3, 0.1
-    seconds = costs.together(1024)
-    for steps in ((0.1, 0.1), (0.1, 0.0), (0.2, 0.0)):
-        pauses = costs.pauses(1024, steps)
-        some = Segments(BLOCKS, seconds, steps)
-        assert some.cut(len(pauses) + 1)[1] <= ROUND_SECONDS < some.cut(len(pauses))[1]
-    assert len(costs.pauses(1024, (0.2, 0.0))) < len(costs.pauses(1024, (0.2, 0.2)))
-    assert costs.beside(1024, (0.1, 0.0), 4) == [round(0.4 / 2.7e-3), 0]
-    # steps that alone take longer than a round: a prompt comes forward all the same
-    assert len(costs.pauses(1024, (9.0, 9.0))) == int(seconds / LEAST_SEGMENT)
-    costs.heard_ends(0.0, 0.2)  # a late end: the last segment is shorter
-    pauses = costs.pauses(1024, (0.1, 0.1))
-    assert BLOCKS - pauses[-1] < pauses[0]
-
-
-def test_costs_of_unequal_shares() -> None:
-    costs = costs_of(2)
-    costs.heard_together(1000, 1.6, 1.5)
-    assert (costs.token, costs.exchange) == (pytest.approx(3e-3), pytest.approx(0.1))
-    costs.heard_uneven(1000, 2.4, [200, 0])  # the busiest rank has read 600
-    assert (costs.token, costs.exchange) == (pytest.approx(3.3e-3), pytest.approx(0.1))
-    costs.heard_ends(-1.0, 9.0)
-    assert (costs.begin, costs.end) == (0.0, 0.25)
 
 
 def test_the_time_of_a_course(monkeypatch: pytest.MonkeyPatch) -> None:
