@@ -90,12 +90,15 @@ class Admission:
         return self.has_room(rank, work.bytes, work.request.n) and ahead < MOST_AHEAD
 
     def _owner_for(self, work: Work) -> int | None:
-        """The rank with the fewest answers of those with room; the next in turn where several."""
-        ranks, n = range(self.world_size), work.request.n
+        """The rank with the fewest answers of those with room. Of several the one behind which the
+        rank with most answers follows, and so stands first where all read the prompt: that one can
+        read less of it than the others (`segments`). Where all have equally many, the next in turn.
+        """
+        ranks, size, n = range(self.world_size), self.world_size, work.request.n
         free = [rank for rank in ranks if self.has_room(rank, work.bytes, n)]
-        turn = self._last_owner + 1
-        return min(
-            free,
-            key=lambda rank: (self.answers_of(rank), (rank - turn) % self.world_size),
-            default=None,
-        )
+        counts = [self.answers_of(rank) for rank in ranks]
+        first = self._last_owner + 1
+        if max(counts) > min(counts):
+            first = counts.index(max(counts)) - 1
+        key = lambda rank: (counts[rank], (rank - first) % size)  # noqa: E731
+        return min(free, key=key, default=None)

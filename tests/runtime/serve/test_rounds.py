@@ -40,7 +40,7 @@ def test_eight_chats_on_two_ranks_beside_one(monkeypatch: pytest.MonkeyPatch) ->
 @pytest.mark.parametrize("streams", [1, 4])
 def test_answers_beside_a_prompt(monkeypatch: pytest.MonkeyPatch, streams: int) -> None:
     """They wait for a token as long as they may, whoever reads the prompt; and it for them."""
-    for ranks in (1, 2):
+    for ranks in (1, 2, 3):
         world = World(ranks, monkeypatch)
         first = []
         for count in (0, streams):
@@ -51,8 +51,8 @@ def test_answers_beside_a_prompt(monkeypatch: pytest.MonkeyPatch, streams: int) 
             first.append(prompt.first)
             world.leader.run(lambda some=some: all(one.is_over for one in some))
         assert max(one.longest_wait for one in some) <= MOST_WAIT
-        # of two ranks, the one that decodes nothing reads more of the prompt
-        most = 2.4 if streams > 1 else 1.4 if ranks == 2 else 1.6
+        # of several ranks, those that decode nothing read more of the prompt
+        most = 2.4 if streams > 1 else 1.4 if ranks > 1 else 1.6
         assert first[1] / first[0] < most
         world.close()
 
