@@ -152,7 +152,7 @@ _CODED_ATTENTION = (
     f"coded_attention(Tensor query, {CODED}, Tensor? attn_mask, {SCORES}, str impl, bool? check) "
     "-> (Tensor, Tensor)"
 )
-register(_CODED_ATTENTION, _coded_attention, _coded_attention_fake)
+register(_CODED_ATTENTION, _coded_attention, _coded_attention_fake, replayed=True)
 
 
 def _gradient_arguments(op: str, query: Tensor, coded: CodedInput, rest: Rest) -> dict[str, Any]:
@@ -231,7 +231,7 @@ _MIXED_ATTENTION = (
     f"mixed_attention(Tensor query, {DENSE}, {CODED}, Tensor? code_attn_mask, {SCORES}, str impl, "
     "bool? check) -> (Tensor, Tensor)"
 )
-register(_MIXED_ATTENTION, _mixed_attention, _mixed_attention_fake)
+register(_MIXED_ATTENTION, _mixed_attention, _mixed_attention_fake, replayed=True)
 
 
 def _mixed_gradient(

@@ -39,7 +39,7 @@ _MERGE_STATE = (
     "merge_state(Tensor out_a, Tensor lse_a, Tensor out_b, Tensor lse_b, str impl) "
     "-> (Tensor, Tensor)"
 )
-register(_MERGE_STATE, _merge_state, _merge_state_fake)
+register(_MERGE_STATE, _merge_state, _merge_state_fake, replayed=True)
 
 
 def _merge_state_gradient(
@@ -78,7 +78,7 @@ def _merge_states_fake(outs: Tensor, lses: Tensor, impl: str) -> State:
 
 
 _MERGE_STATES = "merge_states(Tensor outs, Tensor lses, str impl) -> (Tensor, Tensor)"
-register(_MERGE_STATES, _merge_states, _merge_states_fake)
+register(_MERGE_STATES, _merge_states, _merge_states_fake, replayed=True)
 
 
 def _merge_states_gradient(

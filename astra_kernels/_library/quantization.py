@@ -62,12 +62,14 @@ register(
     "encode(Tensor vectors, Tensor codebook, Tensor? half_norms, str impl) -> Tensor",
     _encode,
     _encode_fake,
+    replayed=True,
 )
 register(
     "encode_packed(Tensor vectors, Tensor codebook, int code_bits, Tensor? half_norms, str impl) "
     "-> Tensor",
     _encode_packed,
     _encode_packed_fake,
+    replayed=True,
 )
 
 
@@ -90,6 +92,7 @@ register(
     "decode(Tensor codes, Tensor codebook, str impl, bool? check) -> Tensor",
     _decode,
     _decode_fake,
+    replayed=True,
 )
 
 

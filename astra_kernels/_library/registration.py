@@ -12,6 +12,8 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
+from astra_kernels import _replay as replay
+
 State = tuple[Tensor, Tensor]
 T = TypeVar("T")
 
@@ -21,9 +23,14 @@ library = torch.library.Library("astra", "DEF")
 KERNELS: dict[str, Callable[..., Any]] = {}
 
 
-def register(schema: str, kernel: Callable[..., Any], fake: Callable[..., Any]) -> None:
+def register(
+    schema: str, kernel: Callable[..., Any], fake: Callable[..., Any], *, replayed: bool = False
+) -> None:
+    """``replayed``: calls on a GPU may be kept, see ``_replay``."""
     name = schema.partition("(")[0]
     KERNELS[name] = kernel
+    if replayed:
+        kernel = replay.kept(name, kernel)
     tags = (torch.Tag.pt2_compliant_tag,)
     library.define(schema, tags=tags)
     library.impl(name, kernel, "CompositeExplicitAutograd")

@@ -11,7 +11,7 @@ import contextlib
 import functools
 import math
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,6 +19,8 @@ import torch
 import triton
 
 from astra_kernels._dispatch import runs_triton
+from astra_kernels._replay import current, starting, suspended
+from astra_kernels._triton.compiled import start
 
 # The compiler fuses multiplications and additions; said aloud because the default changes.
 OPTIONS = {"enable_fp_fusion": True}
@@ -55,11 +57,6 @@ class _Recording(threading.local):
 
 
 _recording = _Recording()
-
-# Kernels are started by one thread at a time. A kernel that one thread is still loading, Triton
-# (3.6 to 3.9) would start for another without its code; and its interpreter keeps the number of the
-# program that runs in one place.
-_starting = threading.Lock()
 
 
 def interpreted() -> bool:
@@ -110,7 +107,8 @@ def record(capability: int) -> Iterator[list[Launch]]:
     """Collects launches for a chip of that compute capability instead of running them."""
     _recording.capability, _recording.launches = capability, []
     try:
-        yield _recording.launches
+        with suspended():
+            yield _recording.launches
     finally:
         _recording.capability = None
 
@@ -146,13 +144,6 @@ def launch(
             f"astra_kernels: impl='triton' takes at most {LARGEST_LAUNCH} programs in a launch, "
             f"got a grid of {' x '.join(map(str, grid))}; split the batch"
         )
-    run: Callable[..., Any] = kernel[grid]
-    with _starting, _on(device):
-        run(*args, **constants, num_warps=warps, num_stages=stages, **options)
-
-
-def _on(device: torch.device) -> contextlib.AbstractContextManager[object]:
-    """Kernels start on the current device, so another one is made current."""
-    if device.type == "cuda" and device.index != torch.cuda.current_device():
-        return torch.cuda.device(device)
-    return contextlib.nullcontext()
+    with starting, current(device):
+        options = {"num_warps": warps, "num_stages": stages, **options}
+        start(kernel, grid, args, constants, options, device.index)

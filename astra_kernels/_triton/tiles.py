@@ -21,6 +21,8 @@ import torch
 import triton
 
 from astra_kernels._cache import cache_folder
+from astra_kernels._replay import forget as forget_calls
+from astra_kernels._replay import suspended
 
 # Shared memory one block may use, in bytes, by compute capability (CUDA C++ programming guide,
 # table "technical specifications per compute capability", less 1 KiB that the system keeps).
@@ -109,7 +111,8 @@ def watch() -> Iterator[list[Problem]]:
     seen: list[Problem] = []
     _watched.problems = seen
     try:
-        yield seen
+        with suspended():
+            yield seen
     finally:
         _watched.problems = None
 
@@ -117,11 +120,13 @@ def watch() -> Iterator[list[Problem]]:
 def remember(problem: Problem, tile: Tile) -> None:
     """From now on ``choose`` gives this tile."""
     _chosen[problem] = tile
+    forget_calls()
 
 
 def forget() -> None:
     """Choices are made anew, and measured ones read from disk again."""
     _chosen.clear()
+    forget_calls()
     _from_disk.cache_clear()
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from astra_kernels import _replay as replay
 from astra_kernels._autograd import undifferentiated
 from astra_kernels._checks import check_tensors
 
@@ -38,6 +39,9 @@ def decode(
         <BLANKLINE>
                 [[0., 0.]]])
     """
+    kept: Tensor | None = replay.run("decode", (codes, codebook, impl, check))
+    if kept is not None:
+        return kept
     check_tensors("decode", codes=codes, codebook=codebook, differentiable=True)
     with undifferentiated(codebook):
         vectors: Tensor = torch.ops.astra.decode(codes, codebook, impl, check)

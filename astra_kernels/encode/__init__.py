@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from astra_kernels import _replay as replay
 from astra_kernels._checks import check_tensors
 
 __all__ = ["encode"]
@@ -46,6 +47,9 @@ def encode(
         tensor([[1],
                 [0]], dtype=torch.int32)
     """
+    kept: Tensor | None = replay.run("encode", (vectors, codebook, half_norms, impl))
+    if kept is not None:
+        return kept
     optional = {"half_norms": half_norms}
     check_tensors("encode", optional, vectors=vectors, codebook=codebook)
     codes: Tensor = torch.ops.astra.encode(vectors, codebook, half_norms, impl)

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from astra_kernels import _replay as replay
 from astra_kernels._autograd import undifferentiated
 from astra_kernels._checks import check_tensors
 
@@ -45,8 +46,12 @@ def merge_state(
         >>> torch.allclose(out, ak.attention(query, key, value)[0], atol=1e-5)
         True
     """
+    args = (out_a, lse_a, out_b, lse_b, impl)
+    state: tuple[Tensor, Tensor] | None = replay.run("merge_state", args)
+    if state is not None:
+        return state
     sides: dict[str, Any] = {"out_a": out_a, "lse_a": lse_a, "out_b": out_b, "lse_b": lse_b}
     check_tensors("merge_state", differentiable=True, **sides)
     with undifferentiated(out_a, lse_a, out_b, lse_b):
-        out, lse = torch.ops.astra.merge_state(out_a, lse_a, out_b, lse_b, impl)
+        out, lse = torch.ops.astra.merge_state(*args)
     return out, lse

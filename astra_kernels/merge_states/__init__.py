@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from astra_kernels import _replay as replay
 from astra_kernels._autograd import undifferentiated
 from astra_kernels._checks import check_tensors
 
@@ -41,6 +42,9 @@ def merge_states(outs: Tensor, lses: Tensor, *, impl: str = "auto") -> tuple[Ten
         >>> torch.allclose(out, ak.attention(query, key, value)[0], atol=1e-5)
         True
     """
+    state: tuple[Tensor, Tensor] | None = replay.run("merge_states", (outs, lses, impl))
+    if state is not None:
+        return state
     check_tensors("merge_states", outs=outs, lses=lses, differentiable=True)
     with undifferentiated(outs, lses):
         out, lse = torch.ops.astra.merge_states(outs, lses, impl)

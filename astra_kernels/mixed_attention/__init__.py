@@ -7,6 +7,7 @@ from typing import Any, Literal, overload
 import torch
 from torch import Tensor
 
+from astra_kernels import _replay as replay
 from astra_kernels._autograd import undifferentiated
 from astra_kernels._checks import (
     check_scale,
@@ -146,6 +147,14 @@ def mixed_attention(
     """
     op = "mixed_attention"
     cos, sin = split_rope(op, rope)
+    args = (
+        *(query, key, value, is_causal, key_mask, attn_mask, window),
+        *(codes, key_codebook, value_codebook, value_codes, code_bits, num_tokens, cos, sin),
+        *(rope_consecutive, code_mask, code_attn_mask, scale, softcap, sinks, impl, check),
+    )
+    state: tuple[Tensor, Tensor] | None = replay.run(op, args)
+    if state is not None:
+        return state if return_lse else state[0]
     optional = {"key_mask": key_mask, "value_codes": value_codes, "code_mask": code_mask}
     optional |= {"cos": cos, "sin": sin}
     if attn_mask is not None or code_attn_mask is not None or sinks is not None:
@@ -158,29 +167,5 @@ def mixed_attention(
     check_window(op, window)
     masks = (attn_mask, code_attn_mask, sinks)
     with undifferentiated(query, key, value, *tables.values(), *masks, cos, sin):
-        out, lse = torch.ops.astra.mixed_attention(
-            query,
-            key,
-            value,
-            is_causal,
-            key_mask,
-            attn_mask,
-            window,
-            codes,
-            key_codebook,
-            value_codebook,
-            value_codes,
-            code_bits,
-            num_tokens,
-            cos,
-            sin,
-            rope_consecutive,
-            code_mask,
-            code_attn_mask,
-            scale,
-            softcap,
-            sinks,
-            impl,
-            check,
-        )
+        out, lse = torch.ops.astra.mixed_attention(*args)
     return (out, lse) if return_lse else out

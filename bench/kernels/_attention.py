@@ -17,6 +17,7 @@ from torch.nn.attention.bias import causal_lower_right
 from torch.nn.functional import scaled_dot_product_attention as sdpa
 
 import astra_kernels as ak
+from astra_kernels._replay import choosing
 from astra_kernels._triton import strategies
 from bench.kernels.spec import BITS, Calls, Shape
 from bench.kernels.timing import Call
@@ -43,7 +44,8 @@ def strategy(name: str, device: torch.device) -> Iterator[None]:
     old = strategies.MEASURED.get(capability)
     strategies.MEASURED[capability] = FORCED[name]
     try:
-        yield
+        with choosing(name):
+            yield
     finally:
         if old is None:
             del strategies.MEASURED[capability]

@@ -11,6 +11,8 @@ import pytest
 import torch
 from torch.utils._device import _device_constructors
 
+from astra_kernels import _replay as replay
+
 # Not imported here: whether kernels are interpreted is settled when Triton is first imported.
 collect_ignore_glob = [] if find_spec("triton") else ["test_*.py"]
 
@@ -26,6 +28,12 @@ def on_device(device: str) -> Iterator[None]:
     torch.set_default_device(device)
     yield
     torch.set_default_device(None)
+
+
+@pytest.fixture(autouse=True)
+def no_call_is_kept() -> None:
+    """Tests choose strategies and tiles, which other tests' calls were not made with."""
+    replay.forget()
 
 
 @pytest.fixture(autouse=True)
