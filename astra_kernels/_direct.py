@@ -151,12 +151,12 @@ def all_finite(tensors: Sequence[Tensor]) -> bool | None:
     return all(_C.all_finite(_four(t.shape, 1), (t.data_ptr(), _strides(t))) for t in tensors)
 
 
-def encode(vectors: Tensor, codebook: Tensor) -> Tensor:
+def encode(vectors: Tensor, codebook: Tensor, half_norms: Tensor | None = None) -> Tensor:
     """`ak.encode`: int32 [..., C] of vectors [..., C, w] by codewords [C, K, w]."""
     fit = vectors.shape[-2:] == codebook.shape[::2] and 0 < codebook.shape[2] <= NATIVE_WIDTH
     if fit and codebook.dim() == 3 and not _is_traced() and can_run(vectors, codebook):
         return encode_native.encode(vectors, codebook)
-    return ak.encode(vectors, codebook)
+    return ak.encode(vectors, codebook, half_norms=half_norms)
 
 
 def decode(codes: Tensor, codebook: Tensor) -> Tensor:

@@ -7,9 +7,15 @@ core. Where the C++ does not serve (another dtype or device, gradients), they ar
 
 from __future__ import annotations
 
+import functools
+import importlib
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
+from astra_kernels import _replay as replay
+from astra_kernels._dispatch import runs_triton
 from astra_kernels._elementwise import native, reference
 
 
@@ -51,3 +57,41 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor, out: Tensor | None = None) -> Te
         return native.rotate(x, cos, sin, torch.empty_like(x) if out is None else out)
     rotated = reference.rotate(x, cos, sin)
     return rotated if out is None else out.copy_(rotated)
+
+
+def key_value_vectors(
+    key: Tensor,
+    value: Tensor,
+    rope: tuple[Tensor, Tensor] | None,
+    scales: Tensor,
+    parts: int,
+    shared: bool,
+    dtype: torch.dtype,
+) -> tuple[Tensor, Tensor] | None:
+    """Keys and values as the vectors that are coded: keys turned back, both scaled, in groups.
+
+    A group's vector is its d/S channels of a key and then of its value; with ``shared`` these of
+    every KV head, one after the other. All is reckoned in fp32.
+
+    Args:
+        key, value: [B, Hkv, T, d], of one dtype; the keys are rotated by ``rope``, (cos, sin), each
+            [B or 1, T, d], if any.
+        scales: fp32 [Hkv, 2], of keys and of values.
+        parts: S, into how many groups the channels of a head are split.
+        dtype: of the vectors; what is beyond its largest number becomes that.
+
+    Returns:
+        [B, T, Hkv*S, 2*d/S], or [B, T, S, Hkv*2*d/S] with ``shared``, and a bool scalar on the
+        device, whether keys and values are finite. None where no Triton kernel runs.
+    """
+    if not runs_triton(key.device):
+        return None
+    cos, sin = rope or (None, None)
+    vectors, finite = _triton()(key, value, cos, sin, scales, parts, shared, dtype)
+    return vectors, finite.view(torch.bool)
+
+
+@functools.cache
+def _triton() -> Callable[..., tuple[Tensor, Tensor]]:
+    kernel = importlib.import_module("astra_kernels._elementwise.kernel")
+    return replay.kept("key_value_vectors", kernel.key_value_vectors)

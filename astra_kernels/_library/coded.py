@@ -301,7 +301,7 @@ _CODEWORD_ATTENTION = (
     "codeword_attention(Tensor query, Tensor counts, Tensor key_codebook, Tensor value_codebook, "
     "float? scale, str impl, bool? check) -> (Tensor, Tensor)"
 )
-register(_CODEWORD_ATTENTION, _codeword_attention, _codeword_attention_fake)
+register(_CODEWORD_ATTENTION, _codeword_attention, _codeword_attention_fake, replayed=True)
 
 
 def _codeword_gradient(

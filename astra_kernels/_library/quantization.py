@@ -177,4 +177,5 @@ register(
     "SymInt? codes_per_token, Tensor? code_mask, str impl, bool? check) -> Tensor",
     _count_codes,
     _count_codes_fake,
+    replayed=True,
 )

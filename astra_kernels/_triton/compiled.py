@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from triton.compiler import CompiledKernel
 from triton.runtime.jit import JITFunction
 
-from astra_kernels import _replay as replay
+from astra_kernels._trace import tracing
 
 # What Triton takes for an integer of 32 bits.
 LEAST, MOST = -(2**31), 2**31 - 1
@@ -64,7 +64,7 @@ def start(
 ) -> None:
     """Runs ``kernel[grid](*args, **constants, **options)`` on the current device, ``device``."""
     if not _start_again(kernel, grid, args, constants, options, device):
-        trace = replay.tracing()
+        trace = tracing()
         if trace is not None:
             trace.lost()
         kernel[grid](*args, **constants, **options)
@@ -103,7 +103,7 @@ def _start_again(
         result = kernel[grid](*args, **constants, **options)
         if isinstance(result, CompiledKernel):
             binding.compiled[key] = result, tuple(constants[name] for name in binding.constants)
-        trace = replay.tracing()
+        trace = tracing()
         if trace is not None:
             trace.lost()
         return True
@@ -113,7 +113,7 @@ def _start_again(
         given[place] = pointer
     run = compiled[(*grid, 1, 1)[:3]]
     run(*given)
-    trace = replay.tracing()
+    trace = tracing()
     if trace is not None:
         trace.launched(run, given, binding.tensors)
     return True

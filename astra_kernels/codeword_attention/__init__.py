@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from astra_kernels import _replay as replay
 from astra_kernels._autograd import undifferentiated
 from astra_kernels._checks import check_scale, check_tensors
 
@@ -59,11 +60,13 @@ def codeword_attention(
         True
     """
     op = "codeword_attention"
+    args = (query, counts, key_codebook, value_codebook, scale, impl, check)
+    state: tuple[Tensor, Tensor] | None = replay.run(op, args)
+    if state is not None:
+        return state
     tables: dict[str, Any] = {"key_codebook": key_codebook, "value_codebook": value_codebook}
     check_tensors(op, differentiable=True, query=query, counts=counts, **tables)
     check_scale(op, scale)
     with undifferentiated(query, key_codebook, value_codebook):
-        out, lse = torch.ops.astra.codeword_attention(
-            query, counts, key_codebook, value_codebook, scale, impl, check
-        )
+        out, lse = torch.ops.astra.codeword_attention(*args)
     return out, lse

@@ -7,6 +7,7 @@ frame (`contents`), pictures by a few means (`picture_means`).
 
 from __future__ import annotations
 
+import math
 import operator
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -118,6 +119,10 @@ def all_finite(*tensors: Tensor) -> bool | Tensor:
     finite = direct.all_finite(tensors)
     if finite is not None:
         return finite
+    if all(tensor.numel() and not tensor.is_cpu for tensor in tensors):
+        # the largest size, by one kernel for each tensor; NaN is not smaller either
+        largest = [torch.linalg.vector_norm(tensor, math.inf) for tensor in tensors]
+        return (torch.stack(largest) < math.inf).all()
     return torch.stack([_extremes_are_finite(tensor) for tensor in tensors]).all()
 
 

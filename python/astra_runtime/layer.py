@@ -122,10 +122,11 @@ class Layer:
         fine = call.sizes.fine[block][call.rank]
         frame = self._frame(size + fine)
         with stage("encode", block):
-            finite = all_finite(*tensors)
             what: Any = tensors[0] if call.codec.early else tensors
             out = frame.payload[: size + fine]
             pending = call.codec.encode(block, what, call.views.local_rope, out)
+            looked = call.codec.finite
+            finite = all_finite(*tensors) if looked is None else looked
             if isinstance(frame, DeviceFrame):
                 is_finite = self._tell_later(block, frame, finite)
             else:

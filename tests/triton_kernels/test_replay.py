@@ -15,22 +15,15 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
 import astra_kernels as ak
-from astra_kernels import _dispatch
+from astra_kernels import _dispatch, _trace
 from astra_kernels import _replay as replay
 from astra_kernels._triton import launch, tiles
 from tests.triton_kernels.test_graphs import CALLS, near, query, state, tables
 from tests.triton_kernels.test_graphs import codes as random_codes
 from tests.triton_kernels.test_graphs import few_rows_are_many as few_rows_are_many
 
-# What cannot be kept has something beside launches and allocations: zeros to add to, logarithms,
-# copies of packed rows that are no whole number of words.
-KEPT = frozenset(
-    {
-        *("coded-fused", "coded-expanded", "coded-fused-packed"),
-        *("coded-decode", "mixed-fused", "mixed-expanded", "attention", "encode", "encode-wide"),
-        *("encode_packed", "decode", "merge_state", "merge_states"),
-    }
-)
+# What is not kept gives back what it was given, or more than it fills.
+NOT_KEPT = frozenset({"lookup_linear", "lookup_linear-packed"})
 
 
 def at(address: int, like: Tensor) -> Tensor:
@@ -46,19 +39,19 @@ def started(monkeypatch, device) -> list[str]:
     """The names of kernels that were started from what was kept."""
     names: list[str] = []
     if device == "cuda":
-        run = replay.Call.__call__
+        run = _trace.Call.__call__
 
         def counted(call, args):
-            names.extend("kernel" for _ in call.launches)
+            names.extend("kernel" for step in call.steps if type(step) is _trace.Launch)
             return run(call, args)
 
-        monkeypatch.setattr(replay.Call, "__call__", counted)
+        monkeypatch.setattr(_trace.Call, "__call__", counted)
         return names
 
     def start(kernel, grid, args, constants, options, index):
         with _disable_current_modes():  # the interpreter works in torch
             kernel[grid](*args, **constants, **options)
-        trace = replay.tracing()
+        trace = _trace.tracing()
         if trace is None:
             return
         places = [place for place, arg in enumerate(args) if isinstance(arg, Tensor)]
@@ -86,7 +79,13 @@ def impl(device) -> str:
 def inputs_of(call):
     """Codes that are looked at first are never kept; on a GPU nobody looks."""
     args, options = call.inputs()
-    takes = call.op in ("coded_attention", "mixed_attention", "decode", "codeword_attention")
+    takes = call.op in (
+        "coded_attention",
+        "mixed_attention",
+        "decode",
+        "codeword_attention",
+        "count_codes",
+    )
     return args, {**options, **({"check": False} if takes else {})}
 
 
@@ -105,11 +104,11 @@ def test_other_tensors_of_the_same_shapes(monkeypatch, started, call, impl):
         before = call(inputs_of(call), impl)
     inputs = inputs_of(call)
     want = call(inputs, "reference")
-    if call.name in KEPT:
+    if call.name not in NOT_KEPT:
         without_launchers(monkeypatch)
         started.clear()
     got = call(inputs, impl)
-    assert bool(started) == (call.name in KEPT)
+    assert bool(started) == (call.name not in NOT_KEPT)
     for a, b, c in zip(got, want, before, strict=True):
         assert (a.dtype, a.shape, a.stride()) == (c.dtype, c.shape, c.stride())
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
@@ -169,16 +168,31 @@ def test_what_a_call_depends_on(started, impl):
     )  # fmt: skip
 
 
-def test_codes_that_are_read_and_masks_that_are_reduced_are_not_kept(started, impl):
+def test_codes_that_are_read_are_not_kept(started, impl):
     keys, values = tables()
     codes, q = random_codes(2, 40, 2), query(5)
     for _ in range(4):
         ak.coded_attention(q, codes, keys, values, impl=impl, check=True)
-        ak.attention(q, *near(9), attn_mask=torch.rand(5, 9) > 0.5, impl=impl)
     assert not kept()
     codes[1, 3, 1] = 99
     with pytest.raises(ValueError, match="codes"):
         ak.coded_attention(q, codes, keys, values, impl=impl, check=True)
+
+
+def test_masks_that_are_reduced(monkeypatch, started, impl):
+    """Which keys a mask shows to anybody is found by operations of torch, and these are kept."""
+
+    def inputs():
+        return query(5), *near(9), torch.rand(4, 5, 9) > 0.8
+
+    for _ in range(3):
+        *given, mask = inputs()
+        ak.attention(*given, attn_mask=mask, impl=impl)
+    *given, mask = inputs()
+    want, _ = ak.attention(*given, attn_mask=mask, impl="reference")
+    without_launchers(monkeypatch)
+    got, _ = ak.attention(*given, attn_mask=mask, impl=impl)
+    torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.filterwarnings("ignore:.*torch.jit.script")
@@ -260,7 +274,7 @@ def test_keys_are_told_apart_by_what_nothing_equals(started, impl):
 @pytest.mark.parametrize("shape", [(3, 4), (4, 3)])
 def test_dense(shape):
     x = torch.empty(2, *shape)
-    assert replay._is_dense(x)
-    assert replay._is_dense(x.transpose(1, 2))
-    assert not replay._is_dense(x[:, ::2])
-    assert not replay._is_dense(x[:, :1].expand(2, *shape))
+    assert _trace._is_dense(x)
+    assert _trace._is_dense(x.transpose(1, 2))
+    assert not _trace._is_dense(x[:, ::2])
+    assert not _trace._is_dense(x[:, :1].expand(2, *shape))

@@ -241,6 +241,10 @@ class Codec(ABC):
 
     # What a rank of a call does.
 
+    # Whether what was encoded last is finite, a bool scalar on the device, where encoding looked
+    # at all of it anyway.
+    finite: Tensor | None = None
+
     @classmethod
     def create(cls, codebook: CodebookFields, adapter: Adapter) -> Codec:
         """The codec of `codebook`, with its tables on the model's device and dtype."""

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 import astra_kernels as ak
+from astra_kernels import _elementwise as elementwise
 
 from ..models import Adapter
 from .base import Bytes, CodeCosts, Pending, geometry, key_value_width
@@ -27,6 +28,7 @@ class KeyValueCodes(TableLookup):
     key = "kv"
     can_share_heads = True
     keeps_sessions = True
+    half_dtype = torch.float16  # vectors are scaled: 10 bits of fraction say more than range
 
     def __init__(self, codebook: CodebookFields, adapter: Adapter) -> None:
         super().__init__(codebook, adapter)
@@ -68,9 +70,18 @@ class KeyValueCodes(TableLookup):
         return split_groups(key, value, scales, groups, shared).flatten(0, 1), scales
 
     def encode(self, block: int, what: Any, rope: Rope, out: Bytes) -> Pending | None:
-        key, value = what
-        key, scales = unrotate(key.float(), rope), self.scales[block]
-        vectors = split_groups(key, value.float(), scales, self.groups, self.shared)
+        (key, value), scales = what, self.scales[block]
+        made = None
+        if self.staging is not None:
+            parts = self.groups if self.shared else self.groups // key.shape[1]
+            made = elementwise.key_value_vectors(
+                key, value, rope, scales, parts, self.shared, self.vector_dtype
+            )
+        if made is not None:
+            vectors, self.finite = made
+        else:
+            key = unrotate(key.float(), rope)
+            vectors = split_groups(key, value.float(), scales, self.groups, self.shared)
         return self.write_only(block, vectors, out)
 
     def tensors(self, block: int, remote: Any, rope: Rope) -> tuple[Tensor, Tensor]:

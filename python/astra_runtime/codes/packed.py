@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -26,6 +26,8 @@ class PackedCodes(Codec):
 
     tables: Sequence[Tensor]  # [C, K, w] a block
     searches: Sequence[Search]
+    # in which the device of a 16-bit model searches
+    half_dtype: ClassVar[torch.dtype] = torch.float32
 
     def __init__(self, codebook: CodebookFields, adapter: Adapter) -> None:
         self.groups, self.bits = codebook.groups, codebook.code_bits
@@ -35,7 +37,9 @@ class PackedCodes(Codec):
         self.payload_device = None if self.staging is None else self.device
         tables = codebook.block_tables
         self.tables = [table.to(adapter.device, torch.float32) for table in tables]
-        self.searches = [Search(table) for table in self.tables]
+        half = self.staging is not None and adapter.dtype.itemsize == 2
+        self.vector_dtype = self.half_dtype if half else torch.float32
+        self.searches = [Search(table, dtype=self.vector_dtype) for table in self.tables]
 
     @classmethod
     def token_bits(cls, codebook: CodebookFields, sizes: Mapping[str, int], block: int) -> float:

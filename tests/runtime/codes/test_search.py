@@ -68,3 +68,13 @@ def test_engine_simulation_and_costs_search_alike(monkeypatch: pytest.MonkeyPatc
     assert torch.equal(space.searches[1](hidden), codes)  # type: ignore[attr-defined]
     assert not torch.equal(codes, ak.encode(hidden, book.tables[1]))  # type: ignore[index]
     assert costs_of(adapter, book).code == 2 * 6 * (book.codewords + 48)
+
+
+@pytest.mark.parametrize("dimensions", [0, 16])
+def test_16_bit_searches_find_codewords_as_near(dimensions: int) -> None:
+    tables, vectors = torch.randn(2, 300, 64), torch.randn(400, 2, 64)
+    exact = Search(tables, dimensions)(vectors)
+    codes = Search(tables, dimensions, torch.float16)(vectors)
+    assert (codes != exact).double().mean() < 0.02
+    errors = [(ak.decode(c, tables) - vectors).square().sum() for c in (codes, exact)]
+    assert errors[0] <= errors[1] * (1 + 1e-3)
