@@ -137,8 +137,10 @@ def merge_into(out: Tensor, lse: Tensor, other: Tensor, other_lse: Tensor, first
         theirs = (_place(other), _place(other_lse))
         _C.merge_into(shape, one, theirs, torch.get_num_threads())
         return out
+    if not first:
+        return ak.merge_state(out, lse, other, other_lse)[0]
     merged, _ = ak.merge_state(out[:, :, first:], lse[:, :, first:], other, other_lse)
-    return torch.cat([out[:, :, :first], merged], 2) if first else merged
+    return torch.cat([out[:, :, :first], merged], 2)
 
 
 def all_finite(tensors: Sequence[Tensor]) -> bool | None:

@@ -124,7 +124,7 @@ def _key(op: str, args: tuple[Any, ...]) -> Key | None:
     tensors, others = places
     graded = torch.is_grad_enabled()
     key: list[Any] = [op, _choices, kinds, torch.are_deterministic_algorithms_enabled()]
-    key.append(torch._C._get_cudnn_sdp_enabled())  # which users may turn off
+    key += (torch._C._get_cudnn_enabled(), torch._C._get_cudnn_sdp_enabled())  # users' switches
     for place in tensors:
         tensor = args[place]
         if (graded and tensor.requires_grad) or tensor.is_neg():

@@ -195,7 +195,7 @@ class Trace(TorchDispatchMode):
         self, func: Any, args: Sequence[Any], options: Mapping[str, Any], result: Any
     ) -> None:
         made = [] if func in _WRITES else _tensors(result)
-        known = {tensor.untyped_storage().data_ptr() for tensor in self.tensors}
+        known = {tensor.untyped_storage().data_ptr() for tensor in self.tensors} - {0}
         shared = any(tensor.untyped_storage().data_ptr() in known for tensor in made)
         try:
             arguments = tuple(map(self._view, args))
@@ -258,8 +258,8 @@ class Trace(TorchDispatchMode):
             if tensor.dtype != self.tensors[number].dtype:
                 return None
             results.append(self._result(number, tensor))
-        started = any(isinstance(step, Launch) for step in self.steps)
-        if not self.whole or not started:
+        does = any(not isinstance(step, Memory) for step in self.steps)
+        if not self.whole or not does:
             return None
         return Call(self.device, self.given, tuple(self.steps), tuple(results), single)
 

@@ -89,7 +89,7 @@ def key_value_vectors(
     batch, heads, tokens, width = key.shape
     groups, channels = (parts, heads) if shared else (heads * parts, 1)
     out = key.new_empty((batch, tokens, groups, 2 * width // parts * channels), dtype=dtype)
-    finite = key.new_empty((), dtype=torch.uint8).fill_(1)
+    finite = torch.ones((), dtype=torch.uint8, device=key.device)
     if out.numel() == 0:
         return out, finite
     key, value = rows_contiguous(key), rows_contiguous(value)

@@ -24,8 +24,10 @@ def _merge_state(out_a: Tensor, lse_a: Tensor, out_b: Tensor, lse_b: Tensor, imp
     out, lse = _dispatch.choose("merge_state", impl, out_a.device, dtype).run(
         out_a, lse_a, out_b, lse_b
     )
-    stored = torch.empty_like(out_a)
-    return (out if out.stride() == stored.stride() else stored.copy_(out)), lse
+    if out.stride() != out_a.stride():  # else it is as `empty_like` would have it
+        stored = torch.empty_like(out_a)
+        out = out if out.stride() == stored.stride() else stored.copy_(out)
+    return out, lse
 
 
 def _merge_state_fake(

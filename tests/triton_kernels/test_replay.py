@@ -263,6 +263,48 @@ def test_errors_stay(started, impl):
         ak.attention(q, k, v, scale=1.0, impl="best")
 
 
+def test_operations_of_torch_alone(monkeypatch, started):
+    """What cuDNN is to a launcher: results of its own, of which some are views or empty."""
+    calls = []
+
+    def product(x, y):
+        calls.append(1)
+        out, extremes = x @ y, x.new_empty(2)
+        extremes.fill_(1.0)
+        low, high = torch.aminmax(out)
+        return out.transpose(0, 1), low + high, extremes
+
+    op = replay.kept("product", product)
+    for count in (1, 2, 2, 2):
+        x, y = torch.randn(3, 4), torch.randn(4, 5)
+        out, middle, extremes = op(x, y)
+        torch.testing.assert_close(out, (x @ y).T)
+        torch.testing.assert_close(middle, out.min() + out.max())
+        assert torch.equal(extremes, torch.ones(2))
+        assert out.stride() == (1, 5)
+        assert len(calls) == count
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        lambda x: x + x.sum().item(),  # reads
+        lambda x: x[1:] * 2,  # from the middle
+        lambda x: x.mul_(2) + 1,  # writes to its argument
+        lambda x: torch.cat([x, x]),  # takes a list of tensors
+        lambda x: x.unbind()[0] + 1,
+        lambda x: x,  # gives back what it was given
+    ],
+)
+def test_what_is_not_kept(started, wrong):
+    op = replay.kept("wrong", wrong)
+    for _ in range(4):
+        x = torch.randn(3, 4)
+        want = wrong(x.clone())
+        torch.testing.assert_close(op(x), want)
+    assert not kept()
+
+
 def test_keys_are_told_apart_by_what_nothing_equals(started, impl):
     """A scale of NaN equals no other: it is never found again, and never wrong."""
     q, (k, v) = query(5), near(9)

@@ -98,21 +98,22 @@ class Staging:
     def __init__(self, device: torch.device) -> None:
         self.device = device
         self.stream: Any = torch.cuda.Stream(device) if device.type == "cuda" else None
-        self._buffers: dict[tuple[str, int], Tensor] = {}  # by use and size
+        # by use and size; and as the host writes and reads them
+        self._buffers: dict[tuple[str, int], tuple[Tensor, memoryview]] = {}
         self._uploaded: Any = None  # the last copy from a buffer that is written again
 
     def download(self, packed: Tensor, out: memoryview) -> Pending:
         """Begins to copy uint8 `packed` into `out`; what is returned waits for it."""
         flat = packed.reshape(-1)
-        buffer = self._buffer("out", flat.numel())
-        with self._aside(flat):
+        buffer, content = self._buffer("out", flat.numel())
+        with self._aside():
             buffer.copy_(flat, non_blocking=True)
             copied = self._mark()
 
-        def wait() -> None:
+        def wait(source: Tensor = flat) -> None:  # whose memory is nobody else's until then
             if copied is not None:
                 copied.synchronize()
-            torch.frombuffer(out, dtype=torch.uint8).copy_(buffer)
+            out[:] = content
 
         return wait
 
@@ -121,13 +122,11 @@ class Staging:
         if self._uploaded is not None:
             self._uploaded.synchronize()
         size = sum(len(piece) for piece in pieces[0])
-        buffer = self._buffer("in", len(pieces) * size).view(len(pieces), size)
-        for row, views in zip(buffer, pieces, strict=True):
-            start = 0
+        buffer, content = self._buffer("in", len(pieces) * size)
+        buffer, start = buffer.view(len(pieces), size), 0
+        for views in pieces:
             for view in views:
-                if len(view):
-                    part = torch.frombuffer(view, dtype=torch.uint8)
-                    row[start : start + len(view)].copy_(part)
+                content[start : start + len(view)] = view
                 start += len(view)
         if self.stream is None:
             return buffer.clone()
@@ -139,25 +138,23 @@ class Staging:
         rows.record_stream(here)
         return rows
 
-    def _buffer(self, use: str, size: int) -> Tensor:
+    def _buffer(self, use: str, size: int) -> tuple[Tensor, memoryview]:
         key = (use, size)
         if key not in self._buffers:
             pinned = self.stream is not None
-            self._buffers[key] = torch.empty(
-                size, dtype=torch.uint8, pin_memory=pinned, device="cpu"
-            )
+            buffer = torch.empty(size, dtype=torch.uint8, pin_memory=pinned, device="cpu")
+            self._buffers[key] = buffer, memoryview(buffer.numpy())
         return self._buffers[key]
 
     @contextlib.contextmanager
-    def _aside(self, tensor: Tensor) -> Iterator[None]:
-        """In the copies' stream, behind what `tensor` is made by."""
+    def _aside(self) -> Iterator[None]:
+        """In the copies' stream, behind what was queued so far."""
         if self.stream is None:
             yield
             return
         made = torch.cuda.current_stream(self.device).record_event()
         with torch.cuda.stream(self.stream):
             self.stream.wait_event(made)
-            tensor.record_stream(self.stream)
             yield
 
     def _mark(self) -> Any:
