@@ -143,7 +143,7 @@ class Staging:
         if key not in self._buffers:
             pinned = self.stream is not None
             buffer = torch.empty(size, dtype=torch.uint8, pin_memory=pinned, device="cpu")
-            self._buffers[key] = buffer, memoryview(buffer.numpy())
+            self._buffers[key] = buffer, buffer.numpy().data
         return self._buffers[key]
 
     @contextlib.contextmanager
