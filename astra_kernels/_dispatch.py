@@ -1,9 +1,9 @@
 """Which implementation runs: the one place that knows.
 
 ``auto`` takes the fastest that the device has: on a CPU the torch paths in ``cpu.py``, chosen by
-measurement; on CUDA the Triton kernels, beside cuDNN for dense keys, but for fp64, which they do
-not take; elsewhere the reference. An explicit choice never falls back. Every implementation of an
-op takes the arguments of its reference; the Triton ones take more, see ``Implementation``.
+measurement; on CUDA the Triton kernels, beside cuDNN for dense keys and cuBLAS, but for fp64, which
+they do not take; elsewhere the reference. An explicit choice never falls back. Every implementation
+of an op takes the arguments of its reference; the Triton ones take more, see ``Implementation``.
 """
 
 from __future__ import annotations
@@ -133,8 +133,9 @@ _TRITON: dict[str, str] = {
     )
 }
 
-# Ops whose launchers know of cuDNN; it is asked only where no implementation was named.
-_LIBRARY = frozenset(("attention", "coded_attention", "mixed_attention"))
+# Ops whose launchers know of cuDNN and cuBLAS, which are asked only where no implementation was
+# named.
+_LIBRARY = frozenset(("attention", "coded_attention", "lookup_linear", "mixed_attention"))
 
 # Names of what a call may use, beside those of its arguments.
 VALUE_WIDTH = "values of another width than keys"

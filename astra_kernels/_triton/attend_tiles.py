@@ -75,7 +75,7 @@ class AttendProblem(Problem):
         """Quickest first of `HALF_TILES` on an H200 (bench/results/h200/kernels_tuned.json)."""
         tiles = HALF_TILES[90, size, False]
         if size == 64:
-            return (Tile(64, 64, 4, 3), *tiles)
+            return (Tile(64, 128, 4, 2), Tile(64, 64, 4, 3), *tiles)
         if self.rows * self.pairs < 64 * MANY_PROGRAMS:
             return (Tile(128, 128, 8, 3), *tiles)
         # By 3.9 codewords of 128 channels spill 32 bytes.

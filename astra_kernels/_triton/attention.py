@@ -38,9 +38,11 @@ from astra_kernels._triton.tiles import Tile, choose
 # Up to this many rows (queries times query heads of a KV head) reading keys is what takes time.
 FEW_ROWS = 64
 
-# Programs of few rows that one multiprocessor runs side by side, and the most splits ``combine``
-# takes in at once.
-PROGRAMS_OF_FEW_ROWS = 4
+# Programs of few rows that one multiprocessor runs side by side: of all tiles, where codes are
+# packed, and of tiles so wide that more do not fit.
+PROGRAMS_OF_FEW_ROWS, WITH_PACKED_CODES, OF_WIDE_TILES, WIDE = 4, 3, 2, 128
+
+# The most splits ``combine`` takes in at once.
 MOST_SPLITS = 64
 
 # Channels of heads whose programs are many on a multiprocessor.
@@ -89,7 +91,8 @@ def attend(
     grid_rows = cdiv(rows, tile.rows)
     if splits is None:
         tiles = cdiv(keys.longest, tile.columns)
-        splits = _splits(query.device, grid_rows * pairs, tiles, problem)
+        slots = processors(query.device) * _beside(problem, tile)
+        splits = _splits(slots, grid_rows * pairs, tiles)
     if splits == 1:
         _run(query, scores, keys, out, lse, (grid_rows, 1, pairs), tile)
     else:
@@ -146,10 +149,22 @@ def _units(scores: Scores, keys: Keys) -> int:
     return int(PLAIN if keys.counted is None else BASE_2)
 
 
-def _splits(device: torch.device, programs: int, key_tiles: int, problem: AttendProblem) -> int:
-    """Into how many parts the keys are split, so that there are programs for the whole chip."""
-    slots = processors(device) * (PROGRAMS_OF_FEW_ROWS if problem.few_rows else 1)
-    return max(1, min(slots // programs, key_tiles, MOST_SPLITS))
+def _beside(problem: AttendProblem, tile: Tile) -> int:
+    """Programs that a multiprocessor runs side by side."""
+    if not problem.few_rows:
+        return 1
+    if tile.columns >= WIDE:
+        return OF_WIDE_TILES
+    return WITH_PACKED_CODES if problem.packed else PROGRAMS_OF_FEW_ROWS
+
+
+def _splits(slots: int, programs: int, key_tiles: int) -> int:
+    """Into how many parts the keys are split, so that there are programs for the whole chip.
+
+    Parts are whole tiles; no more than have any.
+    """
+    splits = max(1, min(slots // programs, key_tiles, MOST_SPLITS))
+    return cdiv(key_tiles, cdiv(key_tiles, splits))
 
 
 def _run(

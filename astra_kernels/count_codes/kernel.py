@@ -16,7 +16,8 @@ from astra_kernels._triton.blocks import read_codes, split_of
 from astra_kernels._triton.launch import cdiv, launch, next_power_of_2, processors
 from astra_kernels._triton.packed import as_words
 
-TOKENS = 1024  # read at a time
+# Read at a time. What a histogram costs grows little with them, but few tokens are few programs.
+TOKENS, OF_MANY, MANY = 1024, 2048, 32_768
 WARPS = 4
 PROGRAMS = 4  # for each multiprocessor
 
@@ -75,10 +76,11 @@ def count_codes(
     if tokens == 0 or counts.numel() == 0:
         return counts
     bins = max(next_power_of_2(codewords), FEWEST_BINS)
+    at_once = TOKENS if tokens < MANY else OF_MANY
     wanted = cdiv(PROGRAMS * processors(codes.device), batch * places)
     launch(
         count_shares,
-        (batch * places, min(wanted, cdiv(tokens, TOKENS))),
+        (batch * places, min(wanted, cdiv(tokens, at_once))),
         codes,
         codes.stride(0),
         None if code_mask is None else code_mask.contiguous(),
@@ -92,6 +94,6 @@ def count_codes(
         BITS=code_bits or 0,
         MASK=code_mask is not None,
         BINS=bins if bins <= MOST_BINS else 0,
-        TOKENS=TOKENS,
+        TOKENS=at_once,
     )
     return counts

@@ -36,6 +36,13 @@ def test_exact(codewords, tokens):
     assert torch.equal(counts, want(codes, codewords))
 
 
+@pytest.mark.parametrize("tokens", [kernel.OF_MANY - 1, 2 * kernel.OF_MANY + 1])
+def test_many_are_read_at_once(monkeypatch, tokens):
+    monkeypatch.setattr(kernel, "MANY", 2)
+    codes = torch.randint(0, 1000, (1, tokens, 2), dtype=torch.int32)
+    assert torch.equal(count(codes, 1000), want(codes, 1000))
+
+
 @pytest.mark.parametrize("bits", range(1, 17))
 def test_packed_codes_are_read_where_they_lie(monkeypatch, bits):
     codewords = 1 << bits

@@ -91,7 +91,7 @@ def test_only_auto_asks_it(monkeypatch):
     monkeypatch.setattr(_dispatch, "runs_triton", lambda device: True)
     _dispatch._triton.cache_clear()
     device = torch.device("cuda", 0)
-    for op in ("attention", "coded_attention", "mixed_attention"):
+    for op in ("attention", "coded_attention", "lookup_linear", "mixed_attention"):
         run = _dispatch.choose(op, "auto", device, torch.bfloat16).run
         assert run.keywords == {"library": True}
         assert run.func is _dispatch._triton(op).run

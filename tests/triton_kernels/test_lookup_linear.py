@@ -76,15 +76,17 @@ def assert_as_exact_as_torch(case, norm, slack=1.0, **options):
     ("norm", "known"), [(None, False), ("rms", True), ("layer", False), ("layer", True)]
 )
 @pytest.mark.parametrize(("groups", "width"), [(3, 24), (1, 72), (7, 3)])
-def test_groups(dtype, norm, known, groups, width):
+@pytest.mark.parametrize("library", [False, True])
+def test_groups(dtype, norm, known, groups, width, library):
     *case, estimate = make(groups=groups, width=width, dtype=dtype)
-    assert_as_exact_as_torch([*case, estimate if known else None], norm)
+    assert_as_exact_as_torch([*case, estimate if known else None], norm, library=library)
 
 
 @pytest.mark.parametrize("stages", [2, 3])
 @pytest.mark.parametrize("norm", [None, "layer"])
-def test_additive_stages(dtype, stages, norm):
-    assert_as_exact_as_torch(make(stages=stages, dtype=dtype), norm)
+@pytest.mark.parametrize("library", [False, True])
+def test_additive_stages(dtype, stages, norm, library):
+    assert_as_exact_as_torch(make(stages=stages, dtype=dtype), norm, library=library)
 
 
 @pytest.mark.parametrize("tile", [*kernel._TILES_OF_2_BYTES, kernel._LAST_RESORT], ids=str)
@@ -130,26 +132,32 @@ def test_packed_codes(device, bits, stages):
     options = {"estimate": estimate.view(batch, tokens, -1), "norm": "rms"}
     want = lookup_linear(rows, codebook, weight, bias, **options)
     sizes = {"code_bits": bits, "num_tokens": tokens}
-    got = lookup_linear(packed, codebook, weight, bias, **options, **sizes)
-    # Compiled, the two may be laid out differently for the matrix unit, and add in another order.
-    torch.testing.assert_close(got[0], want[0], rtol=1e-5, atol=1e-5)
-    assert torch.equal(got[1], want[1])
+    for library in (False, True):
+        got = lookup_linear(packed, codebook, weight, bias, **options, **sizes, library=library)
+        # Compiled, the two may be laid out differently for the matrix unit, and add in another
+        # order.
+        torch.testing.assert_close(got[0], want[0], rtol=1e-5, atol=1e-5)
+        assert torch.equal(got[1], want[1])
 
 
 @pytest.mark.parametrize("norm", NORMS)
 @pytest.mark.parametrize("tokens", [0, 1])
-def test_few_tokens(norm, tokens):
+@pytest.mark.parametrize("library", [False, True])
+def test_few_tokens(norm, tokens, library):
     codes, codebook, weight, bias, estimate = make(tokens)
-    y, x = lookup_linear(codes, codebook, weight, bias, estimate=estimate, norm=norm)
+    how = {"norm": norm, "library": library}
+    y, x = lookup_linear(codes, codebook, weight, bias, estimate=estimate, **how)
     assert (y.shape, x.shape) == ((tokens, 37), (tokens, 72))
     if tokens:
-        assert_as_exact_as_torch((codes, codebook, weight, bias, estimate), norm)
+        assert_as_exact_as_torch((codes, codebook, weight, bias, estimate), **how)
 
 
-def test_no_outputs():
+@pytest.mark.parametrize("library", [False, True])
+def test_no_outputs(library):
     codes, codebook, weight, bias, estimate = make(outputs=0)
-    assert lookup_linear(codes, codebook, weight, bias)[0].shape == (19, 0)
-    y, x = lookup_linear(codes, codebook, weight, bias, estimate=estimate, norm="layer")
+    assert lookup_linear(codes, codebook, weight, bias, library=library)[0].shape == (19, 0)
+    how = {"estimate": estimate, "norm": "layer", "library": library}
+    y, x = lookup_linear(codes, codebook, weight, bias, **how)
     assert y.shape == (19, 0)
     torch.testing.assert_close(x, plain(codes, codebook, weight, bias, estimate, None)[1])
 
