@@ -135,7 +135,9 @@ _TRITON: dict[str, str] = {
 
 # Ops whose launchers know of cuDNN and cuBLAS, which are asked only where no implementation was
 # named.
-_LIBRARY = frozenset(("attention", "coded_attention", "lookup_linear", "mixed_attention"))
+_LIBRARY = frozenset(
+    ("attention", "coded_attention", "codeword_attention", "lookup_linear", "mixed_attention")
+)
 
 # Names of what a call may use, beside those of its arguments.
 VALUE_WIDTH = "values of another width than keys"

@@ -40,6 +40,7 @@ class AttendProblem(Problem):
     pairs: int = MOST_PAIRS  # batch rows times KV heads, padded; as many or more
     natural: bool = False  # scores are capped, masked per query, or beside sinks
     mask: int = 0  # itemsize of the wider mask per query
+    coded: bool = False  # keys are looked up in the loop
 
     def tiles(self) -> Sequence[Tile]:
         tiles = self._tiles()
@@ -56,7 +57,7 @@ class AttendProblem(Problem):
             tiles = _few_rows_tiles(self.few_rows, size, loaded)
             wide = family == 90 and plain and self.rotary and size == 128 and self.few_rows == 16
             return (Tile(16, 128, 4, 2), *tiles) if wide else tiles
-        if family == 90 and plain and not self.rotary and size <= 128:
+        if family == 90 and plain and not self.coded and size <= 128:
             return self._measured_on_hopper(size)
         if family == 80 and self.mask and (self.rotary or self.composed or self.mixed):
             return _SMALL if TRITON_3_6 or not self.rotary else _SMALL[1:]
@@ -76,10 +77,10 @@ class AttendProblem(Problem):
         tiles = HALF_TILES[90, size, False]
         if size == 64:
             return (Tile(64, 128, 4, 2), Tile(64, 64, 4, 3), *tiles)
-        if self.rows * self.pairs < 64 * MANY_PROGRAMS:
-            return (Tile(128, 128, 8, 3), *tiles)
-        # By 3.9 codewords of 128 channels spill 32 bytes.
-        return (Tile(64, 64, 4, 3), *tiles) if TRITON_3_6 else tiles
+        if not TRITON_3_6:  # by 3.9 codewords spill 32 bytes of one, causal keys 48 of the other
+            return tiles
+        few = self.rows * self.pairs < 64 * MANY_PROGRAMS
+        return (Tile(128, 128, 8, 3) if few else Tile(64, 64, 4, 3), *tiles)
 
     def shared_bytes(self, tile: Tile) -> int:
         row = self.channels * max(self.itemsize, self.staged)

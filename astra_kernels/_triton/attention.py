@@ -139,6 +139,7 @@ def problem_of(query: Tensor, keys: Keys, units: int = 0) -> AttendProblem:
         pairs=min(MOST_PAIRS, next_power_of_2(batch * kv_heads)),
         natural=bool(units == NATURAL),
         mask=max((mask.element_size() for mask in keys.masks), default=0),
+        coded=coded is not None,
     )
 
 

@@ -15,6 +15,7 @@ from astra_kernels._triton.launch import capability
 from astra_kernels._triton.sources import Coded, Counted, Dense, State
 from astra_kernels._triton.strategies import COUNTED, EXPANDED, choose
 from astra_kernels.attention.kernel import attend_dense
+from astra_kernels.codeword_attention.kernel import attend_counted
 from astra_kernels.count_codes.kernel import count_codes
 
 
@@ -46,7 +47,7 @@ def coded_attention(
     scores = Scores(scale, softcap, sinks)
     strategy = strategy or choose_strategy(query, coded, value_codes is None)
     if strategy == COUNTED:
-        return attend(query, scores, counted=count(coded))
+        return attend_counted(query, scores, count(coded), library=library)
     if strategy == EXPANDED:
         return attend_dense(query, scores, look_up(query, coded), library=library)
     return attend(query, scores, coded=coded)

@@ -1,11 +1,12 @@
-"""Attention over codewords and counts in Triton."""
+"""Attention over codewords and counts in Triton, or by cuDNN."""
 
 from __future__ import annotations
 
 from torch import Tensor
 
-from astra_kernels._triton.attention import attend
+from astra_kernels._triton.attention import Scores, attend
 from astra_kernels._triton.sources import Counted, State
+from astra_kernels.attention import cudnn
 
 
 def codeword_attention(
@@ -15,5 +16,16 @@ def codeword_attention(
     value_codebook: Tensor,
     *,
     scale: float | None = None,
+    library: bool = False,
 ) -> State:
-    return attend(query, scale, counted=Counted(counts, key_codebook, value_codebook))
+    """``library``: cuDNN, too, where it is quicker."""
+    counted = Counted(counts, key_codebook, value_codebook)
+    return attend_counted(query, Scores(scale), counted, library=library)
+
+
+def attend_counted(query: Tensor, scores: Scores, counted: Counted, *, library: bool) -> State:
+    if library and scores.softcap is None and scores.sinks is None:
+        state = cudnn.codeword_attention(query, counted, scores.scale)
+        if state is not None:
+            return state
+    return attend(query, scores, counted=counted)

@@ -15,9 +15,10 @@ import torch
 
 from astra_kernels._checks import CodedShape
 from astra_kernels._triton.attention import Scores, attend
+from astra_kernels._triton.augment import augment
 from astra_kernels._triton.expand import expand
 from astra_kernels._triton.gradient import attention_gradient
-from astra_kernels._triton.sources import Coded, Dense
+from astra_kernels._triton.sources import Coded, Counted, Dense
 from astra_kernels.codeword_attention.kernel import codeword_attention
 from astra_kernels.count_codes.kernel import count_codes
 from astra_kernels.decode.kernel import decode
@@ -210,6 +211,11 @@ def helpers(dtype: torch.dtype, bits: int, d: int = 128) -> Iterator[Call]:
             codes, table, 1, TOKENS, shared=False, code_bits=None, dtype=dtype,
             rope=(angles, angles),
         ),
+        "augment": lambda: augment(
+            torch.empty(1, HEADS, 64, d, dtype=dtype),
+            Counted(torch.empty(1, KV_HEADS, CODEWORDS, dtype=torch.int32), table[0], table[0]),
+            0.1,
+        ),
         "merge": lambda: merge_state(*state, *state),
         "merge states": lambda: merge_states(*four),
     }  # fmt: skip
@@ -224,7 +230,7 @@ def short(dtype: torch.dtype) -> str:
 
 def few() -> list[Call]:
     """One of each kind, beside the decisive ones."""
-    pick = ("count packed", "expand", "merge", "unpack")
+    pick = ("augment", "count packed", "expand", "merge", "unpack")
     return [
         attention(64, HALF),
         attention(64, BF16, rope=True, groups=4, stages=2),

@@ -13,7 +13,7 @@ import torch
 import astra_kernels as ak
 from astra_kernels import _dispatch
 from astra_kernels._triton.attention import Scores
-from astra_kernels._triton.sources import Dense
+from astra_kernels._triton.sources import Counted, Dense
 from astra_kernels.attention import cudnn, kernel
 
 
@@ -91,11 +91,61 @@ def test_only_auto_asks_it(monkeypatch):
     monkeypatch.setattr(_dispatch, "runs_triton", lambda device: True)
     _dispatch._triton.cache_clear()
     device = torch.device("cuda", 0)
-    for op in ("attention", "coded_attention", "lookup_linear", "mixed_attention"):
+    for op in sorted(_dispatch._LIBRARY):
         run = _dispatch.choose(op, "auto", device, torch.bfloat16).run
         assert run.keywords == {"library": True}
         assert run.func is _dispatch._triton(op).run
     assert not hasattr(_dispatch.choose("encode", "auto", device, torch.float32).run, "keywords")
+
+
+def counted_case(batch=2, heads=4, kv_heads=2, m=5, codewords=37, d=24, shared=False):
+    query = torch.randn(batch, heads, m, d).bfloat16()
+    counts = torch.randint(0, 9, (batch, 1 if shared else kv_heads, codewords), dtype=torch.int32)
+    counts[0, 0] = 0  # no tokens at all
+    tables = torch.randn(2, kv_heads, 1, codewords, d).bfloat16()
+    unused = (counts == 0).all(0).all(0)
+    tables[:, :, :, unused] = torch.nan
+    return query, Counted(counts, *tables)
+
+
+@pytest.mark.parametrize("shared", [False, True])
+@pytest.mark.parametrize("scale", [None, 0.01, 3.0])
+def test_counts_become_channels(monkeypatch, shared, scale):
+    """cuDNN's part is done by a plain attention, in float64."""
+
+    def attend(query, key, value, causal, scale):
+        assert not causal
+        out, lse = ak.attention(
+            *(x.double() for x in (query, key, value)), scale=scale, impl="reference"
+        )
+        return out.bfloat16(), lse.float()
+
+    monkeypatch.setattr(cudnn, "_quicker_over_codewords", lambda *_: True)
+    monkeypatch.setattr(cudnn, "_taken", lambda *_: True)
+    monkeypatch.setattr(cudnn, "_run", attend)
+    query, counted = counted_case(shared=shared)
+    stored = query.transpose(1, 2).contiguous().transpose(1, 2)
+    out, lse = cudnn.codeword_attention(stored, counted, scale)
+    tables = (table.double() for table in counted[1:])
+    want, want_lse = ak.codeword_attention(
+        query.double(), counted.counts, *tables, scale=scale, impl="reference"
+    )
+    assert (lse[0, : 4 if shared else 2] == -torch.inf).all()
+    torch.testing.assert_close(out.double(), want, atol=1e-2, rtol=1e-2)
+    torch.testing.assert_close(lse.double(), want_lse, atol=1e-5, rtol=1e-5)
+
+
+def test_codewords_of_what_it_is_quicker_for(hopper):
+    def asked(dtype=torch.bfloat16, d=128, m=1024, codewords=1024):
+        query, table = tensor(1, 32, m, d, dtype=dtype), tensor(8, 1, codewords, d, dtype=dtype)
+        counts = tensor(1, 8, codewords, dtype=torch.int32)
+        return cudnn._quicker_over_codewords(query, Counted(counts, table, table))
+
+    assert asked()
+    assert not asked(d=64)
+    assert not asked(m=1)
+    assert not asked(dtype=torch.float16)
+    assert not asked(codewords=8)
 
 
 @pytest.mark.gpu
@@ -111,6 +161,22 @@ def test_it_agrees_with_the_reference(device, causal, heads, kv_heads, d):
     assert cudnn._quicker(query, Dense(key, value, causal))
     out, lse = ak.attention(query, key, value, is_causal=causal)
     want, want_lse = ak.attention(query, key, value, is_causal=causal, impl="reference")
+    assert out.transpose(1, 2).is_contiguous()
+    torch.testing.assert_close(out, want, atol=2e-2, rtol=2e-2)
+    torch.testing.assert_close(lse, want_lse, atol=1e-3, rtol=1e-4)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("empty", [False, True])
+def test_codewords_agree_with_the_reference(device, empty):
+    if device == "cpu":
+        pytest.skip("needs a GPU")
+    query, counted = counted_case(2, 32, 8, 1024, 1000, 128)
+    if not empty:
+        counted.counts[0, 0, 0] = 3
+    tables = [table.nan_to_num() for table in counted[1:]]
+    out, lse = ak.codeword_attention(query, *counted)
+    want, want_lse = ak.codeword_attention(query, counted.counts, *tables, impl="reference")
     assert out.transpose(1, 2).is_contiguous()
     torch.testing.assert_close(out, want, atol=2e-2, rtol=2e-2)
     torch.testing.assert_close(lse, want_lse, atol=1e-3, rtol=1e-4)
