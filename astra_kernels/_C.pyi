@@ -114,6 +114,7 @@ def rms_norm(
 ) -> None: ...
 def gated_silu(gate: int, up: int, count: int, out: int, threads: int) -> None: ...
 def product_isa() -> str: ...
+def product_suits_many_rows() -> bool: ...
 def product(
     x: int,
     weights: int,
@@ -123,6 +124,7 @@ def product(
     outputs: int,
     out: int,
     threads: int,
+    add: bool = False,
 ) -> None:
     """Addresses of contiguous fp32 [rows, inputs], [outputs, inputs], [outputs] or 0 for no bias,
     and [rows, outputs]."""

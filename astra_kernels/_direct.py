@@ -8,6 +8,7 @@ call goes to the public op, with its answers and its errors.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
 
 import torch
@@ -30,6 +31,11 @@ _HAS_MERGE, _HAS_FINITE = hasattr(_C, "merge_into"), hasattr(_C, "all_finite")
 _HAS_LOOK_UP = hasattr(_C, "look_up")
 # Measured with AVX-512 alone, beside the product of MKL.
 HAS_PRODUCT = hasattr(_C, "product") and _C.product_isa() == "avx512"
+_HAS_ADD = HAS_PRODUCT and hasattr(_C, "product_suits_many_rows")
+LEAST_ROWS = 4  # with fewer, reading the weights takes all the time
+# With more, MKL's product is as fast where it has AVX-512 as well, which it uses on Intel's
+# processors alone.
+MOST_ROWS = sys.maxsize if _HAS_ADD and _C.product_suits_many_rows() else 192
 
 
 def attention(
@@ -107,6 +113,31 @@ def linear(vectors: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     _C.product(
         *(x.data_ptr(), weight.data_ptr(), 0 if bias is None else bias.data_ptr()),
         *(x.numel() // max(1, inputs), inputs, outputs, out.data_ptr(), torch.get_num_threads()),
+    )
+    return out
+
+
+def columns_first(matrix: Tensor) -> Tensor:
+    """The same [K, N] with columns that lie in one piece, as `affine` reads them."""
+    return matrix.T.contiguous().T
+
+
+def affine(start: Tensor, x: Tensor, matrix: Tensor, *, in_place: bool = False) -> Tensor:
+    """start + x·matrix, [M, N], of x [M, K] and [K, N]. `start` is [N]; or [M, N] and, `in_place`,
+    may be written to."""
+    rows, columns = len(x), matrix.T
+    shape = (rows, len(columns)) if in_place else columns.shape[:1]
+    plain = _HAS_ADD and LEAST_ROWS <= rows <= MOST_ROWS and x.shape[1:] == columns.shape[1:]
+    plain = plain and all(t.is_contiguous() for t in (start, x, columns)) and start.shape == shape
+    if not plain or _is_traced() or not can_run(start, x, columns):
+        into = start if in_place and not torch.is_grad_enabled() else None
+        return torch.addmm(start, x, matrix, out=into)
+    out = start if in_place else x.new_empty(rows, len(columns))
+    bias = 0 if in_place else start.data_ptr()
+    _C.product(
+        *(x.data_ptr(), columns.data_ptr(), bias, rows, x.shape[1], len(columns), out.data_ptr()),
+        torch.get_num_threads(),
+        add=in_place,
     )
     return out
 

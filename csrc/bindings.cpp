@@ -357,11 +357,12 @@ void gated_silu(std::uintptr_t gate, std::uintptr_t up, std::size_t count, std::
 }
 
 void product(std::uintptr_t x, std::uintptr_t weights, std::uintptr_t bias, std::size_t rows,
-             std::size_t inputs, std::size_t outputs, std::uintptr_t out, unsigned threads) {
+             std::size_t inputs, std::size_t outputs, std::uintptr_t out, unsigned threads,
+             bool add) {
   run(rows * inputs, [&] {
     astra::product(reinterpret_cast<const float*>(x), reinterpret_cast<const float*>(weights),
                    reinterpret_cast<const float*>(bias), {rows, inputs, outputs},
-                   reinterpret_cast<float*>(out), threads);
+                   reinterpret_cast<float*>(out), threads, add);
   });
 }
 
@@ -578,9 +579,10 @@ PYBIND11_MODULE(_C, module) {
   module.def("gated_silu", &gated_silu, py::arg("gate"), py::arg("up"), py::arg("count"),
              py::arg("out"), py::arg("threads"));
   module.def("product_isa", [] { return std::string(astra::product_isa()); });
+  module.def("product_suits_many_rows", &astra::product_suits_many_rows);
   module.def("product", &product, py::arg("x"), py::arg("weights"), py::arg("bias"),
              py::arg("rows"), py::arg("inputs"), py::arg("outputs"), py::arg("out"),
-             py::arg("threads"));
+             py::arg("threads"), py::arg("add") = false);
   module.def("rotate", &rotate, py::arg("shape"), py::arg("x"), py::arg("cos"), py::arg("sin"),
              py::arg("out"), py::arg("threads"));
   module.def("merge_state", &merge_state, py::arg("out_a"), py::arg("lse_a"), py::arg("out_b"),

@@ -37,6 +37,7 @@ struct Pass {
   float* out;
   ProductShape shape;
   unsigned threads;
+  bool add;
   std::size_t first_row, rows, whole, first_input, inputs;
   float* panels;
 
@@ -63,7 +64,7 @@ struct Pass {
     group.inputs = inputs;
     group.columns = std::min(kernels.group, shape.outputs - first);
     group.bias = bias == nullptr || first_input != 0 ? nullptr : bias + first;
-    group.add = first_input != 0;
+    group.add = add || first_input != 0;
     group.out_stride = shape.outputs;
     group.lines = tiles == 0 ? 0 : in_parts(kernels.group, tiles);
     const std::size_t next = first + kernels.group;
@@ -102,11 +103,20 @@ struct Pass {
 
 const char* product_isa() { return kernels().name; }
 
+bool product_suits_many_rows() {
+#ifdef ASTRA_HAVE_AVX512
+  return __builtin_cpu_supports("avx512f") && !__builtin_cpu_is("intel");
+#else
+  return false;
+#endif
+}
+
 void product(const float* x, const float* weights, const float* bias, ProductShape shape,
-             float* out, unsigned threads) {
+             float* out, unsigned threads, bool add) {
   if (shape.inputs == 0) {
     for (std::size_t i = 0; i < shape.rows * shape.outputs; ++i) {
-      out[i] = bias == nullptr ? 0.0F : bias[i % shape.outputs];
+      const float start = add ? out[i] : 0.0F;
+      out[i] = bias == nullptr ? start : start + bias[i % shape.outputs];
     }
     return;
   }
@@ -127,12 +137,19 @@ void product(const float* x, const float* weights, const float* bias, ProductSha
     const bool last = block + 1 == blocks;
     const std::size_t rows = last ? shape.rows - first : block_rows;
     for (std::size_t k = 0; k < shape.inputs; k += inputs) {
-      Pass{chosen,  x,
-           weights, bias,
-           out,     shape,
-           threads, first,
-           rows,    last ? rows - single : rows,
-           k,       std::min(inputs, shape.inputs - k),
+      Pass{chosen,
+           x,
+           weights,
+           bias,
+           out,
+           shape,
+           threads,
+           add,
+           first,
+           rows,
+           last ? rows - single : rows,
+           k,
+           std::min(inputs, shape.inputs - k),
            memory}
           .run();
     }

@@ -27,6 +27,9 @@ void products(std::mt19937& random, astra::ProductShape shape, bool with_bias, u
   const float* added = with_bias ? bias.data() : nullptr;
   astra::product(x.data(), weights.data(), added, shape, out.data(), threads);
   expect(out.back() == -7.0F, "nothing is written behind the rows");
+  auto added_to = normal(random, rows * outputs);
+  const auto start = added_to;
+  astra::product(x.data(), weights.data(), added, shape, added_to.data(), threads, true);
   for (std::size_t m = 0; m < rows; ++m) {
     for (std::size_t n = 0; n < outputs; ++n) {
       double sum = with_bias ? bias[n] : 0.0;
@@ -34,7 +37,9 @@ void products(std::mt19937& random, astra::ProductShape shape, bool with_bias, u
         sum += double{x[m * inputs + k]} * double{weights[n * inputs + k]};
       }
       const double bound = 1e-5 * (1.0 + std::sqrt(static_cast<double>(inputs)));
-      expect(std::abs(out[m * outputs + n] - sum) <= bound, "a product");
+      const std::size_t at = m * outputs + n;
+      expect(std::abs(out[at] - sum) <= bound, "a product");
+      expect(std::abs(added_to[at] - (start[at] + sum)) <= bound, "a product that is added");
     }
   }
 }

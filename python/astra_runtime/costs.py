@@ -1,4 +1,5 @@
-"""What a plan costs in FLOPs, beside the ideal: the single device's work in N equal parts.
+"""What a plan costs in FLOPs, beside the ideal: the single device's work in N equal parts; and the
+plan of equal times.
 
 Counted as in `Adapter.block_flops`: products of matrices, a multiplication and an addition each;
 norms, activations, sums and lookups are left out, and so are embeddings and the head. Attention
@@ -8,6 +9,7 @@ counts the pairs of a query and a key that it sees, so a causal square is half o
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Final
 
 from .codes.base import CodeCosts
 from .codes.codebook import Codebook
@@ -18,6 +20,11 @@ HALO = 32  # tokens
 # A decoder's input of so many tokens is computed from its start on every rank: exact, at no bits.
 # Reading the weights takes as long for few tokens as for one, and each block is spared an exchange.
 EXACT_TOKENS = 64
+# How long a FLOP takes beside one of attention: of a linear layer, by what its weights are kept in
+# (of any other form as long), and of coding. SmolLM2's on one core with AVX-512 VNNI; without VNNI
+# integers take twice that. Stated, not measured by each rank, as all ranks have to cut alike.
+LINEAR_PACE: Final = {"int8": 0.33, "int4": 0.45}
+CODING_PACE: Final = 1.3
 
 
 def engine_plan(
@@ -30,17 +37,19 @@ def engine_plan(
     padding: int = 0,
     halo: int | None = None,
     beside: Sequence[float] = (),
+    form: str | None = None,
 ) -> Plan:
     """The cut of a sequence of `tokens` tokens, the class token not counted.
 
     Args:
-        shard_weights: shares of the tokens; None: those with which all ranks have equal FLOPs.
+        shard_weights: shares of the tokens; None: `balanced_shares`.
         padding: in front of the text. Where the codebook has every rank compute the first tokens
             itself, padding is taken along.
         halo: see `Plan`; None: all before the shard in inputs of up to `EXACT_TOKENS` tokens, else
             `default_halo`.
         beside: by rank, what it computes meanwhile, in tokens of such a sequence: it takes fewer of
             this one. Empty: nothing. Without effect beside `shard_weights`.
+        form: of the model, see `balanced_shares`.
     """
     copies = adapter.class_tokens
     if adapter.causal and world_size > 1 and codebook.prefix:
@@ -51,18 +60,8 @@ def engine_plan(
     elif halo is None:
         halo = default_halo(adapter, codebook, tokens, world_size)
     if shard_weights is None:
-        linear, attention = adapter.block_flops()
-        costs = costs_of(adapter, codebook)
-        shard_weights = balanced_weights(
-            tokens,
-            world_size,
-            causal=adapter.causal,
-            linear=linear,
-            attention=attention,
-            code=costs.code,
-            receive=costs.receive,
-            halo=halo,
-            beside=[count * (linear + attention * tokens / 2) for count in beside],
+        shard_weights = balanced_shares(
+            adapter, codebook, tokens, world_size, halo=halo, beside=beside, form=form
         )
     return Plan.make(
         tokens,
@@ -71,6 +70,41 @@ def engine_plan(
         copies=copies,
         halo=halo,
         shard_weights=shard_weights,
+    )
+
+
+def balanced_shares(
+    adapter: Adapter,
+    codebook: Codebook,
+    tokens: int,
+    world_size: int,
+    *,
+    halo: int,
+    past: int = 0,
+    beside: Sequence[float] = (),
+    form: str | None = None,
+) -> tuple[float, ...]:
+    """Shares of `tokens` tokens, replicated ones not counted, with which ranks finish together.
+
+    Args:
+        past: tokens before them that every rank has.
+        beside: by rank, what it computes meanwhile, in tokens of such a sequence; empty: nothing.
+        form: what all ranks keep the weights in ("float32", "int8" …), None: as this model does.
+            Where their forms differ, one that all of them name.
+    """
+    linear, attention = adapter.block_flops()
+    costs = costs_of(adapter, codebook)
+    linear *= LINEAR_PACE.get(adapter.form() if form is None else form, 1.0)
+    return balanced_weights(
+        tokens,
+        world_size,
+        causal=adapter.causal,
+        linear=linear + attention * past,
+        attention=attention,
+        code=CODING_PACE * costs.code,
+        receive=CODING_PACE * costs.receive,
+        halo=halo,
+        beside=[count * (linear + attention * tokens / 2) for count in beside],
     )
 
 

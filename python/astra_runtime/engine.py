@@ -82,7 +82,8 @@ class Engine(SessionHost):
             as long as all of them ask for it: answers are then a mixture of these forms'.
         pack_weights: keeps a second copy of the linear layers' fp32 weights, in the order in which
             MKL's products read them: a tenth to a fifth faster where a rank has 64 to 512 tokens,
-            for twice the memory; with fewer, AVX-512 makes products as fast without the copy.
+            for twice the memory; with fewer, AVX-512 makes products as fast without the copy, and
+            on processors that are not Intel's faster with any number.
             Engines of one model share it. MKL does not promise that a copy serves any number of
             rows; tests show that it does, on the processors where they have run.
 
@@ -133,6 +134,8 @@ class Engine(SessionHost):
         if checkpoint is not None:
             self.adapter.name_checkpoint(checkpoint)
         self.mixed_forms = mixed_forms
+        # by which tokens are shared out: ranks of other forms have to come to the same shares
+        self.form = "float32" if mixed_forms else None
         check_kind("codebook", codebook, Codebook)
         check_kind("mesh", mesh, Mesh)
         self.codebook = Codebook.dense() if codebook is None else codebook
@@ -188,6 +191,7 @@ class Engine(SessionHost):
                 world_size=self.mesh.world_size,
                 shard_weights=self.shard_weights,
                 halo=self.halo,
+                form=self.form,
             )
         )
         self._sizes = functools.lru_cache(_SHAPES)(

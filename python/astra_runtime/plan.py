@@ -193,13 +193,15 @@ def balanced_weights(
 ) -> tuple[float, ...]:
     """Shares of the tokens with which all ranks of equal speed finish a block together.
 
+    Costs are in FLOPs, or in whatever takes as long as another of it.
+
     Args:
-        linear: FLOPs of one token's projections and MLP.
-        attention: FLOPs of one query over one key.
-        code: FLOPs of coding one token; the last rank of a decoder codes nothing.
-        receive: FLOPs of one remote token received, before attention reads it.
+        linear: of one token's projections and MLP.
+        attention: of one query over one key.
+        code: of coding one token; the last rank of a decoder codes nothing.
+        receive: of one remote token received, before attention reads it.
         halo: tokens before its shard that a rank computes, too (`Plan.halo`).
-        beside: by rank, FLOPs of other work that it does meanwhile; empty: there is none. Of a
+        beside: by rank, that of other work that it does meanwhile; empty: there is none. Of a
             decoder alone.
 
     A decoder's later ranks see more keys and so take fewer tokens; an encoder's take equal shares.

@@ -45,6 +45,30 @@ def test_attention_and_what_does_not_fit() -> None:
             direct.attention(query, wrong, value, scale=0.3)
 
 
+@pytest.mark.parametrize("rows", [0, 1, 7, 250])
+def test_an_affine_product(rows: int) -> None:
+    x, matrix, bias = torch.randn(rows, 24), torch.randn(24, 37), torch.randn(37)
+    want = (bias.double() + x.double() @ matrix.double()).float()
+    for laid_out in (matrix, direct.columns_first(matrix)):
+        assert torch.equal(laid_out, matrix)
+        torch.testing.assert_close(direct.affine(bias, x, laid_out), want, rtol=1e-5, atol=1e-4)
+        start = torch.randn(rows, 37)
+        sums = (start.double() + x.double() @ matrix.double()).float()
+        found = direct.affine(start, x, laid_out, in_place=True)
+        torch.testing.assert_close(found, sums, rtol=1e-5, atol=1e-4)
+    with pytest.raises(RuntimeError, match="shape"):
+        direct.affine(bias, x[:, 1:], direct.columns_first(matrix))
+
+
+def test_an_affine_product_keeps_gradients() -> None:
+    matrix = direct.columns_first(torch.randn(6, 5))
+    with torch.enable_grad():
+        x = torch.randn(8, 6, requires_grad=True)
+        start = direct.affine(torch.zeros(5), x, matrix)
+        direct.affine(start, x, matrix, in_place=True).sum().backward()
+    torch.testing.assert_close(x.grad, 2 * matrix.sum(1).expand(8, 6))
+
+
 def test_codewords_and_codes() -> None:
     table = torch.randn(3, 16, 5)
     codes = torch.randint(0, 16, (2, 7, 3), dtype=torch.int32)

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from astra_runtime import Codebook, Engine
+from astra_runtime.costs import engine_plan
 from astra_runtime.errors import HandshakeRefused
 from astra_runtime.evaluate import run_ranks
 from astra_runtime.models import adapt
@@ -184,6 +185,22 @@ def test_ranks_of_different_forms_are_refused_unless_asked_for(llama: Any, codes
     assert 0 < float((first - second).norm() / second.norm()) < 0.1  # each has a head of its own
     with pytest.raises(HandshakeRefused, match="form"):
         run_ranks(2, lambda mesh: work(mesh, mesh.rank == 1))
+
+
+def test_shares_take_about_as_long_in_every_form(llama: Any) -> None:
+    """A token's linear layers take less time in int8, what it attends to as much: the later ranks
+    of a decoder compute fewer tokens. Ranks of different forms cut alike."""
+    book = Codebook.dense()
+    models = {"float32": llama} | {form: in_form(llama, form) for form in ("int8", "int4")}
+    first = {name: engine_plan(adapt(m), book, 900, 2).size(0) for name, m in models.items()}
+    assert first["int8"] > first["int4"] > first["float32"] > 450
+    forms = [llama, models["int8"]]
+
+    def work(mesh: Any) -> int:
+        with Engine(forms[mesh.rank], book, mesh, mixed_forms=True) as engine:
+            return engine.plan(900).size(0)
+
+    assert run_ranks(2, work) == [first["float32"]] * 2
 
 
 def test_only_floating_point_is_quantized_and_only_to_known_forms(llama: Any) -> None:

@@ -1,4 +1,4 @@
-// Products of few fp32 rows with weights that stay in the order in which they are stored.
+// Products of fp32 rows with weights that stay in the order in which they are stored.
 //
 // A library's product copies weights into an order of its own first, which takes as long as the
 // product itself where there are few rows. Here the rows are put in order instead: vectors hold 16
@@ -19,10 +19,15 @@ struct ProductShape {
 // The instruction set that `product` runs in: "avx512" or "portable".
 const char* product_isa();
 
+// Whether `product` is as fast as MKL's own with many rows, too: MKL, which is Intel's, leaves
+// AVX-512 to Intel's processors and runs AVX2 on others.
+bool product_suits_many_rows();
+
 // out[m][n] = bias[n] + sum over k of x[m][k] * weights[n][k], all of them contiguous; `bias` may
-// be null. Rows do not see each other: neither numbers that are not finite nor rounding of one
-// depend on another's values. On at most `threads` threads. `out` may not overlap the others.
+// be null. With `add`, that is added to what `out` holds. Rows do not see each other: neither
+// numbers that are not finite nor rounding of one depend on another's values. On at most `threads`
+// threads. `out` may not overlap the others.
 void product(const float* x, const float* weights, const float* bias, ProductShape shape,
-             float* out, unsigned threads);
+             float* out, unsigned threads, bool add = false);
 
 }  // namespace astra

@@ -22,22 +22,26 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from astra_kernels import _direct as direct
+
 from .predictive import Transform
 
 
 @dataclass(frozen=True, eq=False)
 class LatentCode:
-    """One block's code with the products that its recursion needs; fp32.
+    """One block's code with the products that its recursion needs; fp32, columns in one piece.
 
     Attributes:
         transform: the block's own parts.
+        analysis: [E, C·w], A.
         entry, embedding: [E, r] and [D, r], D_y and D_e; either may have no rows.
         constant, carry, coded: [r], [r', r] and [C'·w', r]: what the block before with its s of r'
             numbers and its codewords contributes to s. None where nothing precedes.
-        latent_coordinates, offset_coordinates: [r, C·w] and [C·w], U·A and b·A.
+        latent_coordinates, offset_coordinates: [r, C·w] and [C·w], −U·A and −b·A.
     """
 
     transform: Transform
+    analysis: Tensor
     entry: Tensor
     embedding: Tensor
     constant: Tensor | None
@@ -54,16 +58,21 @@ class LatentCode:
         def product(left: Tensor, right: Tensor) -> Tensor:
             return (left.double() @ right.double()).float()
 
+        def onward(left: Tensor) -> Tensor:
+            """What the predictor reads of a part of ŷ of the block before."""
+            return direct.columns_first(product(left, entry))
+
         has_entry = before is not None and len(entry) > 0
         return cls(
             transform,
+            direct.columns_first(transform.analysis),
             entry,
-            embedding,
+            direct.columns_first(embedding),
             product(before.offset, entry) if before is not None and has_entry else None,
-            product(before.up, entry) if before is not None and has_entry else None,
-            product(before.synthesis, entry) if before is not None and has_entry else None,
-            product(transform.up, transform.analysis),
-            product(transform.offset, transform.analysis),
+            onward(before.up) if before is not None and has_entry else None,
+            onward(before.synthesis) if before is not None and has_entry else None,
+            direct.columns_first(product(-transform.up, transform.analysis)),
+            product(-transform.offset, transform.analysis),
         )
 
 
@@ -125,7 +134,8 @@ class DecoderState:
     def _embedded(self, block: int, latent: Tensor) -> Tensor:
         if self.embedding is None:
             return latent
-        return torch.addmm(latent, self.embedding, self.codes[block].embedding)
+        embedding = self.codes[block].embedding
+        return direct.affine(latent, self.embedding, embedding, in_place=True)
 
     def advance(self, block: int) -> None:
         """Goes on to `block`; blocks in between that sent nothing are as they were predicted."""
@@ -136,9 +146,9 @@ class DecoderState:
         """z, [B, N, C, w], of the keys and values y [B, N, E] of `block`."""
         self.advance(block)
         code = self.codes[block]
-        shift = torch.addmm(code.offset_coordinates, self.latent, code.latent_coordinates)
-        z = y @ code.transform.analysis - shift.view(*y.shape[:-1], -1)
-        return z.unflatten(-1, (code.transform.codes, -1))
+        z = direct.affine(code.offset_coordinates, y.flatten(0, 1), code.analysis)
+        z = direct.affine(z, self.latent, code.latent_coordinates, in_place=True)
+        return z.view(*y.shape[:-1], code.transform.codes, -1)
 
     def estimate(self, block: int, codewords: Tensor | None, tokens: slice = slice(None)) -> Tensor:
         """ŷ of `block`, [B, N, E], from codewords [B, N, C, w]; None: none came.
@@ -171,9 +181,10 @@ class DecoderState:
             self.latent = self.latent.new_zeros(len(self.latent), self._rank(self.block))
             self.latent = self._embedded(self.block, self.latent)
             return
-        latent = torch.addmm(code.constant, self.latent, code.carry)
+        latent = direct.affine(code.constant, self.latent, code.carry)
         if codewords is not None and len(code.coded):
-            torch.addmm(latent, codewords.flatten(2).flatten(0, 1), code.coded, out=latent)
+            words = codewords.flatten(2).flatten(0, 1)
+            latent = direct.affine(latent, words, code.coded, in_place=True)
         self.latent = self._embedded(self.block, latent)
 
     def fork(self) -> DecoderState:

@@ -1,8 +1,9 @@
-"""Linear layers of fp32 for few rows, by a product that reads weights as they are stored.
+"""Linear layers of fp32 by a product that reads weights as they are stored.
 
 Torch's product copies a layer's weights into another order first, every time, which takes as long
 as the product where there are few rows: a rank of many, or a step of a few sequences. The one in
-C++ orders the rows instead (`csrc/src/product.cpp`), for no memory.
+C++ orders the rows instead (`csrc/src/product.cpp`), for no memory. Of many rows it serves where
+torch's runs without AVX-512.
 """
 
 from __future__ import annotations
@@ -19,8 +20,6 @@ from astra_kernels import _direct as direct
 from .during_calls import CallForward
 from .packed import packable
 
-LEAST_ROWS: Final = 4  # with fewer, reading the weights takes all the time
-MOST_ROWS: Final = 192  # with more, torch's product is as fast
 _LINEAR: Final = nn.Linear.forward
 
 
@@ -33,7 +32,7 @@ class FewRowsForward(CallForward):
             return self.own(*given, **named)
         vectors: Tensor = given[0]
         rows = vectors.numel() // max(1, vectors.shape[-1]) if vectors.dim() else 0
-        if LEAST_ROWS <= rows <= MOST_ROWS and not torch.is_autocast_enabled("cpu"):
+        if direct.LEAST_ROWS <= rows <= direct.MOST_ROWS and not torch.is_autocast_enabled("cpu"):
             return direct.linear(vectors, layer.weight, layer.bias)
         return F.linear(vectors, layer.weight, layer.bias)
 

@@ -26,6 +26,7 @@ class EngineParts(ABC):
     mesh: Mesh
     shard_weights: tuple[float, ...] | None
     halo: int | None
+    form: str | None
     deadline_ms: float | None
     on_missing: str
     seconds: float

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from .. import costs
-from ..plan import Plan, balanced_weights
+from ..plan import Plan
 from .base import EngineParts
 
 
@@ -57,6 +57,7 @@ def cut(
             shard_weights=_weights(engine, owner),
             halo=engine.halo,
             beside=_from(owner + 1, beside),
+            form=engine.form,
         )
         return Cut(_members(owner, world_size, world_size), plan)
     candidates = range(1, max(1, min(world_size, tokens - copies)) + 1)
@@ -96,17 +97,8 @@ def _plan(
     if halo is None:
         halo = costs.default_halo(adapter, codebook, tokens, ranks)
     if weights is None or len(weights) != ranks:
-        linear, attention = adapter.block_flops()
-        added = costs.costs_of(adapter, codebook)
-        weights = balanced_weights(
-            tokens,
-            ranks,
-            causal=True,
-            linear=linear + attention * past,
-            attention=attention,
-            code=added.code,
-            receive=added.receive,
-            halo=halo,
+        weights = costs.balanced_shares(
+            adapter, codebook, tokens, ranks, halo=halo, past=past, form=engine.form
         )
     return Plan.make(tokens, ranks, causal=True, copies=copies, halo=halo, shard_weights=weights)
 
