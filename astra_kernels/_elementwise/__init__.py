@@ -1,8 +1,8 @@
 """What a Transformer block computes between its products, each in one pass over memory.
 
 As torch has them, these are four to eight passes each, an eighth of a small Llama's time on one
-core. Where the C++ does not serve (another dtype or device, gradients), they are the formulas in
-`reference.py`.
+core; on a GPU five to ten launches. C++ serves fp32 on a CPU, Triton what lies on a GPU; for other
+dtypes and gradients there are the formulas in `reference.py`.
 """
 
 from __future__ import annotations
@@ -10,23 +10,34 @@ from __future__ import annotations
 import functools
 import importlib
 from collections.abc import Callable
+from typing import Any, Final
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from astra_kernels import _replay as replay
 from astra_kernels._dispatch import runs_triton
 from astra_kernels._elementwise import native, reference
+
+# Of a row that a program of Triton's holds.
+MOST_CHANNELS: Final = 16_384
+
+_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+_PLAIN = (Tensor, nn.Parameter)  # others, such as quantized ones, are more than memory
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """weight · x / √(mean x² + eps), with the mean over the last dimension.
 
     Args:
-        x: [..., D]. weight: [D]. Both fp32 for the C++; others by the formula, in x's dtype.
+        x: [..., D]. weight: [D]. Both fp32 for the C++; others by the formula, in x's dtype,
+            rounded where it rounds.
     """
     if native.can_run(x, weight) and weight.shape == x.shape[-1:]:
         return native.rms_norm(x, weight, eps)
+    if on_gpu(x, weight) and weight.shape == x.shape[-1:] and x.shape[-1] <= MOST_CHANNELS:
+        normed: Tensor = _triton("rms_norm")(x, weight, eps)
+        return normed
     return reference.rms_norm(x, weight, eps)
 
 
@@ -38,6 +49,9 @@ def gated_silu(gate: Tensor, up: Tensor) -> Tensor:
     """
     if native.can_run(gate, up) and gate.shape == up.shape:
         return native.gated_silu(gate, up)
+    if on_gpu(gate, up) and gate.shape == up.shape:
+        gated: Tensor = _triton("gated_silu")(gate, up)
+        return gated
     return reference.gated_silu(gate, up)
 
 
@@ -55,7 +69,10 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor, out: Tensor | None = None) -> Te
     fits = cos.shape == sin.shape and cos.shape[1:] == (tokens, width) and len(cos) in (1, batch)
     if fits and not width % 2 and native.can_run(x, cos, sin, *(() if out is None else (out,))):
         return native.rotate(x, cos, sin, torch.empty_like(x) if out is None else out)
-    rotated = reference.rotate(x, cos, sin)
+    if fits and not width % 2 and on_gpu(x, cos, sin):
+        rotated: Tensor = _triton("rotate")(x, cos, sin)
+    else:
+        rotated = reference.rotate(x, cos, sin)
     return rotated if out is None else out.copy_(rotated)
 
 
@@ -87,11 +104,25 @@ def key_value_vectors(
     if not runs_triton(key.device):
         return None
     cos, sin = rope or (None, None)
-    vectors, finite = _triton()(key, value, cos, sin, scales, parts, shared, dtype)
+    vectors, finite = _triton("key_value_vectors")(
+        key, value, cos, sin, scales, parts, shared, dtype
+    )
     return vectors, finite.view(torch.bool)
 
 
+def on_gpu(*tensors: Tensor) -> bool:
+    """Whether Triton may read the memory of these tensors, of one dtype: nothing that records
+    gradients."""
+    first = tensors[0]
+    if not first.is_cuda or torch.is_grad_enabled() or first.dtype not in _DTYPES:
+        return False
+    if torch._C._are_functorch_transforms_active() or not runs_triton(first.device):
+        return False
+    return all(type(t) in _PLAIN and t.dtype is first.dtype and t.is_cuda for t in tensors)
+
+
 @functools.cache
-def _triton() -> Callable[..., tuple[Tensor, Tensor]]:
-    kernel = importlib.import_module("astra_kernels._elementwise.kernel")
-    return replay.kept("key_value_vectors", kernel.key_value_vectors)
+def _triton(name: str) -> Callable[..., Any]:
+    module = "vectors" if name == "key_value_vectors" else "kernel"
+    kernels = importlib.import_module(f"astra_kernels._elementwise.{module}")
+    return replay.kept(name, getattr(kernels, name))

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from astra_kernels import _elementwise as elementwise
-from astra_kernels._elementwise import kernel
+from astra_kernels._elementwise import vectors as kernel
 from astra_runtime import Codebook
 from astra_runtime.codes import packed
 from astra_runtime.codes.base import geometry

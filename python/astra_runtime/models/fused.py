@@ -3,7 +3,8 @@
 Norms, the gate of the MLP and rotary positions are an eighth of a small Llama's time on one core,
 because torch computes them in four to eight passes each (`astra_kernels/_elementwise`); so is
 GPT-2's GELU. Their modules get a `forward` that computes the same, where the class is transformers'
-own, unchanged: what was patched is what runs. Other dtypes and devices go by the class's formula.
+own, unchanged: what was patched is what runs. On a GPU they are one kernel each, rounded where the
+class's formula rounds. Other dtypes and devices go by that formula.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from astra_kernels._elementwise import gated_silu, native, rms_norm, rotate
+from astra_kernels._elementwise import gated_silu, native, on_gpu, rms_norm, rotate
 
 from .during_calls import CallForward
 from .own_hooks import hooks_of_all
@@ -163,5 +164,5 @@ class _Attention(_Fused):
             and not self.module.training
             and _rotation_of(self.module) is self._rotation
             and all(named.get(name) is None for name in _CACHES)
-            and native.can_run(hidden, *angles)
+            and (native.can_run(hidden, *angles) or on_gpu(hidden, *angles))
         )
