@@ -29,13 +29,6 @@ _ALLOCATIONS = frozenset(
     getattr(torch.ops.aten, name).default
     for name in ("new_empty", "empty_like", "new_empty_strided", "empty_strided")
 ) | {torch.ops.aten.empty.memory_format}
-# What writes to its first argument, or to ``out``.
-_WRITES = frozenset(
-    {
-        *(torch.ops.aten.copy_.default, torch.ops.aten.zero_.default),
-        *(torch.ops.aten.fill_.Scalar, torch.ops.aten.log2.out),
-    }
-)
 
 
 class Memory(NamedTuple):
@@ -85,7 +78,9 @@ class Operation(NamedTuple):
 
     def __call__(self, tensors: Sequence[Tensor]) -> list[Tensor]:
         def seen(value: Any) -> Any:
-            return value.of(tensors) if type(value) is View else value
+            if type(value) is View:
+                return value.of(tensors)
+            return [seen(part) for part in value] if type(value) is list else value
 
         options = {name: seen(value) for name, value in self.options.items()}
         result = self.run(*map(seen, self.arguments), **options)
@@ -107,10 +102,16 @@ class Call:
     single: bool
 
     def __call__(self, args: Sequence[Any]) -> Any:
+        if is_current(self.device):
+            return self._do(args)
+        with torch.cuda.device(self.device):
+            return self._do(args)
+
+    def _do(self, args: Sequence[Any]) -> Any:
         tensors = [args[place] for place in self.given]
         addresses = [tensor.data_ptr() for tensor in tensors]
         device = self.device
-        with starting, current(device):
+        with starting:
             for step in self.steps:
                 if isinstance(step, Launch):
                     run, arguments, places = step
@@ -155,9 +156,11 @@ def during(trace: Trace) -> Iterator[None]:
 
 def current(device: torch.device) -> contextlib.AbstractContextManager[object]:
     """Kernels start on the current device, so another one is made current."""
-    if device.type == "cuda" and device.index != torch.cuda.current_device():
-        return torch.cuda.device(device)
-    return contextlib.nullcontext()
+    return contextlib.nullcontext() if is_current(device) else torch.cuda.device(device)
+
+
+def is_current(device: torch.device) -> bool:
+    return device.type != "cuda" or device.index == torch.cuda.current_device()
 
 
 class Trace(TorchDispatchMode):
@@ -194,7 +197,8 @@ class Trace(TorchDispatchMode):
     def _operated(
         self, func: Any, args: Sequence[Any], options: Mapping[str, Any], result: Any
     ) -> None:
-        made = [] if func in _WRITES else _tensors(result)
+        written = _written(func, args, options)
+        made = _tensors(result) if written is None else []
         known = {tensor.untyped_storage().data_ptr() for tensor in self.tensors} - {0}
         shared = any(tensor.untyped_storage().data_ptr() in known for tensor in made)
         try:
@@ -203,22 +207,23 @@ class Trace(TorchDispatchMode):
         except LookupError:
             self.lost()
             return
-        if func in _WRITES:
-            right = kept.get("out", arguments[0]).number >= len(self.given)
+        if written is not None:  # nothing that was given, and in full
+            number = self.numbers.get(written.data_ptr())
+            right = number is not None and number >= len(self.given)
         else:
             fresh = bool(made) and not shared and _are_on(made, self.device)
             right = fresh and not func._schema.is_mutable
         if not right:
             self.lost()
             return
-        self.steps.append(Operation(func, arguments, kept, func not in _WRITES))
+        self.steps.append(Operation(func, arguments, kept, written is None))
         for tensor in made:
             self._add(tensor)
 
     def _view(self, value: Any) -> Any:
         """A tensor as a view of one that is known, else LookupError."""
-        if isinstance(value, list | tuple) and any(isinstance(item, Tensor) for item in value):
-            raise LookupError
+        if isinstance(value, list | tuple):
+            return [self._view(part) for part in value]
         if not isinstance(value, Tensor):
             return value
         number = self.numbers.get(value.data_ptr())
@@ -274,6 +279,18 @@ class Trace(TorchDispatchMode):
             self.steps[self.steps.index(memory)] = wanted
             return View(number, None)
         return View(number, wanted)
+
+
+def _written(func: Any, args: Sequence[Any], options: Mapping[str, Any]) -> Tensor | None:
+    """The tensor that an operation writes to, in place or as ``out``; None: it makes its own."""
+    places = func._schema.arguments
+    written = [
+        i for i, place in enumerate(places) if place.alias_info and place.alias_info.is_write
+    ]
+    if len(written) != 1:
+        return None
+    target = args[0] if written == [0] and args else options.get(places[written[0]].name)
+    return target if isinstance(target, Tensor) else None
 
 
 def _tensors(result: Any) -> list[Tensor]:

@@ -272,12 +272,15 @@ def test_operations_of_torch_alone(monkeypatch, started):
         out, extremes = x @ y, x.new_empty(2)
         extremes.fill_(1.0)
         low, high = torch.aminmax(out)
-        return out.transpose(0, 1), low + high, extremes
+        both = torch.cat([x, x])
+        torch.nn.functional.threshold_(both, 0.0, 7.0)
+        return out.transpose(0, 1), low + high, extremes, both
 
     op = replay.kept("product", product)
     for count in (1, 2, 2, 2):
         x, y = torch.randn(3, 4), torch.randn(4, 5)
-        out, middle, extremes = op(x, y)
+        out, middle, extremes, both = op(x, y)
+        assert torch.equal(both, torch.where(x > 0, x, 7.0).repeat(2, 1))
         torch.testing.assert_close(out, (x @ y).T)
         torch.testing.assert_close(middle, out.min() + out.max())
         assert torch.equal(extremes, torch.ones(2))
@@ -291,7 +294,7 @@ def test_operations_of_torch_alone(monkeypatch, started):
         lambda x: x + x.sum().item(),  # reads
         lambda x: x[1:] * 2,  # from the middle
         lambda x: x.mul_(2) + 1,  # writes to its argument
-        lambda x: torch.cat([x, x]),  # takes a list of tensors
+        lambda x: torch.frexp(x, out=(torch.empty_like(x), x.new_empty(3, 4).int()))[0] + 0,
         lambda x: x.unbind()[0] + 1,
         lambda x: x,  # gives back what it was given
     ],
