@@ -144,8 +144,8 @@ class PromptCosts:
             return list(range(1, self.blocks))
         seconds = self.together(tokens)
         pauses: list[int] = []
-        segments = self._segments(seconds, steps)
-        for count in range(1, self._most_segments(seconds, LEAST_SEGMENT) + 1):
+        segments, most = self._segments(seconds, steps), self._most_segments(seconds, LEAST_SEGMENT)
+        for count in range(min(most, max(1, int(seconds / ROUND_SECONDS))), most + 1):
             pauses, longest = segments.cut(count)
             if longest <= ROUND_SECONDS:
                 break

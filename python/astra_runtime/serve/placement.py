@@ -71,9 +71,10 @@ class Placement:
         in_order = [(work.owner + 1 + n) % size for n in range(size)]  # of the shards
         known = [self._answer_costs.step(counts[rank]) for rank in in_order]
         steps = [seconds or 0.0 for seconds in known] if any(known) else None
-        pauses = self._costs.pauses(tokens, steps)
         if work.base is not None or not self._uneven or steps is None:
-            return Course(self._costs.blocks, pauses)
+            equal = None if steps is None else [max(steps)] * size
+            return Course(self._costs.blocks, self._costs.pauses(tokens, equal))
+        pauses = self._costs.pauses(tokens, steps)
         beside = self._costs.beside(tokens, steps, len(pauses))
         by_rank = dict(zip(in_order, beside, strict=True))
         return Course(self._costs.blocks, pauses, [by_rank[rank] for rank in range(size)])

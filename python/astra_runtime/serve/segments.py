@@ -15,7 +15,7 @@ from contextlib import contextmanager
 from itertools import accumulate
 
 ROUNDING = 1e-9  # of blocks
-HALVINGS = 24  # of the span in which the shortest segments are sought
+HALVINGS = 16  # of the span in which the shortest segments are sought
 
 
 class Segments:

@@ -12,12 +12,16 @@ from astra_runtime import costs
 from astra_runtime.costs import engine_plan, rank_flops
 from astra_runtime.models import adapt
 from astra_runtime.serve import segments
+from astra_runtime.serve.admission import Admission
+from astra_runtime.serve.costs import AnswerCosts
+from astra_runtime.serve.placement import Placement
 from astra_runtime.serve.segments import Course, Segments
 from astra_runtime.sessions.cut import cut
 from bench import codebooks
 
 from ..models import tiny
 from .service import alone, ask, led, prompt
+from .test_costs import costs_of
 
 BLOCKS = 30
 
@@ -56,11 +60,11 @@ def test_segments_take_equally_long(
     assert pauses == sorted({*pauses} - {0, BLOCKS})
     beside = some.beside(count - 1)
     found = waits(BLOCKS, 1.5, steps, pauses, beside, ends)
-    assert max(found) <= longest + 1e-5
+    assert max(found) <= longest + 1e-4
     block = (1.5 + max(beside)) / BLOCKS
     assert max(found[:-1], default=0.0) - min(found[:-1], default=0.0) <= 2 * block
     equal = [BLOCKS * n // count for n in range(1, count)]
-    assert longest <= max(waits(BLOCKS, 1.5, steps, equal, beside, ends)) + 1e-5
+    assert longest <= max(waits(BLOCKS, 1.5, steps, equal, beside, ends)) + 1e-4
 
 
 @pytest.mark.parametrize("ends", [(0.0, 0.0), (0.2, 0.1)])
@@ -75,8 +79,8 @@ def test_no_cut_has_a_shorter_longest_segment(
         for pauses in combinations(range(1, 9), 3)
     ]
     pauses, longest = some.cut(4)
-    assert longest == pytest.approx(min(tried), abs=1e-5)
-    assert max(waits(9, 1.5, steps, pauses, beside, ends)) == pytest.approx(longest, abs=1e-5)
+    assert longest == pytest.approx(min(tried), abs=1e-4)
+    assert max(waits(9, 1.5, steps, pauses, beside, ends)) == pytest.approx(longest, abs=1e-4)
 
 
 def test_a_segment_a_block_at_most() -> None:
@@ -146,6 +150,24 @@ def test_a_cut_beside_other_work_gives_equal_work(
     engine.shard_weights = (1.0, 1.0, 1.0)  # what the user says counts
     assert cut(engine, 0, tokens, owner, beside).plan.bounds == (0, 1000, 2000, 3000)
     assert engine_plan(adapter, book, tokens, 3).size(0) > found.plan.size(0)
+
+
+@pytest.mark.parametrize("may", [False, True])
+def test_shares_that_cannot_be_chosen_have_more_pauses(may: bool) -> None:
+    """Every rank waits for the one that decodes, in each."""
+    costs = costs_of(2)
+    costs.token, costs.exchange = 2.7e-3, 0.1
+    answers = AnswerCosts(costs)
+    answers.heard_step(1, 0.2)
+    place = Placement(Admission(2, 1), costs, answers, True, uneven=may)
+    decoder: Any = SimpleNamespace(rank=1)
+    work: Any = SimpleNamespace(new_tokens=1024, owner=0, base=None)
+    course = place.course(work, [decoder], 5.0)
+    assert course.pauses == costs.pauses(1024, (0.2, 0.0) if may else (0.2, 0.2))
+    assert course.is_even != may
+    if may:
+        assert course.beside == [0, costs.beside(1024, (0.2, 0.0), len(course.pauses))[0]]
+    assert place.course(work, [], 5.0).pauses == costs.checks(1024, 5.0)
 
 
 def test_answers_of_unequal_shares_are_right(monkeypatch: pytest.MonkeyPatch) -> None:
