@@ -70,7 +70,6 @@ def coded_attention(
     value_codebook: Tensor,
     *,
     rope: tuple[Tensor, Tensor] | None,
-    rope_consecutive: bool,
     code_mask: Tensor | None,
     code_bits: int | None,
     num_tokens: int | None,
@@ -82,7 +81,7 @@ def coded_attention(
         cos, sin = rope or (None, None)
         state: tuple[Tensor, Tensor] = KERNELS["coded_attention"](
             *(query, codes, key_codebook, value_codebook, None, code_bits, num_tokens, cos, sin),
-            *(rope_consecutive, code_mask, None, scale, None, None, "auto", None),
+            *(code_mask, None, scale, None, None, "auto", None),
         )
         return state
     return ak.coded_attention(
@@ -91,7 +90,6 @@ def coded_attention(
         key_codebook,
         value_codebook,
         rope=rope,
-        rope_consecutive=rope_consecutive,
         code_mask=code_mask,
         code_bits=code_bits,
         num_tokens=num_tokens,

@@ -56,7 +56,7 @@ Kernel = Callable[..., Any]
 @dataclass(frozen=True)
 class Implementation:
     """``extended``: reads packed codes where they lie and knows what only helps a GPU: the
-    arguments code_bits and what goes with it, rope_consecutive. ``checks_codes``: refuses codes out
+    arguments code_bits and what goes with it. ``checks_codes``: refuses codes out
     of range as it meets them."""
 
     run: Kernel

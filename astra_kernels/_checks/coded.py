@@ -43,7 +43,6 @@ class CodedInput(NamedTuple):
     num_tokens: int | None
     cos: Tensor | None
     sin: Tensor | None
-    consecutive: bool  # whether rows of cos and sin are those of consecutive positions
     code_mask: Tensor | None
     attn_mask: Tensor | None
 

@@ -27,7 +27,7 @@ from astra_kernels.coded_attention.cpu import looks_up
 
 CODED = (
     "Tensor codes, Tensor key_codebook, Tensor value_codebook, Tensor? value_codes, "
-    "int? code_bits, SymInt? num_tokens, Tensor? cos, Tensor? sin, bool consecutive, "
+    "int? code_bits, SymInt? num_tokens, Tensor? cos, Tensor? sin, "
     "Tensor? code_mask"
 )
 
@@ -125,8 +125,6 @@ def _coded_arguments(
     if packed:
         arguments |= {"codes": coded.codes, "value_codes": coded.value_codes}
         arguments |= {"code_bits": coded.code_bits, "shape": shape}
-    if kernel.extended:
-        arguments["rope_consecutive"] = coded.consecutive
     return arguments
 
 

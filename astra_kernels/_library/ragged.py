@@ -152,14 +152,13 @@ class Pages(NamedTuple):
     page_tokens: int
     cos: Tensor | None
     sin: Tensor | None
-    consecutive: bool
     attn_mask: Tensor | None
 
 
 _PAGED = (
     "coded_attention_paged(Tensor query, Tensor pages, Tensor block_table, Tensor lengths, "
     "Tensor key_codebook, Tensor value_codebook, int code_bits, int page_tokens, Tensor? cos, "
-    f"Tensor? sin, bool consecutive, Tensor? attn_mask, {SCORES}, str impl, bool? check) "
+    f"Tensor? sin, Tensor? attn_mask, {SCORES}, str impl, bool? check) "
     "-> (Tensor, Tensor)"
 )
 
@@ -207,7 +206,6 @@ def _gathered(paged: Pages, codes_per_token: int) -> CodedInput:
         tokens,
         paged.cos,
         paged.sin,
-        paged.consecutive,
         steps < paged.lengths[:, None],
         paged.attn_mask,
     )

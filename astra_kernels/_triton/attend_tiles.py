@@ -73,7 +73,7 @@ class AttendProblem(Problem):
         return HALF_TILES[family, size, loaded]
 
     def _measured_on_hopper(self, size: int) -> tuple[Tile, ...]:
-        """Quickest first of `HALF_TILES` on an H200 (bench/results/h200/kernels_tuned.json)."""
+        """Those of `HALF_TILES`, and before them what was quicker on an H200."""
         tiles = HALF_TILES[90, size, False]
         if size == 64:
             return (Tile(64, 128, 4, 2), Tile(64, 64, 4, 3), *tiles)

@@ -23,7 +23,6 @@ def coded_attention(
     num_tokens: int | None = None,
     scale: float | None = None,
     rope: tuple[Tensor, Tensor] | None = None,
-    rope_consecutive: bool = False,
     code_mask: Tensor | None = None,
     attn_mask: Tensor | None = None,
     softcap: float | None = None,
@@ -53,11 +52,6 @@ def coded_attention(
         scale: of the scores; None: 1/sqrt(d).
         rope: (cos, sin), each [N, d] or [B, N, d]: key = key*cos + rotate_half(key)*sin, after
             the lookup; rotate_half pairs channel i with i + d/2. d must be even.
-        rope_consecutive: a promise that rows of ``rope`` belong to consecutive positions: every
-            channel's angle grows by one and the same step from row to row, also at hidden tokens.
-            With few queries the Triton kernel then reads one row of angles for a tile of tokens;
-            best in fp32, which costs no more there. It is not checked; a broken promise gives
-            wrong results.
         code_mask: bool [B, N], True = visible. What hidden tokens hold never matters, not even
             codes out of range.
         attn_mask, softcap, sinks: see ``attention``; attn_mask broadcasts to [B, H, M, N].
@@ -94,7 +88,7 @@ def coded_attention(
     cos, sin = split_rope(op, rope)
     args = (
         *(query, codes, key_codebook, value_codebook, value_codes, code_bits, num_tokens, cos, sin),
-        *(rope_consecutive, code_mask, attn_mask, scale, softcap, sinks, impl, check),
+        *(code_mask, attn_mask, scale, softcap, sinks, impl, check),
     )
     state: tuple[Tensor, Tensor] | None = replay.run(op, args)
     if state is not None:

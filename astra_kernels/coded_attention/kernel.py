@@ -31,7 +31,6 @@ def coded_attention(
     code_mask: Tensor | None = None,
     code_bits: int | None = None,
     shape: CodedShape | None = None,
-    rope_consecutive: bool = False,
     attn_mask: Tensor | None = None,
     softcap: float | None = None,
     sinks: Tensor | None = None,

@@ -33,10 +33,9 @@ def coded_attention(
     sinks: Tensor | None = None,
     code_bits: int | None = None,
     shape: CodedShape | None = None,
-    rope_consecutive: bool = False,
     isa: str = "",
 ) -> tuple[Tensor, Tensor]:
-    """`shape` is needed where codes are packed; consecutive positions make no difference."""
+    """`shape` is needed where codes are packed."""
     op = "coded_attention"
     width = value_codebook.shape[-3] * value_codebook.shape[-1]
     call = prepare(op, query, key_codebook.shape[-4], width, scale, sinks)

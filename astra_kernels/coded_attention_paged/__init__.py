@@ -23,7 +23,6 @@ def coded_attention_paged(
     page_tokens: int = 64,
     scale: float | None = None,
     rope: tuple[Tensor, Tensor] | None = None,
-    rope_consecutive: bool = False,
     attn_mask: Tensor | None = None,
     softcap: float | None = None,
     sinks: Tensor | None = None,
@@ -43,8 +42,8 @@ def coded_attention_paged(
         lengths: int32 (or int64) [B], tokens of each sequence, up to n * page_tokens.
         key_codebook, value_codebook: as of `coded_attention`; values have the keys' codes.
         code_bits: 1..16.
-        rope, rope_consecutive: as of `coded_attention`, [N, d] or [B, N, d]; a row for each token,
-            by its place in the sequence.
+        rope: as of `coded_attention`, [N, d] or [B, N, d]; a row for each token, by its place in
+            the sequence.
         attn_mask: broadcasts to [B, H, M, N].
         scale, softcap, sinks, impl, check: as of `coded_attention`; ``check`` also reads the table
             and the lengths. Unchecked entries never lead outside of ``pages``.
@@ -97,7 +96,6 @@ def coded_attention_paged(
             page_tokens,
             cos,
             sin,
-            rope_consecutive,
             attn_mask,
             scale,
             softcap,

@@ -42,7 +42,6 @@ def mixed_attention(
     code_bits: int | None = ...,
     num_tokens: int | None = ...,
     rope: Rope | None = ...,
-    rope_consecutive: bool = ...,
     code_mask: Tensor | None = ...,
     code_attn_mask: Tensor | None = ...,
     return_lse: Literal[False] = ...,
@@ -69,7 +68,6 @@ def mixed_attention(
     code_bits: int | None = ...,
     num_tokens: int | None = ...,
     rope: Rope | None = ...,
-    rope_consecutive: bool = ...,
     code_mask: Tensor | None = ...,
     code_attn_mask: Tensor | None = ...,
     return_lse: Literal[True],
@@ -95,7 +93,6 @@ def mixed_attention(
     code_bits: int | None = None,
     num_tokens: int | None = None,
     rope: Rope | None = None,
-    rope_consecutive: bool = False,
     code_mask: Tensor | None = None,
     code_attn_mask: Tensor | None = None,
     return_lse: bool = False,
@@ -111,8 +108,8 @@ def mixed_attention(
     Args:
         query: [B, H, M, d], fp32, fp64, fp16 or bf16.
         key, value: [B, Hkv, L, d] and [B, Hkv, L, d_v] of query's dtype; see ``attention``.
-        codes, key_codebook, value_codebook, value_codes, code_bits, num_tokens, rope,
-            rope_consecutive, code_mask, check: the coded tokens; see ``coded_attention``. ``rope``
+        codes, key_codebook, value_codebook, value_codes, code_bits, num_tokens, rope, code_mask,
+            check: the coded tokens; see ``coded_attention``. ``rope``
             turns the looked-up keys only; query and key come rotated already.
         is_causal: among the dense tokens query m sees keys 0..L-M+m (bottom-right aligned);
             coded tokens are all visible.
@@ -150,7 +147,7 @@ def mixed_attention(
     args = (
         *(query, key, value, is_causal, key_mask, attn_mask, window),
         *(codes, key_codebook, value_codebook, value_codes, code_bits, num_tokens, cos, sin),
-        *(rope_consecutive, code_mask, code_attn_mask, scale, softcap, sinks, impl, check),
+        *(code_mask, code_attn_mask, scale, softcap, sinks, impl, check),
     )
     state: tuple[Tensor, Tensor] | None = replay.run(op, args)
     if state is not None:

@@ -37,7 +37,6 @@ def mixed_attention(
     code_mask: Tensor | None = None,
     code_bits: int | None = None,
     shape: CodedShape | None = None,
-    rope_consecutive: bool = False,
     attn_mask: Tensor | None = None,
     window: Sequence[int] | None = None,
     code_attn_mask: Tensor | None = None,

@@ -28,10 +28,9 @@ def mixed_attention(
     sinks: Tensor | None = None,
     code_bits: int | None = None,
     shape: CodedShape | None = None,
-    rope_consecutive: bool = False,
     isa: str = "",
 ) -> tuple[Tensor, Tensor]:
-    """`shape` is needed where codes are packed; consecutive positions make no difference."""
+    """`shape` is needed where codes are packed."""
     op = "mixed_attention"
     call = prepare(op, query, key.shape[1], value.shape[3], scale, sinks)
     dense = Dense(key, value, is_causal, key_mask)

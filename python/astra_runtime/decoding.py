@@ -254,8 +254,7 @@ class _Decoder:
         self.cache = DynamicCache()
         positions = adapter.positions(inputs)
         assert positions is not None, "every decoder takes positions"
-        views = call.views.for_decoding(adapter, positions, call.plan, call.rank)
-        self.call = replace(call, views=views)
+        self.call = call
         self.position = positions[:, -1:].expand(call.batch, 1)
         self.output = self._run(kwargs)
         self.num_read = inputs["input_ids"].shape[1]

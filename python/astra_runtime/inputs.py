@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 import operator
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from numbers import Real
 from typing import Any
 
@@ -20,7 +20,7 @@ from torch import Tensor
 
 from astra_kernels import _direct as direct
 
-from .codes.rotary import ConsecutiveAngles, Rope
+from .codes.rotary import Rope
 from .models import EVERY, ROW, Adapter, vocabulary_of
 from .plan import Plan
 
@@ -163,9 +163,6 @@ class Views:
             local_rope = rope[0][:, sent], rope[1][:, sent]
         if rope is not None and remote:
             remote_rope = plan.remote_tokens(rope[0], rank), plan.remote_tokens(rope[1], rank)
-            # A decoder's rank receives all tokens up to a place; padding would share a position.
-            if plan.causal and visible is None:
-                remote_rope = ConsecutiveAngles(*remote_rope)
         pixels = inputs.get("pixel_values") if plan.world_size > 1 else None
         return cls(
             local_rope,
@@ -174,18 +171,6 @@ class Views:
             plan.remote_tokens(visible, rank) if visible is not None and remote else None,
             None if pixels is None else picture_means(pixels),
         )
-
-    def for_decoding(self, adapter: Adapter, positions: Tensor, plan: Plan, rank: int) -> Views:
-        """With angles in fp32 where a GPU reads one row of them for a whole tile of tokens.
-
-        Rounded to 16 bits, what separates a token from the tile's first would be less exact.
-        """
-        if adapter.device.type == "cpu" or not isinstance(self.remote_rope, ConsecutiveAngles):
-            return self
-        angles = adapter.rope(positions, torch.float32)
-        assert angles is not None
-        cos, sin = (plan.remote_tokens(table, rank) for table in angles)
-        return replace(self, remote_rope=ConsecutiveAngles(cos, sin))
 
 
 def check_answer(adapter: Adapter, logits: str) -> bool:

@@ -86,7 +86,7 @@ def test_codewords_and_codes() -> None:
 def test_attention_to_codes_and_their_values() -> None:
     query, tables, rope = torch.randn(2, 4, 5, 8), torch.randn(2, 2, 16, 8), torch.randn(2, 9, 8)
     codes = torch.randint(0, 16, (2, 9, 2), dtype=torch.int32)
-    options = {"rope_consecutive": False, "code_bits": None, "num_tokens": None, "scale": 0.3}
+    options = {"code_bits": None, "num_tokens": None, "scale": 0.3}
     keys, values = tables[:, :1], tables[:, 1:]
     for mask in (None, torch.rand(2, 9) < 0.5):
         more = options | {"rope": tuple(rope), "code_mask": mask}

@@ -231,7 +231,7 @@ def test_both_are_ops_of_torch() -> None:
     keys, values = (t.float() for t in tables())
     pages, table = paged(torch.randint(0, K, (2, 8, 2 * HKV)), 4)
     lengths, query = torch.tensor([8, 5]), torch.randn(2, H, 1, D)
-    rest = (3, 4, None, None, False, None, None, None, None, "auto", None)
+    rest = (3, 4, None, None, None, None, None, None, "auto", None)
     torch.library.opcheck(
         torch.ops.astra.coded_attention_paged.default,
         (query, pages, table, lengths, keys, values, *rest),

@@ -16,7 +16,7 @@ from ..models import Adapter
 from ..trace import stage
 from .base import Bytes, Codec, Payload, Pending, TokenBits, as_tensor, visible_tokens
 from .fields import CodebookFields
-from .rotary import ConsecutiveAngles, Rope
+from .rotary import Rope
 from .search import Search, search_macs
 from .staging import ReceivedCodes, Staging, packed_right, stays_packed
 
@@ -199,7 +199,6 @@ class TableLookup(PackedCodes):
             self.values[block],
             scale=scale,
             rope=rope,
-            rope_consecutive=isinstance(rope, ConsecutiveAngles),
             code_mask=mask,
             code_bits=remote.bits if packed else None,
             num_tokens=remote.tokens if packed else None,

@@ -2,21 +2,12 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
 import torch
 from torch import Tensor
 
 from astra_kernels import _elementwise as elementwise
 
 Rope = tuple[Tensor, Tensor] | None  # cos and sin, [B, N, d]
-
-
-class ConsecutiveAngles(NamedTuple):
-    """Cos and sin of tokens whose positions follow on each other: `rope_consecutive` holds."""
-
-    cos: Tensor
-    sin: Tensor
 
 
 def rotate(keys: Tensor, rope: Rope, out: Tensor | None = None) -> Tensor:
