@@ -124,7 +124,9 @@ def _key(op: str, args: tuple[Any, ...]) -> Key | None:
     tensors, others = places
     graded = torch.is_grad_enabled()
     key: list[Any] = [op, _choices, kinds, torch.are_deterministic_algorithms_enabled()]
-    key += (torch._C._get_cudnn_enabled(), torch._C._get_cudnn_sdp_enabled())  # users' switches
+    # What users switch on and off, and operations of torch depend on.
+    key += (torch._C._get_cudnn_enabled(), torch._C._get_cudnn_sdp_enabled())
+    key.append(torch.is_autocast_enabled("cuda"))
     for place in tensors:
         tensor = args[place]
         if (graded and tensor.requires_grad) or tensor.is_neg():
