@@ -8,7 +8,9 @@ simulated in one pass, as in `bench.accuracy lm`; bits and FLOPs are those of th
 engine would make for 1,024 tokens, fine codes counted. The context overlap is the engine's
 default, unless --halo says another. Losses of the same codes, text, ranks and windows in
 accuracy_lm.json are taken from there, but of codes within a budget, whose fit has changed since.
-Adds to accuracy_ranks.json after each row; rows that are there stay.
+Adds to accuracy_ranks.json after each row; rows that are there stay. `--plans` computes bits and
+FLOPs of such rows again, by the plans that the engine makes now; the codebooks have to be those
+that the rows were measured with.
 """
 
 from __future__ import annotations
@@ -93,23 +95,40 @@ class Study:
         self, name: str, book: Codebook, domain: str, ranks: int, seed: int, halo: int | None
     ) -> None:
         """A row of codes; `halo` None: the engine's default."""
-        adapter = adapt(self.model)
-        if halo is None:
-            halo = default_halo(adapter, book, TOKENS - book.prefix, ranks)
+        halo = self._halo(book, ranks, halo)
         place = self._place(name, domain, ranks, seed, halo)
         controls = {n: self.control(n, domain, ranks) for n in codebooks.CONTROLS}
 
         def row() -> dict[str, Any]:
-            plan = engine_plan(adapter, book, TOKENS, ranks, halo=halo)
-            block, receiver = codebooks.payload_bits(book, adapter, plan)
-            return {
-                **figures(self.model, book, self._losses(place, book), controls),
-                "bits_per_token_block": block,
-                "bits_per_receiver": receiver,
-                "flops_over_ideal": flops_over_ideal(adapter, book, TOKENS, ranks, plan),
-            }
+            kept = figures(self.model, book, self._losses(place, book), controls)
+            return kept | self._of_plan(book, ranks, halo)
 
         self.rows.measured(place, row)
+
+    def plan_again(
+        self, name: str, book: Codebook, domain: str, ranks: int, seed: int, halo: int | None
+    ) -> None:
+        """Bits and FLOPs of the row that `measure` made with this codebook, if it is there."""
+        halo = self._halo(book, ranks, halo)
+        row = self.rows.find(self._place(name, domain, ranks, seed, halo))
+        if row is not None:
+            self.rows.change(row, self._of_plan(book, ranks, halo))
+
+    def _halo(self, book: Codebook, ranks: int, halo: int | None) -> int:
+        if halo is not None:
+            return halo
+        return default_halo(adapt(self.model), book, TOKENS - book.prefix, ranks)
+
+    def _of_plan(self, book: Codebook, ranks: int, halo: int) -> dict[str, float]:
+        """Of the plan that the engine makes: bits of a payload, those of a receiver, and FLOPs."""
+        adapter = adapt(self.model)
+        plan = engine_plan(adapter, book, TOKENS, ranks, halo=halo)
+        block, receiver = codebooks.payload_bits(book, adapter, plan)
+        return {
+            "bits_per_token_block": block,
+            "bits_per_receiver": receiver,
+            "flops_over_ideal": flops_over_ideal(adapter, book, TOKENS, ranks, plan),
+        }
 
     def _place(
         self, name: str, domain: str, ranks: int, seed: int = 0, halo: int = 0
@@ -136,6 +155,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--windows", type=int, default=16, help="of 1024 tokens, a domain")
     parser.add_argument("--every", type=int, default=1, help="of these, one in so many")
     parser.add_argument("--halo", type=int, help="tokens (the engine's default)")
+    parser.add_argument("--plans", action="store_true", help="bits and FLOPs of rows anew, no more")
     options = parser.parse_args(arguments)
     quiet_transformers()
     model, tokenizer = load_model("smollm2"), load_tokenizer("smollm2")
@@ -145,7 +165,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     for seed, name in product(options.seeds, options.codes):
         book = codebook_of(name, seed, model, tokenizer)
         for domain, ranks in product(options.domains, options.ranks):
-            study.measure(name, book, domain, ranks, seed, options.halo)
+            look = study.plan_again if options.plans else study.measure
+            look(name, book, domain, ranks, seed, options.halo)
 
 
 if __name__ == "__main__":

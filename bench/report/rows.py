@@ -56,6 +56,11 @@ class Rows:
             self._write()
         return row
 
+    def change(self, row: Row, values: Mapping[str, Any]) -> None:
+        """Gives a row that is there other values, of what is computed and not measured."""
+        row |= values
+        self._write()
+
     def _write(self) -> None:
         write(
             self.name,

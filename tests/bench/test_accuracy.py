@@ -199,6 +199,27 @@ def test_bits_work_and_accuracy_by_ranks(results, monkeypatch, model, windows, b
     assert len([line for line in table.splitlines() if "| transform:12" in line]) == 2
 
 
+def test_bits_and_flops_of_rows_follow_the_plans(results, monkeypatch, model, windows, books):
+    in_place_of_smollm2(monkeypatch, ranks, model, windows, books)
+    asked = ["--codes", "kv:3", "--ranks", "2", "--domains", "handbook", "--halo", "0"]
+    ranks.main(asked)
+    before = rows_of(results, "accuracy_ranks")
+
+    def never(*_, **__):
+        raise AssertionError("measured again")
+
+    for name in ("losses", "exact_losses"):
+        monkeypatch.setattr(ranks, name, never)
+    monkeypatch.setattr(ranks, "flops_over_ideal", lambda *_: 1.25)
+    ranks.main(asked)
+    assert rows_of(results, "accuracy_ranks") == before
+    ranks.main([*asked, "--plans", "--ranks", "2", "4"])  # of four ranks there is no row
+    after = rows_of(results, "accuracy_ranks")
+    assert after == [
+        {**row, "flops_over_ideal": 1.25} if row["codes"] == "kv:3" else row for row in before
+    ]
+
+
 def test_losses_that_were_measured_before_are_taken(results, monkeypatch, model, windows, books):
     in_place_of_smollm2(monkeypatch, lm, model, windows, books)
     in_place_of_smollm2(monkeypatch, ranks, model, windows, books)
