@@ -98,8 +98,8 @@ def key_value_vectors(
         dtype: of the vectors; what is beyond its largest number becomes that.
 
     Returns:
-        [B, T, Hkv*S, 2*d/S], or [B, T, S, Hkv*2*d/S] with ``shared``, and a bool scalar on the
-        device, whether keys and values are finite. None where no Triton kernel runs.
+        [B, T, Hkv*S, 2*d/S], or [B, T, S, Hkv*2*d/S] with ``shared``, and bools on the
+        device: keys and values are finite where all of them are. None where no Triton kernel runs.
     """
     if not runs_triton(key.device):
         return None

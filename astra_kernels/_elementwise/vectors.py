@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 import triton
 import triton.language as tl
@@ -55,7 +57,7 @@ def place_of(
 def pair_vectors(
     key, key_b, key_h, key_t, value, value_b, value_h, value_t,  # [B, Hkv, T, d], channels in order
     cos, sin, angles_b, angles_t,  # [B, T, d]
-    scales, out, finite, tokens,  # [Hkv, 2]; [B, T, C, w]; uint8 []
+    scales, out, finite, tokens,  # [Hkv, 2]; [B, T, C, w]; uint8 [programs]
     HEADS: tl.constexpr, HEAD: tl.constexpr, PART: tl.constexpr,  # Hkv, d, d/S
     SHARED: tl.constexpr, ROTARY: tl.constexpr, LARGEST: tl.constexpr,
     TOKENS: tl.constexpr, BLOCK: tl.constexpr,  # of a program; d padded, d/2 where it is rotary
@@ -89,9 +91,9 @@ def pair_vectors(
         tl.store(out + place + PART, stored(values * value_scale, out, LARGEST), mask=mask)
     else:
         tl.store(out + place, stored(here * key_scale, out, LARGEST), mask=mask)
-    wrong = tl.max(tl.max(tl.where(fine, 0, 1), 1), 0)
-    if wrong > 0:
-        tl.store(finite, 0)
+    program = (tl.program_id(2) * HEADS + head) * tl.num_programs(0) + tl.program_id(0)
+    whole = tl.min(tl.min(tl.where(fine, 1, 0), 1), 0)
+    tl.store(finite + program, whole.to(tl.uint8))
 
 
 def key_value_vectors(
@@ -108,7 +110,11 @@ def key_value_vectors(
     batch, heads, tokens, width = key.shape
     groups, channels = (parts, heads) if shared else (heads * parts, 1)
     out = key.new_empty((batch, tokens, groups, 2 * width // parts * channels), dtype=dtype)
-    finite = torch.ones((), dtype=torch.uint8, device=key.device)
+    reach = width if cos is None else width // 2
+    block = max(8, next_power_of_2(reach))
+    rows = max(1, ELEMENTS // (block * (width // reach)))
+    grid = (cdiv(tokens, rows), heads, batch)
+    finite = key.new_empty(math.prod(grid), dtype=torch.uint8)  # by program: none waits for zeros
     if out.numel() == 0:
         return out, finite
     key, value = rows_contiguous(key), rows_contiguous(value)
@@ -118,12 +124,9 @@ def key_value_vectors(
             cos, sin = cos.contiguous(), sin.contiguous()
         angles_b = cos.stride(0) if cos.shape[0] > 1 else 0
         angles_t = cos.stride(1)
-    reach = width if cos is None else width // 2
-    block = max(8, next_power_of_2(reach))
-    rows = max(1, ELEMENTS // (block * (width // reach)))
     launch(
         pair_vectors,
-        (cdiv(tokens, rows), heads, batch),
+        grid,
         *(key, *key.stride()[:3], value, *value.stride()[:3], cos, sin, angles_b, angles_t),
         *(scales, out, finite, tokens),
         device=key.device,

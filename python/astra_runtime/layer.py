@@ -139,7 +139,7 @@ class Layer:
         self, block: int, frame: DeviceFrame, finite: Tensor | bool
     ) -> Callable[[], bool]:
         """Codes that stay on the device leave unseen; the frame itself says what they are worth."""
-        frame.finite = torch.as_tensor(finite)
+        frame.finite = torch.as_tensor(finite).all()
         self.call.mesh.check_later(frame.finite, self._not_finite(block))
         return lambda: True
 

@@ -14,6 +14,8 @@ from typing import Any
 import torch
 
 from astra_kernels._checks import CodedShape
+from astra_kernels._elementwise import kernel as steps
+from astra_kernels._elementwise.vectors import key_value_vectors
 from astra_kernels._triton.attention import Scores, attend
 from astra_kernels._triton.augment import augment
 from astra_kernels._triton.expand import expand
@@ -199,6 +201,7 @@ def helpers(dtype: torch.dtype, bits: int, d: int = 128) -> Iterator[Call]:
     out, lse = torch.empty(1, 512, HEADS, d, dtype=dtype), torch.empty(1, HEADS, 512)
     state = (out.transpose(1, 2), lse)
     four = (out.expand(4, *out.shape), torch.empty(4, 1, 512, HEADS))
+    key, turns = out.transpose(1, 2)[:, :KV_HEADS], (angles[None, :512], angles[None, :512])
     calls = {
         "pack": lambda: pack(codes, bits),
         "unpack": lambda: unpack(packed[0], bits, codes.numel()),
@@ -218,6 +221,12 @@ def helpers(dtype: torch.dtype, bits: int, d: int = 128) -> Iterator[Call]:
         ),
         "merge": lambda: merge_state(*state, *state),
         "merge states": lambda: merge_states(*four),
+        "norm": lambda: steps.rms_norm(table, table[0, 0, 0, 0], 1e-5),
+        "gate": lambda: steps.gated_silu(out, out),
+        "rotate": lambda: steps.rotate(key, *turns),
+        "key-value vectors": lambda: key_value_vectors(
+            key, key, *turns, torch.empty(KV_HEADS, 2), bits % 2 + 1, bits > 12, HALF
+        ),
     }  # fmt: skip
     for name, run in calls.items():
         options = {"op": name, "d": d, "dtype": dtype, "bits": bits}

@@ -241,7 +241,7 @@ class Codec(ABC):
 
     # What a rank of a call does.
 
-    # Whether what was encoded last is finite, a bool scalar on the device, where encoding looked
+    # Whether parts of what was encoded last are finite, bools on the device, where encoding looked
     # at all of it anyway.
     finite: Tensor | None = None
 

@@ -39,9 +39,9 @@ def packed_right(rows: Tensor, count: int, bits: int, codewords: int) -> Tensor:
 
 
 def read_later(flag: Tensor | bool) -> Callable[[], bool]:
-    """The value of a bool tensor, read without waiting for what is queued behind it."""
+    """Whether all of a bool tensor is true, read without waiting for what is queued behind it."""
     if isinstance(flag, bool) or flag.device.type != "cuda":
-        value = bool(flag)
+        value = bool(flag) if isinstance(flag, bool) else bool(flag.all())
         return lambda: value
     copy = torch.empty(flag.shape, dtype=flag.dtype, pin_memory=True, device="cpu")
     copy.copy_(flag, non_blocking=True)
@@ -49,7 +49,7 @@ def read_later(flag: Tensor | bool) -> Callable[[], bool]:
 
     def read() -> bool:
         copied.synchronize()
-        return bool(copy)
+        return bool(copy.all())
 
     return read
 
