@@ -68,11 +68,14 @@ def kept(op: str, kernel: Callable[..., T]) -> Callable[..., T]:
             _seen.add(key)
             return kernel(*args)
         trace = Trace(args)
-        with during(trace):
-            result = kernel(*args)
-        if len(_calls) >= MOST:
-            _calls.clear()
-        _calls[key] = trace.call(result)
+        try:
+            with during(trace):
+                result = kernel(*args)
+            if len(_calls) >= MOST:
+                _calls.clear()
+            _calls[key] = trace.call(result)
+        finally:
+            trace.forget()
         return result
 
     return watched

@@ -166,6 +166,12 @@ def is_current(device: torch.device) -> bool:
 class Trace(TorchDispatchMode):
     """What one call does, while it runs."""
 
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        """No: torch would load its compiler at the first operation, and keep that call's frames,
+        with the tensors in them, until garbage is collected. A compiled call has no trace."""
+        return False
+
     def __init__(self, args: tuple[Any, ...]) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.whole = True  # so far nothing was done that could not be done again
@@ -251,6 +257,12 @@ class Trace(TorchDispatchMode):
     def lost(self) -> None:
         """Something was done that cannot be done again."""
         self.whole = False
+
+    def forget(self) -> None:
+        """Lets go of the tensors: whatever keeps the mode is not to keep memory, which a compiler
+        that manages a graph's pool would find."""
+        self.tensors.clear()
+        self.numbers.clear()
 
     def call(self, result: Any) -> Call | None:
         """What is kept of a call that gave ``result``."""

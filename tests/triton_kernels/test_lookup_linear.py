@@ -63,6 +63,8 @@ def assert_as_exact_as_torch(case, norm, slack=1.0, **options):
     y, x = lookup_linear(codes, codebook, weight, bias, estimate=estimate, norm=norm, **options)
     want, want_x = plain(*double(*case), norm)
     peer, peer_x = plain(*case, norm)
+    if weight.device.type == "cuda":  # whose sums, in another order, may be as exact as they get
+        slack *= 4
     eps = slack * torch.finfo(weight.dtype).eps
     assert y.dtype == weight.dtype
     assert y.shape == want.shape

@@ -7,7 +7,9 @@ takes them, and it makes tensors of them again for the interpreter.
 from __future__ import annotations
 
 import ctypes
+import gc
 import math
+import weakref
 
 import pytest
 import torch
@@ -74,6 +76,27 @@ def started(monkeypatch, device) -> list[str]:
 @pytest.fixture
 def impl(device) -> str:
     return "auto" if device == "cuda" else "triton"
+
+
+def test_memory_is_let_go_of(monkeypatch):
+    """Without a collection of garbage: what a call used for itself, and what it gave."""
+    monkeypatch.setattr(replay, "serves", lambda device: True)
+    used = []
+
+    def kernel(x):
+        part, out = x.new_empty(7), torch.empty_like(x)
+        used.extend(weakref.ref(tensor) for tensor in (part, out))
+        return out.copy_(x)
+
+    call, given = replay.kept("a call of its own", kernel), torch.ones(3)
+    gc.disable()
+    try:
+        for _ in range(3):
+            assert torch.equal(call(given), given)
+            assert [tensor() for tensor in used] == [None] * len(used)
+        assert len(used) == 4  # the third one was done by what was kept
+    finally:
+        gc.enable()
 
 
 def inputs_of(call):
