@@ -7,9 +7,8 @@ expanded  looks all keys and values up once, then attends to them densely: worth
           many rows would look the same ones up again and again.
 
 The crossovers are measured (``python -m bench.kernels``). A device that was not measured takes
-``DEFAULT``, which stands on the kernels' costs: a look-up in the loop costs a Hopper GPU about as
-much as a dense key from some 2,700 rows on, and counting costs less than attending to as many
-tokens as there are codewords, with a margin for the launches it takes.
+``DEFAULT``, which stands on counted costs: that look-ups in the loop pay up to some 2,700 rows,
+and counting from as many tokens as there are codewords on, with a margin for its launches.
 """
 
 from __future__ import annotations
@@ -33,7 +32,7 @@ DEFAULT = Crossover(counted_from=1.25, counted_from_few_rows=4.0, expanded_from=
 
 # Compute capability -> what was measured on such a device: 90 is an H200's.
 MEASURED: dict[int, Crossover] = {
-    90: Crossover(counted_from=1.25, counted_from_few_rows=4.0, expanded_from=256),
+    90: Crossover(counted_from=1.014, counted_from_few_rows=16, expanded_from=259),
 }
 
 
