@@ -186,7 +186,9 @@ class Trace(TorchDispatchMode):
 
     def _add(self, tensor: Tensor) -> None:
         address = tensor.data_ptr()
-        number = None if address in self.numbers or not address else len(self.tensors)
+        known = address in self.numbers or not address
+        # a seed for dropout, for one, may lie on the host; nobody takes it
+        number = None if known or tensor.device != self.device else len(self.tensors)
         self.numbers[address] = number
         self.tensors.append(tensor)
 
@@ -217,7 +219,7 @@ class Trace(TorchDispatchMode):
             number = self.numbers.get(written.data_ptr())
             right = number is not None and number >= len(self.given)
         else:
-            fresh = bool(made) and not shared and _are_on(made, self.device)
+            fresh = bool(made) and not shared and made[0].device == self.device
             right = fresh and not func._schema.is_mutable
         if not right:
             self.lost()
@@ -310,11 +312,6 @@ def _tensors(result: Any) -> list[Tensor]:
     if not isinstance(values, list | tuple):
         return []
     return [value for value in values if isinstance(value, Tensor)]
-
-
-def _are_on(tensors: Sequence[Tensor], device: torch.device) -> bool:
-    """Whether what an operation made lies on the device; what is empty may lie anywhere."""
-    return all(tensor.device == device or not tensor.numel() for tensor in tensors)
 
 
 def _is_dense(tensor: Tensor) -> bool:

@@ -311,6 +311,25 @@ def test_operations_of_torch_alone(monkeypatch, started):
         assert len(calls) == count
 
 
+def test_a_result_that_lies_elsewhere(started):
+    """As the seed of cuDNN's dropout may, which nobody takes."""
+    library = torch.library.Library("replay_test", "FRAGMENT")
+    library.define("twice(Tensor x) -> (Tensor, Tensor)")
+    library.impl(
+        "twice", lambda x: (x * 2, torch.empty(2, device="meta")), "CompositeExplicitAutograd"
+    )
+    op = replay.kept("twice", lambda x: torch.ops.replay_test.twice(x)[0])
+    for _ in range(4):
+        x = torch.randn(3, 4)
+        assert torch.equal(op(x), x * 2)
+    assert kept() == 1
+    replay.forget()
+    op = replay.kept("twice", lambda x: torch.ops.replay_test.twice(x)[1])
+    for _ in range(4):
+        op(torch.randn(3, 4))
+    assert not kept()
+
+
 @pytest.mark.parametrize(
     "wrong",
     [
