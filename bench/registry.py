@@ -248,13 +248,17 @@ OTHERS = (
     Bench(
         "lossy-perplexity",
         "what lost datagrams cost",
-        5,
-        (
+        15,
+        tuple(
             _cpu(
-                "bench.lossy perplexity --codes transform:100 transform:100+400 "
-                "--losses 0 0.05 0.2 --windows 6 --halo 32 0",
+                f"bench.lossy perplexity --losses 0 0.05 0.2 --windows 6 {codes}",
                 "lossy_perplexity",
-            ),
+            )
+            for codes in (
+                "--codes transform:100 --halo 32 --after-loss stale",
+                "--codes transform:100+400 --halo 0",
+                "--codes transform:100+400 --halo 0 --after-loss stale",
+            )
         ),
         ("codebooks",),
     ),
