@@ -106,6 +106,17 @@ def quantized_linear(
     """Addresses of what csrc/include/astra/linear.hpp describes, 0 for none, for which the caller
     vouches."""
 
+def quantized_linears(
+    x: int,
+    parts: list[tuple[int, int, int, int, int, int, int, bool]],
+    rows: int,
+    inputs: int,
+    groups: int,
+    threads: int,
+) -> None:
+    """parts: of each layer the addresses of values, scales, minima, bias and out, its outputs, its
+    bits, and whether scales have 16 bits; as in `quantized_linear`."""
+
 def linear_isas() -> list[str]: ...
 
 # csrc/include/astra/elementwise.hpp. Addresses of contiguous fp32, for which the caller vouches.

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -29,6 +30,7 @@ from astra_kernels.quantized_linear._checks import check_quantized_linear
 # An extension that was built before these stays usable.
 _HAS_MERGE, _HAS_FINITE = hasattr(_C, "merge_into"), hasattr(_C, "all_finite")
 _HAS_LOOK_UP = hasattr(_C, "look_up")
+_HAS_LINEARS = hasattr(_C, "quantized_linears")
 # Measured with AVX-512 alone, beside the product of MKL.
 HAS_PRODUCT = hasattr(_C, "product") and _C.product_isa() == "avx512"
 _HAS_ADD = HAS_PRODUCT and hasattr(_C, "product_suits_many_rows")
@@ -148,6 +150,24 @@ def quantized_linear(
         check_quantized_linear(vectors, weight, scale, minimum, bias)
         return quantized_linear_native.quantized_linear(vectors, weight, scale, minimum, bias)
     return ak.quantized_linear(vectors, weight, scale, minimum=minimum, bias=bias)
+
+
+def quantized_linears(vectors: Tensor, layers: Sequence[Any]) -> tuple[Tensor, ...] | None:
+    """`quantized_linear` of several layers with the same input, which is rounded once; None: they
+    have to be asked one by one.
+
+    layers: with `weight`, `scale`, `minimum` and `bias`, as `quantized_linear` takes them.
+    """
+    if not _HAS_LINEARS or _is_traced() or not can_run(vectors):
+        return None
+    groups = layers[0].scale.shape[-1]
+    for layer in layers:
+        given = (layer.weight, layer.scale, layer.minimum, layer.bias)
+        check_quantized_linear(vectors, *given)
+        plain = layer.weight.is_cpu and layer.scale.shape[-1] == groups
+        if not plain or not all(t is None or t.is_contiguous() for t in given):
+            return None
+    return quantized_linear_native.quantized_linears(vectors, layers)
 
 
 def merge_into(out: Tensor, lse: Tensor, other: Tensor, other_lse: Tensor, first: int) -> Tensor:

@@ -339,6 +339,28 @@ void quantized_linear(std::uintptr_t x, std::uintptr_t values, std::uintptr_t sc
                           isa);
 }
 
+// parts: values, scales, minima, bias, out, outputs, bits and half_scales of each
+void quantized_linears(std::uintptr_t x, const py::list& parts_given, std::size_t rows,
+                       std::size_t inputs, std::size_t groups, unsigned threads) {
+  std::vector<astra::LinearPart> parts;
+  for (const py::handle given : parts_given) {
+    const auto part =
+        given.cast<std::tuple<std::uintptr_t, std::uintptr_t, std::uintptr_t, std::uintptr_t,
+                              std::uintptr_t, std::size_t, int, bool>>();
+    const auto [values, scales, minima, bias, out, outputs, bits, half_scales] = part;
+    const astra::LinearWeights weights{reinterpret_cast<const void*>(values),
+                                       reinterpret_cast<const void*>(scales),
+                                       reinterpret_cast<const void*>(minima),
+                                       reinterpret_cast<const float*>(bias),
+                                       bits,
+                                       half_scales};
+    parts.push_back({weights, outputs, reinterpret_cast<float*>(out)});
+  }
+  const py::gil_scoped_release release;
+  astra::quantized_linears(reinterpret_cast<const float*>(x), parts, {rows, inputs, 0, groups},
+                           threads);
+}
+
 // Addresses of contiguous fp32, for which the caller vouches.
 void rms_norm(std::uintptr_t x, std::uintptr_t weight, std::size_t rows, std::size_t width,
               float eps, std::uintptr_t out, unsigned threads) {
@@ -569,6 +591,8 @@ PYBIND11_MODULE(_C, module) {
              py::arg("scales"), py::arg("minima"), py::arg("bias"), py::arg("out"), py::arg("rows"),
              py::arg("inputs"), py::arg("outputs"), py::arg("groups"), py::arg("bits"),
              py::arg("half_scales"), py::arg("threads"), py::arg("isa") = py::none());
+  module.def("quantized_linears", &quantized_linears, py::arg("x"), py::arg("parts"),
+             py::arg("rows"), py::arg("inputs"), py::arg("groups"), py::arg("threads"));
   module.def("linear_isas", [] {
     py::list names;
     for (const std::string& name : astra::linear_isas()) names.append(name);

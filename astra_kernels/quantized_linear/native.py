@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -33,3 +36,26 @@ def quantized_linear(
         threads=torch.get_num_threads(),
     )
     return out.to(vectors.dtype)
+
+
+def quantized_linears(vectors: Tensor, layers: Sequence[Any]) -> tuple[Tensor, ...]:
+    """The same for several layers of as many groups, whose inputs are rounded once.
+
+    layers: with `weight`, `scale`, `minimum` and `bias`, all contiguous.
+    """
+    rows = vectors.float().contiguous()
+    inputs, groups = rows.shape[-1], layers[0].scale.shape[1]
+    outs, parts = [], []
+    for layer in layers:
+        weight, scale, minimum, bias = layer.weight, layer.scale, layer.minimum, layer.bias
+        out = rows.new_empty((*vectors.shape[:-1], weight.shape[0]))
+        addresses = (
+            *(weight.data_ptr(), scale.data_ptr(), 0 if minimum is None else minimum.data_ptr()),
+            *(0 if bias is None else bias.data_ptr(), out.data_ptr(), weight.shape[0]),
+        )
+        bits = 4 if weight.dtype == torch.uint8 else 8
+        parts.append((*addresses, bits, scale.dtype == torch.bfloat16))
+        outs.append(out)
+    count = rows.numel() // max(1, inputs)
+    _C.quantized_linears(rows.data_ptr(), parts, count, inputs, groups, torch.get_num_threads())
+    return tuple(out.to(vectors.dtype) for out in outs)

@@ -102,6 +102,29 @@ void compute_part(void* context, std::size_t unit) {
              space.of(parts.bytes));
 }
 
+// The products of rounded inputs with the weights of one part.
+void multiply(const LinearKernel& kernel, LinearCall call, const LinearPart& part,
+              unsigned threads) {
+  if (part.outputs == 0) return;
+  const LinearWeights& weights = part.weights;
+  call.outputs = part.outputs;
+  call.values = weights.bits == 8 ? static_cast<const std::int8_t*>(weights.values) : nullptr;
+  call.halves = weights.bits == 4 ? static_cast<const std::uint8_t*>(weights.values) : nullptr;
+  call.scales = weights.scales;
+  call.minima = weights.minima;
+  call.bias = weights.bias;
+  call.half_scales = weights.half_scales;
+  call.out = part.out;
+  const double work = static_cast<double>(call.rows) * static_cast<double>(call.inputs) *
+                      static_cast<double>(call.outputs);
+  const auto useful = static_cast<std::size_t>(std::min(work / kWorthAThread, 256.0)) + 1;
+  const std::size_t parts = std::max<std::size_t>(1, std::min<std::size_t>(threads, useful));
+  Parts given{call, call.rows <= kFew ? kernel.few : kernel.many,
+              rounded_up((call.outputs + parts - 1) / parts, kernel.tile), kernel.space(call)};
+  const std::size_t units = (call.outputs + given.share - 1) / given.share;
+  detail::run_units(static_cast<unsigned>(parts), units, compute_part, &given);
+}
+
 }  // namespace
 
 std::vector<std::string> linear_isas() {
@@ -112,23 +135,20 @@ std::vector<std::string> linear_isas() {
 
 void quantized_linear(const float* x, const LinearWeights& weights, LinearShape shape, float* out,
                       unsigned threads, const char* isa) {
-  check(weights, shape);
+  quantized_linears(x, {{weights, shape.outputs, out}}, shape, threads, isa);
+}
+
+void quantized_linears(const float* x, const std::vector<LinearPart>& parts, LinearShape shape,
+                       unsigned threads, const char* isa) {
+  for (const LinearPart& part : parts) check(part.weights, shape);
   const LinearKernel& kernel = kernel_named(isa);
-  if (shape.rows == 0 || shape.outputs == 0) return;
+  if (shape.rows == 0 || parts.empty()) return;
   LinearCall call{};
   call.rows = shape.rows;
   call.inputs = shape.inputs;
-  call.outputs = shape.outputs;
   call.groups = shape.groups;
   call.width = shape.inputs / shape.groups;
   call.padded = rounded_up(call.width, kernel.step);
-  call.values = weights.bits == 8 ? static_cast<const std::int8_t*>(weights.values) : nullptr;
-  call.halves = weights.bits == 4 ? static_cast<const std::uint8_t*>(weights.values) : nullptr;
-  call.scales = weights.scales;
-  call.minima = weights.minima;
-  call.bias = weights.bias;
-  call.half_scales = weights.half_scales;
-  call.out = out;
 
   const std::size_t integers =
       rounded_up(call.rows * call.groups * call.padded * kernel.bytes, kLine);
@@ -140,15 +160,7 @@ void quantized_linear(const float* x, const LinearWeights& weights, LinearShape 
   call.x.sums = reinterpret_cast<float*>(memory + integers + steps);
   call.x.offsets = reinterpret_cast<std::int32_t*>(memory + integers + 2 * steps);
   kernel.round(call, x);
-
-  const double work = static_cast<double>(call.rows) * static_cast<double>(call.inputs) *
-                      static_cast<double>(call.outputs);
-  const auto useful = static_cast<std::size_t>(std::min(work / kWorthAThread, 256.0)) + 1;
-  const std::size_t parts = std::max<std::size_t>(1, std::min<std::size_t>(threads, useful));
-  Parts given{call, call.rows <= kFew ? kernel.few : kernel.many,
-              rounded_up((call.outputs + parts - 1) / parts, kernel.tile), kernel.space(call)};
-  const std::size_t units = (call.outputs + given.share - 1) / given.share;
-  detail::run_units(static_cast<unsigned>(parts), units, compute_part, &given);
+  for (const LinearPart& part : parts) multiply(kernel, call, part, threads);
 }
 
 }  // namespace astra

@@ -86,6 +86,29 @@ void against_sums_in_double(std::mt19937& random, astra::LinearShape shape, int 
   }
 }
 
+void several_with_one_input(std::mt19937& random, const std::string& isa) {
+  for (const std::size_t rows : {0, 1, 9}) {
+    std::vector<astra::LinearShape> shapes;
+    for (const std::size_t outputs : {70, 0, 3}) shapes.push_back({rows, 64, outputs, 2});
+    std::vector<Layer> layers;
+    std::vector<std::vector<float>> outs, alone;
+    const std::vector<float> x = whole_inputs(random, shapes[0]);
+    std::vector<astra::LinearPart> parts;
+    for (std::size_t i = 0; i < shapes.size(); ++i) {
+      const int bits = i == 0 ? 4 : 8;
+      layers.push_back(random_layer(random, shapes[i], bits));
+      outs.emplace_back(rows * shapes[i].outputs + 1, -7.0F);
+      alone.push_back(outs.back());
+      const astra::LinearWeights weights = weights_of(layers.back(), bits);
+      astra::quantized_linear(x.data(), weights, shapes[i], alone.back().data(), 1, isa.c_str());
+      parts.push_back({weights, shapes[i].outputs, outs.back().data()});
+    }
+    astra::quantized_linears(x.data(), parts, shapes[0], 2, isa.c_str());
+    expect(outs == alone, isa + ": several layers at once");
+    astra::quantized_linears(x.data(), {}, shapes[0], 2, isa.c_str());
+  }
+}
+
 void what_is_not_finite(const std::string& isa) {
   const astra::LinearShape shape{6, 64, 3, 2};
   std::mt19937 random(1);
@@ -135,6 +158,7 @@ int main() {
         against_sums_in_double(random, shape, bits, isa);
       }
     }
+    several_with_one_input(random, isa);
     what_is_not_finite(isa);
   }
   refusals();

@@ -22,8 +22,8 @@ HALO = 32  # tokens
 EXACT_TOKENS = 64
 # How long a FLOP takes beside one of attention: of a linear layer, by what its weights are kept in
 # (of any other form as long), and of coding. SmolLM2's on one core with AVX-512 VNNI; without VNNI
-# integers take twice that. Stated, not measured by each rank, as all ranks have to cut alike.
-LINEAR_PACE: Final = {"int8": 0.33, "int4": 0.45}
+# integers take twice as long. Stated, not measured by each rank, as all ranks have to cut alike.
+LINEAR_PACE: Final = {"int8": 0.38, "int4": 0.5}
 CODING_PACE: Final = 1.3
 
 
@@ -95,6 +95,11 @@ def balanced_shares(
     linear, attention = adapter.block_flops()
     costs = costs_of(adapter, codebook)
     linear *= LINEAR_PACE.get(adapter.form() if form is None else form, 1.0)
+    others = [count * (linear + attention * tokens / 2) for count in beside or [0.0] * world_size]
+    fine = CODING_PACE * min(codebook.fine_tokens, tokens // world_size)
+    for rank in range(world_size - 1):
+        others[rank] += fine * costs.fine_code
+        others[rank + 1] += fine * costs.fine_receive
     return balanced_weights(
         tokens,
         world_size,
@@ -104,7 +109,7 @@ def balanced_shares(
         code=CODING_PACE * costs.code,
         receive=CODING_PACE * costs.receive,
         halo=halo,
-        beside=[count * (linear + attention * tokens / 2) for count in beside],
+        beside=others,
     )
 
 

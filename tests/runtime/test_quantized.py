@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 
+from astra_kernels import _direct as direct
 from astra_runtime import Codebook, Engine
 from astra_runtime.costs import engine_plan
 from astra_runtime.errors import HandshakeRefused
@@ -201,6 +202,34 @@ def test_shares_take_about_as_long_in_every_form(llama: Any) -> None:
             return engine.plan(900).size(0)
 
     assert run_ranks(2, work) == [first["float32"]] * 2
+
+
+@pytest.mark.parametrize("form", ["int8", "int4"])
+def test_layers_with_one_input_round_it_once(
+    llama: Any, form: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """During calls queries, keys and values, and gate and up: the same numbers, but where a hook
+    is on one of them."""
+    quantized, inputs = in_form(llama, form), inputs_for("llama")
+    asked: list[int] = []
+    own = direct.quantized_linears
+
+    def counted(vectors: torch.Tensor, layers: Any) -> Any:
+        asked.append(len(layers))
+        return own(vectors, layers)
+
+    with Engine(quantized) as engine:
+        monkeypatch.setattr(direct, "quantized_linears", lambda *given: None)
+        alone = engine(**inputs, logits="all").logits
+        monkeypatch.setattr(direct, "quantized_linears", counted)
+        assert torch.equal(engine(**inputs, logits="all").logits, alone)
+    assert sorted(asked) == [2] * 3 + [3] * 3  # of three blocks
+    asked.clear()
+    block = quantized.model.layers[1]
+    block.self_attn.k_proj.register_forward_hook(lambda module, args, out: 2 * out)
+    with Engine(quantized) as engine:
+        assert not torch.equal(engine(**inputs, logits="all").logits, alone)
+    assert sorted(asked) == [2] * 3 + [3] * 2
 
 
 def test_only_floating_point_is_quantized_and_only_to_known_forms(llama: Any) -> None:

@@ -45,6 +45,18 @@ struct LinearWeights {
 void quantized_linear(const float* x, const LinearWeights& weights, LinearShape shape, float* out,
                       unsigned threads = 1, const char* isa = nullptr);
 
+// One of several layers with the same inputs.
+struct LinearPart {
+  LinearWeights weights;
+  std::size_t outputs;
+  float* out;  // [rows, outputs]
+};
+
+// `quantized_linear` of each part, with its own `outputs` in place of the shape's: the same
+// numbers, but x is rounded once.
+void quantized_linears(const float* x, const std::vector<LinearPart>& parts, LinearShape shape,
+                       unsigned threads = 1, const char* isa = nullptr);
+
 // The instruction sets of this build that this machine has, the slowest first.
 std::vector<std::string> linear_isas();
 

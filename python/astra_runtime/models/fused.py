@@ -17,16 +17,19 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from astra_kernels import _direct as direct
 from astra_kernels._elementwise import gated_silu, native, on_gpu, rms_norm, rotate
 
 from .during_calls import CallForward
 from .own_hooks import hooks_of_all
 from .projection import RMS_NORMS, is_plain
+from .quantized import QuantizedLinear
 
 _GATED = ("LlamaMLP", "MistralMLP", "Qwen2MLP")
 _ROTARY = ("LlamaAttention", "MistralAttention", "Qwen2Attention")
 _GELU = ("NewGELUActivation",)
 _ROTATION = "apply_rotary_pos_emb"
+_OF_INTEGERS = QuantizedLinear.forward
 _CACHES = ("cache", "past_key_values")  # as transformers calls it since 5.24, and before
 
 
@@ -101,8 +104,18 @@ class _Gate(_Fused):
         mlp: Any = self.module
         if len(given) != 1 or named or not self._serves() or not _is_silu(mlp.act_fn):
             return self.own(*given, **named)
-        gate, up = mlp.gate_proj(given[0]), mlp.up_proj(given[0])
+        gate, up = _projected(given[0], mlp.gate_proj, mlp.up_proj)
         return mlp.down_proj(gated_silu(gate, up))
+
+
+def _projected(vectors: Tensor, *layers: nn.Module) -> tuple[Any, ...]:
+    """What each of several linear layers makes of them; layers of integers round them once."""
+    plain = all(is_plain(layer, QuantizedLinear) for layer in layers) and not hooks_of_all()
+    if plain and QuantizedLinear.forward is _OF_INTEGERS:
+        found = direct.quantized_linears(vectors, layers)
+        if found is not None:
+            return found
+    return tuple(layer(vectors) for layer in layers)
 
 
 def _window(module: Any) -> dict[str, Any]:
@@ -141,8 +154,8 @@ class _Attention(_Fused):
         others = {name: value for name, value in named.items() if name not in kept}
         module: Any = self.module
         query, key, value = (
-            projection(hidden).unflatten(-1, (-1, module.head_dim)).transpose(1, 2)
-            for projection in (module.q_proj, module.k_proj, module.v_proj)
+            projected.unflatten(-1, (-1, module.head_dim)).transpose(1, 2)
+            for projected in _projected(hidden, module.q_proj, module.k_proj, module.v_proj)
         )
         query, key = rotate(query, *angles), rotate(key, *angles)
         out, weights = self._attention(

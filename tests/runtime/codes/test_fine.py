@@ -10,7 +10,7 @@ import pytest
 import torch
 
 import astra_kernels as ak
-from astra_runtime import Codebook, Engine
+from astra_runtime import Codebook, Engine, costs
 from astra_runtime.codes.base import received_mask
 from astra_runtime.costs import default_halo, engine_plan, rank_flops
 from astra_runtime.evaluate import run_ranks
@@ -173,6 +173,15 @@ def test_they_take_the_place_of_the_halo(books: dict[str, Codebook]) -> None:
     more = [a - b for a, b in zip(with_fine, without, strict=True)]
     tokens = FINE["fine_tokens"]
     assert more == pytest.approx([2 * tokens * n for n in (send, send + receive, receive)])
+
+
+def test_ranks_in_the_middle_who_do_both_get_fewer_tokens(
+    books: dict[str, Codebook], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(costs, "CODING_PACE", 1.0)  # FLOPs are counted below
+    model, book = tiny("llama"), replace(books["llama"], fine_tokens=200)
+    flops = rank_flops(adapt(model), book, engine_plan(adapt(model), book, 901, 3))
+    assert max(flops) / min(flops) == pytest.approx(1, abs=0.01)
 
 
 def test_a_halo_moves_them_before_it() -> None:
