@@ -271,7 +271,7 @@ class Trace(TorchDispatchMode):
         single = isinstance(result, Tensor)
         results = []
         for tensor in (result,) if single else tuple(result):
-            number = self.numbers.get(tensor.data_ptr())
+            number = self._number_of(tensor)
             if number is None or number < len(self.given):
                 return None
             if tensor.dtype != self.tensors[number].dtype:
@@ -281,6 +281,13 @@ class Trace(TorchDispatchMode):
         if not self.whole or not does:
             return None
         return Call(self.device, self.given, tuple(self.steps), tuple(results), single)
+
+    def _number_of(self, tensor: Tensor) -> int | None:
+        """An empty tensor has no address, but may be known itself."""
+        if tensor.numel():
+            return self.numbers.get(tensor.data_ptr())
+        same = (number for number, known in enumerate(self.tensors) if known is tensor)
+        return next(same, None)
 
     def _result(self, number: int, tensor: Tensor) -> View:
         """A tensor that is allocated as it is to be, where nobody minds, or a view."""

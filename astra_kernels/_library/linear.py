@@ -59,6 +59,7 @@ register(
     "-> (Tensor, Tensor)",
     _lookup_linear,
     _lookup_linear_fake,
+    replayed=True,
 )
 
 
