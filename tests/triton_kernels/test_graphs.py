@@ -184,6 +184,7 @@ def few_rows_are_many(monkeypatch) -> None:
     """The interpreter takes seconds for the thousands of rows from which codes are expanded."""
     crossover = replace(strategies.DEFAULT, expanded_from=4 * MANY)
     monkeypatch.setattr(strategies, "DEFAULT", crossover)
+    monkeypatch.setattr(strategies, "MEASURED", {})
 
 
 every_call = pytest.mark.parametrize("call", CALLS, ids=lambda call: call.name)
