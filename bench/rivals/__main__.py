@@ -1,6 +1,7 @@
 """Time to first token beside llama.cpp, CTranslate2 and torch: SmolLM2, one prompt, one run.
 
-    make rivals                 # their packages, once, into .venv-rivals: compiles llama.cpp
+    make rivals                 # their packages, once, into .venv-rivals: compiles llama.cpp;
+                                # not needed for `--methods astra torch_eager`
     python -m bench.rivals [--rounds 4] [--tokens 1024] [--mbit 10] [--rtt-ms 2]
 
 Every method is a process of its own with one thread (single devices also with two), which stays
@@ -282,9 +283,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if not {"torch_eager", "astra"} <= {*options.methods}:
         parser.error("--methods: expected torch_eager and astra among them, the yardsticks")
     quiet_transformers()
-    say("making the rivals' files, once")
-    make = [str(options.python), "-m", "bench.rivals.files", str(model_folder("smollm2"))]
-    subprocess.run([*make, str(FILES)], check=True, **_environment())
+    chosen = [m for m in methods(options.threads, options.rpc) if m.method in options.methods]
+    others = any(method.own_environment for method in chosen)
+    if others:
+        say("making the rivals' files, once")
+        make = [str(options.python), "-m", "bench.rivals.files", str(model_folder("smollm2"))]
+        subprocess.run([*make, str(FILES)], check=True, **_environment())
     with tempfile.TemporaryDirectory() as folder:
         prompt = Path(folder) / "prompt.json"
         write_prompt(prompt, options.tokens)
@@ -303,7 +307,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             "mbit_per_s": options.mbit,
             "rtt_ms": options.rtt_ms,
         },
-        extra={"rivals": versions(options.python), "rows": rows},
+        extra={"rivals": versions(options.python) if others else {}, "rows": rows},
     )
     say(f"wrote {path}")
 
