@@ -250,9 +250,9 @@ def rivals(report: Report, best: bool = False) -> str:
         for row in rows
     ]
     head = ["first token of 1,024", *([] if best else ["threads"]), "seconds", "processor seconds"]
-    versions = ", ".join(f"{name} {version}" for name, version in report["rivals"].items())
+    versions = "".join(f", {name} {version}" for name, version in report["rivals"].items())
     head += ["over **astra float32**", "torch's token"]
-    return f"{table(head, lines)}{source(report)}, {versions}"
+    return f"{table(head, lines)}{source(report)}{versions}"
 
 
 def _best(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -362,6 +362,7 @@ TABLES = {
         _of("scaled"), scaled, _scaled, "`hidden:1`, the faster of the two settings"
     ),
     "rivals": Table(_of("rivals"), rivals),
+    "rivals_own": Table(_of("rivals_own"), rivals),
     "link": Table(("cpu-2core/link",), links),
     "scaling": Table(
         ("cpu-2core/scaling",), scaling, _closed_form, "10 Mbit/s, two models and two lengths"
