@@ -57,7 +57,7 @@ def codeword_attention(query: Tensor, counted: Counted, scale: float | None) -> 
         return None
     out, lse = _run(query, key, value, False, scale)
     # where there are no tokens; their values were 0
-    return out, torch.nn.functional.threshold_(lse, NEVER / 2 * scale, -math.inf)
+    return out, torch.threshold_(lse, NEVER / 2 * scale, -math.inf)
 
 
 def _taken(query: Tensor, key: Tensor, value: Tensor, causal: bool) -> bool:

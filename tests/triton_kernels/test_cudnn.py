@@ -5,6 +5,7 @@ On a CPU the choice is made of tensors that only say they are on a GPU.
 
 from __future__ import annotations
 
+import functools
 from types import SimpleNamespace
 
 import pytest
@@ -93,6 +94,7 @@ def test_only_auto_asks_it(monkeypatch):
     device = torch.device("cuda", 0)
     for op in sorted(_dispatch._LIBRARY):
         run = _dispatch.choose(op, "auto", device, torch.bfloat16).run
+        assert isinstance(run, functools.partial)
         assert run.keywords == {"library": True}
         assert run.func is _dispatch._triton(op).run
     assert not hasattr(_dispatch.choose("encode", "auto", device, torch.float32).run, "keywords")
