@@ -297,6 +297,7 @@ def spilled_before() -> list[Call]:
     """What spilled by a version of Triton until it got other tiles."""
     return [
         attention(128, BF16, counted=True),
+        dense(128, BF16, window=(512, 0)),
         attention(128, BF16, near=1024, causal=True, rope=True),
         attention(128, BF16, near=1024, counted=True),
         attention(80, HALF, code_mask=True),
