@@ -10,7 +10,7 @@ Triton does not: then a kernel is kept twice. What it does not know goes to Trit
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -63,34 +63,47 @@ def start(
     device: int | None,
 ) -> None:
     """Runs ``kernel[grid](*args, **constants, **options)`` on the current device, ``device``."""
-    if not _start_again(kernel, grid, args, constants, options, device):
-        trace = tracing()
-        if trace is not None:
-            trace.lost()
-        kernel[grid](*args, **constants, **options)
-
-
-def _start_again(
-    kernel: Any,
-    grid: tuple[int, ...],
-    args: tuple[Any, ...],
-    constants: Mapping[str, Any],
-    options: Mapping[str, Any],
-    device: int | None,
-) -> bool:
-    """Whether it was started here; a kernel that was not met before is kept."""
     signature = (id(kernel), tuple(map(type, args)), tuple(constants))
     try:
         binding = _bindings[signature]
     except KeyError:
         binding = _bindings[signature] = _bind(kernel, *signature[1:])
-    if binding is None:
-        return False
+    trace, found = tracing(), None
+    if binding is not None:
+        pointers = [args[place].data_ptr() for place in binding.tensors]
+        key = _key(binding, args, pointers, constants, options, device)
+        found = None if key is None else binding.compiled.get(key)
+    if found is None:
+        result = kernel[grid](*args, **constants, **options)
+        if trace is not None:
+            trace.lost()
+        if binding is not None and key is not None and isinstance(result, CompiledKernel):
+            binding.compiled[key] = result, tuple(constants[name] for name in binding.constants)
+        return
+    assert binding is not None
+    compiled, values = found
+    given = [*args, *values]
+    for place, pointer in zip(binding.tensors, pointers, strict=True):
+        given[place] = pointer
+    run = compiled[(*grid, 1, 1)[:3]]
+    run(*given)
+    if trace is not None:
+        trace.launched(run, given, binding.tensors)
+
+
+def _key(
+    binding: _Binding,
+    args: tuple[Any, ...],
+    pointers: Sequence[int],
+    constants: Mapping[str, Any],
+    options: Mapping[str, Any],
+    device: int | None,
+) -> tuple[Any, ...] | None:
+    """All that decides which kernel Triton takes; None: it has integers of another width."""
     integers = [args[place] for place in binding.integers]
     if integers and not LEAST <= min(integers) <= max(integers) <= MOST:
-        return False
-    pointers = [args[place].data_ptr() for place in binding.tensors]
-    key = (
+        return None
+    return (
         device,
         *constants.values(),
         *options.items(),
@@ -98,25 +111,6 @@ def _start_again(
         *[pointer % DIVISOR == 0 for pointer in pointers],
         *[_known_of(args[place]) for place in binding.specialized],
     )
-    found = binding.compiled.get(key)
-    if found is None:
-        result = kernel[grid](*args, **constants, **options)
-        if isinstance(result, CompiledKernel):
-            binding.compiled[key] = result, tuple(constants[name] for name in binding.constants)
-        trace = tracing()
-        if trace is not None:
-            trace.lost()
-        return True
-    compiled, values = found
-    given = [*args, *values]
-    for place, pointer in zip(binding.tensors, pointers, strict=True):
-        given[place] = pointer
-    run = compiled[(*grid, 1, 1)[:3]]
-    run(*given)
-    trace = tracing()
-    if trace is not None:
-        trace.launched(run, given, binding.tensors)
-    return True
 
 
 def _known_of(value: int) -> int:

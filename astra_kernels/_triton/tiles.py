@@ -13,6 +13,7 @@ import functools
 import json
 import os
 import threading
+from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -55,23 +56,23 @@ class Tile:
 
 
 @dataclass(frozen=True)
-class Problem:
+class Problem(ABC):
     """What the choice of a tile depends on, and what a measured choice is remembered under."""
 
     capability: int
     itemsize: int
 
+    @abstractmethod
     def tiles(self) -> Sequence[Tile]:
         """Tiles to choose from, best first."""
-        raise NotImplementedError
 
+    @abstractmethod
     def shared_bytes(self, tile: Tile) -> int:
         """Upper bound of the shared memory a program takes."""
-        raise NotImplementedError
 
+    @abstractmethod
     def registers(self, tile: Tile) -> int:
         """Estimate of the registers a thread needs."""
-        raise NotImplementedError
 
 
 def shared_memory(capability: int) -> int:

@@ -12,7 +12,7 @@ import math
 
 import torch
 from torch import Tensor
-from torch.backends.cuda import SDPAParams, can_use_cudnn_attention
+from torch.backends.cuda import SDPAParams, can_use_cudnn_attention, cudnn_sdp_enabled
 
 from astra_kernels._triton.arguments import rows_contiguous
 from astra_kernels._triton.augment import NEVER, augment
@@ -78,8 +78,9 @@ def _quicker_over_codewords(query: Tensor, counted: Counted) -> bool:
         return False
     if not FEWEST_AUGMENTED <= dim <= MOST_CHANNELS or dim % 8 or value.shape[3] != dim:
         return False
-    integers = counts.dtype in (torch.int32, torch.int64)
-    return integers and key.shape[2] >= FEWEST_KEYS and _fills(query)
+    if counts.dtype not in (torch.int32, torch.int64) or not cudnn_sdp_enabled():
+        return False  # before anything is copied for it
+    return key.shape[2] >= FEWEST_KEYS and _fills(query)
 
 
 def _quicker(query: Tensor, dense: Dense) -> bool:
