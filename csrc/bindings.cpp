@@ -323,17 +323,23 @@ int mixed_attention(const py::tuple& shape, const py::tuple& query, const py::tu
   return static_cast<int>(found);
 }
 
+astra::LinearWeights linear_weights(std::uintptr_t values, std::uintptr_t scales,
+                                    std::uintptr_t minima, std::uintptr_t bias, int bits,
+                                    bool half_scales) {
+  return {reinterpret_cast<const void*>(values),
+          reinterpret_cast<const void*>(scales),
+          reinterpret_cast<const void*>(minima),
+          reinterpret_cast<const float*>(bias),
+          bits,
+          half_scales};
+}
+
 void quantized_linear(std::uintptr_t x, std::uintptr_t values, std::uintptr_t scales,
                       std::uintptr_t minima, std::uintptr_t bias, std::uintptr_t out,
                       std::size_t rows, std::size_t inputs, std::size_t outputs, std::size_t groups,
                       int bits, bool half_scales, unsigned threads, const char* isa) {
   const py::gil_scoped_release release;
-  const astra::LinearWeights weights{reinterpret_cast<const void*>(values),
-                                     reinterpret_cast<const void*>(scales),
-                                     reinterpret_cast<const void*>(minima),
-                                     reinterpret_cast<const float*>(bias),
-                                     bits,
-                                     half_scales};
+  const auto weights = linear_weights(values, scales, minima, bias, bits, half_scales);
   astra::quantized_linear(reinterpret_cast<const float*>(x), weights,
                           {rows, inputs, outputs, groups}, reinterpret_cast<float*>(out), threads,
                           isa);
@@ -348,13 +354,8 @@ void quantized_linears(std::uintptr_t x, const py::list& parts_given, std::size_
         given.cast<std::tuple<std::uintptr_t, std::uintptr_t, std::uintptr_t, std::uintptr_t,
                               std::uintptr_t, std::size_t, int, bool>>();
     const auto [values, scales, minima, bias, out, outputs, bits, half_scales] = part;
-    const astra::LinearWeights weights{reinterpret_cast<const void*>(values),
-                                       reinterpret_cast<const void*>(scales),
-                                       reinterpret_cast<const void*>(minima),
-                                       reinterpret_cast<const float*>(bias),
-                                       bits,
-                                       half_scales};
-    parts.push_back({weights, outputs, reinterpret_cast<float*>(out)});
+    parts.push_back({linear_weights(values, scales, minima, bias, bits, half_scales), outputs,
+                     reinterpret_cast<float*>(out)});
   }
   const py::gil_scoped_release release;
   astra::quantized_linears(reinterpret_cast<const float*>(x), parts, {rows, inputs, 0, groups},
