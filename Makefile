@@ -34,7 +34,7 @@ SOURCES := $(shell find csrc -type f) CMakeLists.txt setup.py pyproject.toml $(C
 
 help:
 	@echo "make demo    one device, dense exchange and ASTRA side by side (real model, processes, sockets)"
-	@echo "make test    all fast tests: C++ under sanitizers, Python (about 9 minutes on 2 cores)"
+	@echo "make test    all fast tests: C++ under sanitizers, Python (5 to 8 minutes on 2 cores)"
 	@echo "make test-slow  the tests with pretrained models"
 	@echo "make test-aot   Triton kernels, compiled ahead of time by two versions of Triton; AOT=--all for every one"
 	@echo "make test-faults  ranks killed, stopped, cut off and lied to; a quarter of an hour"
@@ -62,17 +62,17 @@ $(STAMP): $(SOURCES)
 	@touch $@
 
 demo: $(STAMP)
-	@echo "== demo: less than 1.5 minutes; the first run fits a codebook, which takes about 1.5 minutes more =="
+	@echo "== demo: less than 1.5 minutes; the first run fits a codebook, for about 1.5 minutes more =="
 	@$(BIN)/astra demo
 
 test: $(STAMP) test-core
-	@echo "== Python tests, two at a time: about 7 minutes on 2 cores =="
+	@echo "== Python tests, two at a time: 4 to 6 minutes on 2 cores =="
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not slow and not gpu and not faults" -n 2 --dist worksteal --ignore tests/triton_kernels
-	@echo "== Triton kernels, interpreted, and compiled ahead of time: about 2 minutes =="
+	@echo "== Triton kernels, interpreted, and compiled ahead of time: 1 to 2 minutes =="
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not slow and not gpu and not faults" -n 2 --dist worksteal tests/triton_kernels
 
 test-core: $(STAMP)
-	@echo "== C++ tests under ASan and UBSan, about 1 minute =="
+	@echo "== C++ tests under ASan and UBSan: half a minute to a minute =="
 	$(BIN)/cmake -S . -B build/sanitized -G Ninja -DCMAKE_MAKE_PROGRAM=$(abspath $(BIN))/ninja -DCMAKE_BUILD_TYPE=RelWithDebInfo -DASTRA_BUILD_PYTHON=OFF -DASTRA_BUILD_TESTS=ON -DASTRA_SANITIZE=ON -DASTRA_WERROR=ON
 	$(BIN)/cmake --build build/sanitized --parallel 2
 	$(BIN)/ctest --test-dir build/sanitized --output-on-failure --parallel 2
