@@ -33,20 +33,25 @@ SOURCES := $(shell find csrc -type f) CMakeLists.txt setup.py pyproject.toml $(C
 .PHONY: help setup demo test test-core test-slow test-aot aot-table test-faults test-sanitized soak fuzz test-install test-lowest lint format docs bench rivals clean
 
 help:
-	@echo "make demo    one device, dense exchange and ASTRA side by side (real model, processes, sockets)"
-	@echo "make test    all fast tests: C++ under sanitizers, Python (5 to 8 minutes on 2 cores)"
-	@echo "make test-slow  the tests with pretrained models"
-	@echo "make test-aot   Triton kernels, compiled ahead of time by two versions of Triton; AOT=--all for every one"
-	@echo "make test-faults  ranks killed, stopped, cut off and lied to; a quarter of an hour"
-	@echo "make soak    millions of exchanges, and 20,000 calls over each transport: does anything grow"
-	@echo "make fuzz    the wire's decoder under libFuzzer, ASan and UBSan; needs clang"
+	@echo "make setup           everything that the other targets need, in .venv; they call it themselves"
+	@echo "make demo            one device, dense exchange and ASTRA side by side (real model, processes, sockets)"
+	@echo "make test            all fast tests: C++ under sanitizers, Python (5 to 8 minutes on 2 cores)"
+	@echo "make test-core       the C++ tests alone, under ASan and UBSan"
+	@echo "make test-slow       the tests with pretrained models"
+	@echo "make test-aot        Triton kernels, compiled ahead of time by two versions of Triton; AOT=--all for every one"
+	@echo "make aot-table       the static figures of the decisive kernels, written anew by both versions"
+	@echo "make test-faults     ranks killed, stopped, cut off and lied to; a quarter of an hour"
+	@echo "make soak            millions of exchanges, and 20,000 calls over each transport: does anything grow"
+	@echo "make fuzz            the wire's decoder under libFuzzer, ASan and UBSan; needs clang"
 	@echo "make test-sanitized  Python tests on a sanitized build of the extension; FULL=1 for all"
-	@echo "make test-install  wheel and sdist in an environment of their own; about five minutes"
-	@echo "make test-lowest  the core of the tests on the lowest versions that pyproject.toml allows"
-	@echo "make docs    the documents and the API reference as a site, in build/site"
-	@echo "make lint    ruff, mypy, clang-format, whether the tables are what the results say"
-	@echo "make rivals  the environment of the benchmark rivals: llama.cpp, compiled, and CTranslate2"
-	@echo "make bench   benchmarks, results and tables; its first lines say what it runs and leaves out"
+	@echo "make test-install    wheel and sdist in an environment of their own; about five minutes"
+	@echo "make test-lowest     the core of the tests on the lowest versions that pyproject.toml allows"
+	@echo "make lint            ruff, mypy, clang-format, whether the tables are what the results say"
+	@echo "make format          what lint wants of ruff and clang-format"
+	@echo "make docs            the documents and the API reference as a site, in build/site"
+	@echo "make bench           benchmarks, results and tables; its first lines say what it runs and leaves out"
+	@echo "make rivals          the environment of the benchmark rivals: llama.cpp, compiled, and CTranslate2"
+	@echo "make clean           removes build/ and the environments"
 
 setup: $(STAMP)
 
@@ -181,4 +186,4 @@ bench: $(STAMP)
 	@$(BIN)/python -m bench
 
 clean:
-	rm -rf build $(VENV) .venv-aot .venv-rivals
+	rm -rf build $(VENV) .venv-aot .venv-lowest .venv-rivals

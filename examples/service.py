@@ -1,7 +1,7 @@
 """A service of one's own: a leader with a queue on rank 0, workers on the other ranks.
 
-    python examples/service.py 0 127.0.0.1:7000,127.0.0.1:7001 &
-    python examples/service.py 1 127.0.0.1:7000,127.0.0.1:7001
+    python examples/service.py 1 127.0.0.1:7000,127.0.0.1:7001 &
+    python examples/service.py 0 127.0.0.1:7000,127.0.0.1:7001
 
 Rank 0 reads questions, a line each, from standard input; any number of threads may ask at once.
 """

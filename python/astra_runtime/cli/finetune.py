@@ -32,7 +32,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
     parser.epilog = (
         "examples:\n"
         "  astra finetune --model smollm2 --codebook codebook/ --output adapted/ --steps 300\n"
-        "  astra run --model adapted/ --codebook adapted/ --world-size 4\n\n"
+        "  astra run --model adapted/ --codebook adapted/ --world-size 4 --prompt TEXT\n\n"
         "N devices are simulated in one process; N and the shards change with every step."
     )
     add_model(parser)

@@ -69,7 +69,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
         "--flops", type=float, help="FLOP/s of a device; default: this machine is measured"
     )
     parser.add_argument(
-        "--threads", type=positive, help="CPU threads measured with (default: all cores)"
+        "--threads", type=positive, help="CPU threads measured with (default: all physical cores)"
     )
     parser.add_argument(
         "--speeds",
