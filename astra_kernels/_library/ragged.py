@@ -192,7 +192,7 @@ def _gathered(paged: Pages, codes_per_token: int) -> CodedInput:
     rows = paged.pages[places.flatten()]
     bits: int | None = paged.code_bits
     if paged.page_tokens * codes_per_token * paged.code_bits % 8 == 0:
-        codes = rows.reshape(batch, -1)  # pages end with a byte, so they join
+        codes = rows.reshape(batch, places.shape[1] * rows.shape[1])  # pages end with a byte
     else:
         unpacked = unpack_rows(rows, paged.code_bits, paged.page_tokens, codes_per_token)
         codes, bits = unpacked.reshape(batch, tokens, codes_per_token), None

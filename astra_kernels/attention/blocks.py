@@ -59,7 +59,7 @@ def some_heads(query: Tensor, key: Tensor, most: int) -> Iterator[tuple[slice, s
     kv_heads, tokens = key.shape[1:3]
     group = heads // kv_heads
     busy = -(-2 * torch.get_num_threads() // group)
-    count = max(1, busy, most // (max(group * rows, tokens) * dim))
+    count = max(1, busy, most // max(1, max(group * rows, tokens) * dim))
     num_heads, num_rows = min(count, kv_heads), max(1, count // kv_heads)
     for row in range(0, batch, num_rows):
         for head in range(0, kv_heads, num_heads):

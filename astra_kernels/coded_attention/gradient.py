@@ -95,7 +95,8 @@ def look_up(index: Tensor, table: Tensor, dtype: torch.dtype) -> Tensor:
         stage = rows.index_select(0, place.reshape(-1)).to(dtype)
         vectors = stage if vectors is None else vectors.add_(stage)
     assert vectors is not None
-    return vectors.view(*index.shape[1:4], -1).transpose(1, 2)
+    width = table.shape[2] * table.shape[4]
+    return vectors.view(*index.shape[1:4], width).transpose(1, 2)
 
 
 def add_rows(grad_table: Tensor, index: Tensor, grad: Tensor) -> None:

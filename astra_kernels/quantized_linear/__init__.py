@@ -34,8 +34,8 @@ def quantized_linear(
 
     Returns:
         [..., N] in the dtype of `vectors`. Products are summed exactly within a group, groups in
-        fp32. A vector's answer does not depend on the others beside it. One with a NaN or an
-        infinity gives NaN.
+        fp32. A vector's answer does not depend on the others beside it, but by the rounding of fp32
+        on whether there are any. One with a NaN or an infinity gives NaN.
 
     Raises:
         TypeError: a dtype that is not listed. ValueError: shapes or devices that do not fit.

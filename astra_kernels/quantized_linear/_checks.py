@@ -26,7 +26,8 @@ def check_quantized_linear(
     checks.check_dtype(OP, "scale", scale, SCALES)
     checks.check_ndim(OP, "scale", scale, "N, G")
     groups = scale.shape[1]
-    if scale.shape[0] != rows or groups < 1 or inputs % groups or (inputs // groups) % 2:
+    fits = scale.shape[0] == rows and groups > 0 and inputs > 0 and inputs % groups == 0
+    if not fits or (inputs // groups) % 2:
         expected = f"[{rows}, G] (N of weight), G groups of an even number of its {inputs} columns"
         checks.fail_value(OP, "scale", expected, checks.shape_of(scale))
     if (minimum is not None) != (weight.dtype == torch.uint8):

@@ -94,6 +94,15 @@ def test_no_queries(impl):
     assert lse.shape == (2, 6, 0)
 
 
+@pytest.mark.parametrize("options", [{}, {"softcap": 2.0}, {"window": (1, 1)}], ids=str)
+def test_neither_queries_nor_keys(impl, options):
+    for dtype in (torch.float32, torch.float64, torch.bfloat16):
+        query, key, value = dense(m=0, n=0, dtype=dtype)
+        out, lse = ak.attention(query, key, value, impl=impl, **options)
+        assert out.shape == (2, 6, 0, 16)
+        assert lse.shape == (2, 6, 0)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("is_causal", [False, True])
 def test_error_at_most_twice_that_of_sdpa(impl, dtype, is_causal):

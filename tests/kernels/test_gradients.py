@@ -468,3 +468,13 @@ def test_some_heads_and_rows_at_a_time(monkeypatch, dtype, options):
     tolerance = 1e-5 if dtype == torch.float32 else 1e-2
     for found, wanted in zip(grads(), whole, strict=True):
         torch.testing.assert_close(found, wanted, rtol=tolerance, atol=tolerance)
+
+
+def test_no_batch_has_gradients_of_zero():
+    query = torch.randn(0, 4, 5, 16, requires_grad=True)
+    tables = torch.randn(2, 2, 2, 9, 8, requires_grad=True)
+    codes = torch.randint(0, 9, (0, 7, 4), dtype=torch.int32)
+    out, lse = ak.coded_attention(query, codes, *tables)
+    (out.sum() + lse.sum()).backward()
+    assert torch.equal(tables.grad, torch.zeros_like(tables))
+    assert query.grad.shape == query.shape

@@ -118,6 +118,7 @@ def test_opcheck(bits):
         ({"weight": torch.zeros(20, 64)}, TypeError, "weight must be of dtype int8 or uint8"),
         ({"scale": torch.ones(20, 3)}, ValueError, r"scale must be \[20, G\]"),
         ({"scale": torch.ones(20, 64)}, ValueError, "even number"),
+        ({"vectors": torch.zeros(2, 0), "weight": torch.zeros(20, 0).char()}, ValueError, "even"),
         ({"minimum": torch.ones(20, 2)}, ValueError, "minimum must be given with weights of 4"),
         ({"bias": torch.ones(19)}, ValueError, r"bias must be \[20\]"),
         ({"impl": "triton"}, RuntimeError, "no Triton kernel"),

@@ -75,6 +75,14 @@ def test_no_sequences_and_no_tokens() -> None:
         assert (out.shape, lse.shape) == ((0, H, D), (0, H))
 
 
+@pytest.mark.parametrize("page_tokens", [4, 3])  # of 3 tokens: a page does not end with a byte
+def test_no_sequences_of_pages(page_tokens: int) -> None:
+    pages, table = paged(torch.randint(0, K, (2, 12, HKV * 2)), page_tokens)
+    given = (torch.randn(0, H, 2, D), pages, table[:0], torch.zeros(0).int(), *tables())
+    out, lse = ak.coded_attention_paged(*given, code_bits=3, page_tokens=page_tokens)
+    assert (out.shape, lse.shape) == ((0, H, 2, D), (0, H, 2))
+
+
 @pytest.mark.parametrize("given", [OPTIONS[0], OPTIONS[4]])
 def test_gradients_of_sequences(given: dict[str, Any]) -> None:
     query, key, value, of_q, of_k = ragged(3)

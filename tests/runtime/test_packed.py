@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import pickle
 
@@ -148,9 +149,9 @@ def test_engines_of_one_model_share_the_copies_until_the_last_is_closed(small: N
     hooks = adapt(model).hooks
     first, second = Engine(model, pack_weights=True), Engine(model, pack_weights=True)
     kept = hooks._packed
+    assert [forward.layer for forward in kept] == packable(adapt(model).blocks)  # once
     first.close()
     assert hooks._packed is kept
-    assert kept
     first.close()  # again: it has given up its part already
     second(**inputs_for("llama", 12))
     second.close()
@@ -165,6 +166,45 @@ def test_weights_written_to_are_noticed(small: None) -> None:
         packable(adapt(model).blocks)[0].weight.data.zero_()
         with pytest.raises(ModelChanged, match="has changed"):
             engine(**inputs_for("llama", 12))
+
+
+@needs_mkl
+def test_an_engine_beside_one_of_earlier_weights_has_its_own_copies(small: None) -> None:
+    model, inputs = tiny("llama"), inputs_for("llama", 12)
+    with Engine(model, pack_weights=True):
+        with torch.no_grad():
+            for layer in packable(adapt(model).blocks):
+                layer.weight.mul_(1.1)
+            alone = model(**inputs).logits
+        with Engine(model, pack_weights=True) as second:
+            called = second(**inputs, logits="all").logits
+    torch.testing.assert_close(called, alone, rtol=1e-4, atol=1e-4)
+
+
+class Larger(torch.overrides.TorchFunctionMode):
+    """Products of linear layers, a tenth larger."""
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
+        result = func(*args, **(kwargs or {}))
+        return 1.1 * result if func is F.linear else result
+
+
+@pytest.mark.parametrize("packs", [pytest.param(True, marks=needs_mkl), False])
+@pytest.mark.parametrize("patched", ["class", "function", "mode"])
+def test_what_linear_layers_were_patched_to_is_what_runs(
+    small: None, monkeypatch: pytest.MonkeyPatch, packs: bool, patched: str
+) -> None:
+    model, inputs = tiny("llama"), inputs_for("llama", 12)
+    forward, linear = nn.Linear.forward, F.linear
+    mode = Larger() if patched == "mode" else contextlib.nullcontext()
+    if patched == "class":
+        monkeypatch.setattr(nn.Linear, "forward", lambda *given: 1.1 * forward(*given))
+    elif patched == "function":
+        monkeypatch.setattr(F, "linear", lambda *given: 1.1 * linear(*given))
+    with torch.no_grad(), mode, Engine(model, pack_weights=packs) as engine:
+        alone = model(**inputs).logits
+        called = engine(**inputs, logits="all").logits
+    torch.testing.assert_close(called, alone, rtol=1e-4, atol=1e-4)
 
 
 @needs_mkl

@@ -9,7 +9,7 @@ torch's runs without AVX-512.
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import Any, Final
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -18,9 +18,7 @@ from torch import Tensor, nn
 from astra_kernels import _direct as direct
 
 from .during_calls import CallForward
-from .packed import packable
-
-_LINEAR: Final = nn.Linear.forward
+from .packed import computes_as_torch, packable
 
 
 class FewRowsForward(CallForward):
@@ -28,7 +26,7 @@ class FewRowsForward(CallForward):
 
     def __call__(self, *given: Any, **named: Any) -> Any:
         layer: Any = self.module
-        if len(given) != 1 or named or nn.Linear.forward is not _LINEAR:
+        if len(given) != 1 or named or not computes_as_torch():
             return self.own(*given, **named)
         vectors: Tensor = given[0]
         rows = vectors.numel() // max(1, vectors.shape[-1]) if vectors.dim() else 0

@@ -283,7 +283,8 @@ class Hooks:
     def pack(self) -> None:
         """Keeps copies of the blocks' weights for calls, see `packed`.
 
-        One of several users makes them, and the last one that calls `unpack` ends them.
+        Each of several users makes them anew, as weights may have been written to since the one
+        before did; the last one that calls `unpack` ends them.
 
         Raises:
             ValueError: they cannot be made.
@@ -294,11 +295,12 @@ class Hooks:
                 "pack_weights: expected layers of fp32 on a CPU with MKL, got none; leave it out"
             )
         with _lock:
+            self._read_own()
+            self._packed = []  # first, so that there are never two copies
+            self._packed = [PackedForward(layer) for layer in layers]
             self._packers += 1
-            if not self._packed:
-                self._packed = [PackedForward(layer) for layer in layers]
-                if self._users:
-                    self._read_packed()
+            if self._users:
+                self._read_packed()
 
     def unpack(self) -> None:
         """Undoes one `pack`."""

@@ -18,6 +18,7 @@ from typing import Any, Final
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils._device import DeviceContext
 
 from .during_calls import CallForward
 
@@ -25,6 +26,18 @@ ORDERED_FOR: Final = 1024  # rows: the order that was fastest for any number of 
 LEAST_ROWS: Final = 4  # with fewer, reading the weights takes all the time
 LEAST_WEIGHTS: Final = 1 << 16  # of a layer that is worth a copy
 _PAGE: Final = 2 << 20  # a huge one, up to which the copy of a layer takes memory
+
+
+_FORWARD: Final = nn.Linear.forward
+_FUNCTION: Final = torch._C._nn.linear  # what torch.nn.functional.linear is, unless patched
+
+
+def computes_as_torch() -> bool:
+    """Whether linear layers are what torch made them: nobody has patched their class or their
+    function, or follows functions of torch by a mode."""
+    modes = range(torch._C._len_torch_function_stack())
+    plain = nn.Linear.forward is _FORWARD and F.linear is _FUNCTION
+    return plain and all(type(torch._C._get_function_stack_at(i)) is DeviceContext for i in modes)
 
 
 def can_pack() -> bool:
@@ -57,8 +70,11 @@ class PackedForward(CallForward):
         with torch.no_grad():
             self.packed = torch.ops.mkl._mkl_reorder_linear_weight(layer.weight, ORDERED_FOR)
 
-    def __call__(self, vectors: Tensor) -> Any:
+    def __call__(self, *given: Any, **named: Any) -> Any:
         layer = self.layer
+        if len(given) != 1 or named or not computes_as_torch():
+            return self.own(*given, **named)
+        vectors: Tensor = given[0]
         rows = vectors.numel() // max(1, vectors.shape[-1])
         if (
             rows < LEAST_ROWS
