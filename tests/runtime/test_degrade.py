@@ -2,178 +2,31 @@
 
 from __future__ import annotations
 
-import functools
 import threading
 import time
-from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
 
 from astra_runtime import Codebook, Engine, errors
 from astra_runtime.cli.run import without
-from astra_runtime.codes.base import TokenBits, received_mask
-from astra_runtime.control import is_control
 from astra_runtime.deploy.jobs import Ranks
-from astra_runtime.missing import Missing
-from astra_runtime.models import adapt
-from astra_runtime.plan import Plan
-from astra_runtime.train.simulate import Simulation
 from astra_runtime.transport import Mesh, local_mesh
-from astra_runtime.wire import HEADER_SIZE
 
+from .degraded import (
+    DEADLINE,
+    Clock,
+    Late,
+    SlowMesh,
+    book_for,
+    clear_inputs,
+    degraded_ranks,
+    simulated,
+)
 from .models import inputs_for, tiny
-from .ranks import MAKERS, PLAN, as_ranks
+from .ranks import as_ranks
 from .test_engine import fitted, logits_of
-from .transport.test_tcp import frame_bytes, raw_peer
-
-DEADLINE = 300.0  # milliseconds
-Late = Mapping[tuple[int, int], Sequence[int]]  # (sender, block) -> receivers
-SPACES = {
-    "kv": {"space": "kv", "groups": 6},
-    "hidden-1": {"space": "hidden", "groups": 1},
-    "hidden-4": {"space": "hidden", "groups": 4},
-    "differential": {"space": "differential", "groups": 4},
-    # a seed with which no vector lies between two codewords: rounding would choose
-    "transform": {"space": "transform", "bits": 60, "seed": 1},
-    "dense": None,
-}
-
-
-class Clock:
-    """Which rank has done with the frames of which block, in the order of its calls, and how many
-    it has sent."""
-
-    def __init__(self) -> None:
-        self.changed = threading.Condition()
-        self.past: set[tuple[int, int]] = set()
-        self.sent: Counter[tuple[int, int]] = Counter()
-
-    def count(self, rank: int, block: int) -> None:
-        with self.changed:
-            self.sent[rank, block] += 1
-            self.changed.notify_all()
-
-    def wait_for(self, rank: int, block: int, count: int) -> None:
-        with self.changed:
-            self.changed.wait_for(lambda: self.sent[rank, block] >= count, 60)
-
-    def mark(self, rank: int, block: int) -> None:
-        with self.changed:
-            self.past.add((rank, block))
-            self.changed.notify_all()
-
-    def wait(self, ranks: Sequence[int], block: int) -> None:
-        with self.changed:
-            assert self.changed.wait_for(
-                lambda: all((rank, block) in self.past for rank in ranks), 60
-            )
-
-
-@Mesh.register
-class SlowMesh:
-    """A rank that reaches some receivers only when they have given up waiting for that block; once,
-    and from then on in time.
-
-    Deadlines run once everybody else has sent, so that a busy machine makes nobody late.
-    """
-
-    def __init__(self, mesh: Mesh, late: Late, clock: Clock) -> None:
-        self.mesh, self.late, self.clock = mesh, late, clock
-        self.calls: Counter[tuple[int, int]] = Counter()  # of receive, by sender and block
-        self.reached: set[tuple[int, int]] = set()  # receivers of this rank's blocks
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self.mesh, name)
-
-    def send(self, payload: Any, *, block: int, to: Sequence[int], **place: Any) -> None:
-        late = [n for n in self.late.get((self.mesh.rank, block), ()) if n in to]
-        late = [n for n in late if (block, n) not in self.reached]
-        self.reached.update((block, n) for n in to)
-        self.mesh.send(payload, block=block, to=[n for n in to if n not in late], **place)
-        self.clock.count(self.mesh.rank, block)
-        if late:
-            self.clock.wait(late, block)
-            self.mesh.send(payload, block=block, to=late, **place)
-
-    def receive(self, sizes: Any, *, block: int, **place: Any) -> Any:
-        for sender in sizes if place.get("partial") or not is_control(block) else ():
-            self.calls[sender, block] += 1
-            late = self.mesh.rank in self.late.get((sender, block), ())
-            if self.calls[sender, block] > 1 or not late:
-                self.clock.wait_for(sender, block, self.calls[sender, block])
-        try:
-            return self.mesh.receive(sizes, block=block, **place)
-        finally:
-            if sizes:
-                self.clock.mark(self.mesh.rank, block)
-
-
-def degraded_ranks(
-    model: Any,
-    book: Codebook | None,
-    world_size: int,
-    late: Late,
-    work: Callable[[Engine], Any],
-    *,
-    weights: Sequence[float],
-    maker: str = "tcp",
-    **options: Any,
-) -> list[Any]:
-    """What `work` gives on every rank whose engine leaves out who is late."""
-    clock = Clock()
-
-    def run(mesh: Mesh) -> Any:
-        slow: Any = SlowMesh(mesh, late, clock)
-        deadline = DEADLINE if late else 60_000.0  # where nobody is late, it ends no wait
-        given: dict[str, Any] = {"on_missing": "degrade", "deadline_ms": deadline, "halo": 0}
-        given |= options
-        with Engine(model, book, slow, weights=weights, **given) as engine:
-            return work(engine)
-
-    return as_ranks(MAKERS[maker](world_size), run)
-
-
-def simulated(
-    model: Any, book: Codebook, inputs: dict[str, Tensor], late: Late, **given: Any
-) -> Tensor:
-    adapter = adapt(model)
-    copies = max(book.prefix, adapter.class_tokens)
-    tokens = adapter.count(inputs)[1] - book.prefix
-    weights = given.pop("weights")
-    plan = Plan.make(tokens, len(weights), causal=adapter.causal, copies=copies, weights=weights)
-    missed = [(to, sender, block) for (sender, block), found in late.items() for to in found]
-    with torch.no_grad():
-        run = Simulation(model, book, plan, inputs, missed=missed, **given)
-        return logits_of(run.run())
-
-
-def book_for(kind: str, name: str, model: Any) -> Codebook:
-    options = SPACES[name]
-    return Codebook.none() if options is None else fitted(kind, model, **options)
-
-
-@functools.cache
-def clear_inputs(name: str, weights: tuple[int, ...]) -> dict[str, Tensor]:
-    """Inputs of which no vector lies at the border of two codewords, where rounding decides: the
-    ranks and the simulation code them alike while nothing is late."""
-    model = tiny("llama")
-    book = book_for("llama", name, model)
-    for seed in range(1, 9):
-        inputs = inputs_for("llama", 23, batch=2, seed=seed)
-        whole = simulated(model, book, inputs, {}, weights=weights)[:, -1]
-
-        def work(mesh: Mesh, inputs: dict[str, Tensor] = inputs) -> Tensor:
-            with Engine(model, book, mesh, weights=weights) as engine:
-                return engine(**inputs).logits[:, -1]
-
-        if torch.allclose(as_ranks(MAKERS["tcp"](3), work)[0], whole, rtol=2e-4, atol=2e-4):
-            return inputs
-    raise AssertionError("the ranks never agree with the simulation")
-
 
 DECODER_CASES: list[Late] = [
     {(1, 1): (2,)},
@@ -455,199 +308,6 @@ def test_a_class_token_that_is_late_is_not_in_the_mean() -> None:
     assert float((found - (own[0] + own[1] + own[2]) / 3).abs().max()) > 1e-3
 
 
-# --- the mesh
-
-
-def test_owed_frames_are_read_checked_and_dropped() -> None:
-    with raw_peer() as (mesh, peer):
-        first = frame_bytes(b"12345678", 0, 0)
-        peer.sendall(first[:20])  # in the middle of its payload
-        found = mesh.receive({0: 8}, block=0, plan=PLAN, timeout=0.05, partial=True)
-        assert found == {}
-        assert mesh.receive({0: 3}, block=1, plan=PLAN, timeout=0.05, partial=True) == {}
-        peer.sendall(first[20:] + frame_bytes(b"abc", 1, 1) + frame_bytes(b"now", 2, 2))
-        views = mesh.receive({0: 3}, block=2, plan=PLAN, timeout=30, partial=True)
-        assert bytes(views[0]) == b"now"
-        peer.sendall(frame_bytes(b"next", 3, 3))
-        assert bytes(mesh.receive({0: 4}, block=3, plan=PLAN)[0]) == b"next"
-
-
-def test_an_owed_frame_that_is_wrong_is_an_error() -> None:
-    with raw_peer() as (mesh, peer):
-        mesh.receive({0: 8}, block=0, plan=PLAN, timeout=0.01, partial=True)
-        peer.sendall(frame_bytes(b"123456789", 0, 0))
-        with pytest.raises(errors.WireError, match="length: expected 8, got 9"):
-            mesh.receive({0: 8}, block=1, plan=PLAN, timeout=30, partial=True)
-
-
-def test_who_came_is_given_and_who_was_late_is_back() -> None:
-    with raw_peer(world_size=3, timeout=60) as (mesh, (zero, two)):
-        zero.sendall(frame_bytes(b"a", 0, 0))
-        sizes, start = {0: 1, 2: 1}, time.monotonic()
-        assert set(mesh.receive(sizes, block=0, plan=PLAN, timeout=0.1, partial=True)) == {0}
-        assert 0.09 < time.monotonic() - start < 30
-        zero.sendall(frame_bytes(b"b", 1, 1))
-        both = frame_bytes(b"c", 0, 0, 2) + frame_bytes(b"d", 1, 1, 2)
-        threading.Timer(0.05, two.sendall, [both]).start()
-        views = mesh.receive(sizes, block=1, plan=PLAN, timeout=30, partial=True)
-        assert {n: bytes(view) for n, view in views.items()} == {0: b"b", 2: b"d"}
-
-
-def test_a_peer_that_left_is_found_when_its_frames_are_used_up() -> None:
-    with raw_peer(world_size=3, timeout=60) as (mesh, (zero, two)):
-        two.sendall(frame_bytes(b"kept", 0, 0, 2))
-        two.close()
-        zero.sendall(frame_bytes(b"x", 0, 0))
-        assert set(mesh.receive({0: 1}, block=0, plan=PLAN, partial=True)) == {0}
-        assert bytes(mesh.receive({2: 4}, block=0, plan=PLAN, partial=True)[2]) == b"kept"
-        start = time.monotonic()
-        assert mesh.receive({2: 4}, block=1, plan=PLAN, partial=True) == {}
-        assert time.monotonic() - start < 30
-        assert set(mesh.lost) == {2}
-        for block in range(5):
-            mesh.send(b"to nobody", block=block, plan=PLAN, to=[0, 2], partial=True)
-        assert len(zero.recv(1000)) == 5 * (HEADER_SIZE + len(b"to nobody"))
-        with pytest.raises(errors.PeerLost, match="rank 2"):
-            mesh.receive({2: 4}, block=2, plan=PLAN)
-
-
-def test_a_peer_far_behind_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("astra_runtime.transport.tcp.MAX_OUTSTANDING", 3)
-    with raw_peer() as (mesh, _peer):
-        for block in range(4):
-            assert not mesh.lost
-            mesh.receive({0: 1}, block=block, plan=PLAN, timeout=0.001, partial=True)
-        assert isinstance(mesh.lost[0], errors.DeadlineExceeded)
-
-
-def test_a_peer_that_never_reads_is_not_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("astra_runtime.transport.tcp.MAX_UNSENT", 1 << 20)
-    with raw_peer(timeout=120) as (mesh, _peer):
-        start = time.monotonic()
-        for block in range(20):
-            mesh.send(bytes(4 << 20), block=block, plan=PLAN, to=[0], partial=True)
-        assert time.monotonic() - start < 60
-
-
-# --- which tokens came
-
-
-def test_tokens_with_a_bit_in_a_gap_are_missing() -> None:
-    """20 tokens of 10 bits, 25 bytes a row: by hand, bit by bit."""
-    strips = [TokenBits(0, 10, 0), TokenBits(25, 10, 1)]
-    for start in range(50):
-        for stop in range(start, 50):
-            found = received_mask(strips, 2, 20, [(start, stop)])
-            for row in range(2):
-                bits = torch.zeros(400, dtype=torch.bool)
-                bits[8 * start : 8 * stop] = True
-                lost = bits[200 * row : 200 * (row + 1)].view(20, 10).any(1)
-                assert torch.equal(found[row], ~lost), (start, stop, row)
-
-
-@pytest.mark.parametrize("name", ["kv", "hidden-4", "dense", "int8"])
-def test_a_token_depends_on_its_own_bits_only(name: str) -> None:
-    """Zeros in the strips of other tokens change nothing of what is read of a token."""
-    model, batch, tokens = tiny("llama"), 2, 7
-    book = Codebook.none("int8") if name == "int8" else book_for("llama", name, model)
-    space = book.make_codec(adapt(model))
-    generator = torch.Generator().manual_seed(0)
-    key, value = torch.randn(2, batch, 3, tokens, 16, generator=generator)
-    what = torch.randn(batch, tokens, 48, generator=generator) if space.early else (key, value)
-    size = space.payload_bytes(1, batch, tokens)
-    data = bytearray(size)
-    space.encode(1, what, None, memoryview(data))
-    from astra_runtime.codes.base import Payload
-
-    def read(content: bytearray) -> Tensor:
-        kept = space.decode(1, [Payload(memoryview(content), tokens, tokens)], batch, None)
-        return (
-            kept
-            if isinstance(kept, Tensor)
-            else torch.cat([kept.key, kept.value], 1).transpose(1, 2)
-        )
-
-    whole, strips = read(data), space.token_layout(1, batch, tokens)
-    for start, stop in [(0, 1), (3, 9), (size // 2, size // 2 + 5), (size - 2, size)]:
-        broken = bytearray(data)
-        broken[start:stop] = bytes(stop - start)
-        came = received_mask(strips, batch, tokens, [(start, stop)])
-        assert not bool(came.all())
-        assert bool(came.any())
-        assert torch.equal(read(broken)[came], whole[came])
-
-
-@Mesh.register
-class Gappy:
-    """A mesh like one of datagrams: some bytes of some frames did not come, and are garbage."""
-
-    def __init__(self, mesh: Mesh, lost: Mapping[tuple[int, int], tuple[int, int]]) -> None:
-        self.mesh, self.of = mesh, lost
-        self.missing_ranges: dict[int, list[tuple[int, int]]] = {}
-        self.lossy = True
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self.mesh, name)
-
-    def receive(self, sizes: Any, *, block: int, **place: Any) -> Any:
-        views = self.mesh.receive(sizes, block=block, **place)
-        self.missing_ranges = {n: [self.of[n, block]] for n in views if (n, block) in self.of}
-        for n, ((start, stop),) in self.missing_ranges.items():
-            views[n][start:stop] = bytes([0xA5]) * (stop - start)
-        return views
-
-
-@pytest.mark.parametrize("name", ["kv", "hidden-1", "dense", "transform"])
-def test_gaps_leave_out_tokens_and_no_more(name: str) -> None:
-    """Rank 1 hears half of rank 0's tokens in block 1: as if the others' were masked, or, with
-    codes that predict, as predicted."""
-    model, inputs = tiny("llama"), inputs_for("llama", 24)
-    book = book_for("llama", name, model)
-    space = book.make_codec(adapt(model))
-    weights = (1, 1)
-
-    def work(mesh: Mesh) -> Any:
-        plan = None
-        with Engine(model, book, mesh, weights=weights, halo=0) as engine:
-            plan = engine.plan(24)
-        told = plan.num_sent(0)
-        half = space.payload_bytes(1, 1, told) // 2
-        gappy: Any = Gappy(mesh, {(0, 1): (half, half + 3)} if mesh.rank else {})
-        masks = []
-        options: dict[str, Any] = {"on_missing": "degrade", "deadline_ms": 60_000.0}
-        with Engine(model, book, gappy, weights=weights, halo=0, **options) as engine:
-            attend = engine.codec.attend if name != "transform" else None
-            if attend is not None:
-
-                def watched(
-                    block: int, q: Any, kept: Any, rope: Any, mask: Any, scale: float
-                ) -> Any:
-                    masks.append((block, mask))
-                    return attend(block, q, kept, rope, mask, scale)
-
-                engine.codec.attend = watched  # type: ignore[method-assign]
-            output = engine(**inputs)
-        return output.logits, output.missing, masks, told, half
-
-    (_, told_0, *_), (logits, missing, masks, told, half) = as_ranks(local_mesh(2), work)
-    assert missing == told_0 == {0: [1]}
-    assert bool(logits.isfinite().all())
-    if masks:
-        by_block = dict(masks)
-        assert by_block[0] is None
-        assert by_block[2] is None
-        expected = received_mask(space.token_layout(1, 1, told), 1, told, [(half, half + 3)])
-        assert torch.equal(by_block[1], expected)
-        assert 0 < int(expected.sum()) < told
-
-
-def test_a_lossy_mesh_wants_degraded_answers() -> None:
-    (mesh,) = local_mesh(1)
-    gappy: Any = Gappy(mesh, {})
-    with pytest.raises(ValueError, match="on_missing: expected 'degrade' with this transport"):
-        Engine(tiny("llama"), None, gappy)
-
-
 @pytest.mark.parametrize(
     ("options", "words"),
     [
@@ -669,28 +329,6 @@ def test_ranks_have_to_agree_on_deadlines() -> None:
 
     for words in as_ranks(local_mesh(2), work):
         assert "deadline_ms 10" in words
-
-
-def test_what_is_missing_crosses_the_wire() -> None:
-    ours, theirs = Missing(11, 3), Missing(11, 3)
-    ours.leave_out(1, [2, 9])
-    trailer = memoryview(bytearray(ours.width))
-    ours.write_recent(trailer)
-    assert bytes(trailer) == bytes([0b100, 0b10])
-    theirs.read_recent(2, trailer, 0)
-    assert theirs.by_rank() == {2: [1], 9: [1]}
-    ours.write_recent(trailer)
-    assert bytes(trailer) == bytes(2)
-    theirs.leave_out(theirs.answer, [4])
-    whole = memoryview(bytearray(theirs.all_width))
-    theirs.write_all(whole)
-    ours.read_all(whole, 1)
-    assert ours.by_rank() == {2: [1], 4: [3], 9: [1]}
-    with pytest.raises(errors.WireError, match="missing rank: expected below 11, got 15"):
-        ours.read_recent(1, memoryview(bytearray([0, 0x80])), 0)
-
-
-# --- jobs and the command
 
 
 def test_a_job_tells_what_is_missing() -> None:

@@ -19,9 +19,9 @@ from astra_runtime.transport.datagram import DatagramMesh
 from astra_runtime.transport.fragments import FEC_GROUP, FragmentHeader, fragment_layout
 from bench.lossy.perplexity import LossyDatagrams
 
+from ..degraded import book_for
 from ..models import inputs_for, tiny
 from ..ranks import as_ranks
-from ..test_degrade import book_for
 from .datagrams import LONG, Fate, datagram_mesh, lane, tls_datagram_mesh
 
 
