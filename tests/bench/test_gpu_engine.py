@@ -23,14 +23,7 @@ from bench.gpu.stages import Rank, Stopwatch, linked, stages_of
 from bench.report import Times
 
 CPU = torch.device("cpu")
-
-
-@pytest.fixture(autouse=True)
-def few_threads():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def test_a_rank_alone_does_what_it_did_among_the_others():

@@ -6,7 +6,6 @@ import dataclasses
 import json
 import math
 import os
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -14,21 +13,14 @@ import torch
 from bench import tables
 from bench.gpu.environment import device_folder
 from bench.kernels import __main__ as program
-from bench.kernels import _attention, crossovers, plots, run, timing
+from bench.kernels import _attention, crossovers, plots, run
 from bench.kernels import cases as cases_of
 from bench.kernels.ceilings import NOMINAL, Ceilings
 from bench.kernels.spec import SHAPE_KEYS, Spec
 
 REQUIRED = {"name", "shape", "dtype", "impl", "ms", "floor_ms", "peers", "ratio"}
 CPU = run.Clock(torch.device("cpu"), NOMINAL, None, 0.005)
-
-
-@pytest.fixture(autouse=True)
-def few_threads():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def spec_named(name: str) -> Spec:
@@ -263,91 +255,6 @@ def test_a_run_that_was_cut_goes_on(tmp_path):
     report = json.loads(path.read_text())
     assert report["complete"]
     assert len(report["cases"]) == 4
-
-
-def test_the_clock_of_a_gpu(monkeypatch):
-    """Its logic, on a device and a clock that are pretended: what is queued runs at once."""
-    now = [0.0]
-
-    def spend(milliseconds):
-        now[0] += milliseconds / 1e3
-
-    class Event:
-        def __init__(self, enable_timing):
-            self.at = None
-
-        def record(self):
-            self.at = now[0]
-
-        def elapsed_time(self, other):
-            return (other.at - self.at) * 1e3
-
-    class Stream:
-        def __enter__(self):
-            return self
-
-        def __exit__(self, *_):
-            return False
-
-        def wait_stream(self, _):
-            pass
-
-        synchronize = record_stream = lambda *_: None
-
-    class Graph:
-        began = ended = 0
-
-        def capture_begin(self, capture_error_mode):
-            Graph.began += 1
-
-        def capture_end(self):
-            Graph.ended += 1
-
-        def replay(self):
-            spend(1.0)
-
-    class Properties:
-        L2_cache_size = 1024
-
-    slept = []
-    empty = torch.empty
-
-    def wait(cycles):
-        slept.append(cycles)
-        spend(cycles / 1e6)
-
-    for name, pretended in {
-        "Event": Event, "Stream": Stream, "CUDAGraph": Graph, "_sleep": wait,
-        "current_stream": Stream, "stream": lambda stream: stream, "synchronize": lambda: None,
-        "current_device": lambda: 0, "get_device_properties": lambda _: Properties,
-    }.items():  # fmt: skip
-        monkeypatch.setattr(torch.cuda, name, pretended)
-    monkeypatch.setattr(torch, "empty", lambda *size, dtype, device: empty(*size, dtype=dtype))
-    monkeypatch.setattr(timing, "time", SimpleNamespace(perf_counter=lambda: now[0]))
-    clock = timing.Gpu(samples=5)
-    assert clock.flushed.nbytes == 4 * 1024
-
-    def refuses_capture():
-        if Graph.began > Graph.ended:
-            raise RuntimeError("operation not permitted when stream is capturing")
-        spend(0.5)
-
-    calls = {
-        "quick": lambda: spend(0.5), "slow": lambda: spend(3.0),
-        "waits": refuses_capture, "left out": lambda: spend(0.5),
-    }  # fmt: skip
-    times = clock.measure(calls, not_captured={"left out"})
-    assert Graph.began == Graph.ended == 3  # quick, waits, and the one after it that succeeds
-    assert times["left out"].graph is None
-    assert times["left out"].eager.p50 == pytest.approx(0.5)
-    assert times["quick"].warm.p50 == pytest.approx(0.5)
-    assert times["quick"].cold.p50 == pytest.approx(0.5)
-    assert times["quick"].graph.p50 == pytest.approx(1 / timing.MOST_REPEATS)
-    assert times["quick"].eager.p50 == pytest.approx(0.5)
-    assert times["slow"].graph is None  # too long for launches to matter
-    assert times["waits"].graph is None
-    assert times["waits"].warm.p50 == pytest.approx(0.5)
-    assert slept
 
 
 def test_crossings():

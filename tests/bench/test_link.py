@@ -24,14 +24,7 @@ from tests.runtime.models import inputs_for, tiny, windows_for
 from tests.runtime.ranks import all_to_all
 
 HEADER = 28 + IP_TCP + 18  # of a mesh's frame, TCP, IP, Ethernet
-
-
-@pytest.fixture(autouse=True)
-def few_threads():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def world(size: int, link: Link, **options) -> World:

@@ -11,13 +11,7 @@ from bench.link.model import Link
 from bench.link.virtual import VirtualMesh, World
 from tests.runtime.ranks import together
 
-
-@pytest.fixture(autouse=True)
-def few_threads():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def test_collectives_are_those_of_the_baselines() -> None:

@@ -15,7 +15,6 @@ import time
 from pathlib import Path
 
 import pytest
-import torch
 
 from bench.link import __main__ as program
 from bench.link import switch
@@ -25,15 +24,7 @@ from bench.link.switch import LinkUnavailable, Namespaces
 from tests.processes import runs
 from tests.runtime.ranks import environment, free_ports, together, wait_for
 
-
-@pytest.fixture(autouse=True)
-def few_threads():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
+pytestmark = pytest.mark.usefixtures("one_thread")
 MISSING = switch.unavailable()
 needs_switch = pytest.mark.skipif(bool(MISSING), reason=f"no switch here: {MISSING}")
 

@@ -6,7 +6,6 @@ import itertools
 import json
 
 import pytest
-import torch
 
 from astra_runtime import Codebook
 from bench.vision import __main__ as program
@@ -20,14 +19,7 @@ ROW = {
     *("accuracy_mean", "accuracy_std", "n_seeds", "exact", "int8", "local_only", "world_size"),
     *("below_exact", "below_exact_std", "noise", "commitment", "ranks", "class_token", "lost"),
 }
-
-
-@pytest.fixture(autouse=True)
-def few_threads():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture(scope="module")
