@@ -14,18 +14,11 @@ from torch import Tensor
 from ..call import CallState
 from ..decoding import Choose, guarded
 from ..files import check_path, write_private
-from ..inputs import (
-    check_bound,
-    check_choice,
-    check_function,
-    check_inputs,
-    check_integer,
-    check_request,
-)
-from ..models import vocabulary_of
+from ..inputs import check_bound, check_choice, check_function, check_integer, check_request
 from ..turns import without_gradients
 from .answers import decode_together, joint_tag, moved, receive_tokens, send_tokens, token_limit
 from .base import EngineParts, Running
+from .checks import check_ids, check_rank, check_tokens, listed
 from .codes import complete, confirm, make_ready, session_tag, synchronize
 from .cut import cut
 from .decoder import Asked
@@ -133,8 +126,8 @@ class Session:
         """`append`; `beside`: by rank, what it computes meanwhile, as of `cut`."""
         engine, state = self._engine, self._state
         engine._check_model()
-        ids = _check_ids(engine, ids, state.tokens)
-        owner = state.owner if rank is None else _check_rank(engine, rank)
+        ids = check_ids(engine, ids, state.tokens)
+        owner = state.owner if rank is None else check_rank(engine, rank)
         check_function("between", between)
         between = guarded("between", between, engine.rank)
         cached = state.tokens
@@ -206,7 +199,7 @@ class Session:
         """
         engine, foreign = self._engine, tokens
         if foreign is not None:
-            foreign = _check_tokens(engine, foreign, self._state.tokens)
+            foreign = check_tokens(engine, foreign, self._state.tokens)
         with self._call(request, within_ms, "finish") as (running, work):
             tag = session_tag(work, request, "finish")
             answer, read = self._state.answer, foreign is None
@@ -363,7 +356,7 @@ def generate_together(
         forks = [session.fork() for _ in range(mesh.world_size)]
         answers = generate_together(forks, ranks=range(mesh.world_size), choose=samplers)
     """
-    sessions = _listed("sessions", sessions)
+    sessions = listed("sessions", sessions)
     engine, places, asked = _check_together(
         sessions, max_new_tokens, ranks, eos_token_id, choose, on_tokens
     )
@@ -403,8 +396,8 @@ def _check_together(
     owners = [session.owner for session in sessions]
     places = owners
     if ranks is not None:
-        places = [_check_rank(engine, rank) for rank in _listed("ranks", ranks)]
-    choices = [None] * len(sessions) if choose is None else _listed("choose", choose)
+        places = [check_rank(engine, rank) for rank in listed("ranks", ranks)]
+    choices = [None] * len(sessions) if choose is None else listed("choose", choose)
     for name, given in (("ranks", places), ("choose", choices)):
         if len(given) != len(sessions):
             raise ValueError(f"{name}: expected {len(sessions)}, one a session, got {len(given)}")
@@ -412,36 +405,3 @@ def _check_together(
     for session, options in zip(sessions, asked, strict=True):
         options.check_room(len(session), token_limit(engine))
     return engine, places, asked
-
-
-def _listed(name: str, values: Any) -> list[Any]:
-    try:
-        return list(values)
-    except TypeError:
-        raise TypeError(f"{name}: expected a list, got {type(values).__name__}") from None
-
-
-def _check_rank(engine: EngineParts, rank: Any) -> int:
-    return check_integer("rank", rank, 0, engine.mesh.world_size - 1)
-
-
-def _check_tokens(engine: EngineParts, tokens: Sequence[int], past: int) -> list[int]:
-    vocabulary, room = vocabulary_of(engine.model), token_limit(engine) + 1 - past
-    tokens = _listed("tokens", tokens)
-    if len(tokens) > room:
-        raise ValueError(f"tokens: expected at most {room} behind {past}, got {len(tokens)}")
-    return [check_integer("tokens", token, 0, vocabulary - 1) for token in tokens]
-
-
-def _check_ids(engine: EngineParts, ids: Any, past: int) -> Tensor:
-    """Further tokens, as int64 [1, T]."""
-    given = check_inputs(engine.adapter, {"input_ids": ids})["input_ids"]
-    if given.shape[0] != 1:
-        raise ValueError(f"ids: expected shape [1, T], got {list(given.shape)}")
-    limit = token_limit(engine)
-    if past + given.shape[1] > limit:
-        raise ValueError(
-            f"ids: expected at most {limit - past} tokens behind {past}, as the model's limit is "
-            f"{limit}, got {given.shape[1]}"
-        )
-    return given.long()

@@ -13,11 +13,12 @@ from ..decoding import Choose, Generation
 from ..errors import InvalidChoice
 from .answers import decode_together, moved, token_limit
 from .base import EngineParts
+from .checks import check_ids
 from .codes import confirm, most_lacking, session_tag
 from .decoder import Asked
 from .files import broadcast
 from .passes import read_tokens
-from .session import Session, _check_ids, one_call
+from .session import Session, one_call
 from .state import SessionState
 
 Warp = Callable[[Tensor, Tensor], Tensor]  # (ids [1, t], logits [1, V]) -> scores [1, V]
@@ -56,7 +57,7 @@ def draw_several(
         draws by itself from torch's generator, which is as far afterwards as it would be then.
     """
     engine._check_model()
-    ids = _check_ids(engine, ids, 0)
+    ids = check_ids(engine, ids, 0)
     options = Asked(asked.max_new_tokens, asked.ends)
     options.check_room(ids.shape[1], token_limit(engine))
     if ids.shape[1] > EXACT_TOKENS:
