@@ -133,12 +133,15 @@ def run_server(
     """Serves the app of `make_app` until SIGINT, SIGTERM or `app.state.stop()`.
 
     Args:
-        port: 0: any free one; `on_listening` is told the URL.
+        app: of `make_app`.
+        host, port: the address to listen at; port 0: any free one.
         certfile, keyfile: PEM files, for HTTPS; the key may be in the certificate's file.
         drain_s: how long running answers may go on at the end.
+        max_connections: further ones get 503 at once.
         headers_timeout_s: how long a client may take to send a request's headers.
         write_timeout_s: how long a client may read nothing of what waits for it.
         listeners: those of `open_listeners` for this address, opened before; closed at the end.
+        on_listening: called with the URL, once the server listens.
 
     Raises:
         AstraError: the address is in use, other machines reach it and the app has no key, or the
