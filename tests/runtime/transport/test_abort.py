@@ -214,9 +214,6 @@ def test_sending_to_a_rank_that_aborted_gives_its_cause() -> None:
             send_blocks(mesh, b"x", to=0)
 
 
-# --- the engine
-
-
 def test_a_failing_model_fails_on_every_rank() -> None:
     """Rank 1's second block raises; with blocks of others on their way."""
     inputs = inputs_for("bert", 12)

@@ -26,9 +26,6 @@ def make(request: pytest.FixtureRequest) -> Callable[..., list[Mesh]]:
     return MAKERS[request.param]
 
 
-# --- exchanges, over every transport
-
-
 @pytest.mark.parametrize("world_size", [1, 2, 3, 4])
 @pytest.mark.parametrize("size", [0, 1, 320, 70_001])
 def test_all_to_all(make: Callable[..., list[Mesh]], world_size: int, size: int) -> None:
