@@ -10,8 +10,8 @@ answer alike. At random moments a worker gets SIGSTOP, until that was noticed (`
 A try has survived when every request got the right answer or an error of the reference's format,
 and the service is ready again within 5 s of the worker's return: of SIGCONT, or of the moment at
 which the process that took its place opens its first connection. Milliseconds are from the blow to
-503 at /ready; `back_ms` are from the return to 200. Writes service_faults.json, with memory,
-threads and descriptors of the leader after every tenth try.
+503 at /ready; those of `back_…` are from the return to 200. Writes service_faults.json, with
+memory, threads and descriptors of the leader after every tenth try.
 """
 
 from __future__ import annotations

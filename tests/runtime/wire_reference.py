@@ -49,7 +49,7 @@ def hello(data: bytes) -> tuple[int, ...] | str:
 
 
 def facts(data: bytes) -> dict[str, str] | None:
-    """None for bytes that `encode_facts` never makes."""
+    """None for bytes that `encode_fields` never makes."""
     texts: list[str] = []
     position = 2
     try:
