@@ -47,7 +47,12 @@ def run(op: str, args: tuple[Any, ...]) -> Any:
         return None
     key = _key(op, args)
     call = None if key is None else _calls.get(key)
-    return None if call is None else call(args)
+    if call is None:
+        return None
+    if not torch._C._is_any_autocast_enabled():
+        return call(args)
+    with torch._C._DisableAutocast():  # as for launchers, see `registration`
+        return call(args)
 
 
 def kept(op: str, kernel: Callable[..., T]) -> Callable[..., T]:
@@ -129,7 +134,6 @@ def _key(op: str, args: tuple[Any, ...]) -> Key | None:
     key: list[Any] = [op, _choices, kinds, torch.are_deterministic_algorithms_enabled()]
     # What users switch on and off, and operations of torch depend on.
     key += (torch._C._get_cudnn_enabled(), torch._C._get_cudnn_sdp_enabled())
-    key.append(torch.is_autocast_enabled("cuda"))
     for place in tensors:
         tensor = args[place]
         if (graded and tensor.requires_grad) or tensor.is_neg():

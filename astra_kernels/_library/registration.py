@@ -33,8 +33,20 @@ def register(
         kernel = replay.kept(name, kernel)
     tags = (torch.Tag.pt2_compliant_tag,)
     library.define(schema, tags=tags)
-    library.impl(name, kernel, "CompositeExplicitAutograd")
+    library.impl(name, _as_given(kernel), "CompositeExplicitAutograd")
     torch.library.register_fake(f"astra::{name}", fake, lib=library)
+
+
+def _as_given(kernel: Callable[..., T]) -> Callable[..., T]:
+    """``kernel``, whose operations are not autocast: an op's dtypes are those of its arguments."""
+
+    def run(*args: Any) -> T:
+        if not torch._C._is_any_autocast_enabled():
+            return kernel(*args)
+        with torch._C._DisableAutocast():
+            return kernel(*args)
+
+    return run
 
 
 def wants_check(check: bool | None, tensor: Tensor) -> bool:

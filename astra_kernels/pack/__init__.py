@@ -24,7 +24,8 @@ index; the output is then unspecified.
 tensors elsewhere go through `reference`, plain torch operations. Neither looks at the values of
 codes: bits beyond the width are dropped.
 
-**torch.compile.** Traced without `out`, a call on tensors is the op `torch.ops.astra.pack` or
+**torch.compile.** A call on tensors that is compiled, traced, transformed or seen by a dispatch mode,
+or whose tensors are more than memory (fake ones, subclasses), is the op `torch.ops.astra.pack` or
 `unpack`; otherwise the kernel is called directly, which costs less than the dispatcher alone.
 
 **Threads.** The GIL is released for calls of 32768 codes and more; a smaller call is over sooner
@@ -36,7 +37,7 @@ from typing import Any, NoReturn, TypeVar, overload
 import numpy as np
 import numpy.typing as npt
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.compiler import is_compiling
 
 from .. import _C, _dispatch
@@ -57,6 +58,7 @@ Codes = npt.NDArray[np.int32]
 Bytes = npt.NDArray[np.uint8]
 
 _CPU = torch.device("cpu")
+_PLAIN = (Tensor, nn.Parameter)
 _INT32, _UINT8 = np.dtype(np.int32), np.dtype(np.uint8)
 
 
@@ -88,8 +90,8 @@ def pack(codes: Tensor | Codes, bits: int, *, out: Any = None) -> Any:
         if out is None:
             out = np.empty(_C.packed_size(codes.size, bits), np.uint8)
     elif isinstance(codes, Tensor):
-        if out is None and is_compiling():
-            return torch.ops.astra.pack(codes, bits)
+        if _is_op(codes, out):
+            return _place(torch.ops.astra.pack(codes, bits), out)
         if not codes.is_cpu:
             return _pack_elsewhere(codes, bits, out)
         if out is None:
@@ -128,8 +130,8 @@ def unpack(data: Any, bits: int, count: int, *, out: Any = None) -> Any:
             check_data_size(data.size, _C.packed_size(count, bits), bits, count)
             out = np.empty(count, np.int32)
     elif isinstance(data, Tensor):
-        if out is None and is_compiling():
-            return torch.ops.astra.unpack(data, bits, count)
+        if _is_op(data, out):
+            return _place(torch.ops.astra.unpack(data, bits, count), out)
         if not data.is_cpu:
             return _unpack_elsewhere(data, bits, count, out)
         if out is None:
@@ -146,6 +148,15 @@ def unpack(data: Any, bits: int, count: int, *, out: Any = None) -> Any:
             _refuse_data(data)
     _C.unpack(source, bits, count, _target(out, torch.int32))
     return out
+
+
+def _is_op(tensor: Tensor, out: Any) -> bool:
+    """Whether what is done with a tensor is somebody's to see, or it is more than its memory."""
+    if is_compiling():  # to buffers it writes between two graphs
+        return out is None or isinstance(out, Tensor)
+    followed = type(tensor) not in _PLAIN or torch._C._len_torch_dispatch_stack() > 0
+    followed = followed or torch._C._functorch.peek_interpreter_stack() is not None
+    return followed or torch._C._get_tracing_state() is not None
 
 
 def _array(name: str, array: npt.NDArray[Any], dtype: np.dtype[Any]) -> npt.NDArray[Any]:
@@ -172,6 +183,8 @@ def _target(out: Any, dtype: torch.dtype) -> Any:
     if isinstance(out, Tensor):
         if out.dtype is not dtype or not out.is_cpu or not out.is_contiguous():
             check_target(out, dtype, _CPU)
+        if type(out) not in _PLAIN:
+            refuse("out", "a torch.Tensor, as what goes in has memory", out)
         return (out.data_ptr(), out.numel())
     if isinstance(out, tuple):
         refuse("out", f"a tensor, array or writable buffer of {dtype_name(dtype)}", out)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -61,6 +61,7 @@ def scaled_dot_product_attention(
         >>> torch.allclose(out, want, atol=1e-5)
         True
     """
+    query, key, value, attn_mask = _autocast(query, key, value, attn_mask)
     call = None
     if dropout_p == 0.0 and _is_ours(query, key, value, attn_mask, is_causal):
         call = _arranged(query, key, value, attn_mask, enable_gqa)
@@ -98,6 +99,26 @@ def scaled_dot_product_attention(
     if contiguous:
         out = out.contiguous()
     return out if lead is None else out.reshape(*lead, *out.shape[2:])
+
+
+def _autocast(
+    query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+    """The inputs in the dtype that ``torch.autocast`` has torch's function compute in, if any."""
+    tensors = (query, key, value) if attn_mask is None else (query, key, value, attn_mask)
+    plain = all(isinstance(tensor, Tensor) for tensor in tensors)
+    if not plain or has_torch_function(tensors) or query.device.type not in ("cpu", "cuda"):
+        return query, key, value, attn_mask
+    kind = query.device.type
+    if not torch.is_autocast_enabled(kind):
+        return query, key, value, attn_mask
+    dtype = torch.get_autocast_dtype(kind)
+
+    def cast(x: Any) -> Any:
+        fits = isinstance(x, Tensor) and x.is_floating_point() and x.dtype != torch.float64
+        return x.to(dtype) if fits and x.device.type == kind else x
+
+    return cast(query), cast(key), cast(value), cast(attn_mask)
 
 
 class _Call(NamedTuple):

@@ -193,6 +193,33 @@ def test_fake_kernel_reads_no_data(name):
         assert (a.shape, a.dtype, a.stride()) == (b.shape, b.dtype, b.stride())
 
 
+@pytest.mark.parametrize("name", [name for name in OPS if name not in ("encode", "count_codes")])
+@pytest.mark.parametrize("softcap", [None, 2.0])
+def test_autocast_changes_nothing(impl, name, softcap):
+    args, options = inputs(name, tokens=40, rows=20)
+    options["impl"] = impl
+    if softcap is not None:
+        if name not in ("attention", "coded_attention", "mixed_attention"):
+            return
+        options["softcap"] = softcap
+    if name not in FORWARD_ONLY:
+        args = [x.requires_grad_() if x.is_floating_point() else x for x in args]
+    leaves = [x for x in args if x.requires_grad]
+
+    def run():
+        result = getattr(ak, name)(*args, **options)
+        result = [result] if isinstance(result, torch.Tensor) else list(result)
+        ends = [x for x in result if x.requires_grad]
+        return result + list(torch.autograd.grad([x.sum() for x in ends], leaves) if ends else [])
+
+    want = run()
+    with torch.autocast("cpu", torch.bfloat16):
+        got = run()
+    for a, b in zip(got, want, strict=True):
+        assert torch.equal(a, b)
+        assert a.dtype == b.dtype
+
+
 @pytest.mark.parametrize("name", FORWARD_ONLY)
 def test_gradients_are_refused(name):
     args, options = inputs(name)

@@ -14,6 +14,8 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx.experimental.proxy_tensor import make_fx
 
 from astra_kernels import _C
 from astra_kernels.pack import native, pack, packed_size, reference, unpack
@@ -214,6 +216,36 @@ def test_compiles_to_one_graph() -> None:
 
     codes = torch.from_numpy(random_codes(10, 100))
     assert torch.equal(there_and_back(codes), codes)
+
+
+def twice(bits: int) -> Any:
+    return lambda codes: unpack(pack(codes, bits), bits, codes.shape[-1])
+
+
+def test_a_trace_is_of_the_codes_that_it_is_given() -> None:
+    first, second = (torch.randint(0, 32, (9,), dtype=torch.int32) for _ in range(2))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch.jit is deprecated, and vmap of any op of ours warns
+        traced = torch.jit.trace(twice(5), (first,), check_trace=False)
+        rows = torch.vmap(twice(5))(torch.stack([first, second]))
+    assert torch.equal(traced(second), second)
+    assert torch.equal(make_fx(twice(5))(first)(second), second)
+    assert torch.equal(rows, torch.stack([first, second]))
+    assert torch.equal(torch.func.functionalize(twice(5))(second), second)
+
+
+def test_fake_tensors_have_fake_codes() -> None:
+    codes, data = torch.arange(20, dtype=torch.int32), np.zeros(13, np.uint8)
+    with FakeTensorMode() as mode:
+        fake = mode.from_tensor(codes)
+        assert pack(fake, 5).shape == (13,)
+        assert unpack(pack(fake, 5), 5, 20).dtype == torch.int32
+        out = torch.empty(15, dtype=torch.uint8)
+        assert pack(fake, 5, out=out) is out
+    with pytest.raises(TypeError, match="out must be a torch.Tensor, as what goes in has memory"):
+        unpack(data, 5, 20, out=fake)
+    with pytest.raises(TypeError, match="out must be a tensor"):
+        pack(fake, 5, out=bytearray(13))
 
 
 def test_packed_size() -> None:

@@ -180,3 +180,19 @@ def test_compiled_whole():
         torch.testing.assert_close(
             torch.autograd.grad(out.sum(), args), torch.autograd.grad(want.sum(), args)
         )
+
+
+@pytest.mark.parametrize("others", [torch.float32, torch.bfloat16, torch.float64])
+def test_autocast_is_torchs(others):
+    query = torch.randn(1, 2, 5, 8)
+    key, value = (torch.randn(1, 2, 6, 8, dtype=others) for _ in range(2))
+    for mask in (None, torch.randn(5, 6), torch.rand(5, 6) < 0.7):
+        with torch.autocast("cpu", torch.bfloat16):
+            if others == torch.float64:  # which torch does not cast
+                with pytest.raises(RuntimeError):
+                    ak.scaled_dot_product_attention(query, key, value, mask)
+                continue
+            got = ak.scaled_dot_product_attention(query, key, value, mask)
+            want = sdpa(query, key, value, mask)
+        assert got.dtype == want.dtype == torch.bfloat16
+        torch.testing.assert_close(got, want, atol=0.05, rtol=0.05)

@@ -302,6 +302,16 @@ def test_operations_of_torch_alone(monkeypatch, started):
         assert len(calls) == count
 
 
+def test_operations_of_a_kept_call_are_not_autocast(started):
+    op = replay.kept("product", lambda x, y: x @ y)
+    x, y = torch.randn(3, 4), torch.randn(4, 5)
+    for _ in range(3):
+        op(x, y)
+    with torch.autocast("cpu", torch.bfloat16):
+        out = replay.run("product", (x, y))
+    assert torch.equal(out, x @ y)
+
+
 def test_a_result_that_lies_elsewhere(started):
     """As the seed of cuDNN's dropout may, which nobody takes."""
     library = torch.library.Library("replay_test", "FRAGMENT")
