@@ -24,9 +24,10 @@ index; the output is then unspecified.
 tensors elsewhere go through `reference`, plain torch operations. Neither looks at the values of
 codes: bits beyond the width are dropped.
 
-**torch.compile.** A call on tensors that is compiled, traced, transformed or seen by a dispatch mode,
-or whose tensors are more than memory (fake ones, subclasses), is the op `torch.ops.astra.pack` or
-`unpack`; otherwise the kernel is called directly, which costs less than the dispatcher alone.
+**torch.compile.** A call on tensors that is compiled, traced, transformed or seen by a dispatch
+mode, or whose tensors are more than memory (fake ones, subclasses), is the op
+`torch.ops.astra.pack` or `unpack`; otherwise the kernel is called directly, which costs less than
+the dispatcher alone.
 
 **Threads.** The GIL is released for calls of 32768 codes and more; a smaller call is over sooner
 than the GIL would change hands.
