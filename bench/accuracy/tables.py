@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from typing import Any
 
 from bench.accuracy.corpora import UNSEEN
-from bench.report.markdown import Report, Table, source, spread, table
+from bench.report.markdown import Report, Table, source, sources, spread, table
 
 Row = dict[str, Any]
 BY_RANKS = ("documentation", "handbook")  # the texts that every number of ranks was measured on
@@ -105,10 +105,8 @@ def accuracy_ranks(report: Report) -> str:
     lines.sort(key=lambda entry: entry[:-1])
     head = ["codes", "ranks", "halo", "bits, block", "bits, receiver", "FLOPs/ideal"]
     names = [f"{text}, unseen" if text in UNSEEN else text for text in texts]
-    # nothing here is timed, so what else ran does not matter
-    untimed = {key: value for key, value in report.items() if key != "contention"}
     head += [*names, "windows", "codebooks"]
-    return table(head, [line[-1] for line in lines]) + source(untimed)
+    return table(head, [line[-1] for line in lines]) + sources(report, rows)
 
 
 def accuracy_texts(report: Report) -> str:
@@ -129,8 +127,7 @@ def accuracy_texts(report: Report) -> str:
         for row in rows
     ]
     head = ["text", "one device: perplexity", "100+400", "local-only", "gap recovered", "windows"]
-    untimed = {key: value for key, value in report.items() if key != "contention"}
-    return table(head, lines) + source(untimed)
+    return table(head, lines) + sources(report, rows)
 
 
 def most_windows(rows: Iterable[Row]) -> list[Row]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from astra_runtime.codes.registry import codec_named
-from bench.report.markdown import Report, Table, source, table
+from bench.report.markdown import Report, Table, source, sources, table
 
 METHODS = {
     "tcp": "TCP",
@@ -73,9 +73,7 @@ def perplexity(report: Report) -> str:
         "**FEC**",
         "gap recovered",
     ]
-    # nothing here is timed, so what else ran does not matter
-    untimed = {key: value for key, value in report.items() if key != "contention"}
-    return table([*head, "exact", "local-only"], rows) + source(untimed)
+    return table([*head, "exact", "local-only"], rows) + sources(report, report["rows"])
 
 
 def degraded(report: Report) -> str:

@@ -4,7 +4,7 @@ from astra_runtime.contention import Contention, Watch
 
 from .console import command_line, quiet_transformers, stages
 from .machine import cores, cpu_name
-from .markdown import load, source, spread, table
+from .markdown import load, source, sources, spread, table
 from .results import (
     RESULTS,
     ROOT,
@@ -36,6 +36,7 @@ __all__ = [
     "quiet_transformers",
     "rounded",
     "source",
+    "sources",
     "spread",
     "stages",
     "table",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import statistics
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -34,6 +34,25 @@ def source(report: Report) -> str:
     contention = Contention(**report.get("contention", {"others": 0.0, "steal": 0.0}))
     note = f"; {contention}" if contention.disturbs else ""
     return f"\n\n`{report['command'].strip()}` on {report['device']}{version}{note}"
+
+
+def sources(report: Report, rows: Sequence[Mapping[str, Any]]) -> str:
+    """The same of rows that came from several runs, nothing of which was timed.
+
+    A line for each command and commit; rows that name none are the file's.
+    """
+    own = {"command": report["command"], "commit": report["commit"]}
+    measured = dict.fromkeys(_run(row.get("run", own)) for row in rows)
+    computed = dict.fromkeys(_run(row["computed"]) for row in rows if "computed" in row)
+    lines = [f"- {run}" for run in measured]
+    lines += [f"- {run}: bits and FLOPs" for run in computed if run not in measured]
+    torch = report["versions"].get("torch")
+    version = "" if torch is None else f", torch {torch}"
+    return f"\n\nOn {report['device']}{version}:\n\n" + "\n".join(lines)
+
+
+def _run(run: Mapping[str, str]) -> str:
+    return f"`{run['command'].strip()}`, commit {run['commit'][:7]}"
 
 
 def spread(values: Sequence[float]) -> str:

@@ -8,7 +8,7 @@ from typing import Any
 
 from .machine import cores
 from .markdown import load
-from .results import write
+from .results import commit, write
 
 Row = dict[str, Any]
 
@@ -16,9 +16,12 @@ Row = dict[str, Any]
 class Rows:
     """The rows of a result file, written after each one, so that a run may be interrupted.
 
+    A file's rows may come from several runs, so each names its own: "run" has the command and the
+    commit that it was measured with, "computed" those of what was computed again later.
+
     Args:
         name: of the result.
-        command: that the file names.
+        command: that the file and its new rows name.
         packages: whose versions the file names.
         extra: further top-level keys of the file.
         say: told each new row, as JSON without its "losses".
@@ -40,6 +43,7 @@ class Rows:
     ) -> None:
         self.name, self.command, self.packages = name, command, packages
         self.extra, self.say = dict(extra or {}), say
+        self.run = {"command": command.strip(), "commit": commit()}
         self.rows: list[Row] = (load(f"cpu-{cores()}core/{name}") or {"rows": []})["rows"]
 
     def find(self, place: Mapping[str, Any]) -> Row | None:
@@ -51,14 +55,15 @@ class Rows:
         row = self.find(place)
         if row is None:
             row = {**place, **measure()}
-            self.rows.append(row)
             self.say(json.dumps({k: v for k, v in row.items() if k != "losses"}))
+            self.rows.append(row | {"run": self.run})
+            row = self.rows[-1]
             self._write()
         return row
 
     def change(self, row: Row, values: Mapping[str, Any]) -> None:
         """Gives a row that is there other values, of what is computed and not measured."""
-        row |= values
+        row |= {**values, "computed": self.run}
         self._write()
 
     def _write(self) -> None:

@@ -16,7 +16,7 @@ from astra_runtime.models import adapt
 from bench import codebooks
 from bench.accuracy import calibrate, corpora, encoder, fitting, lm, ranks, simulated, tables
 from bench.lossy import degraded, perplexity
-from bench.report import Rows
+from bench.report import Rows, sources
 from tests.runtime.models import inputs_for, tiny, windows_for
 
 TOKENS = 32
@@ -71,7 +71,9 @@ def test_rows_are_measured_once_and_kept_by_the_next_run(results):
     lines: list[str] = []
     rows = Rows("some", command="python -m bench.some", packages=(), say=lines.append)
     first = rows.measured({"codes": "a"}, lambda: {"losses": [1, 2], "mean": 1.5})
-    assert first == {"codes": "a", "losses": [1, 2], "mean": 1.5}
+    assert first == {"codes": "a", "losses": [1, 2], "mean": 1.5, "run": rows.run}
+    assert rows.run["command"] == "python -m bench.some"
+    assert rows.run["commit"]
     assert rows_of(results, "some") == [first]
     assert json.loads(lines[0]) == {"codes": "a", "mean": 1.5}
     again = Rows("some", command="python -m bench.some again", packages=(), say=lines.append)
@@ -80,9 +82,28 @@ def test_rows_are_measured_once_and_kept_by_the_next_run(results):
         raise AssertionError("measured twice")
 
     assert again.measured({"codes": "a"}, never) == first
-    again.measured({"codes": "b"}, lambda: {"mean": 2})
-    assert rows_of(results, "some") == [first, {"codes": "b", "mean": 2}]
+    second = again.measured({"codes": "b"}, lambda: {"mean": 2})
+    assert second["run"]["command"] == "python -m bench.some again"
+    again.change(again.rows[0], {"mean": 3})
+    first = first | {"mean": 3, "computed": again.run}
+    assert rows_of(results, "some") == [first, second]
     assert len(lines) == 2
+
+
+def test_a_table_names_the_runs_of_its_rows():
+    runs = [{"command": f"python -m bench.some {n}", "commit": str(n) * 9} for n in range(4)]
+    report = {**runs[0], "device": "a device", "versions": {}}
+    rows = [{"run": runs[1]}, {"run": runs[1], "computed": runs[2]}, {"run": runs[3]}, {}]
+    assert sources(report, rows).splitlines() == [
+        "",
+        "",
+        "On a device:",
+        "",
+        "- `python -m bench.some 1`, commit 1111111",
+        "- `python -m bench.some 3`, commit 3333333",
+        "- `python -m bench.some 0`, commit 0000000",
+        "- `python -m bench.some 2`, commit 2222222: bits and FLOPs",
+    ]
 
 
 def test_an_interrupted_run_keeps_what_it_has(results):
@@ -94,7 +115,7 @@ def test_an_interrupted_run_keeps_what_it_has(results):
     rows.measured({"codes": "a"}, lambda: {"mean": 1})
     with pytest.raises(KeyboardInterrupt):
         rows.measured({"codes": "b"}, interrupted)
-    assert rows_of(results, "some") == [{"codes": "a", "mean": 1}]
+    assert rows_of(results, "some") == [{"codes": "a", "mean": 1, "run": rows.run}]
 
 
 def test_names_of_codebooks():
@@ -215,9 +236,9 @@ def test_bits_and_flops_of_rows_follow_the_plans(results, monkeypatch, model, wi
     assert rows_of(results, "accuracy_ranks") == before
     ranks.main([*asked, "--plans", "--ranks", "2", "4"])  # of four ranks there is no row
     after = rows_of(results, "accuracy_ranks")
-    assert after == [
-        {**row, "flops_over_ideal": 1.25} if row["codes"] == "kv:3" else row for row in before
-    ]
+    computed = {"flops_over_ideal": 1.25, "computed": after[-1].get("computed")}
+    assert computed["computed"]["command"].endswith("--plans --ranks 2 4")
+    assert after == [row | computed if row["codes"] == "kv:3" else row for row in before]
 
 
 def test_losses_that_were_measured_before_are_taken(results, monkeypatch, model, windows, books):
