@@ -25,7 +25,7 @@ FINE_TOKENS = 64  # before a cut that have fine codes
 # Bits of those, for each bit of the others.
 FINE_SHARE = 4
 # Of the default fit: raised when it changes, so that no codebook cached before passes for one.
-DEFAULT_FIT = 5
+DEFAULT_FIT = 6
 
 
 def cached_codebook(name: str, model: Any) -> Path | None:

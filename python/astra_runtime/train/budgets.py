@@ -17,12 +17,12 @@ from ..models import Adapter, Inputs, adapt
 from ..steady import give_back
 from .calibration import Progress, check_finite, empty_pairs, record_pairs
 from .fit_transform import SEARCH, allocate, embedding_of, fit_blocks, fit_fine
-from .linear import Rows, linear_models, shared_basis
+from .linear import Products, Rows, linear_models, shared_basis
 from .options import FitData, FitOptions
-from .sensitivity import DECODER_FLOOR, FLOOR, Cost, sensitivity
+from .sensitivity import DECODER_DIAGONAL, Cost, sensitivity
 
 # Windows with a backward pass each; of a decoder short ones, as a pass keeps all activations.
-PASSES, DECODER_TOKENS = 8, 384
+PASSES, DECODER_PASSES, DECODER_TOKENS = 8, 6, 384
 # Tokens, and vectors a codeword, with which the rest of these windows is not needed.
 ENOUGH, ENOUGH_MEMBERS = 8192, 32
 DEFAULT_BITS = 100.0
@@ -130,16 +130,19 @@ class TransformFit:
             embedding = torch.cat(
                 [embedding_of(adapter, window)[:, copies:].flatten(0, 1) for window in windows]
             )
-        floor = DECODER_FLOOR if adapter.causal else FLOOR
+        diagonal = DECODER_DIAGONAL if adapter.causal else 0.0
         self.rows = Rows(pairs, embedding)
-        self.cost = Cost.of(fisher.to(adapter.device), floor)
+        self.cost = Cost.of(fisher.to(adapter.device), diagonal=diagonal)
         self.basis: Tensor | None = None
-        if options.basis and len(pairs) > 1:
-            self.progress("sharing a basis", 0, 1)
-            with torch.no_grad():
-                models = list(linear_models(self.rows))
+        progress("predicting", 0, 1)
+        with torch.no_grad():
+            products = Products.of(self.rows)
+            if options.basis and len(pairs) > 1:
+                models = list(linear_models(products))
                 self.basis = shared_basis(self.rows, models, self.cost.root, options.basis)
                 self.rows = self.rows.in_basis(self.basis)
+                products = products.in_basis(self.basis)
+            self.models = list(linear_models(products))
 
     def codebook(self, bits: float, fine_bits: float | None = None) -> Codebook:
         """At most `bits` a token and block, on average over the blocks; `fine_bits`: in place of
@@ -149,13 +152,14 @@ class TransformFit:
         codewords = options.codewords_for(bits)
         with torch.no_grad():  # not inference mode: the tensors made here may be trained with
             counts = allocate(
-                self.rows,
+                self.models,
                 self.cost,
                 bits,
                 (codewords - 1).bit_length(),
                 progress=lambda step: self.progress("sharing bits out", step, SEARCH),
             )
-            transforms = fit_blocks(
+            with_fine = bool(options.fine_tokens and fine_bits)
+            transforms, errors = fit_blocks(
                 self.rows,
                 self.cost,
                 counts,
@@ -163,15 +167,15 @@ class TransformFit:
                 rank=options.rank,
                 iterations=options.iterations,
                 seed=options.seed,
+                kept=FINE_ROWS if with_fine else 0,
                 progress=lambda block: self.progress("clustering", block + 1, blocks),
             )
             fine: tuple[FineCode, ...] = ()
             fine_codewords = min(FINE_CODEWORDS, len(self.rows.blocks[0]))
-            if options.fine_tokens and fine_bits:
+            if with_fine:
                 fine = fit_fine(
-                    self.rows.few(FINE_ROWS),
+                    errors,
                     self.cost,
-                    transforms,
                     fine_bits,
                     codewords=fine_codewords,
                     iterations=options.iterations,
@@ -206,7 +210,7 @@ def _divided(
 
     What follows on the beginnings are further windows where the tokens would be few without it.
     """
-    count = min(PASSES, len(windows))
+    count = min(DECODER_PASSES if adapter.causal else PASSES, len(windows))
     chosen = [i * len(windows) // count for i in range(count)]
     others = [window for i, window in enumerate(windows) if i not in chosen]
     whole = [windows[i] for i in chosen]

@@ -13,7 +13,7 @@ The formulas are those of `codes/predictive.py`. Three steps:
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -23,7 +23,7 @@ from ..codes.predictive import Transform, nearest_codewords, rms_normalized
 from ..models import Adapter, Inputs
 from ..parallel import map_cores
 from .kmeans import kmeans
-from .linear import Centred, Rows, known_features, linear_models, regression
+from .linear import Centred, LinearModel, Rows, known_features, regression
 from .sensitivity import Cost
 
 SEARCH = 24  # steps towards the water level, at most
@@ -52,7 +52,7 @@ def _codes(eigenvalues: Tensor, level: float, code_bits: int) -> int:
 
 
 def allocate(
-    rows: Rows,
+    models: Sequence[LinearModel],
     cost: Cost,
     bits: float,
     code_bits: int,
@@ -60,14 +60,15 @@ def allocate(
 ) -> list[int]:
     """Codes a token of every block, at most `bits` a block on average, by reverse water-filling.
 
+    `models`: of every block that is coded, the last of all.
+
     Every axis is coded to the same error, the water level, or not at all; the level that spends
     nearly the whole budget is found by bisection. The rest goes to the blocks that rounding to
     whole codes took most from. `progress` hears of the steps towards the level, SEARCH at most.
     """
-    blocks = len(rows.blocks)
-    models = list(linear_models(rows))
-    start = blocks - len(models)
     roots, inverse = cost.root, cost.inverse
+    blocks = len(roots)
+    start = blocks - len(models)
 
     def spent(level: float) -> list[float]:
         """Codes of every block, before they are rounded."""
@@ -206,15 +207,23 @@ def fit_blocks(
     rank: int,
     iterations: int,
     seed: int,
+    kept: int = 0,
     progress: Callable[[int], None] = lambda block: None,
-) -> tuple[Transform, ...]:
-    """The code of every block, in turn: each is fitted on what the blocks before really left."""
+) -> tuple[tuple[Transform, ...], list[Tensor | None]]:
+    """The code of every block, in turn: each is fitted on what the blocks before really left.
+
+    And what it leaves itself, y − ŷ, of evenly spaced tokens, `kept` or up to twice as many; None
+    of blocks that send nothing, or where `kept` is 0.
+    """
     transforms: list[Transform] = []
+    errors: list[Tensor | None] = []
+    few = slice(None, None, max(1, len(rows.blocks[0]) // max(1, kept)))
     embedding = None if rows.embedding is None else Centred.of(rows.embedding)
     estimate: Tensor | None = None  # ŷ of the block before
     for block, y in enumerate(rows.blocks):
         if block == 0 and rows.starts_exact:
             transforms.append(Transform.zero_codes(y.shape[1], codewords))
+            errors.append(None)
             estimate = y
         else:
             x = known_features(estimate, embedding, y)
@@ -235,14 +244,15 @@ def fit_blocks(
             if counts[block]:
                 transform = transforms[-1]
                 estimate = estimate + transform.synthesize(nearest_codewords(transform, residual))
+            left = counts[block] and kept
+            errors.append(y[few] - estimate[few] if left else None)
         progress(block)
-    return tuple(transforms)
+    return tuple(transforms), errors
 
 
 def fit_fine(
-    rows: Rows,
+    errors: Sequence[Tensor | None],
     cost: Cost,
-    transforms: Sequence[Transform],
     bits: float,
     *,
     codewords: int,
@@ -252,20 +262,18 @@ def fit_fine(
 ) -> tuple[FineCode, ...]:
     """Fine codes of every block that sends something, at most `bits` a token and block on average.
 
-    Fitted on all tokens: any of them may stand before a cut.
+    Fitted on `errors`, those of `fit_blocks`: of all tokens, as any may stand before a cut.
     """
     code_bits = (codewords - 1).bit_length()
     spectra = [
-        None
-        if error is None
-        else torch.linalg.eigvalsh(_covariance(error @ cost.root[block])).flip(0)
-        for block, error in _errors(rows, transforms)
+        None if error is None else torch.linalg.eigvalsh(root @ _covariance(error) @ root).flip(0)
+        for error, root in zip(errors, cost.root, strict=True)
     ]
     counts = _within(spectra, bits * len(spectra), code_bits)
     made: list[FineCode] = []
-    for block, error in _errors(rows, transforms):
+    for block, error in enumerate(errors):
         if error is None or not counts[block]:
-            made.append(FineCode.zero_codes(rows.blocks[block].shape[1], codewords))
+            made.append(FineCode.zero_codes(len(cost.root[block]), codewords))
         else:
             weights, place = (cost.root[block], cost.inverse[block]), seed + block * 1000 + 500
             parts = fit_quantizer(error, *weights, counts[block], codewords, iterations, place)
@@ -276,22 +284,6 @@ def fit_fine(
 
 def _covariance(centred: Tensor) -> Tensor:
     return centred.T @ centred / len(centred)
-
-
-def _errors(rows: Rows, transforms: Sequence[Transform]) -> Iterator[tuple[int, Tensor | None]]:
-    """y − ŷ of every block, [n, E]; None where nothing is sent."""
-    estimate: Tensor | None = None
-    for block, (y, transform) in enumerate(zip(rows.blocks, transforms, strict=True)):
-        if block == 0 and rows.starts_exact:
-            estimate = y
-            yield block, None
-            continue
-        estimate = transform.predict(rows.features(estimate))
-        if not transform.codes:
-            yield block, None
-            continue
-        estimate = estimate + transform.synthesize(nearest_codewords(transform, y - estimate))
-        yield block, y - estimate
 
 
 def _within(spectra: Sequence[Tensor | None], budget: float, code_bits: int) -> list[int]:

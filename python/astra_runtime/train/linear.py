@@ -7,7 +7,7 @@ A codec's bits and its basis of embeddings follow from these before anything is 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -65,23 +65,10 @@ class Rows:
         """Whether every rank computes block 0 itself, from the token ids."""
         return self.embedding is not None
 
-    def few(self, count: int) -> Rows:
-        """Evenly spaced tokens, `count` or up to twice as many."""
-        few = slice(None, None, max(1, len(self.blocks[0]) // count))
-        embedding = None if self.embedding is None else self.embedding[few]
-        return Rows([block[few] for block in self.blocks], embedding)
-
     def in_basis(self, basis: Tensor) -> Rows:
         """The same with the coordinates of ê in a basis [D, F]."""
         assert self.embedding is not None, "there is nothing to project"
         return Rows(self.blocks, self.embedding @ basis)
-
-    def features(self, estimate: Tensor | None) -> Tensor:
-        """[ŷ of the block before, ê], [n, F]; F is 0 where there is neither."""
-        present = [t for t in (estimate, self.embedding) if t is not None]
-        return (
-            torch.cat(present, 1) if present else self.blocks[0].new_zeros(len(self.blocks[0]), 0)
-        )
 
 
 def regression(gram: Tensor, cross: Tensor, count: int) -> Tensor:
@@ -113,29 +100,82 @@ class LinearModel:
     embedding: Tensor
 
 
-def linear_models(rows: Rows) -> Iterator[LinearModel]:
-    """Of every block that is coded, in order."""
-    start = 0 if rows.embedding is None else 1
+@dataclass(frozen=True, eq=False)
+class Products:
+    """Sums over tokens of products of what `Rows` has, each centred: all that regressions need.
 
-    few = slice(None, None, -(-len(rows.blocks[0]) // SAMPLE))
-    embedding = None if rows.embedding is None else Centred.of(rows.embedding[few])
+    Every product is made once, although most stand in the regressions of two blocks, and with the
+    coordinates of ê in a basis they follow from those with ê.
+
+    Attributes:
+        count: of tokens.
+        own: yᵀy of every block, [E, E]; after: y′ᵀy of every block but the first, y′ that of the
+            block before.
+        embedding: êᵀê, [D, D], and mixed: êᵀy of every block, [D, E]; None and empty without ê.
+    """
+
+    count: int
+    own: list[Tensor]
+    after: list[Tensor]
+    embedding: Tensor | None
+    mixed: list[Tensor]
+
+    @classmethod
+    def of(cls, rows: Rows) -> Products:
+        """Of evenly spaced tokens, SAMPLE at most."""
+        few = slice(None, None, -(-len(rows.blocks[0]) // SAMPLE))
+        known = None if rows.embedding is None else _centred(rows.embedding[few])
+
+        def one(block: int) -> tuple[Tensor, ...]:
+            y = _centred(rows.blocks[block][few])
+            products = (y.T @ y,) if known is None else (y.T @ y, known.T @ y)
+            return products + ((_centred(rows.blocks[block - 1][few]).T @ y,) if block else ())
+
+        made = list(map_cores(one, range(len(rows.blocks))))
+        return cls(
+            len(rows.blocks[0][few]),
+            [products[0] for products in made],
+            [products[-1] for products in made[1:]],
+            None if known is None else known.T @ known,
+            [] if known is None else [products[1] for products in made],
+        )
+
+    def in_basis(self, basis: Tensor) -> Products:
+        """Those of the rows' `in_basis`."""
+        assert self.embedding is not None, "there is nothing to project"
+        embedding = basis.T @ self.embedding @ basis
+        mixed = [basis.T @ of_block for of_block in self.mixed]
+        return replace(self, embedding=embedding, mixed=mixed)
+
+
+def _centred(rows: Tensor) -> Tensor:
+    return rows - rows.mean(0)
+
+
+def linear_models(products: Products) -> Iterator[LinearModel]:
+    """Of every block that is coded, in order."""
+    start = 0 if products.embedding is None else 1
 
     def one(block: int) -> LinearModel:
-        y = rows.blocks[block][few]
-        y = y - y.mean(0)
-        width = y.shape[1]
+        own = products.own[block]
+        width = len(own)
         if not block:
-            return LinearModel(y.new_zeros(width, width), y.T @ y / len(y), y.new_zeros(0, width))
-        x = known_features(rows.blocks[block - 1][few], embedding, y)
-        cross = x.cross(y)
-        weights = regression(x.gram, cross, len(y))
+            return LinearModel(torch.zeros_like(own), own / products.count, own[:0])
+        gram, cross = products.own[block - 1], products.after[block - 1]
+        if products.embedding is not None:
+            across, mixed = products.mixed[block - 1], products.mixed[block]
+            above = torch.cat([gram, across.T], 1)
+            gram = torch.cat([above, torch.cat([across, products.embedding], 1)])
+            cross = torch.cat([cross, mixed])
+        weights = regression(gram, cross, products.count)
         predicted = weights.T @ cross
         # of what is left: (y − x·weights)ᵀ(y − x·weights), without x·weights
-        left = y.T @ y - predicted - predicted.T + weights.T @ (x.gram @ weights)
-        free = max(1, len(y) - len(weights))  # what the regression has learned by heart is no gain
+        left = own - predicted - predicted.T + weights.T @ (gram @ weights)
+        # what the regression has learned by heart is no gain
+        free = max(1, products.count - len(weights))
         return LinearModel(weights[:width], left / free, weights[width:])
 
-    return map_cores(one, range(start, len(rows.blocks)))
+    return map_cores(one, range(start, len(products.own)))
 
 
 def shared_basis(rows: Rows, models: Sequence[LinearModel], root: Tensor, count: int) -> Tensor:

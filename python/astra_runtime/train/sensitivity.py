@@ -24,10 +24,12 @@ from .simulate import Simulation
 
 # Times the median length of a window's gradients, to which longer ones are shortened.
 LONGEST = 3.0
-# Of F's mean diagonal, added to it: what few windows say nothing of costs something too. Of a
-# decoder, whose windows are short, F is so rough that as much as this makes it a better guess at F
-# of other windows, of the same text and of others (`docs/codebooks.md`).
-FLOOR, DECODER_FLOOR = 3e-3, 0.3
+# Of F's mean diagonal, added to it: what few windows say nothing of costs something too.
+FLOOR = 3e-3
+# Times F's own diagonal, added to F of a decoder: from few and short windows F is so rough, beside
+# the diagonal above all, that this makes it a better guess at F of other windows, of the same text
+# and of others (`docs/codebooks.md`).
+DECODER_DIAGONAL = 2.0
 
 
 class _Probe(Simulation):
@@ -231,10 +233,12 @@ class Cost:
     inverse: Tensor
 
     @classmethod
-    def of(cls, fisher: Tensor, floor: float = FLOOR) -> Cost:
-        """With a floor under the eigenvalues of F, a share of their mean."""
-        mean = fisher.diagonal(dim1=1, dim2=2).mean(-1).clamp(min=1e-20)
-        values, axes = torch.linalg.eigh(fisher)
+    def of(cls, fisher: Tensor, floor: float = FLOOR, diagonal: float = 0.0) -> Cost:
+        """Of F [L, E, E] and `diagonal` times its diagonal, with a floor under the eigenvalues, a
+        share of the mean of F's."""
+        own = fisher.diagonal(dim1=1, dim2=2)
+        mean = own.mean(-1).clamp(min=1e-20)
+        values, axes = torch.linalg.eigh(fisher + torch.diag_embed(diagonal * own))
         spread = (values.clamp(min=0) + floor * mean[:, None]).sqrt()[:, None]
         back = axes.transpose(1, 2)
         return cls((axes * spread) @ back, (axes / spread) @ back)

@@ -30,7 +30,15 @@ from astra_runtime.train.fit_transform import (
     fit_quantizer,
     predictor,
 )
-from astra_runtime.train.linear import Centred, Rows, linear_models, regression, shared_basis
+from astra_runtime.train.linear import (
+    Centred,
+    LinearModel,
+    Products,
+    Rows,
+    linear_models,
+    regression,
+    shared_basis,
+)
 from astra_runtime.train.sensitivity import Cost, _shortened, sensitivity
 from astra_runtime.train.simulate import Simulation as Package
 from astra_runtime.train.simulate import quantizers
@@ -283,6 +291,9 @@ def test_roots_squared_are_the_costs() -> None:
     raised = Cost.of(cost, 0.5).root
     more = 0.5 * cost.diagonal(dim1=1, dim2=2).mean(-1)[:, None, None] * torch.eye(6)
     torch.testing.assert_close(raised @ raised, cost + more, rtol=1e-4, atol=1e-4)
+    shrunk = Cost.of(cost, 0.0, 2.0).root
+    own = torch.diag_embed(cost.diagonal(dim1=1, dim2=2))
+    torch.testing.assert_close(shrunk @ shrunk, cost + 2 * own, rtol=1e-4, atol=1e-4)
 
 
 FLAT = Cost.of(torch.eye(4).repeat(2, 1, 1))  # all errors cost the same
@@ -293,11 +304,15 @@ def rows_of(generator: torch.Generator, spreads: list[Tensor], count: int = 4000
     return Rows(made, None)
 
 
+def models_of(rows: Rows) -> list[LinearModel]:
+    return list(linear_models(Products.of(rows)))
+
+
 def test_bits_go_where_they_buy_most() -> None:
     """Independent blocks: the water level of the textbook, ½·log₂(λ/level) bits an axis."""
     generator = torch.Generator().manual_seed(0)
     spreads = [torch.tensor([8.0, 4.0, 0.1, 0.1]), torch.tensor([64.0, 64.0, 64.0, 0.01])]
-    rows = rows_of(generator, spreads)
+    rows = models_of(rows_of(generator, spreads))
     counts = allocate(rows, FLAT, 10.0, 2)
     assert sum(counts) * 2 <= 20
     assert counts == [2, 8]  # 20 bits over axes of 3, 2, 6, 6 and 6 bits above 1: 0.6 less each
@@ -314,9 +329,9 @@ def test_what_can_be_predicted_needs_no_bits() -> None:
     mixed = first @ torch.randn(4, 4, generator=generator) + 0.01 * torch.randn(
         4000, 4, generator=generator
     )
-    rows = Rows([first, mixed], torch.randn(4000, 3, generator=generator))
+    rows = models_of(Rows([first, mixed], torch.randn(4000, 3, generator=generator)))
     assert allocate(rows, FLAT, 100.0, 4)[0] == 0  # known to everyone
-    free = Rows([first, mixed], None)
+    free = models_of(Rows([first, mixed], None))
     counts = allocate(free, FLAT, 12.0, 4)
     assert counts[0] > counts[1]  # the second follows from the first
 
@@ -350,11 +365,11 @@ def test_a_shared_basis_has_what_all_blocks_read() -> None:
     for _ in range(2):
         blocks.append(0.5 * blocks[-1] + read @ normal(3, 4) + 0.1 * normal(2000, 4))
     rows, cost = Rows(blocks, embedding), Cost.of(torch.eye(4).repeat(3, 1, 1))
-    models = list(linear_models(rows))
+    models = models_of(rows)
     for count, lost in ((3, False), (2, True)):
         basis = shared_basis(rows, models, cost.root, count)
         assert basis.shape == (10, count)
-        few = list(linear_models(rows.in_basis(basis)))
+        few = models_of(rows.in_basis(basis))
         for one, other in zip(models, few, strict=True):
             ratio = float(other.noise.trace() / one.noise.trace())
             assert ratio > 2 if lost else ratio < 1.2
@@ -430,7 +445,7 @@ def test_the_loop_is_closed() -> None:
     rows = Rows([y, y.clone(), y.clone()], None)
     cost = Cost.of(torch.eye(4).repeat(3, 1, 1))
     options: dict[str, Any] = {"codewords": 16, "rank": 4, "iterations": 4, "seed": 0}
-    made = fit_blocks(rows, cost, [1, 1, 1], **options)
+    made, left = fit_blocks(rows, cost, [1, 1, 1], kept=1000, **options)
     known = DecoderState(latent_codes(made), None, None, 1, len(y))
     errors = []
     for block, code in enumerate(made):
@@ -438,6 +453,8 @@ def test_the_loop_is_closed() -> None:
         found = known.estimate(block, codewords)
         known.update(block, codewords)
         errors.append(float((found - y).square().mean()))
+        torch.testing.assert_close(left[block], (y - found[0])[::3], rtol=1e-4, atol=1e-4)
+    assert fit_blocks(rows, cost, [1, 0, 1], **options)[1] == [None] * 3
     assert errors[2] < 0.5 * errors[1] < 0.25 * errors[0]  # four bits more each time
 
 
