@@ -402,3 +402,5 @@ def show(result: dict[str, Any]) -> None:
         )
         if best["weights"]:
             print(f"with --weights {','.join(map(str, best['weights']))} on every device")
+        if best["gap_recovered"] is None and best["codes"] not in _dense_books():
+            print("how accurate these codes are is known after a fit: see `astra fit`")

@@ -271,6 +271,15 @@ def test_a_shape_is_planned_from_flops(capsys: pytest.CaptureFixture[str]) -> No
     assert far["recommended"] is None  # stay on one device
 
 
+def test_a_recommendation_says_what_is_not_known(capsys: pytest.CaptureFixture[str]) -> None:
+    asked = ["plan", "--model", "vit-base", "--flops", "50e9", "--tokens", "196"]
+    for mbit, codes in (("10", "hidden, one code"), ("0", "dense float32")):
+        assert main([*asked, "--world-size", "4", "--mbit", mbit, "--rtt-ms", "0"]) == 0
+        told = capsys.readouterr().out
+        assert f"recommended: {codes} on" in told
+        assert ("is known after a fit" in told) is not codes.startswith("dense")
+
+
 def test_uneven_devices_get_uneven_shards(capsys: pytest.CaptureFixture[str]) -> None:
     asked = ["--model", "gpt2", "--flops", "1e11", "--world-size", "2", "--speeds", "1,0.5"]
     first, second = planned(capsys, *asked)["recommended"]["shards"]
