@@ -91,9 +91,12 @@ def _converted(name: str, file: Path) -> Path:
     if not (folder / "config.json").is_file():
         try:  # transformers has no implementation of some of a GGUF file's architectures
             _convert(file, folder)
-        except (ValueError, KeyError, NotImplementedError, RuntimeError) as error:
-            why = str(error).splitlines()[0] if str(error) else type(error).__name__
-            raise DamagedModel(f"model {name!r} cannot be converted from GGUF: {why}") from error
+        except (AstraError, ImportError, MemoryError, OSError):
+            raise
+        except Exception as error:
+            raise DamagedModel(
+                f"model {name!r} cannot be converted from GGUF: {_why(error)}"
+            ) from error
     return folder
 
 
@@ -217,8 +220,19 @@ def load_model(name: str, dtype: torch.dtype | str = torch.float32) -> Any:
         known = ", ".join(sorted(PACKAGED))
         raise ModelNotFound(
             f"model {name!r} is not here, or damaged: expected {known}, a folder, or a Hugging "
-            f"Face model in the local cache ({str(error).splitlines()[0]})"
+            f"Face model in the local cache ({_why(error)})"
         ) from error
+    except (AstraError, ImportError, MemoryError):
+        raise
+    except Exception as error:  # files that say what no model does end in all kinds of errors
+        raise DamagedModel(f"model {name!r} cannot be loaded: {_why(error)}") from error
+
+
+def _why(error: Exception) -> str:
+    """An error's first line, behind its kind where that is not about files and values."""
+    said = str(error).splitlines()[0] if str(error) else ""
+    plain = isinstance(error, OSError | ValueError) and said
+    return said if plain else f"{type(error).__name__}: {said}".removesuffix(": ")
 
 
 def _whole(name: str, kind: Any, folder: str, dtype: Any) -> Any:
@@ -254,9 +268,29 @@ def load_tokenizer(name: str) -> Any:
         return AutoTokenizer.from_pretrained(
             model_folder(name), local_files_only=True, trust_remote_code=False
         )
-    except (OSError, ValueError) as error:
-        why = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise ModelNotFound(f"model {name!r} has no tokenizer here ({why})") from error
+    except (AstraError, ImportError, MemoryError):
+        raise
+    except Exception as error:  # as of `load_model`; tokenizers raise nothing but Exception
+        raise ModelNotFound(f"model {name!r} has no tokenizer here ({_why(error)})") from error
+
+
+def encode_messages(tokenizer: Any, messages: Sequence[dict[str, str]]) -> list[int]:
+    """Token ids of a conversation in the model's chat template, up to where the answer begins.
+
+    Raises:
+        AstraError: the template, a program of the model's own, refuses it or fails.
+    """
+    try:
+        encoded = tokenizer.apply_chat_template(
+            list(messages), add_generation_prompt=True, tokenize=True, return_dict=True
+        )
+    except (ImportError, MemoryError):
+        raise
+    except Exception as error:
+        raise AstraError(
+            f"messages: the model's chat template refuses them: {_why(error)}"
+        ) from error
+    return [int(token) for token in encoded["input_ids"]]
 
 
 def _paragraphs(topics: Sequence[str]) -> list[str]:

@@ -121,12 +121,11 @@ def _answer(
 ) -> tuple[str, dict[str, Any]]:
     """The answer, shown as it comes, and its figures."""
     from ..serve.service import Done, GenerationRequest
+    from ..store import encode_messages
 
     leader, pieces = started.leader, []
     figures: dict[str, Any] = {}
-    encoded = started.tokenizer.apply_chat_template(
-        messages, add_generation_prompt=True, return_dict=True
-    )["input_ids"]
+    encoded = encode_messages(started.tokenizer, messages)
     room = leader.context_length - len(encoded) + 1
     if room < 1:
         raise AstraError(

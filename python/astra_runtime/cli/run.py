@@ -259,12 +259,15 @@ def encode_prompt(options: argparse.Namespace, tokenizer: Any, prompt: str, *, s
     if speak:
         say("the prompt is put into the model's chat template (--raw: taken as it stands)")
     # the line break that ends a file, or a pipe's last line, is no part of a question
-    return tokenizer.apply_chat_template(
-        [{"role": "user", "content": prompt.removesuffix("\n")}],
-        add_generation_prompt=True,
-        return_tensors="pt",
-        return_dict=True,
-    )["input_ids"]
+    import torch
+
+    from ..store import encode_messages
+
+    asked = {"role": "user", "content": prompt.removesuffix("\n")}
+    try:
+        return torch.tensor([encode_messages(tokenizer, [asked])])
+    except AstraError as error:
+        raise AstraError(f"{error}; --raw takes the prompt as it stands") from error
 
 
 def check_length(model: Any, tokens: int, new_tokens: int) -> None:

@@ -24,7 +24,15 @@ from astra_runtime.cli.options import model_name
 from astra_runtime.console import say
 from astra_runtime.deploy.jobs import Ranks
 from astra_runtime.errors import AstraError
-from astra_runtime.store import DamagedModel, at_hand, load_model, read_text, token_limit
+from astra_runtime.store import (
+    DamagedModel,
+    ModelNotFound,
+    at_hand,
+    load_model,
+    load_tokenizer,
+    read_text,
+    token_limit,
+)
 from astra_runtime.trace import write_timeline
 
 from ..models import tiny
@@ -210,7 +218,9 @@ class Chat:
 
     def apply_chat_template(self, messages: list[dict[str, str]], **options: Any) -> Any:
         assert options["add_generation_prompt"]
-        return {"input_ids": [f"<{message['role']}>{message['content']}" for message in messages]}
+        if any("(" in message["content"] for message in messages):
+            raise TypeError("can only concatenate str")
+        return {"input_ids": [len(f"<{m['role']}>{m['content']}") for m in messages]}
 
 
 def test_a_chat_template_is_used_unless_the_prompt_is_raw(
@@ -219,9 +229,12 @@ def test_a_chat_template_is_used_unless_the_prompt_is_raw(
     from astra_runtime.cli.run import encode_prompt
 
     options: Any = type("Options", (), {"raw": False})
-    assert encode_prompt(options, Chat(), "hello", speak=True) == ["<user>hello"]
-    assert encode_prompt(options, Chat(), "hello\n", speak=True) == ["<user>hello"]  # a file's
+    assert encode_prompt(options, Chat(), "hello", speak=True).tolist() == [[11]]
+    assert encode_prompt(options, Chat(), "hello\n", speak=True).tolist() == [[11]]  # a file's
     assert "--raw" in capsys.readouterr().err
+    words = "messages: the model's chat template refuses them: TypeError: can only .*; --raw takes"
+    with pytest.raises(AstraError, match=words):
+        encode_prompt(options, Chat(), "(", speak=False)
     options.raw = True
     assert encode_prompt(options, Chat(), "hello\n", speak=True) == ["hello\n"]
 
@@ -261,6 +274,32 @@ def test_a_configuration_that_contradicts_the_weights_is_named(tmp_path: Path, f
     file.write_text(json.dumps(config | {"hidden_size": 50}))
     with pytest.raises(DamagedModel, match="its config.json is wrong"):
         load_model(str(tmp_path), form)
+
+
+@pytest.mark.parametrize(
+    ("file", "content", "words"),
+    [
+        ("config.json", {"architectures": True}, "cannot be loaded: TypeError"),
+        ("generation_config.json", 3, "cannot be loaded: TypeError"),
+        ("tokenizer_config.json", {"tokenizer_class": [1]}, "has no tokenizer here .AttributeErr"),
+        ("tokenizer.json", {"version": 1}, "has no tokenizer here .Exception: invalid type"),
+    ],
+)
+def test_files_that_say_nonsense_are_named_with_their_model(
+    home: Path,  # noqa: F811
+    tmp_path: Path,
+    file: str,
+    content: Any,
+    words: str,
+) -> None:
+    folder = tmp_path / "model"
+    shutil.copytree(home / "model", folder)
+    if isinstance(content, dict):
+        content = json.loads((folder / file).read_text()) | content
+    (folder / file).write_text(json.dumps(content))
+    load = load_tokenizer if "tokenizer" in file else load_model
+    with pytest.raises(ModelNotFound, match=f"model '{folder}' {words}"):
+        load(str(folder))
 
 
 def test_doctor_finds_a_cut_model(

@@ -6,6 +6,8 @@ import re
 from collections.abc import Sequence
 from typing import Any
 
+from ...errors import AstraError
+from ...store import encode_messages
 from .errors import ApiError, expected, invalid
 from .schemas import text
 
@@ -61,19 +63,13 @@ def encode_chat(tokenizer: Any, messages: Sequence[dict[str, str]]) -> list[int]
     Raises:
         ApiError: the model has no template, or its template refuses the conversation.
     """
-    from jinja2 import TemplateError
-
     if not getattr(tokenizer, "chat_template", None):
         message = "This model has no chat template: ask /v1/completions for a continuation"
         raise ApiError(400, message, param="model", code="unsupported_endpoint")
     try:
-        encoded = tokenizer.apply_chat_template(
-            list(messages), add_generation_prompt=True, tokenize=True, return_dict=True
-        )
-    except TemplateError as error:
-        message = f"messages: the model's chat template refuses them: {error}"
-        raise invalid("messages", message) from None
-    return [int(token) for token in encoded["input_ids"]]
+        return encode_messages(tokenizer, messages)
+    except AstraError as error:
+        raise invalid("messages", str(error)) from None
 
 
 def encode_text(tokenizer: Any, prompt: str | list[int], param: str) -> list[int]:
