@@ -294,6 +294,10 @@ PARTS: dict[str, tuple[Any, str]] = {
         lambda layer: setattr(layer.input_layernorm, "variance_epsilon", 1.0),
         r"layers\.1\.input_layernorm computes",
     ),
+    "a bias where there was none": (
+        lambda layer: setattr(layer.self_attn.v_proj, "bias", nn.Parameter(torch.ones(48))),
+        r"number of parameters in model\.layers\.1\.self_attn\.v_proj",
+    ),
     "a scale": (
         lambda layer: setattr(layer.self_attn, "scaling", 1.0),
         r"layers\.1\.self_attn\.scaling",

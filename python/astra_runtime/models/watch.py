@@ -59,12 +59,17 @@ class Watch:
         self._numbers = numbers_of(model)
         self._slots: list[tuple[dict[str, Any], str, Tensor]] = []
         self._names: list[str] = []
+        self._owners: list[tuple[dict[str, Any], int, str]] = []  # with how many tensors
         for prefix, module in model.named_modules():
             for slots in (module._parameters, module._buffers):
+                before = len(self._slots)
                 for name, tensor in slots.items():
                     if tensor is not None:
                         self._slots.append((slots, name, tensor))
                         self._names.append(f"{prefix}.{name}".lstrip("."))
+                # a layer without a bias may get one; modules may make buffers when they want them
+                if slots and slots is module._parameters:
+                    self._owners.append((slots, len(self._slots) - before, prefix))
         coded = dict(codebook or {})
         self._slots += [(coded, name, tensor) for name, tensor in coded.items()]
         self._names += [f"the codebook's {name}" for name in coded]
@@ -91,6 +96,9 @@ class Watch:
         for (slots, name, tensor), path in zip(self._slots, self._names, strict=True):
             if slots.get(name) is not tensor:
                 return path
+        for slots, count, path in self._owners:
+            if len(slots) != count and sum(t is not None for t in slots.values()) != count:
+                return f"the number of parameters in {path or 'the model'}"
         now = self._places()
         if now != self._addresses:
             return self._first(a != b for a, b in zip(now, self._addresses, strict=True))
