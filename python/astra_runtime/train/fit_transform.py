@@ -27,7 +27,7 @@ from .linear import Centred, LinearModel, Rows, known_features, regression
 from .sensitivity import Cost
 
 SEARCH = 24  # steps towards the water level, at most
-STRIDE = 6.0  # the first ones, in its logarithm: three bits more on every axis
+STRIDE = 1.0  # the first one, in its log2: half a bit on every axis
 LEFT = 0.01  # of the budget, that the search may leave
 MEMBERS = 64  # vectors a codeword that k-means sees: more cost time and change little
 # Vectors a codeword that its iterations before the last two see, in turns; and how many turns.
@@ -63,7 +63,7 @@ def allocate(
     `models`: of every block that is coded, the last of all.
 
     Every axis is coded to the same error, the water level, or not at all; the level that spends
-    nearly the whole budget is found by bisection. The rest goes to the blocks that rounding to
+    nearly the whole budget is found in a few steps. The rest goes to the blocks that rounding to
     whole codes took most from. `progress` hears of the steps towards the level, SEARCH at most.
     """
     roots, inverse = cost.root, cost.inverse
@@ -83,30 +83,54 @@ def allocate(
             error = back.T @ (errors[:, None] * back)
         return wanted
 
-    tops = (
-        float(torch.linalg.eigvalsh(root @ model.noise @ root).max())
+    spectra = [
+        torch.linalg.eigvalsh(root @ model.noise @ root)
         for root, model in zip(roots[start:], models, strict=True)
-    )
-    budget, best = bits * blocks, [0.0] * blocks
-    high, spends = math.log2(max([*tops, 1e-30])) + 4, 0  # log2 of a level that spends nothing
-    low, most = high - STRIDE, 0
+    ]
+    budget, best, spends = bits * blocks, [0.0] * blocks, 0
+    allowed = max(code_bits, LEFT * budget)
+    # Levels, in log2: one that spends too much, one that does not, and the last one tried. Errors
+    # that the blocks before leave cost more bits, so the search begins where there are none.
+    low, high = -math.inf, math.inf
+    middle, last, before = _level_of(spectra, budget), math.inf, 0
     for step in range(SEARCH):
         progress(step)
-        middle = low
-        if most:  # a level that spends too much is known: nearly straight between the two
-            part = (most - budget) / max(most - spends, 1)
-            middle = low + (high - low) * min(max(part, 0.05), 0.95)
         wanted = spent(2.0**middle)
         total = sum(map(round, wanted)) * code_bits
         if total > budget:
-            low, most = middle, total
+            low = middle
         else:
             high, spends, best = middle, total, wanted
-            low = low if most else low - STRIDE
-        if budget - spends < max(code_bits, LEFT * budget):
+        if budget - spends < allowed:
             break
+        rise = (total - before) / (middle - last)  # between the last two it is nearly straight
+        last, before = middle, total
+        if rise < 0:
+            middle += (budget - allowed / 2 - total) / rise
+        if rise >= 0 or not low < middle < high:
+            middle = _between(low, high)
     progress(SEARCH)
     return _rounded(best, int(budget // code_bits))
+
+
+def _level_of(spectra: Sequence[Tensor], budget: float) -> float:
+    """log2 of the level at which axes of these variances take `budget` bits in all."""
+    high = math.log2(max([float(values.max()) for values in spectra] + [1e-30])) + 1
+    low = high - 60
+    for _ in range(40):
+        middle = (low + high) / 2
+        if sum(_bits(values, 2.0**middle) for values in spectra) > budget:
+            low = middle
+        else:
+            high = middle
+    return high
+
+
+def _between(low: float, high: float) -> float:
+    """A level to try next; where one of the two is infinite, beyond the other."""
+    if math.isinf(high):
+        return low + STRIDE
+    return high - STRIDE if math.isinf(low) else (low + high) / 2
 
 
 def _rounded(wanted: Sequence[float], most: int) -> list[int]:

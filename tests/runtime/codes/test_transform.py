@@ -323,6 +323,20 @@ def test_bits_go_where_they_buy_most() -> None:
     assert allocate(rows, weighed, 0.9, 2) == [0, 0]
 
 
+def test_a_budget_is_nearly_spent_in_a_few_steps() -> None:
+    """Also where most of what is to be coded are errors of the blocks before."""
+    generator = torch.Generator().manual_seed(0)
+    blocks = [torch.randn(2000, 12, generator=generator)]
+    for scale in (0.01, 0.02, 0.04, 0.07, 0.11):
+        blocks.append(blocks[-1] + scale * torch.randn(2000, 12, generator=generator))
+    models, cost = models_of(Rows(blocks, None)), Cost.of(torch.eye(12).repeat(6, 1, 1))
+    for bits in (2.0, 20.0, 200.0):
+        steps: list[int] = []
+        codes = sum(allocate(models, cost, bits, 2, progress=steps.append))
+        assert 0.97 * bits * 6 - 2 <= codes * 2 <= bits * 6
+        assert len(steps) <= 10
+
+
 def test_what_can_be_predicted_needs_no_bits() -> None:
     generator = torch.Generator().manual_seed(0)
     first = torch.randn(4000, 4, generator=generator)
