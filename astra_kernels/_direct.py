@@ -25,7 +25,7 @@ from astra_kernels.attention import native as attention_native
 from astra_kernels.encode import native as encode_native
 from astra_kernels.encode.cpu import NATIVE_WIDTH
 from astra_kernels.quantized_linear import native as quantized_linear_native
-from astra_kernels.quantized_linear._checks import check_quantized_linear
+from astra_kernels.quantized_linear._checks import SCALES, check_quantized_linear
 
 # An extension that was built before these stays usable.
 _HAS_MERGE, _HAS_FINITE = hasattr(_C, "merge_into"), hasattr(_C, "all_finite")
@@ -163,6 +163,9 @@ def quantized_linears(vectors: Tensor, layers: Sequence[Any]) -> tuple[Tensor, .
     groups = layers[0].scale.shape[-1]
     for layer in layers:
         given = (layer.weight, layer.scale, layer.minimum, layer.bias)
+        biased = layer.bias is not None and layer.bias.dtype is not torch.float32
+        if layer.scale.dtype not in SCALES or biased:  # a model that was converted
+            return None
         check_quantized_linear(vectors, *given)
         plain = layer.weight.is_cpu and layer.scale.shape[-1] == groups
         if not plain or not all(t is None or t.is_contiguous() for t in given):

@@ -84,6 +84,22 @@ def test_ranks_of_integers_equal_one_device_of_the_same(kind: str) -> None:
         torch.testing.assert_close(answer, alone, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
+@pytest.mark.parametrize("kind", ["llama", "gpt2", "bert", "vit"])
+def test_integers_may_be_converted_to_another_dtype(kind: str, dtype: torch.dtype) -> None:
+    model = in_form(tiny(kind), "int8")
+    want = output(model, kind)
+    model.to(dtype)
+    inputs = {
+        name: x.to(dtype) if x.is_floating_point() else x for name, x in inputs_for(kind).items()
+    }
+    with Engine(model) as engine:
+        answer = engine(**inputs, logits="all")
+    got = answer.logits if "logits" in answer else answer.last_hidden_state
+    assert got.dtype == dtype
+    assert float((got.float() - want).norm() / want.norm()) < 0.1
+
+
 @pytest.mark.parametrize("form", ["int8", "int4", "bfloat16"])
 def test_loading_tensor_by_tensor_gives_what_converting_the_whole_does(
     llama: Any, form: str, tmp_path: Any

@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from astra_kernels import _direct as direct
+from astra_kernels.quantized_linear._checks import SCALES, VECTORS
 from astra_kernels.quantized_linear.reference import dequantized
 
 GROUP = 32  # weights of 4 bits that share a scale and a minimum
@@ -116,8 +117,15 @@ class QuantizedLinear(nn.Module):
     def forward(self, vectors: Tensor) -> Tensor:
         if torch.is_grad_enabled() and vectors.requires_grad:  # codes are fitted through the model
             weight = dequantized(self.weight, self.scale, self.minimum).to(vectors.dtype)
-            return F.linear(vectors, weight, self.bias)
-        return direct.quantized_linear(vectors, self.weight, self.scale, self.minimum, self.bias)
+            return F.linear(vectors, weight, None if self.bias is None else self.bias.to(weight))
+        if vectors.dtype not in VECTORS:
+            return QuantizedLinear.forward(self, vectors.float()).to(vectors.dtype)
+        scale, minimum, bias = self.scale, self.minimum, self.bias
+        if scale.dtype not in SCALES:  # the model was converted
+            scale, minimum = scale.float(), None if minimum is None else minimum.float()
+        if bias is not None and bias.dtype != torch.float32:
+            bias = bias.float()
+        return direct.quantized_linear(vectors, self.weight, scale, minimum, bias)
 
     def extra_repr(self) -> str:
         bits = 4 if self.weight.dtype == torch.uint8 else 8
