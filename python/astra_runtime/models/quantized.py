@@ -120,7 +120,9 @@ class QuantizedLinear(nn.Module):
             return F.linear(vectors, weight, None if self.bias is None else self.bias.to(weight))
         if vectors.dtype not in VECTORS:
             return QuantizedLinear.forward(self, vectors.float()).to(vectors.dtype)
-        scale, minimum, bias = self.scale, self.minimum, self.bias
+        scale: Tensor = self.scale
+        minimum: Tensor | None = self.minimum
+        bias: Tensor | None = self.bias
         if scale.dtype not in SCALES:  # the model was converted
             scale, minimum = scale.float(), None if minimum is None else minimum.float()
         if bias is not None and bias.dtype != torch.float32:
