@@ -33,7 +33,7 @@ def attention(query: Tensor, dense: Dense, scale: float | None) -> State | None:
 
     It takes neither masks nor windows, and with causality as many keys as queries.
     """
-    if not _quicker(query, dense) or (scale is not None and scale <= 0):
+    if not _quicker(query, dense) or not (scale is None or 0 < scale < math.inf):
         return None
     query, key, value = (rows_contiguous(x) for x in (query, dense.key, dense.value))
     if not _taken(query, key, value, dense.is_causal):

@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import json
 import math
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -27,6 +28,7 @@ from .steady import give_back
 FORMS = ("float32", "bfloat16", *BITS)
 _DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 _MOST_HEADER = 100 << 20  # bytes, as safetensors itself allows
+_one_at_a_time = threading.Lock()
 
 
 class _NotAsStored(Exception):
@@ -158,20 +160,22 @@ def _share(model: Any, form: str, heads: set[str], kinds: dict[str, str]) -> Non
 
 @contextlib.contextmanager
 def _without_memory() -> Iterator[None]:
-    """Parameters that are made in here take no memory; buffers are as they should be."""
-    register = nn.Module.register_parameter
+    """Parameters that this thread makes in here take no memory; buffers are as they should be."""
+    maker = threading.get_ident()
+    with _one_at_a_time:  # another one would take what is put into the class here for torch's own
+        register = nn.Module.register_parameter
 
-    def on_meta(self: nn.Module, name: str, param: nn.Parameter | None) -> None:
-        register(self, name, param)
-        if param is not None:
-            grad = param.requires_grad
-            self._parameters[name] = nn.Parameter(param.to("meta"), requires_grad=grad)
+        def on_meta(self: nn.Module, name: str, param: nn.Parameter | None) -> None:
+            register(self, name, param)
+            if param is not None and threading.get_ident() == maker:
+                grad = param.requires_grad
+                self._parameters[name] = nn.Parameter(param.to("meta"), requires_grad=grad)
 
-    nn.Module.register_parameter = on_meta  # type: ignore[method-assign]
-    try:
-        yield
-    finally:
-        nn.Module.register_parameter = register  # type: ignore[method-assign]
+        nn.Module.register_parameter = on_meta  # type: ignore[method-assign]
+        try:
+            yield
+        finally:
+            nn.Module.register_parameter = register  # type: ignore[method-assign]
 
 
 def _empty(kind: Any, folder: Path, config: Any) -> Any:
@@ -217,11 +221,7 @@ def _stored(folder: Path) -> dict[str, _Stored]:
     found: dict[str, _Stored] = {}
     for file in files:
         size = file.stat().st_size
-        with file.open("rb") as opened:
-            length = int.from_bytes(opened.read(8), "little")
-            if not 0 < length <= min(size, _MOST_HEADER):
-                raise ValueError(f"{file} is no safetensors file")
-            header = json.loads(opened.read(length))
+        header, begin = _header(file, size)
         for name, said in header.items():
             if name == "__metadata__":
                 continue
@@ -229,8 +229,33 @@ def _stored(folder: Path) -> dict[str, _Stored]:
                 raise _NotAsStored
             dtype = _DTYPES[said["dtype"]]
             start, stop = said["data_offsets"]
-            first, shape = 8 + length + start, said["shape"]
+            first, shape = begin + start, said["shape"]
             if stop - start != math.prod(shape) * dtype.itemsize or first + stop - start > size:
                 raise ValueError(f"{file} lacks a part of {name}")
             found[name] = _Stored(file, dtype, shape, first)
     return found
+
+
+def _header(file: Path, size: int) -> tuple[dict[str, Any], int]:
+    """What a safetensors file of so many bytes says of its tensors, and where these begin."""
+    with file.open("rb") as opened:
+        length = int.from_bytes(opened.read(8), "little")
+        if not 0 < length <= min(size, _MOST_HEADER):
+            raise ValueError(f"{file} is no safetensors file")
+        return json.loads(opened.read(length)), 8 + length
+
+
+def first_of_integers(folder: Path, model: Any) -> str | None:
+    """The first weight that a folder's files have in integers: one that is of floating point in the
+    model, or with scales beside it; None: there is none."""
+    prefix = f"{model.base_model_prefix}."
+    weights = model.state_dict().items()
+    known = {name.removeprefix(prefix) for name, value in weights if value.is_floating_point()}
+    for file in sorted(folder.glob("*.safetensors")):
+        header, _ = _header(file, file.stat().st_size)
+        header.pop("__metadata__", None)
+        for name, said in header.items():
+            scaled = f"{name.removesuffix('.weight')}.scale" in header
+            if said["dtype"][0] in "IU" and (scaled or name.removeprefix(prefix) in known):
+                return name
+    return None

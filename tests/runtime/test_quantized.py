@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
@@ -22,7 +24,7 @@ from astra_runtime.models.quantized import (
     quantize_signed,
     weight_bytes,
 )
-from astra_runtime.store import load_model
+from astra_runtime.store import DamagedModel, load_model
 
 from .models import KINDS, inputs_for, tiny, windows_for
 
@@ -141,6 +143,41 @@ def test_files_of_another_layout_are_left_to_transformers(tmp_path: Any) -> None
     loaded = load_model(str(tmp_path), dtype="int8")
     assert adapt(loaded).form() == "int8"
     assert adapt(loaded).checkpoint() == adapt(load_model(str(tmp_path))).digest()
+
+
+@pytest.mark.parametrize("form", ["float32", "bfloat16", "int8", "int4"])
+@pytest.mark.parametrize(("kind", "saved"), [("llama", "int8"), ("llama", "int4"), ("vit", "int8")])
+def test_integers_that_were_saved_are_not_taken_for_numbers(
+    kind: str, saved: str, form: str, tmp_path: Any
+) -> None:
+    in_form(tiny(kind), saved).save_pretrained(tmp_path)
+    with pytest.raises(DamagedModel, match="expected floating-point numbers in its files, got int"):
+        load_model(str(tmp_path), form)
+
+
+def test_threads_may_load_models_at_once(tmp_path: Any) -> None:
+    tiny("llama").save_pretrained(tmp_path)
+    done = threading.Event()
+
+    def load(_: int) -> torch.Tensor:
+        return output(load_model(str(tmp_path), "int8"), "llama")
+
+    def others() -> bool:
+        """Whether modules that another thread makes meanwhile are as ever."""
+        plain = True
+        while plain and not done.is_set():
+            plain = not torch.nn.Linear(2, 2).weight.is_meta
+        return plain
+
+    with ThreadPoolExecutor(4) as pool:
+        beside = pool.submit(others)
+        try:
+            answers = list(pool.map(load, range(12)))
+        finally:
+            done.set()
+        assert beside.result()
+    assert all(torch.equal(answer, answers[0]) for answer in answers)
+    assert not torch.nn.Linear(2, 2).weight.is_meta
 
 
 def test_bytes_of_weights() -> None:
