@@ -23,6 +23,8 @@ def pytest_configure(config: pytest.Config) -> None:
     signal.signal(signal.SIGHUP, signal.SIG_DFL)
     if config.getoption("--device") == "cpu":
         os.environ["TRITON_INTERPRET"] = "1"  # read when Triton is first imported
+    # formulas are fp32's, so what may be rounded is not, unless a test says so
+    os.environ["ASTRA_ROUND"] = "0"
     # the same examples each time, however long a busy machine takes for one
     slow = [HealthCheck.too_slow]
     settings.register_profile("same", deadline=None, derandomize=True, suppress_health_check=slow)

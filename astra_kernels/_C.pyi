@@ -52,6 +52,7 @@ def attention(
     threads: int,
     isa: str = "",
     storage: int = 0,
+    rounded: bool = False,
 ) -> None: ...
 def coded_attention(
     shape: Shape,
@@ -86,6 +87,7 @@ def attention_dtypes() -> list[str]:
     """By the `storage` of a call: that of queries, out, and dense keys and values."""
 
 def attention_isas() -> list[str]: ...
+def attention_rounds() -> bool: ...
 def quantized_linear(
     x: int,
     values: int,

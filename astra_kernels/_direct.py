@@ -8,6 +8,7 @@ call goes to the public op, with its answers and its errors.
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Sequence
 from typing import Any
@@ -34,6 +35,8 @@ _HAS_LINEARS = hasattr(_C, "quantized_linears")
 # Measured with AVX-512 alone, beside the product of MKL.
 HAS_PRODUCT = hasattr(_C, "product") and _C.product_isa() == "avx512"
 _HAS_ADD = HAS_PRODUCT and hasattr(_C, "product_suits_many_rows")
+# Whether calls that allow products of rounded numbers get them.
+MAY_ROUND = os.environ.get("ASTRA_ROUND", "1") != "0"
 LEAST_ROWS = 4  # with fewer, reading the weights takes all the time
 # With more, MKL's product is as fast where it has AVX-512 as well, which it uses on Intel's
 # processors alone.
@@ -48,11 +51,18 @@ def attention(
     is_causal: bool = False,
     key_mask: Tensor | None = None,
     scale: float,
+    rounded: bool = False,
 ) -> tuple[Tensor, Tensor]:
-    """`ak.attention`: (out [B, H, M, d], lse [B, H, M]) of [B, H, M, d] and [B, Hkv, L, d]."""
+    """`ak.attention`: (out [B, H, M, d], lse [B, H, M]) of [B, H, M, d] and [B, Hkv, L, d].
+
+    rounded: keys and values are good to a few bits, so products may be of numbers rounded to bf16,
+    where the processor multiplies these at twice the rate.
+    """
     plain = key_mask is None and attention_native.serves(query.dtype) and not _is_traced()
     if plain and can_run(query, key, value) and _fit(query, key, value, is_causal):
-        return attention_native.attention(query, key, value, is_causal=is_causal, scale=scale)
+        return attention_native.attention(
+            query, key, value, is_causal=is_causal, scale=scale, rounded=rounded and MAY_ROUND
+        )
     return ak.attention(query, key, value, is_causal=is_causal, key_mask=key_mask, scale=scale)
 
 

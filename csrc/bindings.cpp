@@ -293,8 +293,9 @@ astra::CodedKeys coded_of(const py::tuple& given) {
 
 void attention(const py::tuple& shape, const py::tuple& query, const py::tuple& dense_given,
                const py::tuple& out, std::uintptr_t lse, float scale, std::uintptr_t sinks,
-               unsigned threads, const std::string& isa, int storage) {
-  const auto queries = queries_of(shape, query, out, lse, scale, sinks, threads, isa, storage);
+               unsigned threads, const std::string& isa, int storage, bool rounded) {
+  auto queries = queries_of(shape, query, out, lse, scale, sinks, threads, isa, storage);
+  queries.rounded = rounded;
   const astra::DenseKeys dense = dense_of(dense_given);
   run(scores_of(queries.shape, dense.count), [&] { astra::attention(queries, dense); });
 }
@@ -571,7 +572,7 @@ PYBIND11_MODULE(_C, module) {
              py::arg("threads"));
   module.def("attention", &attention, py::arg("shape"), py::arg("query"), py::arg("dense"),
              py::arg("out"), py::arg("lse"), py::arg("scale"), py::arg("sinks"), py::arg("threads"),
-             py::arg("isa") = "", py::arg("storage") = 0);
+             py::arg("isa") = "", py::arg("storage") = 0, py::arg("rounded") = false);
   module.def("coded_attention", &coded_attention, py::arg("shape"), py::arg("query"),
              py::arg("coded"), py::arg("out"), py::arg("lse"), py::arg("scale"), py::arg("sinks"),
              py::arg("threads"), py::arg("isa") = "", py::arg("storage") = 0);
@@ -583,6 +584,7 @@ PYBIND11_MODULE(_C, module) {
     for (const char* name : kStorages) names.append(name);
     return names;
   });
+  module.def("attention_rounds", &astra::attention_rounds);
   module.def("attention_isas", [] {
     py::list names;
     for (const std::string& name : astra::attention_isas()) names.append(name);

@@ -22,6 +22,8 @@ MEASURED = ("avx2", "avx512")
 # An extension that was built before this kernel stays usable: a development tree is not rebuilt by
 # every change of csrc/.
 _SERVES = hasattr(_C, "mixed_attention") and _C.attention_isas()[-1] in MEASURED
+# Whether products of numbers rounded to bf16 are quicker here.
+HAS_ROUNDED = hasattr(_C, "attention_rounds") and _C.attention_rounds()
 # What the kernel reads and writes as it is stored, tile by tile, and how it is told so.
 STORED: dict[torch.dtype, tuple[int, ...]] = {torch.float32: ()}
 if hasattr(_C, "attention_dtypes"):
@@ -39,11 +41,17 @@ def attention(
     scale: float | None = None,
     sinks: Tensor | None = None,
     isa: str = "",
+    rounded: bool = False,
 ) -> tuple[Tensor, Tensor]:
-    """As `astra_kernels.attention`. `isa`: one of `_C.attention_isas()`; "": the widest."""
+    """As `astra_kernels.attention`.
+
+    isa: one of `_C.attention_isas()`; "": the widest.
+    rounded: products may be of numbers rounded to bf16, where these are quicker.
+    """
     call = prepare("attention", query, key.shape[1], value.shape[3], scale, sinks)
     dense = Dense(key, value, is_causal, key_mask)
-    _C.attention(call.shape, call.query, dense.keys, *call.rest, isa, *call.storage)
+    more = {"rounded": True} if rounded and HAS_ROUNDED else {}
+    _C.attention(call.shape, call.query, dense.keys, *call.rest, isa, *call.storage, **more)
     return call.state(query.dtype)
 
 

@@ -57,6 +57,17 @@ const AttentionKernels& choose(const std::string& isa) {
   throw std::invalid_argument("isa must be one of attention_isas(), got '" + isa + "'");
 }
 
+// The kernel that may round, where there is one.
+const AttentionKernels& choose(const Queries& queries) {
+  const AttentionKernels& kernels = choose(std::string(queries.isa));
+#ifdef ASTRA_HAVE_AVX512
+  if (queries.rounded && &kernels == &detail::kAttentionAvx512 && attention_rounds()) {
+    return detail::kAttentionBfloat16;
+  }
+#endif
+  return kernels;
+}
+
 void attend_unit(void* context, std::size_t unit) {
   Call& call = *static_cast<Call*>(context);
   thread_local Arena arena;
@@ -126,7 +137,7 @@ void attend(const Queries& queries, const KeySource* const* sources, std::size_t
     check(queries, *sources[s]);
     keys += sources[s]->count();
   }
-  const AttentionKernels& kernels = choose(queries.isa);
+  const AttentionKernels& kernels = choose(queries);
   if (shape.batch == 0 || shape.heads == 0 || shape.rows == 0) return;
 
   thread_local Arena arena;
@@ -167,26 +178,34 @@ void attend(const Queries& queries, const KeySource* const* sources, std::size_t
 }  // namespace
 
 void attention(const Queries& queries, const DenseKeys& dense) {
-  const detail::Rows stored{choose(queries.isa), queries.storage};
+  const detail::Rows stored{choose(std::string(queries.isa)), queries.storage};
   const detail::DenseSource source(dense, queries.shape, stored);
   const KeySource* const sources[] = {&source};
   attend(queries, sources, 1);
 }
 
 CodesFound coded_attention(const Queries& queries, const CodedKeys& coded) {
-  const detail::CodedSource source(coded, queries.shape, choose(queries.isa));
+  const detail::CodedSource source(coded, queries.shape, choose(std::string(queries.isa)));
   const KeySource* const sources[] = {&source};
   attend(queries, sources, 1);
   return source.found();
 }
 
 CodesFound mixed_attention(const Queries& queries, const DenseKeys& dense, const CodedKeys& coded) {
-  const detail::Rows stored{choose(queries.isa), queries.storage};
+  const detail::Rows stored{choose(std::string(queries.isa)), queries.storage};
   const detail::DenseSource local(dense, queries.shape, stored);
   const detail::CodedSource remote(coded, queries.shape, stored.kernels);
   const KeySource* const sources[] = {&local, &remote};
   attend(queries, sources, 2);
   return remote.found();
+}
+
+bool attention_rounds() {
+#ifdef ASTRA_HAVE_AVX512
+  return __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512bf16");
+#else
+  return false;
+#endif
 }
 
 std::vector<std::string> attention_isas() {

@@ -39,6 +39,7 @@ struct BlockState {
   PanelRange* ranges;
   float* weights;
   float* scratch;
+  float* rounded;
 };
 
 BlockState lay_out(const Call& call, Pieces& pieces) {
@@ -61,6 +62,8 @@ BlockState lay_out(const Call& call, Pieces& pieces) {
   }
   state.weights = pieces.floats(kTileKeys * most);
   state.scratch = pieces.floats(scratch_floats(call));
+  const bool rounds = call.kernels.round != nullptr;
+  state.rounded = pieces.floats(rounds ? rounded_floats(width, value_width) : 0);
   return state;
 }
 
@@ -149,7 +152,11 @@ void attend_block(const Call& call, std::size_t batch, std::size_t kv_head, std:
     }
     for (std::size_t key = 0; key < most; key += kTileKeys) {
       const TilePlace place{batch, kv_head, &visible, key, std::min(kTileKeys, most - key)};
-      const KeyTile tile = source.tile(place, memory);
+      KeyTile tile = source.tile(place, memory);
+      if (call.kernels.round != nullptr) {
+        const AttentionShape& shape = call.queries.shape;
+        tile = call.kernels.round(tile, shape.width, shape.value_width, state.rounded);
+      }
       for (std::size_t i = 0; i < count; ++i) {
         call.kernels.absorb(state.panels[i], tile, state.weights);
       }

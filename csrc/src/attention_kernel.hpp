@@ -54,7 +54,7 @@ struct Panel {
   std::size_t vectors;  // 1 to kMostPanelVectors
   std::size_t width;    // channels of queries and keys
   std::size_t value_width;
-  float* queries;        // [width, vectors * lanes]
+  float* queries;        // [width, vectors * lanes]; pairs of channels, where keys are rounded
   float* out;            // [value_width, vectors * lanes], not yet divided by `sum`
   float* max;            // m_i: [vectors * lanes]
   float* sum;            // l_i: [vectors * lanes]
@@ -110,7 +110,15 @@ struct AttentionKernels {
   // `count` numbers of half precision as floats, and floats rounded to them; bf16, or fp16.
   void (*widen)(const std::uint16_t* from, std::size_t count, bool is_bfloat16, float* to);
   void (*narrow)(const float* from, std::size_t count, bool is_bfloat16, std::uint16_t* to);
+  // Null, or what makes a tile that `absorb` takes of one of floats: `room` has rounded_floats().
+  KeyTile (*round)(const KeyTile& tile, std::size_t width, std::size_t value_width, float* room);
 };
+
+// Pairs of adjacent channels of keys, and of the same channel of adjacent values; and of each a
+// vector more.
+inline std::size_t rounded_floats(std::size_t width, std::size_t value_width) {
+  return kTileKeys * ((width + 1) / 2) + kTileKeys / 2 * value_width + 2 * kMostLanes;
+}
 
 // Rows of a call's queries, outputs, dense keys and values, as they are stored.
 struct Rows {
@@ -145,6 +153,7 @@ extern const AttentionKernels kAttentionAvx2;
 #endif
 #ifdef ASTRA_HAVE_AVX512
 extern const AttentionKernels kAttentionAvx512;
+extern const AttentionKernels kAttentionBfloat16;
 #endif
 
 }  // namespace astra::detail

@@ -34,6 +34,8 @@ inline Floats exp2(Floats x) {
   return y * power;
 }
 
+#include "attention_pairs.inl"
+
 // Rows [row, row + kLanes) of `count`, channels [c, c + kLanes): one vector a channel.
 inline void load_block(const float* const* rows, std::size_t row, std::size_t count, std::size_t c,
                        Floats (&x)[kLanes]) {
@@ -55,13 +57,20 @@ void load_panel(const float* const* rows, std::size_t count, float factor, const
     for (; c + kLanes <= panel.width; c += kLanes) {
       Floats x[kLanes];
       load_block(rows, row, count, c, x);
-      float* to = panel.queries + c * stride + row;
-      each<kLanes>([&](auto i) { store(to + i.value * stride, x[i.value] * factor); });
+      float* to = panel.queries + c / kPair * stride + row;
+      each<kLanes / kPair>([&](auto i) {
+        constexpr std::size_t kFirst = i.value * kPair;
+        store(to + i.value * stride, joined(x[kFirst] * factor, x[kFirst + kPair - 1] * factor));
+      });
     }
-    for (; c < panel.width; ++c) {
-      Floats x{};
-      for (std::size_t i = 0; i < kLanes && row + i < count; ++i) x[i] = rows[row + i][c] * factor;
-      store(panel.queries + c * stride + row, x);
+    for (; c < panel.width; c += kPair) {
+      const std::size_t next = c + kPair - 1;
+      Floats x{}, y{};
+      for (std::size_t i = 0; i < kLanes && row + i < count; ++i) {
+        x[i] = rows[row + i][c] * factor;
+        y[i] = next < panel.width ? rows[row + i][next] * factor : 0.0F;
+      }
+      store(panel.queries + c / kPair * stride + row, joined(x, y));
     }
     store(panel.max + row, all(-kInfinity));
     store(panel.sum + row, Floats{});
@@ -121,13 +130,16 @@ inline void score(const Panel& panel, const float* keys, std::size_t key_stride,
     each<kUsed>([&](auto v) { sums[k.value][v.value] = Floats{}; });
   });
   const float* queries = panel.queries + kFirst * kLanes;
-  const std::size_t width = panel.width;
+  const std::size_t width = paired(panel.width);
   for (std::size_t c = 0; c < width; ++c, queries += kVectors * kLanes) {
     Floats query[kUsed];
     each<kUsed>([&](auto v) { query[v.value] = load(queries + v.value * kLanes); });
     each<kKeys>([&](auto k) {
       const Floats key = all(row[k.value][c]);
-      each<kUsed>([&](auto v) { sums[k.value][v.value] += query[v.value] * key; });
+      each<kUsed>([&](auto v) {
+        Floats& sum = sums[k.value][v.value];
+        sum = multiply_add(sum, query[v.value], key);
+      });
     });
   }
   if constexpr (kMasked) {
@@ -189,14 +201,16 @@ inline void weigh(const Panel& panel, const KeyTile& tile, const Seen<kVectors>&
   // First the keys that all vectors see, then those that all but the first see, and so on.
   each<kVectors>([&](auto first) {
     constexpr std::size_t kFirst = first.value;
-    for (; k < seen.keys[kFirst]; ++k, values += stride, weights += kVectors * kLanes) {
+    for (; k < paired(seen.keys[kFirst]); ++k, values += stride, weights += kVectors * kLanes) {
       Floats weight[kVectors - kFirst];
       each<kVectors - kFirst>(
           [&](auto v) { weight[v.value] = load(weights + (kFirst + v.value) * kLanes); });
       each<kColumns>([&](auto i) {
         const Floats value = all(values[i.value]);
-        each<kVectors - kFirst>(
-            [&](auto v) { sums[i.value][kFirst + v.value] += weight[v.value] * value; });
+        each<kVectors - kFirst>([&](auto v) {
+          Floats& sum = sums[i.value][kFirst + v.value];
+          sum = multiply_add(sum, weight[v.value], value);
+        });
       });
     }
   });
@@ -239,11 +253,15 @@ void absorb(const Panel& panel, const KeyTile& tile, float* weights) {
     alpha[v] = exp2(load(panel.max + v * kLanes) - shift);
     store(panel.max + v * kLanes, max[v]);
     Floats sum{};
-    for (std::size_t k = 0; k < seen.keys[v]; ++k) {
-      float* at = weights + (k * kVectors + v) * kLanes;
-      const Floats weight = exp2(load(at) - shift);
-      sum += weight;
-      store(at, weight);
+    const auto weight = [&](std::size_t k) {
+      return exp2(load(weights + (k * kVectors + v) * kLanes) - shift);
+    };
+    for (std::size_t k = 0; k < seen.keys[v]; k += kPair) {
+      const Floats first = weight(k);
+      const bool alone = kPair == 1 || k + 1 == seen.keys[v];
+      const Floats second = alone ? Floats{} : weight(k + 1);
+      sum += alone ? first : first + second;
+      store(weights + (k / kPair * kVectors + v) * kLanes, joined(first, second));
     }
     float* at = panel.sum + v * kLanes;
     store(at, load(at) * alpha[v] + sum);
@@ -272,7 +290,7 @@ void absorb_panel(const Panel& panel, const KeyTile& tile, float* weights) {
 
 const AttentionKernels ASTRA_ATTENTION = {
     ASTRA_NAME,       kLanes, load_panel, absorb_panel, store_panel, absorb_few,
-    absorb_codewords, gather, compose,    widen,        narrow,
+    absorb_codewords, gather, compose,    widen,        narrow,      kRound,
 };
 
 }  // namespace astra::detail

@@ -21,10 +21,12 @@ HALO = 32  # tokens
 # Reading the weights takes as long for few tokens as for one, and each block is spared an exchange.
 EXACT_TOKENS = 64
 # How long a FLOP takes beside one of attention: of a linear layer, by what its weights are kept in
-# (of any other form as long), and of coding. SmolLM2's on one core with AVX-512 VNNI; without VNNI
-# integers take twice as long. Stated, not measured by each rank, as all ranks have to cut alike.
+# (of any other form as long), of coding, and of attention to tokens that may be rounded. SmolLM2's
+# on one core with AVX-512 VNNI and BF16; without VNNI integers take twice as long, without BF16
+# nothing is rounded. Stated, not measured by each rank, as all ranks have to cut alike.
 LINEAR_PACE: Final = {"int8": 0.38, "int4": 0.5}
 CODING_PACE: Final = 1.3
+ROUNDED_PACE: Final = 0.66
 
 
 def engine_plan(
@@ -106,6 +108,7 @@ def balanced_shares(
         causal=adapter.causal,
         linear=linear + attention * past,
         attention=attention,
+        far=attention * (ROUNDED_PACE if codebook.codec.rounds else 1.0),
         code=CODING_PACE * costs.code,
         receive=CODING_PACE * costs.receive,
         halo=halo,

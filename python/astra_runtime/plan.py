@@ -187,6 +187,7 @@ def balanced_weights(
     linear: float,
     attention: float,
     code: float,
+    far: float | None = None,
     receive: float = 0.0,
     halo: int = 0,
     beside: Sequence[float] = (),
@@ -198,6 +199,7 @@ def balanced_weights(
     Args:
         linear: of one token's projections and MLP.
         attention: of one query over one key.
+        far: of one query over one key of another rank's; None: as long.
         code: of coding one token; the last rank of a decoder codes nothing.
         receive: of one remote token received, before attention reads it.
         halo: tokens before its shard that a rank computes, too (`Plan.halo`).
@@ -209,6 +211,7 @@ def balanced_weights(
     if not causal or world_size == 1:
         return (1.0,) * world_size
     others = tuple(beside) or (0.0,) * world_size
+    far = attention if far is None else far
 
     def reach(budget: float) -> list[float]:
         """The bounds when every rank spends `budget`: solves for each shard's size in turn."""
@@ -217,7 +220,7 @@ def balanced_weights(
             start, a = bounds[-1], attention / 2
             overlap = min(float(halo), start)
             received, coding = start - overlap, code if n < world_size - 1 else 0.0
-            b = linear + attention * received + coding
+            b = linear + far * received + coding
             left = max(0.0, budget - others[n] - receive * received + coding * overlap)
             # a·u² + b·u = left, u = halo and shard; the causal half of the local square is a·u²
             computed = 2 * left / (b + (b * b + 4 * a * left) ** 0.5)

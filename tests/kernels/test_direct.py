@@ -45,6 +45,20 @@ def test_attention_and_what_does_not_fit() -> None:
             direct.attention(query, wrong, value, scale=0.3)
 
 
+def test_attention_that_may_round(monkeypatch: pytest.MonkeyPatch) -> None:
+    query, key, value = torch.randn(2, 6, 40, 32), *torch.randn(2, 2, 2, 77, 32)
+    wide = (query.double(), key.double(), value.double())
+    exact = ak.attention(*wide, scale=0.2, impl="reference")
+    plain = direct.attention(query, key, value, scale=0.2)
+    monkeypatch.setattr(direct, "MAY_ROUND", False)
+    found = direct.attention(query, key, value, scale=0.2, rounded=True)
+    assert all(map(torch.equal, found, plain))
+    monkeypatch.setattr(direct, "MAY_ROUND", True)
+    found = direct.attention(query, key, value, scale=0.2, rounded=True)
+    for ours, want in zip(found, exact, strict=True):
+        assert float((ours - want).norm() / want.norm()) < 0.008
+
+
 @pytest.mark.parametrize("rows", [0, 1, 7, 250])
 def test_an_affine_product(rows: int) -> None:
     x, matrix, bias = torch.randn(rows, 24), torch.randn(24, 37), torch.randn(37)

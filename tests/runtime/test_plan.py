@@ -97,8 +97,9 @@ def test_bad_cuts_are_refused(
 @pytest.mark.parametrize("receive", [0.0, 1e5])
 @pytest.mark.parametrize("world_size", [2, 3, 4, 7])
 @pytest.mark.parametrize("other", [0.0, 1e8])
+@pytest.mark.parametrize("far", [None, 1.3e3])
 def test_balanced_weights_give_equal_work(
-    world_size: int, receive: float, halo: int, other: float
+    world_size: int, receive: float, halo: int, other: float, far: float | None
 ) -> None:
     beside = [other] + [0.0] * (world_size - 1)
     tokens, linear, attention, code = 4096, 1e6, 2e3, 2e5
@@ -109,17 +110,19 @@ def test_balanced_weights_give_equal_work(
         linear=linear,
         attention=attention,
         code=code,
+        far=far,
         receive=receive,
         halo=halo,
         beside=beside,
     )
+    far = attention if far is None else far
     assert sum(weights) == pytest.approx(tokens, rel=1e-6)
     work, start = [], 0.0
     for n, size in enumerate(weights):
         coding = code if n < world_size - 1 else 0.0
         overlap = halo if n else 0
         computed, received = size + overlap, start - overlap
-        model = computed * (linear + attention * received) + attention * computed * computed / 2
+        model = computed * (linear + far * received) + attention * computed * computed / 2
         work.append(model + coding * size + receive * received + beside[n])
         start += size
     assert max(work) / min(work) == pytest.approx(1, rel=1e-6)

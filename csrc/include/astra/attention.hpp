@@ -59,6 +59,10 @@ struct Queries {
   // One of attention_isas(); empty: the widest.
   const char* isa = "";
   Storage storage = Storage::kFloat32;
+  // Queries, keys, values and weights may be rounded to bfloat16 for products, which are summed in
+  // fp32 as ever. They are where the processor multiplies pairs of them (AVX512-BF16), at twice the
+  // rate, `isa` allows it, and queries are not few.
+  bool rounded = false;
 };
 
 struct DenseKeys {
@@ -123,5 +127,8 @@ CodesFound mixed_attention(const Queries& queries, const DenseKeys& dense, const
 
 // Names of what this machine runs, narrowest first.
 std::vector<std::string> attention_isas();
+
+// Whether this machine multiplies what may be rounded at twice the rate.
+bool attention_rounds();
 
 }  // namespace astra

@@ -33,7 +33,9 @@ class DenseAttention(Codec):
     def attend(
         self, block: int, query: Tensor, remote: Any, rope: Rope, mask: Tensor | None, scale: float
     ) -> tuple[Tensor, Tensor]:
-        return direct.attention(query, remote.key, remote.value, key_mask=mask, scale=scale)
+        return direct.attention(
+            query, remote.key, remote.value, key_mask=mask, scale=scale, rounded=self.rounds
+        )
 
     def tensors(self, block: int, remote: Any, rope: Rope) -> tuple[Tensor, Tensor]:
         return remote.key, remote.value

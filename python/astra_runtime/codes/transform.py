@@ -44,6 +44,7 @@ class TransformCodes(PackedCodes, DenseAttention):
     allots_bits = True
     gains_by_variety = True
     keeps_sessions = True
+    rounds = True
 
     own: DecoderState
     remote: DecoderState

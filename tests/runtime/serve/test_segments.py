@@ -127,6 +127,7 @@ def test_a_cut_beside_other_work_gives_equal_work(
 ) -> None:
     """The rank that does something else reads so much less, wherever it stands in the sequence."""
     monkeypatch.setattr(costs, "CODING_PACE", 1.0)  # FLOPs are counted below
+    monkeypatch.setattr(costs, "ROUNDED_PACE", 1.0)
     model = tiny("llama")
     adapter = adapt(model)
     book = codebooks.random_codebook("kv:1", adapter)

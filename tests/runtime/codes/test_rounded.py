@@ -1,0 +1,46 @@
+"""Attention to what codes stand for, by products of rounded numbers: what it costs an answer."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from astra_kernels import _direct as direct
+from astra_kernels.attention.native import HAS_ROUNDED
+from astra_runtime import Codebook
+from astra_runtime.codes.latent import DecoderState
+
+from ..models import inputs_for, tiny, windows_for
+from ..test_engine import ranks_output
+
+
+@torch.no_grad()
+def test_an_answer_changes_little(monkeypatch: pytest.MonkeyPatch) -> None:
+    """And what sender and receiver have to know alike not at all."""
+    fit = {"bits": 12, "codewords": 16, "rank": 8, "iterations": 3, "held_back": 0, "seed": 1}
+    windows = windows_for("llama")
+    book = Codebook.fit(
+        tiny("llama"), windows, space="transform", fine_bits=60, fine_tokens=4, **fit
+    )
+    latents: dict[bool, list[Tensor]] = {False: [], True: []}
+    update = DecoderState.update
+
+    def noted(state: DecoderState, block: int, codewords: Tensor | None) -> None:
+        update(state, block, codewords)
+        latents[direct.MAY_ROUND].append(state.latent.clone())
+
+    monkeypatch.setattr(DecoderState, "update", noted)
+    answers = {}
+    for may in (False, True):
+        monkeypatch.setattr(direct, "MAY_ROUND", may)
+        inputs = inputs_for("llama", 40, batch=1)
+        answers[may] = ranks_output(tiny("llama"), book, inputs, 2, logits="all", halo=0)[1]
+    exact, rounded = answers[False], answers[True]
+    error = float((rounded - exact).norm() / exact.norm())
+    assert error < 0.01
+    assert (error > 0) == HAS_ROUNDED
+    # the first rank sees no codes: it codes the same tokens alike, and so the second reads them
+    assert len(latents[False]) == len(latents[True]) > 0
+    for one in latents[False]:
+        assert any(torch.equal(one, other) for other in latents[True] if other.shape == one.shape)
