@@ -135,17 +135,18 @@ def columns_first(matrix: Tensor) -> Tensor:
 def affine(start: Tensor, x: Tensor, matrix: Tensor, *, in_place: bool = False) -> Tensor:
     """start + x·matrix, [M, N], of x [M, K] and [K, N]. `start` is [N]; or [M, N] and, `in_place`,
     may be written to."""
-    rows, columns = len(x), matrix.T
-    shape = (rows, len(columns)) if in_place else columns.shape[:1]
+    rows, columns = x.shape[0], matrix.T
+    outputs = columns.shape[0]
+    shape = (rows, outputs) if in_place else (outputs,)
     plain = _HAS_ADD and LEAST_ROWS <= rows <= MOST_ROWS and x.shape[1:] == columns.shape[1:]
     plain = plain and all(t.is_contiguous() for t in (start, x, columns)) and start.shape == shape
     if not plain or _is_traced() or not can_run(start, x, columns):
         into = start if in_place and not torch.is_grad_enabled() else None
         return torch.addmm(start, x, matrix, out=into)
-    out = start if in_place else x.new_empty(rows, len(columns))
+    out = start if in_place else x.new_empty(rows, outputs)
     bias = 0 if in_place else start.data_ptr()
     _C.product(
-        *(x.data_ptr(), columns.data_ptr(), bias, rows, x.shape[1], len(columns), out.data_ptr()),
+        *(x.data_ptr(), columns.data_ptr(), bias, rows, x.shape[1], outputs, out.data_ptr()),
         torch.get_num_threads(),
         add=in_place,
     )

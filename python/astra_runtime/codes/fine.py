@@ -14,7 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import cached_property, partial
 
 import torch
 from torch import Tensor
@@ -70,11 +70,23 @@ class FineCode:
         moved = (t.to(device) for t in (self.analysis, self.synthesis, self.tables))
         return replace(self, **dict(zip(("analysis", "synthesis", "tables"), moved, strict=True)))
 
+    @cached_property
+    def _products(self) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
+        """Zeros [C·w] and A, zeros [E] and S, as `direct.affine` reads them."""
+        both = self.analysis, self.synthesis
+        zeros = (matrix.new_zeros(matrix.shape[1]) for matrix in both)
+        analysis, synthesis = zip(zeros, map(direct.columns_first, both), strict=True)
+        return analysis, synthesis
+
     def encode(self, missing: Tensor) -> Tensor:
         """Codes int32 [..., C] of y − ŷ, [..., E]."""
-        z = (missing @ self.analysis).unflatten(-1, (self.codes, self.tables.shape[-1]))
-        return direct.encode(z, self.tables)
+        zeros, analysis = self._products[0]
+        z = direct.affine(zeros, missing.flatten(0, -2), analysis)
+        return direct.encode(z.view(*missing.shape[:-1], *self.tables.shape[::2]), self.tables)
 
     def decode(self, codes: Tensor) -> Tensor:
         """What codes [..., C], found or checked before, add to ŷ, [..., E]."""
-        return direct.decode(codes, self.tables).flatten(-2) @ self.synthesis
+        zeros, synthesis = self._products[1]
+        words = direct.decode(codes, self.tables).flatten(-2)
+        added = direct.affine(zeros, words.flatten(0, -2), synthesis)
+        return added.view(*codes.shape[:-1], len(zeros))

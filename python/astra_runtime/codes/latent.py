@@ -19,7 +19,6 @@ import copy
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor
 
 from astra_kernels import _direct as direct
@@ -38,6 +37,7 @@ class LatentCode:
         constant, carry, coded: [r], [r', r] and [C'·w', r]: what the block before with its s of r'
             numbers and its codewords contributes to s. None where nothing precedes.
         latent_coordinates, offset_coordinates: [r, C·w] and [C·w], −U·A and −b·A.
+        up, synthesis: [r, E] and [C·w, E], U and S.
     """
 
     transform: Transform
@@ -49,6 +49,8 @@ class LatentCode:
     coded: Tensor | None
     latent_coordinates: Tensor
     offset_coordinates: Tensor
+    up: Tensor
+    synthesis: Tensor
 
     @classmethod
     def of(cls, transform: Transform, before: Transform | None) -> LatentCode:
@@ -73,6 +75,8 @@ class LatentCode:
             onward(before.synthesis) if before is not None and has_entry else None,
             direct.columns_first(product(-transform.up, transform.analysis)),
             product(-transform.offset, transform.analysis),
+            direct.columns_first(transform.up),
+            direct.columns_first(transform.synthesis),
         )
 
 
@@ -158,15 +162,16 @@ class DecoderState:
         if block == 0 and self.first is not None:
             return self.first[:, tokens]
         self.advance(block)
-        transform, latent = self.codes[block].transform, self.latent
+        code, latent = self.codes[block], self.latent
         if tokens != slice(None):
             latent = latent.view(self.batch, self.tokens, -1)[:, tokens].flatten(0, 1)
             codewords = None if codewords is None else codewords[:, tokens]
-        estimate = torch.addmm(transform.offset, latent, transform.up)
-        if codewords is not None and transform.codes:
+        offset = code.transform.offset
+        estimate = direct.affine(offset, latent, code.up)
+        if codewords is not None and code.transform.codes:
             words = codewords.flatten(2).flatten(0, 1)
-            torch.addmm(estimate, words, transform.synthesis, out=estimate)
-        return estimate.view(self.batch, -1, len(transform.offset))
+            estimate = direct.affine(estimate, words, code.synthesis, in_place=True)
+        return estimate.view(self.batch, -1, len(offset))
 
     def update(self, block: int, codewords: Tensor | None) -> None:
         """Takes the codewords [B, N, C, w] of `block` into what is known; None: none came."""
