@@ -27,15 +27,21 @@ def _default_dtype(dtype: torch.dtype) -> Any:
         torch.set_default_dtype(torch.float32)
 
 
-@pytest.mark.parametrize("space", ["kv", "hidden"])
+CODES: dict[str, dict[str, Any]] = {
+    "kv": {"groups": 3, "codewords": 16},
+    "hidden": {"groups": 2, "codewords": 16},
+    "transform": {"bits": 20, "codewords": 8},
+}
+
+
+@pytest.mark.parametrize("space", CODES)
 @pytest.mark.parametrize(
     "setting", [lambda: torch.device("meta"), lambda: _default_dtype(torch.float64)]
 )
 def test_calls_under_another_default(setting: Callable[[], Any], space: str) -> None:
     """Received codes were written to memory of the default device: a crash of the process."""
     model, inputs = tiny("llama"), inputs_for("llama", 70)
-    groups = 3 if space == "kv" else 2
-    book = book_of(model, "llama", space=space, groups=groups, codewords=16, held_back=0)
+    book = book_of(model, "llama", space=space, held_back=0, **CODES[space])
 
     def work(mesh: Mesh, context: Callable[[], Any]) -> Tensor:
         with context(), Engine(model, book, mesh, halo=0) as engine:

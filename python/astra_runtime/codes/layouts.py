@@ -55,7 +55,7 @@ def merge_rotated(key: Tensor, value: Tensor, rope: Rope) -> Tensor:
     if torch.is_grad_enabled():
         return merge_heads(rotate(key.float(), rope), value.float())
     batch, heads, tokens, width = key.shape
-    both = torch.empty(batch, tokens, 2 * heads, width, device=key.device)
+    both = torch.empty(batch, tokens, 2 * heads, width, dtype=torch.float32, device=key.device)
     keys, values = both.transpose(1, 2).split(heads, 1)
     rotate(key.float(), rope, keys)
     values.copy_(value)

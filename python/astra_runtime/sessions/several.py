@@ -98,7 +98,7 @@ class Draws:
     def __init__(self, generator: torch.Generator, rows: int, prompt: int) -> None:
         self._generator, self._rows, self._prompt = generator, rows, prompt
         self._steps = 0
-        self._times = torch.empty(0, device="cpu")  # fp32 [rows, V]
+        self._times = torch.empty(0, dtype=torch.float32, device="cpu")  # [rows, V]
 
     def chooser(self, row: int, rank: int, warp: Warp) -> Choose:
         def choose(ids: Tensor, logits: Tensor) -> Tensor:
