@@ -138,10 +138,12 @@ def product(
     out: int,
     threads: int,
     add: bool = False,
+    rounded: bool = False,
 ) -> None:
     """Addresses of contiguous fp32 [rows, inputs], [outputs, inputs], [outputs] or 0 for no bias,
-    and [rows, outputs]."""
+    and [rows, outputs]. `rounded`: of weights bf16 [outputs, inputs rounded up to even]."""
 
+def product_rounds() -> bool: ...
 def rotate(
     shape: tuple[int, int, int, int, int], x: Heads, cos: int, sin: int, out: Heads, threads: int
 ) -> None:

@@ -11,7 +11,7 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -34,6 +34,7 @@ _HAS_LOOK_UP = hasattr(_C, "look_up")
 _HAS_LINEARS = hasattr(_C, "quantized_linears")
 # Measured with AVX-512 alone, beside the product of MKL.
 HAS_PRODUCT = hasattr(_C, "product") and _C.product_isa() == "avx512"
+_ROUNDS = hasattr(_C, "product_rounds") and _C.product_rounds()
 _HAS_ADD = HAS_PRODUCT and hasattr(_C, "product_suits_many_rows")
 # Whether calls that allow products of rounded numbers get them.
 MAY_ROUND = os.environ.get("ASTRA_ROUND", "1") != "0"
@@ -127,14 +128,33 @@ def linear(vectors: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     return out
 
 
+class MayRound(NamedTuple):
+    """A matrix that `affine` may round to bf16: fp32 [K, N] as `columns_first` has it, and its
+    rounded columns, bf16 [N, K rounded up to an even number]; None where these are no quicker."""
+
+    matrix: Tensor
+    rounded: Tensor | None
+
+
+def may_round(matrix: Tensor) -> MayRound:
+    """`matrix` [K, N], whose products need no more than bf16's eight bits."""
+    rounded = None
+    if matrix.is_cpu and _ROUNDS and MAY_ROUND:
+        rounded = F.pad(matrix.T, (0, matrix.shape[0] % 2)).to(torch.bfloat16).contiguous()
+    return MayRound(columns_first(matrix), rounded)
+
+
 def columns_first(matrix: Tensor) -> Tensor:
     """The same [K, N] with columns that lie in one piece, as `affine` reads them."""
     return matrix.T.contiguous().T
 
 
-def affine(start: Tensor, x: Tensor, matrix: Tensor, *, in_place: bool = False) -> Tensor:
+def affine(
+    start: Tensor, x: Tensor, matrix: Tensor | MayRound, *, in_place: bool = False
+) -> Tensor:
     """start + x·matrix, [M, N], of x [M, K] and [K, N]. `start` is [N]; or [M, N] and, `in_place`,
     may be written to."""
+    matrix, rounded = matrix if isinstance(matrix, MayRound) else (matrix, None)
     rows, columns = x.shape[0], matrix.T
     outputs = columns.shape[0]
     shape = (rows, outputs) if in_place else (outputs,)
@@ -145,10 +165,14 @@ def affine(start: Tensor, x: Tensor, matrix: Tensor, *, in_place: bool = False) 
         return torch.addmm(start, x, matrix, out=into)
     out = start if in_place else x.new_empty(rows, outputs)
     bias = 0 if in_place else start.data_ptr()
+    weights, more = columns if rounded is None else rounded, {}
+    if rounded is not None:
+        more["rounded"] = True  # an older extension has no such argument
     _C.product(
-        *(x.data_ptr(), columns.data_ptr(), bias, rows, x.shape[1], outputs, out.data_ptr()),
+        *(x.data_ptr(), weights.data_ptr(), bias, rows, x.shape[1], outputs, out.data_ptr()),
         torch.get_num_threads(),
         add=in_place,
+        **more,
     )
     return out
 

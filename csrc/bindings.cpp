@@ -382,11 +382,17 @@ void gated_silu(std::uintptr_t gate, std::uintptr_t up, std::size_t count, std::
 
 void product(std::uintptr_t x, std::uintptr_t weights, std::uintptr_t bias, std::size_t rows,
              std::size_t inputs, std::size_t outputs, std::uintptr_t out, unsigned threads,
-             bool add) {
+             bool add, bool rounded) {
+  const auto floats = [](std::uintptr_t at) { return reinterpret_cast<const float*>(at); };
+  const astra::ProductShape shape{rows, inputs, outputs};
+  auto* to = reinterpret_cast<float*>(out);
   run(rows * inputs, [&] {
-    astra::product(reinterpret_cast<const float*>(x), reinterpret_cast<const float*>(weights),
-                   reinterpret_cast<const float*>(bias), {rows, inputs, outputs},
-                   reinterpret_cast<float*>(out), threads, add);
+    if (rounded) {
+      const auto* halves = reinterpret_cast<const std::uint16_t*>(weights);
+      astra::product_of_rounded(floats(x), halves, floats(bias), shape, to, threads, add);
+    } else {
+      astra::product(floats(x), floats(weights), floats(bias), shape, to, threads, add);
+    }
   });
 }
 
@@ -609,7 +615,8 @@ PYBIND11_MODULE(_C, module) {
   module.def("product_suits_many_rows", &astra::product_suits_many_rows);
   module.def("product", &product, py::arg("x"), py::arg("weights"), py::arg("bias"),
              py::arg("rows"), py::arg("inputs"), py::arg("outputs"), py::arg("out"),
-             py::arg("threads"), py::arg("add") = false);
+             py::arg("threads"), py::arg("add") = false, py::arg("rounded") = false);
+  module.def("product_rounds", &astra::product_rounds);
   module.def("rotate", &rotate, py::arg("shape"), py::arg("x"), py::arg("cos"), py::arg("sin"),
              py::arg("out"), py::arg("threads"));
   module.def("merge_state", &merge_state, py::arg("out_a"), py::arg("lse_a"), py::arg("out_b"),

@@ -4,7 +4,7 @@
 // 16.
 
 #include "attention_kernel.hpp"
-#include "vectors.inl"
+#include "pairs.inl"
 
 namespace astra::detail {
 namespace {
@@ -34,7 +34,7 @@ inline Floats exp2(Floats x) {
   return y * power;
 }
 
-#include "attention_pairs.inl"
+#include "attention_round.inl"
 
 // Rows [row, row + kLanes) of `count`, channels [c, c + kLanes): one vector a channel.
 inline void load_block(const float* const* rows, std::size_t row, std::size_t count, std::size_t c,

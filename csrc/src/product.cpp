@@ -1,6 +1,7 @@
 #include "astra/product.hpp"
 
 #include <algorithm>
+#include <stdexcept>
 
 #include "arena.hpp"
 #include "pool.hpp"
@@ -18,8 +19,9 @@ constexpr std::size_t kPanelFloats = 147456;  // of the rows of a pass, which so
 constexpr std::size_t kGroupsOfUnit = 4;      // of columns: a thread's next piece of work
 constexpr std::size_t kMostSingleRows = 2;    // behind the last whole vector of rows
 
-const ProductKernels& kernels() {
+const ProductKernels& kernels(bool rounded) {
 #ifdef ASTRA_HAVE_AVX512
+  if (rounded && product_rounds()) return detail::kProductBfloat16;
   if (__builtin_cpu_supports("avx512f")) return detail::kProductAvx512;
 #endif
   return detail::kProductPortable;
@@ -44,6 +46,11 @@ struct Pass {
   std::size_t panel_rows() const { return kPanelVectors * kernels.lanes; }
   std::size_t panel_count() const { return in_parts(whole, panel_rows()); }
   float* panel(std::size_t index) const { return panels + index * panel_rows() * inputs; }
+  // Lanes of a row of weights.
+  std::size_t stride() const { return in_parts(shape.inputs, kernels.pair); }
+  const float* weights_of(std::size_t column) const {
+    return weights + column * stride() + first_input / kernels.pair;
+  }
   const float* row(std::size_t index) const {
     return x + (first_row + index) * shape.inputs + first_input;
   }
@@ -59,9 +66,9 @@ struct Pass {
     if (first >= shape.outputs) return;
     const std::size_t tiles = panel_count() * (kernels.group / kernels.tile);
     ProductGroup group{};
-    group.weights = weights + first * shape.inputs + first_input;
-    group.stride = shape.inputs;
-    group.inputs = inputs;
+    group.weights = weights_of(first);
+    group.stride = stride();
+    group.inputs = in_parts(inputs, kernels.pair);
     group.columns = std::min(kernels.group, shape.outputs - first);
     group.bias = bias == nullptr || first_input != 0 ? nullptr : bias + first;
     group.add = add || first_input != 0;
@@ -69,16 +76,15 @@ struct Pass {
     group.lines = tiles == 0 ? 0 : in_parts(kernels.group, tiles);
     const std::size_t next = first + kernels.group;
     const std::size_t after = std::min(next + kernels.group, shape.outputs);
-    group.ahead = next < shape.outputs ? weights + next * shape.inputs + first_input : nullptr;
-    group.ahead_end = weights + after * shape.inputs + first_input;
+    group.ahead = next < shape.outputs ? weights_of(next) : nullptr;
+    group.ahead_end = weights_of(after);
     float* to = out + first_row * shape.outputs + first;
     for (std::size_t p = 0; p < panel_count(); ++p) {
       const std::size_t r = p * panel_rows();
       kernels.of_panel(panel(p), std::min(panel_rows(), whole - r), group, to + r * shape.outputs);
       if (group.ahead == nullptr) continue;
       const std::size_t used = (p + 1) * (kernels.group / kernels.tile) * group.lines;
-      group.ahead =
-          next + used < after ? weights + (next + used) * shape.inputs + first_input : nullptr;
+      group.ahead = next + used < after ? weights_of(next + used) : nullptr;
     }
     for (std::size_t r = whole; r < rows; ++r)
       kernels.of_row(row(r), group, to + r * shape.outputs);
@@ -101,7 +107,15 @@ struct Pass {
 
 }  // namespace
 
-const char* product_isa() { return kernels().name; }
+const char* product_isa() { return kernels(false).name; }
+
+bool product_rounds() {
+#ifdef ASTRA_HAVE_AVX512
+  return __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512bf16");
+#else
+  return false;
+#endif
+}
 
 bool product_suits_many_rows() {
 #ifdef ASTRA_HAVE_AVX512
@@ -111,8 +125,10 @@ bool product_suits_many_rows() {
 #endif
 }
 
-void product(const float* x, const float* weights, const float* bias, ProductShape shape,
-             float* out, unsigned threads, bool add) {
+namespace {
+
+void multiply(const ProductKernels& chosen, const float* x, const float* weights, const float* bias,
+              ProductShape shape, float* out, unsigned threads, bool add) {
   if (shape.inputs == 0) {
     for (std::size_t i = 0; i < shape.rows * shape.outputs; ++i) {
       const float start = add ? out[i] : 0.0F;
@@ -120,9 +136,8 @@ void product(const float* x, const float* weights, const float* bias, ProductSha
     }
     return;
   }
-  const ProductKernels& chosen = kernels();
   const std::size_t over = shape.rows % chosen.lanes;
-  const std::size_t single = over <= kMostSingleRows ? over : 0;
+  const std::size_t single = chosen.pair == 1 && over <= kMostSingleRows ? over : 0;
   const std::size_t panel_rows = kPanelVectors * chosen.lanes;
   const std::size_t inputs =
       in_parts(in_parts(shape.inputs, in_parts(shape.inputs, kMostInputs)), 16) * 16;
@@ -154,6 +169,21 @@ void product(const float* x, const float* weights, const float* bias, ProductSha
           .run();
     }
   }
+}
+
+}  // namespace
+
+void product(const float* x, const float* weights, const float* bias, ProductShape shape,
+             float* out, unsigned threads, bool add) {
+  multiply(kernels(false), x, weights, bias, shape, out, threads, add);
+}
+
+void product_of_rounded(const float* x, const std::uint16_t* weights, const float* bias,
+                        ProductShape shape, float* out, unsigned threads, bool add) {
+  if (!product_rounds()) throw std::invalid_argument("this machine has no AVX512-BF16");
+  // pairs of weights lie in the lanes of floats
+  multiply(kernels(true), x, reinterpret_cast<const float*>(weights), bias, shape, out, threads,
+           add);
 }
 
 }  // namespace astra

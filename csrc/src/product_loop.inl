@@ -3,7 +3,8 @@
 // in registers: 8 x 3 of 32.
 
 #include "product_kernel.hpp"
-#include "vectors.inl"
+
+#include "pairs.inl"
 
 namespace astra::detail {
 namespace {
@@ -26,15 +27,21 @@ void order_vectors(const float* x, std::size_t stride, std::size_t rows, std::si
         block[i.value] = row < rows ? load(x + row * stride + k) : Floats{};
       });
       transpose<1>(block);
-      each<kLanes>([&](auto i) {
-        store(panel + ((k + i.value) * kVectors + v.value) * kLanes, block[i.value]);
+      each<kLanes / kPair>([&](auto i) {
+        constexpr std::size_t kInput = i.value * kPair;
+        store(panel + ((k / kPair + i.value) * kVectors + v.value) * kLanes,
+              joined(block[kInput], block[kInput + kPair - 1]));
       });
     }
-    for (; k < inputs; ++k) {
-      for (std::size_t i = 0; i < kLanes; ++i) {
-        const std::size_t row = kFirst + i;
-        panel[(k * kVectors + v.value) * kLanes + i] = row < rows ? x[row * stride + k] : 0.0F;
+    for (; k < inputs; k += kPair) {
+      const std::size_t next = k + kPair - 1;
+      Floats first{}, second{};
+      for (std::size_t i = 0; i < kLanes && kFirst + i < rows; ++i) {
+        const float* row = x + (kFirst + i) * stride;
+        first[i] = row[k];
+        second[i] = next < inputs ? row[next] : 0.0F;
       }
+      store(panel + (k / kPair * kVectors + v.value) * kLanes, joined(first, second));
     }
   });
 }
@@ -73,7 +80,10 @@ inline void tile(const float* panel, const float* weights, const float* bias,
       });
       each<kCount>([&](auto n) {
         const Floats weight = all(column[n.value][k]);
-        each<kVectors>([&](auto v) { total[n.value][v.value] += rows[v.value] * weight; });
+        each<kVectors>([&](auto v) {
+          Floats& sum = total[n.value][v.value];
+          sum = multiply_add(sum, rows[v.value], weight);
+        });
       });
     }
   }
@@ -185,7 +195,7 @@ void of_row(const float* x, const ProductGroup& group, float* out) {
 
 }  // namespace
 
-const ProductKernels ASTRA_PRODUCT = {ASTRA_PRODUCT_NAME, kLanes, kLanes, kColumns, order,
-                                      of_panel,           of_row};
+const ProductKernels ASTRA_PRODUCT = {ASTRA_PRODUCT_NAME, kLanes, kPair,    kLanes,
+                                      kColumns,           order,  of_panel, of_row};
 
 }  // namespace astra::detail

@@ -1,7 +1,9 @@
 // Products with weights as they are stored, against sums in double.
 
 #include <cmath>
+#include <cstdint>
 #include <cstdlib>
+#include <cstring>
 #include <limits>
 #include <random>
 #include <vector>
@@ -44,6 +46,33 @@ void products(std::mt19937& random, astra::ProductShape shape, bool with_bias, u
   }
 }
 
+// Small whole numbers, which bfloat16 holds: as exact as fp32 is.
+void products_of_rounded(std::mt19937& random, astra::ProductShape shape, unsigned threads) {
+  const auto [rows, inputs, outputs] = shape;
+  const auto whole = [&](std::size_t count) {
+    std::vector<float> values(count);
+    for (float& x : values) x = static_cast<float>(random() % 33) - 16.0F;
+    return values;
+  };
+  const auto x = whole(rows * inputs), weights = whole(outputs * inputs), bias = whole(outputs);
+  const std::size_t even = (inputs + 1) / 2 * 2;
+  std::vector<std::uint16_t> halves(outputs * even);
+  for (std::size_t n = 0; n < outputs; ++n) {
+    for (std::size_t k = 0; k < inputs; ++k) {
+      std::uint32_t bits;
+      std::memcpy(&bits, &weights[n * inputs + k], sizeof bits);
+      halves[n * even + k] = static_cast<std::uint16_t>(bits >> 16);
+    }
+  }
+  for (const bool add : {false, true}) {
+    std::vector<float> out(rows * outputs + 1, -7.0F), want = out;
+    astra::product(x.data(), weights.data(), bias.data(), shape, want.data(), threads, add);
+    astra::product_of_rounded(x.data(), halves.data(), bias.data(), shape, out.data(), threads,
+                              add);
+    expect(out == want, "a product of rounded numbers");
+  }
+}
+
 void rows_do_not_see_each_other(std::mt19937& random) {
   const astra::ProductShape shape{20, 40, 24};
   auto x = normal(random, shape.rows * shape.inputs);
@@ -74,6 +103,11 @@ int main() {
       products(random, {rows, 64, 48}, true, threads);
       products(random, {rows, 800, 21}, true, threads);
       products(random, {rows, 0, 5}, true, threads);
+      if (!astra::product_rounds()) continue;
+      products_of_rounded(random, {rows, 17, 33}, threads);
+      products_of_rounded(random, {rows, 64, 48}, threads);
+      products_of_rounded(random, {rows, 799, 21}, threads);
+      products_of_rounded(random, {rows, 0, 5}, threads);
     }
   }
   rows_do_not_see_each_other(random);

@@ -74,6 +74,23 @@ def test_an_affine_product(rows: int) -> None:
         direct.affine(bias, x[:, 1:], direct.columns_first(matrix))
 
 
+@pytest.mark.parametrize("rows", [3, 40])
+def test_an_affine_product_that_may_round(rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    x, matrix, bias = torch.randn(rows, 31), torch.randn(31, 20), torch.randn(20)
+    exact = bias.double() + x.double() @ matrix.double()
+    for may in (False, True):
+        monkeypatch.setattr(direct, "MAY_ROUND", may)
+        either = direct.may_round(matrix)
+        assert torch.equal(either.matrix, matrix)
+        assert may or either.rounded is None
+        added = torch.randn(rows, 20)
+        for start, in_place in ((bias, False), (added, True)):
+            want = exact - bias + start
+            found = direct.affine(start.clone(), x, either, in_place=in_place)
+            error = (found - want).norm() / want.norm()
+            assert float(error) < (1e-6 if either.rounded is None else 0.005)
+
+
 def test_an_affine_product_keeps_gradients() -> None:
     matrix = direct.columns_first(torch.randn(6, 5))
     with torch.enable_grad():

@@ -7,6 +7,7 @@
 #pragma once
 
 #include <cstddef>
+#include <cstdint>
 
 namespace astra {
 
@@ -29,5 +30,14 @@ bool product_suits_many_rows();
 // threads. `out` may not overlap the others.
 void product(const float* x, const float* weights, const float* bias, ProductShape shape,
              float* out, unsigned threads, bool add = false);
+
+// The same of numbers rounded to bfloat16, at twice the rate: `weights` are, [outputs, inputs
+// rounded up to an even number], zeros behind; x is meanwhile. Sums are fp32.
+// std::invalid_argument: this machine does not have it, see product_rounds.
+void product_of_rounded(const float* x, const std::uint16_t* weights, const float* bias,
+                        ProductShape shape, float* out, unsigned threads, bool add = false);
+
+// Whether this machine multiplies pairs of such numbers (AVX512-BF16).
+bool product_rounds();
 
 }  // namespace astra

@@ -71,12 +71,10 @@ class FineCode:
         return replace(self, **dict(zip(("analysis", "synthesis", "tables"), moved, strict=True)))
 
     @cached_property
-    def _products(self) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
-        """Zeros [C·w] and A, zeros [E] and S, as `direct.affine` reads them."""
+    def _products(self) -> list[tuple[Tensor, direct.MayRound]]:
+        """Zeros [C·w] and A, zeros [E] and S, as `direct.affine` reads them, which may round."""
         both = self.analysis, self.synthesis
-        zeros = (matrix.new_zeros(matrix.shape[1]) for matrix in both)
-        analysis, synthesis = zip(zeros, map(direct.columns_first, both), strict=True)
-        return analysis, synthesis
+        return [(matrix.new_zeros(matrix.shape[1]), direct.may_round(matrix)) for matrix in both]
 
     def encode(self, missing: Tensor) -> Tensor:
         """Codes int32 [..., C] of y − ŷ, [..., E]."""

@@ -30,6 +30,9 @@ from .predictive import Transform
 class LatentCode:
     """One block's code with the products that its recursion needs; fp32, columns in one piece.
 
+    The recursion is the same for sender and receivers, and stays fp32. The way back from codewords
+    may be rounded to bf16: codes leave out far more.
+
     Attributes:
         transform: the block's own parts.
         analysis: [E, C·w], A.
@@ -49,8 +52,8 @@ class LatentCode:
     coded: Tensor | None
     latent_coordinates: Tensor
     offset_coordinates: Tensor
-    up: Tensor
-    synthesis: Tensor
+    up: direct.MayRound
+    synthesis: direct.MayRound
 
     @classmethod
     def of(cls, transform: Transform, before: Transform | None) -> LatentCode:
@@ -75,8 +78,8 @@ class LatentCode:
             onward(before.synthesis) if before is not None and has_entry else None,
             direct.columns_first(product(-transform.up, transform.analysis)),
             product(-transform.offset, transform.analysis),
-            direct.columns_first(transform.up),
-            direct.columns_first(transform.synthesis),
+            direct.may_round(transform.up),
+            direct.may_round(transform.synthesis),
         )
 
 

@@ -1,4 +1,4 @@
-"""Attention to what codes stand for, by products of rounded numbers: what it costs an answer."""
+"""What is read from codes, by products of rounded numbers: what that costs an answer."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def test_an_answer_changes_little(monkeypatch: pytest.MonkeyPatch) -> None:
         answers[may] = ranks_output(tiny("llama"), book, inputs, 2, logits="all", halo=0)[1]
     exact, rounded = answers[False], answers[True]
     error = float((rounded - exact).norm() / exact.norm())
-    assert error < 0.01
+    assert error < 0.03
     assert (error > 0) == HAS_ROUNDED
     # the first rank sees no codes: it codes the same tokens alike, and so the second reads them
     assert len(latents[False]) == len(latents[True]) > 0
