@@ -49,7 +49,7 @@ def prepare(
     call = Call(
         rank,
         plan,
-        engine.codec.begin(given, plan, rank),
+        _begun(engine, given, plan, rank),
         engine._sizes(rank, plan, batch),
         mesh,
         batch,
@@ -66,6 +66,16 @@ def prepare(
         verified=None if engine._verified else adapter,
     )
     return call, _arguments(adapter, given, plan, rank), given
+
+
+def _begun(engine: Any, given: dict[str, Tensor], plan: Plan, rank: int) -> Any:
+    """The codec of this call, which may run parts of the model."""
+    try:
+        return engine.codec.begin(given, plan, rank)
+    except Exception:
+        if engine._watch.changed() is None:
+            raise
+        return None  # the call ends on every rank before it begins: the model has changed
 
 
 def _dealt_from(

@@ -283,6 +283,25 @@ def test_dtype_training_and_modules_that_change_while_an_engine_is_open() -> Non
             engine(**inputs_for("llama"))
 
 
+def test_a_module_that_does_not_fit_any_more_is_named_on_every_rank() -> None:
+    """Transform codes begin a call with a product of the first block's."""
+    models = [tiny("llama"), tiny("llama")]
+    book = book_of(models[0], "llama", space="transform", bits=20, codewords=8, held_back=0)
+
+    def work(mesh: Mesh) -> None:
+        model = models[mesh.rank]
+        with Engine(model, book, mesh, halo=0) as engine:
+            engine(**inputs_for("llama", 80))
+            if mesh.rank == 0:
+                model.model.layers[0].self_attn.k_proj = nn.Linear(7, 9)
+            ids = inputs_for("llama", 80)["input_ids"]
+            for call in (engine, lambda **inputs: engine.generate(**inputs, max_new_tokens=2)):
+                with pytest.raises(AstraError, match=r"a module in model\.layers\.0\.self_attn"):
+                    call(input_ids=ids)
+
+    run_ranks(2, work, timeout=20)
+
+
 PARTS: dict[str, tuple[Any, str]] = {
     "a module": (lambda layer: setattr(layer, "mlp", nn.Identity()), r"in model\.layers\.1 "),
     "a buffer": (lambda layer: layer.noted.mul_(2), r"layers\.1\.noted"),
