@@ -39,10 +39,13 @@ def source(report: Report) -> str:
 def sources(report: Report, rows: Sequence[Mapping[str, Any]]) -> str:
     """The same of rows that came from several runs, nothing of which was timed.
 
-    A line for each command and commit; rows that name none are the file's.
+    A line for each command and commit. Where no row names any they are the file's.
     """
-    own = {"command": report["command"], "commit": report["commit"]}
-    measured = dict.fromkeys(_run(row.get("run", own)) for row in rows)
+    measured = dict.fromkeys(_run(row["run"]) for row in rows if "run" in row)
+    if not measured:
+        measured = {_run(report): None}
+    elif any("run" not in row for row in rows):
+        measured["some rows, measured before: command and commit were not kept"] = None
     computed = dict.fromkeys(_run(row["computed"]) for row in rows if "computed" in row)
     lines = [f"- {run}" for run in measured]
     lines += [f"- {run}: bits and FLOPs" for run in computed if run not in measured]
@@ -51,7 +54,7 @@ def sources(report: Report, rows: Sequence[Mapping[str, Any]]) -> str:
     return f"\n\nOn {report['device']}{version}:\n\n" + "\n".join(lines)
 
 
-def _run(run: Mapping[str, str]) -> str:
+def _run(run: Mapping[str, Any]) -> str:
     return f"`{run['command'].strip()}`, commit {run['commit'][:7]}"
 
 

@@ -101,8 +101,11 @@ def test_a_table_names_the_runs_of_its_rows():
         "",
         "- `python -m bench.some 1`, commit 1111111",
         "- `python -m bench.some 3`, commit 3333333",
-        "- `python -m bench.some 0`, commit 0000000",
+        "- some rows, measured before: command and commit were not kept",
         "- `python -m bench.some 2`, commit 2222222: bits and FLOPs",
+    ]
+    assert sources(report, [{}, {}]).splitlines()[4:] == [
+        "- `python -m bench.some 0`, commit 0000000"
     ]
 
 
