@@ -155,7 +155,9 @@ def _is_op(tensor: Tensor, out: Any) -> bool:
     """Whether what is done with a tensor is somebody's to see, or it is more than its memory."""
     if is_compiling():  # to buffers it writes between two graphs
         return out is None or isinstance(out, Tensor)
-    followed = type(tensor) not in _PLAIN or torch._C._len_torch_dispatch_stack() > 0
+    is_buffer = out is not None and not isinstance(out, Tensor)  # whose bytes no mode can see
+    seen = torch._C._len_torch_dispatch_stack() > 0 and not is_buffer
+    followed = type(tensor) not in _PLAIN or seen
     followed = followed or torch._C._functorch.peek_interpreter_stack() is not None
     return followed or torch._C._get_tracing_state() is not None
 
