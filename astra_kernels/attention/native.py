@@ -5,7 +5,7 @@ What the C++ kernels of all attention ops are told is put together here.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -50,8 +50,9 @@ def attention(
     """
     call = prepare("attention", query, key.shape[1], value.shape[3], scale, sinks)
     dense = Dense(key, value, is_causal, key_mask)
-    more = {"rounded": True} if rounded and HAS_ROUNDED else {}
-    _C.attention(call.shape, call.query, dense.keys, *call.rest, isa, *call.storage, **more)
+    storage: Any = call.storage
+    more: Any = {"rounded": True} if rounded and HAS_ROUNDED else {}
+    _C.attention(call.shape, call.query, dense.keys, *call.rest, isa, *storage, **more)
     return call.state(query.dtype)
 
 
