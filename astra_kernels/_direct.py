@@ -38,10 +38,17 @@ _ROUNDS = hasattr(_C, "product_rounds") and _C.product_rounds()
 _HAS_ADD = HAS_PRODUCT and hasattr(_C, "product_suits_many_rows")
 # Whether calls that allow products of rounded numbers get them.
 MAY_ROUND = os.environ.get("ASTRA_ROUND", "1") != "0"
+HAS_VNNI = hasattr(_C, "linear_isas") and _C.linear_isas()[-1] == "avx512vnni"
 LEAST_ROWS = 4  # with fewer, reading the weights takes all the time
 # With more, MKL's product is as fast where it has AVX-512 as well, which it uses on Intel's
 # processors alone.
 MOST_ROWS = sys.maxsize if _HAS_ADD and _C.product_suits_many_rows() else 192
+
+
+def rounds_attention(device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether `attention` that may round does so, for tensors such as these."""
+    rounds = attention_native.HAS_ROUNDED and MAY_ROUND
+    return rounds and device.type == "cpu" and dtype is torch.float32
 
 
 def attention(

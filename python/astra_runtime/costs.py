@@ -9,7 +9,9 @@ counts the pairs of a query and a key that it sees, so a causal square is half o
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Final
+from typing import Final, NamedTuple
+
+from astra_kernels import _direct as direct
 
 from .codes.base import CodeCosts
 from .codes.codebook import Codebook
@@ -22,11 +24,44 @@ HALO = 32  # tokens
 EXACT_TOKENS = 64
 # How long a FLOP takes beside one of attention: of a linear layer, by what its weights are kept in
 # (of any other form as long), of coding, and of attention to tokens that may be rounded. SmolLM2's
-# on one core with AVX-512 VNNI and BF16; without VNNI integers take twice as long, without BF16
-# nothing is rounded. Stated, not measured by each rank, as all ranks have to cut alike.
+# on one core of an EPYC, with and without AVX-512 VNNI. Stated, as what ranks measure varies.
 LINEAR_PACE: Final = {"int8": 0.38, "int4": 0.5}
+LINEAR_PACE_WITHOUT_VNNI: Final = {"int8": 0.67, "int4": 0.8}
 CODING_PACE: Final = 1.3
 ROUNDED_PACE: Final = 0.66
+
+
+class Paces(NamedTuple):
+    """How long a FLOP takes on a device, beside one of attention in fp32.
+
+    Attributes:
+        linear: of the linear layers.
+        far: of attention to other ranks' tokens.
+    """
+
+    linear: float = 1.0
+    far: float = 1.0
+
+    @classmethod
+    def of(cls, adapter: Adapter, codebook: Codebook) -> Paces:
+        """Of this process, by what its processor has."""
+        linear = LINEAR_PACE if direct.HAS_VNNI else LINEAR_PACE_WITHOUT_VNNI
+        rounds = codebook.codec.rounds and direct.rounds_attention(adapter.device, adapter.dtype)
+        return cls(linear.get(adapter.form(), 1.0), ROUNDED_PACE if rounds else 1.0)
+
+    def __str__(self) -> str:
+        return " ".join(repr(pace) for pace in self)
+
+    @classmethod
+    def slowest(cls, told: Sequence[str]) -> Paces:
+        """What all ranks reckon with, of what each has said, `str` of its own.
+
+        Example:
+            >>> Paces.slowest([str(Paces(0.38, 0.66)), str(Paces(0.67, 0.66))])
+            Paces(linear=0.67, far=0.66)
+        """
+        of_ranks = [[float(pace) for pace in text.split()] for text in told]
+        return cls(*(max(paces) for paces in zip(*of_ranks, strict=True)))
 
 
 def engine_plan(
@@ -39,7 +74,7 @@ def engine_plan(
     padding: int = 0,
     halo: int | None = None,
     beside: Sequence[float] = (),
-    form: str | None = None,
+    paces: Paces | None = None,
 ) -> Plan:
     """The cut of a sequence of `tokens` tokens, the class token not counted.
 
@@ -51,7 +86,7 @@ def engine_plan(
             `default_halo`.
         beside: by rank, what it computes meanwhile, in tokens of such a sequence: it takes fewer of
             this one. Empty: nothing. Without effect beside `shard_weights`.
-        form: of the model, see `balanced_shares`.
+        paces: see `balanced_shares`.
     """
     copies = adapter.class_tokens
     if adapter.causal and world_size > 1 and codebook.prefix:
@@ -63,7 +98,7 @@ def engine_plan(
         halo = default_halo(adapter, codebook, tokens, world_size)
     if shard_weights is None:
         shard_weights = balanced_shares(
-            adapter, codebook, tokens, world_size, halo=halo, beside=beside, form=form
+            adapter, codebook, tokens, world_size, halo=halo, beside=beside, paces=paces
         )
     return Plan.make(
         tokens,
@@ -84,19 +119,20 @@ def balanced_shares(
     halo: int,
     past: int = 0,
     beside: Sequence[float] = (),
-    form: str | None = None,
+    paces: Paces | None = None,
 ) -> tuple[float, ...]:
     """Shares of `tokens` tokens, replicated ones not counted, with which ranks finish together.
 
     Args:
         past: tokens before them that every rank has.
         beside: by rank, what it computes meanwhile, in tokens of such a sequence; empty: nothing.
-        form: what all ranks keep the weights in ("float32", "int8" …), None: as this model does.
-            Where their forms differ, one that all of them name.
+        paces: that all ranks reckon with, None: this process's. Ranks that cut by unlike ones
+            refuse each other's frames.
     """
     linear, attention = adapter.block_flops()
     costs = costs_of(adapter, codebook)
-    linear *= LINEAR_PACE.get(adapter.form() if form is None else form, 1.0)
+    paces = Paces.of(adapter, codebook) if paces is None else paces
+    linear *= paces.linear
     others = [count * (linear + attention * tokens / 2) for count in beside or [0.0] * world_size]
     fine = CODING_PACE * min(codebook.fine_tokens, tokens // world_size)
     for rank in range(world_size - 1):
@@ -108,7 +144,7 @@ def balanced_shares(
         causal=adapter.causal,
         linear=linear + attention * past,
         attention=attention,
-        far=attention * (ROUNDED_PACE if codebook.codec.rounds else 1.0),
+        far=attention * paces.far,
         code=CODING_PACE * costs.code,
         receive=CODING_PACE * costs.receive,
         halo=halo,

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from . import decoding
 from .call import Call, Endable, Sizes, ending_after, ending_together
 from .codes.codebook import Codebook
-from .costs import engine_plan
+from .costs import Paces, engine_plan
 from .exchange import send_picture
 from .hugging_face import call_arguments, generate_as_asked
 from .inputs import (
@@ -134,8 +134,6 @@ class Engine(SessionHost):
         if checkpoint is not None:
             self.adapter.name_checkpoint(checkpoint)
         self.mixed_forms = mixed_forms
-        # by which tokens are shared out: ranks of other forms have to come to the same shares
-        self.form = "float32" if mixed_forms else None
         check_kind("codebook", codebook, Codebook)
         check_kind("mesh", mesh, Mesh)
         self.codebook = Codebook.dense() if codebook is None else codebook
@@ -153,7 +151,6 @@ class Engine(SessionHost):
         self.missing: dict[int, list[int]] = {}
         self.seconds = 0.0
         self._adopt_model()
-        self._remember_shapes()
         self._running: Endable | None = None
         self._packed = pack_weights
         if pack_weights:
@@ -191,7 +188,7 @@ class Engine(SessionHost):
                 world_size=self.mesh.world_size,
                 shard_weights=self.shard_weights,
                 halo=self.halo,
-                form=self.form,
+                paces=self.paces,
             )
         )
         self._sizes = functools.lru_cache(_SHAPES)(
@@ -213,7 +210,10 @@ class Engine(SessionHost):
         }
         if numbers := self.adapter.other_numbers():
             fields["module numbers"] = numbers
-        self.mesh.agree(fields)
+        # tokens are shared out by them, and ranks of other processors have to cut alike
+        paces = str(Paces.of(self.adapter, self.codebook))
+        self.paces = Paces.slowest(self.mesh.agree(fields, told={"paces": paces})["paces"])
+        self._remember_shapes()
 
     def rejoin(self, mesh: Mesh | None = None, *, connect_timeout: float | None = None) -> None:
         """Closes what is left of the mesh and connects the ranks again; collective.

@@ -5,14 +5,16 @@ from __future__ import annotations
 import copy
 import threading
 from concurrent.futures import ThreadPoolExecutor
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 
 from astra_kernels import _direct as direct
-from astra_runtime import Codebook, Engine
-from astra_runtime.costs import engine_plan
+from astra_kernels.attention import native
+from astra_runtime import Codebook, Engine, costs
+from astra_runtime.costs import Paces, engine_plan
 from astra_runtime.errors import HandshakeRefused
 from astra_runtime.evaluate import run_ranks
 from astra_runtime.models import adapt
@@ -255,6 +257,37 @@ def test_shares_take_about_as_long_in_every_form(llama: Any) -> None:
             return engine.plan(900).size(0)
 
     assert run_ranks(2, work) == [first["float32"]] * 2
+
+
+def test_ranks_of_unlike_processors_cut_by_the_slowest(
+    llama: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    models = [llama, copy.deepcopy(llama)]
+    told = {id(models[0]): Paces(0.4, 1.0), id(models[1]): Paces(0.7, 0.6)}
+    monkeypatch.setattr(Paces, "of", lambda adapter, book: told[id(adapter.model)])
+
+    def work(mesh: Any) -> tuple[Paces, Any]:
+        with Engine(models[mesh.rank], Codebook.dense(), mesh) as engine:
+            return engine.paces, engine.plan(900)
+
+    plan = engine_plan(adapt(llama), Codebook.dense(), 900, 2, paces=Paces(0.7, 1.0))
+    assert run_ranks(2, work) == [(Paces(0.7, 1.0), plan)] * 2
+
+
+def test_paces_are_those_of_what_the_processor_has(
+    llama: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = in_form(llama, "int8")
+    adapter, exact = adapt(model), Codebook.dense()
+    rounding: Any = SimpleNamespace(codec=SimpleNamespace(rounds=True))
+    monkeypatch.setattr(direct, "HAS_VNNI", True)
+    monkeypatch.setattr(direct, "MAY_ROUND", True)
+    monkeypatch.setattr(native, "HAS_ROUNDED", True)
+    assert Paces.of(adapter, exact) == (costs.LINEAR_PACE["int8"], 1.0)
+    assert Paces.of(adapter, rounding) == (costs.LINEAR_PACE["int8"], costs.ROUNDED_PACE)
+    monkeypatch.setattr(direct, "HAS_VNNI", False)
+    monkeypatch.setattr(direct, "MAY_ROUND", False)
+    assert Paces.of(adapter, rounding) == (costs.LINEAR_PACE_WITHOUT_VNNI["int8"], 1.0)
 
 
 @pytest.mark.parametrize("form", ["int8", "int4"])

@@ -11,6 +11,7 @@ from torch import nn
 from ..call import Call, Endable
 from ..codes.base import Codec
 from ..codes.codebook import Codebook
+from ..costs import Paces
 from ..models import Adapter
 from ..plan import Plan
 from ..transport import Mesh
@@ -26,7 +27,7 @@ class EngineParts(ABC):
     mesh: Mesh
     shard_weights: tuple[float, ...] | None
     halo: int | None
-    form: str | None
+    paces: Paces
     deadline_ms: float | None
     on_missing: str
     seconds: float

@@ -57,7 +57,7 @@ def cut(
             shard_weights=_weights(engine, owner),
             halo=engine.halo,
             beside=_from(owner + 1, beside),
-            form=engine.form,
+            paces=engine.paces,
         )
         return Cut(_members(owner, world_size, world_size), plan)
     candidates = range(1, max(1, min(world_size, tokens - copies)) + 1)
@@ -98,7 +98,7 @@ def _plan(
         halo = costs.default_halo(adapter, codebook, tokens, ranks)
     if weights is None or len(weights) != ranks:
         weights = costs.balanced_shares(
-            adapter, codebook, tokens, ranks, halo=halo, past=past, form=engine.form
+            adapter, codebook, tokens, ranks, halo=halo, past=past, paces=engine.paces
         )
     return Plan.make(tokens, ranks, causal=True, copies=copies, halo=halo, shard_weights=weights)
 

@@ -116,28 +116,37 @@ class Mesh(ABC):
     def peer_stats(self) -> dict[int, Stats]:
         """The same, for each peer."""
 
-    def agree(self, fields: Mapping[str, str]) -> None:
+    def agree(
+        self, fields: Mapping[str, str], told: Mapping[str, str] | None = None
+    ) -> dict[str, list[str]]:
         """Collective consistency check: compares the ranks' configuration fingerprints.
 
         fields: what must be alike on all ranks, by name. A difference raises HandshakeRefused on
         both sides. Ranks may load their models unequally fast: the wait is as long as the one for
         joining, where that is longer than `timeout`.
+        told: what may differ; all ranks have the same names. Returned of every rank, by name.
         """
-        for name, value in fields.items():
+        told = told or {}
+        said = {**fields, **told}
+        for name, value in said.items():
             if not (isinstance(name, str) and isinstance(value, str)):
                 raise TypeError(f"agree: expected names and values as text, got {name}: {value!r}")
         peers = peers_of(self)
-        self.send(wire.encode_fields(fields), block=Control.FINGERPRINT, plan=0, to=peers)
+        self.send(wire.encode_fields(said), block=Control.FINGERPRINT, plan=0, to=peers)
         sizes = dict.fromkeys(peers, wire.FIELDS_SIZE)
         patience = self.timeout
         if self.options is not None:
             patience = max(patience, self.options.connect_timeout)
         views = self.receive(sizes, block=Control.FINGERPRINT, plan=0, timeout=patience)
-        for rank in sorted(views):
-            difference = _difference(self.rank, fields, rank, wire.decode_fields(views[rank], rank))
+        heard = {rank: wire.decode_fields(views[rank], rank) for rank in sorted(views)}
+        for rank, theirs in heard.items():
+            alike = {**theirs, **{name: said[name] for name in told.keys() & theirs.keys()}}
+            difference = _difference(self.rank, said, rank, alike)
             if difference is not None:
                 self.close()  # with BYE: peers still comparing must find the difference, not a loss
                 raise HandshakeRefused(difference)
+        heard[self.rank] = said
+        return {name: [heard[rank][name] for rank in sorted(heard)] for name in told}
 
     def alive(self) -> list[int]:
         """The ranks that answer, this one among them, ascending; without a call, from any thread.

@@ -179,7 +179,6 @@ def test_ranks_in_the_middle_who_do_both_get_fewer_tokens(
     books: dict[str, Codebook], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(costs, "CODING_PACE", 1.0)  # FLOPs are counted below
-    monkeypatch.setattr(costs, "ROUNDED_PACE", 1.0)
     model, book = tiny("llama"), replace(books["llama"], fine_tokens=200)
     flops = rank_flops(adapt(model), book, engine_plan(adapt(model), book, 901, 3))
     assert max(flops) / min(flops) == pytest.approx(1, abs=0.01)

@@ -127,7 +127,6 @@ def test_a_cut_beside_other_work_gives_equal_work(
 ) -> None:
     """The rank that does something else reads so much less, wherever it stands in the sequence."""
     monkeypatch.setattr(costs, "CODING_PACE", 1.0)  # FLOPs are counted below
-    monkeypatch.setattr(costs, "ROUNDED_PACE", 1.0)
     model = tiny("llama")
     adapter = adapt(model)
     book = codebooks.random_codebook("kv:1", adapter)
@@ -137,7 +136,7 @@ def test_a_cut_beside_other_work_gives_equal_work(
         mesh=SimpleNamespace(world_size=3),
         shard_weights=None,
         halo=0,
-        form=None,
+        paces=costs.Paces(),
     )
     tokens, busy = 3000, (owner + 1) % 3
     beside = [300.0 * (rank == busy) for rank in range(3)]

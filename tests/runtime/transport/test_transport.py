@@ -138,6 +138,22 @@ def test_a_difference_is_named_on_every_side(make: Callable[..., list[Mesh]]) ->
     assert str(results[2]) == "rank 0 has codebook cd34, rank 2 has ef56"
 
 
+def test_what_may_differ_is_heard_of_every_rank(make: Callable[..., list[Mesh]]) -> None:
+    def work(mesh: Mesh) -> dict[str, list[str]]:
+        return mesh.agree({"model": "ab12"}, told={"paces": f"of {mesh.rank}"})
+
+    assert as_ranks(make(3), work) == [{"paces": ["of 0", "of 1", "of 2"]}] * 3
+
+
+def test_a_rank_that_does_not_tell_is_refused() -> None:
+    def work(mesh: Mesh) -> None:
+        mesh.agree({}, told={"paces": "1"} if mesh.rank else {})
+
+    results = as_ranks(local_mesh(2), work, errors_too=True)
+    assert str(results[0]) == "rank 1 has paces 1, rank 0 has none"
+    assert str(results[1]) == "rank 0 has no paces, rank 1 has 1"
+
+
 def test_a_missing_fact_is_a_difference() -> None:
     def work(mesh: Mesh) -> None:
         mesh.agree({"plan": "1"} if mesh.rank else {})
