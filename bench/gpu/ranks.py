@@ -73,8 +73,11 @@ class Replaying(Mesh):
     def peer_stats(self) -> dict[int, Stats]:
         return {}
 
-    def agree(self, fields: Mapping[str, str]) -> None:
-        """The ranks agreed when they were recorded."""
+    def agree(
+        self, fields: Mapping[str, str], told: Mapping[str, str] | None = None
+    ) -> dict[str, list[str]]:
+        """The ranks agreed when they were recorded, and were all like this one."""
+        return {name: [value] * self.world_size for name, value in (told or {}).items()}
 
     def send(
         self, payload: Any, *, block: int, plan: int, to: Sequence[int], partial: bool = False
