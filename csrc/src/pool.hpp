@@ -1,4 +1,5 @@
-// Threads that wait for work between calls, so that a call neither starts any nor allocates.
+// Threads that wait for work between calls, so that a call neither starts any nor allocates: those
+// of GNU OpenMP where somebody has loaded it, else a pool's.
 
 #pragma once
 
@@ -7,8 +8,8 @@
 namespace astra::detail {
 
 // work(context, unit) for every unit below `units`, on at most `threads` threads, the caller among
-// them. Which thread takes which unit is open. While another call has the threads, the caller works
-// alone. `work` must not throw.
+// them. Which thread takes which unit is open. While another call has the pool's threads, the
+// caller works alone. `work` must not throw.
 void run_units(unsigned threads, std::size_t units, void (*work)(void* context, std::size_t unit),
                void* context);
 
