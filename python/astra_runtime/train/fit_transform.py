@@ -236,12 +236,14 @@ def fit_blocks(
 ) -> tuple[tuple[Transform, ...], list[Tensor | None]]:
     """The code of every block, in turn: each is fitted on what the blocks before really left.
 
-    And what it leaves itself, y − ŷ, of evenly spaced tokens, `kept` or up to twice as many; None
-    of blocks that send nothing, or where `kept` is 0.
+    And what it leaves itself, y − ŷ, of `kept` evenly spaced tokens, or of all where these are
+    fewer; None of blocks that send nothing, or where `kept` is 0.
     """
     transforms: list[Transform] = []
     errors: list[Tensor | None] = []
-    few = slice(None, None, max(1, len(rows.blocks[0]) // max(1, kept)))
+    tokens = len(rows.blocks[0])
+    count = min(kept, tokens)
+    few = torch.arange(count, device=rows.blocks[0].device) * tokens // max(1, count)
     embedding = None if rows.embedding is None else Centred.of(rows.embedding)
     estimate: Tensor | None = None  # ŷ of the block before
     for block, y in enumerate(rows.blocks):
