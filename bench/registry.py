@@ -211,19 +211,6 @@ OTHERS = (
         ("root", "rivals"),
     ),
     Bench(
-        "rivals-own",
-        "ours and torch's first tokens alone, on one device and on two",
-        2,
-        (
-            _cpu(
-                "bench.rivals --methods astra torch_eager --threads 1 --rounds 3 "
-                "--name latency_rivals_own",
-                "latency_rivals_own",
-            ),
-        ),
-        ("root",),
-    ),
-    Bench(
         "service-faults",
         "a service whose workers are killed at random moments; malformed requests, slow clients",
         24,

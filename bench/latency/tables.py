@@ -362,7 +362,6 @@ TABLES = {
         _of("scaled"), scaled, _scaled, "`hidden:1`, the faster of the two settings"
     ),
     "rivals": Table(_of("rivals"), rivals),
-    "rivals_own": Table(_of("rivals_own"), rivals),
     "link": Table(("cpu-2core/link",), links),
     "scaling": Table(
         ("cpu-2core/scaling",), scaling, _closed_form, "10 Mbit/s, two models and two lengths"
