@@ -78,8 +78,11 @@ def memory(report: Report) -> str:
 def _sources(reports: tuple[Report, ...]) -> str:
     if len(reports) == 1:
         return source(reports[0])
-    commands = ", ".join(f"`{report['command'].strip()}`" for report in reports)
-    return f"\n\n{commands} on {reports[0]['device']}"
+    devices: dict[str, list[str]] = {}
+    for report in reports:
+        devices.setdefault(report["device"], []).append(f"`{report['command'].strip()}`")
+    of_devices = [f"{', '.join(commands)} on {device}" for device, commands in devices.items()]
+    return "\n\n" + "; ".join(of_devices)
 
 
 _MODELS = ("vit-base", "vit-base_packed", "smollm2", "smollm2-int8")
