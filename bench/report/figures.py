@@ -159,6 +159,19 @@ def curve(
     return figure
 
 
+def fine_over_halo(ranks: int, most: float) -> Figure | None:
+    """First token with fine codes over that with a halo in their place, on the virtual clock."""
+    ms = {
+        case["impl"]: case["ms"]["p50"]
+        for case in cases("latency_curve_smollm2")
+        if case["shape"]["world_size"] == ranks
+    }
+    if not {"astra default", "astra transform:100"} <= ms.keys():
+        return None
+    ratio = ms["astra default"] / ms["astra transform:100"]
+    return Figure(f"{ratio:.2f}×", ratio <= most)
+
+
 def tail(most: float) -> Figure | None:
     """p99 over p50 of whole calls by two ranks, over the same of one device in the same run."""
     return at_least(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 from .figures import (
     Figure,
@@ -13,6 +14,7 @@ from .figures import (
     exchange,
     fastest,
     fault,
+    fine_over_halo,
     gpt2_wide,
     gpu,
     gpu_lookup,
@@ -194,6 +196,15 @@ GOALS = (
         "SmolLM2, 8,192 tokens, N=4, the same",
         "≥3.5×",
         curve("latency_lengths_smollm2", 8192, 4, 3.5),
+    ),
+    *(
+        Goal(
+            LATENCY,
+            f"SmolLM2, N={ranks}, the same: fine codes, time over that with a halo in their place",
+            f"≤{most:g}×",
+            partial(fine_over_halo, ranks, most),
+        )
+        for ranks, most in ((4, 0.91), (8, 0.89))
     ),
     Goal(
         LATENCY,

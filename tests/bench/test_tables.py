@@ -98,6 +98,19 @@ def test_goals_are_reached_missed_or_not_measured(results):
     assert row(struck) == ["300 of 300, 0 wrong answers", "reached"]
     results("service_faults", faults=faults, wrong=1)
     assert row(struck) == ["300 of 300, 1 wrong answers", "**missed**"]
+    fine = "SmolLM2, N=4, the same: fine codes, time over that with a halo in their place"
+    assert row(fine) == ["–", "not measured"]
+    timed = [("default", 90.0), ("transform:100", 100.0)]
+    results(
+        "latency_curve_smollm2",
+        cases=[
+            {"impl": f"astra {codes}", "shape": {"world_size": ranks}, "ms": {"p50": ms * ranks}}
+            for codes, ms in timed
+            for ranks in (4, 8)
+        ],
+    )
+    assert row(fine) == ["0.90×", "reached"]
+    assert row(fine.replace("N=4", "N=8")) == ["0.90×", "**missed**"]
     hour = "an hour of ordinary life: memory, threads, descriptors"
     held = {"bytes_an_hour": 3 * 2**20}
     results("service_soak", cases=[held, {"bytes_an_hour": 0}], minutes=60, wrong=[])
