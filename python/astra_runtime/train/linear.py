@@ -104,8 +104,7 @@ class LinearModel:
 class Products:
     """Sums over tokens of products of what `Rows` has, each centred: all that regressions need.
 
-    Every product is made once, although most stand in the regressions of two blocks, and with the
-    coordinates of ê in a basis they follow from those with ê.
+    Every product is made once, although most stand in the regressions of two blocks.
 
     Attributes:
         count: of tokens.
@@ -123,7 +122,7 @@ class Products:
     @classmethod
     def of(cls, rows: Rows) -> Products:
         """Of evenly spaced tokens, SAMPLE at most."""
-        few = slice(None, None, -(-len(rows.blocks[0]) // SAMPLE))
+        few = _evenly_spaced(rows)
         known = None if rows.embedding is None else _centred(rows.embedding[few])
 
         def one(block: int) -> tuple[Tensor, ...]:
@@ -140,12 +139,18 @@ class Products:
             [] if known is None else [products[1] for products in made],
         )
 
-    def in_basis(self, basis: Tensor) -> Products:
-        """Those of the rows' `in_basis`."""
-        assert self.embedding is not None, "there is nothing to project"
-        embedding = basis.T @ self.embedding @ basis
-        mixed = [basis.T @ of_block for of_block in self.mixed]
-        return replace(self, embedding=embedding, mixed=mixed)
+    def in_basis(self, rows: Rows) -> Products:
+        """The same of `Rows.in_basis`. What ê is in is made anew: a basis enlarges directions in
+        which ê hardly varies, and with them the rounding of products that were made before."""
+        assert rows.embedding is not None, "there is nothing to project"
+        few = _evenly_spaced(rows)
+        known = _centred(rows.embedding[few])
+        mixed = list(map_cores(lambda y: known.T @ _centred(y[few]), rows.blocks))
+        return replace(self, embedding=known.T @ known, mixed=mixed)
+
+
+def _evenly_spaced(rows: Rows) -> slice:
+    return slice(None, None, -(-len(rows.blocks[0]) // SAMPLE))
 
 
 def _centred(rows: Tensor) -> Tensor:
