@@ -16,6 +16,7 @@
 #include "attention_kernel.hpp"
 #include "attention_source.hpp"
 #include "pool.hpp"
+#include "processor.hpp"
 
 namespace astra {
 namespace {
@@ -57,9 +58,9 @@ const AttentionKernels& choose(const std::string& isa) {
   throw std::invalid_argument("isa must be one of attention_isas(), got '" + isa + "'");
 }
 
-// The kernel that may round, where there is one.
-const AttentionKernels& choose(const Queries& queries) {
-  const AttentionKernels& kernels = choose(std::string(queries.isa));
+// Of the call's instruction set, or where it may round the quicker ones that do.
+const AttentionKernels& kernels_for(const Queries& queries) {
+  const AttentionKernels& kernels = choose(queries.isa);
 #ifdef ASTRA_HAVE_AVX512
   if (queries.rounded && &kernels == &detail::kAttentionAvx512 && attention_rounds()) {
     return detail::kAttentionBfloat16;
@@ -137,7 +138,7 @@ void attend(const Queries& queries, const KeySource* const* sources, std::size_t
     check(queries, *sources[s]);
     keys += sources[s]->count();
   }
-  const AttentionKernels& kernels = choose(queries);
+  const AttentionKernels& kernels = kernels_for(queries);
   if (shape.batch == 0 || shape.heads == 0 || shape.rows == 0) return;
 
   thread_local Arena arena;
@@ -178,21 +179,21 @@ void attend(const Queries& queries, const KeySource* const* sources, std::size_t
 }  // namespace
 
 void attention(const Queries& queries, const DenseKeys& dense) {
-  const detail::Rows stored{choose(std::string(queries.isa)), queries.storage};
+  const detail::Rows stored{choose(queries.isa), queries.storage};
   const detail::DenseSource source(dense, queries.shape, stored);
   const KeySource* const sources[] = {&source};
   attend(queries, sources, 1);
 }
 
 CodesFound coded_attention(const Queries& queries, const CodedKeys& coded) {
-  const detail::CodedSource source(coded, queries.shape, choose(std::string(queries.isa)));
+  const detail::CodedSource source(coded, queries.shape, choose(queries.isa));
   const KeySource* const sources[] = {&source};
   attend(queries, sources, 1);
   return source.found();
 }
 
 CodesFound mixed_attention(const Queries& queries, const DenseKeys& dense, const CodedKeys& coded) {
-  const detail::Rows stored{choose(std::string(queries.isa)), queries.storage};
+  const detail::Rows stored{choose(queries.isa), queries.storage};
   const detail::DenseSource local(dense, queries.shape, stored);
   const detail::CodedSource remote(coded, queries.shape, stored.kernels);
   const KeySource* const sources[] = {&local, &remote};
@@ -200,13 +201,7 @@ CodesFound mixed_attention(const Queries& queries, const DenseKeys& dense, const
   return remote.found();
 }
 
-bool attention_rounds() {
-#ifdef ASTRA_HAVE_AVX512
-  return __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512bf16");
-#else
-  return false;
-#endif
-}
+bool attention_rounds() { return detail::has_bfloat16(); }
 
 std::vector<std::string> attention_isas() {
   std::vector<std::string> names;

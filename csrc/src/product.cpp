@@ -5,6 +5,7 @@
 
 #include "arena.hpp"
 #include "pool.hpp"
+#include "processor.hpp"
 #include "product_kernel.hpp"
 
 namespace astra {
@@ -109,13 +110,7 @@ struct Pass {
 
 const char* product_isa() { return kernels(false).name; }
 
-bool product_rounds() {
-#ifdef ASTRA_HAVE_AVX512
-  return __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512bf16");
-#else
-  return false;
-#endif
-}
+bool product_rounds() { return detail::has_bfloat16(); }
 
 bool product_suits_many_rows() {
 #ifdef ASTRA_HAVE_AVX512
