@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Container, Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Self
 
@@ -140,8 +140,7 @@ class Mesh(ABC):
         views = self.receive(sizes, block=Control.FINGERPRINT, plan=0, timeout=patience)
         heard = {rank: wire.decode_fields(views[rank], rank) for rank in sorted(views)}
         for rank, theirs in heard.items():
-            alike = {**theirs, **{name: said[name] for name in told.keys() & theirs.keys()}}
-            difference = _difference(self.rank, said, rank, alike)
+            difference = _difference(self.rank, said, rank, theirs, told)
             if difference is not None:
                 self.close()  # with BYE: peers still comparing must find the difference, not a loss
                 raise HandshakeRefused(difference)
@@ -338,11 +337,15 @@ def refuse_partial(partial: bool) -> None:
 
 
 def _difference(
-    rank: int, fields: Mapping[str, str], peer: int, peer_fields: Mapping[str, str]
+    rank: int,
+    fields: Mapping[str, str],
+    peer: int,
+    peer_fields: Mapping[str, str],
+    may_differ: Container[str],
 ) -> str | None:
     for name in sorted({*fields, *peer_fields}):
         ours, theirs = fields.get(name), peer_fields.get(name)
-        if ours != theirs:
+        if ours != theirs and (name not in may_differ or theirs is None):
             return (
                 f"rank {peer} has {f'{name} {theirs}' if theirs is not None else f'no {name}'}, "
                 f"rank {rank} has {ours if ours is not None else 'none'}"
