@@ -141,7 +141,7 @@ class TransformFit:
                 models = list(linear_models(products))
                 self.basis = shared_basis(self.rows, models, self.cost.root, options.basis)
                 self.rows = self.rows.in_basis(self.basis)
-                products = products.in_basis(self.rows)
+                products = products.with_embedding(self.rows)
             self.models = list(linear_models(products))
 
     def codebook(self, bits: float, fine_bits: float | None = None) -> Codebook:

@@ -123,26 +123,22 @@ class Products:
     def of(cls, rows: Rows) -> Products:
         """Of evenly spaced tokens, SAMPLE at most."""
         few = _evenly_spaced(rows)
-        known = None if rows.embedding is None else _centred(rows.embedding[few])
 
-        def one(block: int) -> tuple[Tensor, ...]:
+        def one(block: int) -> tuple[Tensor, Tensor | None]:
             y = _centred(rows.blocks[block][few])
-            products = (y.T @ y,) if known is None else (y.T @ y, known.T @ y)
-            return products + ((_centred(rows.blocks[block - 1][few]).T @ y,) if block else ())
+            return y.T @ y, _centred(rows.blocks[block - 1][few]).T @ y if block else None
 
-        made = list(map_cores(one, range(len(rows.blocks))))
-        return cls(
-            len(rows.blocks[0][few]),
-            [products[0] for products in made],
-            [products[-1] for products in made[1:]],
-            None if known is None else known.T @ known,
-            [] if known is None else [products[1] for products in made],
-        )
+        own, after = zip(*map_cores(one, range(len(rows.blocks))), strict=True)
+        made = cls(len(rows.blocks[0][few]), list(own), list(after[1:]), None, [])
+        return made if rows.embedding is None else made.with_embedding(rows)
 
-    def in_basis(self, rows: Rows) -> Products:
-        """The same of `Rows.in_basis`. What ê is in is made anew: a basis enlarges directions in
-        which ê hardly varies, and with them the rounding of products that were made before."""
-        assert rows.embedding is not None, "there is nothing to project"
+    def with_embedding(self, rows: Rows) -> Products:
+        """The same with the products of these rows' ê.
+
+        What `Rows.in_basis` has is multiplied anew: a basis enlarges directions in which ê hardly
+        varies, and with them the rounding of products that were made before.
+        """
+        assert rows.embedding is not None, "there is nothing to multiply"
         few = _evenly_spaced(rows)
         known = _centred(rows.embedding[few])
         mixed = list(map_cores(lambda y: known.T @ _centred(y[few]), rows.blocks))
