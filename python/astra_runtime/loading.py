@@ -28,7 +28,6 @@ from .steady import give_back
 FORMS = ("float32", "bfloat16", *BITS)
 _DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 _MOST_HEADER = 100 << 20  # bytes, as safetensors itself allows
-_one_at_a_time = threading.Lock()
 
 
 class _NotAsStored(Exception):
@@ -160,22 +159,24 @@ def _share(model: Any, form: str, heads: set[str], kinds: dict[str, str]) -> Non
 
 @contextlib.contextmanager
 def _without_memory() -> Iterator[None]:
-    """Parameters that this thread makes in here take no memory; buffers are as they should be."""
-    maker = threading.get_ident()
-    with _one_at_a_time:  # another one would take what is put into the class here for torch's own
-        register = nn.Module.register_parameter
+    """Parameters that this thread makes in here take no memory; buffers are as they should be.
 
-        def on_meta(self: nn.Module, name: str, param: nn.Parameter | None) -> None:
-            register(self, name, param)
-            if param is not None and threading.get_ident() == maker:
-                grad = param.requires_grad
-                self._parameters[name] = nn.Parameter(param.to("meta"), requires_grad=grad)
+    One thread at a time, as `store.load_model` sees to: another one would take what is put into the
+    class here for torch's own.
+    """
+    maker, register = threading.get_ident(), nn.Module.register_parameter
 
-        nn.Module.register_parameter = on_meta  # type: ignore[method-assign]
-        try:
-            yield
-        finally:
-            nn.Module.register_parameter = register  # type: ignore[method-assign]
+    def on_meta(self: nn.Module, name: str, param: nn.Parameter | None) -> None:
+        register(self, name, param)
+        if param is not None and threading.get_ident() == maker:
+            grad = param.requires_grad
+            self._parameters[name] = nn.Parameter(param.to("meta"), requires_grad=grad)
+
+    nn.Module.register_parameter = on_meta  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        nn.Module.register_parameter = register  # type: ignore[method-assign]
 
 
 def _empty(kind: Any, folder: Path, config: Any) -> Any:
