@@ -258,11 +258,11 @@ def encode_prompt(options: argparse.Namespace, tokenizer: Any, prompt: str, *, s
         return tokenizer(prompt, return_tensors="pt", verbose=False).input_ids
     if speak:
         say("the prompt is put into the model's chat template (--raw: taken as it stands)")
-    # the line break that ends a file, or a pipe's last line, is no part of a question
     import torch
 
     from ..store import encode_messages
 
+    # the line break that ends a file, or a pipe's last line, is no part of a question
     asked = {"role": "user", "content": prompt.removesuffix("\n")}
     try:
         return torch.tensor([encode_messages(tokenizer, [asked])])

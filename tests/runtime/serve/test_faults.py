@@ -21,7 +21,6 @@ from astra_runtime.serve.leader import Leader
 from astra_runtime.serve.rank import follow
 from astra_runtime.serve.service import NotReady, ServiceFailed
 
-from ..models import tiny
 from ..ranks import free_ports, wait_for
 from .service import Numbers, alone, ask, led, prompt
 
@@ -63,11 +62,6 @@ def pair(model: Any, **options: Any) -> Iterator[tuple[Leader, Rank]]:
         other.thread.join(60)
         engine.mesh.close()
     assert not other.thread.is_alive()
-
-
-@pytest.fixture(scope="module")
-def llama() -> Any:
-    return tiny("llama")
 
 
 def test_a_rank_that_is_lost_comes_back(llama: Any) -> None:

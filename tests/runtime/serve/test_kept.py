@@ -9,13 +9,8 @@ import pytest
 from astra_runtime import Codebook
 from astra_runtime.serve.kept import Prompts
 
-from ..models import tiny, windows_for
+from ..models import windows_for
 from .service import alone, ask, led, prompt
-
-
-@pytest.fixture(scope="module")
-def llama() -> Any:
-    return tiny("llama")
 
 
 def test_a_second_question_costs_its_own_tokens_alone(llama: Any) -> None:

@@ -26,11 +26,6 @@ from ..ranks import wait_for
 from .service import GREEDY, Heard, alone, ask, led, prompt
 
 
-@pytest.fixture(scope="module")
-def llama() -> Any:
-    return tiny("llama")
-
-
 @pytest.mark.parametrize(("kind", "world_size"), [("llama", 1), ("llama", 3), ("gpt2", 2)])
 def test_answers_equal_one_device(kind: str, world_size: int) -> None:
     """Short prompts are read by one rank, long ones by all; they are decoded together."""

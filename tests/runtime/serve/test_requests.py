@@ -18,13 +18,7 @@ from astra_runtime.serve.service import (
     ServiceFailed,
 )
 
-from ..models import tiny
 from .service import GREEDY, alone, ask, led, prompt
-
-
-@pytest.fixture(scope="module")
-def llama() -> Any:
-    return tiny("llama")
 
 
 @pytest.fixture(scope="module")

@@ -15,13 +15,7 @@ from astra_runtime.serve.leader import Leader
 from astra_runtime.serve.running import RunningService, Started
 from astra_runtime.serve.service import Done, GenerationRequest, NotReady, RequestRefused, Token
 
-from ..models import tiny
 from .service import GREEDY, Numbers, alone, prompt
-
-
-@pytest.fixture(scope="module")
-def llama() -> Any:
-    return tiny("llama")
 
 
 class Starting:

@@ -21,16 +21,11 @@ from astra_runtime.serve.sequences import Sequences
 from astra_runtime.serve.service import GenerationRequest, Sampling, ServiceFailed
 from astra_runtime.serve.work import Work
 
-from ..models import tiny, windows_for
+from ..models import windows_for
 from .service import Heard, alone, ask, led, prompt
 from .test_faults import ask_when_ready, pair
 
 SEEDED = Sampling(temperature=1.3, top_p=0.95, top_k=60, seed=11, presence_penalty=0.5)
-
-
-@pytest.fixture(scope="module")
-def llama() -> Any:
-    return tiny("llama")
 
 
 @pytest.fixture
