@@ -18,9 +18,9 @@ from astra_runtime.plan import Plan
 from astra_runtime.train.simulate import Simulation
 from astra_runtime.transport import Mesh
 
-from .models import inputs_for, tiny
+from .models import fitted, inputs_for, tiny
+from .outputs import logits_of
 from .ranks import MAKERS, as_ranks
-from .test_engine import fitted, logits_of
 
 DEADLINE = 300.0  # milliseconds
 Late = Mapping[tuple[int, int], Sequence[int]]  # (sender, block) -> receivers

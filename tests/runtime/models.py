@@ -76,3 +76,26 @@ def book_of(model: Any, kind: str, **options: Any) -> Codebook:
     if key not in _books:
         _books[key] = Codebook.fit(model, windows_for(kind), **options)
     return _books[key]
+
+
+def fitted(kind: str, model: Any, **options: Any) -> Codebook:
+    """A small codebook, of one of `SPACES`."""
+    return book_of(model, kind, codewords=32, iterations=4, held_back=0, **options)
+
+
+SPACES = {
+    "kv-per-head": {"space": "kv", "groups": 3},
+    "kv-sub-vectors": {"space": "kv", "groups": 12},
+    "kv-one-code": {"space": "kv", "groups": 1, "shared": True},
+    "hidden-1": {"space": "hidden", "groups": 1},
+    "hidden-4": {"space": "hidden", "groups": 4},
+    "differential-1": {"space": "differential", "groups": 1},
+    "differential-4": {"space": "differential", "groups": 4},
+}
+
+
+def options_for(kind: str, name: str) -> dict[str, Any]:
+    options = dict(SPACES[name])
+    if kind in ("gpt2", "vit", "bert") and name in ("kv-per-head", "kv-sub-vectors"):
+        options["groups"] = {"kv-per-head": 6, "kv-sub-vectors": 12}[name]
+    return options

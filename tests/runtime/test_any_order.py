@@ -19,7 +19,7 @@ from astra_runtime.evaluate import run_ranks
 from astra_runtime.transport import Mesh
 
 from .models import book_of, inputs_for, tiny
-from .test_engine import logits_of
+from .outputs import logits_of
 
 FIRST = tiny("llama")
 SECOND = transformers.LlamaForCausalLM(FIRST.config).eval()  # of one configuration

@@ -26,9 +26,8 @@ from astra_runtime.evaluate import run_ranks
 from astra_runtime.plan import balanced_weights
 from astra_runtime.transport import Link, Mesh, local_mesh
 
-from .models import inputs_for, tiny
+from .models import fitted, inputs_for, tiny
 from .ranks import as_ranks
-from .test_engine import fitted
 
 IDS = {"llama": "input_ids", "gpt2": "input_ids", "bert": "input_ids", "vit": "pixel_values"}
 

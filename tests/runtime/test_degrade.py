@@ -24,9 +24,9 @@ from .degraded import (
     degraded_ranks,
     simulated,
 )
-from .models import inputs_for, tiny
+from .models import fitted, inputs_for, tiny
+from .outputs import logits_of
 from .ranks import as_ranks
-from .test_engine import fitted, logits_of
 
 DECODER_CASES: list[Late] = [
     {(1, 1): (2,)},

@@ -16,35 +16,9 @@ from astra_runtime.plan import Plan
 from astra_runtime.transport import Mesh
 from astra_runtime.wire import HEADER_SIZE
 
-from .models import KINDS, book_of, inputs_for, tiny
+from .models import KINDS, SPACES, fitted, inputs_for, options_for, tiny
+from .outputs import logits_of, ranks_output, rounding
 from .simulation import Simulation
-
-
-def logits_of(output: Any) -> Tensor:
-    return output.logits if "logits" in output else output.last_hidden_state  # type: ignore
-
-
-def ranks_output(
-    model: Any, book: Codebook | None, inputs: dict[str, Tensor], world_size: int, **options: Any
-) -> list[Tensor]:
-    weights, halo = options.pop("weights", None), options.pop("halo", 0)
-
-    def work(mesh: Mesh) -> Tensor:
-        with Engine(model, book, mesh, weights=weights, halo=halo) as engine:
-            return logits_of(engine(**inputs, **options))
-
-    return run_ranks(world_size, work, timeout=30)
-
-
-def rounding(model: Any, inputs: dict[str, Tensor]) -> tuple[Tensor, float]:
-    """The single device's output, and three times its own distance from fp64: engines sum in
-    another order, and are as far from it."""
-    with torch.inference_mode():
-        single = logits_of(model(**inputs))
-        double = {k: v.double() if v.is_floating_point() else v for k, v in inputs.items()}
-        exact = logits_of(model.double()(**double))
-        model.float()
-    return single, 3 * float((single - exact).abs().max()) + 1e-6
 
 
 @pytest.mark.parametrize(
@@ -69,28 +43,6 @@ def test_weighted_shards_equal_the_single_device(kind: str) -> None:
     single, tolerance = rounding(model, inputs)
     outputs = ranks_output(model, None, inputs, 3, logits="all", weights=[5, 1, 3])
     assert float((outputs[0] - single).abs().max()) <= tolerance
-
-
-def fitted(kind: str, model: Any, **options: Any) -> Codebook:
-    return book_of(model, kind, codewords=32, iterations=4, held_back=0, **options)
-
-
-SPACES = {
-    "kv-per-head": {"space": "kv", "groups": 3},
-    "kv-sub-vectors": {"space": "kv", "groups": 12},
-    "kv-one-code": {"space": "kv", "groups": 1, "shared": True},
-    "hidden-1": {"space": "hidden", "groups": 1},
-    "hidden-4": {"space": "hidden", "groups": 4},
-    "differential-1": {"space": "differential", "groups": 1},
-    "differential-4": {"space": "differential", "groups": 4},
-}
-
-
-def options_for(kind: str, name: str) -> dict[str, Any]:
-    options = dict(SPACES[name])
-    if kind in ("gpt2", "vit", "bert") and name in ("kv-per-head", "kv-sub-vectors"):
-        options["groups"] = {"kv-per-head": 6, "kv-sub-vectors": 12}[name]
-    return options
 
 
 # A ViT has no token ids: differential codes are refused, see test_differential.py.

@@ -20,9 +20,9 @@ from astra_runtime.train.calibration import as_windows
 from astra_runtime.train.simulate import Simulation as Package
 from astra_runtime.transport import Mesh
 
-from .models import book_of, inputs_for, tiny, windows_for
+from .models import book_of, fitted, inputs_for, options_for, tiny, windows_for
+from .outputs import logits_of, ranks_output, rounding
 from .simulation import Simulation
-from .test_engine import fitted, logits_of, options_for, ranks_output, rounding
 
 TOKENS = 23
 HALOS = (1, 3, 9, 40)  # within a shard of (5, 1, 3), over one, over two, over all

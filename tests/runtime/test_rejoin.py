@@ -18,9 +18,8 @@ from astra_runtime.transport import Mesh, connect, local_mesh
 from tests.processes import Fork
 
 from .cli.test_cli import PROMPT, here, home, model_options  # noqa: F401 - two are fixtures
-from .models import inputs_for, tiny
+from .models import fitted, inputs_for, tiny
 from .ranks import as_ranks, free_ports, key_folder, together
-from .test_engine import fitted
 from .transport.test_abort import cut
 
 

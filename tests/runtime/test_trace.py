@@ -28,8 +28,7 @@ from astra_runtime.trace import (
 )
 from astra_runtime.transport import Mesh
 
-from .models import inputs_for, tiny
-from .test_engine import fitted
+from .models import fitted, inputs_for, tiny
 
 NESTED: list[Span] = [
     ("pack", 0, 30, 40),

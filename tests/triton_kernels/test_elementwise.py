@@ -9,8 +9,7 @@ from astra_kernels import _elementwise as elementwise
 from astra_kernels._elementwise import kernel, native, reference
 from astra_runtime.evaluate import run_ranks
 from astra_runtime.models import fused
-from tests.runtime.models import inputs_for, tiny
-from tests.runtime.test_engine import fitted
+from tests.runtime.models import fitted, inputs_for, tiny
 
 
 def assert_rounded_alike(got, want):

@@ -20,12 +20,12 @@ from astra_runtime.plan import Plan
 from astra_runtime.transport import Mesh
 
 from ..models import book_of, inputs_for, tiny, windows_for
-from ..test_engine import logits_of, ranks_output, rounding
+from ..outputs import logits_of, ranks_output, rounding
 
 KINDS = ("llama", "mistral", "qwen2", "gpt2", "bert")
 
 
-def fitted(model: Any, kind: str, **options: Any) -> Codebook:
+def fitted(kind: str, model: Any, **options: Any) -> Codebook:
     options = {"groups": 4, "codewords": 32, "iterations": 3, "held_back": 0} | options
     return book_of(model, kind, space="differential", **options)
 
@@ -78,7 +78,7 @@ def test_both_sides_have_the_same_estimates(
 ) -> None:
     """Bit for bit, after the last block and so after each."""
     model, inputs = tiny(kind), inputs_for(kind, 23, batch=2)
-    ranks_output(model, fitted(model, kind), inputs, len(weights), weights=weights)
+    ranks_output(model, fitted(kind, model), inputs, len(weights), weights=weights)
     encoder = kind == "bert"
     tokens = adapt(model).count(inputs)[1]
     plan = Plan.make(tokens, len(weights), causal=not encoder, weights=weights)
@@ -133,7 +133,7 @@ def test_embeddings_are_the_first_blocks_input(kind: str) -> None:
 def test_every_call_starts_anew(kind: str) -> None:
     """Other lengths and batches between, generation too, and nothing is left of them."""
     model = tiny(kind)
-    book = fitted(model, kind)
+    book = fitted(kind, model)
     shapes = [(23, 1), (9, 3), (40, 2), (23, 1)]
 
     def work(mesh: Mesh) -> list[Tensor]:
@@ -156,7 +156,7 @@ def test_every_call_starts_anew(kind: str) -> None:
 @pytest.mark.parametrize("kind", ["llama", "gpt2", "bert"])
 def test_a_batch_equals_single_calls(kind: str) -> None:
     model, inputs = tiny(kind), inputs_for(kind, 19, batch=2)
-    book = fitted(model, kind)
+    book = fitted(kind, model)
     both = ranks_output(model, book, inputs, 3, logits="all", weights=(2, 1, 4))[0]
     for row in range(2):
         one = {name: tensor[row : row + 1] for name, tensor in inputs.items()}
@@ -167,7 +167,7 @@ def test_a_batch_equals_single_calls(kind: str) -> None:
 @pytest.mark.parametrize("kind", ["llama", "bert"])
 def test_shards_of_one_token(kind: str) -> None:
     model, inputs = tiny(kind), inputs_for(kind, 5 if kind == "bert" else 4)
-    book = fitted(model, kind)
+    book = fitted(kind, model)
     outputs = ranks_output(model, book, inputs, 4, logits="all")
     assert all(torch.equal(output, outputs[0]) for output in outputs)
     assert outputs[0].isfinite().all()
@@ -176,7 +176,7 @@ def test_shards_of_one_token(kind: str) -> None:
 def test_nothing_crosses_for_a_model_of_one_block() -> None:
     """Its remote tokens are known by their ids: exact for nothing."""
     model, inputs = tiny("llama", num_hidden_layers=1), inputs_for("llama", 20)
-    book = fitted(model, "llama")
+    book = fitted("llama", model)
     assert book.bits == 0
     single, tolerance = rounding(model, inputs)
 
@@ -195,7 +195,7 @@ def test_nothing_crosses_for_a_model_of_one_block() -> None:
 def test_the_loop_is_closed_in_the_fit() -> None:
     """A block's codewords are means of what the blocks before it missed."""
     model, windows = tiny("llama"), windows_for("llama")
-    book = fitted(model, "llama", iterations=20)
+    book = fitted("llama", model, iterations=20)
     assert book.tables is not None
     assert not book.tables[0].any()
     inputs: dict[int, Tensor] = {}
@@ -234,7 +234,7 @@ def test_fit_is_deterministic_on_any_number_of_threads() -> None:
     try:
         for threads in (1, 2):
             torch.set_num_threads(threads)
-            digests.add(fitted(model, "llama").digest)
+            digests.add(fitted("llama", model).digest)
     finally:
         torch.set_num_threads(before)
     assert len(digests) == 1
@@ -244,7 +244,7 @@ def test_fit_reports_and_evaluates_like_the_others(tmp_path: Path) -> None:
     seen: list[tuple[str, int, int]] = []
     model = tiny("llama")
     book = fitted(
-        model, "llama", held_back=1, world_size=2, progress=lambda *step: seen.append(step)
+        "llama", model, held_back=1, world_size=2, progress=lambda *step: seen.append(step)
     )
     assert list(dict.fromkeys(step[0] for step in seen)) == [
         "calibrating",

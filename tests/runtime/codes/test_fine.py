@@ -19,7 +19,7 @@ from astra_runtime.plan import Plan
 from astra_runtime.train.simulate import Simulation
 
 from ..models import inputs_for, tiny, windows_for
-from ..test_engine import logits_of, ranks_output
+from ..outputs import logits_of, ranks_output
 
 FINE: dict[str, Any] = {"fine_bits": 60, "fine_tokens": 4}
 KINDS = ("llama", "gpt2")

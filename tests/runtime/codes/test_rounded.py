@@ -12,7 +12,7 @@ from astra_runtime import Codebook
 from astra_runtime.codes.latent import DecoderState
 
 from ..models import inputs_for, tiny, windows_for
-from ..test_engine import ranks_output
+from ..outputs import ranks_output
 
 
 @torch.no_grad()

@@ -11,8 +11,7 @@ from astra_runtime.costs import costs_of
 from astra_runtime.models import adapt
 from astra_runtime.train.simulate import frozen
 
-from ..models import inputs_for, tiny
-from ..test_engine import fitted
+from ..models import fitted, inputs_for, tiny
 
 
 @pytest.mark.parametrize(("groups", "codewords", "width", "r"), [(1, 300, 96, 8), (3, 64, 40, 16)])

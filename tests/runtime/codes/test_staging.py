@@ -21,9 +21,8 @@ from astra_runtime.models import adapt
 from astra_runtime.trace import Trace, tracing
 from astra_runtime.transport import Mesh
 
-from ..models import KINDS, inputs_for, tiny
+from ..models import KINDS, fitted, inputs_for, tiny
 from ..ranks import as_ranks, gloo_mesh
-from ..test_engine import fitted
 
 CASES = {
     "kv": ("llama", {"space": "kv", "groups": 3}),

@@ -44,7 +44,7 @@ from astra_runtime.train.options import FitData, FitOptions
 from astra_runtime.train.simulate import Simulation
 
 from ..models import inputs_for, tiny, windows_for
-from ..test_engine import logits_of, ranks_output
+from ..outputs import logits_of, ranks_output
 
 ROOT = Path(__file__).resolve().parents[3]
 

@@ -28,8 +28,7 @@ from astra_runtime.models.shapes import SHAPES, shaped
 from astra_runtime.plan import Plan
 from astra_runtime.transport import Link
 
-from ..models import book_of, tiny
-from ..test_engine import fitted
+from ..models import book_of, fitted, tiny
 
 FREE = Link()
 _kept: list[Any] = []  # adapters do not keep their models alive

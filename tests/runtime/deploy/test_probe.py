@@ -15,9 +15,8 @@ from astra_runtime.errors import WireError
 from astra_runtime.transport import Link, Mesh, local_mesh
 from tests.processes import Fork
 
-from ..models import tiny
+from ..models import fitted, tiny
 from ..ranks import as_ranks, free_ports
-from ..test_engine import fitted
 from .test_predict import _tokenizer
 
 

@@ -17,8 +17,8 @@ from astra_runtime.plan import Plan
 from astra_runtime.train.simulate import Layout, Simulation, quantizers
 from bench.finetune import OneMask, make_mask
 
-from ..models import inputs_for, tiny
-from ..test_engine import fitted, logits_of, options_for, ranks_output, rounding
+from ..models import fitted, inputs_for, options_for, tiny
+from ..outputs import logits_of, ranks_output, rounding
 
 FAMILIES = ("llama", "gpt2", "bert", "vit")
 CODES = ("kv-per-head", "kv-one-code", "hidden-1", "hidden-4")
