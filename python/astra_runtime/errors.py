@@ -102,10 +102,25 @@ class WireError(AstraError):
         self.got = got
         self.rank = rank
 
+    @property
+    def is_of_a_later_call(self) -> bool:
+        """Whether the peer was done with a call in which this rank still awaits a frame of it."""
+        expected, got = str(self.expected), str(self.got)  # words already where a frame told them
+        numbers = self.field == "call" and expected.isdecimal() and got.isdecimal()
+        return numbers and int(got) > int(expected)
+
     def __str__(self) -> str:
         source = "somebody" if self.rank is None else f"rank {self.rank}"
         if self.field == "plan":
-            return f"{source} runs another plan: its tag is {self.got}, expected {self.expected}"
+            return (
+                f"{source} runs another plan: its tag is {self.got}, expected {self.expected}; "
+                "every rank has to be given the same inputs and options"
+            )
+        if self.is_of_a_later_call:
+            return (
+                f"{source} has gone on to its call {self.got}, and sends nothing for call "
+                f"{self.expected} any more; every rank has to ask for the same answer"
+            )
         return f"{source} sent a wrong {self.field}: expected {self.expected}, got {self.got}"
 
 
@@ -170,6 +185,9 @@ def anew(error: E) -> E:
 
 
 def ends_the_call_alone(error: BaseException) -> bool:
-    """Whether the mesh is as good as before. A plan's tag that differs means other inputs."""
-    other_inputs = isinstance(error, WireError) and error.field == "plan"
+    """Whether the mesh is as good as before. A plan's tag that differs means other inputs, and a
+    later call that this rank wanted an answer which the others do not give."""
+    other_inputs = isinstance(error, WireError) and (
+        error.field == "plan" or error.is_of_a_later_call
+    )
     return other_inputs or isinstance(error, CallEnded | ModelChanged)

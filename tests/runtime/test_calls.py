@@ -133,6 +133,29 @@ def test_ranks_that_ask_for_other_answers_find_out_and_go_on(asked: Any) -> None
         assert torch.equal(before, after)
 
 
+@pytest.mark.parametrize("asked", [("every", "every", "one"), ("every", "one", "one")], ids=str)
+def test_an_answer_that_never_comes_ends_the_call_alone(asked: tuple[str, ...]) -> None:
+    """Of a short input nothing is sent, so that no tag tells that ranks ask for other answers."""
+    model, inputs = tiny("llama"), inputs_for("llama", 24)
+    book = fitted("llama", model, space="kv", groups=6)
+
+    def work(mesh: Mesh) -> tuple[str, Tensor]:
+        told = ""
+        with Engine(model, book, mesh, halo=24) as engine:
+            try:
+                engine(**inputs, outputs=asked[mesh.rank])
+            except WireError as error:
+                told = str(error)
+            return told, engine(**inputs).logits
+
+    with torch.no_grad():
+        single = model(**inputs).logits[:, -1:]
+    results = run_ranks(3, work, timeout=20)
+    assert "every rank has to" in results[0][0]
+    for _, logits in results:
+        torch.testing.assert_close(logits, single, rtol=2e-4, atol=2e-4)
+
+
 @pytest.mark.parametrize("request_", [-1, 2**63, 1.0, True, "7"])
 def test_a_request_is_an_integer(request_: Any) -> None:
     with Engine(tiny("llama")) as engine:

@@ -213,6 +213,9 @@ class Connection(Channel):
             if header.request != expected.request and header.request >= NO_REQUEST:
                 requests = (_number_or_none(expected.request), _number_or_none(header.request))
                 raise RequestMismatch(self.own, self.rank, requests) from None
+        if awaited is not None and header.call > awaited:
+            self._keep_unread()  # for the call that it is of
+            raise WireError("call", awaited, header.call, self.rank) from None
         return None
 
     def _drop(self, header: Header) -> None:
