@@ -72,9 +72,9 @@ demo: $(STAMP)
 
 test: $(STAMP) test-core
 	@echo "== Python tests, two at a time: 4 to 6 minutes on 2 cores =="
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not slow and not gpu and not faults" -n 2 --dist worksteal --ignore tests/triton_kernels
+	$(BIN)/python -m pytest -m "not slow and not gpu and not faults" -n 2 --dist worksteal --ignore tests/triton_kernels
 	@echo "== Triton kernels, interpreted, and compiled ahead of time: 1 to 2 minutes =="
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not slow and not gpu and not faults" -n 2 --dist worksteal tests/triton_kernels
+	$(BIN)/python -m pytest -m "not slow and not gpu and not faults" -n 2 --dist worksteal tests/triton_kernels
 
 test-core: $(STAMP)
 	@echo "== C++ tests under ASan and UBSan: half a minute to a minute =="
@@ -105,7 +105,7 @@ aot-table: .venv-aot/.set-up
 
 test-faults: $(STAMP)
 	@echo "== faults of every kind; figures go to $(FAULTS) =="
-	OMP_NUM_THREADS=1 ASTRA_FAULTS_REPORT=$(abspath $(FAULTS)) $(BIN)/python -m pytest -m faults --timeout 1200 tests/faults
+	ASTRA_FAULTS_REPORT=$(abspath $(FAULTS)) $(BIN)/python -m pytest -m faults --timeout 1200 tests/faults
 
 soak: $(STAMP)
 	@echo "== $(SOAK_EXCHANGES) exchanges =="
@@ -131,7 +131,7 @@ test-sanitized: $(STAMP)
 	rm -rf build/sanitized-tree && mkdir -p build/sanitized-tree
 	tar --exclude=./build --exclude=./.git --exclude=./.venv --exclude='*.so' -cf - . | tar -xf - -C build/sanitized-tree
 	cp build/sanitized-python/_C*.so build/sanitized-tree/astra_kernels/
-	cd build/sanitized-tree && OMP_NUM_THREADS=1 PYTHONPATH=$(abspath build/sanitized-tree/python):$(abspath build/sanitized-tree) \
+	cd build/sanitized-tree && PYTHONPATH=$(abspath build/sanitized-tree/python):$(abspath build/sanitized-tree) \
 	  ASAN_OPTIONS=detect_leaks=0:abort_on_error=1 UBSAN_OPTIONS=print_stacktrace=1 \
 	  LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libstdc++.so)" \
 	  $(abspath $(BIN))/python -m pytest -m "not slow and not gpu and not faults" --timeout 600 $(SANITIZED_TESTS)
@@ -143,7 +143,7 @@ test-sanitized: $(STAMP)
 
 test-lowest: $(STAMP) .venv-lowest/.set-up
 	@echo "== the core of the tests on the lowest versions: about 4 minutes =="
-	OMP_NUM_THREADS=1 PYTHONPATH=python:. .venv-lowest/bin/python -m pytest -q -n 2 -p no:cacheprovider $(LOWEST_TESTS)
+	PYTHONPATH=python:. .venv-lowest/bin/python -m pytest -q -n 2 -p no:cacheprovider $(LOWEST_TESTS)
 
 # What people run instead, beside this environment's packages: a folder named in a .pth file.
 .venv-rivals/.set-up: $(STAMP) pyproject.toml $(CONSTRAINTS)

@@ -1,10 +1,14 @@
-"""Where the Triton kernels are tested; pytest reads this before it imports any test."""
+"""How all tests run, and where those of the Triton kernels do."""
 
 import os
 import signal
 
 import pytest
 from hypothesis import HealthCheck, settings
+
+# torch reads this when it is first imported. Tests fork this process, and a fork has none of the
+# threads of an OpenMP pool: it would wait for them forever.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
