@@ -16,7 +16,7 @@ from astra_kernels import _direct as direct
 from .codes.base import CodeCosts
 from .codes.codebook import Codebook
 from .models import Adapter
-from .plan import Plan, balanced_weights
+from .plan import FINE_PART, Plan, balanced_weights
 
 HALO = 32  # tokens
 # A decoder's input of so many tokens is computed from its start on every rank: exact, at no bits.
@@ -134,7 +134,7 @@ def balanced_shares(
     paces = Paces.of(adapter, codebook) if paces is None else paces
     linear *= paces.linear
     others = [count * (linear + attention * tokens / 2) for count in beside or [0.0] * world_size]
-    fine = CODING_PACE * min(codebook.fine_tokens, tokens // world_size)
+    fine = CODING_PACE * min(codebook.fine_tokens, FINE_PART * tokens / world_size)
     for rank in range(world_size - 1):
         others[rank] += fine * costs.fine_code
         others[rank + 1] += fine * costs.fine_receive

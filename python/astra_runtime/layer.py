@@ -170,17 +170,18 @@ class Layer:
             size, fine = sizes
             if call.missing:
                 call.missing.write_recent(frame.payload[size + fine :])
-            best_effort, to = call.missing is not None, call.sizes.receivers
+            send = partial(
+                call.mesh.send, block=block, plan=call.tag, partial=call.missing is not None
+            )
+            to = call.sizes.receivers  # the next rank first: it is waiting for this rank alone
+            send(frame, to=to[:1] if fine else to)
             if fine and len(to) > 1:
                 coarse = self._frame(size)
                 coarse.payload[:size] = frame.payload[:size]
                 coarse.payload[size:] = frame.payload[size + fine :]
                 if isinstance(frame, DeviceFrame) and isinstance(coarse, DeviceFrame):
                     coarse.finite = frame.finite
-                others = [n for n in to if n != call.rank + 1]
-                call.mesh.send(coarse, block=block, plan=call.tag, to=others, partial=best_effort)
-                to = (call.rank + 1,)
-            call.mesh.send(frame, block=block, plan=call.tag, to=to, partial=best_effort)
+                send(coarse, to=to[1:])
         self.sent(block, frame.payload[: sizes[0]])
 
     def sent(self, block: int, payload: memoryview) -> None:

@@ -20,6 +20,10 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
+# Of a shard, what may have fine codes: of four times the bits, they are as many at any number of
+# ranks then. More of them would keep the link busy for longer than ranks of few tokens compute.
+FINE_PART = 0.25
+
 
 @dataclass(frozen=True)
 class Plan:
@@ -131,21 +135,27 @@ class Plan:
         return self.size(rank) if self.world_size > 1 else 0
 
     def fine_tokens(self, rank: int, most: int) -> slice:
-        """Of the tokens that `rank` sends, the last `most` that the next rank receives, as a slice.
+        """Of the tokens that `rank` sends, the last ones that get fine codes for the next rank, as a
+        slice: `most`, or a `FINE_PART` of what that rank receives.
 
         An encoder's tokens look both ways: none.
         """
         last = self.world_size - 1
         stop = self.num_received(rank + 1, rank) if self.causal and rank < last else 0
-        return slice(stop - min(most, stop), stop)
+        return slice(stop - min(most, round(FINE_PART * stop)), stop)
 
     def sources(self, rank: int) -> tuple[int, ...]:
         """The ranks whose tokens the tokens of `rank` see, in the order of the sequence."""
         return tuple(n for n in range(self.world_size) if self.num_received(rank, n))
 
     def receivers(self, rank: int) -> tuple[int, ...]:
-        """The ranks that see the tokens of `rank`."""
-        return tuple(n for n in range(self.world_size) if self.num_received(n, rank))
+        """The ranks that see the tokens of `rank`, in the order in which they are sent to.
+
+        The next rank first, and so on around: a decoder's next rank can go on the sooner, and an
+        encoder's ranks send to one downlink each at a time.
+        """
+        ahead = ((rank + step) % self.world_size for step in range(1, self.world_size))
+        return tuple(n for n in ahead if self.num_received(n, rank))
 
     def sent_slice(self, rank: int) -> slice:
         """The tokens of `rank` that are sent, as a slice of the sequence."""

@@ -44,7 +44,7 @@ def test_a_decoder_sees_earlier_shards_only() -> None:
 def test_an_encoder_sees_all_shards() -> None:
     plan = Plan.make(12, 3, causal=False, copies=1)
     assert [plan.sources(n) for n in range(3)] == [(1, 2), (0, 2), (0, 1)]
-    assert plan.receivers(1) == (0, 2)
+    assert plan.receivers(1) == (2, 0)  # the next rank first, and so on around
     assert plan.owner == 0
 
 

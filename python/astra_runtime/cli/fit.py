@@ -84,7 +84,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
         "--fine-tokens",
         type=positive,
         default=FINE_TOKENS,
-        help=f"how many tokens those are ({FINE_TOKENS})",
+        help=f"how many tokens those are, at most a quarter of a shard ({FINE_TOKENS})",
     )
     parser.add_argument("--shared", action="store_true", help="kv: one set of codes for all heads")
     parser.add_argument("--text", metavar="FILE", help="calibration text (default: built-in)")
@@ -194,7 +194,7 @@ def run(options: argparse.Namespace) -> int:
 def _report(options: argparse.Namespace, folder: Path, codebook: Any, seconds: float) -> None:
     bits = f"{codebook.bits:.5g} bits a token and block"
     if codebook.fine:
-        bits += f", {codebook.fine_bits:.5g} more for the last {codebook.fine_tokens} before a cut"
+        bits += f", {codebook.fine_bits:.5g} more for up to {codebook.fine_tokens} before a cut"
     for tried in codebook.notes.get("tried", []):
         say(
             f"tried {tried['bits']:.4g} bits: {100 * tried['gap_recovered']:.0f} % of the gap "

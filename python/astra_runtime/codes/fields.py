@@ -44,7 +44,8 @@ class CodebookFields:
             embedding that the predictors of all blocks read. None: they read the embedding itself.
         fine: one a block, or none at all: what the last `fine_tokens` tokens before a cut are sent
             as beside their codes, to the next rank alone (`fine.py`).
-        fine_tokens, fine_codewords: how many tokens, and codewords of a group; 0: no fine codes.
+        fine_tokens, fine_codewords: how many tokens at most, see `Plan.fine_tokens`, and codewords
+            of a group; 0: no fine codes.
         notes: where the codewords come from, and what `fit` measured.
     """
 

@@ -328,7 +328,7 @@ class _Ranks:
         frames, start = [], max(sent, self._uplink[n])
         takes = self._link.seconds(math.ceil(size)) if size else 0.0
         receivers = self._plan.receivers(n) if size else ()
-        for receiver in sorted(receivers, key=lambda r: (r - n) % self._world):
+        for receiver in receivers:
             next_rank = receiver == n + 1
             fine = _fine_bytes(self._codebook, self._plan, block, n) if next_rank else 0.0
             longer = self._link.seconds(math.ceil(size + fine)) if fine else takes

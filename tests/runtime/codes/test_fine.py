@@ -72,7 +72,8 @@ def test_the_next_rank_alone_reads_them(books: dict[str, Codebook]) -> None:
 
     count = book.fine[1].codes
     assert count
-    assert received(book)[0] == {n: ak.packed_size(4 * count, 6) for n in (0, 1)}
+    # of 7 and 8 tokens a quarter
+    assert received(book)[0] == {n: ak.packed_size(2 * count, 6) for n in (0, 1)}
     assert received(coarse)[0] == {0: 0, 1: 0}
     fine, plain = (
         ranks_output(model, b, inputs, 3, logits="local", weights=(1, 1, 1), halo=0)
@@ -127,7 +128,7 @@ def test_bits_count_each_payload_once(books: dict[str, Codebook]) -> None:
     model, inputs, book = tiny("llama"), inputs_for("llama", 23), books["llama"]
     plan = Plan.make(22, 2, causal=True, copies=1, shard_weights=(1, 1))
     rows = [t.codes * 11 * 4 for t in book.transforms]
-    fine = [f.codes * 4 * 6 for f in book.fine]
+    fine = [f.codes * 3 * 6 for f in book.fine]  # of 11 tokens a quarter
     size = sum(-(-bits // 8) for bits in (*rows, *fine))
 
     def work(mesh: Any) -> tuple[float, float]:
@@ -179,17 +180,23 @@ def test_ranks_in_the_middle_who_do_both_get_fewer_tokens(
     books: dict[str, Codebook], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(costs, "CODING_PACE", 1.0)  # FLOPs are counted below
-    model, book = tiny("llama"), replace(books["llama"], fine_tokens=200)
+    model, book = tiny("llama"), replace(books["llama"], fine_tokens=60)
     flops = rank_flops(adapt(model), book, engine_plan(adapt(model), book, 901, 3))
     assert max(flops) / min(flops) == pytest.approx(1, abs=0.01)
 
 
 def test_a_halo_moves_them_before_it() -> None:
-    plan = Plan.make(30, 3, causal=True, halo=3)
-    assert plan.fine_tokens(0, 4) == slice(3, 7)  # rank 1 computes tokens 7 to 9 itself
-    assert plan.fine_tokens(1, 40) == slice(0, 7)
+    plan = Plan.make(90, 3, causal=True, halo=3)
+    assert plan.fine_tokens(0, 4) == slice(23, 27)  # rank 1 computes tokens 27 to 29 itself
     assert plan.fine_tokens(2, 4) == slice(0, 0)
-    assert Plan.make(30, 3, causal=False).fine_tokens(0, 4) == slice(0, 0)
+    assert Plan.make(90, 3, causal=False).fine_tokens(0, 4) == slice(0, 0)
+
+
+def test_no_more_of_them_than_a_quarter_of_a_shard() -> None:
+    plan = Plan.make(90, 3, causal=True, shard_weights=(3, 1, 5))
+    assert plan.fine_tokens(0, 40) == slice(22, 30)
+    assert plan.fine_tokens(1, 40) == slice(8, 10)
+    assert plan.fine_tokens(1, 1) == slice(9, 10)
 
 
 def test_a_lost_frame_takes_its_fine_codes_along(books: dict[str, Codebook]) -> None:
