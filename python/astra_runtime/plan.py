@@ -135,8 +135,8 @@ class Plan:
         return self.size(rank) if self.world_size > 1 else 0
 
     def fine_tokens(self, rank: int, most: int) -> slice:
-        """Of the tokens that `rank` sends, the last ones that get fine codes for the next rank, as a
-        slice: `most`, or a `FINE_PART` of what that rank receives.
+        """Of the tokens that `rank` sends, the last ones that have fine codes for the next rank:
+        `most`, or a `FINE_PART` of what that rank receives; as a slice.
 
         An encoder's tokens look both ways: none.
         """

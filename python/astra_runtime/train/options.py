@@ -33,7 +33,7 @@ class FitOptions:
             average over the blocks; None: 100.
         fine_bits: space "transform" of a decoder: at most so many bits more, on average over
             the blocks, for the last `fine_tokens` tokens before a cut (at most a quarter of a
-            shard), sent to the next rank alone; 0: none, and the engine's default is a halo instead.
+            shard), sent to the next rank alone; 0: none, and by default the engine has a halo.
         target_gap: space "transform": in place of `bits`, the share of the gap between dropping
             remote tokens and having them exactly that is to be recovered on the held-out windows.
             Tries budgets that double, or halve, and takes the smallest that suffices;
