@@ -8,7 +8,14 @@ import torch
 from torch import Tensor
 
 from astra_kernels import _replay as replay
-from astra_kernels._checks import check_tensors, fail_value, shape_of
+from astra_kernels._checks import (
+    FLOATING,
+    check_dtype,
+    check_ndim,
+    check_tensors,
+    fail_value,
+    shape_of,
+)
 
 __all__ = ["fold_norm", "lookup_linear"]
 
@@ -117,11 +124,16 @@ def fold_norm(
     """Weight and bias with which (n(x) * gain + shift) W^T + b is n(x) W'^T + b'.
 
     Args:
-        weight: [out, D]. bias: [out]. gain, shift: [D], the norm's parameters.
+        weight: [out, D], fp32, fp64, fp16 or bf16.
+        bias: [out], any of these dtypes, or None.
+        gain, shift: [D], any of these dtypes: the norm's parameters.
 
     Returns:
         (weight * gain, bias + weight @ shift), of weight's dtype, reckoned in fp32 (fp64); the
         bias is None where there is neither bias nor shift.
+
+    Raises:
+        TypeError: what is no dense floating-point tensor. ValueError: shapes that do not fit.
 
     Example:
         >>> weight, gain, x = torch.randn(5, 8), torch.rand(8), torch.randn(3, 8)
@@ -129,9 +141,18 @@ def fold_norm(
         >>> torch.allclose((x * gain) @ weight.T, x @ folded.T, atol=1e-5), bias
         (True, None)
     """
-    for name, tensor in (("gain", gain), ("shift", shift)):
-        if tensor is not None and tensor.shape != weight.shape[1:]:
-            fail_value("fold_norm", name, f"[{weight.shape[1]}] (D of weight)", shape_of(tensor))
+    optional = {"bias": bias, "shift": shift}
+    check_tensors("fold_norm", optional, differentiable=True, weight=weight, gain=gain)
+    check_dtype("fold_norm", "weight", weight, FLOATING)
+    check_ndim("fold_norm", "weight", weight, "out, D")
+    sizes = {"out": weight.shape[0], "D": weight.shape[1]}
+    for name, tensor, axis in (("bias", bias, "out"), ("gain", gain, "D"), ("shift", shift, "D")):
+        if tensor is None:
+            continue
+        check_dtype("fold_norm", name, tensor, FLOATING)
+        if tensor.shape != (sizes[axis],):
+            expected = f"[{sizes[axis]}] ({axis} of weight)"
+            fail_value("fold_norm", name, expected, shape_of(tensor))
     wide = weight.to(torch.promote_types(weight.dtype, torch.float32))
     if shift is not None:
         moved = wide @ shift.to(wide.dtype)

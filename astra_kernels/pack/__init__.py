@@ -64,7 +64,14 @@ _INT32, _UINT8 = np.dtype(np.int32), np.dtype(np.uint8)
 
 
 def packed_size(count: int, bits: int) -> int:
-    """Bytes that `count` codes of `bits` (1..16) take: ceil(count * bits / 8).
+    """Bytes that codes take: ceil(count * bits / 8).
+
+    Args:
+        count: how many codes, 0 or more.
+        bits: of a code, 1 to 16.
+
+    Raises:
+        TypeError: what is no integer. ValueError: a number out of range.
 
     Example:
         >>> ak.packed_size(300, 10)
@@ -80,7 +87,21 @@ def pack(codes: Codes, bits: int, *, out: None = None) -> Bytes: ...
 @overload
 def pack(codes: Tensor | Codes, bits: int, *, out: Out) -> Out: ...
 def pack(codes: Tensor | Codes, bits: int, *, out: Any = None) -> Any:
-    """Packs int32 codes into bytes; see the module's text for the layout, kinds and errors.
+    """Packs codes into bytes without padding: code i takes the bits [i*bits, (i+1)*bits) of the
+    stream, least significant bit first in each byte. The module's text says more.
+
+    Args:
+        codes: int32, a tensor or numpy array of any shape, read in row-major order.
+        bits: of a code, 1 to 16.
+        out: uint8, what to write to: a tensor, an array or a writable buffer of at least
+            ``packed_size(codes.numel(), bits)`` bytes. None: a new one.
+
+    Returns:
+        uint8 [packed_size(codes.numel(), bits)], an array for an array, else a tensor; or ``out``.
+
+    Raises:
+        TypeError: another type or dtype. ValueError: ``bits`` out of range, ``out`` too small; on a
+        CPU a code outside 0..2**bits-1.
 
     Example:
         >>> ak.pack(torch.tensor([1, 2, 3, 0], dtype=torch.int32), 2)  # 0b00_11_10_01
@@ -119,7 +140,22 @@ def unpack(
     data: Tensor | Bytes | bytes | bytearray | memoryview, bits: int, count: int, *, out: Out
 ) -> Out: ...
 def unpack(data: Any, bits: int, count: int, *, out: Any = None) -> Any:
-    """Unpacks `count` codes from bytes; see the module's text for the layout, kinds and errors.
+    """Unpacks codes from bytes: the inverse of ``pack``.
+
+    Args:
+        data: uint8, a tensor, array or contiguous buffer of at least ``packed_size(count, bits)``
+            bytes.
+        bits: of a code, 1 to 16.
+        count: how many codes.
+        out: int32, what to write to: a tensor, an array or a writable buffer with room for
+            ``count`` codes. None: a new one.
+
+    Returns:
+        int32 [count], an array for an array, else a tensor; or ``out``.
+
+    Raises:
+        TypeError: another type or dtype. ValueError: a number out of range, ``data`` or ``out`` too
+        small.
 
     Example:
         >>> ak.unpack(bytes([57]), 2, 4)

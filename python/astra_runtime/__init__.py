@@ -12,14 +12,17 @@ from .errors import (
     DeadlineExceeded,
     HandshakeRefused,
     InputsDiffer,
+    InvalidChoice,
     ModelChanged,
     NotFinite,
     PeerLost,
+    PeersRefused,
     RequestMismatch,
     SessionRefused,
     WireError,
 )
 from .transport import connect, local_mesh
+from .transport.credentials import KeysError
 
 if TYPE_CHECKING:
     from .codes.codebook import Codebook
@@ -37,9 +40,12 @@ __all__ = [
     "Engine",
     "HandshakeRefused",
     "InputsDiffer",
+    "InvalidChoice",
+    "KeysError",
     "ModelChanged",
     "NotFinite",
     "PeerLost",
+    "PeersRefused",
     "Plan",
     "RequestMismatch",
     "Session",

@@ -112,6 +112,11 @@ class Engine(SessionHost):
             ways with deadlines.
 
     Between calls nothing of ASTRA is in the model. Close the engine, or use it in a `with` block.
+
+    Example:
+        with Engine(model, codebook, mesh) as engine:
+            logits = engine(input_ids=ids).logits  # of the last token
+            new_ids = engine.generate(ids, max_new_tokens=20)
     """
 
     def __init__(

@@ -24,7 +24,12 @@ class AstraError(Exception):
 
 
 class ConnectFailed(AstraError):
-    """The ranks could not be joined: a port in use, an address nobody answers at."""
+    """The ranks could not be joined: a port in use, an address nobody answers at.
+
+    Attributes:
+        reason: why.
+        missing: the ranks that had not joined at the deadline.
+    """
 
     def __init__(self, reason: str, missing: tuple[int, ...] = ()) -> None:
         super().__init__(reason, missing)
@@ -36,8 +41,12 @@ class ConnectFailed(AstraError):
 
 
 class HandshakeRefused(AstraError):
-    """Two ranks do not belong together: certificate, version, world, rank, run, or a fact of
-    `Mesh.agree`."""
+    """Two ranks do not belong together, by certificate, protocol version, world size, rank, run, or
+    by the model, codebook and settings of their engines.
+
+    Attributes:
+        reason: what differs.
+    """
 
     def __init__(self, reason: str) -> None:
         super().__init__(reason)
@@ -57,7 +66,13 @@ class PeersRefused(ConnectFailed, HandshakeRefused):
 
 
 class PeerLost(AstraError):
-    """A peer's connection ended although the run needs it."""
+    """A peer's connection ended although the run needs it.
+
+    Attributes:
+        rank: the peer.
+        block: in which it was missed; None: while the ranks connected.
+        detail: what was seen of it.
+    """
 
     def __init__(self, rank: int, block: int | None = None, detail: str = "") -> None:
         super().__init__(rank, block, detail)
@@ -71,7 +86,13 @@ class PeerLost(AstraError):
 
 
 class DeadlineExceeded(AstraError):
-    """A wait reached its deadline. `rank` is the first of `ranks`, all that were still missing."""
+    """A wait reached its deadline.
+
+    Attributes:
+        rank: the first of `ranks`, all that were still missing.
+        block: in which this rank waited; None: while the ranks connected.
+        seconds: how long it waited.
+    """
 
     def __init__(
         self, rank: int, block: int | None, seconds: float, ranks: tuple[int, ...] = ()
@@ -93,7 +114,13 @@ class ModelChanged(AstraError, RuntimeError):
 
 
 class WireError(AstraError):
-    """A frame is not the expected one. `field`: what differs; rank None: not a peer's."""
+    """A frame is not the expected one.
+
+    Attributes:
+        field: what differs.
+        expected, got: its values.
+        rank: whose frame; None: not a peer's.
+    """
 
     def __init__(self, field: str, expected: object, got: object, rank: int | None = None) -> None:
         super().__init__(field, expected, got, rank)

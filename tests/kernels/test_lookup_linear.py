@@ -168,6 +168,14 @@ def test_folding_keeps_dtype_and_checks_shapes():
         ak.fold_norm(weight, bias, bias)
     with pytest.raises(ValueError, match=re.escape("fold_norm: shift must be [4] (D of weight)")):
         ak.fold_norm(weight, bias, gain, bias)
+    with pytest.raises(ValueError, match=re.escape("fold_norm: bias must be [3] (out of weight)")):
+        ak.fold_norm(weight, gain, gain)
+    with pytest.raises(ValueError, match=re.escape("fold_norm: weight must be [out, D]")):
+        ak.fold_norm(gain, bias, gain)
+    with pytest.raises(TypeError, match=re.escape("fold_norm: gain must be a torch.Tensor")):
+        ak.fold_norm(weight, bias, None)
+    with pytest.raises(TypeError, match=re.escape("fold_norm: shift must be of dtype float32")):
+        ak.fold_norm(weight, bias, gain, torch.ones(4, dtype=torch.int32))
 
 
 def test_reference_is_differentiable():

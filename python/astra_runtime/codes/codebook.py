@@ -40,9 +40,11 @@ OF_FINE_CODES = ("fine_tokens", "fine_codewords")  # in the file where there are
 
 @dataclass(frozen=True, eq=False)
 class Codebook(CodebookFields):
-    """What a rank sends of its tokens, and what the others read in it; see `CodebookFields`.
+    """What a rank sends of its tokens, and what the others read in it.
 
-    Codebooks with the same `digest` are equal, whatever their notes say.
+    Made by `Codebook.fit` or `Codebook.from_pretrained`; `Codebook.dense()` and
+    `Codebook.local_only()` need no fit. `CodebookFields` describes the attributes. Codebooks with
+    the same `digest` are equal, whatever their notes say.
     """
 
     def __post_init__(self) -> None:
@@ -58,7 +60,11 @@ class Codebook(CodebookFields):
 
     @classmethod
     def dense(cls, dtype: str = "float32") -> Codebook:
-        """Dense exchange: every rank computes what the single device would."""
+        """Dense exchange: every rank computes what the single device would.
+
+        Args:
+            dtype: of keys and values on the wire, "float32", "float16" or "int8".
+        """
         return cls(DenseExchange.key, dtype=dtype)
 
     @classmethod

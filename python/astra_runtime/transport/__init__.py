@@ -60,18 +60,21 @@ def connect(
 ) -> Mesh:
     """Joins the mesh and returns it; blocks until every rank is there or `connect_timeout` ends.
 
-    rank, world_size: this process and how many there are; default: torchrun's RANK, WORLD_SIZE.
-    peers: "host:port" of every rank, by rank. This rank listens at exactly its own. Default: any
-        free port, made known through torchrun's store at MASTER_ADDR:MASTER_PORT.
-    backend: "tcp"; "datagram" for links that lose packets: codes by UDP, in fragments of which any
-        may be missing (`DatagramMesh`), the rest over TCP; or torch.distributed's "gloo" or "nccl"
-        (`peers[0]` is then its rendezvous).
-    host: the address to listen at instead of the one in `peers` (or of torchrun's interface).
-    timeout: seconds every later wait may take. link: emulate a slow access link (`Link`).
-    keys: a folder of `astra keys init`, all ranks' or this rank's part; default: the one that
-        ASTRA_KEYS names. Every connection is then mutual TLS 1.3, and a peer counts only where its
-        certificate names the rank that it claims to be.
-    insecure: plaintext, even where ASTRA_KEYS is set.
+    Args:
+        rank, world_size: this process and how many there are; None: torchrun's RANK, WORLD_SIZE.
+        peers: "host:port" of every rank, by rank. This rank listens at exactly its own. None: any
+            free port, made known through torchrun's store at MASTER_ADDR:MASTER_PORT.
+        backend: "tcp"; "datagram" for links that lose packets: codes by UDP, in fragments of which
+            any may be missing (`DatagramMesh`), the rest over TCP; or torch.distributed's "gloo" or
+            "nccl" (`peers[0]` is then its rendezvous).
+        host: the address to listen at instead of the one in `peers` (or of torchrun's interface).
+        timeout: seconds that every later wait may take.
+        connect_timeout: seconds to wait for the other ranks.
+        link: emulates a slow access link; None: frames go as fast as they can.
+        keys: a folder of `astra keys init`, all ranks' or this rank's part; None: the one that
+            ASTRA_KEYS names. Every connection is then mutual TLS 1.3, and a peer counts only where
+            its certificate names the rank that it claims to be.
+        insecure: plaintext, even where ASTRA_KEYS is set.
 
     Plaintext never leaves the machine: without keys, or with `insecure`, an address off loopback
     raises KeysError (an AstraError and a ValueError). On loopback plaintext needs no word, so that
@@ -81,10 +84,16 @@ def connect(
     where ASTRA_KEYS names keys, it wants `insecure`.
 
     Raises:
+        TypeError, ValueError: arguments that no mesh can have, before anything listens.
         ConnectFailed: a port in use, ranks missing at the deadline.
         HandshakeRefused: a peer does not belong here, or this rank was refused: `reason`. At the
             side that accepts, a caller who cannot prove to be a rank ends nothing; was the rank
             still missing at the deadline, PeersRefused (both of the above) tells who was refused.
+
+    Example:
+        with connect(0, peers=["127.0.0.1:7000", "127.0.0.1:7001"]) as mesh:
+            with Engine(model, codebook, mesh) as engine:
+                logits = engine(input_ids=ids).logits
     """
     if isinstance(peers, str):
         raise TypeError(f'peers: expected a list of "host:port", got the text {peers!r}')
@@ -167,6 +176,18 @@ def local_mesh(world_size: int, *, timeout: float = 30.0, link: Link | None = No
     """All ranks of a TCP mesh over loopback in this process: one for each of `world_size` threads.
 
     The connections are made directly, without the handshake.
+
+    Args:
+        world_size: how many ranks, 1 or more.
+        timeout: seconds that every wait may take.
+        link: emulates a slow access link of each rank.
+
+    Raises:
+        TypeError, ValueError: arguments that no mesh can have.
+
+    Example:
+        >>> [mesh.rank for mesh in local_mesh(2)]
+        [0, 1]
     """
     ConnectOptions(0, world_size, timeout=timeout, link=link)  # refuses what no mesh can have
     sockets: list[dict[int, socket.socket]] = [{} for _ in range(world_size)]
