@@ -17,7 +17,8 @@ from torch import Tensor
 
 from astra_runtime.console import say
 from astra_runtime.models import adapt
-from astra_runtime.store import load_model, load_tokenizer, token_windows
+from astra_runtime.store import load_model, load_tokenizer
+from astra_runtime.texts import token_windows
 from astra_runtime.train.budgets import TransformFit, TransformOptions, default_basis, default_rank
 from astra_runtime.train.calibration import as_windows
 from bench import codebooks

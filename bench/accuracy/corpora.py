@@ -19,7 +19,7 @@ from typing import Any
 
 from astra_kernels._cache import cache_folder
 from astra_runtime.errors import AstraError
-from astra_runtime.store import builtin_text, token_windows
+from astra_runtime.texts import builtin_text, token_windows
 
 BUILTIN = {
     "documentation": "Python's language reference: English technical prose",

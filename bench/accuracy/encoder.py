@@ -26,7 +26,8 @@ from astra_runtime.costs import flops_over_ideal
 from astra_runtime.models import adapt
 from astra_runtime.parallel import map_cores
 from astra_runtime.plan import Plan
-from astra_runtime.store import load_model, load_tokenizer, token_windows
+from astra_runtime.store import load_model, load_tokenizer
+from astra_runtime.texts import token_windows
 from astra_runtime.train.simulate import Simulation
 from bench import codebooks
 from bench.accuracy.corpora import corpus, held_out

@@ -23,7 +23,8 @@ from torch import Tensor
 
 from astra_runtime import Codebook
 from astra_runtime.console import say
-from astra_runtime.store import load_model, load_tokenizer, token_windows
+from astra_runtime.store import load_model, load_tokenizer
+from astra_runtime.texts import token_windows
 from astra_runtime.train.simulate import AfterLoss
 from bench import codebooks
 from bench.accuracy.corpora import corpus

@@ -16,7 +16,8 @@ from astra_runtime.codes.base import received_mask
 from astra_runtime.console import say
 from astra_runtime.missing import Missing
 from astra_runtime.plan import Plan
-from astra_runtime.store import load_model, load_tokenizer, token_windows
+from astra_runtime.store import load_model, load_tokenizer
+from astra_runtime.texts import token_windows
 from astra_runtime.train.simulate import Simulation, engines_after_loss
 from astra_runtime.transport.fragments import FEC_GROUP, fragment_layout, num_fec_fragments
 from bench.accuracy.corpora import corpus

@@ -28,13 +28,8 @@ from pathlib import Path
 from typing import Any, Final
 
 from astra_runtime.console import say
-from astra_runtime.store import (
-    builtin_text,
-    load_model,
-    load_tokenizer,
-    model_folder,
-    token_windows,
-)
+from astra_runtime.store import load_model, load_tokenizer, model_folder
+from astra_runtime.texts import builtin_text, token_windows
 from astra_runtime.transport.certificates import ephemeral_keys
 from bench import codebooks
 from bench.link.model import Link

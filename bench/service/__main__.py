@@ -22,7 +22,8 @@ from astra_runtime import Engine
 from astra_runtime.console import say
 from astra_runtime.serve.batch import Cache, read
 from astra_runtime.sessions.cache import KeyValues
-from astra_runtime.store import builtin_text, load_model, load_tokenizer, token_windows
+from astra_runtime.store import load_model, load_tokenizer
+from astra_runtime.texts import builtin_text, token_windows
 from bench.report import Case, command_line, percentiles, quiet_transformers, write
 from bench.service.server import Answer, serving
 

@@ -13,7 +13,8 @@ from astra_runtime import Codebook, Engine
 from astra_runtime.cli.common import quiet_transformers
 from astra_runtime.cli.fitting import fit_builtin
 from astra_runtime.evaluate import measure, run_ranks
-from astra_runtime.store import builtin_text, load_model, load_tokenizer, token_windows
+from astra_runtime.store import load_model, load_tokenizer
+from astra_runtime.texts import builtin_text, token_windows
 from astra_runtime.train.calibration import as_windows
 from astra_runtime.transport import Mesh
 

@@ -79,7 +79,7 @@ def run(options: argparse.Namespace) -> int:
             others.start(options.codebook)
         import torch  # which takes seconds, while the other ranks load too
 
-        from ..store import builtin_text, read_text, token_windows
+        from ..texts import builtin_text, read_text, token_windows
 
         text = builtin_text()[1] if options.text is None else read_text(options.text)
         model, tokenizer = load(options, decoder=True)

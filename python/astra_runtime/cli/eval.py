@@ -28,7 +28,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace) -> int:
     from ..evaluate import measure
-    from ..store import builtin_text, read_text, token_windows
+    from ..texts import builtin_text, read_text, token_windows
     from ..train.calibration import as_windows
 
     text = builtin_text()[1] if options.text is None else read_text(options.text)

@@ -79,7 +79,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace) -> int:
     from ..codes.codebook import Codebook
-    from ..store import builtin_text, read_text, token_windows
+    from ..texts import builtin_text, read_text, token_windows
     from ..train.finetune import CHECKPOINT, finetune
     from ..train.finetune import save_result as write_result
 

@@ -159,7 +159,7 @@ def size_of(options: argparse.Namespace) -> dict[str, Any]:
 
 
 def run(options: argparse.Namespace) -> int:
-    from ..store import read_text
+    from ..texts import read_text
 
     size = size_of(options)
     text = None if options.text is None else read_text(options.text)

@@ -123,7 +123,7 @@ def fit_builtin(model: Any, tokenizer: Any, *, space: str | None = None, **optio
     codec that is fitted where nobody names one.
     """
     from ..codes.registry import codec_named, default_space
-    from ..store import builtin_text
+    from ..texts import builtin_text
 
     space = space or default_space(groups=False)
     others = builtin_text("source")[0] if codec_named(space).gains_by_variety else None
@@ -151,7 +151,8 @@ def fit_text(
     """
     from ..codes.registry import codec_named
     from ..models import adapt, is_language_model
-    from ..store import token_limit, token_windows
+    from ..store import token_limit
+    from ..texts import token_windows
     from ..train.fit import fit
 
     if sampled and not is_language_model(model):
@@ -190,7 +191,7 @@ def halved(calibration: list[Any], extra: list[Any]) -> tuple[list[Any], list[An
 
 def _excerpts(tokenizer: Any, text: str, tokens: int) -> list[Any]:
     """Windows of a long text, of which only these parts are made tokens of."""
-    from ..store import excerpts, first_tokens
+    from ..texts import excerpts, first_tokens
 
     parts = excerpts(text, OTHERS, CHARACTERS * tokens)
     return [first_tokens(tokenizer, part, tokens) for part in parts]

@@ -242,7 +242,7 @@ def _answer(
 def prompt_of(options: argparse.Namespace) -> str:
     """The text of --prompt or --text, judged before a model is loaded."""
     if options.text is not None or options.prompt == "-":
-        from ..store import read_text
+        from ..texts import read_text
 
         text = read_text("/dev/stdin" if options.text in (None, "-") else options.text)
     else:

@@ -30,7 +30,6 @@ from astra_runtime.store import (
     at_hand,
     load_model,
     load_tokenizer,
-    read_text,
     token_limit,
 )
 from astra_runtime.trace import write_timeline
@@ -180,34 +179,6 @@ def test_output_that_is_not_utf8_loses_no_answer(home: Path) -> None:  # noqa: F
     assert json.loads(shown.stdout) == {"text": "мир"}
 
 
-@pytest.mark.parametrize(
-    ("data", "text"),
-    [
-        ("a\nß".encode(), "a\nß"),
-        ("a\r\nß\rc".encode("utf-8-sig"), "a\nß\nc"),
-        (b"", ""),
-    ],
-)
-def test_texts_are_read_as_people_have_them(tmp_path: Path, data: bytes, text: str) -> None:
-    (tmp_path / "text").write_bytes(data)
-    assert read_text(tmp_path / "text") == text
-
-
-@pytest.mark.parametrize(
-    ("data", "message"),
-    [
-        ("aß".encode("utf-16"), "got UTF-16"),
-        ("aß".encode("utf-32"), "got UTF-32"),
-        ("aß".encode("latin-1"), "got another encoding"),
-        ("ab".encode("utf-16-le"), "got NUL bytes"),
-    ],
-)
-def test_other_encodings_get_a_sentence(tmp_path: Path, data: bytes, message: str) -> None:
-    (tmp_path / "text").write_bytes(data)
-    with pytest.raises(AstraError, match=message):
-        read_text(tmp_path / "text")
-
-
 class Chat:
     """A tokenizer with a chat template."""
 
@@ -318,11 +289,6 @@ def test_doctor_finds_a_cut_model(
     found = json.loads(here("doctor", "--json", code=1)[0])
     assert not found["healthy"]
     assert [name for name, check in found["checks"].items() if not check["ok"]] == ["model smollm2"]
-
-
-def test_a_text_without_an_end_is_refused() -> None:
-    with pytest.raises(AstraError, match="expected at most 64 MiB, got more"):
-        read_text("/dev/zero")
 
 
 def test_streams_that_are_closed_are_opened_to_nothing(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -27,13 +27,7 @@ from astra_runtime import Codebook, transport
 from astra_runtime.cli import COMMANDS, chat, main
 from astra_runtime.cli.fitting import codebook_at_hand, default_fine_bits, default_name
 from astra_runtime.deploy import launch
-from astra_runtime.store import (
-    DOMAINS,
-    builtin_text,
-    excerpts,
-    first_tokens,
-    token_windows,
-)
+from astra_runtime.texts import token_windows
 from tests.processes import Fork, fork_workers, runs, workers_of
 
 from ..models import tiny
@@ -499,44 +493,6 @@ def test_no_worker_outlives_its_leader(
         assert "Traceback" not in stderr.read()
 
 
-@pytest.mark.parametrize("domain", DOMAINS)
-def test_the_built_in_texts_share_no_paragraph(domain: str) -> None:
-    calibration, evaluation = builtin_text(domain)
-    assert (calibration, evaluation) == builtin_text(domain)
-    shared = set(calibration.split("\n\n")) & set(evaluation.split("\n\n"))
-    assert not shared
-    assert len(calibration) > 200_000
-    assert len(evaluation) > 50_000
-
-
-def test_domains_are_different_texts() -> None:
-    assert builtin_text() == builtin_text("documentation")
-    assert "def __init__(self" in builtin_text("source")[1]
-    assert builtin_text("source")[1].count("def ") > 20 * builtin_text()[1].count("def ")
-    with pytest.raises(ValueError, match="expected one of documentation, source, got 'prose'"):
-        builtin_text("prose")
-
-
-def test_excerpts_are_spread_and_begin_with_a_paragraph() -> None:
-    text = "\n\n".join(f"{n:04} " + "word " * 20 for n in range(300))
-    parts = excerpts(text, 3, 1000)
-    assert [len(part) for part in parts] == [1000, 1000, 1000]
-    numbers = [int(part[:4]) for part in parts]
-    assert numbers[0] == 0
-    assert abs(numbers[1] - 145) < 4
-    assert excerpts("short", 2, 1000) == ["short", "short"]
-    assert excerpts(text, 1, 50) == [text[:50]]
-
-
-def test_the_first_tokens_are_those_of_a_window(home: Path) -> None:
-    from astra_runtime.store import load_tokenizer
-
-    tokenizer = load_tokenizer(str(home / "model"))
-    (window,) = token_windows(tokenizer, TEXT, 20, 1)
-    assert torch.equal(first_tokens(tokenizer, TEXT, 20), window)
-    assert len(first_tokens(tokenizer, TEXT, 1 << 20)) < 1 << 20
-
-
 def test_a_default_codebook_of_another_default_is_not_taken(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -546,17 +502,6 @@ def test_a_default_codebook_of_another_default_is_not_taken(
         (tmp_path / "codebooks" / name).mkdir(parents=True)
         (tmp_path / "codebooks" / name / "astra_config.json").touch()
         assert codebook_at_hand(options) is taken
-
-
-def test_windows_are_spread_and_do_not_overlap(home: Path) -> None:
-    from astra_runtime.store import load_tokenizer
-
-    tokenizer = load_tokenizer(str(home / "model"))
-    ids = tokenizer(TEXT, return_tensors="pt").input_ids[0]
-    windows = token_windows(tokenizer, TEXT, 100, 4)
-    assert torch.equal(windows[0], ids[:100])
-    assert torch.equal(windows[-1], ids[-100:])
-    assert len(token_windows(tokenizer, TEXT, 100, 50)) == 6
 
 
 def test_benchmarks_are_reached_by_name(home: Path, capsys: pytest.CaptureFixture[str]) -> None:
