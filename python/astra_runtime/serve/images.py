@@ -78,7 +78,7 @@ class Preparation:
             with Image.open(io.BytesIO(image), formats=("PNG", "JPEG")) as opened:
                 if opened.width * opened.height > MAX_PIXELS:
                     raise RequestRefused("image", f"expected at most {MAX_PIXELS} pixels")
-                plain = opened.convert("L" if self.channels == 1 else "RGB")
+                plain = _eight_bits(opened).convert("L" if self.channels == 1 else "RGB")
                 if plain.size != self.size[::-1]:
                     if self.resample is None:
                         raise RequestRefused(
@@ -98,6 +98,13 @@ class Preparation:
         mean = torch.tensor(self.mean, dtype=torch.float32).view(-1, 1, 1)
         std = torch.tensor(self.std, dtype=torch.float32).view(-1, 1, 1)
         return ((pixels - mean) / std)[None]
+
+
+def _eight_bits(image: Any) -> Any:
+    """A grey image of 16 bits a pixel, of which PIL would make all values above 255 white, in 8."""
+    if not image.mode.startswith("I"):
+        return image
+    return image.convert("I").point(lambda value: value * (1 / 257) + 0.5).convert("L")
 
 
 def _check_steps(found: dict[str, Any], size: tuple[int, int]) -> None:

@@ -55,6 +55,15 @@ def test_every_step_of_the_file_counts(tmp_path: Path) -> None:
         prepared(tmp_path, {"do_resize": False})(other)
 
 
+def test_grey_images_of_16_bits_keep_their_shades() -> None:
+    """PIL clips them at 255, which leaves a white image."""
+    shades = torch.arange(96, dtype=torch.int32).view(8, 12) * 65535 // 95
+    data = io.BytesIO()
+    Image.fromarray(shades.numpy().astype("uint16")).save(data, "PNG")
+    got = Preparation.of(CONFIG)(data.getvalue())[0]
+    assert float((got - (shades / 65535 * 2 - 1)).abs().max()) < 1 / 254
+
+
 @pytest.mark.parametrize(
     "said",
     [
