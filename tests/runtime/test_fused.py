@@ -13,7 +13,7 @@ from torch import nn
 
 from astra_kernels._elementwise import native
 from astra_runtime import Engine
-from astra_runtime.models import adapt, fused, hooks
+from astra_runtime.models import adapt, attention, fused
 
 from .models import inputs_for, tiny
 
@@ -148,12 +148,12 @@ def test_what_a_listener_leaves_to_the_model_is_its_own_attention(
     with torch.no_grad():
         alone = model(**inputs).logits
         Engine(model).close()
-        own = hooks.own_attention
+        own = attention.own_attention
 
         def noted(module: nn.Module) -> Any:
             return lambda *args, **named: given.append(set(named)) or own(module)(*args, **named)
 
-        monkeypatch.setattr(hooks, "own_attention", noted)
+        monkeypatch.setattr(attention, "own_attention", noted)
         with adapt(model).listening(Listens()):
             runs = Runs(monkeypatch)
             torch.testing.assert_close(model(**inputs).logits, alone, rtol=1e-4, atol=5e-5)

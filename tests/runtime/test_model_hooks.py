@@ -17,7 +17,8 @@ from astra_runtime import Codebook, Engine
 from astra_runtime.errors import AstraError, ModelChanged
 from astra_runtime.evaluate import run_ranks
 from astra_runtime.models import adapt
-from astra_runtime.models.hooks import PLAIN, _Clean
+from astra_runtime.models.attention import PLAIN
+from astra_runtime.models.hooks import _Clean
 from astra_runtime.transport import Mesh
 
 from .models import KINDS, book_of, inputs_for, tiny, windows_for

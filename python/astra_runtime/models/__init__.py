@@ -1,6 +1,7 @@
 """What ASTRA must know of each model family, and the hooks into unmodified Hugging Face models."""
 
 from .apart import Apart
+from .attention import check_attention
 from .base import (
     Adapter,
     Inputs,
@@ -12,8 +13,8 @@ from .base import (
 )
 from .dtypes import check_dtypes
 from .families import adapt, pair
+from .forward_pass import Listener, unheard
 from .heads import EVERY, ROW, check_head_module
-from .hooks import Listener, check_attention, unheard
 from .watch import Watch
 
 __all__ = [

@@ -24,8 +24,9 @@ from torch import Tensor, nn
 from ..plan import Plan
 from .constants import other_numbers
 from .digest import digests_of, entry_of
+from .forward_pass import Listener
 from .heads import check_forward, head_reads
-from .hooks import Hooks, Listener
+from .hooks import Hooks
 from .patches import PatchRows
 from .projection import Projection
 from .quantized import activation_dtype, form_of
