@@ -21,7 +21,7 @@ SANITIZED := tests/kernels/test_pack.py tests/kernels/test_encode.py tests/runti
   tests/runtime/transport/test_tcp.py tests/faults/test_frames.py
 SANITIZED_TESTS := $(if $(FULL),tests/kernels tests/runtime tests/faults,$(SANITIZED))
 LOWEST_TESTS := tests/kernels/test_pack.py tests/kernels/test_encode.py tests/kernels/test_library.py \
-  tests/runtime/test_engine.py tests/runtime/test_heads.py tests/runtime/test_model_hooks.py \
+  tests/runtime/test_engine.py tests/runtime/test_heads.py tests/runtime/test_model_hooks.py tests/runtime/test_model_changes.py \
   tests/runtime/codes/test_codebook.py tests/runtime/train/test_sample.py tests/runtime/transport/test_certificates.py \
   tests/serve/test_openai.py tests/serve/test_access.py tests/serve/test_clients.py
 SOAK_EXCHANGES ?= 3000000
