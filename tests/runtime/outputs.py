@@ -16,6 +16,10 @@ def logits_of(output: Any) -> Tensor:
     return output.logits if "logits" in output else output.last_hidden_state  # type: ignore
 
 
+def answer_of(engine: Engine, inputs: dict[str, Tensor], **options: Any) -> Tensor:
+    return logits_of(engine(**inputs, **options))
+
+
 def ranks_output(
     model: Any, book: Codebook | None, inputs: dict[str, Tensor], world_size: int, **options: Any
 ) -> list[Tensor]:

@@ -15,7 +15,7 @@ from astra_runtime.evaluate import run_ranks
 from astra_runtime.transport import Mesh
 
 from .models import inputs_for, tiny
-from .test_calls import answer_of
+from .outputs import answer_of
 
 
 def _bad_calls() -> dict[str, Any]:
