@@ -37,7 +37,9 @@ def configure(parser: argparse.ArgumentParser) -> None:
     add_missing(parser)
     add_leader(parser)
     parser.add_argument("--system", help="what the model is told before the first question")
-    parser.add_argument("--max-new-tokens", type=positive, default=512, help="of an answer (512)")
+    parser.add_argument(
+        "--max-new-tokens", type=positive, default=512, help="of an answer (default: 512)"
+    )
     add_sampling(parser)
 
 

@@ -21,9 +21,13 @@ def configure(parser: argparse.ArgumentParser) -> None:
     add_fit_options(parser)
     add_halo(parser)
     parser.add_argument("--text", metavar="FILE", help="evaluation text (default: built-in)")
-    parser.add_argument("--world-size", type=two_or_more, default=4, help="simulated ranks (4)")
+    parser.add_argument(
+        "--world-size", type=two_or_more, default=4, help="simulated ranks (default: 4)"
+    )
     add_tokens(parser, "tokens a window")
-    parser.add_argument("--windows", type=positive, default=4, help="windows over the text (4)")
+    parser.add_argument(
+        "--windows", type=positive, default=4, help="windows over the text (default: 4)"
+    )
 
 
 def run(options: argparse.Namespace) -> int:

@@ -46,35 +46,67 @@ def configure(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--text", metavar="FILE", help="text to train on (default: built-in)")
     add_tokens(parser, "tokens a window")
-    parser.add_argument("--windows", type=positive, default=1000, help="at most so many (1000)")
     parser.add_argument(
-        "--held-back", type=not_negative, default=2, help="windows held out to look at (2)"
+        "--windows",
+        type=positive,
+        default=1000,
+        help="most windows of the text to train on (default: 1000)",
     )
-    parser.add_argument("--steps", type=positive, default=300, help="optimizer steps (300)")
-    parser.add_argument("--batch", type=positive, default=4, help="windows a step (4)")
-    parser.add_argument("--lr", type=float, default=5e-5, help="highest learning rate (5e-5)")
-    parser.add_argument("--noise", type=float, default=1.0, help="λ, of the residual (1)")
-    parser.add_argument("--commitment", type=float, default=1e-4, help="β (1e-4)")
-    parser.add_argument("--decay", type=float, default=0.99, help="γ of moving averages (0.99)")
-    parser.add_argument("--min-ranks", type=positive, default=2, help="fewest devices (2)")
-    parser.add_argument("--max-ranks", type=positive, default=8, help="most devices (8)")
-    parser.add_argument("--min-shard", type=positive, default=16, help="fewest tokens of one (16)")
-    parser.add_argument("--world-size", type=two_or_more, default=4, help="evaluated as (4)")
+    parser.add_argument(
+        "--held-back",
+        type=not_negative,
+        default=2,
+        help="windows held out for evaluation (default: 2)",
+    )
+    parser.add_argument(
+        "--steps", type=positive, default=300, help="optimizer steps (default: 300)"
+    )
+    parser.add_argument("--batch", type=positive, default=4, help="windows a step (default: 4)")
+    parser.add_argument(
+        "--lr", type=float, default=5e-5, help="highest learning rate (default: 5e-5)"
+    )
+    parser.add_argument(
+        "--noise",
+        type=float,
+        default=1.0,
+        help="λ: noise over the residual (default: 1)",
+    )
+    parser.add_argument(
+        "--commitment",
+        type=float,
+        default=1e-4,
+        help="β: weight of the commitment loss (default: 1e-4)",
+    )
+    parser.add_argument(
+        "--decay", type=float, default=0.99, help="γ of moving averages (default: 0.99)"
+    )
+    parser.add_argument(
+        "--min-ranks", type=positive, default=2, help="fewest devices of a step (default: 2)"
+    )
+    parser.add_argument(
+        "--max-ranks", type=positive, default=8, help="most devices of a step (default: 8)"
+    )
+    parser.add_argument(
+        "--min-shard", type=positive, default=16, help="fewest tokens of a device (default: 16)"
+    )
+    parser.add_argument(
+        "--world-size", type=two_or_more, default=4, help="ranks of the evaluation (default: 4)"
+    )
     parser.add_argument(
         "--evaluate-every",
         type=not_negative,
         default=100,
-        help="steps; 0: start and end only (100)",
+        help="steps from one evaluation to the next; 0: at start and end alone (default: 100)",
     )
     parser.add_argument(
         "--checkpoint-every",
         type=not_negative,
         default=100,
-        help="steps; 0: no checkpoints (100)",
+        help="steps from one checkpoint to the next; 0: none (default: 100)",
     )
     parser.add_argument("--resume", action="store_true", help="go on from the last checkpoint")
     parser.add_argument("--device", choices=("cpu", "cuda"), help="default: cuda if there is one")
-    parser.add_argument("--seed", type=seed, default=0)
+    parser.add_argument("--seed", type=seed, default=0, help="of all that is drawn (default: 0)")
 
 
 def run(options: argparse.Namespace) -> int:

@@ -103,8 +103,12 @@ def configure(parser: argparse.ArgumentParser) -> None:
         help="windows of text that the model itself writes, to calibrate on as well: for a model "
         "of another language or field than the text (0; 24 take a minute or two)",
     )
-    parser.add_argument("--world-size", type=two_or_more, default=4, help="ranks to evaluate (4)")
-    parser.add_argument("--iterations", type=positive, default=8, help="k-means iterations (8)")
+    parser.add_argument(
+        "--world-size", type=two_or_more, default=4, help="ranks to evaluate (default: 4)"
+    )
+    parser.add_argument(
+        "--iterations", type=positive, default=8, help="k-means iterations (default: 8)"
+    )
     parser.add_argument("--seed", type=seed, default=0)
 
 

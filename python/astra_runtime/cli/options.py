@@ -89,7 +89,9 @@ def add_tokens(
     parser: argparse.ArgumentParser, what: str, count: Callable[[str], int] = positive
 ) -> None:
     """--tokens; `window_tokens` reads it."""
-    parser.add_argument("--tokens", type=count, help=f"{what} (1024, or the model's limit)")
+    parser.add_argument(
+        "--tokens", type=count, help=f"{what} (default: 1024, or the model's limit)"
+    )
 
 
 def add_fit_options(parser: argparse.ArgumentParser) -> None:
@@ -192,17 +194,21 @@ def add_missing(parser: argparse.ArgumentParser) -> None:
 def add_leader(parser: argparse.ArgumentParser) -> None:
     """Of commands that answer requests with local processes, or lead other devices."""
     parser.set_defaults(timeout=5.0)
-    parser.add_argument("--world-size", type=positive, help="processes on this machine (1)")
+    parser.add_argument(
+        "--world-size", type=positive, help="processes on this machine (default: 1)"
+    )
     parser.add_argument("--rank", type=int, help="with --peers: 0, the leader")
     parser.add_argument("--peers", help="host:port of every rank, by rank")
     parser.add_argument("--mbit", type=float, default=0.0, help="emulate links of this rate")
     parser.add_argument("--delay-ms", type=float, default=0.0, help="and of this one-way delay")
-    parser.add_argument("--max-queue", type=positive, default=64, help="requests that wait (64)")
+    parser.add_argument(
+        "--max-queue", type=positive, default=64, help="requests that wait (default: 64)"
+    )
     parser.add_argument(
         "--memory",
         type=positive,
         metavar="MIB",
-        help="for keys and values, on each device (half of what is free)",
+        help="for keys and values, on each device (default: half of what is free)",
     )
 
 

@@ -48,8 +48,12 @@ def configure(parser: argparse.ArgumentParser) -> None:
     add_form(parser)
     parser.add_argument("--json", action="store_true", help="one JSON object on stdout")
     add_tokens(parser, "of the input")
-    parser.add_argument("--mbit", type=float, help="rate of each device's link (10, or measured)")
-    parser.add_argument("--rtt-ms", type=float, help="round trip of two devices (1, or measured)")
+    parser.add_argument(
+        "--mbit", type=float, help="rate of each device's link (default: 10, or measured)"
+    )
+    parser.add_argument(
+        "--rtt-ms", type=float, help="round trip of two devices (default: 1, or measured)"
+    )
     parser.add_argument(
         "--world-size", type=positive, nargs="+", help="devices (2 3 4 8; with --peers: all counts)"
     )

@@ -60,7 +60,9 @@ def configure(parser: argparse.ArgumentParser) -> None:
         action="store_true",
         help="take the prompt as it stands, also where the model has a chat template",
     )
-    parser.add_argument("--max-new-tokens", type=positive, default=40)
+    parser.add_argument(
+        "--max-new-tokens", type=positive, default=40, help="of the answer (default: 40)"
+    )
     parser.add_argument(
         "--space",
         choices=("codes", "none", "drop"),
@@ -71,7 +73,10 @@ def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--rank", type=int, help="with --peers: 0, the leader")
     parser.add_argument("--peers", help="host:port of every rank, by rank")
     parser.add_argument(
-        "--backend", choices=("tcp", "gloo"), default="tcp", help="under torchrun only"
+        "--backend",
+        choices=("tcp", "gloo"),
+        default="tcp",
+        help="under torchrun: what carries the frames; gloo is not encrypted (default: tcp)",
     )
     add_sampling(parser)
     add_trace(parser)

@@ -81,13 +81,18 @@ def _add_http(parser: argparse.ArgumentParser) -> None:
 
 def _add_limits(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
-        "--max-new-tokens", type=positive, help="the most a request may ask for (as it fits)"
+        "--max-new-tokens",
+        type=positive,
+        help="the most a request may ask for (default: as it fits)",
     )
     parser.add_argument(
-        "--request-timeout", type=seconds, help="seconds an answer may take (no limit)"
+        "--request-timeout", type=seconds, help="seconds an answer may take (default: no limit)"
     )
     parser.add_argument(
-        "--drain", type=seconds, default=10.0, help="seconds for answers to end at the end (10)"
+        "--drain",
+        type=seconds,
+        default=10.0,
+        help="seconds that answers have to end when the service ends (default: 10)",
     )
 
 

@@ -12,13 +12,18 @@ from .options import positive
 
 def add_sampling(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
-        "--temperature", type=float, default=0.0, help="0: always the likeliest token (0)"
+        "--temperature", type=float, default=0.0, help="0: always the likeliest token (default: 0)"
     )
     parser.add_argument(
-        "--top-p", type=float, default=1.0, help="draw from the likeliest tokens of this mass (1)"
+        "--top-p",
+        type=float,
+        default=1.0,
+        help="draw from the likeliest tokens of this mass (default: 1)",
     )
     parser.add_argument("--top-k", type=positive, help="draw from so many of the likeliest tokens")
-    parser.add_argument("--seed", type=int, default=0, help="the same seed draws the same text (0)")
+    parser.add_argument(
+        "--seed", type=int, default=0, help="the same seed draws the same text (default: 0)"
+    )
 
 
 def sampling_of(options: argparse.Namespace) -> Any:
