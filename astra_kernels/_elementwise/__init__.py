@@ -88,7 +88,7 @@ def key_value_vectors(
     """Keys and values as the vectors that are coded: keys turned back, both scaled, in groups.
 
     A group's vector is its d/S channels of a key and then of its value; with ``shared`` these of
-    every KV head, one after the other. All is reckoned in fp32.
+    every KV head, one after the other. All is computed in fp32.
 
     Args:
         key, value: [B, Hkv, T, d], of one dtype; the keys are rotated by ``rope``, (cos, sin), each

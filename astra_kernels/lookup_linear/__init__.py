@@ -129,7 +129,7 @@ def fold_norm(
         gain, shift: [D], any of these dtypes: the norm's parameters.
 
     Returns:
-        (weight * gain, bias + weight @ shift), of weight's dtype, reckoned in fp32 (fp64); the
+        (weight * gain, bias + weight @ shift), of weight's dtype, computed in fp32 (fp64); the
         bias is None where there is neither bias nor shift.
 
     Raises:

@@ -54,7 +54,7 @@ class Paces(NamedTuple):
 
     @classmethod
     def slowest(cls, told: Sequence[str]) -> Paces:
-        """What all ranks reckon with, of what each has said, `str` of its own.
+        """What all ranks count with, of what each has said, `str` of its own.
 
         Example:
             >>> Paces.slowest([str(Paces(0.38, 0.66)), str(Paces(0.67, 0.66))])
@@ -126,7 +126,7 @@ def balanced_shares(
     Args:
         past: tokens before them that every rank has.
         beside: by rank, what it computes meanwhile, in tokens of such a sequence; empty: nothing.
-        paces: that all ranks reckon with, None: this process's. Ranks that cut by unlike ones
+        paces: that all ranks count with, None: this process's. Ranks that cut by unlike ones
             refuse each other's frames.
     """
     linear, attention = adapter.block_flops()

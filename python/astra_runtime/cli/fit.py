@@ -109,7 +109,9 @@ def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--iterations", type=positive, default=8, help="k-means iterations (default: 8)"
     )
-    parser.add_argument("--seed", type=seed, default=0)
+    parser.add_argument(
+        "--seed", type=seed, default=0, help="of windows and codewords (default: 0)"
+    )
 
 
 def share(text: str) -> float:

@@ -53,10 +53,10 @@ def configure(parser: argparse.ArgumentParser) -> None:
 
 def _add_http(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
-        "--host", type=host, default="127.0.0.1", help="address to listen at (%(default)s)"
+        "--host", type=host, default="127.0.0.1", help="address to listen at (default: %(default)s)"
     )
     parser.add_argument(
-        "--port", type=not_negative, default=8000, help="0: any free one (%(default)s)"
+        "--port", type=not_negative, default=8000, help="0: any free one (default: %(default)s)"
     )
     keys = parser.add_mutually_exclusive_group()
     keys.add_argument(
