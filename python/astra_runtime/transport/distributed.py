@@ -307,6 +307,7 @@ class DistributedMesh(PeerMesh[Channel]):
             with contextlib.suppress(AstraError):  # the peer is gone or does not read
                 self.flush()
         self._end(CLOSED)
+        self.store = None  # with the last reference rank 0 leaves its port
 
     def abort(self, error: BaseException) -> None:
         """torch.distributed has no way to say why: peers see a loss, or wait for their deadline."""

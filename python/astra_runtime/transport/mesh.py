@@ -288,7 +288,9 @@ class Mesh(ABC):
         Collective; a rank may be another process by now. Works in whatever state this mesh is.
         Raises AstraError where the mesh was not made by `connect`, else what `connect` raises.
         """
+        store = self.store
         self.close()
+        self.store = store  # also for another try, if this one fails
         if self.options is None or self.reconnect_factory is None:
             raise AstraError(
                 "reconnect: expected a mesh made by `connect`, which knows its arguments"

@@ -259,6 +259,7 @@ class PacedMesh(Mesh):
                 self.flush()
             self._stop()
         self._mesh.close()
+        self.store = None
 
     def abort(self, error: BaseException) -> None:
         if self._mesh.ended is None:

@@ -21,7 +21,7 @@ from typing import Any, Final
 import torch.distributed as dist
 from torch.distributed.distributed_c10d import PrefixStore
 
-from astra_runtime.errors import ConnectFailed
+from astra_runtime.errors import ConnectFailed, HandshakeRefused
 from astra_runtime.transport.addresses import is_loopback, parse_address
 from astra_runtime.transport.options import ConnectOptions
 from astra_runtime.transport.rendezvous import master, store_listener
@@ -40,7 +40,8 @@ def join(options: ConnectOptions, store: Any = None) -> Any:
     where. store: that of an earlier group, which rank 0 uses again: its port is free only when the
     last reference is gone, and the traceback of an error may hold one.
 
-    Raises ConnectFailed, with the ranks that were `missing` after `options.connect_timeout`.
+    Raises ConnectFailed, with the ranks that were `missing` after `options.connect_timeout`, and
+    HandshakeRefused where a rank means another number of ranks.
     """
     backend, rank, world_size = options.backend, options.rank, options.world_size
     seconds = options.connect_timeout
@@ -49,8 +50,12 @@ def join(options: ConnectOptions, store: Any = None) -> Any:
         private = all(map(is_loopback, options.meeting_hosts()))
         kept = store if rank == 0 else None
         store, session = _enter(rank, options.peers, deadline, kept, private=private)
+        session.set(f"world/{rank}", str(world_size))
+        _check_world(session, world_size, 0)
         missing = _wait_for_all(session, world_size, deadline)
         if not missing:
+            for other in range(world_size):
+                _check_world(session, world_size, other)
             limit = _limit(backend, deadline - time.monotonic())
             with _listening_on_loopback() if private else contextlib.nullcontext():
                 dist.init_process_group(
@@ -127,6 +132,17 @@ def _wait_for_all(session: Any, world_size: int, deadline: float) -> tuple[int, 
     with contextlib.suppress(dist.DistStoreError):
         session.wait([str(n) for n in range(world_size)], left)
     return tuple(n for n in range(world_size) if not session.check([str(n)]))
+
+
+def _check_world(session: Any, world_size: int, rank: int) -> None:
+    """Raises HandshakeRefused where that rank means another number of ranks, with which no group
+    would ever be whole."""
+    theirs = int(session.get(f"world/{rank}"))
+    if theirs != world_size:
+        raise HandshakeRefused(
+            f"world_size: expected the same on all ranks, got {world_size} here and {theirs} on "
+            f"rank {rank}"
+        )
 
 
 def _place(peers: Sequence[str] | None) -> tuple[str, int, bool]:

@@ -11,6 +11,7 @@ import subprocess
 import sys
 import threading
 import time
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from astra_runtime import errors, wire
 from astra_runtime.transport import Link, Mesh, bootstrap, connect, pending
 from astra_runtime.transport.acceptor import Acceptor
 from astra_runtime.wire import Hello
+from tests.processes import Fork
 
 from ..ranks import (
     PLAN,
@@ -366,3 +368,37 @@ def test_a_start_may_take_longer_than_a_call(link: Link | None) -> None:
             mesh.timeout = 60.0  # for what a link has not delivered yet
 
     together([lambda: join(0), lambda: join(1)])
+
+
+def _gloo(rank: int, world_size: int, peers: list[str]) -> Mesh:
+    return connect(rank, world_size, peers, backend="gloo", timeout=20, connect_timeout=20)
+
+
+def test_gloo_names_another_number_of_ranks() -> None:
+    peers = free_ports(3)
+
+    def refused(rank: int) -> None:
+        with pytest.raises(errors.HandshakeRefused) as caught:
+            _gloo(rank, 2 + rank, peers[: 2 + rank])
+        print(caught.value)
+
+    forks = [Fork(partial(refused, rank)) for rank in range(2)]
+    assert [fork.end().partition("got")[2].strip() for fork in forks] == [
+        "2 here and 3 on rank 1",
+        "3 here and 2 on rank 0",
+    ]
+
+
+def test_a_closed_gloo_mesh_leaves_its_port() -> None:
+    """Though it lives on in a variable; the next `connect` needs the port."""
+    peers = free_ports(2)
+
+    def twice(rank: int) -> None:
+        meshes = []
+        for call in range(2):
+            meshes.append(_gloo(rank, 2, peers))
+            meshes[-1].agree({"call": str(call)})
+            meshes[-1].close()
+
+    for fork in [Fork(partial(twice, rank)) for rank in range(2)]:
+        fork.end()
