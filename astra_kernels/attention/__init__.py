@@ -56,9 +56,10 @@ def attention(
         Gradients go to query, key, value, a float attn_mask and sinks, through out and lse.
 
     Raises:
-        TypeError: a dtype that is not listed. ValueError: shapes or devices that do not fit.
+        TypeError: a dtype that is not listed.
+        ValueError: shapes or devices that do not fit.
         RuntimeError: ``impl`` cannot run here or lacks an argument; second derivatives and forward
-        mode, which only the differentiable ``attention.reference`` has.
+            mode, which only the differentiable ``attention.reference`` has.
 
     Example:
         >>> query, key, value = torch.randn(3, 1, 8, 5, 64).unbind()

@@ -45,8 +45,9 @@ def attention_varlen(
         Gradients go to query, key, value and sinks, through out and lse.
 
     Raises:
-        TypeError: a dtype that is not listed. ValueError: shapes, devices or offsets that do not
-        fit. RuntimeError: ``impl`` cannot run here or lacks an argument.
+        TypeError: a dtype that is not listed.
+        ValueError: shapes, devices or offsets that do not fit.
+        RuntimeError: ``impl`` cannot run here or lacks an argument.
 
     Example:
         >>> query, key, value = torch.randn(3, 12, 8, 64).unbind()  # 7 and 5 tokens

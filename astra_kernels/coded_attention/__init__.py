@@ -68,8 +68,9 @@ def coded_attention(
         of tables are summed by atomics, in any order, but under ``use_deterministic_algorithms``.
 
     Raises:
-        TypeError: a dtype that is not listed. ValueError: shapes or devices that do not fit, a
-        visible code out of range. RuntimeError: ``impl`` cannot run.
+        TypeError: a dtype that is not listed.
+        ValueError: shapes or devices that do not fit, a visible code out of range.
+        RuntimeError: ``impl`` cannot run.
 
     Example:
         >>> keys, values = torch.randn(2, 2, 1, 1024, 64)  # 2 KV heads, 1024 codewords each

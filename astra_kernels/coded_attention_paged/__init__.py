@@ -52,8 +52,9 @@ def coded_attention_paged(
         (out [B, H, M, d_v], lse [B, H, M]), as `coded_attention`, with the same gradients.
 
     Raises:
-        TypeError: a dtype that is not listed. ValueError: shapes, devices, pages or lengths that do
-        not fit. RuntimeError: ``impl`` cannot run here or lacks an argument.
+        TypeError: a dtype that is not listed.
+        ValueError: shapes, devices, pages or lengths that do not fit.
+        RuntimeError: ``impl`` cannot run here or lacks an argument.
 
     Example:
         >>> keys, values = torch.randn(2, 2, 1, 1024, 64)  # 2 KV heads, 1024 codewords each

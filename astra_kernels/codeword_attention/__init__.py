@@ -47,8 +47,9 @@ def codeword_attention(
         Gradients go to query and the tables, through out and lse.
 
     Raises:
-        TypeError: a dtype that is not listed. ValueError: shapes or devices that do not fit, a
-        negative count. RuntimeError: ``impl`` cannot run here.
+        TypeError: a dtype that is not listed.
+        ValueError: shapes or devices that do not fit, a negative count.
+        RuntimeError: ``impl`` cannot run here.
 
     Example:
         >>> keys, values = torch.randn(2, 2, 1, 1024, 64)

@@ -46,8 +46,9 @@ def count_codes(
         int32 [B, C, K]. Deterministic.
 
     Raises:
-        TypeError: a dtype that is not listed. ValueError: shapes or devices that do not fit, a
-        visible code out of range. RuntimeError: ``impl`` cannot run here.
+        TypeError: a dtype that is not listed.
+        ValueError: shapes or devices that do not fit, a visible code out of range.
+        RuntimeError: ``impl`` cannot run here.
 
     Example:
         >>> codes = torch.tensor([[[0], [2], [2]]], dtype=torch.int32)  # B = 1, N = 3, C = 1

@@ -29,8 +29,9 @@ def decode(
         ``use_deterministic_algorithms``.
 
     Raises:
-        TypeError: a dtype that is not listed. ValueError: shapes or devices that do not fit, a
-        code out of range. RuntimeError: ``impl`` cannot run here.
+        TypeError: a dtype that is not listed.
+        ValueError: shapes or devices that do not fit, a code out of range.
+        RuntimeError: ``impl`` cannot run here.
 
     Example:
         >>> codebook = torch.tensor([[[0.0, 0.0], [1.0, 1.0]]])  # C = 1, K = 2, w = 2

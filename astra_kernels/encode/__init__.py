@@ -38,7 +38,8 @@ def encode(
     is never preferred to a finite one, and a vector with a NaN gets code 0.
 
     Raises:
-        TypeError: a dtype that is not listed. ValueError: shapes or devices that do not fit.
+        TypeError: a dtype that is not listed.
+        ValueError: shapes or devices that do not fit.
         RuntimeError: an input requires grad, or ``impl`` cannot run here.
 
     Example:

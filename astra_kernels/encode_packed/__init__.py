@@ -36,8 +36,9 @@ def encode_packed(
     Distances, ties and what is not finite: as ``encode``.
 
     Raises:
-        TypeError: a dtype that is not listed. ValueError: shapes, devices or a number of bits that
-        do not fit. RuntimeError: an input requires grad, or ``impl`` cannot run here.
+        TypeError: a dtype that is not listed.
+        ValueError: shapes, devices or a number of bits that do not fit.
+        RuntimeError: an input requires grad, or ``impl`` cannot run here.
 
     Example:
         >>> vectors, codebook = torch.randn(1, 300, 2, 64), torch.randn(2, 1024, 64)

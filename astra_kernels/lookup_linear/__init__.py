@@ -95,8 +95,9 @@ def lookup_linear(
         each its own. Sums are fp32 (fp64 where an input is fp64). Deterministic.
 
     Raises:
-        TypeError: a dtype that is not listed. ValueError: shapes or devices that do not fit, a
-        code out of range. RuntimeError: an input requires grad, or ``impl`` cannot run here.
+        TypeError: a dtype that is not listed.
+        ValueError: shapes or devices that do not fit, a code out of range.
+        RuntimeError: an input requires grad, or ``impl`` cannot run here.
 
     Example:
         >>> codebook, weight = torch.randn(4, 256, 16), torch.randn(96, 64)  # D = 4 * 16
@@ -133,7 +134,8 @@ def fold_norm(
         bias is None where there is neither bias nor shift.
 
     Raises:
-        TypeError: what is no dense floating-point tensor. ValueError: shapes that do not fit.
+        TypeError: what is no dense floating-point tensor.
+        ValueError: shapes that do not fit.
 
     Example:
         >>> weight, gain, x = torch.randn(5, 8), torch.rand(8), torch.randn(3, 8)

@@ -35,7 +35,8 @@ def merge_state(
         Gradients go to all four inputs, through out and lse.
 
     Raises:
-        TypeError: a dtype that is not listed. ValueError: shapes or devices that do not fit.
+        TypeError: a dtype that is not listed.
+        ValueError: shapes or devices that do not fit.
         RuntimeError: ``impl`` cannot run here.
 
     Example:

@@ -31,7 +31,8 @@ def merge_states(outs: Tensor, lses: Tensor, *, impl: str = "auto") -> tuple[Ten
         Gradients go to both inputs, through out and lse.
 
     Raises:
-        TypeError: a dtype that is not listed. ValueError: shapes or devices that do not fit.
+        TypeError: a dtype that is not listed.
+        ValueError: shapes or devices that do not fit.
         RuntimeError: ``impl`` cannot run here.
 
     Example:

@@ -132,8 +132,9 @@ def mixed_attention(
         ``use_deterministic_algorithms``.
 
     Raises:
-        TypeError: a dtype that is not listed. ValueError: shapes or devices that do not fit, a
-        visible code out of range. RuntimeError: ``impl`` cannot run.
+        TypeError: a dtype that is not listed.
+        ValueError: shapes or devices that do not fit, a visible code out of range.
+        RuntimeError: ``impl`` cannot run.
 
     Example:
         >>> query, key, value = torch.randn(1, 8, 5, 64), *torch.randn(2, 1, 2, 5, 64)

@@ -71,7 +71,8 @@ def packed_size(count: int, bits: int) -> int:
         bits: of a code, 1 to 16.
 
     Raises:
-        TypeError: what is no integer. ValueError: a number out of range.
+        TypeError: what is no integer.
+        ValueError: a number out of range.
 
     Example:
         >>> ak.packed_size(300, 10)
@@ -100,8 +101,8 @@ def pack(codes: Tensor | Codes, bits: int, *, out: Any = None) -> Any:
         uint8 [packed_size(codes.numel(), bits)], an array for an array, else a tensor; or ``out``.
 
     Raises:
-        TypeError: another type or dtype. ValueError: ``bits`` out of range, ``out`` too small; on a
-        CPU a code outside 0..2**bits-1.
+        TypeError: another type or dtype.
+        ValueError: ``bits`` out of range, ``out`` too small, on a CPU a code outside 0..2**bits-1.
 
     Example:
         >>> ak.pack(torch.tensor([1, 2, 3, 0], dtype=torch.int32), 2)  # 0b00_11_10_01
@@ -154,8 +155,8 @@ def unpack(data: Any, bits: int, count: int, *, out: Any = None) -> Any:
         int32 [count], an array for an array, else a tensor; or ``out``.
 
     Raises:
-        TypeError: another type or dtype. ValueError: a number out of range, ``data`` or ``out`` too
-        small.
+        TypeError: another type or dtype.
+        ValueError: a number out of range, ``data`` or ``out`` too small.
 
     Example:
         >>> ak.unpack(bytes([57]), 2, 4)

@@ -38,7 +38,8 @@ def quantized_linear(
         on whether there are any. One with a NaN or an infinity gives NaN.
 
     Raises:
-        TypeError: a dtype that is not listed. ValueError: shapes or devices that do not fit.
+        TypeError: a dtype that is not listed.
+        ValueError: shapes or devices that do not fit.
         RuntimeError: an input requires grad, or ``impl`` cannot run here.
 
     Example:

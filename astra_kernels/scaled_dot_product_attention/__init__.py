@@ -50,7 +50,8 @@ def scaled_dot_product_attention(
         [..., H, M, d_v] of query's dtype; contiguous where query is.
 
     Raises:
-        RuntimeError, ValueError, TypeError: torch's own. RuntimeError: a second derivative.
+        RuntimeError, ValueError, TypeError: torch's own.
+        RuntimeError: a second derivative.
 
     Example:
         >>> query, key, value = torch.randn(3, 1, 8, 5, 64).unbind()
