@@ -8,10 +8,12 @@ import threading
 import time
 from collections.abc import Iterator
 from typing import Any
+from unittest.mock import patch
 
 import pytest
 
-from astra_runtime.serve.http.answers import Choice, extras
+from astra_runtime.serve.http.answers import Choice, TextShape, extras
+from astra_runtime.serve.http.chat import TokenNames
 from astra_runtime.serve.service import (
     Done,
     NotReady,
@@ -19,8 +21,9 @@ from astra_runtime.serve.service import (
     RequestRefused,
     ServiceFailed,
     TimeIsUp,
+    Token,
 )
-from tests.serve.fakes import FakeService, serving
+from tests.serve.fakes import FakeService, byte_tokenizer, serving
 
 openai = pytest.importorskip("openai")
 
@@ -186,6 +189,24 @@ def test_completions_stream_and_logprobs(client: Any, service: FakeService) -> N
     assert whole.token_logprobs == [-0.5] * 3
     assert whole.text_offset == [0, 1, 2]
     assert [len(top) for top in whole.top_logprobs] == [2, 2, 2]
+
+
+def test_parts_of_characters_have_names_of_their_own(client: Any, service: FakeService) -> None:
+    """Among the likeliest tokens one would take the other's place otherwise."""
+    service.text = "é"
+    found = client.completions.create(model="tiny", prompt="a", logprobs=2).choices[0].logprobs
+    assert found.tokens == ["bytes:\\xc3", "bytes:\\xa9"]
+    assert found.top_logprobs[0] == {"bytes:\\xc3": -0.5, "bytes:\\xc2": -1.5}
+
+
+def test_tokens_of_one_text_are_told_apart() -> None:
+    tokenizer = byte_tokenizer()
+    tokenizer.add_tokens(["éé"])  # in the tokenizer's alphabet these characters stand for bytes
+    names = TokenNames(tokenizer)
+    assert names.text(tokenizer.convert_tokens_to_ids("éé")) == "éé"
+    with patch.object(names, "text", lambda _: "a"):
+        top = TextShape("tiny", "1", names, 2)._top(Token(0, 5, "a", -0.5, ((5, -0.5), (6, -1.5))))
+    assert top == {"a": -0.5, "token_id:6": -1.5}
 
 
 def test_models(client: Any) -> None:

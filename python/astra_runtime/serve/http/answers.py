@@ -168,8 +168,15 @@ class TextShape(Shape):
 
     def _top(self, token: Token) -> dict[str, float]:
         assert self.names is not None
-        likeliest = [*token.top[: self.top], (token.id, token.logprob)]
-        return {self.names.text(other): _finite(logprob) for other, logprob in likeliest}
+        named: dict[str, float] = {}
+        likeliest = [(token.id, token.logprob), *token.top[: self.top]]
+        for number, (other, logprob) in enumerate(likeliest):
+            if number and other == token.id:
+                continue
+            name = self.names.text(other)
+            # another token of the same text, such as a byte's own beside its character's
+            named[f"token_id:{other}" if name in named else name] = _finite(logprob)
+        return dict(sorted(named.items(), key=lambda entry: -entry[1]))
 
 
 def _finite(logprob: float | None) -> float:

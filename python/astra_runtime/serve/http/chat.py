@@ -97,7 +97,7 @@ class TokenNames:
 
     def __init__(self, tokenizer: Any) -> None:
         self.tokenizer = tokenizer
-        self.special = set(tokenizer.all_special_ids)
+        self.added = {*tokenizer.all_special_ids, *getattr(tokenizer, "added_tokens_decoder", ())}
         backend = getattr(tokenizer, "backend_tokenizer", None)
         self.byte_level = "ByteLevel" in repr(getattr(backend, "decoder", None))
 
@@ -106,7 +106,7 @@ class TokenNames:
         piece = self.tokenizer.convert_ids_to_tokens(token)
         if piece is None:
             return b""
-        if token in self.special:
+        if token in self.added:  # as it stands, in no alphabet
             return str(piece).encode()
         if self.byte_level and all(character in _BYTES for character in piece):
             return bytes(_BYTES[character] for character in piece)
@@ -115,7 +115,12 @@ class TokenNames:
         return str(piece).replace("▁", " ").encode()
 
     def text(self, token: int) -> str:
-        return self.data(token).decode(errors="replace")
+        """The token's text; of a part of a character its bytes, as the reference writes them."""
+        data = self.data(token)
+        try:
+            return data.decode()
+        except UnicodeDecodeError:
+            return "bytes:" + "".join(f"\\x{byte:02x}" for byte in data)
 
 
 def _byte_level_alphabet() -> dict[str, int]:
