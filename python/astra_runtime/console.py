@@ -54,6 +54,17 @@ def working(what: str | Callable[[], str], *, silence: float = SILENCE) -> Itera
         reminder.join()
 
 
+def show(text: str) -> None:
+    """`text` on stdout, at once. An OSError that this meets names stdout."""
+    try:
+        sys.stdout.write(text)
+        sys.stdout.flush()
+    except BrokenPipeError:
+        raise
+    except OSError as error:
+        raise OSError(error.errno, f"stdout: {error.strerror}") from error
+
+
 def show_json(value: Any) -> None:
     """`value` as one JSON object on stdout, in ASCII escapes where stdout is not UTF-8."""
 
@@ -66,4 +77,4 @@ def show_json(value: Any) -> None:
         return None if isinstance(item, float) and not math.isfinite(item) else item
 
     ascii_only = (getattr(sys.stdout, "encoding", None) or "utf-8").lower() not in ("utf-8", "utf8")
-    print(json.dumps(finite(value), ensure_ascii=ascii_only, allow_nan=False), flush=True)
+    show(json.dumps(finite(value), ensure_ascii=ascii_only, allow_nan=False) + "\n")

@@ -89,6 +89,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     from ..errors import AstraError
 
     try:
+        _check_current_folder()
         command = importlib.import_module(f".{options.command}", __package__)
         _check_values(options)
         _check_codebook(options)
@@ -100,10 +101,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
             say("astra: interrupted")
             _leave(130)
         _leave(ended.code if isinstance(ended.code, int) else 1)
-    except BrokenPipeError:
-        sys.stdout = open(os.devnull, "w")  # noqa: SIM115 - the reader of our output has left
-        return 1
     except Exception as error:
+        if isinstance(error, BrokenPipeError) or isinstance(error.__cause__, BrokenPipeError):
+            sys.stdout = open(os.devnull, "w")  # noqa: SIM115 - the reader of our output has left
+            return 1
         if os.environ.get("ASTRA_DEBUG"):
             raise
         expected = isinstance(error, AstraError | ValueError | OSError | ModuleNotFoundError)
@@ -137,6 +138,14 @@ def _drop_unwritable_output() -> None:
         sys.stdout.flush()
     except OSError:
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115
+
+
+def _check_current_folder() -> None:
+    """Libraries that the commands load look into it, and end the process where it is gone."""
+    try:
+        os.getcwd()
+    except FileNotFoundError:
+        raise OSError("the current folder has been removed: change to another one") from None
 
 
 def _check_values(options: argparse.Namespace) -> None:

@@ -39,6 +39,8 @@ def run(options: argparse.Namespace) -> int:
     model, tokenizer = load(options)
     tokens = window_tokens(options, model)
     windows = token_windows(tokenizer, text, tokens, options.windows)
+    if len(windows) < options.windows:
+        say(f"the text has {len(windows)} windows of {tokens} tokens, all of which are read")
     codebook, _ = ensure_codebook(options, model, tokenizer)
     with progress_bar() as progress:
         measured = measure(

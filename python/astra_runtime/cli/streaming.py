@@ -6,6 +6,7 @@ import argparse
 import sys
 from typing import Any
 
+from ..console import show
 from ..errors import AstraError
 from .options import positive
 
@@ -71,8 +72,7 @@ class Streaming:
 
     def write(self, piece: str) -> None:
         if piece:
-            sys.stdout.write(piece)
-            sys.stdout.flush()
+            show(piece)
 
     def finish(self) -> None:
         self.end_progress()

@@ -328,6 +328,35 @@ def test_a_full_disk_is_told_of_and_ends_no_work(
     assert "No space left on device" in told
 
 
+def test_a_reader_who_leaves_is_no_error(
+    home: Path,  # noqa: F811
+    here: Here,  # noqa: F811
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """`astra run … | head -c 1`: the answer ends, and that is all."""
+    reading, writing = os.pipe()
+    os.close(reading)
+    with os.fdopen(writing, "w") as left, open(os.devnull, "w") as nothing:
+        with monkeypatch.context() as changed:
+            changed.setattr(sys, "stdout", left)
+            told = here("run", *model_options(home), "--prompt", PROMPT, code=1)[1]
+            sys.stdout.close()  # what stands in its place
+        os.dup2(nothing.fileno(), writing)  # what it still has goes nowhere
+    assert "error" not in told
+
+
+def test_a_folder_that_is_gone_is_told_of(
+    here: Here,  # noqa: F811
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+) -> None:
+    gone = tmp_path / "gone"
+    gone.mkdir()
+    monkeypatch.chdir(gone)
+    gone.rmdir()
+    assert "current folder has been removed" in here("doctor", code=1)[1]
+
+
 def test_what_was_fitted_is_kept_where_the_folder_takes_nothing_more(tmp_path: Path) -> None:
     saved: list[Path] = []
 

@@ -240,16 +240,26 @@ def test_a_run_leaves_a_timeline(home: Path, here: Callable[..., tuple[str, str]
 
 
 def test_eval_gives_both_controls(home: Path, here: Callable[..., tuple[str, str]]) -> None:
-    out, _ = here(
+    out, told = here(
         "eval", *model_options(home), "--text", str(home / "text.txt"), "--tokens", "60",
         "--windows", "3", "--world-size", "3", "--json",
     )  # fmt: skip
+    assert "windows of" not in told
     found = json.loads(out)
     assert set(found["perplexity"]) == {"exact", "astra", "local_only", "local_overlap"}
     assert found["windows"] == 3
     assert 15 <= found["bits_per_token_block"] < 16
     assert found["compression"] == pytest.approx(2 * 48 * 32 / found["bits_per_token_block"])
     assert math.isfinite(found["gap_recovered"])
+
+
+def test_eval_says_how_many_windows_a_text_has(
+    home: Path, here: Callable[..., tuple[str, str]]
+) -> None:
+    asked = ["--text", str(home / "text.txt"), "--tokens", "250", "--windows", "9" * 20, "--json"]
+    out, told = here("eval", *model_options(home), *asked)
+    assert json.loads(out)["windows"] == 2
+    assert "the text has 2 windows of 250 tokens" in told
 
 
 def test_fit_writes_a_codebook_and_tells_its_worth(
