@@ -6,9 +6,13 @@ import signal
 import pytest
 from hypothesis import HealthCheck, settings
 
-# torch reads this when it is first imported. Tests fork this process, and a fork has none of the
-# threads of an OpenMP pool: it would wait for them forever.
+# Both are read at imports, which another conftest.py may make before pytest_configure is called.
+# Tests fork this process, and a fork has none of the threads of an OpenMP pool: it would wait for
+# them forever.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ["ASTRA_ROUND"] = (
+    "0"  # formulas are fp32's, so what may be rounded is not, but where a test says so
+)
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -27,8 +31,6 @@ def pytest_configure(config: pytest.Config) -> None:
     signal.signal(signal.SIGHUP, signal.SIG_DFL)
     if config.getoption("--device") == "cpu":
         os.environ["TRITON_INTERPRET"] = "1"  # read when Triton is first imported
-    # formulas are fp32's, so what may be rounded is not, unless a test says so
-    os.environ["ASTRA_ROUND"] = "0"
     # the same examples each time, however long a busy machine takes for one
     slow = [HealthCheck.too_slow]
     settings.register_profile("same", deadline=None, derandomize=True, suppress_health_check=slow)
