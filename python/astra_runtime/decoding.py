@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from .call import Call
 from .control import Control
+from .engine_parts import EngineParts
 from .errors import AstraError, CallEnded, InvalidChoice, NotFinite
 from .exchange import receive_tensors, send_tensor
 from .inputs import check_bound, check_function, check_integer, check_request, inferred_mask
@@ -106,7 +107,7 @@ def end_tokens(model: Any, eos_token_id: Any, vocabulary: int) -> tuple[int, ...
 
 
 def run(
-    engine: Any,
+    engine: EngineParts,
     input_ids: Tensor,
     *,
     attention_mask: Tensor | None,

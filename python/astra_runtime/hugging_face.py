@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from .decoding import DEFAULT_NEW_TOKENS, Generation, end_tokens
+from .engine_parts import EngineParts
 from .inputs import (
     check_function,
     check_inputs,
@@ -195,7 +196,7 @@ def _options(asked: Asked, plain: Mapping[str, Any]) -> dict[str, Any]:
     return options
 
 
-def _is_for_all(engine: Any, input_ids: Tensor, options: Mapping[str, Any]) -> bool:
+def _is_for_all(engine: EngineParts, input_ids: Tensor, options: Mapping[str, Any]) -> bool:
     """Whether every rank can draw some of several answers: to one prompt, without padding."""
     mesh = engine.mesh
     if mesh.world_size == 1 or not mesh.resumes or "stop" in options or "on_block" in options:

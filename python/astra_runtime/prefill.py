@@ -11,6 +11,7 @@ from torch import Tensor
 from .codes.base import Codec
 from .codes.rotary import Rope
 from .decoding import guarded
+from .engine_parts import EngineParts
 from .inputs import check_bound, check_function, check_integer, check_request
 from .layer import Layer
 from .prepare import prepare
@@ -45,7 +46,7 @@ class Prefix:
 
 
 def prefill(
-    engine: Any,
+    engine: EngineParts,
     input_ids: Tensor,
     *,
     owner: int | None,

@@ -7,6 +7,7 @@ from typing import Any
 from torch import Tensor
 
 from .call import Call
+from .engine_parts import EngineParts
 from .inputs import Views, check_answer, check_inputs, contents, num_padding
 from .last_tokens import LastTokens
 from .missing import Missing, waiting_limits
@@ -17,7 +18,7 @@ from .transport.subset import Subset
 
 
 def prepare(
-    engine: Any,
+    engine: EngineParts,
     inputs: dict[str, Any],
     answer: str,
     everywhere: bool,
@@ -68,7 +69,7 @@ def prepare(
     return call, _arguments(adapter, given, plan, rank), given
 
 
-def _begun(engine: Any, given: dict[str, Tensor], plan: Plan, rank: int) -> Any:
+def _begun(engine: EngineParts, given: dict[str, Tensor], plan: Plan, rank: int) -> Any:
     """The codec of this call, which may run parts of the model."""
     try:
         return engine.codec.begin(given, plan, rank)

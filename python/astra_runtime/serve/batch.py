@@ -15,8 +15,8 @@ from torch import Tensor
 
 import astra_kernels as ak
 
+from ..engine_parts import EngineParts
 from ..prefill import Prefix
-from ..sessions.base import EngineParts
 from ..sessions.cache import KeyValues
 from ..sessions.passes import Between, read_tokens
 from ..trace import stage

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 
 import torch
 
-from ..sessions.base import EngineParts
+from ..engine_parts import EngineParts
 from ..sessions.cache import KeyValues
 from .batch import Cache, read
 from .prompt import Prompt

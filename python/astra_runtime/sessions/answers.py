@@ -10,11 +10,12 @@ import torch
 from torch import Tensor
 
 from ..control import Control
+from ..engine_parts import EngineParts
 from ..errors import WireError, anew
 from ..models import vocabulary_of
-from .base import EngineParts, Running
 from .codes import complete, session_tag, synchronize
 from .decoder import Asked, Decoder
+from .running import Running
 from .state import SessionState
 
 _SIZE = struct.Struct("<Q?")  # number of tokens, and whether all but the last were read

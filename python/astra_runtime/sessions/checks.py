@@ -7,10 +7,10 @@ from typing import Any
 
 from torch import Tensor
 
+from ..engine_parts import EngineParts
 from ..inputs import check_inputs, check_integer
 from ..models import vocabulary_of
 from .answers import token_limit
-from .base import EngineParts
 
 
 def listed(name: str, values: Any) -> list[Any]:

@@ -14,12 +14,13 @@ from .. import wire
 from ..codes.base import Payload
 from ..codes.packed import PackedCodes
 from ..control import Control
+from ..engine_parts import EngineParts
 from ..errors import NotFinite
 from ..inputs import all_finite
 from ..trace import stage
 from ..transport import peers_of
-from .base import EngineParts, Running
 from .passes import read_tokens, whole
+from .running import Running
 from .state import Fine, SessionState, Span
 
 

@@ -6,8 +6,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from .. import costs
+from ..engine_parts import EngineParts
 from ..plan import Plan
-from .base import EngineParts
 
 
 @dataclass(frozen=True)

@@ -10,11 +10,11 @@ import torch
 from torch import Tensor
 
 from ..decoding import Choose, end_tokens, next_token
+from ..engine_parts import EngineParts
 from ..errors import InvalidChoice, NotFinite, anew
 from ..inputs import check_function, check_integer
 from ..models import vocabulary_of
 from ..turns import without_gradients
-from .base import EngineParts
 from .codes import complete
 from .passes import read_tokens
 from .state import SessionState

@@ -11,9 +11,9 @@ import torch
 from torch import Tensor
 
 from ..control import Control
+from ..engine_parts import EngineParts
 from ..errors import SessionRefused, WireError
 from ..models import vocabulary_of
-from .base import EngineParts
 from .state import SessionState
 
 FORMAT = "1"

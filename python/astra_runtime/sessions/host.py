@@ -9,9 +9,9 @@ import torch
 
 from ..codes.packed import PackedCodes
 from ..codes.store import CodeStore
+from ..engine_parts import EngineParts
 from ..files import check_path, read_whole
 from ..inputs import check_integer, check_kind
-from .base import EngineParts
 from .cache import KeyValues
 from .decoder import Decoder
 from .files import broadcast, refused, restored

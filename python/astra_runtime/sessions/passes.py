@@ -12,6 +12,7 @@ import astra_kernels as ak
 
 from ..call import Call, Sizes
 from ..codes.base import Payload
+from ..engine_parts import EngineParts
 from ..inputs import Views
 from ..layer import Layer
 from ..missing import waiting_limits
@@ -19,9 +20,9 @@ from ..plan import Plan
 from ..trace import stage
 from ..transport import Mesh
 from ..transport.subset import Subset
-from .base import EngineParts, Running
 from .cache import KeyValues
 from .cut import Cut
+from .running import Running
 from .state import SessionState, Span
 
 Between = Callable[[int], None]

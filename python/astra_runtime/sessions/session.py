@@ -13,17 +13,18 @@ from torch import Tensor
 
 from ..call import CallState
 from ..decoding import Choose, guarded
+from ..engine_parts import EngineParts
 from ..files import check_path, write_private
 from ..inputs import check_bound, check_choice, check_function, check_integer, check_request
 from ..turns import without_gradients
 from .answers import decode_together, joint_tag, moved, receive_tokens, send_tokens, token_limit
-from .base import EngineParts, Running
 from .checks import check_ids, check_rank, check_tokens, listed
 from .codes import complete, confirm, make_ready, session_tag, synchronize
 from .cut import cut
 from .decoder import Asked
 from .files import packed
 from .passes import Between, prefill
+from .running import Running
 from .state import SessionState
 
 

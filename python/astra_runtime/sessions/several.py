@@ -10,9 +10,9 @@ from torch import Tensor
 
 from ..costs import EXACT_TOKENS
 from ..decoding import Choose, Generation
+from ..engine_parts import EngineParts
 from ..errors import InvalidChoice
 from .answers import decode_together, moved, token_limit
-from .base import EngineParts
 from .checks import check_ids
 from .codes import confirm, most_lacking, session_tag
 from .decoder import Asked

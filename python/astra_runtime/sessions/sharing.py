@@ -5,9 +5,9 @@ from __future__ import annotations
 import json
 
 from ..control import Control
+from ..engine_parts import EngineParts
 from ..errors import SessionRefused
 from ..transport import peers_of
-from .base import EngineParts
 from .codes import complete
 from .files import broadcast, packed, restored, tail_start
 from .state import SessionState
