@@ -7,11 +7,13 @@ import hashlib
 import importlib
 import importlib.util
 import json
+import os
+import re
 import shutil
 import sys
 import tempfile
 import threading
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -57,7 +59,7 @@ def _packaged(name: str) -> Path:
     return Path(spec.origin).parent / inside
 
 
-def model_folder(name: str) -> str:
+def model_folder(name: str | os.PathLike[str]) -> str:
     """Where transformers can load `name` from: a folder, or the name of a cached hub model.
 
     "smollm2" is converted once from its GGUF file into the cache folder (about half a minute), and
@@ -67,6 +69,7 @@ def model_folder(name: str) -> str:
         ModelNotFound: a path where no model is.
         DamagedModel: a GGUF file that cannot be read.
     """
+    name = _as_name(name)
     if name == "minilm":
         return str(_packaged(name))
     if name != "smollm2":
@@ -180,7 +183,7 @@ def _write_converted(gguf: Path, folder: Path) -> None:
         shutil.rmtree(part, ignore_errors=True)
 
 
-def load_model(name: str, dtype: torch.dtype | str = torch.float32) -> Any:
+def load_model(name: str | os.PathLike[str], dtype: torch.dtype | str = torch.float32) -> Any:
     """The Hugging Face model that goes by `name`, in evaluation mode; never downloads.
 
     Args:
@@ -205,12 +208,14 @@ def load_model(name: str, dtype: torch.dtype | str = torch.float32) -> Any:
     other = isinstance(dtype, torch.dtype) and str(dtype) in ("torch.float16", "torch.float64")
     form = "float32" if other else form_named(dtype)
     plain = dtype if other else torch.float32
+    name = _as_name(name)
     folder = model_folder(name)
     try:
         config = transformers.AutoConfig.from_pretrained(
             folder, local_files_only=True, trust_remote_code=False
         )
-        kind = getattr(transformers, (config.architectures or ["AutoModel"])[0])
+        _check_plain(name, config)
+        kind = _class_of(name, config)
 
         def whole() -> Any:
             return _whole(name, kind, folder, plain)
@@ -231,6 +236,39 @@ def load_model(name: str, dtype: torch.dtype | str = torch.float32) -> Any:
         raise
     except Exception as error:  # files that say what no model does end in all kinds of errors
         raise DamagedModel(f"model {name!r} cannot be loaded: {_why(error)}") from error
+
+
+def _as_name(name: str | os.PathLike[str]) -> str:
+    try:
+        return os.fspath(name)
+    except TypeError:
+        raise TypeError(
+            f"model: expected a name, a folder or a file, got {type(name).__name__}"
+        ) from None
+
+
+def _check_plain(name: str, config: Any) -> None:
+    """Refuses weights in a form of another library's, which transformers would ask for."""
+    said = getattr(config, "quantization_config", None)
+    if said:
+        said = said if isinstance(said, dict) else vars(said)
+        raise DamagedModel(
+            f"model {name!r}: expected floating-point weights, got a model that is quantized "
+            f"({said.get('quant_method', 'quantization_config')}); load the checkpoint that it was "
+            "made from, or a GGUF file"
+        )
+
+
+def _class_of(name: str, config: Any) -> Any:
+    import transformers
+
+    named = (config.architectures or ["AutoModel"])[0]
+    if not hasattr(transformers, str(named)):
+        raise DamagedModel(
+            f"model {name!r}: its config.json names the class {named!r}, which transformers "
+            f"{transformers.__version__} does not have"
+        )
+    return getattr(transformers, named)
 
 
 def _why(error: Exception) -> str:
@@ -263,6 +301,11 @@ def _whole(name: str, kind: Any, folder: str, dtype: Any) -> Any:
             f"model {name!r}: its config.json contradicts its weights: expected {key} with shape "
             f"{[*expected]}, got {[*found]}"
         )
+    if left := _left_out(model, loading["unexpected_keys"]):
+        raise DamagedModel(
+            f"model {name!r}: its config.json contradicts its weights: expected no {left}, as the "
+            "model of this configuration has none"
+        )
     # transformers gives random values to what the files lack; outputs may do without the pooler
     beside = kind.__name__.endswith("Model")  # its pooler is in the answer, but nothing reads it
     absent = sorted(k for k in loading["missing_keys"] if not (beside and "pooler" in k))
@@ -274,10 +317,28 @@ def _whole(name: str, kind: Any, folder: str, dtype: Any) -> Any:
     return model.eval()
 
 
-def load_tokenizer(name: str) -> Any:
+def _left_out(model: Any, unexpected: Iterable[str]) -> str | None:
+    """The first weight of the files that the model would have had to read: one of further blocks,
+    or a further one (a bias, a scale) of a layer that it has; None: there is none.
+
+    Files may hold more: heads, tables that older versions saved.
+    """
+    prefix = f"{model.base_model_prefix}."
+    known = {key.removeprefix(prefix) for key in model.state_dict()}
+    for key in sorted(unexpected):
+        bare = key.removeprefix(prefix)
+        of_a_block = re.sub(r"\.\d+\.", ".0.", bare, count=1)
+        of_a_layer = f"{bare.rpartition('.')[0]}.weight"
+        if bare not in known and (of_a_block in known or of_a_layer in known):
+            return key
+    return None
+
+
+def load_tokenizer(name: str | os.PathLike[str]) -> Any:
     """The tokenizer of `load_model(name)`."""
     from transformers import AutoTokenizer
 
+    name = _as_name(name)
     try:
         return AutoTokenizer.from_pretrained(
             model_folder(name), local_files_only=True, trust_remote_code=False

@@ -16,6 +16,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 
 from astra_kernels._cache import cache_folder
 from astra_runtime import cli, store
@@ -245,6 +246,68 @@ def test_a_configuration_that_contradicts_the_weights_is_named(tmp_path: Path, f
     file.write_text(json.dumps(config | {"hidden_size": 50}))
     with pytest.raises(DamagedModel, match="its config.json is wrong"):
         load_model(str(tmp_path), form)
+
+
+def _with_biases(state: dict[str, Any]) -> None:
+    state["model.layers.0.self_attn.q_proj.bias"] = torch.ones(48)
+
+
+def _with_scales(state: dict[str, Any]) -> None:
+    state["model.layers.0.mlp.up_proj.weight_scale"] = torch.ones(1)
+
+
+@pytest.mark.parametrize("form", ["float32", "int8"])
+@pytest.mark.parametrize(
+    ("change", "said", "key"),
+    [
+        (None, {"num_hidden_layers": 1}, "model.layers.1.input_layernorm.weight"),
+        (_with_biases, {}, "model.layers.0.self_attn.q_proj.bias"),
+        (_with_scales, {}, "model.layers.0.mlp.up_proj.weight_scale"),
+    ],
+)
+def test_weights_that_the_model_would_pass_over_are_named(
+    tmp_path: Path, form: str, change: Any, said: dict[str, Any], key: str
+) -> None:
+    """It gave the answers of a smaller model, without a word."""
+    model = tiny("llama")
+    state = model.state_dict()
+    if change is not None:
+        change(state)
+    model.save_pretrained(tmp_path, state_dict=state)
+    file = tmp_path / "config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | said))
+    with pytest.raises(DamagedModel, match=f"contradicts its weights: expected no {key}, as"):
+        load_model(str(tmp_path), form)
+
+
+def test_files_may_hold_more_than_a_model(tmp_path: Path) -> None:
+    """Tables of older versions, and the head of a model whose body is loaded."""
+    model = tiny("llama")
+    state = model.state_dict() | {"model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(4)}
+    model.save_pretrained(tmp_path, state_dict=state)
+    file = tmp_path / "config.json"
+    config = json.loads(file.read_text()) | {"architectures": ["LlamaModel"]}
+    file.write_text(json.dumps(config))
+    assert type(load_model(tmp_path)).__name__ == "LlamaModel"
+
+
+@pytest.mark.parametrize(
+    ("said", "words"),
+    [
+        ({"quantization_config": {"quant_method": "gptq", "bits": 4}}, "quantized .gptq.; load"),
+        ({"architectures": ["OurLlama"]}, "names the class 'OurLlama', which transformers 5"),
+    ],
+)
+def test_models_of_other_libraries_are_named(
+    tmp_path: Path, said: dict[str, Any], words: str
+) -> None:
+    tiny("llama").save_pretrained(tmp_path)
+    file = tmp_path / "config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | said))
+    with pytest.raises(DamagedModel, match=words):
+        load_model(str(tmp_path))
+    with pytest.raises(TypeError, match="model: expected a name, a folder or a file, got NoneType"):
+        load_model(None)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize(
