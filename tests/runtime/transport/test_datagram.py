@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import itertools
 import random
-import socket
-import struct
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import pytest
@@ -18,20 +16,17 @@ from astra_runtime.transport import Mesh, datagram, local_mesh
 from astra_runtime.transport.certificates import can_make_keys
 from astra_runtime.transport.datagram import DatagramMesh, connect_datagrams
 from astra_runtime.transport.fragments import (
-    DATAGRAM_SIZE,
     FEC_GROUP,
     FRAGMENT_SIZE,
     Outbox,
     fragment_layout,
     num_fec_fragments,
 )
-from astra_runtime.transport.reassembly import EARLY_BYTES, Inbox
+from astra_runtime.transport.reassembly import Inbox
 from astra_runtime.transport.seals import (
     HEADER_SIZE,
     SEAL_SIZE,
-    EncryptedSeal,
     PlainSeal,
-    Seal,
 )
 
 from ..ranks import PLAN, all_to_all, as_ranks, free_ports, key_folder, together
@@ -45,30 +40,15 @@ from .datagrams import (
     datagram_mesh,
     dropping,
     lane,
-    tls_datagram_mesh,
     told,
 )
-
-
-@pytest.fixture(params=["plain", "tls"])
-def make(request: pytest.FixtureRequest) -> Callable[..., list[DatagramMesh]]:
-    if request.param == "tls" and not can_make_keys():
-        pytest.skip("no cryptography")
-    return {"plain": datagram_mesh, "tls": tls_datagram_mesh}[request.param]
-
-
-@pytest.fixture
-def pair() -> Iterator[list[DatagramMesh]]:
-    meshes = datagram_mesh(2, timeout=LONG)
-    yield meshes
-    together([mesh.close for mesh in meshes])
 
 
 @pytest.mark.parametrize("fec_group", [0, FEC_GROUP])
 @pytest.mark.parametrize("world_size", [1, 2, 3])
 @pytest.mark.parametrize("size", [0, 1, 320, FRAGMENT_SIZE, FRAGMENT_SIZE + 1, 70_001])
 def test_all_that_is_sent_comes(
-    make: Callable[..., list[DatagramMesh]], world_size: int, size: int, fec_group: int
+    make_datagrams: Callable[..., list[DatagramMesh]], world_size: int, size: int, fec_group: int
 ) -> None:
     def work(mesh: DatagramMesh) -> None:
         all_to_all(mesh, 6, size)
@@ -76,10 +56,10 @@ def test_all_that_is_sent_comes(
         mesh.agree({})  # who has all and leaves would refuse FEC fragments that are still to come
         assert mesh.datagrams.missing == mesh.datagrams.refused == mesh.datagrams.dropped == 0
 
-    as_ranks(make(world_size, fec_group=fec_group), work)
+    as_ranks(make_datagrams(world_size, fec_group=fec_group), work)
 
 
-def test_control_messages_go_over_tcp(make: Callable[..., list[DatagramMesh]]) -> None:
+def test_control_messages_go_over_tcp(make_datagrams: Callable[..., list[DatagramMesh]]) -> None:
     def work(mesh: DatagramMesh) -> None:
         mesh.agree({"model": "the same"})
         sent = mesh.datagrams.sent
@@ -89,11 +69,11 @@ def test_control_messages_go_over_tcp(make: Callable[..., list[DatagramMesh]]) -
         )
         assert mesh.datagrams.sent == sent
 
-    as_ranks(make(2), work)
+    as_ranks(make_datagrams(2), work)
 
 
 def test_a_rank_that_runs_ahead_is_heard_in_order(
-    make: Callable[..., list[DatagramMesh]],
+    make_datagrams: Callable[..., list[DatagramMesh]],
 ) -> None:
     ahead = threading.Event()
 
@@ -109,17 +89,19 @@ def test_a_rank_that_runs_ahead_is_heard_in_order(
                 assert bytes(views[0]) == content(0, block, 2000)
                 assert not mesh.missing_ranges
 
-    as_ranks(make(2), work)
+    as_ranks(make_datagrams(2), work)
 
 
-def test_views_survive_the_next_block(pair: list[DatagramMesh]) -> None:
+def test_views_survive_the_next_block(datagram_pair: list[DatagramMesh]) -> None:
     for block in (0, 1):
-        pair[0].send(content(0, block, 3000), block=block, plan=PLAN, to=[1])
-    held = [pair[1].receive({0: 3000}, block=block, plan=PLAN)[0] for block in (0, 1)]
+        datagram_pair[0].send(content(0, block, 3000), block=block, plan=PLAN, to=[1])
+    held = [datagram_pair[1].receive({0: 3000}, block=block, plan=PLAN)[0] for block in (0, 1)]
     assert [bytes(view) for view in held] == [content(0, block, 3000) for block in (0, 1)]
 
 
-def test_stats_count_payload_and_datagrams(make: Callable[..., list[DatagramMesh]]) -> None:
+def test_stats_count_payload_and_datagrams(
+    make_datagrams: Callable[..., list[DatagramMesh]],
+) -> None:
     size = 2 * FRAGMENT_SIZE + 1
 
     def work(mesh: DatagramMesh) -> tuple[int, int]:
@@ -133,11 +115,13 @@ def test_stats_count_payload_and_datagrams(make: Callable[..., list[DatagramMesh
         stats = mesh._peers[1 - mesh.rank].stats
         return stats.bytes_sent_total, stats.bytes_received_total
 
-    (sent, received), (answered, heard) = as_ranks(make(2), work)
+    (sent, received), (answered, heard) = as_ranks(make_datagrams(2), work)
     assert (sent, answered) == (heard, received)  # path probes and all
 
 
-def test_gaps_are_the_parts_that_were_lost(make: Callable[..., list[DatagramMesh]]) -> None:
+def test_gaps_are_the_parts_that_were_lost(
+    make_datagrams: Callable[..., list[DatagramMesh]],
+) -> None:
     size = 10 * FRAGMENT_SIZE
     count, step = fragment_layout(size)
     lost, sent = [0, 4, 5, 9], threading.Barrier(2, timeout=LONG)
@@ -157,7 +141,7 @@ def test_gaps_are_the_parts_that_were_lost(make: Callable[..., list[DatagramMesh
         assert mesh.missing_ranges == {}
 
     assert count == 10
-    as_ranks(make(2), work)
+    as_ranks(make_datagrams(2), work)
 
 
 def test_a_rank_of_which_nothing_came_is_absent() -> None:
@@ -173,77 +157,77 @@ def test_a_rank_of_which_nothing_came_is_absent() -> None:
     as_ranks(datagram_mesh(3), work)
 
 
-def test_the_wait_ends_early_when_later_parts_have_come(pair: list[DatagramMesh]) -> None:
-    lane(pair[0], 1, dropping(1))
-    pair[0].send(content(0, 0, 10_000), block=0, plan=PLAN, to=[1])
+def test_the_wait_ends_early_when_later_parts_have_come(datagram_pair: list[DatagramMesh]) -> None:
+    lane(datagram_pair[0], 1, dropping(1))
+    datagram_pair[0].send(content(0, 0, 10_000), block=0, plan=PLAN, to=[1])
     start = time.monotonic()
-    view = pair[1].receive({0: 10_000}, block=0, plan=PLAN, timeout=LONG, partial=True)[0]
+    view = datagram_pair[1].receive({0: 10_000}, block=0, plan=PLAN, timeout=LONG, partial=True)[0]
     assert time.monotonic() - start < EARLY
     _, step = fragment_layout(10_000)
-    assert pair[1].missing_ranges == {0: [(step, 2 * step)]}
+    assert datagram_pair[1].missing_ranges == {0: [(step, 2 * step)]}
     assert bytes(view[2 * step :]) == content(0, 0, 10_000)[2 * step :]
 
 
-def test_the_wait_ends_early_when_a_later_frame_has_come(pair: list[DatagramMesh]) -> None:
+def test_the_wait_ends_early_when_a_later_frame_has_come(datagram_pair: list[DatagramMesh]) -> None:
     _, step = fragment_layout(10_000)
-    lane(pair[0], 1, dropping(8))  # the last part: nothing of this frame follows
+    lane(datagram_pair[0], 1, dropping(8))  # the last part: nothing of this frame follows
 
     def later() -> None:
         time.sleep(0.1)
-        pair[0].send(content(0, 1, 10_000), block=1, plan=PLAN, to=[1])
+        datagram_pair[0].send(content(0, 1, 10_000), block=1, plan=PLAN, to=[1])
 
-    pair[0].send(content(0, 0, 10_000), block=0, plan=PLAN, to=[1])
+    datagram_pair[0].send(content(0, 0, 10_000), block=0, plan=PLAN, to=[1])
     sender = threading.Thread(target=later)
     sender.start()
     start = time.monotonic()
-    pair[1].receive({0: 10_000}, block=0, plan=PLAN, timeout=LONG, partial=True)
+    datagram_pair[1].receive({0: 10_000}, block=0, plan=PLAN, timeout=LONG, partial=True)
     assert time.monotonic() - start < EARLY
-    assert pair[1].missing_ranges == {0: [(8 * step, 10_000)]}
+    assert datagram_pair[1].missing_ranges == {0: [(8 * step, 10_000)]}
     sender.join()
-    views = pair[1].receive({0: 10_000}, block=1, plan=PLAN, timeout=LONG, partial=True)
+    views = datagram_pair[1].receive({0: 10_000}, block=1, plan=PLAN, timeout=LONG, partial=True)
     assert bytes(views[0]) == content(0, 1, 10_000)
-    assert not pair[1].missing_ranges
+    assert not datagram_pair[1].missing_ranges
 
 
-def test_a_lost_part_is_a_deadline_where_all_is_wanted(pair: list[DatagramMesh]) -> None:
-    lane(pair[0], 1, dropping(1))
-    pair[0].send(content(0, 3, 10_000), block=3, plan=PLAN, to=[1])
+def test_a_lost_part_is_a_deadline_where_all_is_wanted(datagram_pair: list[DatagramMesh]) -> None:
+    lane(datagram_pair[0], 1, dropping(1))
+    datagram_pair[0].send(content(0, 3, 10_000), block=3, plan=PLAN, to=[1])
     start = time.monotonic()
     with pytest.raises(errors.DeadlineExceeded) as caught:
-        pair[1].receive({0: 10_000}, block=3, plan=PLAN, timeout=0.3)
+        datagram_pair[1].receive({0: 10_000}, block=3, plan=PLAN, timeout=0.3)
     assert 0.29 < time.monotonic() - start < LONG
     assert (caught.value.rank, caught.value.block) == (0, 3)
 
 
-def test_deadline_of_a_silent_rank(pair: list[DatagramMesh]) -> None:
+def test_deadline_of_a_silent_rank(datagram_pair: list[DatagramMesh]) -> None:
     start = time.monotonic()
-    assert pair[1].receive({0: 10}, block=0, plan=PLAN, timeout=0.2, partial=True) == {}
+    assert datagram_pair[1].receive({0: 10}, block=0, plan=PLAN, timeout=0.2, partial=True) == {}
     assert 0.19 < time.monotonic() - start < LONG
 
 
-def test_the_wait_for_an_overtaken_part_is_short(pair: list[DatagramMesh]) -> None:
-    lane(pair[0], 1, dropping(7))  # of nine: one part more follows
-    pair[0].send(content(0, 0, 10_000), block=0, plan=PLAN, to=[1])
+def test_the_wait_for_an_overtaken_part_is_short(datagram_pair: list[DatagramMesh]) -> None:
+    lane(datagram_pair[0], 1, dropping(7))  # of nine: one part more follows
+    datagram_pair[0].send(content(0, 0, 10_000), block=0, plan=PLAN, to=[1])
     start = time.monotonic()
-    pair[1].receive({0: 10_000}, block=0, plan=PLAN, timeout=LONG, partial=True)
+    datagram_pair[1].receive({0: 10_000}, block=0, plan=PLAN, timeout=LONG, partial=True)
     assert time.monotonic() - start < EARLY
-    assert len(pair[1].missing_ranges[0]) == 1
+    assert len(datagram_pair[1].missing_ranges[0]) == 1
 
 
 def test_the_wait_for_the_end_of_a_frame_is_a_quarter(
-    pair: list[DatagramMesh], monkeypatch: pytest.MonkeyPatch
+    datagram_pair: list[DatagramMesh], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     assert datagram.PAUSE == 0.25
     monkeypatch.setattr(datagram, "PAUSE", 0.3 / LONG)
-    lane(pair[0], 1, dropping(8))  # the last one
-    pair[0].send(content(0, 0, 10_000), block=0, plan=PLAN, to=[1])
+    lane(datagram_pair[0], 1, dropping(8))  # the last one
+    datagram_pair[0].send(content(0, 0, 10_000), block=0, plan=PLAN, to=[1])
     start = time.monotonic()
-    pair[1].receive({0: 10_000}, block=0, plan=PLAN, timeout=LONG, partial=True)
+    datagram_pair[1].receive({0: 10_000}, block=0, plan=PLAN, timeout=LONG, partial=True)
     assert 0.29 < time.monotonic() - start < LONG
-    assert len(pair[1].missing_ranges[0]) == 1
+    assert len(datagram_pair[1].missing_ranges[0]) == 1
 
 
-def test_late_parts_are_of_no_use_and_do_no_harm(pair: list[DatagramMesh]) -> None:
+def test_late_parts_are_of_no_use_and_do_no_harm(datagram_pair: list[DatagramMesh]) -> None:
     kept: list[bytes] = []
 
     def fate(datagram: bytes) -> list[bytes]:
@@ -252,17 +236,17 @@ def test_late_parts_are_of_no_use_and_do_no_harm(pair: list[DatagramMesh]) -> No
             return []
         return [datagram]
 
-    wire = lane(pair[0], 1, fate)
-    pair[0].send(content(0, 0, 10_000), block=0, plan=PLAN, to=[1])
-    view = pair[1].receive({0: 10_000}, block=0, plan=PLAN, timeout=LONG, partial=True)[0]
+    wire = lane(datagram_pair[0], 1, fate)
+    datagram_pair[0].send(content(0, 0, 10_000), block=0, plan=PLAN, to=[1])
+    view = datagram_pair[1].receive({0: 10_000}, block=0, plan=PLAN, timeout=LONG, partial=True)[0]
     before = bytes(view)
     for each in kept:
         wire.sock.send(each)
-    pair[0].send(content(0, 1, 100), block=1, plan=PLAN, to=[1])
-    found = pair[1].receive({0: 100}, block=1, plan=PLAN, timeout=LONG, partial=True)
+    datagram_pair[0].send(content(0, 1, 100), block=1, plan=PLAN, to=[1])
+    found = datagram_pair[1].receive({0: 100}, block=1, plan=PLAN, timeout=LONG, partial=True)
     assert bytes(found[0]) == content(0, 1, 100)
     assert bytes(view) == before
-    assert pair[1].datagrams.late == 2
+    assert datagram_pair[1].datagrams.late == 2
 
 
 @pytest.mark.parametrize("fec_group", [1, 2, 8, 255])
@@ -302,7 +286,7 @@ def test_fec_recovers_one_loss_in_each_group(fec_group: int, size: int) -> None:
 
 
 def test_a_loss_that_fec_recovers_delays_nothing(
-    make: Callable[..., list[DatagramMesh]],
+    make_datagrams: Callable[..., list[DatagramMesh]],
 ) -> None:
     size = 5000
 
@@ -317,10 +301,10 @@ def test_a_loss_that_fec_recovers_delays_nothing(
             assert not mesh.missing_ranges
         assert mesh.datagrams.recovered == per_frame - 1
 
-    as_ranks(make(2, fec_group=FEC_GROUP), work)
+    as_ranks(make_datagrams(2, fec_group=FEC_GROUP), work)
 
 
-def test_reordered_and_repeated_parts(make: Callable[..., list[DatagramMesh]]) -> None:
+def test_reordered_and_repeated_parts(make_datagrams: Callable[..., list[DatagramMesh]]) -> None:
     def work(mesh: DatagramMesh) -> None:
         held: list[bytes] = []
 
@@ -339,139 +323,11 @@ def test_reordered_and_repeated_parts(make: Callable[..., list[DatagramMesh]]) -
             assert not mesh.missing_ranges
         assert mesh.datagrams.repeated >= 30
 
-    as_ranks(make(2), work)
+    as_ranks(make_datagrams(2), work)
 
 
-def test_a_recorded_frame_cannot_be_replayed(make: Callable[..., list[DatagramMesh]]) -> None:
-    recorded: list[bytes] = []
-
-    def recording(datagram: bytes) -> list[bytes]:
-        recorded.append(datagram)
-        return [datagram]
-
-    meshes = make(2)
-    wire = lane(meshes[0], 1, recording)
-    meshes[0].send(content(0, 0, 3000), block=0, plan=PLAN, to=[1])
-    assert meshes[1].receive({0: 3000}, block=0, plan=PLAN)
-    for each in recorded:
-        wire.sock.send(each)
-    assert meshes[1].receive({0: 3000}, block=0, plan=PLAN, timeout=0.2, partial=True) == {}
-    assert meshes[1].datagrams.repeated == len(recorded)
-    together([mesh.close for mesh in meshes])
-
-
-def forgeries(datagram: bytes) -> list[bytes]:
-    """Datagrams that are nearly right."""
-    flipped = [
-        datagram[:at] + bytes([datagram[at] ^ 1]) + datagram[at + 1 :]
-        for at in range(len(datagram))
-    ]
-    short = [datagram[:length] for length in range(len(datagram))]
-    fresh = [struct.pack("<Q", 10**6 + i) + datagram[8:] for i in range(3)]
-    longer = [datagram + bytes(extra) for extra in (1, DATAGRAM_SIZE - len(datagram), 20_000)]
-    return flipped + short + fresh + longer
-
-
-@pytest.mark.skipif(not can_make_keys(), reason="no cryptography")
-def test_nothing_but_what_the_peer_sealed_is_taken() -> None:
-    meshes = tls_datagram_mesh(2)
-    seen: list[bytes] = []
-
-    def only_forged(datagram: bytes) -> list[bytes]:
-        seen.extend(forgeries(datagram))
-        return []
-
-    wire = lane(meshes[0], 1, only_forged)
-    meshes[0].send(content(0, 0, 90), block=0, plan=PLAN, to=[1])
-    for forged in seen:
-        wire.sock.send(forged)
-        meshes[1]._peers[0].collect()
-    assert meshes[1].receive({0: 90}, block=0, plan=PLAN, timeout=0.1, partial=True) == {}
-    found = meshes[1].datagrams
-    assert found.refused + found.repeated == len(seen) > 250
-    together([mesh.close for mesh in meshes])
-
-
-def test_a_stranger_is_not_answered(make: Callable[..., list[DatagramMesh]]) -> None:
-    meshes = make(2)
-    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as stranger:
-        stranger.bind(("127.0.0.1", 0))
-        for mesh in meshes:
-            for peer in mesh._peers.values():
-                stranger.sendto(bytes(100), peer.sock.getsockname())
-        as_ranks(meshes, lambda mesh: all_to_all(mesh, 3, 500))
-        stranger.setblocking(False)
-        with pytest.raises(BlockingIOError):
-            stranger.recv(1)
-
-
-@pytest.mark.parametrize("seal", [EncryptedSeal, PlainSeal])
-def test_another_secret_is_refused(seal: type[Seal]) -> None:
-    if seal is EncryptedSeal and not can_make_keys():
-        pytest.skip("no cryptography")
-    outbox, inbox = Outbox(0, seal(SECRET)), Inbox(0, seal(bytes(32)))  # type: ignore[call-arg]
-    inbox.expect(10, 0, PLAN)
-    for each in outbox.frame(memoryview(bytes(10)), 0, PLAN):
-        inbox.take(memoryview(b"".join(each)))
-    assert not inbox.whole
-    assert inbox.stats.refused == 1
-
-
-@pytest.mark.parametrize(
-    ("field", "sent", "wanted"),
-    [
-        ("plan", (10, 0, PLAN), (10, 0, PLAN + 1)),
-        ("block", (10, 2, PLAN), (10, 4, PLAN)),
-        ("length", (11, 0, PLAN), (10, 0, PLAN)),
-        ("length", (0, 0, PLAN), (10, 0, PLAN)),
-        ("length", (10, 0, PLAN), (0, 0, PLAN)),
-    ],
-)
-def test_a_frame_that_had_not_to_come(
-    pair: list[DatagramMesh], field: str, sent: tuple[int, ...], wanted: tuple[int, ...]
-) -> None:
-    pair[0].send(bytes(sent[0]), block=sent[1], plan=sent[2], to=[1])
-    with pytest.raises(errors.WireError) as caught:
-        pair[1].receive({0: wanted[0]}, block=wanted[1], plan=wanted[2], timeout=1, partial=True)
-    assert (caught.value.field, caught.value.rank) == (field, 0)
-
-
-def test_a_part_that_no_frame_has() -> None:
-    size = 3 * FRAGMENT_SIZE
-    outbox, inbox = Outbox(0, PlainSeal(SECRET)), Inbox(0, PlainSeal(SECRET))
-    inbox.expect(size, 0, PLAN)
-    outbox._frames = 1
-    for offset, length in (
-        (1, FRAGMENT_SIZE),
-        (0, FRAGMENT_SIZE - 1),
-        (size, FRAGMENT_SIZE),
-        (2**32 - 1, 0),
-    ):
-        part = outbox._sealed(1, PLAN, 0, size, offset, memoryview(bytes(length)))
-        with pytest.raises(errors.WireError, match="fragment"):
-            inbox.take(memoryview(b"".join(part)))
-
-
-def test_parts_that_come_early_are_kept_within_bounds(pair: list[DatagramMesh]) -> None:
-    payload = bytes(100 * FRAGMENT_SIZE)
-    frames = 2 * EARLY_BYTES // len(payload)
-    inbox = pair[1]._peers[0].inbox
-    for block in range(frames):
-        pair[0].send(payload, block=block, plan=PLAN, to=[1])
-        pair[1]._peers[0].collect()
-    assert EARLY_BYTES - 2 * DATAGRAM_SIZE < inbox._early_bytes <= EARLY_BYTES
-    assert inbox.stats.dropped > 0
-    for block in range(frames):
-        pair[1].receive({0: len(payload)}, block=block, plan=PLAN, timeout=0.2, partial=True)
-    assert inbox._early_bytes == 0
-    assert not inbox._early
-    pair[0].send(payload, block=0, plan=PLAN, to=[1])
-    assert pair[1].receive({0: len(payload)}, block=0, plan=PLAN, timeout=LONG, partial=True)
-    assert not pair[1].missing_ranges
-
-
-def test_a_lost_peer_ends_the_wait(make: Callable[..., list[DatagramMesh]]) -> None:
-    meshes = make(3)
+def test_a_lost_peer_ends_the_wait(make_datagrams: Callable[..., list[DatagramMesh]]) -> None:
+    meshes = make_datagrams(3)
 
     def work(mesh: DatagramMesh) -> None:
         if mesh.rank == 1:
@@ -504,15 +360,15 @@ def test_a_lost_peer_is_left_out_of_a_partial_wait() -> None:
     assert found[2] is None
 
 
-def test_send_never_waits(pair: list[DatagramMesh]) -> None:
+def test_send_never_waits(datagram_pair: list[DatagramMesh]) -> None:
     payload = bytes(1 << 20)
     start = time.monotonic()
     for block in range(16):  # nobody reads
-        pair[0].send(payload, block=block, plan=PLAN, to=[1])
+        datagram_pair[0].send(payload, block=block, plan=PLAN, to=[1])
     assert time.monotonic() - start < LONG / 2
 
 
-def test_a_kernel_without_room_delays_and_then_loses(pair: list[DatagramMesh]) -> None:
+def test_a_kernel_without_room_delays_and_then_loses(datagram_pair: list[DatagramMesh]) -> None:
     full = True
 
     class Full(Lane):
@@ -521,20 +377,20 @@ def test_a_kernel_without_room_delays_and_then_loses(pair: list[DatagramMesh]) -
                 raise BlockingIOError
             return super().sendmsg(pieces)
 
-    peer = pair[0]._peers[1]
+    peer = datagram_pair[0]._peers[1]
     peer.sock = Full(peer.sock, lambda datagram: [datagram])  # type: ignore[assignment]
-    pair[0].send(content(0, 0, 5000), block=0, plan=PLAN, to=[1])
-    assert pair[1].receive({0: 5000}, block=0, plan=PLAN, timeout=0.1, partial=True) == {}
+    datagram_pair[0].send(content(0, 0, 5000), block=0, plan=PLAN, to=[1])
+    assert datagram_pair[1].receive({0: 5000}, block=0, plan=PLAN, timeout=0.1, partial=True) == {}
     full = False
-    pair[0].send(content(0, 1, 5000), block=1, plan=PLAN, to=[1])
-    found = pair[1].receive({0: 5000}, block=1, plan=PLAN, timeout=LONG, partial=True)
+    datagram_pair[0].send(content(0, 1, 5000), block=1, plan=PLAN, to=[1])
+    found = datagram_pair[1].receive({0: 5000}, block=1, plan=PLAN, timeout=LONG, partial=True)
     assert bytes(found[0]) == content(0, 1, 5000)
-    assert pair[1].datagrams.late == 5
+    assert datagram_pair[1].datagrams.late == 5
     full = True
-    pair[0].send(bytes(2 << 20), block=2, plan=PLAN, to=[1])
-    assert pair[0].datagrams.dropped > 0
+    datagram_pair[0].send(bytes(2 << 20), block=2, plan=PLAN, to=[1])
+    assert datagram_pair[0].datagrams.dropped > 0
     full = False
-    pair[0].flush()
+    datagram_pair[0].flush()
     assert not peer.unsent
 
 
