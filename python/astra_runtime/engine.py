@@ -250,11 +250,13 @@ class Engine(SessionHost):
         self._agree()
 
     @property
-    def space(self) -> Any:  # the name of before
+    def space(self) -> Any:
+        """An older name of `codec`."""
         return self.codec
 
     @property
     def rank(self) -> int:
+        """This rank's number in the mesh."""
         return self.mesh.rank
 
     def plan(self, tokens: int, padding: int = 0) -> Plan:
