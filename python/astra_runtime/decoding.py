@@ -93,16 +93,19 @@ def guarded(
 
 
 def end_tokens(model: Any, eos_token_id: Any, vocabulary: int) -> tuple[int, ...]:
-    """The tokens that end a sequence; None: the model's own."""
-    if eos_token_id is None:
-        config = getattr(model, "generation_config", model.config)
-        eos_token_id = getattr(config, "eos_token_id", None)
-    if eos_token_id is None:
-        return ()
+    """The tokens that end a sequence; None: the model's own, of which those that it has no
+    embeddings of, and so never gives, are left out, as transformers does."""
+    config = getattr(model, "generation_config", model.config)
+    own = getattr(config, "eos_token_id", None)
     if isinstance(eos_token_id, Tensor):
         eos_token_id = eos_token_id.tolist()
-    several = isinstance(eos_token_id, Iterable) and not isinstance(eos_token_id, str)
-    ids = eos_token_id if several else [eos_token_id]
+    given = own if eos_token_id is None else eos_token_id
+    if given is None:
+        return ()
+    several = isinstance(given, Iterable) and not isinstance(given, str)
+    ids = given if several else [given]
+    if given == own:
+        ids = [token for token in ids if not isinstance(token, int) or 0 <= token < vocabulary]
     return tuple(check_integer("eos_token_id", token, 0, vocabulary - 1) for token in ids)
 
 

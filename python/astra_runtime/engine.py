@@ -410,8 +410,9 @@ class Engine(SessionHost):
             attention_mask: None: as `model.generate` takes it, padding tokens of the model are
                 padding, unless they also end a text.
             max_new_tokens: at least 1; None: the generation config's, if one is used, else 20.
-            eos_token_id: one or several that end a sequence; by default the model's own. A finished
-                sequence is continued with the end token it has until all have ended.
+            eos_token_id: one or several that end a sequence; by default those of the model's own
+                that are in its vocabulary. A finished sequence is continued with the end token it
+                has until all have ended.
             choose: (ids [B, t], logits [B, V]) -> next token [B], by default the likeliest; a
                 Hugging Face `LogitsProcessorList` followed by a draw fits in here.
             on_token: called on every rank with each new column [B]. What it raises ends this call

@@ -151,6 +151,23 @@ def test_rows_that_a_criterion_has_ended_stay_so(
     assert engine.generate(IDS, **asked, **keywords).tolist() == want.tolist()
 
 
+@pytest.mark.parametrize("ends", [50256, -1, [50256, 7]])
+@pytest.mark.parametrize("keywords", [{}, {"do_sample": False}, {"min_new_tokens": 2}])
+def test_an_end_that_the_model_never_gives_ends_nothing(ends: Any, keywords: Any) -> None:
+    """GPT2Config names its end token 50256, whatever the vocabulary."""
+    model = tiny("gpt2")
+    model.generation_config = GenerationConfig(eos_token_id=ends, max_new_tokens=5)
+    mask = torch.ones_like(IDS)
+    want = model.generate(IDS, attention_mask=mask, **keywords)
+    with Engine(model) as engine:
+        engine.warmup(8)
+        got = engine.generate(IDS, attention_mask=mask, max_new_tokens=5, **keywords)
+        session = engine.session()
+        session.append(IDS[:1])
+        assert session.generate(max_new_tokens=5).shape[-1]
+    assert got.tolist() == want.tolist()
+
+
 def test_a_generation_config_is_filled_by_the_models(model: Any, engine: Any) -> None:
     own = model.generation_config
     model.generation_config = GenerationConfig(do_sample=True, top_k=4, max_length=30)
