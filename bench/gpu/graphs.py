@@ -188,12 +188,12 @@ def piecewise(run: Engine, pieces: Pieces) -> Iterator[None]:
     """Calls of `run` are captured into `pieces`."""
     codec: Any = run.codec
     of_engine: Any = engine
-    of_layer: Any = layer
-    kept = of_engine.Layer, of_layer.read_later, codec.staging
+    of_outgoing: Any = layer
+    kept = of_engine.Layer, of_outgoing.read_later, codec.staging
     of_engine.Layer = lambda call: PiecewiseLayer(call, pieces)
-    of_layer.read_later = lambda flag: lambda: True
+    of_outgoing.read_later = lambda flag: lambda: True
     codec.staging = pieces
     try:
         yield
     finally:
-        of_engine.Layer, of_layer.read_later, codec.staging = kept
+        of_engine.Layer, of_outgoing.read_later, codec.staging = kept

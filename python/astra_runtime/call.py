@@ -11,12 +11,12 @@ from typing import Any
 
 from torch import Tensor
 
-from .codes.base import Codec
+from .codes.base import Bytes, Codec
+from .codes.verify import Verifier
 from .errors import CallEnded, ends_the_call_alone
 from .inputs import Views
 from .last_tokens import LastTokens
 from .missing import Missing
-from .models import Adapter
 from .plan import Plan
 from .transport import Frame, Mesh
 
@@ -109,6 +109,7 @@ class CallState:
         frames: buffers that blocks' codes are packed into, by size.
         local: by block, keys and values [B, Hkv, L, d] of the tokens computed here, where
             `keeps_local`.
+        codes: by rank and block, payloads where `keeps_codes`, without fine codes.
         compared: the other ranks' pictures have been compared with this rank's.
         ended: why the call has to end at its next block; set by another thread or a handler.
     """
@@ -118,6 +119,7 @@ class CallState:
     remote: dict[int, tuple[Any, Tensor | None]] = field(default_factory=dict)
     frames: dict[int, Frame] = field(default_factory=dict)
     local: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict)
+    codes: dict[int, dict[int, bytes]] = field(default_factory=dict)
     compared: bool = False
     ended: str | None = None
 
@@ -153,12 +155,13 @@ class Call(Endable):
         everywhere: every rank gets the answer, not the owner alone.
         keeps: decoding follows here, from `state.remote`.
         keeps_local: the local keys and values are kept too, in `state.local`.
+        keeps_codes: all payloads are, in `state.codes`, and so have to come to the host.
         between: called before each block of the prefill, with its number.
         deadline: seconds that a block's exchange may take; None: as long as the mesh waits.
         patience: seconds to wait for the answer; None: as long as the mesh waits.
         missing: who was left out, where that is allowed; None: everybody is needed.
-        verified: the adapter, where this call has to verify that blocks compute what other ranks
-            compute from their codes, see `codes.verify`.
+        verifier: where this call has to verify that blocks compute what other ranks compute from
+            their codes.
     """
 
     rank: int
@@ -175,11 +178,12 @@ class Call(Endable):
     everywhere: bool = True
     keeps: bool = False
     keeps_local: bool = False
+    keeps_codes: bool = False
     between: Callable[[int], None] | None = None
     deadline: float | None = None
     patience: float | None = None
     missing: Missing | None = None
-    verified: Adapter | None = None
+    verifier: Verifier | None = None
     state: CallState = field(default_factory=CallState)
 
     @cached_property
@@ -196,7 +200,14 @@ class Call(Endable):
     def on_device(self) -> bool:
         """Whether this rank's codes and the others' can stay on the model's device."""
         device = self.mesh.device
-        return device is not None and device == self.codec.payload_device and self.missing is None
+        if device is None or self.missing is not None or self.keeps_codes:
+            return False
+        return device == self.codec.payload_device
+
+    def keep_codes(self, source: int, block: int, payload: Bytes) -> None:
+        """Takes down the codes of a rank's shard, where they are kept."""
+        if self.keeps_codes:
+            self.state.codes.setdefault(source, {})[block] = bytes(payload)
 
     @property
     def has_answer(self) -> bool:

@@ -373,7 +373,7 @@ class Engine(SessionHost):
 
     def _report(self, call: Call) -> None:
         """What is known when a call has ended, for the host."""
-        if call.verified is not None and any(call.sizes.num_sent.values()):
+        if call.verifier is not None and any(call.sizes.num_sent.values()):
             self._verified = True
         missing = call.missing.by_rank() if call.missing else {}
         mesh = call.mesh

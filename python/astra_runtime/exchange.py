@@ -234,21 +234,26 @@ def _receive(
     return frames
 
 
-def receive_payloads(call: Call, block: int, on_device: bool = False) -> list[Payload]:
+def receive_payloads(call: Call, block: int) -> list[Payload]:
     """The codes of a block, by source; of those that did not arrive whole, which tokens are there.
 
     Bytes that did not arrive are zeros. A block of which nobody sends anything is not waited for.
-    With `on_device` the payloads stay there, and nothing is waited for: what is to be known of them
-    the mesh's `check_received` looks at.
+    Where codes stay on the device nothing is waited for: what is to be known of them the mesh's
+    `check_received` looks at.
     """
     sizes, near = call.sizes, call.rank - 1
+    if not sizes.sources:
+        if call.on_device:  # what was sent would wait for something that is received
+            call.mesh.receive_on_device({}, block=block, plan=call.tag)
+        return []
+    compare_pictures(call)
     coarse = {n: sizes.payload[block][n] for n in sizes.sources}
     totals = {n: size + _fine_bytes(call, block, n) for n, size in coarse.items()}
     views: Mapping[int, Bytes] = dict.fromkeys(totals, memoryview(b""))
     ranges: Mapping[int, Ranges] = {}
     if any(totals.values()):
         with stage("wait", block):
-            views, ranges = _receive_codes(call, totals, block, on_device)
+            views, ranges = _receive_codes(call, totals, block)
     payloads = []
     for n, size in coarse.items():
         tokens, fine = sizes.num_sent[n], sizes.num_fine[n] if n == near else 0
@@ -260,6 +265,7 @@ def receive_payloads(call: Call, block: int, on_device: bool = False) -> list[Pa
             layout = call.codec.fine_layout(block, call.batch, fine)
             masks[1] = received_mask(layout, call.batch, fine, behind)
         view = views[n]
+        call.keep_codes(n, block, view[:size])
         payloads.append(
             Payload(
                 view[:size],
@@ -271,7 +277,7 @@ def receive_payloads(call: Call, block: int, on_device: bool = False) -> list[Pa
                 masks[1],
             )
         )
-        if on_device and len(view):
+        if call.on_device and len(view):
             _check_later(call, block, payloads[-1])
     return payloads
 
@@ -289,11 +295,11 @@ def _fine_bytes(call: Call, block: int, source: int) -> int:
 
 
 def _receive_codes(
-    call: Call, sizes: Mapping[int, int], block: int, on_device: bool
+    call: Call, sizes: Mapping[int, int], block: int
 ) -> tuple[Mapping[int, Bytes], Mapping[int, Ranges]]:
     """Payloads by rank, and the ranges of bytes [start, stop) that some of them lack."""
     mesh, missing = call.mesh, call.missing
-    if on_device:
+    if call.on_device:
         timeout, tag = call.deadline, call.tag
         return mesh.receive_on_device(sizes, block=block, plan=tag, timeout=timeout), {}
     if missing is None:

@@ -7,6 +7,7 @@ from typing import Any
 from torch import Tensor
 
 from .call import Call
+from .codes.verify import Verifier
 from .engine_parts import EngineParts
 from .inputs import Views, check_answer, check_inputs, contents, num_padding
 from .last_tokens import LastTokens
@@ -47,15 +48,17 @@ def prepare(
     plan = engine._plan(tokens, padding=padding, shard_weights=weights)
     blocks = len(adapter.blocks)
     deadline, patience = waiting_limits(engine.on_missing, engine.deadline_ms, mesh, blocks)
+    codec, sizes = _begun(engine, given, plan, rank), engine._sizes(rank, plan, batch)
+    views = Views.of(adapter, given, plan, rank)
     call = Call(
         rank,
         plan,
-        _begun(engine, given, plan, rank),
-        engine._sizes(rank, plan, batch),
+        codec,
+        sizes,
         mesh,
         batch,
         plan.tag([*contents(given), alike]),
-        Views.of(adapter, given, plan, rank),
+        views,
         "last" if pooled else answer,
         None if last is None else LastTokens.of(last, plan),
         pooled,
@@ -64,7 +67,9 @@ def prepare(
         deadline=deadline,
         patience=patience,
         missing=Missing(mesh.world_size, blocks) if engine.on_missing == "degrade" else None,
-        verified=None if engine._verified else adapter,
+        verifier=None
+        if engine._verified
+        else Verifier(adapter, codec, sizes.sent_slice, views.local_rope),
     )
     return call, _arguments(adapter, given, plan, rank), given
 

@@ -13,10 +13,37 @@ from torch import Tensor
 
 from ..errors import ModelChanged
 from ..models import Adapter
+from .base import Codec
 from .rotary import Rope, rotate
 
 # Of the largest value: what products of other shapes may round differently.
 _ROUNDING, _ROUNDING_OF_16_BITS = 1e-3, 0.05
+
+
+class Verifier:
+    """Looks at the blocks of one call, whose codes are of block inputs.
+
+    Args:
+        codec: of that call.
+        sent: the tokens that are sent, of those computed here. rope: their angles.
+    """
+
+    def __init__(self, adapter: Adapter, codec: Codec, sent: slice, rope: Rope) -> None:
+        self.adapter, self.codec, self.sent, self.rope = adapter, codec, sent, rope
+        self._input: Tensor | None = None
+
+    def begin(self, block: int, hidden: Tensor) -> None:
+        """Is shown the input [B, L, D] of a block. Raises ModelChanged where other ranks take it
+        for something else."""
+        self.codec.check_input(block, hidden[:, self.sent])
+        self._input = hidden
+
+    def check(self, block: int, key: Tensor, value: Tensor) -> None:
+        """Is shown the keys, rotated, and values [B, Hkv, L, d] that attention gets. Raises
+        ModelChanged where they are no projections of the block's input."""
+        hidden, self._input = self._input, None
+        if hidden is not None and self.sent.stop > self.sent.start:
+            check_projection(self.adapter, block, hidden, (key, value), self.sent, self.rope)
 
 
 def check_embedding(hidden: Tensor, embedded: Tensor) -> None:

@@ -11,7 +11,6 @@ from torch import Tensor
 import astra_kernels as ak
 
 from ..call import Call, Sizes
-from ..codes.base import Payload
 from ..engine_parts import EngineParts
 from ..inputs import Views
 from ..layer import Layer
@@ -31,12 +30,9 @@ Between = Callable[[int], None]
 class PrefillLayer(Layer):
     """A shard of new tokens: attends to the session's past beside its own shard and the others'."""
 
-    keeps_codes = True
-
     def __init__(self, call: Call, past: KeyValues) -> None:
         super().__init__(call)
         self.past = past
-        self.codes: dict[int, dict[int, bytes]] = {}  # by rank and block
 
     def _attend_locally(
         self, block: int, query: Tensor, key: Tensor, value: Tensor, scale: float
@@ -48,13 +44,6 @@ class PrefillLayer(Layer):
             past = ak.attention(query, *self.past.tensors(block), scale=scale)
         with stage("merge", block):
             return ak.merge_state(*local, *past)
-
-    def sent(self, block: int, payload: memoryview) -> None:
-        self.codes.setdefault(self.call.rank, {})[block] = bytes(payload)
-
-    def received(self, block: int, payloads: Sequence[Payload]) -> None:
-        for source, payload in zip(self.call.sizes.sources, payloads, strict=True):
-            self.codes.setdefault(source, {})[block] = bytes(payload.view)
 
 
 class Continued(Protocol):
@@ -201,6 +190,7 @@ def _prefill_shard(
         everywhere=False,
         keeps=True,
         keeps_local=True,
+        keeps_codes=True,
         between=between,
         deadline=deadline,
         patience=patience,
@@ -211,7 +201,7 @@ def _prefill_shard(
     with adapter.listening(layer), stage("compute"):
         output = engine.model(**_inputs(kwargs["input_ids"], kwargs["position_ids"]))
         mesh.check_cancelled()
-    _keep(state, layer, cut, past)
+    _keep(state, call, cut, past)
     state.scores = output.logits[:, -1].float() if rank == plan.owner else None
     engine._report(call)
 
@@ -220,9 +210,9 @@ def _members_mesh(mesh: Mesh, members: tuple[int, ...]) -> Mesh:
     return mesh if members == tuple(range(mesh.world_size)) else Subset(mesh, members)
 
 
-def _keep(state: SessionState, layer: PrefillLayer, cut: Cut, past: int) -> None:
+def _keep(state: SessionState, call: Call, cut: Cut, past: int) -> None:
     """Keys and values in the order of the sequence: replicated, other ranks', own; and codes."""
-    call, copies = layer.call, cut.plan.copies
+    copies = cut.plan.copies
     for block, (key, value) in call.state.local.items():
         state.cache.append(block, key[:, :, :copies], value[:, :, :copies])
         remote, _ = call.state.remote.pop(block, (None, None))
@@ -231,7 +221,7 @@ def _keep(state: SessionState, layer: PrefillLayer, cut: Cut, past: int) -> None
         state.cache.append(block, key[:, :, copies:], value[:, :, copies:])
     if state.store is None:
         return
-    for source, payloads in layer.codes.items():
+    for source, payloads in call.state.codes.items():
         sent, blocks = cut.plan.sent_slice(source), range(len(call.state.local))
         # nothing is sent of a block without codes
         state.pieces[past + sent.start, past + sent.stop] = [payloads.get(b, b"") for b in blocks]

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-from astra_runtime import Codebook, Engine, layer, wire
+from astra_runtime import Codebook, Engine, outgoing, wire
 from astra_runtime.codes import dense
 from astra_runtime.codes import packed as packed_codec
 from astra_runtime.codes.staging import ReceivedCodes, Staging, packed_right, read_later
@@ -57,7 +57,7 @@ def without_the_host(monkeypatch: pytest.MonkeyPatch) -> Any:
     def switch() -> None:
         monkeypatch.setattr(Staging, "download", refuse)
         monkeypatch.setattr(Staging, "upload", refuse)
-        monkeypatch.setattr(layer, "read_later", refuse)
+        monkeypatch.setattr(outgoing, "read_later", refuse)
 
     return switch
 
