@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from astra_runtime import Engine, engine, layer
+from astra_runtime import Engine, engine, outgoing
 from astra_runtime.call import Call
 from astra_runtime.codes.base import Pending
 from astra_runtime.codes.staging import Staging
@@ -188,7 +188,7 @@ def piecewise(run: Engine, pieces: Pieces) -> Iterator[None]:
     """Calls of `run` are captured into `pieces`."""
     codec: Any = run.codec
     of_engine: Any = engine
-    of_outgoing: Any = layer
+    of_outgoing: Any = outgoing
     kept = of_engine.Layer, of_outgoing.read_later, codec.staging
     of_engine.Layer = lambda call: PiecewiseLayer(call, pieces)
     of_outgoing.read_later = lambda flag: lambda: True
