@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import math
 import time
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from ..console import say, show_json, working
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
     from ..train.finetune import Step
 
 CONTROLS = ("exact", "local-only")
+SHARD = 16  # tokens, the fewest of a device where windows are long enough
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
@@ -87,7 +89,9 @@ def configure(parser: argparse.ArgumentParser) -> None:
         "--max-ranks", type=positive, default=8, help="most devices of a step (default: 8)"
     )
     parser.add_argument(
-        "--min-shard", type=positive, default=16, help="fewest tokens of a device (default: 16)"
+        "--min-shard",
+        type=positive,
+        help=f"fewest tokens of a device (default: {SHARD}, or as many as all have in a window)",
     )
     parser.add_argument(
         "--world-size", type=two_or_more, default=4, help="ranks of the evaluation (default: 4)"
@@ -129,6 +133,9 @@ def run(options: argparse.Namespace) -> int:
     model, tokenizer = load(options)
     model = model.to(device)
     length = window_tokens(options, model, shorten=True)
+    if options.min_shard is None:  # a token is every rank's own, or has none to be compared with
+        most = (length - 1 - codebook.prefix) // options.max_ranks
+        settings = replace(settings, shard=max(1, min(SHARD, most)))
     windows = token_windows(tokenizer, text, length, options.windows)
     begun, log = time.perf_counter(), _Log()
     with working(log.describe):
@@ -199,7 +206,7 @@ def settings_of(options: argparse.Namespace) -> Any:
         commitment=options.commitment,
         decay=options.decay,
         ranks=(options.min_ranks, options.max_ranks),
-        shard=options.min_shard,
+        shard=options.min_shard or SHARD,
         seed=options.seed,
     )
 
