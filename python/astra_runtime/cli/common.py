@@ -67,6 +67,11 @@ def load(
             adapt(model).name_checkpoint(options.checkpoint)
         if not adapt(model).generates and decoder:
             raise AstraError(f"model {name!r}: expected a language model that continues texts")
+        if tokenizer and not adapt(model).token_ids:
+            raise AstraError(
+                f"model {name!r}: expected a model that reads text, got {type(model).__name__}, "
+                "which reads images: `Codebook.fit` and `finetune` in Python adapt it"
+            )
         return model, load_tokenizer(name) if tokenizer else None
 
 

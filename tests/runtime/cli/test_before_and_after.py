@@ -280,6 +280,26 @@ def test_weights_that_the_model_would_pass_over_are_named(
         load_model(str(tmp_path), form)
 
 
+@pytest.mark.parametrize(
+    "asked",
+    [
+        ["fit", "--output", "{made}"],
+        ["eval", "--codebook", "none"],
+        ["finetune", "--control", "exact", "--output", "{made}"],
+    ],
+)
+def test_a_model_of_images_is_named(
+    here: Here,  # noqa: F811
+    tmp_path: Path,
+    asked: list[str],
+) -> None:
+    """It was said to lack a tokenizer."""
+    tiny("vit").save_pretrained(tmp_path / "vit")
+    filled = [part.format(made=tmp_path / "made") for part in asked]
+    told = here(*filled, "--model", str(tmp_path / "vit"), code=1)[1]
+    assert "which reads images" in told
+
+
 def test_files_may_hold_more_than_a_model(tmp_path: Path) -> None:
     """Tables of older versions, and the head of a model whose body is loaded."""
     model = tiny("llama")
