@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -78,13 +79,28 @@ def warper(listed: Sequence[Any]) -> Callable[[Tensor, Tensor], Tensor]:
     return warp
 
 
+def _check_scores(scores: Any, batch: int) -> None:
+    """Refuses what the host's processors may have made of the logits, of which the likeliest token
+    would be just any."""
+    if not isinstance(scores, Tensor):
+        got = type(scores).__name__
+    elif scores.dim() != 2 or len(scores) != batch or not scores.shape[1]:
+        got = f"shape {list(scores.shape)}"
+    elif not bool((scores.amax(-1) > -math.inf).all()):  # NaN counts as the largest
+        got = "NaN, or no token that is left"
+    else:
+        return
+    raise ValueError(f"logits_processor: expected scores of shape [{batch}, V], got {got}")
+
+
 def chooser(listed: Sequence[Any], sample: bool) -> Callable[[Tensor, Tensor], Tensor]:
     """Draws as `model.generate` does, from torch's own generator."""
 
     warp = warper(listed)
 
     def choose(ids: Tensor, logits: Tensor) -> Tensor:
-        logits = warp(ids, logits)
+        batch, logits = len(logits), warp(ids, logits)
+        _check_scores(logits, batch)
         if not sample:
             return logits.argmax(-1)
         return torch.multinomial(logits.softmax(-1), 1)[:, 0]

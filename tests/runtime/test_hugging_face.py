@@ -14,7 +14,7 @@ from transformers.generation.logits_process import (
     TopKLogitsWarper,
 )
 
-from astra_runtime import Engine
+from astra_runtime import Engine, InvalidChoice
 from astra_runtime.evaluate import run_ranks
 
 from .models import inputs_for, tiny
@@ -166,6 +166,30 @@ def test_an_end_that_the_model_never_gives_ends_nothing(ends: Any, keywords: Any
         session.append(IDS[:1])
         assert session.generate(max_new_tokens=5).shape[-1]
     assert got.tolist() == want.tolist()
+
+
+@pytest.mark.parametrize(
+    ("made", "got"),
+    [
+        (lambda ids, scores: None, "got NoneType"),
+        (lambda ids, scores: scores[0], r"got shape \[97\]"),
+        (lambda ids, scores: scores * float("nan"), "got NaN"),
+        (lambda ids, scores: scores - float("inf"), "or no token that is left"),
+    ],
+)
+def test_scores_of_which_no_token_is_the_likeliest_are_refused(
+    engine: Any, made: Any, got: str
+) -> None:
+    with pytest.raises(InvalidChoice, match=rf"logits_processor: expected .* \[2, V\], .*{got}"):
+        engine.generate(IDS, max_new_tokens=2, logits_processor=[made])
+
+
+def test_a_processor_may_force_a_token(engine: Any) -> None:
+    def force(ids: Any, scores: torch.Tensor) -> torch.Tensor:
+        return scores.index_fill(1, torch.tensor([7]), float("inf"))
+
+    made = engine.generate(IDS, max_new_tokens=2, logits_processor=[force])
+    assert made[:, -2:].tolist() == [[7, 7]] * 2
 
 
 def test_a_generation_config_is_filled_by_the_models(model: Any, engine: Any) -> None:
