@@ -63,7 +63,8 @@ def _num_fine(engine: EngineParts, state: SessionState, span: Span) -> int:
     nobody but their source has heard of."""
     if span.stop < state.read or len(span.known) > 1:
         return 0
-    return min(engine.codec.fine_tokens, span.stop - span.start)
+    last = whole(span.stop - span.start).fine_tokens(0, engine.codec.fine_tokens)
+    return last.stop - last.start
 
 
 def _sizes(engine: EngineParts, tokens: int, num_fine: int) -> list[tuple[int, int]]:
