@@ -139,13 +139,13 @@ class Interrupt:
 
     def set(self, reason: str, call: int) -> None:
         self.call, self.reason = call, reason
-        with contextlib.suppress(OSError):  # closed: there is nobody to wake
+        with contextlib.suppress(OSError, ValueError):  # closed: there is nobody to wake
             os.eventfd_write(self.fd, 1)
 
     def clear(self) -> None:
         if self.reason is not None:
             self.reason = None
-            with contextlib.suppress(OSError):
+            with contextlib.suppress(OSError, ValueError):
                 os.eventfd_read(self.fd)
 
     def close(self) -> None:

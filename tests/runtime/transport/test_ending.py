@@ -94,6 +94,20 @@ def test_another_thread_ends_every_wait(maker: str, wait: str, end: str) -> None
     other.close()
 
 
+@pytest.mark.parametrize("maker", ["tcp", "gloo", "paced", "datagram"])
+def test_a_call_that_is_ended_before_or_behind_its_mesh_says_so(maker: str) -> None:
+    """`Engine.cancel` ends the call, which ends a mesh of datagrams; a timer may come behind it."""
+    mesh, other = makers()[maker](2)
+    mesh.begin()
+    mesh.interrupt("it took too long", mesh.call)
+    mesh.abort(GIVEN_UP)
+    mesh.interrupt("it took too long", mesh.call)
+    mesh.begin()
+    with pytest.raises(AstraError, match="the request was given up"):
+        mesh.receive({1: 8}, block=0, plan=PLAN)
+    other.close()
+
+
 def send_for_ever(mesh: Mesh, to: int) -> None:
     for block in range(1 << 16):
         mesh.send(bytes(2_000_000), block=block & 1, plan=PLAN, to=[to])
