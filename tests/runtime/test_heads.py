@@ -125,6 +125,13 @@ def test_unknown_heads_are_refused_by_name(name: str) -> None:
         Engine(with_head(name))
 
 
+def test_a_question_head_of_more_labels_is_refused() -> None:
+    """transformers unpacks two of them behind the last block, which ended the mesh."""
+    config = tiny("bert", num_labels=4).config
+    with pytest.raises(ValueError, match="of 2 labels, start and end, got 4; set num_labels=2"):
+        Engine(transformers.BertForQuestionAnswering(config).eval())
+
+
 def rows_alone(model: Any, ids: Tensor, mask: Tensor) -> Tensor:
     """The last token's logits of each row without its padding, [B, V]."""
     with torch.no_grad():

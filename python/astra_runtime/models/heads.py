@@ -64,10 +64,17 @@ def check_head(model: nn.Module) -> None:
     """Refuses a model whose head nobody here knows, by name.
 
     Raises:
-        ValueError: a wrapper, a head of the user's own, or one that reads more than it would get.
+        ValueError: a wrapper, a head of the user's own, or one that reads more than it would get;
+            a question-answering head without a start and an end.
     """
     kind = _forward_of(model)
     if kind.__name__ in HEADS and kind.__module__.startswith(_TRANSFORMERS):
+        labels = getattr(getattr(model, "qa_outputs", None), "out_features", 2)
+        if labels != 2:  # transformers fails behind the last block
+            raise ValueError(
+                "model: expected a question-answering head of 2 labels, start and end, got "
+                f"{labels}; set num_labels=2 in its configuration"
+            )
         return
     inside = [
         name for name in ("base_model", "model", "module", "_orig_mod") if _is_model(model, name)
