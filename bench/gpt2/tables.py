@@ -3,11 +3,12 @@
 Cells say perplexity over exact, the mean and standard deviation over seeds.
 """
 
+from collections.abc import Mapping
 from itertools import product
 from typing import Any
 
 from astra_runtime.codes.registry import codec_named
-from bench.gpt2 import FEWER, FLOPS, KINDS, PERMITTED, tells
+from bench.gpt2 import FLOPS, KINDS, PERMITTED, best, reached, tells
 from bench.report.markdown import Report, Table, source, table
 
 Row = dict[str, Any]
@@ -36,7 +37,7 @@ def _recovered(rows: list[Row]) -> str:
     return "–" if gap is None else f"{gap:.2f}"
 
 
-def _codes(row: Row) -> str:
+def _codes(row: Mapping[str, Any]) -> str:
     named = {"none": "dense fp32", "drop": "local-only", "none:int8": "dense int8"}
     if row["space"] in named:
         return named[row["space"]]
@@ -99,31 +100,25 @@ def gpt2_wide(report: Report) -> str:
 
 
 def _goals(report: Report) -> list[str]:
-    """Of each kind of text the codes with the lowest perplexity among those that count."""
+    """Of each kind of text the codes that come nearest."""
     lines = []
     for group, kind in product(("bits", "ranks"), KINDS):
         for seen, known in (("seen", HERE), ("unseen", NEW)):
             rows = _find(report, group=group, seen_in_training=known, kind=kind)
-            count = [
-                row
-                for row in rows
-                if row["compression"] >= FEWER and row["flops_over_ideal"] <= FLOPS
-            ]
-            if not count:
+            row = best(rows)
+            if row is None:
                 continue
-            best = min(count, key=lambda row: row["ratio_to_exact"])
-            ratio, without = best["ratio_to_exact"], best["dropped_over_exact"]
-            ends = "reached" if ratio <= 1 + PERMITTED else "**not reached**"
-            if not tells(best):
+            ratio, without = row["ratio_to_exact"], row["dropped_over_exact"]
+            ends = "reached" if reached(row) else "**not reached**"
+            if not tells(row):
                 ends += ", and dropping all remote tokens costs too little for the row to count"
-            flops = f"{best['flops_over_ideal']:.2f} of the ideal FLOPs"
+            flops = f"{row['flops_over_ideal']:.2f} of the ideal FLOPs"
             facts = [
-                f"{_codes(best)}{', adapted' if best['adapted'] else ''}: {ratio - 1:+.1%}",
-                f"at {best['compression']:.0f}× and {flops}",
-                f"(local-only {without - 1:+.1%}), {PERMITTED:.1%} permitted: {ends}",
+                f"{_codes(row)}{', adapted' if row['adapted'] else ''}: {ratio - 1:+.1%}",
+                f"at {row['compression']:.0f}× and {flops} (local-only {without - 1:+.1%}),",
+                f"{PERMITTED:.0%} at {FLOPS:g} permitted: {ends}",
             ]
-            ranks = best["world_size"]
-            lines.append(f"- {ranks} ranks, {kind}, {seen}: {' '.join(facts)}")
+            lines.append(f"- {row['world_size']} ranks, {kind}, {seen}: {' '.join(facts)}")
     return lines
 
 

@@ -252,14 +252,14 @@ GOALS = (
     ),
     Goal(
         ACCURACY,
-        "GPT-2 on revised text, ≥100× fewer bits, ≤1.25 of the ideal FLOPs",
-        "perplexity ≤13.8 % over exact",
+        "a wider GPT-2 on revised text, ≥100× fewer bits: perplexity, seen and unseen",
+        "≤6 % over exact at ≤1.20 of the ideal FLOPs",
         gpt2_wide("revised"),
     ),
     Goal(
         ACCURACY,
-        "GPT-2 on prose, ≥100× fewer bits, ≤1.25 of the ideal FLOPs",
-        "perplexity ≤13.8 % over exact",
+        "a wider GPT-2 on prose, ≥100× fewer bits: perplexity, seen and unseen",
+        "≤6 % over exact at ≤1.20 of the ideal FLOPs",
         gpt2_wide("prose"),
     ),
     Goal(

@@ -13,6 +13,7 @@ import torch
 
 from astra_runtime.errors import AstraError
 from bench.accuracy import corpora
+from bench import gpt2
 from bench.gpt2 import __main__ as program
 from bench.gpt2.measure import summary
 from bench.gpt2.model import Muon, Shape, new_model, orthogonal, revised
@@ -177,3 +178,14 @@ and \(aqquotes\(aq
         "A first paragraph that is long enough to stay\n\n"
         "  kept   as it is, since it is preformatted text"
     )
+
+
+def test_the_row_that_a_goal_looks_at() -> None:
+    def row(compression: float, ratio: float, flops: float) -> dict[str, float]:
+        return {"compression": compression, "ratio_to_exact": ratio, "flops_over_ideal": flops}
+
+    near, costly, many_bits = row(102, 1.05, 1.15), row(102, 1.01, 1.3), row(50, 1.0, 1.0)
+    far = row(128, 3.0, 1.1)
+    assert gpt2.best([costly, many_bits, near, far]) is near
+    assert gpt2.best([many_bits, costly, far]) is costly  # and what it misses is said
+    assert gpt2.best([many_bits]) is None
