@@ -12,8 +12,8 @@ import pytest
 import torch
 
 from astra_runtime.errors import AstraError
-from bench.accuracy import corpora
 from bench import gpt2
+from bench.accuracy import corpora
 from bench.gpt2 import __main__ as program
 from bench.gpt2.measure import summary
 from bench.gpt2.model import Muon, Shape, new_model, orthogonal, revised
