@@ -54,13 +54,17 @@ def working(what: str | Callable[[], str], *, silence: float = SILENCE) -> Itera
         reminder.join()
 
 
+class ReaderLeft(BrokenPipeError):
+    """Whoever read stdout has left, as `head` does: no error, unlike a peer's broken connection."""
+
+
 def show(text: str) -> None:
-    """`text` on stdout, at once. An OSError that this meets names stdout."""
+    """`text` on stdout, at once. An OSError that this meets names stdout, or is `ReaderLeft`."""
     try:
         sys.stdout.write(text)
         sys.stdout.flush()
-    except BrokenPipeError:
-        raise
+    except BrokenPipeError as error:
+        raise ReaderLeft(error.errno, f"stdout: {error.strerror}") from error
     except OSError as error:
         raise OSError(error.errno, f"stdout: {error.strerror}") from error
 

@@ -85,7 +85,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     keep_memory()
     os.environ.setdefault("HF_HUB_OFFLINE", "1")  # nothing here ever downloads
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    from ..console import say
+    from ..console import ReaderLeft, say
     from ..errors import AstraError
 
     try:
@@ -102,7 +102,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             _leave(130)
         _leave(ended.code if isinstance(ended.code, int) else 1)
     except Exception as error:
-        if isinstance(error, BrokenPipeError) or isinstance(error.__cause__, BrokenPipeError):
+        # the cause: of a function that is handed an answer's tokens
+        if isinstance(error, BrokenPipeError) or isinstance(error.__cause__, ReaderLeft):
             sys.stdout = open(os.devnull, "w")  # noqa: SIM115 - the reader of our output has left
             return 1
         if os.environ.get("ASTRA_DEBUG"):

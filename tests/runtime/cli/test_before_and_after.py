@@ -20,11 +20,11 @@ import torch
 
 from astra_kernels._cache import cache_folder
 from astra_runtime import cli, store
-from astra_runtime.cli import common, fitting
+from astra_runtime.cli import common, doctor, fitting
 from astra_runtime.cli.options import model_name
 from astra_runtime.console import say
 from astra_runtime.deploy.jobs import Ranks
-from astra_runtime.errors import AstraError
+from astra_runtime.errors import AstraError, PeerLost
 from astra_runtime.store import (
     DamagedModel,
     ModelNotFound,
@@ -426,6 +426,19 @@ def test_a_reader_who_leaves_is_no_error(
             sys.stdout.close()  # what stands in its place
         os.dup2(nothing.fileno(), writing)  # what it still has goes nowhere
     assert "error" not in told
+
+
+def test_a_peer_whose_connection_broke_is_told_of(
+    here: Here,  # noqa: F811
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The kernel's word for it is the one for a reader of stdout who has left."""
+
+    def lose(options: argparse.Namespace) -> int:
+        raise PeerLost(1, 2, "its process ended") from BrokenPipeError(errno.EPIPE, "Broken pipe")
+
+    monkeypatch.setattr(doctor, "run", lose)
+    assert "rank 1" in here("doctor", code=1)[1]
 
 
 def test_a_folder_that_is_gone_is_told_of(
