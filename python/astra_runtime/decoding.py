@@ -97,7 +97,7 @@ def end_tokens(model: Any, eos_token_id: Any, vocabulary: int) -> tuple[int, ...
     embeddings of, and so never gives, are left out, as transformers does."""
     config = getattr(model, "generation_config", model.config)
     own = getattr(config, "eos_token_id", None)
-    if isinstance(eos_token_id, Tensor):
+    if hasattr(eos_token_id, "tolist"):  # a tensor, or numpy's
         eos_token_id = eos_token_id.tolist()
     given = own if eos_token_id is None else eos_token_id
     if given is None:

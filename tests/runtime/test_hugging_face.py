@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from transformers import DynamicCache, GenerationConfig, LogitsProcessorList
@@ -15,6 +16,7 @@ from transformers.generation.logits_process import (
 )
 
 from astra_runtime import Engine, InvalidChoice
+from astra_runtime.decoding import end_tokens
 from astra_runtime.evaluate import run_ranks
 
 from .models import inputs_for, tiny
@@ -190,6 +192,15 @@ def test_a_processor_may_force_a_token(engine: Any) -> None:
 
     made = engine.generate(IDS, max_new_tokens=2, logits_processor=[force])
     assert made[:, -2:].tolist() == [[7, 7]] * 2
+
+
+@pytest.mark.parametrize(
+    "given",
+    [[5, 7], (5, 7), torch.tensor([5, 7]), np.array([5, 7])],
+    ids=lambda v: type(v).__name__,
+)
+def test_ends_are_given_in_any_sequence(given: Any) -> None:
+    assert end_tokens(tiny("llama"), given, 97) == (5, 7)
 
 
 def test_a_generation_config_is_filled_by_the_models(model: Any, engine: Any) -> None:
