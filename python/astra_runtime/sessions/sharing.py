@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from typing import Any
 
 from ..control import Control
 from ..engine_parts import EngineParts
@@ -10,7 +11,7 @@ from ..errors import SessionRefused
 from ..transport import peers_of
 from .codes import complete
 from .files import broadcast, packed, restored, tail_start
-from .state import SessionState
+from .state import Fine, SessionState
 
 
 def share(
@@ -26,7 +27,7 @@ def share(
     if engine.rank == source:
         assert state is not None
         complete(engine, state)
-        ledger = json.dumps({"exact": state.exact, "owner": state.owner})
+        ledger = json.dumps({"exact": state.exact, "owner": state.owner, "fine": _told(state.fine)})
         data = packed(engine, state, {"ledger": ledger})
     data = broadcast(engine, data, source, tag)
     try:
@@ -39,7 +40,7 @@ def share(
     ledger = json.loads(facts["ledger"])
     result = new if state is None else state
     result.exact = [[(a, b) for a, b in held] for held in ledger["exact"]]
-    result.owner = ledger["owner"]
+    result.owner, result.fine = ledger["owner"], _heard(ledger["fine"])
     start = tail_start(result, source)
     lost = set(range(result.world_size)) - having
     for rank in sorted(lost):
@@ -50,6 +51,20 @@ def share(
         result.owner = source
         result.fresh, result.scores = False, None
     return result
+
+
+def _told(fine: Fine | None) -> list[Any] | None:
+    """`fine` as JSON has it, for `_heard`; these codes are in no file of a session."""
+    if fine is None:
+        return None
+    return [fine.start, fine.stop, [payload.hex() for payload in fine.payloads]]
+
+
+def _heard(told: list[Any] | None) -> Fine | None:
+    if told is None:
+        return None
+    start, stop, payloads = told
+    return Fine(start, stop, [bytes.fromhex(payload) for payload in payloads])
 
 
 def _who_says_yes(engine: EngineParts, yes: bool, tag: int) -> set[int]:

@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 
 from astra_runtime import Codebook, Engine, SessionRefused
 from astra_runtime.errors import CallEnded, WireError
@@ -313,3 +314,34 @@ def test_a_rank_that_lost_a_session_gets_it_from_another(coded: bool) -> None:
             engine.share_session(fork if engine.rank else shared, 0)
 
     ranks(work, book, count=3)
+
+
+def test_a_rank_that_lost_a_session_gets_its_fine_codes_too() -> None:
+    book = Codebook.fit(
+        MODEL,
+        windows_for("llama"),
+        space="transform",
+        bits=40,
+        codewords=16,
+        rank=8,
+        iterations=3,
+        held_back=0,
+        fine_bits=60,
+    )
+    known: dict[int, list[Tensor]] = {}
+
+    def work(engine: Engine) -> Any:
+        session = engine.session()
+        session.append(IDS[:, :20], rank=1)
+        session.generate(13)
+        shared = engine.share_session(None if engine.rank == 2 else session, 0)
+        shared.generate(2, rank=2)
+        caches = [shared._state.cache.tensors(block, 29, 31) for block in range(3)]
+        known[engine.rank] = [tensor for pair in caches for tensor in pair]
+        return shared.answered
+
+    answered = ranks(work, book, count=3)
+    assert answered[0] == answered[1] == answered[2]
+    assert answered[0].fine_tokens == 3  # a quarter of the 12 that were read
+    for of_codes, of_lost in zip(known[0], known[2], strict=True):
+        torch.testing.assert_close(of_lost, of_codes, rtol=1e-4, atol=1e-4)
