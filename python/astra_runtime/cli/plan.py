@@ -335,7 +335,7 @@ def row(
 ) -> dict[str, Any]:
     """What to expect of a codebook on devices of these rates."""
     from ..costs import engine_plan
-    from ..deploy.predict import quickest_plan
+    from ..deploy.predict import bits_sent, quickest_plan
     from ..transport import Link
 
     mbit, rtt_ms = rate_and_trip
@@ -354,7 +354,7 @@ def row(
         "shards": shards,
         "weights": None if usual else shards,
         "halo": plan.halo,
-        "bits_per_token_block": book.token_bits(adapter),
+        "bits_per_token_block": bits_sent(adapter, book, plan),
         "gap_recovered": held_back.get("gap_recovered"),
     }
 

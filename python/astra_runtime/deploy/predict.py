@@ -370,6 +370,17 @@ def _fine_bytes(codebook: Codebook, plan: Plan, block: int, rank: int) -> float:
     return bits * (tokens.stop - tokens.start) / 8
 
 
+def bits_sent(adapter: Adapter, codebook: Codebook, plan: Plan) -> float:
+    """Bits of a token and block in a call of `plan`, fine codes counted as the engine does: each
+    payload once, over the tokens that are sent. Up to whole bytes the engine's own number."""
+    ranks, blocks = range(plan.world_size), range(len(adapter.blocks))
+    tokens = sum(plan.num_sent(rank) for rank in ranks)
+    if not tokens:
+        return 0.0
+    fine = 8 * sum(_fine_bytes(codebook, plan, block, n) for block in blocks for n in ranks)
+    return codebook.token_bits(adapter) + fine / (tokens * len(blocks))
+
+
 def _class_tokens(adapter: Adapter, ready: Sequence[float], link: Link) -> float:
     """When rank 0 has every copy of the class token or their sum, an fp32 vector each."""
     world = len(ready)
@@ -413,7 +424,8 @@ def on_paper(
     `two_level`, ranks stand in rows and columns of about √N: codes go along the row first, then
     each rank sends its row's to its column. That is as many bytes of codes in 2·(√N − 1) frames,
     each with its headers, and one more latency; no order of exchange lowers what a rank has to
-    receive, all codes of all others, N − 1 frames' worth on its downlink.
+    receive, all codes of all others, N − 1 frames' worth on its downlink. Fine codes are not
+    counted.
     """
     if world < 1 or tokens < world:
         raise ValueError(f"world: expected 1 to {tokens} ranks, one a token, got {world}")

@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from astra_runtime import Codebook
+from astra_runtime.call import Sizes
 from astra_runtime.cli import main
 from astra_runtime.codes.base import geometry
 from astra_runtime.costs import engine_plan, flops_over_ideal, single_flops
@@ -354,6 +355,24 @@ def test_codebooks_of_one_name_are_told_apart(
     named = {name: value for name, value in bits.items() if not name.startswith("dense")}
     assert set(named) == {*books[:2], "other"}
     assert named[books[1]] == 2 * named[books[0]]
+
+
+def test_bits_are_those_that_the_engine_counts(
+    own: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model = tiny("llama")
+    options = {"bits": 40, "codewords": 16, "rank": 8, "iterations": 3, "held_back": 0}
+    book = book_of(model, "llama", space="transform", fine_bits=60, fine_tokens=8, **options)
+    book.save_pretrained(own / "fine")
+    asked = ["--model", str(own / "model"), "--flops", "1e9", "--codebook", str(own / "fine")]
+    rows = planned(capsys, *asked, "--tokens", "101", "--world-size", "3")["rows"]
+    (row,) = [row for row in rows if not row["codes"].startswith("dense")]
+    adapter = adapter_of(model)
+    plan = engine_plan(adapter, book, 101, 3, shard_weights=row["shards"])
+    sizes = Sizes.of(book.make_codec(adapter), len(adapter.blocks), 0, plan, 1)
+    assert book.fine[1].codes
+    assert row["bits_per_token_block"] == pytest.approx(sizes.bits_per_token_block(1), abs=0.5)
+    assert row["bits_per_token_block"] > book.bits + 1
 
 
 def test_codes_are_looked_at_or_the_plan_says_that_they_were_not(
