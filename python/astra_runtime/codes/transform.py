@@ -143,6 +143,8 @@ class TransformCodes(PackedCodes, DenseAttention):
         """What the codes of the last tokens lack, for the next rank."""
         known = self.own.estimate(block, codewords, self.fine_sent)
         codes = self.fine[block].encode(y[:, self.fine_sent] - known)
+        # else they would be read as those of other tokens
+        assert len(out) == self.fine_bytes(block, len(codes), codes.shape[1])
         pack_rows(codes, self.fine_bits, out)
 
     def decode(

@@ -28,9 +28,12 @@ def book(name: str) -> Codebook | None:
     if name == "none":
         return None
     options: dict[str, Any] = {"codewords": 16, "iterations": 2, "held_back": 0, "prefix": 2}
-    options |= {"kv": {"space": "kv", "groups": 3}, "transform": {"space": "transform"}}[name]
-    if name == "transform":
-        options["bits"] = 40
+    transform = {"space": "transform", "bits": 40}
+    options |= {
+        "kv": {"space": "kv", "groups": 3},
+        "transform": transform,
+        "fine": transform | {"fine_bits": 60},
+    }[name]
     return Codebook.fit(MODEL, windows_for("llama"), **options)
 
 
@@ -78,11 +81,12 @@ def walk(session: Session, todo: list[Any], exact: bool) -> list[Any]:
             session.release(what)
         state = session._state
         stores = [store.packed() for store in state.store or ()]
-        seen.append((session.ids, state.read, state.owner, state.exact, state.pending, stores))
+        known = state.exact, state.pending, stores, state.fine
+        seen.append((session.ids, state.read, state.owner, *known))
     return seen
 
 
-@pytest.mark.parametrize("name", ["none", "kv", "transform"])
+@pytest.mark.parametrize("name", ["none", "kv", "transform", "fine"])
 @pytest.mark.parametrize("examples", [3, pytest.param(60, marks=pytest.mark.slow)])
 def test_ranks_agree_after_any_sequence_of_calls(name: str, examples: int) -> None:
     codebook = book(name)
