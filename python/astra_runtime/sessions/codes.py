@@ -209,11 +209,16 @@ def complete(engine: EngineParts, state: SessionState) -> None:
         fine = state.fine if state.fine is not None and start < state.fine.stop else None
         ends = [stop, *(piece[0] for piece in ahead), *([] if fine is None else [fine.stop])]
         stop = min(ends)
-        if fine is not None and not (start <= fine.start and stop == fine.stop):
-            fine = None  # some of these tokens are there already, or come later
-        first, last = start - state.prefix, stop - state.prefix
-        payloads = [store.packed(first, last) for store in state.store]
-        _append(state, start, decode(engine, state.ids, start, stop, payloads, fine))
+        if fine is not None and stop <= fine.start:
+            fine = None  # these tokens come before
+        # fine codes are read whole, also where some of their tokens are there already or exact
+        first, last = (start, stop) if fine is None else (min(start, fine.start), fine.stop)
+        payloads = [
+            store.packed(first - state.prefix, last - state.prefix) for store in state.store
+        ]
+        pairs = decode(engine, state.ids, first, last, payloads, fine)
+        count = stop - first
+        _append(state, first, [(key[:, :, :count], value[:, :, :count]) for key, value in pairs])
     state.held = [piece for piece in state.held if piece[1] > state.cache.length]
 
 

@@ -218,3 +218,29 @@ def test_the_last_tokens_have_fine_codes_on_every_rank(most: int, count: int) ->
         torch.testing.assert_close(ys[2][:, :first], ys[1][:, :first], rtol=1e-3, atol=1e-3)
         if block and fine.codes:
             assert (ys[2] - ys[0])[:, first:].norm() < 0.9 * (ys[1] - ys[0])[:, first:].norm()
+
+
+def test_fine_codes_are_read_again_beside_a_token_that_is_exact() -> None:
+    """What was freed is rebuilt as it was, also where this rank has read the last token itself."""
+    fitting = {"bits": 40, "codewords": 16, "rank": 8, "iterations": 3, "held_back": 0}
+    model = MODELS["llama"]
+    book = Codebook.fit(model, windows_for("llama"), space="transform", fine_bits=60, **fitting)
+
+    def work(mesh: Mesh) -> None:
+        with Engine(model, book, mesh) as engine:
+            session = engine.session()
+            session.append(IDS[:, :30], rank=0)
+            session.generate(1, choose=Forced([3]), rank=1)
+            kept = session.fork()
+            session.release("exact")
+            for each in (kept, session):
+                each.generate(1, choose=Forced([4]), rank=1)
+            states = [kept._state, session._state]
+            assert states[0].fine is not None
+            assert states[0].fine.stop - states[0].fine.start > 1
+            for block in range(3):
+                pairs = [state.cache.tensors(block, 0, 30) for state in states]
+                if mesh.rank == 1:
+                    torch.testing.assert_close(*pairs, rtol=1e-4, atol=1e-4)
+
+    run_ranks(2, work, timeout=30)
