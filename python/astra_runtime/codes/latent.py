@@ -30,8 +30,8 @@ from .predictive import Transform
 class LatentCode:
     """One block's code with the products that its recursion needs; fp32, columns in one piece.
 
-    The recursion is the same for sender and receivers, and stays fp32. What a sender codes, and the
-    way back from codewords, may be products of numbers rounded to bf16: codes leave out far more.
+    The recursion is the same for sender and receivers, and stays fp32. The way back from codewords
+    may be rounded to bf16: codes leave out far more.
 
     Attributes:
         transform: the block's own parts.
@@ -44,13 +44,13 @@ class LatentCode:
     """
 
     transform: Transform
-    analysis: direct.MayRound
+    analysis: Tensor
     entry: Tensor
     embedding: Tensor
     constant: Tensor | None
     carry: Tensor | None
     coded: Tensor | None
-    latent_coordinates: direct.MayRound
+    latent_coordinates: Tensor
     offset_coordinates: Tensor
     up: direct.MayRound
     synthesis: direct.MayRound
@@ -70,13 +70,13 @@ class LatentCode:
         has_entry = before is not None and len(entry) > 0
         return cls(
             transform,
-            direct.may_round(transform.analysis),
+            direct.columns_first(transform.analysis),
             entry,
             direct.columns_first(embedding),
             product(before.offset, entry) if before is not None and has_entry else None,
             onward(before.up) if before is not None and has_entry else None,
             onward(before.synthesis) if before is not None and has_entry else None,
-            direct.may_round(product(-transform.up, transform.analysis)),
+            direct.columns_first(product(-transform.up, transform.analysis)),
             product(-transform.offset, transform.analysis),
             direct.may_round(transform.up),
             direct.may_round(transform.synthesis),

@@ -17,19 +17,18 @@ from ..outputs import ranks_output
 
 @torch.no_grad()
 def test_an_answer_changes_little(monkeypatch: pytest.MonkeyPatch) -> None:
-    """And what sender and receiver have to know alike they do."""
+    """And what sender and receiver have to know alike not at all."""
     fit = {"bits": 12, "codewords": 16, "rank": 8, "iterations": 3, "held_back": 0, "seed": 1}
     windows = windows_for("llama")
     book = Codebook.fit(
         tiny("llama"), windows, space="transform", fine_bits=60, fine_tokens=4, **fit
     )
-    latents: list[Tensor] = []
+    latents: dict[bool, list[Tensor]] = {False: [], True: []}
     update = DecoderState.update
 
     def noted(state: DecoderState, block: int, codewords: Tensor | None) -> None:
         update(state, block, codewords)
-        if direct.MAY_ROUND and block:  # before any codes only receivers come by
-            latents.append(state.latent.clone())
+        latents[direct.MAY_ROUND].append(state.latent.clone())
 
     monkeypatch.setattr(DecoderState, "update", noted)
     answers = {}
@@ -41,7 +40,7 @@ def test_an_answer_changes_little(monkeypatch: pytest.MonkeyPatch) -> None:
     error = float((rounded - exact).norm() / exact.norm())
     assert error < 0.03
     assert (error > 0) == HAS_ROUNDED
-    assert len(latents) == 4  # of two coded blocks, the sender's and the receiver's
-    for one in latents:
-        others = [other for other in latents if other is not one]
-        assert any(torch.allclose(one, other, rtol=1e-4, atol=1e-5) for other in others)
+    # the first rank sees no codes: it codes the same tokens alike, and so the second reads them
+    assert len(latents[False]) == len(latents[True]) > 0
+    for one in latents[False]:
+        assert any(torch.equal(one, other) for other in latents[True] if other.shape == one.shape)
