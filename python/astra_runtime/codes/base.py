@@ -149,8 +149,8 @@ class Codec(ABC):
         keeps_sessions: tokens are coded from their keys and values, and read again from codes, at
             any time; `tensors` works.
         fine_tokens: how many tokens before a cut have fine codes, for the next rank alone.
-        rounds: of its reconstructions so much is left out that attention may round them to bf16,
-            where products are quicker so.
+        rounds: of nearly all of its reconstructions so much is left out that attention may round
+            them to bf16, where products are quicker so.
         tabled: its tables were made from the model's projections when it was created.
         payload_device: where it can write and read payloads as tensors; None: on the host alone.
     """

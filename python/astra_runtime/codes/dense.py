@@ -21,10 +21,15 @@ from .staging import stays_packed
 
 @dataclass(frozen=True, eq=False)
 class DenseTokens:
-    """Remote keys (rotated) and values, [B, Hkv, N, d]."""
+    """Remote keys (rotated) and values, [B, Hkv, N, d].
+
+    rough: so much is left out of them that attention may round them to bf16, where products are
+    quicker so.
+    """
 
     key: Tensor
     value: Tensor
+    rough: bool = False
 
 
 class DenseAttention(Codec):
@@ -34,7 +39,7 @@ class DenseAttention(Codec):
         self, block: int, query: Tensor, remote: Any, rope: Rope, mask: Tensor | None, scale: float
     ) -> tuple[Tensor, Tensor]:
         return direct.attention(
-            query, remote.key, remote.value, key_mask=mask, scale=scale, rounded=self.rounds
+            query, remote.key, remote.value, key_mask=mask, scale=scale, rounded=remote.rough
         )
 
     def tensors(self, block: int, remote: Any, rope: Rope) -> tuple[Tensor, Tensor]:

@@ -161,7 +161,8 @@ class TransformCodes(PackedCodes, DenseAttention):
                 estimate[:, stop - payload.num_fine : stop] += self._read_fine(
                     block, payload, batch
                 )
-        return self._tokens(estimate, rope)
+        # of block 0 that every rank computes itself nothing is left out
+        return self._tokens(estimate, rope, rough=block > 0 or state.first is None)
 
     def _read_fine(self, block: int, payload: Payload, batch: int) -> Tensor:
         """What fine codes add to ŷ of the tokens that they came for, [B, num_fine, E]."""
@@ -197,9 +198,9 @@ class TransformCodes(PackedCodes, DenseAttention):
         fine = packed_right(rows, count, self.fine_bits, self.fine_codewords)
         return fine if right is None else right & fine
 
-    def _tokens(self, estimate: Tensor, rope: Rope) -> DenseTokens:
+    def _tokens(self, estimate: Tensor, rope: Rope, rough: bool) -> DenseTokens:
         key, value = split_heads(estimate, self.adapter.num_key_value_heads)
-        return DenseTokens(rotate(key, rope).to(self.dtype), value.to(self.dtype))
+        return DenseTokens(rotate(key, rope).to(self.dtype), value.to(self.dtype), rough)
 
 
 def basis_on(codebook: CodebookFields, adapter: Adapter) -> Tensor | None:

@@ -44,3 +44,14 @@ def test_an_answer_changes_little(monkeypatch: pytest.MonkeyPatch) -> None:
     assert len(latents[False]) == len(latents[True]) > 0
     for one in latents[False]:
         assert any(torch.equal(one, other) for other in latents[True] if other.shape == one.shape)
+
+
+@torch.no_grad()
+def test_what_every_rank_computes_itself_stays_exact(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(direct, "MAY_ROUND", True)
+    model, inputs = tiny("llama", num_hidden_layers=1), inputs_for("llama", 40, batch=1)
+    windows = windows_for("llama")
+    book = Codebook.fit(model, windows, space="transform", codewords=16, held_back=0)
+    assert book.bits == 0
+    output = ranks_output(model, book, inputs, 2, logits="all", halo=0)[1]
+    torch.testing.assert_close(output, model(**inputs).logits, rtol=1e-4, atol=1e-5)
