@@ -10,9 +10,8 @@ from hypothesis import HealthCheck, settings
 # Tests fork this process, and a fork has none of the threads of an OpenMP pool: it would wait for
 # them forever.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
-os.environ["ASTRA_ROUND"] = (
-    "0"  # formulas are fp32's, so what may be rounded is not, but where a test says so
-)
+# Formulas are fp32's: what may be rounded is not, but where a test says so.
+os.environ["ASTRA_ROUND"] = "0"
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
