@@ -31,6 +31,7 @@ GLOO_TRIES: Final = 5
 INTERFACE: Final = "GLOO_SOCKET_IFNAME"  # where gloo listens
 LOOPBACK: Final = "lo"
 PAUSE: Final = 0.05  # seconds between two looks for a new session
+NEWS_SECONDS: Final = 1.0  # in which a rank reads what the other one has said
 
 
 def join(options: ConnectOptions, store: Any = None) -> Any:
@@ -51,11 +52,11 @@ def join(options: ConnectOptions, store: Any = None) -> Any:
         kept = store if rank == 0 else None
         store, session = _enter(rank, options.peers, deadline, kept, private=private)
         session.set(f"world/{rank}", str(world_size))
-        _check_world(session, world_size, 0)
+        _check_world(session, world_size, rank, 0)
         missing = _wait_for_all(session, world_size, deadline)
         if not missing:
             for other in range(world_size):
-                _check_world(session, world_size, other)
+                _check_world(session, world_size, rank, other)
             limit = _limit(backend, deadline - time.monotonic())
             with _listening_on_loopback() if private else contextlib.nullcontext():
                 dist.init_process_group(
@@ -134,15 +135,20 @@ def _wait_for_all(session: Any, world_size: int, deadline: float) -> tuple[int, 
     return tuple(n for n in range(world_size) if not session.check([str(n)]))
 
 
-def _check_world(session: Any, world_size: int, rank: int) -> None:
-    """Raises HandshakeRefused where that rank means another number of ranks, with which no group
-    would ever be whole."""
-    theirs = int(session.get(f"world/{rank}"))
-    if theirs != world_size:
-        raise HandshakeRefused(
-            f"world_size: expected the same on all ranks, got {world_size} here and {theirs} on "
-            f"rank {rank}"
-        )
+def _check_world(session: Any, world_size: int, rank: int, other: int) -> None:
+    """Raises HandshakeRefused where `other` means another number of ranks than this one, with which
+    no group would ever be whole."""
+    theirs = int(session.get(f"world/{other}"))
+    if theirs == world_size:
+        return
+    # the store goes with rank 0: whichever of the two is first lets the other one find out, too
+    with contextlib.suppress(RuntimeError):
+        session.set(f"saw/{rank}/{other}", "")
+        session.wait([f"saw/{other}/{rank}"], timedelta(seconds=NEWS_SECONDS))
+    raise HandshakeRefused(
+        f"world_size: expected the same on all ranks, got {world_size} here and {theirs} on "
+        f"rank {other}"
+    )
 
 
 def _place(peers: Sequence[str] | None) -> tuple[str, int, bool]:
