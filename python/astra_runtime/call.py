@@ -196,7 +196,7 @@ class Call(Endable):
         owners = {self.plan.owner} if self.last_tokens is None else self.last_tokens.senders
         return frozenset(owners) - {self.rank}
 
-    @property
+    @cached_property
     def on_device(self) -> bool:
         """Whether this rank's codes and the others' can stay on the model's device."""
         device = self.mesh.device
