@@ -85,12 +85,15 @@ def _sources(reports: tuple[Report, ...]) -> str:
     return "\n\n" + "; ".join(of_devices)
 
 
-_MODELS = ("vit-base", "vit-base_packed", "smollm2", "smollm2-int8")
-_CURVES = tuple(f"cpu-2core/latency_curve_{model}" for model in _MODELS)
+_CURVES = tuple(
+    f"cpu-2core/latency_curve_{model}" for model in ("vit-base", "smollm2", "smollm2-int8")
+)
+_PACKED = ("cpu-2core/latency_curve_vit-base_packed",)
 _LENGTHS = ("cpu-2core/latency_lengths_smollm2",)
 
 TABLES = {
     "latency_curve": Table(_CURVES, curve),
+    "latency_curve_packed": Table(_PACKED, curve),  # of another machine
     "latency_lengths": Table(_LENGTHS, curve),
     "latency_memory": Table(_LENGTHS, memory),
 }

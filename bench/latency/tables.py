@@ -232,36 +232,24 @@ def _demo_rows(result: dict[str, Any]) -> list[list[str]]:
     return [*rows, ["local-only", "", "", "0", f"{result['local_only_perplexity']:.2f}"]]
 
 
-def rivals(report: Report, best: bool = False) -> str:
-    """Every method; `best`: ours, and of each rival's one-thread times on a device the least."""
-    rows = report["rows"]
-    single = next(row for row in rows if row["name"] == "astra float32")["ms"]["p50"]
-    if best:
-        rows = [row for row in rows if row["threads"] == 1 and row in _best(rows)]
+def rivals(report: Report) -> str:
+    """Every method, beside ours in float32 on one device."""
+    single = next(row for row in report["rows"] if row["name"] == "astra float32")["ms"]["p50"]
     lines = [
         [
             f"**{row['name']}**" if row["method"] == "astra" else row["name"],
-            *([] if best else [f"{row['threads']}"]),
+            f"{row['threads']}",
             f"{row['ms']['p50'] / 1e3:.2f}",
             f"{row['processor_ms'] / 1e3:.2f}",
             f"{single / row['ms']['p50']:.2f}×",
             "yes" if row["same_token"] else "no",
         ]
-        for row in rows
+        for row in report["rows"]
     ]
-    head = ["first token of 1,024", *([] if best else ["threads"]), "seconds", "processor seconds"]
-    versions = "".join(f", {name} {version}" for name, version in report["rivals"].items())
+    head = ["first token of 1,024", "threads", "seconds", "processor seconds"]
     head += ["over **astra float32**", "torch's token"]
+    versions = "".join(f", {name} {version}" for name, version in report["rivals"].items())
     return f"{table(head, lines)}{source(report)}{versions}"
-
-
-def _best(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Ours, and the fastest form of each other method."""
-    found = [row for row in rows if row["method"] == "astra"]
-    for method in dict.fromkeys(row["method"] for row in rows if row["method"] != "astra"):
-        forms = [row for row in rows if row["method"] == method and row["threads"] == 1]
-        found += sorted(forms, key=lambda row: float(row["ms"]["p50"]))[:1]
-    return found
 
 
 def _in_rounds(run: dict[str, Any]) -> str:
