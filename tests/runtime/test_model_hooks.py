@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import pickle
 import threading
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -366,10 +367,32 @@ def test_words_in_a_configuration_make_no_other_model() -> None:
     model.config.pad_token_id = 0
     model.config.id2label = {0: "a", 1: "b", 2: "c"}
     model.config.attention_dropout = 0.1
+    model.config.max_length, model.config.note = 100, "somebody's own"  # no module reads them
     Engine(model, book).close()
     model.config.rms_norm_eps = 1e-3  # this is the function
     with pytest.raises(ValueError, match="made for a model with weights"):
         Engine(model, book)
+
+
+def test_codebooks_of_models_that_were_named_by_all_words_stay_good() -> None:
+    """A codebook fitted earlier names a model with words that its class does not know."""
+    model = tiny("llama")
+    book = Codebook.fit(model, windows_for("llama"), groups=6, codewords=16, held_back=0)
+    model.config.license = "apache-2.0"
+    older = {name for name in adapt(model).digests() if name != book.model}
+    assert older
+    for name in older:
+        Engine(model, replace(book, model=name)).close()
+
+
+@pytest.mark.parametrize("kind", ["gpt2", "bert", "vit"])
+def test_words_about_heads_that_no_module_reads(kind: str) -> None:
+    """Ranks took them for the model's sizes, and sent frames of another length."""
+    model = tiny(kind, num_key_value_heads=2)
+    if kind != "vit":  # whose modules read it
+        model.config.head_dim = 4
+    want = own_answer(model, kind)
+    torch.testing.assert_close(answer_of(model, kind), want, atol=1e-4, rtol=1e-4)
 
 
 class Wrapped(nn.Module):

@@ -49,6 +49,8 @@ class Adapter(ABC):
     class_tokens: int
     token_ids = True
     mlp_matrices = 2  # of hidden_size × mlp_size each
+    # words about heads that the family's modules read; in others' configurations they mean nothing
+    head_words: tuple[str, ...] = ()
 
     def __init__(self, model: nn.Module) -> None:
         config: Any = model.config
@@ -71,8 +73,9 @@ class Adapter(ABC):
             )
         self.hidden_size = int(config.hidden_size)
         self.num_heads = int(config.num_attention_heads)
-        self.num_key_value_heads = int(getattr(config, "num_key_value_heads", self.num_heads))
-        self.head_dim = int(getattr(config, "head_dim", None) or self.hidden_size // self.num_heads)
+        own = {name: getattr(config, name, None) for name in self.head_words}
+        self.num_key_value_heads = int(own.get("num_key_value_heads") or self.num_heads)
+        self.head_dim = int(own.get("head_dim") or self.hidden_size // self.num_heads)
 
     @property
     def model(self) -> Any:
@@ -117,12 +120,12 @@ class Adapter(ABC):
         values."""
         return self._own_digests()[0]
 
-    def _own_digests(self) -> tuple[str, str]:
+    def _own_digests(self) -> tuple[str, ...]:
         state = self.model.state_dict()
         entries = {name: entry_of(name, value) for name, value in state.items()}
         return digests_of(self.model.config, entries)
 
-    def checkpoints(self) -> tuple[str, str]:
+    def checkpoints(self) -> tuple[str, ...]:
         """Names of the checkpoint that the model is a form of, see `digests_of`.
 
         A form that `load_model` or `quantize` made knows them, as long as its weights are what they
@@ -130,9 +133,9 @@ class Adapter(ABC):
         """
         own = self._own_digests()
         form, *checkpoint = getattr(self.model, "astra_checkpoint", ("",))
-        return own if form != own[0] else (checkpoint[0], checkpoint[1])
+        return own if form != own[0] else tuple(checkpoint)
 
-    def set_checkpoints(self, checkpoints: tuple[str, str]) -> None:
+    def set_checkpoints(self, checkpoints: tuple[str, ...]) -> None:
         """Has the model, as it is now, be a form of that checkpoint."""
         self.model.astra_checkpoint = (self.digest(), *checkpoints)
 
@@ -149,7 +152,7 @@ class Adapter(ABC):
             raise ValueError(
                 f"checkpoint: expected {self.checkpoint()}, as the weights say, got {checkpoint!r}"
             )
-        self.set_checkpoints((checkpoint, checkpoint))
+        self.set_checkpoints((checkpoint,))
 
     def checkpoint(self) -> str:
         """Names the checkpoint in its float32 form, whatever form the model has."""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import functools
 import hashlib
 import re
 from collections.abc import Mapping
@@ -34,6 +36,8 @@ _NOT_WEIGHTS = {
     "initializer_factor",
     "task_specific_params",
 }
+# That modules ask a configuration for, whether its class declares them or not.
+_READ_ANYWAY = {"head_dim", "is_causal"}
 _NOT_WEIGHTS_ENDS = ("_token_id", "dropout", "_dropout_prob", "_pdrop", "layerdrop")
 _SAMPLE = 256  # values of a tensor, evenly spaced
 _ADDRESS = re.compile(" at 0x[0-9a-f]+")
@@ -53,17 +57,21 @@ def entry_of(name: str, value: Any, dtype: torch.dtype | None = None) -> bytes:
     return said
 
 
-def digests_of(config: Any, entries: Mapping[str, bytes]) -> tuple[str, str]:
-    """The name of a model with these entries, and the name that codebooks fitted before version 0.2
-    know it by, which also covered ids of special tokens, labels and dropouts."""
+def digests_of(config: Any, entries: Mapping[str, bytes]) -> tuple[str, ...]:
+    """The name of a model with these entries, and those that codebooks fitted earlier know it by:
+    one that also covered words of which the configuration's class knows nothing, and before version
+    0.2 one with ids of special tokens, labels and dropouts, too."""
     try:
         said = config.to_diff_dict()
     except TypeError as error:  # transformers copies it
         raise ValueError(
             f"model: expected a configuration that can be saved, got one that cannot: {error}"
         ) from error
-    left_out = {name for name in said if _is_about_training(name)}
-    return _digest(said, entries, left_out), _digest(said, entries, set())
+    training = {name for name in said if _is_about_training(name)}
+    unread = {name for name in said if _is_unread(config, name)}
+    return tuple(
+        _digest(said, entries, left_out) for left_out in (training | unread, training, set())
+    )
 
 
 def is_beside_the_function(name: str) -> bool:
@@ -73,6 +81,24 @@ def is_beside_the_function(name: str) -> bool:
 
 def _is_about_training(name: str) -> bool:
     return name in _NOT_WEIGHTS or name.endswith(_NOT_WEIGHTS_ENDS)
+
+
+def _is_unread(config: Any, name: str) -> bool:
+    """Whether a word is somebody's own note, or one for generation: transformers' class declares
+    no such word, and its modules read none that it does not declare."""
+    kind = type(config)
+    if (
+        name.startswith("_")
+        or name in _READ_ANYWAY
+        or not kind.__module__.startswith("transformers.")
+    ):
+        return False
+    return dataclasses.is_dataclass(kind) and name not in _declared(kind)
+
+
+@functools.cache
+def _declared(kind: Any) -> frozenset[str]:
+    return frozenset(field.name for field in dataclasses.fields(kind))
 
 
 def _digest(said: Mapping[str, Any], entries: Mapping[str, bytes], left_out: set[str]) -> str:

@@ -119,6 +119,7 @@ class Llama(_Decoder):
     """Rotary positions, grouped queries, RMS norm before attention, a gated MLP."""
 
     mlp_matrices = 3
+    head_words = ("num_key_value_heads", "head_dim")
 
     def check(self) -> None:
         config: Any = self.model.config
@@ -230,6 +231,7 @@ class ViT(Adapter):
     """Patches and a class token; cut after embedding."""
 
     causal, class_tokens, token_ids = False, 1, False
+    head_words = ("head_dim",)
 
     @property
     def num_patches(self) -> int:
