@@ -11,7 +11,7 @@ from torch import Tensor
 from astra_runtime import Codebook
 from astra_runtime.models import adapt
 
-KINDS = ("llama", "mistral", "qwen2", "gpt2", "vit", "bert")
+KINDS = ("llama", "mistral", "qwen2", "qwen3", "gpt2", "vit", "bert")
 
 
 def tiny(kind: str, seed: int = 0, **changes: Any) -> Any:
@@ -23,7 +23,7 @@ def tiny(kind: str, seed: int = 0, **changes: Any) -> Any:
         "num_attention_heads": 6,
         "initializer_range": 0.3,  # large, so that attention is far from uniform
     }
-    if kind in ("llama", "mistral", "qwen2"):
+    if kind in ("llama", "mistral", "qwen2", "qwen3"):
         sizes |= {
             "vocab_size": 97,
             "intermediate_size": 96,
@@ -31,13 +31,15 @@ def tiny(kind: str, seed: int = 0, **changes: Any) -> Any:
             "max_position_embeddings": 256,
             "sliding_window": None,
         }
-        if kind == "llama":
+        if kind in ("llama", "qwen3"):
             sizes |= {"head_dim": 16, "eos_token_id": None}
+        if kind == "llama":
             del sizes["sliding_window"]
         config_class, model_class = {
             "llama": (transformers.LlamaConfig, transformers.LlamaForCausalLM),
             "mistral": (transformers.MistralConfig, transformers.MistralForCausalLM),
             "qwen2": (transformers.Qwen2Config, transformers.Qwen2ForCausalLM),
+            "qwen3": (transformers.Qwen3Config, transformers.Qwen3ForCausalLM),
         }[kind]
     elif kind == "gpt2":
         sizes |= {"vocab_size": 97, "n_positions": 256, "eos_token_id": None, "bos_token_id": None}
@@ -49,6 +51,9 @@ def tiny(kind: str, seed: int = 0, **changes: Any) -> Any:
         sizes |= {"vocab_size": 97, "intermediate_size": 96, "max_position_embeddings": 128}
         config_class, model_class = transformers.BertConfig, transformers.BertModel
     model = model_class(config_class(**(sizes | changes)))
+    for name, parameter in model.named_parameters():
+        if "q_norm" in name or "k_norm" in name:  # made as ones, which would not be missed
+            torch.nn.init.normal_(parameter, 1.0, 0.3)
     return model.eval()
 
 

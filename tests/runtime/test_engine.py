@@ -202,7 +202,7 @@ def test_dense_generation_equals_the_models_own(kind: str, padded: bool) -> None
 
 
 @pytest.mark.parametrize("space", ["kv", "differential"])
-@pytest.mark.parametrize("kind", ["llama", "gpt2"])
+@pytest.mark.parametrize("kind", ["llama", "qwen3", "gpt2"])
 def test_generation_from_codes_equals_repeated_prefill(kind: str, space: str) -> None:
     """The cache of codes says what a fresh pass says, while the prompt's shards stay the same."""
     model, inputs = tiny(kind), inputs_for(kind, 18)

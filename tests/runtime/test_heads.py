@@ -17,7 +17,7 @@ from astra_runtime.transport import Mesh
 
 from .models import tiny
 
-DECODERS = ("Llama", "Mistral", "Qwen2", "GPT2")
+DECODERS = ("Llama", "Mistral", "Qwen2", "Qwen3", "GPT2")
 PAD = 0
 TOKENS = 17
 

@@ -75,7 +75,7 @@ def test_gradients_and_mixed_dtypes_go_by_the_formula(monkeypatch):
     assert out.requires_grad
 
 
-@pytest.mark.parametrize("kind", ["llama", "mistral", "qwen2"])
+@pytest.mark.parametrize("kind", ["llama", "mistral", "qwen2", "qwen3"])
 def test_models_take_them(monkeypatch, device, kind):
     """Ranks whose blocks go by the kernels answer what ranks do whose blocks go by the formulas."""
     if device != "cpu":

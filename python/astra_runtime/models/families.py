@@ -1,4 +1,4 @@
-"""The families: Llama (also Mistral and Qwen2), GPT-2, ViT, BERT."""
+"""The families: Llama (also Mistral and Qwen2), Qwen3, GPT-2, ViT, BERT."""
 
 from __future__ import annotations
 
@@ -172,6 +172,22 @@ class Llama(_Decoder):
         like = torch.empty(0, dtype=dtype or self.dtype, device=positions.device)
         cos, sin = self.base.rotary_emb(like, positions)
         return cos, sin
+
+
+class Qwen3(Llama):
+    """As Llama, with a norm over each head of the queries and keys before they rotate."""
+
+    def project(self, block: int, hidden: Tensor) -> tuple[Tensor, Tensor]:
+        key, value = super().project(block, hidden)
+        layer: Any = self.blocks[block]
+        return layer.self_attn.k_norm(key), value
+
+    def projection(self, block: int) -> Projection | None:
+        return None  # a norm follows the product
+
+    def projecting(self) -> list[nn.Module]:
+        attentions: Any = self.attentions
+        return [*super().projecting(), *(attention.k_norm for attention in attentions)]
 
 
 def _is_plain(projection: nn.Module) -> bool:
@@ -368,6 +384,7 @@ FAMILIES: dict[str, type[Adapter]] = {
     "llama": Llama,
     "mistral": Llama,
     "qwen2": Llama,
+    "qwen3": Qwen3,
     "gpt2": GPT2,
     "vit": ViT,
     "bert": Bert,

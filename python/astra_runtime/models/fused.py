@@ -25,8 +25,9 @@ from .own_hooks import hooks_of_all
 from .projection import RMS_NORMS, is_plain
 from .quantized import QuantizedLinear
 
-_GATED = ("LlamaMLP", "MistralMLP", "Qwen2MLP")
-_ROTARY = ("LlamaAttention", "MistralAttention", "Qwen2Attention")
+_GATED = ("LlamaMLP", "MistralMLP", "Qwen2MLP", "Qwen3MLP")
+_ROTARY = ("LlamaAttention", "MistralAttention", "Qwen2Attention", "Qwen3Attention")
+_NORMED = ("Qwen3Attention",)  # each head's queries and keys, before they rotate
 _GELU = ("NewGELUActivation",)
 _ROTATION = "apply_rotary_pos_emb"
 _OF_INTEGERS = QuantizedLinear.forward
@@ -157,6 +158,8 @@ class _Attention(_Fused):
             projected.unflatten(-1, (-1, module.head_dim)).transpose(1, 2)
             for projected in _projected(hidden, module.q_proj, module.k_proj, module.v_proj)
         )
+        if type(module).__name__ in _NORMED:
+            query, key = module.q_norm(query), module.k_norm(key)
         query, key = rotate(query, *angles), rotate(key, *angles)
         out, weights = self._attention(
             module,

@@ -30,7 +30,7 @@ _READS = {
     "ForSequenceClassification": ROW,
 }
 _TRANSFORMERS = "transformers."
-_DECODERS = ("Llama", "Mistral", "Qwen2", "GPT2")
+_DECODERS = ("Llama", "Mistral", "Qwen2", "Qwen3", "GPT2")
 _GENERIC = {  # forward passes that transformers shares between families
     "GenericForSequenceClassification": ROW,
     "GenericForTokenClassification": TOKENS,

@@ -39,7 +39,7 @@ def is_plain(module: nn.Module, *kinds: type) -> bool:
     )
 
 
-RMS_NORMS = ("LlamaRMSNorm", "MistralRMSNorm", "Qwen2RMSNorm")
+RMS_NORMS = ("LlamaRMSNorm", "MistralRMSNorm", "Qwen2RMSNorm", "Qwen3RMSNorm")
 
 
 def _is_own(module: nn.Module) -> bool:

@@ -22,7 +22,7 @@ from astra_runtime.transport import Mesh
 from ..models import book_of, inputs_for, tiny, windows_for
 from ..outputs import logits_of, ranks_output, rounding
 
-KINDS = ("llama", "mistral", "qwen2", "gpt2", "bert")
+KINDS = ("llama", "mistral", "qwen2", "qwen3", "gpt2", "bert")
 
 
 def fitted(kind: str, model: Any, **options: Any) -> Codebook:

@@ -96,7 +96,7 @@ def run(
     return run_ranks(world_size, work, timeout=60)
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", [kind for kind in KINDS if kind != "qwen3"])
 def test_a_projection_as_one_product(kind: str) -> None:
     import astra_kernels as ak
 

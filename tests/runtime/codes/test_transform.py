@@ -28,7 +28,7 @@ from ..outputs import logits_of, ranks_output, rounding
 from ..simulation import Simulation
 from ..transforms import fitted, plan_of, simulated
 
-KINDS = ("llama", "gpt2", "bert", "vit")
+KINDS = ("llama", "qwen3", "gpt2", "bert", "vit")
 
 
 # The engine.

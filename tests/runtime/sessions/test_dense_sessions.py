@@ -21,7 +21,7 @@ from astra_runtime.transport import Mesh
 
 from ..models import inputs_for, tiny
 
-MODELS = {kind: tiny(kind) for kind in ("llama", "gpt2")}
+MODELS = {kind: tiny(kind) for kind in ("llama", "qwen3", "gpt2")}
 IDS = {kind: inputs_for(kind, 48)["input_ids"] for kind in MODELS}
 
 
