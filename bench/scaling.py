@@ -2,9 +2,9 @@
 
     python -m bench.scaling [--flops 50e9] [--mbit 10]
 
-Closed forms (`astra_runtime.deploy.predict.on_paper`), nothing is executed: one code a token, full
-mesh and rows and columns. Writes scaling.json. `bench.latency --ranks 2 4 8 16 32` executes what
-can be.
+Closed forms (`astra_runtime.deploy.predict.closed_form`), nothing is executed: one code a token,
+full mesh and rows and columns. Writes scaling.json. `bench.latency --ranks 2 4 8 16 32` executes
+what can be.
 """
 
 from __future__ import annotations
@@ -14,7 +14,8 @@ from typing import Any
 
 from astra_runtime import Codebook
 from astra_runtime.codes.base import geometry
-from astra_runtime.deploy.predict import of_flops, on_paper, single
+from astra_runtime.deploy.predict import closed_form, one_device
+from astra_runtime.deploy.rates import rates_of_flops
 from astra_runtime.models import adapt
 from astra_runtime.models.shapes import shaped
 from astra_runtime.transport import Link
@@ -29,15 +30,17 @@ def rows(model_name: str, flops: float, link: Link) -> list[dict[str, Any]]:
     model = shaped(model_name)
     adapter = adapt(model)
     book = Codebook("kv", 1, 1024, True, geometry=geometry(adapter))
-    rates = of_flops(adapter, book, flops)
+    rates = rates_of_flops(adapter, book, flops)
     of_model = []
     for tokens in TOKENS:
-        alone = single(adapter, rates, tokens)
+        alone = one_device(adapter, rates, tokens)
         for world in WORLDS:
             if world > tokens:
                 continue
             times = {
-                name: on_paper(adapter, book, rates, link, tokens, world, two_level=name != "full")
+                name: closed_form(
+                    adapter, book, rates, link, tokens, world, two_level=name != "full"
+                )
                 for name in ("full", "two_level")
             }
             of_model.append(

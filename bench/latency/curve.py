@@ -42,6 +42,7 @@ from astra_runtime.console import say
 from astra_runtime.cores import peak_bytes
 from astra_runtime.costs import engine_plan, flops_over_ideal
 from astra_runtime.deploy import predict
+from astra_runtime.deploy.rates import measure_rates
 from astra_runtime.models import Adapter, adapt
 from astra_runtime.models.quantized import weight_bytes
 from astra_runtime.plan import Plan
@@ -231,7 +232,7 @@ def planned(
     plans = {}
     for codes, book in books.items():
         by_link = options.shares == "planned" and adapter.causal and not options.lengths
-        rates = predict.measured(subject.model, book, subject.tokens) if by_link else None
+        rates = measure_rates(subject.model, book, subject.tokens) if by_link else None
         for ranks in options.ranks:
             if rates is None:
                 plan = engine_plan(adapter, book, subject.tokens, ranks)

@@ -31,6 +31,7 @@ from astra_runtime import Engine
 from astra_runtime.console import say
 from astra_runtime.costs import engine_plan
 from astra_runtime.deploy import predict
+from astra_runtime.deploy.rates import measure_rates
 from astra_runtime.models import adapt
 from astra_runtime.steady import keep_memory
 from astra_runtime.transport import Link as PacedLink
@@ -229,11 +230,11 @@ def on_plan(options: argparse.Namespace, model: str, settings: Sequence[str]) ->
     link = PacedLink(options.mbit, options.rtt_ms / 2)
     for setting in settings:
         book = subject.codebook(setting)
-        rates = predict.measured(subject.model, book, options.tokens)
+        rates = measure_rates(subject.model, book, options.tokens)
         plan = engine_plan(adapter, book, options.tokens, options.ranks)
         prediction = predict.first_token(adapter, book, plan, [rates] * options.ranks, link)
         planned[f"astra {setting}"] = 1e3 * prediction.seconds
-        planned["single"] = 1e3 * predict.single(adapter, rates, options.tokens)
+        planned["single"] = 1e3 * predict.one_device(adapter, rates, options.tokens)
     return planned
 
 

@@ -158,9 +158,9 @@ def _result(
     tokens: int,
     rows: list[dict[str, Any]],
 ) -> dict[str, Any]:
-    from ..deploy.predict import single
+    from ..deploy.predict import one_device
 
-    alone = min(single(adapter, rates[0], tokens) for rates in devices.rates.values())
+    alone = min(one_device(adapter, rates[0], tokens) for rates in devices.rates.values())
     for each in rows:
         each["speedup"] = alone / each["seconds"]
     rows = sorted(rows, key=lambda each: each["seconds"])
@@ -259,18 +259,18 @@ def _this_machine(
     speeds: list[float] | None,
 ) -> Devices:
     """As many devices as are asked for, each like this machine or as --flops and --speeds say."""
-    from ..deploy.predict import measured, of_flops
+    from ..deploy.rates import measure_rates, rates_of_flops
     from ..models import adapt
 
     by_codes = {}
     for name, book in books.items():
         if options.flops is not None:
-            rates = of_flops(adapt(model), book, options.flops)
+            rates = rates_of_flops(adapt(model), book, options.flops)
         else:
             what = f"measuring {name} on this machine, {options.threads} thread(s)"
             say(what)
             with working(what):
-                rates = measured(model, book, tokens)
+                rates = measure_rates(model, book, tokens)
         count = min(tokens, max(options.world_size))  # more have no token
         by_codes[name] = [rates.slower(1 / speed) for speed in speeds or [1.0] * count]
     mbit = MBIT if options.mbit is None else options.mbit

@@ -2,194 +2,26 @@
 
 Every rank's blocks are followed through time: project, code, send over its uplink, attend to its
 own tokens, wait for the others' codes, attend to them, go on. What a stage takes comes from
-`Rates`, a few figures of the device, measured on it (`measured`) or from its FLOP/s (`of_flops`).
-The link is one full-duplex access link a rank, as in `transport/pacing.py`: a frame to N − 1 peers
-crosses the uplink N − 1 times, frames to one rank queue on its downlink, headers count.
+`Rates`, a few figures of the device. The link is one full-duplex access link a rank, as in
+`transport/pacing.py`: a frame to N − 1 peers crosses the uplink N − 1 times, frames to one rank
+queue on its downlink, headers count.
 """
 
 from __future__ import annotations
 
 import math
-import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
-from typing import Any, cast
+from dataclasses import dataclass
 
-import torch
-from torch import nn
-
-import astra_kernels as ak
-
-from ..codes.base import Payload
 from ..codes.codebook import Codebook
-from ..costs import attention_pairs, costs_of, engine_plan
+from ..costs import attention_pairs, engine_plan
 from ..exchange import go_by_tree
-from ..models import Adapter, adapt
-from ..models.families import ViT, pair
+from ..models import Adapter
 from ..plan import Plan
 from ..transport import Link
+from .rates import Rates
 
 TRIED = (0.0, 0.25, 0.5, 0.75, 1.0)  # of shares: 0 is the engine's own, 1 is equal ones
-LEAST_CALLS, LEAST_SECONDS = 2, 0.02  # of a stage that is timed: a tiny one is timed often
-
-
-@dataclass(frozen=True)
-class Rates:
-    """Seconds that one device needs, of one block where nothing else is said.
-
-    Attributes:
-        block: fixed, whatever the tokens.
-        token: a token's projections and MLP.
-        near, far: one query over one key of its own rank's, of a remote token's.
-        code: coding and packing one own token.
-        receive: unpacking one remote token, with all that is computed for it before attention.
-        once: outside of the blocks, embedding and head.
-    """
-
-    block: float
-    token: float
-    near: float
-    far: float
-    code: float
-    receive: float
-    once: float = 0.0
-
-    def slower(self, factor: float) -> Rates:
-        """Of a device that takes `factor` times as long for everything."""
-        return Rates(**{name: factor * value for name, value in vars(self).items()})
-
-
-def of_flops(adapter: Adapter, codebook: Codebook, flops: float) -> Rates:
-    """Of a device that does `flops` FLOP/s whatever it computes; overheads are left out."""
-    if not flops > 0:
-        raise ValueError(f"flops: expected a positive rate, got {flops}")
-    linear, attention = adapter.block_flops()
-    costs = costs_of(adapter, codebook)
-    far = attention if costs.attended else 0.0
-    found = Rates(0.0, linear, attention, far, costs.code, costs.receive)
-    return found.slower(1 / flops)
-
-
-@torch.inference_mode()
-def measured(model: nn.Module, codebook: Codebook, tokens: int) -> Rates:
-    """Of this device and its current number of threads, for inputs of about `tokens` tokens.
-
-    Runs the model on `tokens` and (with token ids) on an eighth of them, and each stage of the
-    exchange by itself; takes about four forward passes.
-    """
-    adapter = adapt(model)
-    blocks, heads = len(adapter.blocks), adapter.num_key_value_heads
-    own, remote = max(2, tokens // 4), max(2, tokens // 2)
-
-    def random(count: int, of: int) -> torch.Tensor:
-        found = torch.randn(1, of, count, adapter.head_dim, device=adapter.device)
-        return found.to(adapter.dtype)
-
-    def near(count: int) -> float:
-        query, key = random(count, adapter.num_heads), random(count, heads)
-        scale = adapter.head_dim**-0.5
-        return _seconds(
-            lambda: ak.attention(query, key, key, is_causal=adapter.causal, scale=scale)
-        )
-
-    # an image has the patches that its model wants, so what depends on them is one figure
-    few = max(2, tokens // 8) if adapter.token_ids else tokens
-    of_attention = {count: near(count) for count in (few, tokens)}
-    passes = {count: _forward(model, adapter, count) for count in (few, tokens)}
-    pure = {count: passes[count] / blocks - of_attention[count] for count in passes}
-    token = max(0.0, pure[tokens] / tokens)
-    if few < tokens:
-        token = max(0.0, (pure[tokens] - pure[few]) / (tokens - few))
-    pairs = attention_pairs(tokens, adapter.causal)
-    rates = Rates(
-        block=max(0.0, pure[tokens] - token * tokens),
-        token=token,
-        near=of_attention[tokens] / pairs,
-        far=0.0,
-        code=0.0,
-        receive=0.0,
-    )
-    if not codebook.codec.sends:
-        return rates
-    return replace(rates, **_exchange_rates(adapter, codebook, own, remote, random))
-
-
-def _exchange_rates(
-    adapter: Adapter, codebook: Codebook, own: int, remote: int, random: Callable[..., torch.Tensor]
-) -> dict[str, float]:
-    """code, receive and far: means over all blocks, each of which may have other codes."""
-    codec, heads = codebook.make_codec(adapter), adapter.num_key_value_heads
-    blocks = adapter.blocks
-    total = own + remote
-    # of a picture the batch counts alone
-    inputs = _inputs(adapter, total) if adapter.token_ids else {"pixel_values": torch.empty(1, 0)}
-    copies = adapter.class_tokens
-    plan = Plan((0, remote, total), adapter.causal, copies)
-    positions = adapter.positions(inputs)
-    rope = None if positions is None else adapter.rope(positions)
-
-    def cut(rank: int) -> Any:
-        return None if rope is None else tuple(t[:, plan.shard(rank)] for t in rope)
-
-    # rank 0 codes `remote` tokens, rank 1 hears of them and asks with `own` queries
-    sender, hearer = (codec.begin(inputs, plan, rank) for rank in (0, 1))
-    hidden = torch.randn(1, remote, adapter.hidden_size, device=adapter.device)
-    what: Any = hidden.to(adapter.dtype)
-    if not codec.early:
-        what = (random(remote, heads), random(remote, heads))
-    query, scale = random(own, adapter.num_heads), adapter.head_dim**-0.5
-    spent = {"code": 0.0, "receive": 0.0, "far": 0.0}
-    for block in range(len(blocks)):
-        out = bytearray(codec.payload_bytes(block, 1, remote))
-        view = memoryview(out)
-        start = time.perf_counter()
-        if out:
-            sender.encode(block, what, cut(0), view)
-        coded = time.perf_counter()
-        kept = hearer.decode(block, [Payload(view, remote, remote)], 1, cut(0))
-        received = time.perf_counter()
-        if kept is not None:
-            hearer.attend(block, query, kept, cut(0), None, scale)
-        stop = time.perf_counter()
-        spent["code"] += coded - start
-        spent["receive"] += received - coded
-        spent["far"] += stop - received
-    each = {"code": remote, "receive": remote, "far": own * remote}
-    return {name: spent[name] / (len(blocks) * each[name]) for name in spent}
-
-
-def _inputs(adapter: Adapter, tokens: int) -> dict[str, torch.Tensor]:
-    """A random input of `tokens` tokens, beside the class token."""
-    config = adapter.model.config
-    if adapter.token_ids:
-        shape = (1, tokens + adapter.class_tokens)
-        return {"input_ids": torch.randint(int(config.vocab_size), shape, device=adapter.device)}
-    patches = cast(ViT, adapter).num_patches
-    if patches != tokens:
-        raise ValueError(f"tokens: expected the {patches} patches of this model, got {tokens}")
-    size = pair(config.image_size)
-    pixels = torch.randn(1, int(config.num_channels), *size, device=adapter.device)
-    return {"pixel_values": pixels.to(adapter.dtype)}
-
-
-def _forward(model: nn.Module, adapter: Adapter, tokens: int) -> float:
-    """Seconds of the model by itself, with the last token's logits only."""
-    inputs: dict[str, Any] = _inputs(adapter, tokens)
-    if hasattr(model, "lm_head"):
-        inputs |= {"logits_to_keep": 1, "use_cache": False}
-    return _seconds(lambda: model(**inputs))
-
-
-def _seconds(call: Callable[[], object]) -> float:
-    """The quickest of a few calls after a first one; of more where they are short."""
-    call()
-    quickest, spent, calls = float("inf"), 0.0, 0
-    while calls < LEAST_CALLS or spent < LEAST_SECONDS:
-        start = time.perf_counter()
-        call()
-        seconds = time.perf_counter() - start
-        quickest, spent, calls = min(quickest, seconds), spent + seconds, calls + 1
-    return quickest
 
 
 @dataclass(frozen=True)
@@ -205,11 +37,11 @@ class Prediction:
     waiting: tuple[float, ...]
 
 
-def single(adapter: Adapter, rates: Rates, tokens: int) -> float:
+def one_device(adapter: Adapter, rates: Rates, tokens: int) -> float:
     """Seconds of one device."""
     count = tokens + adapter.class_tokens
     pairs = attention_pairs(count, adapter.causal)
-    block = rates.block + rates.token * count + rates.near * pairs
+    block = rates.block + rates.token * count + rates.local_pair * pairs
     return rates.once + len(adapter.blocks) * block
 
 
@@ -258,7 +90,7 @@ def quickest_plan(
     """
     world = len(rates)
     balanced = engine_plan(adapter, codebook, tokens, world)
-    seconds = [single(adapter, of_rank, tokens) for of_rank in rates]
+    seconds = [one_device(adapter, of_rank, tokens) for of_rank in rates]
     alike = max(seconds) == min(seconds)
     tried: list[tuple[Plan, Prediction]] = []
     for even in TRIED if adapter.causal and codebook.codec.sends else TRIED[:1]:
@@ -350,14 +182,14 @@ class _Ranks:
     def _attend(self, n: int, sent: float, arrived: float) -> None:
         """A rank attends to its own tokens and to the others', and goes on to the next block."""
         plan, rate, count = self._plan, self._rates[n], self._counts[n]
-        near = rate.near * attention_pairs(count, plan.causal)
+        local = rate.local_pair * attention_pairs(count, plan.causal)
         received = sum(plan.num_received(n, source) for source in plan.sources(n))
         seeing = count - plan.copies if plan.causal else count
-        rest = rate.receive * received + rate.far * seeing * received
+        rest = rate.receive * received + rate.remote_pair * seeing * received
         rest += (1 - self._before) * rate.token * count
-        idle = max(0.0, arrived - sent - near)
-        self.ready[n] = sent + near + idle + rest
-        self.busy[n] += near + rest
+        idle = max(0.0, arrived - sent - local)
+        self.ready[n] = sent + local + idle + rest
+        self.busy[n] += local + rest
         self.waiting[n] += idle
 
 
@@ -407,7 +239,7 @@ def _projected_first(adapter: Adapter) -> float:
     return 2.0 * adapter.hidden_size * width / linear
 
 
-def on_paper(
+def closed_form(
     adapter: Adapter,
     codebook: Codebook,
     rates: Rates,
@@ -417,7 +249,7 @@ def on_paper(
     *,
     two_level: bool = False,
 ) -> float:
-    """Seconds to the answer of equal ranks in step, in closed form: for more ranks than one has.
+    """Seconds to the answer of equal ranks in lockstep: for more ranks than can be followed.
 
     Every block of every rank takes its own work, and the exchange as far as attention to the own
     tokens does not hide it. In a full mesh a rank sends N − 1 frames of its own tokens' codes. With
@@ -434,11 +266,11 @@ def on_paper(
     received = tokens - own
     if adapter.causal:  # later ranks receive more; balanced shares give each the mean
         received /= 2
-    near = rates.near * (count * count / 2 if adapter.causal else count * count)
-    work = rates.block + rates.token * count + near
+    local = rates.local_pair * (count * count / 2 if adapter.causal else count * count)
+    work = rates.block + rates.token * count + local
     if world == 1:
         return rates.once + len(adapter.blocks) * work
-    work += rates.code * own + rates.receive * received + rates.far * count * received
+    work += rates.code * own + rates.receive * received + rates.remote_pair * count * received
     total = rates.once
     for block in range(len(adapter.blocks)):
         size = codebook.token_bits(adapter, block) * own / 8
@@ -453,5 +285,5 @@ def on_paper(
                 exchange = first + (column - 1) * link.seconds(gathered) + delay
             else:
                 exchange = (world - 1) * link.seconds(math.ceil(size)) + delay
-        total += work + max(0.0, exchange - near)
+        total += work + max(0.0, exchange - local)
     return total

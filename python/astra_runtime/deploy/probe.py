@@ -17,7 +17,7 @@ from ..control import Control
 from ..errors import WireError
 from ..transport import Link, Mesh
 from ..transport.messages import receive_json, send_json
-from .predict import Rates, measured
+from .rates import Rates, measure_rates
 
 TRIPS = 8  # round trips, of which the shortest counts
 FIRST, MOST = 64 << 10, 16 << 20  # bytes of the first and the largest bulk frame
@@ -61,7 +61,7 @@ def probe(
         elif mesh.rank == peer:
             _answer(timed)
         _in_step(mesh)
-    own = {name: vars(measured(model, book, tokens)) for name, book in books.items()}
+    own = {name: vars(measure_rates(model, book, tokens)) for name, book in books.items()}
     if mesh.rank:
         send_json(mesh, own, blocks=(Control.RATES_SIZE, Control.RATES), to=(0,))
         return None

@@ -35,7 +35,7 @@ from astra_runtime.codes.registry import CODECS
 from astra_runtime.codes.rotary import Rope, rotate
 from astra_runtime.codes.simulated import Quantize, SimulatedCodec
 from astra_runtime.costs import costs_of, flops_over_ideal
-from astra_runtime.deploy.predict import measured
+from astra_runtime.deploy.rates import measure_rates
 from astra_runtime.models import Adapter, adapt
 from astra_runtime.plan import Plan
 from astra_runtime.train.calibration import record
@@ -169,7 +169,7 @@ def test_a_codec_of_one_file_runs_everywhere(kind: str, tmp_path: Path) -> None:
     assert flops_over_ideal(adapter, book, tokens, 3) > dense
     book.save_pretrained(tmp_path)
     assert Codebook.from_pretrained(tmp_path) == book
-    assert measured(model, book, tokens).receive > 0
+    assert measure_rates(model, book, tokens).receive > 0
 
 
 def test_its_frames_can_be_lost_and_its_model_checked() -> None:

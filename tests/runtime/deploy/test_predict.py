@@ -2,28 +2,16 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 
 from astra_runtime import Codebook
-from astra_runtime.call import Sizes
-from astra_runtime.cli import main
 from astra_runtime.codes.base import geometry
 from astra_runtime.costs import engine_plan, flops_over_ideal, single_flops
-from astra_runtime.deploy.predict import (
-    Rates,
-    first_token,
-    measured,
-    of_flops,
-    on_paper,
-    quickest_plan,
-    single,
-)
+from astra_runtime.deploy.predict import closed_form, first_token, one_device, quickest_plan
+from astra_runtime.deploy.rates import Rates, measure_rates, rates_of_flops
 from astra_runtime.models import adapt
 from astra_runtime.models.shapes import SHAPES, shaped
 from astra_runtime.plan import Plan
@@ -47,8 +35,8 @@ def kv(adapter: Any, groups: int = 1) -> Codebook:
 @pytest.mark.parametrize("name", SHAPES)
 def test_one_device_is_its_flops(name: str) -> None:
     adapter = adapter_of(shaped(name))
-    rates = of_flops(adapter, Codebook.drop(), 1e9)
-    assert single(adapter, rates, 256) == pytest.approx(single_flops(adapter, 256) / 1e9)
+    rates = rates_of_flops(adapter, Codebook.drop(), 1e9)
+    assert one_device(adapter, rates, 256) == pytest.approx(single_flops(adapter, 256) / 1e9)
 
 
 @pytest.mark.parametrize("name", ["vit-base", "gpt2"])
@@ -57,7 +45,7 @@ def test_without_a_link_the_slowest_ranks_flops_are_all(name: str, world: int) -
     adapter = adapter_of(shaped(name))
     book = kv(adapter)
     plan = engine_plan(adapter, book, 512, world)
-    rates = of_flops(adapter, book, 1e9)
+    rates = rates_of_flops(adapter, book, 1e9)
     found = first_token(adapter, book, plan, [rates] * world, FREE)
     ideal = single_flops(adapter, 512) / 1e9 / world
     expected = flops_over_ideal(adapter, book, 512, world) * ideal
@@ -84,7 +72,7 @@ def test_the_link_by_hand() -> None:
 
 
 def _alternating(blocks: int, larger: float, smaller: float) -> float:
-    """When rank 1 is ready: rank 0 hears 13 tokens, rank 1 hears 12, block after block."""
+    """When rank 1 is ready: rank 0 receives 13 tokens, rank 1 receives 12, block after block."""
     ready = [0.0, 0.0]
     link = [0.0, 0.0]
     for _ in range(blocks):
@@ -139,7 +127,7 @@ def test_slow_links_and_more_bits_cost_time() -> None:
     adapter = adapter_of(shaped("vit-base"))
 
     def seconds(book: Codebook, mbit: float) -> float:
-        rates = of_flops(adapter, book, 50e9)
+        rates = rates_of_flops(adapter, book, 50e9)
         plan = engine_plan(adapter, book, 512, 4)
         return first_token(adapter, book, plan, [rates] * 4, Link(mbit, 1.0)).seconds
 
@@ -152,7 +140,7 @@ def test_slow_links_and_more_bits_cost_time() -> None:
 def test_a_slow_rank_is_waited_for() -> None:
     adapter = adapter_of(shaped("vit-base"))
     book = kv(adapter)
-    rates = of_flops(adapter, book, 50e9)
+    rates = rates_of_flops(adapter, book, 50e9)
     plan = engine_plan(adapter, book, 512, 3)
     even = first_token(adapter, book, plan, [rates] * 3, FREE)
     uneven = first_token(adapter, book, plan, [rates, rates.slower(2), rates], FREE)
@@ -166,7 +154,7 @@ def test_a_slow_rank_is_waited_for() -> None:
 def test_a_slow_link_takes_tokens_from_the_rank_that_sends_to_all(mbit: float | None) -> None:
     adapter = adapter_of(shaped("gpt2"))
     book = kv(adapter, 12)
-    rates = [of_flops(adapter, book, 50e9)] * 16
+    rates = [rates_of_flops(adapter, book, 50e9)] * 16
     usual = engine_plan(adapter, book, 512, 16)
     plan, found = quickest_plan(adapter, book, rates, Link(mbit, 1.0), 512)
     assert (plan == usual) == (mbit is None)
@@ -195,10 +183,10 @@ def test_every_space_is_measured(kind: str, space: str) -> None:
     tokens = 25 if kind == "vit" else 32
     if kind == "vit":
         with pytest.raises(ValueError, match="tokens: expected the 25 patches"):
-            measured(model, book, 24)
-    rates = measured(model, book, tokens)
+            measure_rates(model, book, 24)
+    rates = measure_rates(model, book, tokens)
     assert min(vars(rates).values()) >= 0
-    assert (rates.far > 0) == (space != "drop")
+    assert (rates.remote_pair > 0) == (space != "drop")
     assert (rates.code > 0) == (space != "drop")
 
 
@@ -215,7 +203,7 @@ def test_bits_are_those_of_the_engine(dtype: str) -> None:
 def test_flops_that_cannot_be_are_refused() -> None:
     adapter = adapter_of(tiny("llama"))
     with pytest.raises(ValueError, match="flops: expected a positive rate, got 0"):
-        of_flops(adapter, Codebook.none(), 0)
+        rates_of_flops(adapter, Codebook.none(), 0)
     with pytest.raises(ValueError, match="name: expected one of vit-base"):
         shaped("alexnet")
 
@@ -224,210 +212,28 @@ def test_flops_that_cannot_be_are_refused() -> None:
 def test_the_closed_form_is_near_the_followed_ranks(world: int) -> None:
     adapter = adapter_of(shaped("vit-base"))
     book, link = kv(adapter), Link(10.0, 1.0)
-    rates = of_flops(adapter, book, 50e9)
+    rates = rates_of_flops(adapter, book, 50e9)
     plan = engine_plan(adapter, book, 1024, world)
     followed = first_token(adapter, book, plan, [rates] * world, link).seconds
-    assert on_paper(adapter, book, rates, link, 1024, world) == pytest.approx(followed, rel=0.05)
-    alone = on_paper(adapter, book, rates, link, 1024, 1)
-    assert alone == pytest.approx(single(adapter, rates, 1024))
+    assert closed_form(adapter, book, rates, link, 1024, world) == pytest.approx(followed, rel=0.05)
+    alone = closed_form(adapter, book, rates, link, 1024, 1)
+    assert alone == pytest.approx(one_device(adapter, rates, 1024))
 
 
 def test_rows_and_columns_pay_when_frames_are_all_headers() -> None:
     adapter = adapter_of(shaped("vit-base"))
     book, link = kv(adapter), Link(10.0, 1.0)
-    rates = of_flops(adapter, book, 50e9)
+    rates = rates_of_flops(adapter, book, 50e9)
 
     def seconds(world: int, two_level: bool) -> float:
-        return on_paper(adapter, book, rates, link, 1024, world, two_level=two_level)
+        return closed_form(adapter, book, rates, link, 1024, world, two_level=two_level)
 
     assert seconds(4, False) <= seconds(4, True)
     far = Link(10.0, 100.0)
     direct, in_two = (
-        on_paper(adapter, book, rates, far, 1024, 4, two_level=two) for two in (False, True)
+        closed_form(adapter, book, rates, far, 1024, 4, two_level=two) for two in (False, True)
     )
     assert in_two > direct + 1  # one more latency in each of 12 blocks, for nothing
     assert seconds(512, True) < 0.5 * seconds(512, False)
     with pytest.raises(ValueError, match="world: expected 1 to 1024 ranks"):
         seconds(1025, False)
-
-
-# The command.
-
-
-def planned(capsys: pytest.CaptureFixture[str], *arguments: str) -> dict[str, Any]:
-    assert main(["plan", "--json", *arguments]) == 0
-    found: dict[str, Any] = json.loads(capsys.readouterr().out)
-    return found
-
-
-def test_a_shape_is_planned_from_flops(capsys: pytest.CaptureFixture[str]) -> None:
-    asked = ["--model", "vit-base", "--flops", "50e9", "--tokens", "196"]
-    found = planned(capsys, *asked, "--world-size", "2", "4", "--mbit", "10")
-    assert found["recommended"]["world_size"] == 4
-    assert 2.5 < found["recommended"]["speedup"] < 3.7
-    assert {row["codes"] for row in found["rows"]} >= {"kv, one code", "dense int8"}
-    assert [row["seconds"] for row in found["rows"]] == sorted(r["seconds"] for r in found["rows"])
-    far = planned(capsys, *asked, "--world-size", "2", "--mbit", "0.01", "--rtt-ms", "2000")
-    assert far["recommended"] is None  # stay on one device
-
-
-def test_a_recommendation_says_what_is_not_known(capsys: pytest.CaptureFixture[str]) -> None:
-    asked = ["plan", "--model", "vit-base", "--flops", "50e9", "--tokens", "196"]
-    for mbit, codes in (("10", "hidden, one code"), ("0", "dense float32")):
-        assert main([*asked, "--world-size", "4", "--mbit", mbit, "--rtt-ms", "0"]) == 0
-        told = capsys.readouterr().out
-        assert f"recommended: {codes} on" in told
-        assert ("is known after a fit" in told) is not codes.startswith("dense")
-
-
-def test_uneven_devices_get_uneven_shards(capsys: pytest.CaptureFixture[str]) -> None:
-    asked = ["--model", "gpt2", "--flops", "1e11", "--world-size", "2", "--speeds", "1,0.5"]
-    first, second = planned(capsys, *asked)["recommended"]["shards"]
-    assert first > 1.7 * second
-
-
-def test_this_machine_is_measured(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    model = tiny("llama")
-    model.save_pretrained(tmp_path / "model")
-    fitted("llama", model, space="kv", groups=3).save_pretrained(tmp_path / "codes")
-    _tokenizer().save_pretrained(tmp_path / "model")
-    found = planned(
-        capsys,
-        *("--model", str(tmp_path / "model"), "--codebook", str(tmp_path / "codes")),
-        *("--tokens", "40", "--world-size", "2"),
-    )
-    assert found["single_seconds"] > 0
-    assert {row["codes"] for row in found["rows"]} == {
-        "codes",
-        *(f"dense {dtype}" for dtype in ("float32", "float16", "int8")),
-    }
-
-
-def _tokenizer() -> Any:
-    from tokenizers import Tokenizer, models
-    from transformers import PreTrainedTokenizerFast
-
-    words = Tokenizer(models.WordLevel({"<unk>": 0, "a": 1}, unk_token="<unk>"))
-    return PreTrainedTokenizerFast(tokenizer_object=words, unk_token="<unk>")
-
-
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        (["--model", "vit-base"], "--flops: expected with the shape vit-base"),
-        (["--model", "gpt2", "--flops", "1e9", "--speeds", "1,x"], "--speeds: expected positive"),
-        (["--model", "gpt2", "--flops", "1e9", "--speeds", "1,1"], "--world-size 2, got 2 3 4 8"),
-    ],
-)
-def test_bad_questions_are_refused(
-    arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]
-) -> None:
-    assert main(["plan", *arguments]) == 1
-    assert message in capsys.readouterr().err
-
-
-@pytest.fixture(autouse=True)
-def threads() -> Any:
-    before = torch.get_num_threads()
-    yield
-    torch.set_num_threads(before)
-
-
-@pytest.fixture(scope="module")
-def own(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with a tiny model, and codebooks for it of one name and of another."""
-    folder = tmp_path_factory.mktemp("own")
-    model = tiny("llama")
-    model.save_pretrained(folder / "model")
-    _tokenizer().save_pretrained(folder / "model")
-    for at, groups in (("a/codes", 3), ("b/codes", 6), ("other", 3)):
-        fitted("llama", model, space="kv", groups=groups).save_pretrained(folder / at)
-    return folder
-
-
-def test_codebooks_of_one_name_are_told_apart(
-    own: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    books = [str(own / at) for at in ("a/codes", "b/codes", "other", "other")]
-    asked = ["--model", str(own / "model"), "--flops", "1e9", "--tokens", "100"]
-    found = planned(capsys, *asked, "--world-size", "2", "--codebook", *books)
-    bits = {row["codes"]: row["bits_per_token_block"] for row in found["rows"]}
-    named = {name: value for name, value in bits.items() if not name.startswith("dense")}
-    assert set(named) == {*books[:2], "other"}
-    assert named[books[1]] == 2 * named[books[0]]
-
-
-def test_bits_are_those_that_the_engine_counts(
-    own: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    model = tiny("llama")
-    options = {"bits": 40, "codewords": 16, "rank": 8, "iterations": 3, "held_back": 0}
-    book = book_of(model, "llama", space="transform", fine_bits=60, fine_tokens=8, **options)
-    book.save_pretrained(own / "fine")
-    asked = ["--model", str(own / "model"), "--flops", "1e9", "--codebook", str(own / "fine")]
-    rows = planned(capsys, *asked, "--tokens", "101", "--world-size", "3")["rows"]
-    (row,) = [row for row in rows if not row["codes"].startswith("dense")]
-    adapter = adapter_of(model)
-    plan = engine_plan(adapter, book, 101, 3, shard_weights=row["shards"])
-    sizes = Sizes.of(book.make_codec(adapter), len(adapter.blocks), 0, plan, 1)
-    assert book.fine[1].codes
-    assert row["bits_per_token_block"] == pytest.approx(sizes.bits_per_token_block(1), abs=0.5)
-    assert row["bits_per_token_block"] > book.bits + 1
-
-
-def test_codes_are_looked_at_or_the_plan_says_that_they_were_not(
-    own: Path,
-    tmp_path: Path,
-    capsys: pytest.CaptureFixture[str],
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    from astra_runtime import Codebook
-    from astra_runtime.cli.fitting import default_name
-
-    monkeypatch.setenv("ASTRA_CACHE", str(tmp_path))
-    asked = ["plan", "--json", "--model", str(own / "model"), "--world-size", "2"]
-    assert main([*asked, "--tokens", "30"]) == 0
-    said = capsys.readouterr()
-    assert "codes were not looked at" in said.err
-    assert all(row["codes"].startswith("dense") for row in json.loads(said.out)["rows"])
-    assert main([*asked, "--tokens", "30", "--codebook", "none"]) == 0
-    assert "codes were not looked at" not in capsys.readouterr().err
-    book = Codebook.from_pretrained(own / "other")
-    name = default_name("model", str(book.model))
-    book.save_pretrained(tmp_path / "codebooks" / name)
-    assert main([*asked, "--flops", "1e9"]) == 0
-    found = json.loads(capsys.readouterr().out)
-    assert name in {row["codes"] for row in found["rows"]}
-    assert found["tokens"] == 256  # what the model reads
-
-
-@pytest.mark.parametrize("more", [[], ["--peers", "127.0.0.1:1,127.0.0.1:2"]])
-def test_more_tokens_than_the_model_reads_are_refused(
-    own: Path, more: list[str], capsys: pytest.CaptureFixture[str]
-) -> None:
-    asked = ["plan", "--model", str(own / "model"), "--codebook", str(own / "other")]
-    assert main([*asked, "--tokens", "257", *more]) == 1
-    last = capsys.readouterr().err.strip().splitlines()[-1]
-    assert last == "astra: error: --tokens: expected at most 256, the model's limit, got 257"
-
-
-def test_an_encoders_tokens_count_its_class_token(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    tiny("bert").save_pretrained(tmp_path)
-    _tokenizer().save_pretrained(tmp_path)
-    found = planned(capsys, "--model", str(tmp_path), "--world-size", "2", "--codebook", "none")
-    assert found["tokens"] == 128
-    assert sum(found["rows"][0]["shards"]) == 127
-
-
-@pytest.mark.parametrize(("changes", "patches"), [({}, 25), ({"image_size": [20, 16]}, 20)])
-def test_images_have_the_patches_of_their_model(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], changes: Any, patches: int
-) -> None:
-    """Such a model has no tokenizer; more devices than tokens are left out."""
-    tiny("vit", **changes).save_pretrained(tmp_path)
-    asked = ["--model", str(tmp_path), "--codebook", "none", "--world-size", "2", "1000000000"]
-    found = planned(capsys, *asked)
-    assert found["tokens"] == patches
-    assert {row["world_size"] for row in found["rows"]} == {2}

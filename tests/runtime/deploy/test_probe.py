@@ -15,9 +15,9 @@ from astra_runtime.errors import WireError
 from astra_runtime.transport import Link, Mesh, local_mesh
 from tests.processes import Fork
 
+from ..cli.test_plan import word_tokenizer
 from ..models import fitted, tiny
 from ..ranks import as_ranks, free_ports
-from .test_predict import _tokenizer
 
 
 def test_links_and_rates_of_every_rank_are_found() -> None:
@@ -74,7 +74,7 @@ def test_a_probe_that_asks_for_too_much_is_refused() -> None:
 def test_the_plan_of_connected_devices(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     model = tiny("llama")
     model.save_pretrained(tmp_path / "model")
-    _tokenizer().save_pretrained(tmp_path / "model")
+    word_tokenizer().save_pretrained(tmp_path / "model")
     fitted("llama", model, space="kv", groups=3).save_pretrained(tmp_path / "codes")
     common = ["--model", str(tmp_path / "model"), "--codebook", str(tmp_path / "codes")]
     common += ["--peers", ",".join(free_ports(2))]
