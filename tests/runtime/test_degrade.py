@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from astra_runtime import Codebook, Engine, errors
-from astra_runtime.cli.run import without
+from astra_runtime.cli.report import without
 from astra_runtime.deploy.jobs import Ranks
 from astra_runtime.transport import Mesh, local_mesh
 

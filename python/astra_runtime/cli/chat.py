@@ -11,7 +11,7 @@ from typing import Any
 
 from ..console import say, show_json, working
 from ..errors import AstraError
-from .leading import Place, start, started_early
+from .leading import LedRanks, start, started_early
 from .options import (
     add_fit_options,
     add_leader,
@@ -59,10 +59,10 @@ def run(options: argparse.Namespace) -> int:
         raise AstraError("chat: expected questions from standard input, which is closed")
     sampling = sampling_of(options)
     check_text("--system", options.system or "")
-    place = Place.of(options)
+    led = LedRanks.of(options)
     turns: list[dict[str, Any]] = []
-    with started_early(options, place) as others:
-        started = start(options, place, _Chat(), others)
+    with started_early(options, led) as others:
+        started = start(options, led, _Chat(), others)
         try:
             if not getattr(started.tokenizer, "chat_template", None):
                 raise AstraError(f"model {options.model!r}: expected a chat template, it has none")
@@ -70,7 +70,7 @@ def run(options: argparse.Namespace) -> int:
                 refused = _talk(options, started, sampling, turns)
             finally:  # what was answered is shown, whatever ends the conversation
                 if options.json:
-                    show_json({"world_size": len(place.addresses), "turns": turns})
+                    show_json({"world_size": len(led.addresses), "turns": turns})
         finally:
             started.leader.close()
             started.close()

@@ -28,8 +28,8 @@ from .options import (
     settle_threads,
     two_or_more,
 )
+from .prompt import check_prompt
 from .rounds import Sample, disturbance, in_turns, ratios, sample_of
-from .run import check_prompt
 
 CONTINUED = 40
 

@@ -18,11 +18,10 @@ from .common import load
 from .fitting import codebook_at_hand, ensure_codebook
 from .options import (
     DENSE,
-    check_keys,
     check_own_keys,
     connect_options,
     engine_options,
-    peers_of,
+    led_peers,
     settle_threads,
     sharing,
 )
@@ -33,13 +32,14 @@ REJOIN_SECONDS = 30.0  # of one try to form the mesh again
 LONGEST_SILENCE = 600.0  # of a service that waits for a device, which may be away for days
 
 
-class Place:
-    """This process among the ranks.
+class LedRanks:
+    """The ranks that this process leads, on this machine or on other devices.
 
     Attributes:
         addresses: of the ranks.
         peers: the same, where the others are workers of other devices; None: this process starts
             the others itself.
+        settings: keyword arguments of an `Engine`.
     """
 
     def __init__(self, options: argparse.Namespace, peers: list[str] | None) -> None:
@@ -50,63 +50,53 @@ class Place:
         settle_threads(options, sharing(peers, options.rank) if peers else size)
 
     @classmethod
-    def of(cls, options: argparse.Namespace) -> Place:
+    def of(cls, options: argparse.Namespace) -> LedRanks:
         """Refuses contradictions, before a model is loaded."""
-        if options.peers is None:
-            if options.rank is not None:
-                raise AstraError("--rank: expected together with --peers")
-            size = options.world_size or 1
-            if options.keys and size > 1:
-                check_own_keys(options, range(size), size)
-            return cls(options, None)
-        peers = peers_of(options)
-        if options.rank != 0:
-            raise AstraError("--rank: expected 0 with --peers; the others run `astra worker`")
-        if options.world_size not in (None, len(peers)):
-            raise AstraError(f"--world-size: expected {len(peers)}, the addresses of --peers")
-        check_keys(options, peers)
+        peers, size = led_peers(options), options.world_size or 1
+        if peers is None and options.keys and size > 1:
+            check_own_keys(options, range(size), size)
         return cls(options, peers)
 
 
 @contextlib.contextmanager
-def started_early(options: argparse.Namespace, place: Place) -> Iterator[Cluster | None]:
+def started_early(options: argparse.Namespace, led: LedRanks) -> Iterator[Cluster | None]:
     """This machine's other ranks, if this process starts them: they load while it imports torch.
 
     None: they are other devices. Leaving the block ends the processes.
     """
     from ..transport import Link
 
-    if place.peers is not None:
+    if led.peers is not None:
         yield None
         return
     link = Link(options.mbit or None, options.delay_ms)
-    size = len(place.addresses)
-    with cluster(options, size, place.settings, link, standing=True) as others:
+    size = len(led.addresses)
+    with cluster(options, size, led.settings, link, standing=True) as others:
         if codebook_at_hand(options):
             others.start(options.codebook)
         yield others
 
 
-def start(options: argparse.Namespace, place: Place, service: Any, others: Cluster | None) -> Any:
+def start(options: argparse.Namespace, led: LedRanks, service: Any, others: Cluster | None) -> Any:
     """Loads model and codebook, on all ranks at once, and joins the ranks."""
     with contextlib.ExitStack() as stack:
         service.say(f"loading {options.model}")
         model, tokenizer = load(
             options, decoder=service.kind == "decoder", tokenizer=service.kind != "vision"
         )
-        if options.codebook is None and (len(place.addresses) == 1 or service.kind == "vision"):
+        if options.codebook is None and (len(led.addresses) == 1 or service.kind == "vision"):
             options.codebook = DENSE  # there is nobody to send codes to, or no text to fit them on
         if not codebook_at_hand(options):
             service.say("fitting a codebook, once")
         codebook, folder = ensure_codebook(options, model, tokenizer)
-        started = _lead(options, place, service, stack, others, model, tokenizer, codebook, folder)
+        started = _lead(options, led, service, stack, others, model, tokenizer, codebook, folder)
         stack.pop_all()
     return started
 
 
 def _lead(
     options: argparse.Namespace,
-    place: Place,
+    led: LedRanks,
     service: Any,
     stack: contextlib.ExitStack,
     others: Cluster | None,
@@ -130,7 +120,7 @@ def _lead(
         service.say("waiting for the other processes to load the model")
         others.wait_ready()
     service.say("waiting for all devices")
-    addresses = place.addresses if others is None else others.peers
+    addresses = led.addresses if others is None else others.peers
     waiting, gone = Waiting(0, addresses, longest=LONGEST_SILENCE), threading.Event()
     mesh = _join(options, service, others, waiting)
     stack.callback(mesh.close)
@@ -148,7 +138,7 @@ def _lead(
         _restart(others)
 
     announce(mesh)
-    settings = dict(place.settings)
+    settings = dict(led.settings)
     engine = stack.enter_context(Engine(model, codebook, mesh, **settings))
     stack.callback(lambda: engine.mesh.close())  # the one that it has by then
     rounds: dict[str, Any] = {

@@ -308,6 +308,27 @@ def peers_of(options: argparse.Namespace) -> list[str]:
     return peers
 
 
+def led_peers(options: argparse.Namespace) -> list[str] | None:
+    """The addresses of --peers, which this process leads as rank 0; None: it was given none.
+
+    Refuses contradictions, and keys that cannot be used, before a model is loaded.
+    """
+    if options.peers is None:
+        if options.rank is not None:
+            raise AstraError("--rank: expected together with --peers")
+        return None
+    peers = peers_of(options)
+    if options.rank != 0:
+        raise AstraError("--rank: expected 0 with --peers; the other devices run `astra worker`")
+    if options.world_size not in (None, len(peers)):
+        raise AstraError(
+            f"--world-size: expected {len(peers)}, the addresses of --peers, or none, "
+            f"got {options.world_size}"
+        )
+    check_keys(options, peers)
+    return peers
+
+
 def sharing(peers: list[str], rank: int) -> int:
     """How many of the ranks at these addresses share the machine of `rank`, itself among them.
 

@@ -15,7 +15,7 @@ from typing import Any
 from ..console import say, show_json
 from ..errors import AstraError
 from .common import end_at_once, quiet_transformers
-from .leading import Place, start, started_early
+from .leading import LedRanks, start, started_early
 from .options import (
     DEFAULT_MODEL,
     add_fit_options,
@@ -121,13 +121,13 @@ def run(options: argparse.Namespace) -> int:
     if http.trace_folder is not None:
         make_folder(http.trace_folder)
     tls_context(options.tls_cert, options.tls_key)
-    place = Place.of(options)
+    led = LedRanks.of(options)
     with contextlib.ExitStack() as stack:
         listeners = [
             stack.enter_context(listener) for listener in open_listeners(options.host, options.port)
         ]
-        others = stack.enter_context(started_early(options, place))
-        _serve(options, place, others, http, listeners)
+        others = stack.enter_context(started_early(options, led))
+        _serve(options, led, others, http, listeners)
     if gc.get_freeze_count():
         # it was not collected meanwhile, and libraries would report it as leaked
         end_at_once(0)
@@ -136,7 +136,7 @@ def run(options: argparse.Namespace) -> int:
 
 def _serve(
     options: argparse.Namespace,
-    place: Place,
+    led: LedRanks,
     others: Any,
     http: Any,
     listeners: Sequence[socket.socket],
@@ -151,11 +151,11 @@ def _serve(
     stopped = threading.Event()
 
     def begin(service: Any) -> Started:
-        started = start(options, place, service, others)
+        started = start(options, led, service, others)
         gc.freeze()  # what is loaded stays: no collection has to look through it again
         return started
 
-    service = RunningService(name, kind, limit, begin, place.addresses)
+    service = RunningService(name, kind, limit, begin, led.addresses)
     app = make_app(service, http)
 
     def listening(url: str) -> None:
@@ -182,7 +182,7 @@ def _serve(
         if loaded:
             service.close(options.drain)
     if options.json:
-        show_json({"model": name, "world_size": len(place.addresses)})
+        show_json({"model": name, "world_size": len(led.addresses)})
     if isinstance(failed, ModuleNotFoundError):
         raise failed  # the extra that brings it is named
     if failed is not None:

@@ -198,7 +198,7 @@ class Chat:
 def test_a_chat_template_is_used_unless_the_prompt_is_raw(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    from astra_runtime.cli.run import encode_prompt
+    from astra_runtime.cli.prompt import encode_prompt
 
     options: Any = type("Options", (), {"raw": False})
     assert encode_prompt(options, Chat(), "hello", speak=True).tolist() == [[11]]

@@ -12,9 +12,10 @@ import pytest
 
 from astra_runtime import cores, store
 from astra_runtime.cli import _parser as parser_of
-from astra_runtime.cli import leading, run
 from astra_runtime.cli.cluster import Cluster
+from astra_runtime.cli.leading import LedRanks
 from astra_runtime.cli.options import settle_threads, sharing
+from astra_runtime.cli.place import Place
 from astra_runtime.store import DamagedModel, model_folder
 
 from .test_cli import PROMPT, here, home, model_options  # noqa: F401 - fixtures
@@ -85,11 +86,11 @@ def test_commands_of_a_mesh_settle_the_threads_of_their_machine(
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
     apart, together = "10.0.0.1:7000,10.0.0.2:7000", "10.0.0.1:7000,10.0.0.1:7001"
     for peers, threads in ((apart, 8), (together, 4)):
-        place = run.Place(0, 2, peers.split(","))
+        place = Place(0, 2, peers.split(","))
         assert cores.threads_of(place.on_this_machine) == threads
         asked = ["serve", "--peers", peers, "--rank", "0", "--insecure"]
         options = parser_of("serve").parse_args(asked)
-        leading.Place(options, peers.split(","))
+        LedRanks(options, peers.split(","))
         assert options.threads == threads
 
 
@@ -97,9 +98,9 @@ def test_commands_of_a_mesh_settle_the_threads_of_their_machine(
 def test_local_workers_pack_weights_as_their_leader_does(packed: bool) -> None:
     asked = ["serve", "--world-size", "2", *(["--pack-weights"] if packed else [])]
     options = parser_of("serve").parse_args(asked)
-    place = leading.Place.of(options)
-    assert place.settings["pack_weights"] == packed
-    ranks = Cluster(options, 2, place.settings, None, None, standing=True)
+    led = LedRanks.of(options)
+    assert led.settings["pack_weights"] == packed
+    ranks = Cluster(options, 2, led.settings, None, None, standing=True)
     arguments = ["worker", "--rank", "1", *ranks._worker_arguments(None)]
     assert parser_of("worker").parse_args(arguments).pack_weights == packed
 
