@@ -59,8 +59,8 @@ class Engine(SessionHost):
     same inputs. The model goes on working by itself, outside of the engine's calls.
 
     Args:
-        model: a Hugging Face ViT, GPT-2, Llama, Mistral, Qwen2, Qwen3 or BERT, with or without a
-            head.
+        model: a Hugging Face ViT, GPT-2, Llama, Mistral, Qwen2, Qwen3, BERT, RoBERTa or
+            XLM-RoBERTa, with or without a head.
         codebook: what to send. None: dense keys and values, `Codebook.dense()`.
         mesh: the other ranks, from `astra_runtime.connect`. None: this process alone.
         weights: shares of the tokens, one a rank; None: shares with which ranks of equal speed

@@ -23,6 +23,7 @@ from astra_kernels._cache import cache_folder
 
 from .errors import AstraError
 from .files import open_to_others
+from .limits import configured_limit
 from .texts import builtin_text as builtin_text
 from .texts import excerpts as excerpts
 from .texts import first_tokens as first_tokens
@@ -373,5 +374,4 @@ def token_limit(model: Any) -> int | None:
 
     A vision model reads images of one size.
     """
-    limit = getattr(model.config, "max_position_embeddings", None)
-    return None if limit is None else int(limit)
+    return configured_limit(model.config)

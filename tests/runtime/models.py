@@ -11,7 +11,7 @@ from torch import Tensor
 from astra_runtime import Codebook
 from astra_runtime.models import adapt
 
-KINDS = ("llama", "mistral", "qwen2", "qwen3", "gpt2", "vit", "bert")
+KINDS = ("llama", "mistral", "qwen2", "qwen3", "gpt2", "vit", "bert", "roberta")
 
 
 def tiny(kind: str, seed: int = 0, **changes: Any) -> Any:
@@ -47,9 +47,12 @@ def tiny(kind: str, seed: int = 0, **changes: Any) -> Any:
     elif kind == "vit":
         sizes |= {"image_size": 20, "patch_size": 4, "num_channels": 1, "intermediate_size": 96}
         config_class, model_class = transformers.ViTConfig, transformers.ViTForImageClassification
-    else:
+    elif kind == "bert":
         sizes |= {"vocab_size": 97, "intermediate_size": 96, "max_position_embeddings": 128}
         config_class, model_class = transformers.BertConfig, transformers.BertModel
+    else:
+        sizes |= {"vocab_size": 97, "intermediate_size": 96, "max_position_embeddings": 130}
+        config_class, model_class = transformers.XLMRobertaConfig, transformers.XLMRobertaModel
     model = model_class(config_class(**(sizes | changes)))
     for name, parameter in model.named_parameters():
         if "q_norm" in name or "k_norm" in name:  # made as ones, which would not be missed
@@ -101,6 +104,6 @@ SPACES = {
 
 def options_for(kind: str, name: str) -> dict[str, Any]:
     options = dict(SPACES[name])
-    if kind in ("gpt2", "vit", "bert") and name in ("kv-per-head", "kv-sub-vectors"):
+    if kind in ("gpt2", "vit", "bert", "roberta") and name in ("kv-per-head", "kv-sub-vectors"):
         options["groups"] = {"kv-per-head": 6, "kv-sub-vectors": 12}[name]
     return options

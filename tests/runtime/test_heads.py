@@ -13,6 +13,7 @@ from torch import Tensor
 
 from astra_runtime import Codebook, Engine
 from astra_runtime.evaluate import run_ranks
+from astra_runtime.models import is_language_model
 from astra_runtime.transport import Mesh
 
 from .models import tiny
@@ -24,9 +25,9 @@ TOKENS = 17
 
 def with_head(name: str) -> Any:
     """A tiny model of 3 blocks with the head of transformers' class `name`."""
-    family = next(f for f in (*DECODERS, "Bert", "ViT") if name.startswith(f))
+    family = next(f for f in (*DECODERS, "Bert", "XLMRoberta", "ViT") if name.startswith(f))
     labels = 2 if "QuestionAnswering" in name else 4
-    config = tiny(family.lower(), pad_token_id=PAD, num_labels=labels).config
+    config = tiny(family.lower().removeprefix("xlm"), pad_token_id=PAD, num_labels=labels).config
     torch.manual_seed(0)
     return getattr(transformers, name)(config).eval()
 
@@ -81,9 +82,11 @@ def test_a_classifier_without_a_padding_token_takes_one_row() -> None:
 
 EVERY_TOKEN = [
     *(f"{family}For{head}" for family in DECODERS for head in ("TokenClassification",)),
-    *(f"{family}ForQuestionAnswering" for family in (*DECODERS, "Bert")),
+    *(f"{family}ForQuestionAnswering" for family in (*DECODERS, "Bert", "XLMRoberta")),
     "BertForMaskedLM",
     "BertForTokenClassification",
+    "XLMRobertaForMaskedLM",
+    "XLMRobertaForTokenClassification",
     "GPT2LMHeadModel",
 ]
 
@@ -103,7 +106,11 @@ def test_heads_of_every_token(name: str) -> None:
                 answers(model, inputs, 2, logits=logits)
 
 
-CLASS = ["BertForSequenceClassification", "BertForNextSentencePrediction"]
+CLASS = [
+    "BertForSequenceClassification",
+    "BertForNextSentencePrediction",
+    "XLMRobertaForSequenceClassification",
+]
 
 
 @pytest.mark.parametrize("name", CLASS)
@@ -116,7 +123,12 @@ def test_heads_of_the_class_token(name: str) -> None:
         torch.testing.assert_close(got, want, atol=1e-3, rtol=1e-3)
 
 
-UNKNOWN = ["GPT2DoubleHeadsModel", "BertForPreTraining", "BertForMultipleChoice"]
+UNKNOWN = [
+    "GPT2DoubleHeadsModel",
+    "BertForPreTraining",
+    "BertForMultipleChoice",
+    "XLMRobertaForCausalLM",
+]
 
 
 @pytest.mark.parametrize("name", UNKNOWN)
@@ -130,6 +142,26 @@ def test_a_question_head_of_more_labels_is_refused() -> None:
     config = tiny("bert", num_labels=4).config
     with pytest.raises(ValueError, match="of 2 labels, start and end, got 4; set num_labels=2"):
         Engine(transformers.BertForQuestionAnswering(config).eval())
+
+
+def test_roberta_s_places_count_what_is_no_padding() -> None:
+    """Behind padding's own id, which ids inside a text may be, too, and its table ends earlier."""
+    model = tiny("roberta", pad_token_id=3)
+    ids = ids_of(2)
+    ids[0, 5:9], ids[1, 0] = 3, 3
+    with torch.no_grad():
+        want = model(input_ids=ids).last_hidden_state
+    for got in answers(model, {"input_ids": ids}, 3, logits="all"):
+        torch.testing.assert_close(got.last_hidden_state, want, atol=2e-3, rtol=1e-3)
+    with Engine(model) as engine:
+        engine(input_ids=ids_of(1).repeat(1, 8)[:, :126])
+        with pytest.raises(ValueError, match="expected 2 to 126 tokens, the class token first"):
+            engine(input_ids=ids_of(1).repeat(1, 8)[:, :127])
+
+
+def test_a_head_for_masked_tokens_is_no_language_model() -> None:
+    assert is_language_model(with_head("Qwen3ForCausalLM"))
+    assert not is_language_model(with_head("XLMRobertaForMaskedLM"))
 
 
 def rows_alone(model: Any, ids: Tensor, mask: Tensor) -> Tensor:
@@ -173,6 +205,8 @@ _WITH_HEADS = {
         "BertForQuestionAnswering",
         "BertForTokenClassification",
         "BertForSequenceClassification",
+        "XLMRobertaForTokenClassification",
+        "XLMRobertaForSequenceClassification",
     )
 }
 

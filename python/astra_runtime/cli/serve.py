@@ -10,10 +10,12 @@ import socket
 import threading
 from collections.abc import Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 from ..console import say, show_json
 from ..errors import AstraError
+from ..limits import configured_limit
 from .common import end_at_once, quiet_transformers
 from .leading import LedRanks, start, started_early
 from .options import (
@@ -219,8 +221,8 @@ def about_model(name: str) -> tuple[Any, int]:
         kind = "decoder"
     else:
         kind = "vision" if "image_size" in config else "encoder"
-    limit = config.get("max_position_embeddings", config.get("n_positions"))
-    return kind, NO_LIMIT if limit is None else int(limit)
+    limit = configured_limit(SimpleNamespace(**config))
+    return kind, NO_LIMIT if limit is None else limit
 
 
 def _configuration(name: str) -> dict[str, Any] | None:

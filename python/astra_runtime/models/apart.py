@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import AstraError, ModelChanged
+from ..limits import configured_limit
 from ..plan import Plan
 from .base import Adapter
 from .during_calls import set_forward
@@ -170,7 +171,7 @@ def _inputs(adapter: Adapter) -> dict[str, Tensor]:
     """A text of different tokens, or a picture."""
     config: Any = adapter.model.config
     if adapter.token_ids:
-        count = min(TOKENS + adapter.class_tokens, int(config.max_position_embeddings))
+        count = min(TOKENS + adapter.class_tokens, configured_limit(config) or TOKENS)
         ids = 1 + 7 * torch.arange(count, device=adapter.device)
         return {"input_ids": ids[None] % int(config.vocab_size)}
     shape = (1, int(config.num_channels), *pair(config.image_size))

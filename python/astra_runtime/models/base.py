@@ -301,7 +301,8 @@ adapters: weakref.WeakKeyDictionary[nn.Module, Adapter] = weakref.WeakKeyDiction
 
 
 def is_language_model(model: Any) -> bool:
-    return hasattr(model, "lm_head")
+    """Whether its head says what comes next; RoBERTa's of the same name says what is masked."""
+    return hasattr(model, "lm_head") and bool(model.can_generate())
 
 
 def vocabulary_of(model: Any) -> int:

@@ -1,4 +1,4 @@
-"""The families: Llama (also Mistral and Qwen2), Qwen3, GPT-2, ViT, BERT."""
+"""The families: Llama (Mistral, Qwen2), Qwen3, GPT-2, ViT, BERT, RoBERTa (XLM-RoBERTa)."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..limits import configured_limit
 from ..plan import Plan
 from .base import Adapter, adapters, adapters_lock
 from .heads import ROW, check_head
@@ -352,7 +353,7 @@ class Bert(Adapter):
 
     def count(self, inputs: Mapping[str, Tensor]) -> tuple[int, int]:
         ids = _take_ids(inputs, {"input_ids", "attention_mask", "token_type_ids"})
-        limit = self.model.config.max_position_embeddings
+        limit = configured_limit(self.model.config) or 0
         if not 2 <= ids.shape[1] <= limit:
             raise ValueError(
                 f"input_ids: expected 2 to {limit} tokens, the class token first, "
@@ -363,10 +364,13 @@ class Bert(Adapter):
     def visible(self, inputs: Mapping[str, Tensor]) -> Tensor | None:
         return _padding(inputs)
 
+    def places(self, ids: Tensor) -> Tensor:
+        """Rows of the position embeddings, [1 or B, 1 + T]."""
+        return torch.arange(ids.shape[1], device=ids.device)[None]
+
     def local_inputs(self, inputs: Mapping[str, Tensor], plan: Plan, rank: int) -> dict[str, Any]:
         ids = inputs["input_ids"]
-        everywhere = torch.arange(ids.shape[1], device=ids.device)[None]
-        whole = {"input_ids": ids, "position_ids": everywhere}
+        whole = {"input_ids": ids, "position_ids": self.places(ids)}
         if "token_type_ids" in inputs:
             whole["token_type_ids"] = inputs["token_type_ids"]
         return {name: plan.local_tokens(tensor, rank) for name, tensor in whole.items()}
@@ -380,6 +384,15 @@ class Bert(Adapter):
         return self.blocks[-1]
 
 
+class Roberta(Bert):
+    """As BERT, with positions that count the ids that are no padding, from behind padding's own."""
+
+    def places(self, ids: Tensor) -> Tensor:
+        embeddings: Any = self.base.embeddings
+        places: Tensor = embeddings.create_position_ids_from_input_ids(ids, embeddings.padding_idx)
+        return places
+
+
 FAMILIES: dict[str, type[Adapter]] = {
     "llama": Llama,
     "mistral": Llama,
@@ -388,6 +401,8 @@ FAMILIES: dict[str, type[Adapter]] = {
     "gpt2": GPT2,
     "vit": ViT,
     "bert": Bert,
+    "roberta": Roberta,
+    "xlm-roberta": Roberta,
 }
 
 

@@ -29,8 +29,16 @@ _READS = {
     "ForQuestionAnswering": EVERY,
     "ForSequenceClassification": ROW,
 }
+_OF_ENCODERS = {
+    "Model": TOKENS,
+    "ForMaskedLM": TOKENS,
+    "ForTokenClassification": TOKENS,
+    "ForQuestionAnswering": EVERY,
+    "ForSequenceClassification": CLASS,
+}
 _TRANSFORMERS = "transformers."
 _DECODERS = ("Llama", "Mistral", "Qwen2", "Qwen3", "GPT2")
+_ENCODERS = ("Bert", "Roberta", "XLMRoberta")
 _GENERIC = {  # forward passes that transformers shares between families
     "GenericForSequenceClassification": ROW,
     "GenericForTokenClassification": TOKENS,
@@ -39,11 +47,7 @@ _GENERIC = {  # forward passes that transformers shares between families
 HEADS: dict[str, str] = {
     **_GENERIC,
     **{family + head: reads for family in _DECODERS for head, reads in _READS.items()},
-    "BertModel": TOKENS,
-    "BertForMaskedLM": TOKENS,
-    "BertForTokenClassification": TOKENS,
-    "BertForQuestionAnswering": EVERY,
-    "BertForSequenceClassification": CLASS,
+    **{family + head: reads for family in _ENCODERS for head, reads in _OF_ENCODERS.items()},
     "BertForNextSentencePrediction": CLASS,
     "ViTModel": TOKENS,
     "ViTForImageClassification": CLASS,
