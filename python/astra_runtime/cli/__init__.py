@@ -112,6 +112,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         what = str(error) if expected else f"{type(error).__name__}: {error}"
         if isinstance(error, ModuleNotFoundError):
             what = _without(error, options.command)
+        elif what.startswith("codebook: made for another model"):
+            what += _default_model(options)
         where = "" if expected else " (ASTRA_DEBUG=1 shows where)"
         say(f"astra: error: {what}{where}")
         _drop_unwritable_output()
@@ -166,6 +168,14 @@ def _check_codebook(options: argparse.Namespace) -> None:
     folder = getattr(options, "codebook", None)
     if isinstance(folder, str) and folder != DENSE:
         check_codebook_folder(folder)
+
+
+def _default_model(options: argparse.Namespace) -> str:
+    """Says which model was taken where the command line may not have named any."""
+    from .options import DEFAULT_MODEL
+
+    taken = getattr(options, "model", None) == DEFAULT_MODEL
+    return f" (--model is {DEFAULT_MODEL} unless another is given)" if taken else ""
 
 
 def _without(error: ModuleNotFoundError, command: str) -> str:

@@ -18,6 +18,7 @@ from astra_runtime.cli.options import settle_threads, sharing
 from astra_runtime.cli.place import Place
 from astra_runtime.store import DamagedModel, model_folder
 
+from ..models import tiny
 from .test_cli import PROMPT, here, home, model_options  # noqa: F401 - fixtures
 
 
@@ -127,3 +128,17 @@ def test_a_gguf_file_is_converted_once_for_each_content(
     file.write_bytes(b"GGUF another")
     assert model_folder(str(file)) != first
     assert len(converted) == 2
+
+
+def test_a_codebook_without_its_model_is_told_which_model_was_taken(
+    home: Path,  # noqa: F811
+    here: Any,  # noqa: F811
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    other = tiny("llama", num_hidden_layers=2)
+    monkeypatch.setattr(store, "load_model", lambda *names, **options: other)
+    tokenizer = store.load_tokenizer(str(home / "model"))
+    monkeypatch.setattr(store, "load_tokenizer", lambda *names: tokenizer)
+    told = here("run", "--codebook", str(home / "codebook"), "--prompt", PROMPT, code=1)[1]
+    assert "num_blocks 3 (codebook) and 2 (model)" in told
+    assert "(--model is smollm2 unless another is given)" in told
