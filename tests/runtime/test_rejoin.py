@@ -17,7 +17,7 @@ from astra_runtime.errors import AstraError, HandshakeRefused, PeerLost
 from astra_runtime.transport import Mesh, connect, local_mesh
 from tests.processes import Fork
 
-from .cli.test_cli import PROMPT, here, home, model_options  # noqa: F401 - two are fixtures
+from .cli.commands import PROMPT, model_options
 from .models import fitted, inputs_for, tiny
 from .ranks import as_ranks, free_ports, key_folder, together
 from .transport.test_abort import cut
@@ -131,8 +131,8 @@ def test_what_cannot_be_rejoined_says_why() -> None:
 
 
 def test_a_worker_serves_run_after_run(
-    home: Path,  # noqa: F811
-    here: Callable[..., tuple[str, str]],  # noqa: F811
+    home: Path,
+    here: Callable[..., tuple[str, str]],
 ) -> None:
     """Two runs join one worker; it is killed, and the next run joins its successor."""
     place = [*model_options(home), "--peers", ",".join(free_ports(2))]

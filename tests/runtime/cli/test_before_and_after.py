@@ -37,7 +37,7 @@ from astra_runtime.trace import write_timeline
 
 from ..models import tiny
 from ..ranks import key_folder
-from .test_cli import PROMPT, WORDS, here, home, model_options  # noqa: F401 - two are fixtures
+from .commands import PROMPT, WORDS, model_options
 
 Here = Callable[..., tuple[str, str]]
 LONG = " ".join(WORDS[i * 5 % 96] for i in range(90))
@@ -89,8 +89,8 @@ def unloaded(monkeypatch: pytest.MonkeyPatch) -> None:
     ],
 )  # fmt: skip
 def test_mistakes_are_told_before_a_model_is_loaded(
-    home: Path,  # noqa: F811
-    here: Here,  # noqa: F811
+    home: Path,
+    here: Here,
     arguments: list[str],
     message: str,
 ) -> None:
@@ -99,8 +99,8 @@ def test_mistakes_are_told_before_a_model_is_loaded(
 
 
 def test_another_models_codebook_is_refused_before_anybody_is_waited_for(
-    home: Path,  # noqa: F811
-    here: Here,  # noqa: F811
+    home: Path,
+    here: Here,
 ) -> None:
     peers = ["--peers", "127.0.0.1:1,127.0.0.1:2", "--connect-timeout", "1"]
     other = ["--model", str(home / "model"), "--codebook", str(home / "other")]
@@ -109,8 +109,8 @@ def test_another_models_codebook_is_refused_before_anybody_is_waited_for(
 
 
 def test_requests_beyond_the_limit_reach_no_other_rank(
-    home: Path,  # noqa: F811
-    here: Here,  # noqa: F811
+    home: Path,
+    here: Here,
 ) -> None:
     peers = ["--rank", "0", "--peers", "127.0.0.1:1,127.0.0.1:2"]
     asked = ["run", *model_options(home), "--prompt", PROMPT, "--max-new-tokens", "100000"]
@@ -119,8 +119,8 @@ def test_requests_beyond_the_limit_reach_no_other_rank(
 
 
 def test_an_answer_survives_the_loss_of_its_timeline(
-    home: Path,  # noqa: F811
-    here: Here,  # noqa: F811
+    home: Path,
+    here: Here,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     def lose(ranks: Ranks) -> None:
@@ -134,8 +134,8 @@ def test_an_answer_survives_the_loss_of_its_timeline(
 
 
 def test_a_demo_shows_what_it_measured_whatever_ends_it(
-    home: Path,  # noqa: F811
-    here: Here,  # noqa: F811
+    home: Path,
+    here: Here,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     def lose(ranks: Ranks, *_: Any) -> None:
@@ -158,8 +158,8 @@ def test_a_timeline_into_a_pipe_leaves_it_one(tmp_path: Path) -> None:
 
 
 def test_short_prompts_are_exact_and_long_ones_say_what_they_rest_on(
-    home: Path,  # noqa: F811
-    here: Here,  # noqa: F811
+    home: Path,
+    here: Here,
 ) -> None:
     asked = [*model_options(home), "--max-new-tokens", "4"]
     alone = here("run", *asked, "--prompt", PROMPT)[0]
@@ -170,7 +170,7 @@ def test_short_prompts_are_exact_and_long_ones_say_what_they_rest_on(
     assert "rests on codes" in here("run", *asked, "--prompt", LONG, "--world-size", "2")[1]
 
 
-def test_output_that_is_not_utf8_loses_no_answer(home: Path) -> None:  # noqa: F811
+def test_output_that_is_not_utf8_loses_no_answer(home: Path) -> None:
     environment = os.environ | {"PYTHONIOENCODING": "ascii"}
     command = [sys.executable, "-m", "astra_runtime"]
     shown = subprocess.run([*command, "finetune", "--help"], capture_output=True, env=environment)
@@ -289,7 +289,7 @@ def test_weights_that_the_model_would_pass_over_are_named(
     ],
 )
 def test_a_model_of_images_is_named(
-    here: Here,  # noqa: F811
+    here: Here,
     tmp_path: Path,
     asked: list[str],
 ) -> None:
@@ -340,7 +340,7 @@ def test_models_of_other_libraries_are_named(
     ],
 )
 def test_files_that_say_nonsense_are_named_with_their_model(
-    home: Path,  # noqa: F811
+    home: Path,
     tmp_path: Path,
     file: str,
     content: Any,
@@ -357,8 +357,8 @@ def test_files_that_say_nonsense_are_named_with_their_model(
 
 
 def test_doctor_finds_a_cut_model(
-    home: Path,  # noqa: F811
-    here: Here,  # noqa: F811
+    home: Path,
+    here: Here,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
@@ -394,7 +394,7 @@ def test_streams_that_are_closed_are_opened_to_nothing(monkeypatch: pytest.Monke
 
 
 def test_a_full_disk_is_told_of_and_ends_no_work(
-    here: Here,  # noqa: F811
+    here: Here,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     pytest.importorskip("cryptography")
@@ -412,8 +412,8 @@ def test_a_full_disk_is_told_of_and_ends_no_work(
 
 
 def test_a_reader_who_leaves_is_no_error(
-    home: Path,  # noqa: F811
-    here: Here,  # noqa: F811
+    home: Path,
+    here: Here,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """`astra run … | head -c 1`: the answer ends, and that is all."""
@@ -429,7 +429,7 @@ def test_a_reader_who_leaves_is_no_error(
 
 
 def test_a_peer_whose_connection_broke_is_told_of(
-    here: Here,  # noqa: F811
+    here: Here,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """The kernel's word for it is the one for a reader of stdout who has left."""
@@ -442,7 +442,7 @@ def test_a_peer_whose_connection_broke_is_told_of(
 
 
 def test_a_folder_that_is_gone_is_told_of(
-    here: Here,  # noqa: F811
+    here: Here,
     monkeypatch: pytest.MonkeyPatch,
     tmp_path: Path,
 ) -> None:
@@ -478,7 +478,7 @@ def test_a_timeline_that_cannot_be_written_leaves_nothing(
 
 
 def test_a_cache_that_can_only_be_read_will_do(
-    home: Path,  # noqa: F811
+    home: Path,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:

@@ -19,10 +19,10 @@ from astra_runtime.cli.place import Place
 from astra_runtime.store import DamagedModel, model_folder
 
 from ..models import tiny
-from .test_cli import PROMPT, here, home, model_options  # noqa: F401 - fixtures
+from .commands import PROMPT, model_options
 
 
-def test_a_run_in_int8_says_what_it_takes(home: Path, here: Any) -> None:  # noqa: F811
+def test_a_run_in_int8_says_what_it_takes(home: Path, here: Any) -> None:
     asked = ["run", *model_options(home), "--prompt", PROMPT, "--max-new-tokens", "3", "--json"]
     whole = json.loads(here(*asked)[0])
     out, told = here(*asked, "--dtype", "int8", "--world-size", "2", "--threads", "1")
@@ -35,15 +35,15 @@ def test_a_run_in_int8_says_what_it_takes(home: Path, here: Any) -> None:  # noq
     assert "the weights are kept in int8; the codes were fitted for the same checkpoint" in told
 
 
-def test_training_wants_float32(home: Path, here: Any, tmp_path: Path) -> None:  # noqa: F811
+def test_training_wants_float32(home: Path, here: Any, tmp_path: Path) -> None:
     asked = [*model_options(home), "--output", str(tmp_path), "--dtype", "int4"]
     told = here("finetune", *asked, code=1)[1]
     assert "--dtype: expected float32, which training needs, got int4" in told
 
 
 def test_a_checkpoint_that_the_weights_contradict_is_refused(
-    home: Path,  # noqa: F811
-    here: Any,  # noqa: F811
+    home: Path,
+    here: Any,
 ) -> None:
     asked = [*model_options(home), "--prompt", PROMPT, "--checkpoint", "0123456789abcdef"]
     assert "checkpoint: expected" in here("run", *asked, code=1)[1]
@@ -131,8 +131,8 @@ def test_a_gguf_file_is_converted_once_for_each_content(
 
 
 def test_a_codebook_without_its_model_is_told_which_model_was_taken(
-    home: Path,  # noqa: F811
-    here: Any,  # noqa: F811
+    home: Path,
+    here: Any,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     other = tiny("llama", num_hidden_layers=2)

@@ -30,7 +30,7 @@ from astra_runtime.transport.credentials import KeysError
 from tests.processes import Fork
 
 from ..ranks import free_ports, wait_for
-from .test_cli import PROMPT, here, home, model_options  # noqa: F401 - two are fixtures
+from .commands import PROMPT, model_options
 
 Here = Callable[..., tuple[str, str]]
 
@@ -180,8 +180,8 @@ def test_what_no_waiting_cures_ends_a_standing_worker(
 
 
 def test_a_standing_worker_survives_whatever_its_leader_asks(
-    home: Path,  # noqa: F811
-    here: Here,  # noqa: F811
+    home: Path,
+    here: Here,
 ) -> None:
     peers = free_ports(2)
     common = [*model_options(home), "--peers", ",".join(peers)]

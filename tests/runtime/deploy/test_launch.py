@@ -1,6 +1,6 @@
 """`astra run` owns its workers: none outlives it, and it says which rank failed first.
 
-Ctrl-C, SIGTERM and SIGKILL of the leader are in test_cli.py.
+Ctrl-C, SIGTERM and SIGKILL of the leader are in cli/test_run.py.
 """
 
 from __future__ import annotations
@@ -21,13 +21,13 @@ from astra_runtime.deploy.jobs import Ranks
 from astra_runtime.deploy.launch import READY, Workers
 from tests.processes import Fork, runs, workers_of
 
-from ..cli.test_cli import PROMPT, here, home, model_options  # noqa: F401 - two are fixtures
+from ..cli.commands import PROMPT, model_options
 from ..ranks import wait_for
 
 
 def test_a_closed_terminal_ends_leader_and_workers(
-    home: Path,  # noqa: F811
-    here: Callable[..., tuple[str, str]],  # noqa: F811 - workers are forks
+    home: Path,
+    here: Callable[..., tuple[str, str]],  # workers are forks
 ) -> None:
     ours, theirs = pty.openpty()
     command = ["run", *model_options(home), "--prompt", PROMPT, "--world-size", "3"]
@@ -49,8 +49,8 @@ def test_a_closed_terminal_ends_leader_and_workers(
 
 
 def struck(
-    home: Path,  # noqa: F811
-    here: Callable[..., tuple[str, str]],  # noqa: F811
+    home: Path,
+    here: Callable[..., tuple[str, str]],
     monkeypatch: pytest.MonkeyPatch,
     blow: signal.Signals,
     world_size: int,
@@ -82,8 +82,8 @@ def struck(
 
 
 def test_the_worker_that_died_first_is_named(
-    home: Path,  # noqa: F811
-    here: Any,  # noqa: F811
+    home: Path,
+    here: Any,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Rank 2 is killed; rank 1, which then fails as well, is not to blame."""
@@ -93,8 +93,8 @@ def test_the_worker_that_died_first_is_named(
 
 
 def test_a_worker_that_stops_is_named_and_ended(
-    home: Path,  # noqa: F811
-    here: Any,  # noqa: F811
+    home: Path,
+    here: Any,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     last = struck(home, here, monkeypatch, signal.SIGSTOP, 2, "--timeout", "2")

@@ -27,7 +27,6 @@ from astra_runtime.train.finetune import (
 from astra_runtime.train.schedule import Settings, draw_plan, schedule
 from astra_runtime.transport import Mesh
 
-from ..cli.test_cli import here, home  # noqa: F401 - fixtures
 from ..models import inputs_for, tiny, windows_for
 
 QUICK = Settings(steps=6, lr=1e-3, batch=2, ranks=(2, 4), shard=4)
@@ -289,7 +288,7 @@ def test_a_loss_that_is_not_finite_stops_the_run() -> None:
 Run = Callable[..., tuple[str, str]]
 
 
-def test_the_command_end_to_end(home: Path, here: Run, tmp_path: Path) -> None:  # noqa: F811
+def test_the_command_end_to_end(home: Path, here: Run, tmp_path: Path) -> None:
     common = ["--model", str(home / "model"), "--codebook", str(home / "codebook")]
     common += ["--output", str(tmp_path / "adapted"), "--text", str(home / "text.txt")]
     common += ["--tokens", "40", "--batch", "2", "--min-shard", "4", "--max-ranks", "4"]
@@ -306,7 +305,7 @@ def test_the_command_end_to_end(home: Path, here: Run, tmp_path: Path) -> None: 
     assert "resume: found no checkpoint" in here("finetune", *common, "--resume", code=1)[1]
 
 
-def test_the_command_trains_controls(home: Path, here: Run, tmp_path: Path) -> None:  # noqa: F811
+def test_the_command_trains_controls(home: Path, here: Run, tmp_path: Path) -> None:
     here(  # windows so short that eight devices have fewer than 16 tokens each
         "finetune", "--model", str(home / "model"), "--control", "local-only",
         "--output", str(tmp_path), "--text", str(home / "text.txt"), "--tokens", "40",
@@ -327,8 +326,8 @@ def test_the_command_trains_controls(home: Path, here: Run, tmp_path: Path) -> N
     ],
 )
 def test_the_command_refuses_bad_input(
-    home: Path,  # noqa: F811
-    here: Run,  # noqa: F811
+    home: Path,
+    here: Run,
     tmp_path: Path,
     changes: list[str],
     message: str,
