@@ -69,13 +69,12 @@ def plain_module(device: str, tokens: int = 96, cut: int = 64) -> tuple[float, f
 def coded_prefix(module, query, key, value, attention_mask, *, prefix, scaling=None, **_):
     """What transformers calls in every layer; ``prefix`` was given to the model's forward.
 
-    ``attention_mask`` is bool [B, 1, M, L], or None where nothing is padding. The last query sees
-    every key but padding, and causality is the op's own.
+    ``attention_mask`` is bool [B, 1, M, L], of the local tokens, or None where it would be causal
+    and nothing else.
     """
-    coded = prefix[module.layer_idx]
-    mask = None if attention_mask is None else attention_mask[:, 0, -1]  # [B, L]
+    coded, mask = prefix[module.layer_idx], attention_mask
     out = ak.mixed_attention(
-        query, key, value, *coded, is_causal=True, key_mask=mask, scale=scaling
+        query, key, value, *coded, attn_mask=mask, is_causal=mask is None, scale=scaling
     )
     return out.transpose(1, 2), None
 
