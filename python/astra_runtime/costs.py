@@ -53,15 +53,15 @@ class Paces(NamedTuple):
         return " ".join(repr(pace) for pace in self)
 
     @classmethod
-    def slowest(cls, told: Sequence[str]) -> Paces:
-        """What all ranks count with, of what each has said, `str` of its own.
+    def slowest(cls, paces: Sequence[str]) -> Paces:
+        """What all ranks count with, of `str` of each one's own.
 
         Example:
             >>> Paces.slowest([str(Paces(0.38, 0.66)), str(Paces(0.67, 0.66))])
             Paces(linear=0.67, far=0.66)
         """
-        of_ranks = [[float(pace) for pace in text.split()] for text in told]
-        return cls(*(max(paces) for paces in zip(*of_ranks, strict=True)))
+        of_ranks = [[float(pace) for pace in text.split()] for text in paces]
+        return cls(*(max(each) for each in zip(*of_ranks, strict=True)))
 
 
 def engine_plan(

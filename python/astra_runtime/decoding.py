@@ -21,7 +21,7 @@ from .errors import AstraError, CallEnded, InvalidChoice, NotFinite
 from .exchange import receive_tensors, send_tensor
 from .inputs import check_bound, check_function, check_integer, check_request, inferred_mask
 from .layer import Layer
-from .models import Adapter, unheard, vocabulary_of, with_cache
+from .models import Adapter, vocabulary_of, with_cache, without_listener
 from .prepare import prepare
 from .trace import stage
 
@@ -40,7 +40,7 @@ class Generation:
     on_token: Callable[[Tensor], None] | None
     stop: Callable[[Tensor], bool] | None = None
 
-    def hear(self, rank: int, token: Tensor) -> None:
+    def deliver(self, rank: int, token: Tensor) -> None:
         """Hands out new tokens. What the host's function raises ends this call, and no more."""
         if self.on_token is None:
             return
@@ -51,7 +51,7 @@ class Generation:
         except Exception as error:
             raise CallEnded(rank, f"on_token raised {type(error).__name__}: {error}") from error
 
-    def ends_behind(self, rank: int, ids: Tensor) -> bool:
+    def is_last(self, rank: int, ids: Tensor) -> bool:
         """Whether the host wants no further token behind `ids`."""
         try:
             return self.stop is not None and bool(self.stop(ids.clone()))
@@ -82,7 +82,7 @@ def guarded(
 
     def call(block: T) -> None:
         try:
-            with unheard():  # it may run the model itself
+            with without_listener():  # it may run the model itself
                 function(block)
         except AstraError:
             raise
@@ -177,7 +177,7 @@ def generate(
             token = next_token(call.rank, ids, scores, asked.choose, known)
             token = torch.where(done, last, token)
             new_ids = torch.cat([ids, token[:, None]], 1)
-            stopped = asked.ends_behind(call.mesh.device_rank, new_ids)
+            stopped = asked.is_last(call.mesh.device_rank, new_ids)
             # the complement of a token says that it is the last one
             sent = ~token if stopped else token
             send_tensor(call, sent, block=Control.TOKEN, to=others)
@@ -189,7 +189,7 @@ def generate(
         ids = torch.cat([ids, token[:, None]], 1)
         last = torch.where(torch.isin(token, ends), token, last)
         done |= torch.isin(token, ends)
-        asked.hear(call.mesh.device_rank, token)
+        asked.deliver(call.mesh.device_rank, token)
         if stopped or bool(done.all()):
             break
     return ids

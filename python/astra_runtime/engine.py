@@ -218,7 +218,7 @@ class Engine(SessionHost):
             fields["module numbers"] = numbers
         # tokens are shared out by them, and ranks of other processors have to cut alike
         paces = str(Paces.of(self.adapter, self.codebook))
-        self.paces = Paces.slowest(self.mesh.agree(fields, told={"paces": paces})["paces"])
+        self.paces = Paces.slowest(self.mesh.agree(fields, exchanged={"paces": paces})["paces"])
         self._remember_shapes()
 
     def rejoin(self, mesh: Mesh | None = None, *, connect_timeout: float | None = None) -> None:

@@ -128,7 +128,7 @@ def measure(
     All use the same equal shards (with attention-sink tokens, to a token). Exact is dense exchange
     in fp32, which equals the single device to rounding. `halo` is of the engine, for `codebook`;
     None: its default for the shortest window. `overlap`: whether `local_overlap` is measured, too.
-    `progress` hears of windows done and in all, over all methods.
+    `progress` is told of windows done and in all, over all methods.
     """
     language = is_language_model(model)
     shortest = _shortest(model, windows, world_size)
@@ -138,10 +138,10 @@ def measure(
     done, steps = itertools.count(1), (4 if overlaps else 3) * len(windows)
 
     def run(book: Codebook, halo: int = 0) -> tuple[list[list[Any]], tuple[float, float]]:
-        def heard() -> None:
+        def window_done() -> None:
             progress(next(done), steps)
 
-        return _by_rank(model, book, windows, world_size, halo, heard)
+        return _by_rank(model, book, windows, world_size, halo, window_done)
 
     exact, _ = run(Codebook.dense())
     astra, (bits, each) = run(codebook, halo)
@@ -187,10 +187,10 @@ def _by_rank(
     windows: Sequence[Inputs],
     world_size: int,
     halo: int,
-    heard: Callable[[], None],
+    window_done: Callable[[], None],
 ) -> tuple[list[list[Any]], tuple[float, float]]:
     """By rank and window: (loss, count) of a language model, else the output; and the bits of a
-    token and block, by payload and by receiver. `heard` is called after every window."""
+    token and block, by payload and by receiver. `window_done` is called after every window."""
     language = is_language_model(model)
 
     def work(mesh: Mesh) -> tuple[list[Any], tuple[float, float]]:
@@ -203,7 +203,7 @@ def _by_rank(
                 else:
                     measured.append(answer_of(engine(**window, logits="all")).float())
                 if engine.rank == 0:
-                    heard()
+                    window_done()
             return measured, (engine.bits_per_token_block, engine.bits_per_receiver)
 
     ranks = run_ranks(world_size, work)

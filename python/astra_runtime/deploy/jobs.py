@@ -275,7 +275,7 @@ class Ranks:
         engine = self.engine(space, True, ids.shape[1])
         times: list[float] = []
 
-        def hear(token: Tensor) -> None:
+        def note_time(token: Tensor) -> None:
             times.append(time.perf_counter() - start)
             if self.on_token is not None:
                 self.on_token(token)
@@ -286,7 +286,7 @@ class Ranks:
             ids,
             max_new_tokens=max_new_tokens,
             choose=None if sampling is None else choose_by(sampling),
-            on_token=hear,
+            on_token=note_time,
             on_block=self.on_block,
         )
         self.timed.flush()
@@ -308,10 +308,10 @@ class Ranks:
             "weight_bytes": weight_bytes(self.model) + adapt(self.model).hooks.packed_bytes,
             "peak_bytes": peak_bytes(),
         }
-        said = {name: self._exchange(float(value), late) for name, value in own.items()}
+        figures = {name: self._exchange(float(value), late) for name, value in own.items()}
         return {
             name: {str(rank): int(values[rank]) for rank in sorted(values)}
-            for name, values in said.items()
+            for name, values in figures.items()
         }
 
     def close(self) -> None:

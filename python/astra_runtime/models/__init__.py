@@ -13,7 +13,7 @@ from .base import (
 )
 from .dtypes import check_dtypes
 from .families import adapt, pair
-from .forward_pass import Listener, unheard
+from .forward_pass import Listener, without_listener
 from .heads import EVERY, ROW, check_head_module
 from .watch import Watch
 
@@ -33,7 +33,7 @@ __all__ = [
     "is_language_model",
     "num_logits_of",
     "pair",
-    "unheard",
     "vocabulary_of",
     "with_cache",
+    "without_listener",
 ]

@@ -120,8 +120,8 @@ def listening_as(running: Pass | None) -> Iterator[None]:
         _current.reset(token)
 
 
-def unheard() -> contextlib.AbstractContextManager[None]:
-    """Nobody listens in here, of what a host's function does in the middle of a pass."""
+def without_listener() -> contextlib.AbstractContextManager[None]:
+    """In here nobody listens: a host's function may run the model in the middle of a pass."""
     return listening_as(None)
 
 
@@ -129,7 +129,7 @@ def is_running() -> bool:
     return _current.get() is not None
 
 
-def is_heard(module: nn.Module) -> bool:
+def has_listener(module: nn.Module) -> bool:
     """Whether the pass that runs listens to this attention module."""
     running = _current.get()
     return running is not None and module in running.hooks.index

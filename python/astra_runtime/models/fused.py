@@ -38,7 +38,7 @@ def fused_forwards(
     modules: Iterable[nn.Module],
     attention: Callable[..., Any],
     is_running: Callable[[], bool],
-    is_heard: Callable[[nn.Module], bool],
+    has_listener: Callable[[nn.Module], bool],
 ) -> list[CallForward]:
     """The forwards of those modules that have one.
 
@@ -46,7 +46,7 @@ def fused_forwards(
         attention: what attention modules call, see transformers' AttentionInterface.
         is_running: whether a call is under way in this thread; the model's own pass in another one
             meanwhile is left alone.
-        is_heard: whether this attention module is a part of it.
+        has_listener: whether this attention module is a part of it.
     """
     found: list[CallForward] = []
     for module in modules:
@@ -60,7 +60,7 @@ def fused_forwards(
         elif name in _GATED:
             found.append(_Gate(module, is_running))
         elif name in _ROTARY and _is_transformers(_rotation_of(module)):
-            found.append(_Attention(module, is_running, attention, is_heard))
+            found.append(_Attention(module, is_running, attention, has_listener))
     return found
 
 
@@ -140,10 +140,10 @@ class _Attention(_Fused):
         module: nn.Module,
         is_running: Callable[[], bool],
         attention: Callable[..., Any],
-        is_heard: Callable[[nn.Module], bool],
+        has_listener: Callable[[nn.Module], bool],
     ) -> None:
         super().__init__(module, is_running)
-        self._attention, self._is_heard = attention, is_heard
+        self._attention, self._has_listener = attention, has_listener
         self._rotation = _rotation_of(module)
 
     def __call__(self, *given: Any, **named: Any) -> Any:
@@ -176,7 +176,7 @@ class _Attention(_Fused):
     def _takes(self, hidden: Tensor, angles: Any, named: dict[str, Any]) -> bool:
         return (
             self._serves()
-            and self._is_heard(self.module)
+            and self._has_listener(self.module)
             and not self.module.training
             and _rotation_of(self.module) is self._rotation
             and all(named.get(name) is None for name in _CACHES)

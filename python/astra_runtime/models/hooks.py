@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from .attention import AttentionConfig, astra_attention, register_attention
 from .during_calls import CallForward
 from .few_rows import few_rows_forwards
-from .forward_pass import Listener, Pass, current_pass, is_heard, is_running, listening_as
+from .forward_pass import Listener, Pass, current_pass, has_listener, is_running, listening_as
 from .fused import fused_forwards
 from .own_hooks import Watched, unwatched
 from .packed import PackedForward, bytes_of, can_pack, packable
@@ -126,7 +126,7 @@ class Hooks:
         """Has small steps of `base` computed in one pass from now on, during calls, and products of
         few rows with weights as they are stored; see `fused` and `few_rows`."""
         _, *inside = base.modules()
-        self._fused = fused_forwards(inside, astra_attention, is_running, is_heard)
+        self._fused = fused_forwards(inside, astra_attention, is_running, has_listener)
         self._fused += few_rows_forwards(self.blocks)
 
     def watch(self, model: nn.Module, base: nn.Module) -> None:

@@ -14,7 +14,7 @@ LEAST_SECONDS = 0.2  # between two looks at a link's bytes
 
 
 @dataclass(frozen=True)
-class _Heard:
+class _Report:
     """One report: when it came, seconds since the one before, seconds computed, tokens drawn."""
 
     at: float
@@ -26,7 +26,7 @@ class _Heard:
 @dataclass
 class _Rank:
     last: float  # when it was heard of last
-    reports: deque[_Heard] = field(default_factory=deque)
+    reports: deque[_Report] = field(default_factory=deque)
     link: deque[tuple[float, int, int]] = field(default_factory=deque)  # when, sent, received
     tokens_per_s: float | None = None
     round_trip: float | None = None
@@ -50,11 +50,11 @@ class Activity:
         now = clock()
         self._ranks = [_Rank(now) for _ in range(ranks)]
 
-    def heard(self, rank: int, busy: float, tokens: int, stats: Stats) -> None:
+    def record(self, rank: int, busy: float, tokens: int, stats: Stats) -> None:
         """A report of a rank: seconds for which it computed since the last one, tokens that it
         drew, and what has crossed its link so far."""
         now, one = self._clock(), self._ranks[rank]
-        one.reports.append(_Heard(now, now - one.last, busy, tokens))
+        one.reports.append(_Report(now, now - one.last, busy, tokens))
         one.last = now
         if not one.link or now - one.link[-1][0] >= LEAST_SECONDS:
             one.link.append((now, stats.bytes_sent_total, stats.bytes_received_total))

@@ -43,19 +43,19 @@ class PromptCosts:
         """At which a rank reads a prompt by itself."""
         return None if not self.token else 1 / self.token
 
-    def heard_alone(self, tokens: int, seconds: float) -> None:
+    def record_alone(self, tokens: int, seconds: float) -> None:
         """A rank has read a prompt by itself."""
         if self.token is None or tokens > EXACT_TOKENS:  # of a few tokens each costs more
             self.token = _mixed(self.token, seconds / tokens)
 
-    def heard_by_one(self, tokens: int, seconds: float) -> None:
+    def record_by_one(self, tokens: int, seconds: float) -> None:
         """A rank has read a prompt by itself while others did something else."""
         if self.token is None:
             self.token = seconds / tokens
         if tokens > EXACT_TOKENS:
             self.by_one = _mixed(self.by_one, seconds / tokens)
 
-    def heard_together(self, tokens: int, seconds: float, busy: float | None = None) -> None:
+    def record_together(self, tokens: int, seconds: float, busy: float | None = None) -> None:
         """All ranks have read a prompt, pauses not counted.
 
         busy: seconds for which the busiest rank computed; None: not known.
@@ -69,20 +69,20 @@ class PromptCosts:
         if self.by_one is not None:  # what once seemed slow is tried again some day
             self.by_one += FORGOTTEN * (self.token - self.by_one)
 
-    def heard_uneven(self, tokens: int, busy: float, beside: Sequence[float]) -> None:
+    def record_uneven(self, tokens: int, busy: float, beside: Sequence[float]) -> None:
         """The same where the ranks had unequal shares: see `beside`."""
         if tokens > EXACT_TOKENS:
             most = self._shard(tokens) + sum(beside) / len(beside) - min(beside)
             self.token = _mixed(self.token, busy / most)
 
-    def heard_ends(self, begin: float, end: float) -> None:
+    def record_ends(self, begin: float, end: float) -> None:
         """All ranks have read a prompt in equal shares of work: which shares of the seconds were
         before its first block, and behind the last one."""
         begin, end = (min(max(0.0, share), MOST_END) for share in (begin, end))
         self.begin = _mixed(self.begin or None, begin)
         self.end = _mixed(self.end or None, end)
 
-    def heard_pause(self, seconds: float) -> None:
+    def record_pause(self, seconds: float) -> None:
         """All ranks have paused while they read a prompt, and decoded a token of all else."""
         self.pause = _mixed(self.pause, seconds)
 
@@ -199,15 +199,15 @@ class AnswerCosts:
         self._shared: float | None = None  # seconds a token of a prompt that was shared
         self._tokens: float | None = None  # of an answer
 
-    def heard_step(self, answers: int, seconds: float) -> None:
+    def record_step(self, answers: int, seconds: float) -> None:
         """A rank has decoded a token of each of so many answers."""
         self._steps[answers] = _mixed(self._steps.get(answers), seconds)
 
-    def heard_shared(self, tokens: int, seconds: float) -> None:
+    def record_shared(self, tokens: int, seconds: float) -> None:
         """Other ranks than its owner can go on with a prompt of so many tokens."""
         self._shared = _mixed(self._shared, seconds / tokens)
 
-    def heard_answer(self, tokens: int) -> None:
+    def record_answer(self, tokens: int) -> None:
         """An answer has so many tokens."""
         self._tokens = _mixed(self._tokens, tokens)
 

@@ -237,12 +237,12 @@ class Encoding(Rounds):
         for rank, report in enumerate(reports):
             self._note(rank, report)
         if batch and batch[0]["owner"] is None:
-            self.costs.heard_together(self._count(batch[0]), time.perf_counter() - start)
+            self.costs.record_together(self._count(batch[0]), time.perf_counter() - start)
         for report in reports:
             if report["problem"]:
                 raise ServiceFailed(report["problem"])
             for index, seconds in report["seconds"]:
-                self.costs.heard_alone(self._count(batch[index]), seconds)
+                self.costs.record_alone(self._count(batch[index]), seconds)
         return [_joined(reports, index) for index in range(len(batch))]
 
     def _count(self, one: Input) -> int:

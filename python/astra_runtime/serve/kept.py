@@ -206,9 +206,9 @@ class Prompts:
 
     def changes(self) -> dict[str, Any]:
         """What the ranks have to be told since the last time, as jobs carry it."""
-        said = {"keep": self._keep, "grow": self._grow, "forget": self._forget}
+        changes = {"keep": self._keep, "grow": self._grow, "forget": self._forget}
         self._keep, self._grow, self._forget = [], [], []
-        return said
+        return changes
 
     def _evict(self) -> list[int]:
         """Makes room. The ranks have to forget what goes, and not to keep it first."""

@@ -223,15 +223,15 @@ class Leader(Rounds):
         return admitted
 
     def _job(self, **job: Any) -> None:
-        said = self._requests.news()
-        self._sequences.follow(said)
+        news = self._requests.news()
+        self._sequences.follow(news)
         nothing: dict[str, Any] = {"prompt": None, "pauses": [], "alone": [], "move": None}
         nothing["beside"] = []
         # a short prompt is read in one pass: its first token does not wait for those that follow
         self._is_long = any(
             work.reading and work.prompt_tokens > EXACT_TOKENS for work in self._admission.running
         )
-        self._send_job(**{"do": "round", "long": self._is_long} | nothing | said | job)
+        self._send_job(**{"do": "round", "long": self._is_long} | nothing | news | job)
 
     def _step(self, alone: list[Work]) -> None:
         """A round in which every rank decodes, and some begin to read prompts by themselves, or go
@@ -282,7 +282,7 @@ class Leader(Rounds):
             self._sequences.move(move)
         except CallEnded as error:
             return str(error)
-        self.answer_costs.heard_shared(work.prompt_tokens, time.perf_counter() - start)
+        self.answer_costs.record_shared(work.prompt_tokens, time.perf_counter() - start)
         for rank in move.ranks:
             work.coded_tokens[rank] = self._sequences.kept.num_coded(move.prompt.number, rank)
         return None
@@ -318,7 +318,7 @@ class Leader(Rounds):
         else:
             if others and course.pauses:
                 paused = max(course.paused, course.stepped)
-                self.costs.heard_pause(paused / len(course.pauses))
+                self.costs.record_pause(paused / len(course.pauses))
             self._have_read(work, course)
 
     def _have_read(self, work: Work, course: Course) -> None:
@@ -329,10 +329,10 @@ class Leader(Rounds):
         if work.base is None:
             busy = max((busy_seconds(spans) for spans in self._spans.values()), default=None)
             if course.is_even:
-                self.costs.heard_together(work.prompt_tokens, course.seconds, busy)
-                self.costs.heard_ends(*course.ends())
+                self.costs.record_together(work.prompt_tokens, course.seconds, busy)
+                self.costs.record_ends(*course.ends())
             elif busy is not None:
-                self.costs.heard_uneven(work.prompt_tokens, busy, course.beside)
+                self.costs.record_uneven(work.prompt_tokens, busy, course.beside)
         if self._may_move(work):
             patience = LEAST_PATIENCE * self.engine.mesh.timeout
             move = self._placement.move(work, self._ends, patience)
@@ -403,7 +403,7 @@ class Leader(Rounds):
             self._sequences.step()
             self._collect()
             mesh.send(b"\1", block=Control.GO_ON, plan=0, to=peers_of(mesh))
-            self._told = time.monotonic()
+            self._job_sent = time.monotonic()
         self._requests.expire()
         return self._busiest
 
@@ -414,7 +414,7 @@ class Leader(Rounds):
         self._sequences.confirm()
         self._spans, self._busiest = {0: report["spans"]}, float(report["busy"])
         self._note(0, report, len(report["tokens"]))
-        self._requests.heard(0, report)
+        self._requests.take_report(0, report)
         for rank, report in enumerate(self._reports(), 1):
             problem = report["problem"] or problem
             if work is not None and report.get("degraded"):
@@ -422,5 +422,5 @@ class Leader(Rounds):
             self._spans[rank] = report["spans"]
             self._busiest = max(self._busiest, report["busy"])
             self._note(rank, report, len(report["tokens"]))
-            self._requests.heard(rank, report)
+            self._requests.take_report(rank, report)
         return problem

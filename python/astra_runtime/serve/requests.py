@@ -100,27 +100,27 @@ class Requests:
         """What the ranks have to be told of answers and prompts since the last time, as jobs carry
         it."""
         with self._changed:
-            said = {"drop": self._drop, **self.prompts.changes()}
+            news = {"drop": self._drop, **self.prompts.changes()}
             self._drop = []
-        return said
+        return news
 
-    def heard(self, rank: int, report: dict[str, Any]) -> None:
+    def take_report(self, rank: int, report: dict[str, Any]) -> None:
         """Takes a rank's report: tokens, prompts that it has read, answers that have failed."""
         now = time.monotonic()
         if report["step"]:
-            self.answer_costs.heard_step(*report["step"])
+            self.answer_costs.record_step(*report["step"])
         for number, seconds in report["read"]:
-            self._heard_read(rank, number, seconds, now)
+            self._take_read(rank, number, seconds, now)
         for number, *token in report["tokens"]:
             if number in self.answers:
-                self._heard_token(self.answers[number], token, now)
+                self._take_token(self.answers[number], token, now)
         for number, reason in report["failed"]:
             if number in self.answers:
                 self.end(self.answers[number].work, ServiceFailed(reason))
 
-    def _heard_token(self, answer: Answer, token: list[Any], now: float) -> None:
+    def _take_token(self, answer: Answer, token: list[Any], now: float) -> None:
         try:
-            whole = answer.work.heard(answer, token, now)
+            whole = answer.work.add_token(answer, token, now)
         except Exception as error:  # the host's tokenizer has no text for it, say
             problem = f"its text: {type(error).__name__}: {error}"
             self.end(answer.work, ServiceFailed(problem))
@@ -128,7 +128,7 @@ class Requests:
         if not whole:
             return
         del self.answers[answer.number]
-        self.answer_costs.heard_answer(answer.tokens)
+        self.answer_costs.record_answer(answer.tokens)
         self._keep_answer(answer)
         if not token[-1]:  # its owner does not know
             with self._changed:
@@ -136,7 +136,7 @@ class Requests:
         if answer.work.whole:
             self.end(answer.work, None)
 
-    def _heard_read(self, rank: int, number: int, seconds: float, now: float) -> None:
+    def _take_read(self, rank: int, number: int, seconds: float, now: float) -> None:
         """A rank has read a prompt by itself; its owner keeps what is known of it until it is
         told."""
         work = next((w for w in self.admission.running if w.answers[0].number == number), None)
@@ -147,7 +147,7 @@ class Requests:
         work.spans.append(Span(rank, "compute", work.admitted - work.arrived, now - work.arrived))
         if rank != work.owner:
             return
-        self.costs.heard_by_one(work.prompt_tokens, seconds)
+        self.costs.record_by_one(work.prompt_tokens, seconds)
         if self._keeps and work.prompt_tokens > EXACT_TOKENS:
             self.prompts.add_alone(number, work.request.prompt_ids, work.owner)
         else:

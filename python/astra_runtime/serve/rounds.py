@@ -71,7 +71,7 @@ class Rounds(ABC):
         self._closing = self._ended = self._idle = False
         self._about: dict[int, dict[str, Any]] = {}
         self._counts: Counter[str] = Counter()
-        self._beaten = self._told = self._worked = 0.0
+        self._beaten = self._job_sent = self._worked = 0.0
         self._tidy = True  # nothing was freed since memory was given back
         self._activity = Activity(engine.mesh.world_size)
         self._thread = threading.Thread(target=self._serve, name="astra-leader", daemon=True)
@@ -185,9 +185,9 @@ class Rounds(ABC):
 
     def _send_job(self, **job: Any) -> None:
         send_json(self.engine.mesh, job, blocks=JOB, to=peers_of(self.engine.mesh))
-        self._told = time.monotonic()
+        self._job_sent = time.monotonic()
         if not self._idle:
-            self._worked, self._tidy = self._told, False
+            self._worked, self._tidy = self._job_sent, False
 
     def _reports(self) -> Iterator[dict[str, Any]]:
         """What the other ranks report of a round, or of its part up to a pause, by rank.
@@ -197,17 +197,17 @@ class Rounds(ABC):
         """
         mesh = self.engine.mesh
         now = time.monotonic()
-        until = max(self._told + mesh.timeout, now + LEAST_PATIENCE * mesh.timeout)
+        until = max(self._job_sent + mesh.timeout, now + LEAST_PATIENCE * mesh.timeout)
         for rank in range(1, mesh.world_size):
             yield receive_report(mesh, rank, max(LEAST_REST, until - time.monotonic()))
             if self._idle:
-                self._activity.answered(rank, time.monotonic() - self._told)
+                self._activity.answered(rank, time.monotonic() - self._job_sent)
 
     def _note(self, rank: int, report: dict[str, Any], tokens: int = 0) -> None:
         """What a report says of the rank's work, and the mesh of its link."""
         mesh = self.engine.mesh
         stats = mesh.stats if rank == 0 else mesh.peer_stats[rank]
-        self._activity.heard(rank, report["busy"], tokens, stats)
+        self._activity.record(rank, report["busy"], tokens, stats)
 
     def _greet(self) -> None:
         """Hears of every worker what it has, and is ready from then on."""

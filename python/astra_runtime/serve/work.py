@@ -134,7 +134,7 @@ class Work:
                 log.warning("request %s: its receiver failed: %r", self.request.id, error)
             self.cancelled = True
 
-    def heard(self, answer: Answer, token: list[Any], now: float) -> bool:
+    def add_token(self, answer: Answer, token: list[Any], now: float) -> bool:
         """A token of one answer; whether the answer is whole now.
 
         token: position, id, log-probability, alternatives, and why it is the last one, or "".

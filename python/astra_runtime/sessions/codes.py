@@ -249,6 +249,6 @@ def confirm(engine: EngineParts, running: Running, tag: int) -> None:
 def session_tag(state: SessionState, *what: object) -> int:
     """32 bits that name the session's tokens, who has read them, and `what` is done."""
     pending = [(s.start, s.stop, s.source, sorted(s.known)) for s in state.pending]
-    told = (state.read, state.owner, state.fresh, pending, what)
+    named = (state.read, state.owner, state.fresh, pending, what)
     ids = state.ids.cpu().contiguous().numpy().tobytes()
-    return zlib.crc32(ids, zlib.crc32(repr(told).encode()))
+    return zlib.crc32(ids, zlib.crc32(repr(named).encode()))

@@ -172,13 +172,13 @@ class Session:
         options: dict[str, Any] = {"eos_token_id": eos_token_id, "choose": [choose]}
         options |= {"request": request, "within_ms": within_ms, "ranks": ranks}
         check_function("on_token", on_token)
-        told = guarded("on_token", on_token, self._engine.rank)
+        deliver = guarded("on_token", on_token, self._engine.rank)
 
-        def hear(tokens: Tensor) -> None:
-            if told is not None:
-                told(tokens.clone())
+        def on_tokens(tokens: Tensor) -> None:
+            if deliver is not None:
+                deliver(tokens.clone())
 
-        return generate_together([self], max_new_tokens, on_tokens=hear, **options)[0]
+        return generate_together([self], max_new_tokens, on_tokens=on_tokens, **options)[0]
 
     def finish(
         self,
@@ -187,9 +187,9 @@ class Session:
         request: int | None = None,
         within_ms: float | None = None,
     ) -> Tensor:
-        """After an answer that `owner` gave by a `Decoder`: every rank hears of it.
+        """After an answer that `owner` gave by a `Decoder`: every rank gets it.
 
-        The owner sends the new tokens, and every rank what others have not heard of so far.
+        The owner sends the new tokens, and every rank what others lack so far.
 
         Args:
             tokens: on the owner, where it has decoded in another way: the new tokens. They are read
@@ -363,8 +363,8 @@ def generate_together(
     )
     with one_call(engine, request, within_ms) as running:
         works = moved(engine, [session._state for session in sessions], places, running)
-        hear = guarded("on_tokens", on_tokens, engine.rank)
-        tokens = decode_together(engine, works, places, asked, hear, request, running)
+        deliver = guarded("on_tokens", on_tokens, engine.rank)
+        tokens = decode_together(engine, works, places, asked, deliver, request, running)
         for session, work, place, new in zip(sessions, works, places, tokens, strict=True):
             session._remember(work, place)
             work.add_answer(new, place)

@@ -75,8 +75,8 @@ def draw_several(
         draws = Draws(_generator(engine, state.owner, tag), count, ids.shape[1])
         works = moved(engine, [state] * count, places, running)
         rows = [replace(options, choose=draws.chooser(n, engine.rank, warp)) for n in range(count)]
-        hear = _columns(asked, engine.rank, count)
-        tokens = decode_together(engine, works, places, rows, hear, request, running)
+        on_step = _columns(asked, engine.rank, count)
+        tokens = decode_together(engine, works, places, rows, on_step, request, running)
         confirm(engine, running, tag)
     steps = max(map(len, tokens))
     if engine.rank == state.owner and engine.adapter.device.type == "cpu":
@@ -151,9 +151,9 @@ def _columns(asked: Generation, rank: int, count: int) -> Callable[[Tensor], Non
         return None
     last = torch.zeros(count, dtype=torch.int64, device="cpu")
 
-    def hear(step: Tensor) -> None:
+    def on_step(step: Tensor) -> None:
         nonlocal last
         last = torch.where(step < 0, last.to(step.device), step)
-        asked.hear(rank, last)
+        asked.deliver(rank, last)
 
-    return hear
+    return on_step

@@ -27,7 +27,9 @@ def share(
     if engine.rank == source:
         assert state is not None
         complete(engine, state)
-        ledger = json.dumps({"exact": state.exact, "owner": state.owner, "fine": _told(state.fine)})
+        ledger = json.dumps(
+            {"exact": state.exact, "owner": state.owner, "fine": _fine_to_json(state.fine)}
+        )
         data = packed(engine, state, {"ledger": ledger})
     data = broadcast(engine, data, source, tag)
     try:
@@ -40,7 +42,7 @@ def share(
     ledger = json.loads(facts["ledger"])
     result = new if state is None else state
     result.exact = [[(a, b) for a, b in held] for held in ledger["exact"]]
-    result.owner, result.fine = ledger["owner"], _heard(ledger["fine"])
+    result.owner, result.fine = ledger["owner"], _fine_from_json(ledger["fine"])
     start = tail_start(result, source)
     lost = set(range(result.world_size)) - having
     for rank in sorted(lost):
@@ -53,17 +55,17 @@ def share(
     return result
 
 
-def _told(fine: Fine | None) -> list[Any] | None:
-    """`fine` as JSON has it, for `_heard`; these codes are in no file of a session."""
+def _fine_to_json(fine: Fine | None) -> list[Any] | None:
+    """`fine` as JSON has it, for `_fine_from_json`; these codes are in no file of a session."""
     if fine is None:
         return None
     return [fine.start, fine.stop, [payload.hex() for payload in fine.payloads]]
 
 
-def _heard(told: list[Any] | None) -> Fine | None:
-    if told is None:
+def _fine_from_json(data: list[Any] | None) -> Fine | None:
+    if data is None:
         return None
-    start, stop, payloads = told
+    start, stop, payloads = data
     return Fine(start, stop, [bytes.fromhex(payload) for payload in payloads])
 
 

@@ -117,35 +117,35 @@ class Mesh(ABC):
         """The same, for each peer."""
 
     def agree(
-        self, fields: Mapping[str, str], told: Mapping[str, str] | None = None
+        self, fields: Mapping[str, str], exchanged: Mapping[str, str] | None = None
     ) -> dict[str, list[str]]:
         """Collective consistency check: compares the ranks' configuration fingerprints.
 
         fields: what must be alike on all ranks, by name. A difference raises HandshakeRefused on
         both sides. Ranks may load their models unequally fast: the wait is as long as the one for
         joining, where that is longer than `timeout`.
-        told: what may differ; all ranks have the same names. Returned of every rank, by name.
+        exchanged: what may differ; all ranks have the same names. Returned of every rank, by name.
         """
-        told = told or {}
-        said = {**fields, **told}
-        for name, value in said.items():
+        exchanged = exchanged or {}
+        own = {**fields, **exchanged}
+        for name, value in own.items():
             if not (isinstance(name, str) and isinstance(value, str)):
                 raise TypeError(f"agree: expected names and values as text, got {name}: {value!r}")
         peers = peers_of(self)
-        self.send(wire.encode_fields(said), block=Control.FINGERPRINT, plan=0, to=peers)
+        self.send(wire.encode_fields(own), block=Control.FINGERPRINT, plan=0, to=peers)
         sizes = dict.fromkeys(peers, wire.FIELDS_SIZE)
         patience = self.timeout
         if self.options is not None:
             patience = max(patience, self.options.connect_timeout)
         views = self.receive(sizes, block=Control.FINGERPRINT, plan=0, timeout=patience)
-        heard = {rank: wire.decode_fields(views[rank], rank) for rank in sorted(views)}
-        for rank, theirs in heard.items():
-            difference = _difference(self.rank, said, rank, theirs, told)
+        by_rank = {rank: wire.decode_fields(views[rank], rank) for rank in sorted(views)}
+        for rank, theirs in by_rank.items():
+            difference = _difference(self.rank, own, rank, theirs, exchanged)
             if difference is not None:
                 self.close()  # with BYE: peers still comparing must find the difference, not a loss
                 raise HandshakeRefused(difference)
-        heard[self.rank] = said
-        return {name: [heard[rank][name] for rank in sorted(heard)] for name in told}
+        by_rank[self.rank] = own
+        return {name: [by_rank[rank][name] for rank in sorted(by_rank)] for name in exchanged}
 
     def alive(self) -> list[int]:
         """The ranks that answer, this one among them, ascending; without a call, from any thread.

@@ -16,7 +16,7 @@ def test_shares_and_rates_are_of_the_last_seconds() -> None:
     def report(seconds: float, busy: float, tokens: int, sent: int, received: int) -> None:
         now[0] += seconds
         stats = Stats(bytes_sent_total=sent, bytes_received_total=received)
-        activity.heard(1, busy, tokens, stats)
+        activity.record(1, busy, tokens, stats)
 
     report(0.5, 0.25, 4, 1000, 100)
     assert (activity.busy(1), activity.tokens_per_s(1)) == (0.5, 8.0)
@@ -36,7 +36,7 @@ def test_a_quick_sequence_of_reports_keeps_few_looks_at_the_link() -> None:
     activity = Activity(1, clock=lambda: now[0])
     for _ in range(1000):
         now[0] += 0.01
-        activity.heard(0, 0.02, 1, Stats())
+        activity.record(0, 0.02, 1, Stats())
     assert activity.busy(0) == 1.0
     assert len(activity._ranks[0].link) < 40
 

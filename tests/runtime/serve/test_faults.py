@@ -146,7 +146,7 @@ def test_silence_is_measured_from_when_the_ranks_were_told(
     monkeypatch.setattr(rounds, "time", SimpleNamespace(monotonic=lambda: now[0]))
     monkeypatch.setattr(rounds, "receive_report", report)
     engine = SimpleNamespace(mesh=SimpleNamespace(world_size=3, timeout=4.0))
-    leader: Any = SimpleNamespace(engine=engine, _told=100.0, _idle=False)
+    leader: Any = SimpleNamespace(engine=engine, _job_sent=100.0, _idle=False)
     assert list(rounds.Rounds._reports(leader)) == [{}, {}]
     assert waited == pytest.approx(waits)
 

@@ -158,7 +158,7 @@ def test_shares_that_cannot_be_chosen_have_more_pauses(may: bool) -> None:
     costs = costs_of(2)
     costs.token, costs.exchange = 2.7e-3, 0.1
     answers = AnswerCosts(costs)
-    answers.heard_step(1, 0.2)
+    answers.record_step(1, 0.2)
     place = Placement(Admission(2, 1), costs, answers, True, uneven=may)
     decoder: Any = SimpleNamespace(rank=1)
     work: Any = SimpleNamespace(new_tokens=1024, owner=0, base=None)

@@ -261,13 +261,13 @@ def test_they_are_spread_where_steps_save_more_than_sharing_takes(llama: Any) ->
         leader.costs.token, leader.costs.exchange = 2e-3, 0.4
         assert costs.sharing(1000) == 0.4
         assert [costs.is_sooner(1, tokens, 0.4) for tokens in (200, 202)] == [False, True]
-        costs.heard_step(1, 0.110)
-        costs.heard_step(4, 0.200)  # 30 ms an answer
+        costs.record_step(1, 0.110)
+        costs.record_step(4, 0.200)  # 30 ms an answer
         assert costs.added() == pytest.approx(0.030)
-        costs.heard_shared(1000, 0.3)
+        costs.record_shared(1000, 0.3)
         assert costs.sharing(500) == pytest.approx(0.15)
         assert [costs.is_sooner(2, tokens, 0.3) for tokens in (5, 7)] == [False, True]
-        costs.heard_answer(4)  # as short as that
+        costs.record_answer(4)  # as short as that
         assert not costs.is_sooner(2, 100, 0.3)
 
 

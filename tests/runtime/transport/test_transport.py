@@ -140,14 +140,14 @@ def test_a_difference_is_named_on_every_side(make: Callable[..., list[Mesh]]) ->
 
 def test_what_may_differ_is_heard_of_every_rank(make: Callable[..., list[Mesh]]) -> None:
     def work(mesh: Mesh) -> dict[str, list[str]]:
-        return mesh.agree({"model": "ab12"}, told={"paces": f"of {mesh.rank}"})
+        return mesh.agree({"model": "ab12"}, exchanged={"paces": f"of {mesh.rank}"})
 
     assert as_ranks(make(3), work) == [{"paces": ["of 0", "of 1", "of 2"]}] * 3
 
 
 def test_a_rank_that_does_not_tell_is_refused() -> None:
     def work(mesh: Mesh) -> None:
-        mesh.agree({}, told={"paces": "1"} if mesh.rank else {})
+        mesh.agree({}, exchanged={"paces": "1"} if mesh.rank else {})
 
     results = as_ranks(local_mesh(2), work, errors_too=True)
     assert str(results[0]) == "rank 1 has paces 1, rank 0 has none"
