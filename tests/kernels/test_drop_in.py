@@ -49,17 +49,23 @@ def test_unmodified_model_equals_dense_attention(kind):
     assert_equal_to_dense(drop_in.hugging_face(kind, "cpu"), 5e-5)  # logits reach 20
 
 
+def with_prefix(kind, batch):
+    """A model that attends to 8 coded tokens before its own, and these."""
+    model, prefix = drop_in.tiny(kind), []
+    for _ in range(3):
+        key = torch.randn(batch, 2 if kind == "llama" else 4, 8, 16)
+        prefix.append(drop_in.to_codes(key, torch.randn_like(key)))
+    drop_in.register()
+    model.set_attn_implementation("coded_prefix")
+    return model, prefix
+
+
 @pytest.mark.parametrize("kind", ["gpt2", "llama"])
 @torch.no_grad()
 def test_padding_is_not_attended_to(kind):
     """A row with padding on the left answers as it does alone."""
     pytest.importorskip("transformers")
-    model, prefix = drop_in.tiny(kind), []
-    for _ in range(3):
-        key = torch.randn(2, 2 if kind == "llama" else 4, 8, 16)
-        prefix.append(drop_in.to_codes(key, torch.randn_like(key)))
-    drop_in.register()
-    model.set_attn_implementation("coded_prefix")
+    model, prefix = with_prefix(kind, 2)
     ids, mask = torch.randint(0, 99, (2, 12)), torch.ones(2, 12, dtype=torch.int64)
     mask[1, :5] = 0
     positions = 8 + (mask.cumsum(-1) - 1).clamp(min=0)
@@ -68,6 +74,19 @@ def test_padding_is_not_attended_to(kind):
     second = [(codes[1:], *tables) for codes, *tables in prefix]
     alone = model(ids[1:, 5:], position_ids=positions[1:, 5:], prefix=second, **rest).logits
     torch.testing.assert_close(both[1, 5:], alone[0], rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("kind", ["gpt2", "llama"])
+@torch.no_grad()
+def test_packed_sequences_do_not_see_each_other(kind):
+    pytest.importorskip("transformers")
+    model, prefix = with_prefix(kind, 1)
+    ids, rest = torch.randint(0, 99, (1, 12)), {"prefix": prefix, "use_cache": False}
+    positions = 8 + torch.cat([torch.arange(7), torch.arange(5)])[None]
+    both = model(ids, position_ids=positions, **rest).logits
+    for part in (slice(7), slice(7, 12)):
+        alone = model(ids[:, part], position_ids=positions[:, part], **rest).logits
+        torch.testing.assert_close(both[:, part], alone, rtol=1e-4, atol=1e-4)
 
 
 def test_the_program(monkeypatch, capsys):
