@@ -1,9 +1,9 @@
 """Calls that a GPU was given before: the same launches again, without asking anew which they are.
 
 A launcher asks some sixty things of shapes, strides and dtypes before it starts a kernel, and all
-of its answers follow from them. So what a call did is kept under all that it may depend on, see
-``_trace``, once it has come for the second time. A call of the same kind then takes about a tenth
-of the time on the host.
+of its answers follow from them. So what a call did (``_recording``) is kept under all that it may
+depend on, once it has come for the second time. A call of the same kind then takes about a tenth of
+the time on the host.
 
 Left alone are calls that are differentiated, traced, compiled or seen by anybody's dispatch mode.
 """
@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.autograd import forward_ad
 from torch.utils._device import DeviceContext
 
-from astra_kernels._trace import Call, Trace, during, tracing
+from astra_kernels._recording import Call, Recorder, current_recorder, recording_with
 
 T = TypeVar("T")
 Key = tuple[Any, ...]
@@ -59,7 +59,7 @@ def kept(op: str, kernel: Callable[..., T]) -> Callable[..., T]:
     """``kernel``, whose calls on a GPU are kept when they come for the second time."""
 
     def watched(*args: Any) -> T:
-        if not serves(args[0].device) or tracing() is not None:
+        if not serves(args[0].device) or current_recorder() is not None:
             return kernel(*args)
         key = _key(op, args)
         if key is None:
@@ -72,15 +72,15 @@ def kept(op: str, kernel: Callable[..., T]) -> Callable[..., T]:
                 _seen.clear()
             _seen.add(key)
             return kernel(*args)
-        trace = Trace(args)
+        recorder = Recorder(args)
         try:
-            with during(trace):
+            with recording_with(recorder):
                 result = kernel(*args)
             if len(_calls) >= MOST:
                 _calls.clear()
-            _calls[key] = trace.call(result)
+            _calls[key] = recorder.call(result)
         finally:
-            trace.forget()
+            recorder.forget()
         return result
 
     return watched

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from triton.compiler import CompiledKernel
 from triton.runtime.jit import JITFunction
 
-from astra_kernels._trace import tracing
+from astra_kernels._recording import current_recorder
 
 # What Triton takes for an integer of 32 bits.
 LEAST, MOST = -(2**31), 2**31 - 1
@@ -68,15 +68,15 @@ def start(
         binding = _bindings[signature]
     except KeyError:
         binding = _bindings[signature] = _bind(kernel, *signature[1:])
-    trace, found = tracing(), None
+    recorder, found = current_recorder(), None
     if binding is not None:
         pointers = [args[place].data_ptr() for place in binding.tensors]
         key = _key(binding, args, pointers, constants, options, device)
         found = None if key is None else binding.compiled.get(key)
     if found is None:
         result = kernel[grid](*args, **constants, **options)
-        if trace is not None:
-            trace.lost()
+        if recorder is not None:
+            recorder.lost()
         if binding is not None and key is not None and isinstance(result, CompiledKernel):
             binding.compiled[key] = result, tuple(constants[name] for name in binding.constants)
         return
@@ -87,8 +87,8 @@ def start(
         given[place] = pointer
     run = compiled[(*grid, 1, 1)[:3]]
     run(*given)
-    if trace is not None:
-        trace.launched(run, given, binding.tensors)
+    if recorder is not None:
+        recorder.launched(run, given, binding.tensors)
 
 
 def _key(

@@ -19,8 +19,8 @@ import torch
 import triton
 
 from astra_kernels._dispatch import runs_triton
+from astra_kernels._recording import current, starting
 from astra_kernels._replay import suspended
-from astra_kernels._trace import current, starting
 from astra_kernels._triton.compiled import start
 
 # The compiler fuses multiplications and additions; said aloud because the default changes.

@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
 import astra_kernels as ak
-from astra_kernels import _dispatch, _trace
+from astra_kernels import _dispatch, _recording
 from astra_kernels import _replay as replay
 from astra_kernels._triton import launch, tiles
 from tests.triton_kernels.test_graphs import CALLS, near, query, state, tables
@@ -38,20 +38,20 @@ def started(monkeypatch, device) -> list[str]:
     """The names of kernels that were started from what was kept."""
     names: list[str] = []
     if device == "cuda":
-        run = _trace.Call.__call__
+        run = _recording.Call.__call__
 
         def counted(call, args):
-            names.extend("kernel" for step in call.steps if type(step) is _trace.Launch)
+            names.extend("kernel" for step in call.steps if type(step) is _recording.Launch)
             return run(call, args)
 
-        monkeypatch.setattr(_trace.Call, "__call__", counted)
+        monkeypatch.setattr(_recording.Call, "__call__", counted)
         return names
 
     def start(kernel, grid, args, constants, options, index):
         with _disable_current_modes():  # the interpreter works in torch
             kernel[grid](*args, **constants, **options)
-        trace = _trace.tracing()
-        if trace is None:
+        recorder = _recording.current_recorder()
+        if recorder is None:
             return
         places = [place for place, arg in enumerate(args) if isinstance(arg, Tensor)]
 
@@ -63,7 +63,7 @@ def started(monkeypatch, device) -> list[str]:
             kernel[grid](*rebuilt, **constants, **options)
 
         given = [arg.data_ptr() if isinstance(arg, Tensor) else arg for arg in args]
-        trace.launched(run, given, places)
+        recorder.launched(run, given, places)
 
     monkeypatch.setattr(launch, "start", start)
     monkeypatch.setattr(replay, "serves", lambda device: True)
@@ -362,7 +362,7 @@ def test_keys_are_told_apart_by_what_nothing_equals(started, impl):
 @pytest.mark.parametrize("shape", [(3, 4), (4, 3)])
 def test_dense(shape):
     x = torch.empty(2, *shape)
-    assert _trace._is_dense(x)
-    assert _trace._is_dense(x.transpose(1, 2))
-    assert not _trace._is_dense(x[:, ::2])
-    assert not _trace._is_dense(x[:, :1].expand(2, *shape))
+    assert _recording._is_dense(x)
+    assert _recording._is_dense(x.transpose(1, 2))
+    assert not _recording._is_dense(x[:, ::2])
+    assert not _recording._is_dense(x[:, :1].expand(2, *shape))

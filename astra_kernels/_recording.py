@@ -133,25 +133,25 @@ class Call:
 
 
 class _State(threading.local):
-    trace: Trace | None = None
+    recorder: Recorder | None = None
 
 
 _state = _State()
 
 
-def tracing() -> Trace | None:
+def current_recorder() -> Recorder | None:
     """What the call that this thread is in is kept by, if it is."""
-    return _state.trace
+    return _state.recorder
 
 
 @contextlib.contextmanager
-def during(trace: Trace) -> Iterator[None]:
-    _state.trace = trace
+def recording_with(recorder: Recorder) -> Iterator[None]:
+    _state.recorder = recorder
     try:
-        with trace:
+        with recorder:
             yield
     finally:
-        _state.trace = None
+        _state.recorder = None
 
 
 def current(device: torch.device) -> contextlib.AbstractContextManager[object]:
@@ -163,13 +163,13 @@ def is_current(device: torch.device) -> bool:
     return device.type != "cuda" or device.index == torch.cuda.current_device()
 
 
-class Trace(TorchDispatchMode):
+class Recorder(TorchDispatchMode):
     """What one call does, while it runs."""
 
     @classmethod
     def _should_skip_dynamo(cls) -> bool:
         """No: torch would load its compiler at the first operation, and keep that call's frames,
-        with the tensors in them, until garbage is collected. A compiled call has no trace."""
+        with the tensors in them, until garbage is collected. A compiled call has no recorder."""
         return False
 
     def __init__(self, args: tuple[Any, ...]) -> None:
