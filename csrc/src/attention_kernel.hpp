@@ -146,7 +146,8 @@ struct Rows {
   }
 };
 
-// As in kernels.hpp, each has a translation unit and flags of its own, and shares nothing inline.
+// As in bitpack_kernel.hpp, each has a translation unit and flags of its own, and no inline code in
+// common.
 extern const AttentionKernels kAttentionPortable;
 #ifdef ASTRA_HAVE_AVX2
 extern const AttentionKernels kAttentionAvx2;

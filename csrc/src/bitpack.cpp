@@ -1,10 +1,10 @@
-// Checks and run-time dispatch; the loops are in kernels_*.cpp.
+// Checks and run-time dispatch; the loops are in bitpack_*.cpp.
 
 #include "astra/bitpack.hpp"
 
 #include <atomic>
 
-#include "kernels.hpp"
+#include "bitpack_kernel.hpp"
 
 namespace astra {
 namespace {

@@ -15,7 +15,8 @@ struct ElementwiseKernels {
   bool (*finite)(const float* x, std::size_t width);
 };
 
-// As in kernels.hpp, each has a translation unit and flags of its own, and shares nothing inline.
+// As in bitpack_kernel.hpp, each has a translation unit and flags of its own, and no inline code in
+// common.
 extern const ElementwiseKernels kElementwisePortable;
 #ifdef ASTRA_HAVE_AVX2
 extern const ElementwiseKernels kElementwiseAvx2;

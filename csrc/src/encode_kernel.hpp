@@ -16,7 +16,8 @@ using EncodeKernel = void (*)(const float* vectors, std::size_t stride, std::siz
                               std::size_t width, const float* panels, const float* half_norms,
                               std::size_t panel_count, float* best, std::int32_t* codes);
 
-// As in kernels.hpp, each has a translation unit and flags of its own, and shares nothing inline.
+// As in bitpack_kernel.hpp, each has a translation unit and flags of its own, and no inline code in
+// common.
 void encode_portable(const float* vectors, std::size_t stride, std::size_t rows, std::size_t width,
                      const float* panels, const float* half_norms, std::size_t panel_count,
                      float* best, std::int32_t* codes);

@@ -6,7 +6,7 @@
 #include <cstring>
 
 #include "astra/bitpack.hpp"
-#include "kernels.hpp"
+#include "bitpack_kernel.hpp"
 
 namespace astra::wire {
 namespace {

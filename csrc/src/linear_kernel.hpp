@@ -44,7 +44,8 @@ struct LinearKernel {
   void (*few)(const LinearCall& call, std::size_t first, std::size_t last, void* space);
 };
 
-// As in kernels.hpp, each has a translation unit and flags of its own, and shares nothing inline.
+// As in bitpack_kernel.hpp, each has a translation unit and flags of its own, and no inline code in
+// common.
 extern const LinearKernel kLinearPortable;
 #ifdef ASTRA_HAVE_AVX2
 extern const LinearKernel kLinearAvx2;

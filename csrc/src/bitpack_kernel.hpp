@@ -1,4 +1,4 @@
-// The seam between the checks (bitpack.cpp) and the loops, one table per instruction set.
+// The seam between bitpack.cpp, which checks, and the loops: one table per instruction set.
 //
 // A pack kernel returns the OR of every code it read. Only if that has a bit outside the width was
 // there a bad code, so the check costs one instruction per vector and no second pass; which code it

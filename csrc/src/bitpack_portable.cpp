@@ -6,7 +6,7 @@
 #include <cstring>
 #include <utility>
 
-#include "kernels.hpp"
+#include "bitpack_kernel.hpp"
 
 #if defined(__clang__)
 #define ASTRA_UNROLL _Pragma("unroll")

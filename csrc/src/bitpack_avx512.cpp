@@ -1,6 +1,6 @@
 // AVX-512 kernels (F, BW and VBMI: Ice Lake, Zen 4 and later). The ragged end goes to AVX2's.
 //
-// The plan is that of kernels_avx2.cpp on vectors twice as wide. VBMI's byte permutation crosses
+// The plan is that of bitpack_avx2.cpp on vectors twice as wide. VBMI's byte permutation crosses
 // lanes, so one permutation brings all the bits of a step together and one store writes them.
 //
 // ASTRA_SIMDE builds the same source on SIMDe's emulation, for the tests on machines without
@@ -18,7 +18,7 @@
 
 #include <utility>
 
-#include "kernels.hpp"
+#include "bitpack_kernel.hpp"
 
 namespace astra::detail {
 namespace {

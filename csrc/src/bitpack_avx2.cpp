@@ -15,7 +15,7 @@
 
 #include <utility>
 
-#include "kernels.hpp"
+#include "bitpack_kernel.hpp"
 
 namespace astra::detail {
 namespace {
