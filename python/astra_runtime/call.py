@@ -55,8 +55,8 @@ class Sizes:
             {n: codec.payload_bytes(block, batch, num_sent[n]) for n in senders}
             for block in range(blocks)
         )
-        near = {n: plan.fine_tokens(n, codec.fine_tokens) for n in senders}
-        num_fine = {n: tokens.stop - tokens.start for n, tokens in near.items()}
+        last = {n: plan.fine_tokens(n, codec.fine_tokens) for n in senders}
+        num_fine = {n: tokens.stop - tokens.start for n, tokens in last.items()}
         fine = tuple(
             {
                 n: codec.fine_bytes(block, batch, count) if coarse[n] else 0

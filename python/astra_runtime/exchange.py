@@ -238,10 +238,10 @@ def receive_payloads(call: Call, block: int) -> list[Payload]:
     """The codes of a block, by source; of those that did not arrive whole, which tokens are there.
 
     Bytes that did not arrive are zeros. A block of which nobody sends anything is not waited for.
-    Where codes stay on the device nothing is waited for: what is to be known of them the mesh's
-    `check_received` looks at.
+    Where codes stay on the device nothing is waited for: the mesh's `check_received` looks later at
+    what has to be known of them.
     """
-    sizes, near = call.sizes, call.rank - 1
+    sizes, before = call.sizes, call.rank - 1  # whose frame has fine codes for this rank
     if not sizes.sources:
         if call.on_device:  # what was sent would wait for something that is received
             call.mesh.receive_on_device({}, block=block, plan=call.tag)
@@ -256,7 +256,7 @@ def receive_payloads(call: Call, block: int) -> list[Payload]:
             views, ranges = _receive_codes(call, totals, block)
     payloads = []
     for n, size in coarse.items():
-        tokens, fine = sizes.num_sent[n], sizes.num_fine[n] if n == near else 0
+        tokens, fine = sizes.num_sent[n], sizes.num_fine[n] if n == before else 0
         masks: list[Tensor | None] = [None, None]
         if n in ranges:
             layout = call.codec.token_layout(block, call.batch, tokens)

@@ -139,14 +139,14 @@ class Views:
     """What one rank needs of a call's positions, padding and picture.
 
     Attributes:
-        local_rope, remote_rope: rotary cos and sin of the tokens sent and of those received.
+        sent_rope, remote_rope: rotary cos and sin of the tokens sent and of those received.
         local_mask, remote_mask: bool [B, L] and [B, N], False at padding; None: no padding. The
             local one may reach beyond L, over tokens still to be generated.
         picture: means of this rank's picture, to be compared with the others'; None: token ids,
             which the tag names.
     """
 
-    local_rope: Rope = None
+    sent_rope: Rope = None
     remote_rope: Rope = None
     local_mask: Tensor | None = None
     remote_mask: Tensor | None = None
@@ -157,15 +157,15 @@ class Views:
         visible, positions = adapter.visible(inputs), adapter.positions(inputs)
         rope = None if positions is None else adapter.rope(positions)
         sent, remote = plan.sent_slice(rank), bool(plan.sources(rank))
-        local_rope: Rope = None
+        sent_rope: Rope = None
         remote_rope: Rope = None
         if rope is not None:
-            local_rope = rope[0][:, sent], rope[1][:, sent]
+            sent_rope = rope[0][:, sent], rope[1][:, sent]
         if rope is not None and remote:
             remote_rope = plan.remote_tokens(rope[0], rank), plan.remote_tokens(rope[1], rank)
         pixels = inputs.get("pixel_values") if plan.world_size > 1 else None
         return cls(
-            local_rope,
+            sent_rope,
             remote_rope,
             None if visible is None else plan.local_tokens(visible, rank),
             plan.remote_tokens(visible, rank) if visible is not None and remote else None,

@@ -45,11 +45,11 @@ class Outgoing:
         with stage("encode", block):
             what: Any = tensors[0] if call.codec.early else tensors
             out = frame.payload[: size + fine]
-            pending = call.codec.encode(block, what, call.views.local_rope, out)
-            looked = call.codec.finite
-            finite = all_finite(*tensors) if looked is None else looked
+            pending = call.codec.encode(block, what, call.views.sent_rope, out)
+            seen = call.codec.finite  # where encoding has looked at all of it anyway
+            finite = all_finite(*tensors) if seen is None else seen
             if isinstance(frame, DeviceFrame):
-                is_finite = self._tell_later(block, frame, finite)
+                is_finite = self._flag_on_device(block, frame, finite)
             else:
                 is_finite = read_later(finite)
         self._unsent = partial(self._send, block, frame, (size, fine), pending, is_finite)
@@ -62,10 +62,10 @@ class Outgoing:
         if unsent is not None:
             unsent()
 
-    def _tell_later(
+    def _flag_on_device(
         self, block: int, frame: DeviceFrame, finite: Tensor | bool
     ) -> Callable[[], bool]:
-        """Codes that stay on the device leave unseen; the frame itself says what they are worth."""
+        """Codes that stay on the device leave unseen: the frame says whether they are finite."""
         frame.finite = torch.as_tensor(finite).all()
         self.call.mesh.check_later(frame.finite, self._not_finite(block))
         return lambda: True

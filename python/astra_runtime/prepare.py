@@ -69,7 +69,7 @@ def prepare(
         missing=Missing(mesh.world_size, blocks) if engine.on_missing == "degrade" else None,
         verifier=None
         if engine._verified
-        else Verifier(adapter, codec, sizes.sent_slice, views.local_rope),
+        else Verifier(adapter, codec, sizes.sent_slice, views.sent_rope),
     )
     return call, _arguments(adapter, given, plan, rank), given
 
