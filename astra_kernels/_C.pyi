@@ -173,6 +173,11 @@ def all_finite(shape: tuple[int, int, int, int], x: Heads) -> bool: ...
 def look_up(shape: tuple[int, int, int, int], codes: int, tables: int, out: int) -> bool:
     """shape: rows, groups, codewords, width. Whether there is a codeword of every code."""
 
+def add_rows(
+    shape: tuple[int, int, int, int], codes: int, tables: int, out: int, threads: int
+) -> bool:
+    """shape: rows, groups, codewords, width. `tables` are bfloat16; see elementwise.hpp."""
+
 # What csrc/include/astra/frame.hpp says of bytes that a peer sent, its verdicts as integers.
 def check_header(data: Buffer, expected: tuple[int, int, int, int, int, int, int]) -> int: ...
 def is_bye(data: Buffer, source: int) -> bool: ...

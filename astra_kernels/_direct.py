@@ -31,6 +31,7 @@ from astra_kernels.quantized_linear._checks import SCALES, check_quantized_linea
 # An extension that was built before these stays usable.
 _HAS_MERGE, _HAS_FINITE = hasattr(_C, "merge_into"), hasattr(_C, "all_finite")
 _HAS_LOOK_UP = hasattr(_C, "look_up")
+_HAS_ADD_ROWS = hasattr(_C, "add_rows")
 _HAS_LINEARS = hasattr(_C, "quantized_linears")
 # Measured with AVX-512 alone, beside the product of MKL.
 HAS_PRODUCT = hasattr(_C, "product") and _C.product_isa() == "avx512"
@@ -266,6 +267,32 @@ def decode(codes: Tensor, codebook: Tensor) -> Tensor:
         if _C.look_up(shape, codes.data_ptr(), tables.data_ptr(), out.data_ptr()):
             return out
     return ak.decode(codes, codebook)  # names the code that there is no codeword of
+
+
+def adds_rows(device: torch.device) -> bool:
+    """Whether there is `add_rows` for tensors there, and it may be used."""
+    return _HAS_ADD_ROWS and MAY_ROUND and device.type == "cpu"
+
+
+def add_rows(out: Tensor, codes: Tensor, tables: Tensor) -> Tensor:
+    """Adds to each row of `out`, fp32 [M, E], the sum of tables[c, codes[:, c]], in place.
+
+    codes: int32 [M, C]; those below 0 add nothing. tables: bfloat16 [C, K, E]. All contiguous.
+
+    Raises:
+        IndexError: a code that there is no row of.
+    """
+    groups, codewords, width = tables.shape
+    shapes = out.shape == (len(codes), width) and codes.shape[1:] == (groups,)
+    kinds = (out.dtype, codes.dtype, tables.dtype) == (torch.float32, torch.int32, torch.bfloat16)
+    assert shapes, "rows and tables of other shapes"
+    assert kinds, "not of the kinds that tables have"
+    assert all(t.is_contiguous() for t in (out, codes, tables))
+    shape = (len(codes), groups, codewords, width)
+    addresses = codes.data_ptr(), tables.data_ptr(), out.data_ptr()
+    if not _C.add_rows(shape, *addresses, torch.get_num_threads()):
+        raise IndexError(f"codes: expected less than {codewords}, got {int(codes.max())}")
+    return out
 
 
 def _place(tensor: Tensor, first: int = 0) -> tuple[int, tuple[int, int, int]]:

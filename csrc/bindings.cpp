@@ -466,6 +466,19 @@ bool look_up(const py::tuple& shape_given, std::uintptr_t codes, std::uintptr_t 
   return found;
 }
 
+// shape: rows, groups, codewords, width
+bool add_rows(const py::tuple& shape_given, std::uintptr_t codes, std::uintptr_t tables,
+              std::uintptr_t out, unsigned threads) {
+  const auto [rows, groups, codewords, vector_width] = sizes<4>("shape", shape_given);
+  bool found = false;
+  run(rows * groups * vector_width, [&] {
+    found = astra::add_rows(reinterpret_cast<const std::int32_t*>(codes),
+                            reinterpret_cast<const std::uint16_t*>(tables), rows, groups, codewords,
+                            vector_width, reinterpret_cast<float*>(out), threads);
+  });
+  return found;
+}
+
 // Bytes that somebody sent, in any contiguous buffer. Called for every frame: nothing but the
 // address and the size is asked for.
 class Bytes {
@@ -627,6 +640,8 @@ PYBIND11_MODULE(_C, module) {
   module.def("all_finite", &all_finite, py::arg("shape"), py::arg("x"));
   module.def("look_up", &look_up, py::arg("shape"), py::arg("codes"), py::arg("tables"),
              py::arg("out"));
+  module.def("add_rows", &add_rows, py::arg("shape"), py::arg("codes"), py::arg("tables"),
+             py::arg("out"), py::arg("threads"));
   module.def("check_header", &check_header, py::arg("data"), py::arg("expected"));
   module.def("is_bye", &is_bye, py::arg("data"), py::arg("source"));
   module.def("judge_prefix", &judge_prefix, py::arg("data"));

@@ -94,8 +94,12 @@ BUDGETS = (10, 40, 112)  # of space "transform"
 
 
 def wide() -> dict[str, list[Row]]:
-    """Rows of a model of size `WIDE`, at the same compression, by four ranks and by two."""
-    main = replace(MAIN, bits=MAIN.bits * WIDE.hidden / FULL.hidden)
+    """Rows of a model of size `WIDE`, at the same compression, by four ranks and by two.
+
+    Of 256 codewords: so many bits are worth more in fewer, larger groups, and a model of this size
+    has room for the search.
+    """
+    main = replace(MAIN, codewords=256, bits=MAIN.bits * WIDE.hidden / FULL.hidden)
     return {"goals": [Row(main), Row(main, world_size=2)]}
 
 

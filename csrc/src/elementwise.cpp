@@ -6,6 +6,8 @@
 #include <limits>
 #include <stdexcept>
 #include <string>
+#include <utility>
+#include <vector>
 
 #include "elementwise_kernel.hpp"
 #include "pool.hpp"
@@ -167,6 +169,36 @@ bool look_up(const std::int32_t* codes, const float* tables, std::size_t rows, s
       out += width;
     }
   }
+  return true;
+}
+
+bool add_rows(const std::int32_t* codes, const std::uint16_t* tables, std::size_t rows,
+              std::size_t groups, std::size_t codewords, std::size_t width, float* out,
+              unsigned threads) {
+  for (std::size_t i = 0; i < rows * groups; ++i) {
+    if (codes[i] >= 0 && static_cast<std::size_t>(codes[i]) >= codewords) return false;
+  }
+  const auto kernel = kernels().add_rows;
+  in_parts(rows, width, threads, [&](std::size_t first, std::size_t last) {
+    const auto find = [&](std::size_t n, std::vector<const std::uint16_t*>& found) {
+      found.clear();
+      for (std::size_t g = 0; g < groups; ++g) {
+        const std::int32_t code = codes[n * groups + g];
+        if (code < 0) continue;
+        found.push_back(tables + (g * codewords + static_cast<std::size_t>(code)) * width);
+      }
+    };
+    std::vector<const std::uint16_t*> here, next;
+    here.reserve(groups);
+    next.reserve(groups);
+    if (first < last) find(first, here);
+    for (std::size_t n = first; n < last; ++n) {
+      next.clear();
+      if (n + 1 < last) find(n + 1, next);
+      kernel(here.data(), here.size(), next.data(), next.size(), width, out + n * width);
+      std::swap(here, next);
+    }
+  });
   return true;
 }
 

@@ -3,6 +3,7 @@
 #pragma once
 
 #include <cstddef>
+#include <cstdint>
 
 namespace astra::detail {
 
@@ -13,6 +14,11 @@ struct ElementwiseKernels {
   // out = a + weight * (b - a)
   void (*blend)(const float* a, const float* b, float weight, std::size_t width, float* out);
   bool (*finite)(const float* x, std::size_t width);
+  // out += the sum of `count` rows of bfloat16, while lines of those in `ahead`, of which there may
+  // be fewer, are fetched.
+  void (*add_rows)(const std::uint16_t* const* rows, std::size_t count,
+                   const std::uint16_t* const* ahead, std::size_t ahead_count, std::size_t width,
+                   float* out);
 };
 
 // As in bitpack_kernel.hpp, each has a translation unit and flags of its own, and no inline code in

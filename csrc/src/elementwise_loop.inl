@@ -140,8 +140,56 @@ bool finite(const float* x, std::size_t width) {
   return all_are;
 }
 
+typedef std::uint16_t Halves __attribute__((vector_size(2 * ASTRA_LANES), aligned(2), may_alias));
+
+inline Floats widened(const std::uint16_t* at) {
+  const Halves halves = *reinterpret_cast<const Halves*>(at);
+  return (Floats)(__builtin_convertvector(halves, Bits) << 16);
+}
+
+// kTogether vectors of `out` in registers, from column `first` on.
+template <std::size_t kTogether>
+inline void add_columns(const std::uint16_t* const* rows, std::size_t count,
+                        const std::uint16_t* const* ahead, std::size_t ahead_count,
+                        std::size_t first, float* out) {
+  constexpr std::size_t kLine = 32;  // numbers of bfloat16
+  Floats sums[kTogether];
+  for (std::size_t v = 0; v < kTogether; ++v) sums[v] = load(out + first + v * kLanes);
+  for (std::size_t r = 0; r < count; ++r) {
+    const std::uint16_t* row = rows[r] + first;
+    for (std::size_t v = 0; v < kTogether; ++v) sums[v] += widened(row + v * kLanes);
+    if (r >= ahead_count) continue;
+    for (std::size_t i = 0; i < kTogether * kLanes; i += kLine) {
+      __builtin_prefetch(ahead[r] + first + i);
+    }
+  }
+  for (std::size_t v = 0; v < kTogether; ++v) store(out + first + v * kLanes, sums[v]);
+}
+
+void add_rows(const std::uint16_t* const* rows, std::size_t count,
+              const std::uint16_t* const* ahead, std::size_t ahead_count, std::size_t width,
+              float* out) {
+  constexpr std::size_t kTogether = 8;
+  std::size_t i = 0;
+  for (; i + kTogether * kLanes <= width; i += kTogether * kLanes) {
+    add_columns<kTogether>(rows, count, ahead, ahead_count, i, out);
+  }
+  for (; i + kLanes <= width; i += kLanes) {
+    add_columns<1>(rows, count, ahead, ahead_count, i, out);
+  }
+  for (; i < width; ++i) {
+    for (std::size_t r = 0; r < count; ++r) {
+      const std::uint32_t bits = static_cast<std::uint32_t>(rows[r][i]) << 16;
+      float value;
+      std::memcpy(&value, &bits, sizeof(value));
+      out[i] += value;
+    }
+  }
+}
+
 }  // namespace
 
-const ElementwiseKernels ASTRA_ELEMENTWISE = {rms_norm, gated_silu, rotate, blend, finite};
+const ElementwiseKernels ASTRA_ELEMENTWISE = {rms_norm, gated_silu, rotate,
+                                              blend,    finite,     add_rows};
 
 }  // namespace astra::detail

@@ -1,7 +1,9 @@
 // RMS norm, the gate of an MLP, rotary positions and merged softmaxes against formulas in double.
 
 #include <cmath>
+#include <cstdint>
 #include <cstdlib>
+#include <cstring>
 #include <limits>
 #include <random>
 #include <stdexcept>
@@ -179,6 +181,45 @@ void codewords(std::mt19937& random) {
   }
 }
 
+void rows_of_tables(std::mt19937& random) {
+  const std::size_t rows = 70, groups = 3, count = 5;
+  for (const std::size_t width : {1, 7, 16, 40, 128, 300}) {
+    const auto wide = normal(random, groups * count * width);
+    std::vector<std::uint16_t> tables(wide.size());
+    std::vector<float> numbers(wide.size());  // what is left of them in bfloat16
+    for (std::size_t i = 0; i < wide.size(); ++i) {
+      std::uint32_t bits;
+      std::memcpy(&bits, &wide[i], sizeof(bits));
+      tables[i] = static_cast<std::uint16_t>(bits >> 16);
+      bits = std::uint32_t{tables[i]} << 16;
+      std::memcpy(&numbers[i], &bits, sizeof(bits));
+    }
+    std::vector<std::int32_t> codes(rows * groups);
+    for (std::size_t i = 0; i < codes.size(); ++i) codes[i] = static_cast<int>(i * 7 % 6) - 1;
+    const auto start = normal(random, rows * width);
+    for (const unsigned threads : {1U, 3U}) {
+      auto out = start;
+      expect(astra::add_rows(codes.data(), tables.data(), rows, groups, count, width, out.data(),
+                             threads),
+             "there");
+      for (std::size_t i = 0; i < out.size(); ++i) {
+        double sum = start[i];
+        for (std::size_t g = 0; g < groups; ++g) {
+          const std::int32_t code = codes[i / width * groups + g];
+          if (code < 0) continue;
+          sum += numbers[(g * count + static_cast<std::size_t>(code)) * width + i % width];
+        }
+        expect(std::abs(out[i] - sum) < 1e-5, "the sum of the rows");
+      }
+    }
+    auto out = start;
+    codes.back() = count;
+    expect(!astra::add_rows(codes.data(), tables.data(), rows, groups, count, width, out.data()),
+           "no row");
+    expect(out == start, "nothing is added");
+  }
+}
+
 void bad_sizes() {
   bool refused = false;
   try {
@@ -217,6 +258,7 @@ int main() {
   }
   merges_in_place(random, {2, 9, 200, 64}, 4);
   codewords(random);
+  rows_of_tables(random);
   gates_of_all_sizes();
   merges_of_nothing();
   bad_sizes();

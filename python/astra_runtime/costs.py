@@ -2,8 +2,9 @@
 plan of equal times.
 
 Counted as in `Adapter.block_flops`: products of matrices, a multiplication and an addition each;
-norms, activations, sums and lookups are left out, and so are embeddings and the head. Attention
-counts the pairs of a query and a key that it sees, so a causal square is half of one.
+norms, activations, sums and lookups are left out, and so are embeddings and the head. Sums of table
+rows that stand for a product are counted, an addition as one FLOP. Attention counts the pairs of a
+query and a key that it sees, so a causal square is half of one.
 """
 
 from __future__ import annotations
@@ -29,6 +30,7 @@ LINEAR_PACE: Final = {"int8": 0.38, "int4": 0.5}
 LINEAR_PACE_WITHOUT_VNNI: Final = {"int8": 0.67, "int4": 0.8}
 CODING_PACE: Final = 1.3
 ROUNDED_PACE: Final = 0.66
+SUMS_PACE: Final = 10.0  # of sums of table rows, which come from memory
 
 
 class Paces(NamedTuple):
@@ -134,10 +136,10 @@ def balanced_shares(
     paces = Paces.of(adapter, codebook) if paces is None else paces
     linear *= paces.linear
     others = [count * (linear + attention * tokens / 2) for count in beside or [0.0] * world_size]
-    fine = CODING_PACE * min(codebook.fine_tokens, FINE_PART * tokens / world_size)
+    fine = min(codebook.fine_tokens, FINE_PART * tokens / world_size)
     for rank in range(world_size - 1):
-        others[rank] += fine * costs.fine_code
-        others[rank + 1] += fine * costs.fine_receive
+        others[rank] += fine * (CODING_PACE * costs.fine_code + SUMS_PACE * costs.fine_sums)
+        others[rank + 1] += fine * CODING_PACE * costs.fine_receive
     return balanced_weights(
         tokens,
         world_size,
@@ -146,7 +148,7 @@ def balanced_shares(
         attention=attention,
         far=attention * paces.far,
         code=CODING_PACE * costs.code,
-        receive=CODING_PACE * costs.receive,
+        receive=CODING_PACE * costs.receive + SUMS_PACE * costs.sums,
         halo=halo,
         beside=others,
     )
@@ -190,10 +192,11 @@ def rank_flops(adapter: Adapter, codebook: Codebook, plan: Plan) -> list[float]:
         attending = queries - plan.copies if plan.causal else queries
         pairs = attention_pairs(queries, plan.causal) + attending * received
         model, coding = linear * queries + attention * pairs, costs.code * plan.num_sent(rank)
-        coding += costs.fine_code * _num_fine(plan, rank, codebook)
+        coding += (costs.fine_code + costs.fine_sums) * _num_fine(plan, rank, codebook)
         if rank:
             coding += costs.fine_receive * _num_fine(plan, rank - 1, codebook)
-        by_rank.append(len(adapter.blocks) * (model + coding + costs.receive * received))
+        coding += (costs.receive + costs.sums) * received
+        by_rank.append(len(adapter.blocks) * (model + coding))
     return by_rank
 
 

@@ -91,6 +91,19 @@ def test_an_affine_product_that_may_round(rows: int, monkeypatch: pytest.MonkeyP
             assert float(error) < (1e-6 if either.rounded is None else 0.005)
 
 
+def test_rows_of_tables_are_added() -> None:
+    tables = torch.randn(3, 5, 40).to(torch.bfloat16)
+    codes = torch.randint(-1, 5, (9, 3), dtype=torch.int32)
+    start = torch.randn(9, 40)
+    rows = [tables[g][codes[:, g].clamp(min=0)] * (codes[:, g, None] >= 0) for g in range(3)]
+    want = start.double() + torch.stack(rows).double().sum(0)
+    found = direct.add_rows(start.clone(), codes, tables)
+    torch.testing.assert_close(found.double(), want, rtol=1e-5, atol=1e-5)
+    codes[4, 1] = 5
+    with pytest.raises(IndexError, match="less than 5, got 5"):
+        direct.add_rows(start, codes, tables)
+
+
 def test_an_affine_product_keeps_gradients() -> None:
     matrix = direct.columns_first(torch.randn(6, 5))
     with torch.enable_grad():

@@ -10,9 +10,10 @@ import torch
 import transformers
 from torch.utils.flop_counter import FlopCounterMode
 
+from astra_kernels import _direct as direct
 from astra_runtime import Codebook, Engine
 from astra_runtime.codes.base import geometry
-from astra_runtime.costs import engine_plan, flops_over_ideal, rank_flops, single_flops
+from astra_runtime.costs import costs_of, engine_plan, flops_over_ideal, rank_flops, single_flops
 from astra_runtime.evaluate import run_ranks
 from astra_runtime.models import Adapter, adapt
 from astra_runtime.plan import Plan
@@ -109,7 +110,11 @@ def test_products_outside_attention_and_search_are_what_torch_counts(
         assert found == whole[rank] - 3 * (attention * pairs + search)
 
 
-def test_transform_codes_are_counted() -> None:
+@pytest.mark.parametrize("sums", [False, True])
+def test_transform_codes_are_counted(sums: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With sums of table rows, which torch's counter does not know, and with the products that a
+    GPU has in their place."""
+    monkeypatch.setattr(direct, "MAY_ROUND", sums)
     model, inputs = tiny("gpt2"), inputs_for("gpt2", 23)
     adapter = adapt(model)
     options: dict[str, Any] = {"space": "transform", "bits": 24, "codewords": 16, "rank": 8}
@@ -123,6 +128,9 @@ def test_transform_codes_are_counted() -> None:
     whole = rank_flops(adapter, book, plan)
     _, attention = adapter.block_flops()
     search = 2 * sum(t.tables.numel() for t in book.transforms)  # `encode` is not counted there
+    added = sum(t.codes * len(t.offset) for t in book.transforms)
+    products = 0 if sums else 2 * sum(t.synthesis.numel() for t in book.transforms)
+    assert costs_of(adapter, book).sums == added / len(book.transforms) > 0
     assert book.basis is not None
     # of the prefix, too: what the basis makes of embeddings, and block 0's keys and values
     once = 2 * (book.basis.numel() + 2 * 48 * 48)
@@ -131,6 +139,7 @@ def test_transform_codes_are_counted() -> None:
         queries = own + plan.copies
         pairs = queries * (queries + 1) / 2 + own * heard
         not_counted = 3 * attention * pairs + (search * own if rank < 2 else 0)
+        not_counted += (added - products) * heard
         assert found == whole[rank] - not_counted + once * plan.copies
 
 

@@ -71,4 +71,11 @@ bool all_finite(const float* x, const RowStrides& strides, const StateShape& sha
 bool look_up(const std::int32_t* codes, const float* tables, std::size_t rows, std::size_t groups,
              std::size_t codewords, std::size_t width, float* out);
 
+// out[n] += the sum over g of tables[g, codes[n, g]], with codes [rows, groups], tables of bfloat16
+// [groups, codewords, width] and out [rows, width]. A code below 0 adds nothing. Codes from
+// `codewords` on: returns false, and `out` is as it was.
+bool add_rows(const std::int32_t* codes, const std::uint16_t* tables, std::size_t rows,
+              std::size_t groups, std::size_t codewords, std::size_t width, float* out,
+              unsigned threads = 1);
+
 }  // namespace astra

@@ -106,6 +106,9 @@ class CodeCosts:
         receive: of one remote token received, before attention reads it.
         attended: remote tokens are attended to.
         fine_code, fine_receive: of the fine codes of one token right before a cut.
+        sums: additions for one remote token received, of table rows. They wait for memory, so they
+            take longer than FLOPs that are products.
+        fine_sums: the same for a token with fine codes, of its sender.
     """
 
     code: float = 0.0
@@ -113,6 +116,8 @@ class CodeCosts:
     attended: bool = True
     fine_code: float = 0.0
     fine_receive: float = 0.0
+    sums: float = 0.0
+    fine_sums: float = 0.0
 
 
 GEOMETRY = ("num_blocks", "num_heads", "num_key_value_heads", "head_dim", "hidden_size")

@@ -102,7 +102,7 @@ class DifferentialCodes(HiddenCodes):
             self.remote = refined
             return tokens
         if block:
-            self.remote = self.remote + self.read_codewords(block, payloads, batch).flatten(2)
+            self.remote = self.remote + self.read_codewords(block, payloads, batch)[1].flatten(2)
         return self.project(block, self.remote, rope)
 
 

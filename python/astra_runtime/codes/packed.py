@@ -89,13 +89,18 @@ class PackedCodes(Codec):
             out.copy_(packed.view(-1))
         return None
 
-    def read_codewords(self, block: int, payloads: Sequence[Payload], batch: int) -> Tensor:
-        """The codewords of payloads, [B, N, C, w]; zeros where a token's codes did not come."""
-        codewords = direct.decode(self.read(block, payloads, batch), self.tables[block])
+    def read_codewords(
+        self, block: int, payloads: Sequence[Payload], batch: int
+    ) -> tuple[Tensor, Tensor]:
+        """The codes of payloads, [B, N, C], and their codewords, [B, N, C, w]; -1 and zeros where a
+        token's codes did not come."""
+        codes = self.read(block, payloads, batch)
+        codewords = direct.decode(codes, self.tables[block])
         received = visible_tokens(payloads, batch, None)
         if received is None:
-            return codewords
-        return codewords * received[:, :, None, None].to(codewords.device)
+            return codes, codewords
+        here = received[:, :, None].to(codes.device)
+        return codes.masked_fill(~here, -1), codewords * here[..., None]
 
     def read(self, block: int, payloads: Sequence[Payload], batch: int) -> Tensor:
         """Unpacks and joins payloads: codes [B, N, C]. WireError: not as any rank packs them."""

@@ -17,7 +17,7 @@ from ..plan import Plan
 from .base import Bytes, CodeCosts, Payload, Pending, TokenBits, as_tensor, projection_flops
 from .dense import DenseAttention, DenseTokens
 from .fields import CodebookFields
-from .latent import DecoderState, code_macs, latent_codes
+from .latent import DecoderState, code_macs, latent_codes, sums_rows, table_rows
 from .layouts import merge_heads, merge_rotated, split_heads
 from .packed import PackedCodes, pack_rows, unpack_rows
 from .predictive import embedding_features
@@ -53,6 +53,10 @@ class TransformCodes(PackedCodes, DenseAttention):
         super().__init__(codebook, adapter)
         self.adapter = adapter
         self.codes = latent_codes([t.to(adapter.device) for t in codebook.transforms])
+        # of each block, where receivers add up rows
+        self.rows: list[Tensor] | None = None
+        if direct.adds_rows(adapter.device) and sums_rows(codebook.transforms, _weights(adapter)):
+            self.rows = [table_rows(transform) for transform in codebook.transforms]
         self.basis = basis_on(codebook, adapter)
         self.fine = [fine.to(adapter.device) for fine in codebook.fine]
         self.fine_tokens = codebook.fine_tokens
@@ -72,25 +76,31 @@ class TransformCodes(PackedCodes, DenseAttention):
 
     @classmethod
     def costs(cls, codebook: CodebookFields, adapter: Adapter) -> CodeCosts:
-        """The recursion for every token; of own ones the axes and the search, else the way back."""
-        pairs = zip(codebook.transforms, (None, *codebook.transforms[:-1]), strict=True)
-        macs = [code_macs(transform, before) for transform, before in pairs]
+        """The recursion for every token; of own ones the axes and the search, else the way back,
+        as a CPU does it: a GPU always multiplies where a CPU may add up rows."""
+        transforms = codebook.transforms
+        sums = sums_rows(transforms, _weights(adapter))
+        pairs = zip(transforms, (None, *transforms[:-1]), strict=True)
+        macs = [code_macs(transform, before, sums) for transform, before in pairs]
         # once for all blocks: the embedding's coordinates, and block 0, which is not coded
         shared = 0.0 if codebook.basis is None else float(codebook.basis.numel())
         shared += projection_flops(adapter) / 2 if adapter.token_ids else 0.0
         code, receive = ((shared + sum(parts)) / len(macs) for parts in zip(*macs, strict=True))
+        added = sum(t.codes * len(t.offset) for t in transforms) / len(macs) if sums else 0.0
         if not codebook.fine:
-            return CodeCosts(2.0 * code, 2.0 * receive)
+            return CodeCosts(2.0 * code, 2.0 * receive, sums=added)
         fine = [
             sum(parts) / len(macs) for parts in zip(*(f.macs for f in codebook.fine), strict=True)
         ]
         # the sender reconstructs these tokens, too
-        restore = sum(t.up.numel() + t.synthesis.numel() for t in codebook.transforms) / len(macs)
+        restore = sum(t.up.numel() + (not sums) * t.synthesis.numel() for t in transforms)
         return CodeCosts(
             2.0 * code,
             2.0 * receive,
-            fine_code=2.0 * (fine[0] + restore),
+            fine_code=2.0 * (fine[0] + restore / len(macs)),
             fine_receive=2.0 * fine[1],
+            sums=added,
+            fine_sums=added,
         )
 
     @classmethod
@@ -135,26 +145,48 @@ class TransformCodes(PackedCodes, DenseAttention):
         codes, pending = self.write(block, self.own.coordinates(block, y), out[:size])
         codewords = direct.decode(codes, self.tables[block])
         if len(out) > size:
-            self._write_fine(block, y, codewords, out[size:])
+            self._write_fine(block, y, codes, codewords, out[size:])
         self.own.update(block, codewords)
         return pending
 
-    def _write_fine(self, block: int, y: Tensor, codewords: Tensor, out: Bytes) -> None:
+    def _write_fine(
+        self, block: int, y: Tensor, codes: Tensor, codewords: Tensor, out: Bytes
+    ) -> None:
         """What the codes of the last tokens lack, for the next rank."""
-        known = self.own.estimate(block, codewords, self.fine_sent)
-        codes = self.fine[block].encode(y[:, self.fine_sent] - known)
+        known = self._restored(self.own, block, codes, codewords, self.fine_sent)
+        fine = self.fine[block].encode(y[:, self.fine_sent] - known)
         # else they would be read as those of other tokens
-        assert len(out) == self.fine_bytes(block, len(codes), codes.shape[1])
-        pack_rows(codes, self.fine_bits, out)
+        assert len(out) == self.fine_bytes(block, len(fine), fine.shape[1])
+        pack_rows(fine, self.fine_bits, out)
+
+    def _restored(
+        self,
+        state: DecoderState,
+        block: int,
+        codes: Tensor,
+        codewords: Tensor,
+        tokens: slice = slice(None),
+    ) -> Tensor:
+        """ŷ of `block`, [B, N, E], from codes [B, N, C], below 0 where they did not come, and
+        their codewords [B, N, C, w]; `tokens`: of those alone."""
+        if self.rows is None:
+            return state.estimate(block, codewords, tokens)
+        estimate = state.estimate(block, None, tokens)
+        chosen = codes[:, tokens].flatten(0, 1).contiguous()
+        direct.add_rows(estimate.flatten(0, 1), chosen, self.rows[block])
+        return estimate
 
     def decode(
         self, block: int, payloads: Sequence[Payload], batch: int, rope: Rope
     ) -> DenseTokens:
-        state, codewords = self.remote, None
+        state, stop = self.remote, 0
         if self.codes[block].transform.codes:
-            codewords = self.read_codewords(block, payloads, batch)
-        estimate, stop = state.estimate(block, codewords), 0
-        state.update(block, codewords)
+            codes, codewords = self.read_codewords(block, payloads, batch)
+            estimate = self._restored(state, block, codes, codewords)
+            state.update(block, codewords)
+        else:
+            estimate = state.estimate(block, None)
+            state.update(block, None)
         for payload in payloads:
             stop += payload.num_received
             if payload.num_fine:
@@ -201,6 +233,11 @@ class TransformCodes(PackedCodes, DenseAttention):
     def _tokens(self, estimate: Tensor, rope: Rope, rough: bool) -> DenseTokens:
         key, value = split_heads(estimate, self.adapter.num_key_value_heads)
         return DenseTokens(rotate(key, rope).to(self.dtype), value.to(self.dtype), rough)
+
+
+def _weights(adapter: Adapter) -> float:
+    """Of all blocks, as many as they multiply a token by."""
+    return len(adapter.blocks) * adapter.block_flops()[0] / 2
 
 
 def basis_on(codebook: CodebookFields, adapter: Adapter) -> Tensor | None:

@@ -55,7 +55,7 @@ def rates_of_flops(adapter: Adapter, codebook: Codebook, flops: float) -> Rates:
     linear, attention = adapter.block_flops()
     costs = costs_of(adapter, codebook)
     remote = attention if costs.attended else 0.0
-    flops_each = Rates(0.0, linear, attention, remote, costs.code, costs.receive)
+    flops_each = Rates(0.0, linear, attention, remote, costs.code, costs.receive + costs.sums)
     return flops_each.slower(1 / flops)
 
 
