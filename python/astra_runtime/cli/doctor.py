@@ -15,12 +15,15 @@ from functools import partial
 from typing import Any
 
 from ..console import show_json
+from . import EXTRAS
 
 BASE = ("torch", "numpy", "safetensors")
 PACKAGES = (
     *("torch", "numpy", "triton", "transformers", "gguf", "accelerate", "tqdm", "safetensors"),
     *("cryptography", "starlette", "uvicorn", "prometheus_client"),
 )
+
+OF_MODELS = ("transformers", "gguf", "accelerate", "tqdm")
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
@@ -97,7 +100,10 @@ def _check_packages() -> str:
             absent.append(package)
         else:
             importlib.import_module(package)
-    return "all import" + (f"; without {', '.join(absent)}" if absent else "")
+    if not absent:
+        return "all import"
+    extras = ",".join(dict.fromkeys(EXTRAS[package] for package in absent))
+    return f'all import; without {", ".join(absent)}: pip install "astra-inference[{extras}]"'
 
 
 def _check_codec() -> str:
@@ -243,11 +249,16 @@ def _check_model() -> str:
     from ..store import DamagedModel, ModelNotFound, at_hand
 
     try:
-        return at_hand("smollm2")
+        found = at_hand("smollm2")
     except DamagedModel:
         raise
-    except ModelNotFound as absent:
-        return str(absent)  # only the demo needs it
+    except ModelNotFound as error:
+        return str(error)  # only the demo needs it
+    absent = [package for package in OF_MODELS if not _is_installed(package)]
+    if not absent:
+        return found
+    needed = f"package{'s' if len(absent) > 1 else ''} {', '.join(absent)}"
+    return f'{found}; to run it needs the {needed}: pip install "astra-inference[models]"'
 
 
 FACTS: dict[str, Callable[[], Any]] = {

@@ -74,7 +74,7 @@ class Sampling:
     seed: int | None = None
     presence_penalty: float = 0.0
     frequency_penalty: float = 0.0
-    logit_bias: Mapping[int, float] = field(default_factory=dict)
+    logit_bias: Mapping[int, float] = field(default_factory=dict, hash=False)
 
 
 @dataclass(frozen=True)
@@ -97,10 +97,10 @@ class GenerationRequest:
     """
 
     id: str
-    prompt_ids: Sequence[int]
+    prompt_ids: Sequence[int] = field(hash=False)
     max_new_tokens: int | None = None
     sampling: Sampling = Sampling()
-    stop: Sequence[str] = ()
+    stop: Sequence[str] = field(default=(), hash=False)
     n: int = 1
     top_logprobs: int | None = None
     within_s: float | None = None
@@ -124,7 +124,7 @@ class Token:
     id: int
     text: str
     logprob: float | None = None
-    top: Sequence[tuple[int, float]] = ()
+    top: Sequence[tuple[int, float]] = field(default=(), hash=False)
 
 
 @dataclass(frozen=True)
@@ -165,7 +165,7 @@ class Done:
     seconds_queued: float = 0.0
     seconds_to_first_token: float = 0.0
     seconds: float = 0.0
-    timeline: Sequence[Span] = ()
+    timeline: Sequence[Span] = field(default=(), hash=False)
 
 
 Event = Token | Done
@@ -223,11 +223,11 @@ class Status:
     queued: int = 0
     running: int = 0
     max_queue: int = 0
-    peers: Sequence[Peer] = ()
+    peers: Sequence[Peer] = field(default=(), hash=False)
     lost: int = 0
     rejoined: int = 0
     degraded: int = 0
-    timeline: Sequence[Span] = ()
+    timeline: Sequence[Span] = field(default=(), hash=False)
     progress: float | None = None
 
 
@@ -235,7 +235,7 @@ class Status:
 class Embedding:
     """Of one text: the vector, of length 1, and the text's tokens."""
 
-    vector: Sequence[float]
+    vector: Sequence[float] = field(hash=False)
     tokens: int
 
 

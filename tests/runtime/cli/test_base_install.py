@@ -74,6 +74,20 @@ def test_commands_name_the_extra_that_they_lack(tmp_path: pytest.TempPathFactory
     assert [line.split()[3] for line in needs] == [command[0] for command in commands], said
 
 
+def test_the_doctor_names_the_extra_that_a_model_needs() -> None:
+    code = (
+        "from astra_runtime.cli import doctor\n"
+        "doctor._is_installed = lambda package: package not in hidden\n"
+        "print(doctor._check_packages())\n"
+        "import astra_runtime.store as store\n"
+        "store.at_hand = lambda name: 'a.gguf, to be converted at its first use'\n"
+        "print(doctor._check_model())\n"
+    )
+    packages, model = python(code, "gguf").stdout.splitlines()
+    assert 'without gguf: pip install "astra-inference[models]"' in packages
+    assert model.endswith('to run it needs the package gguf: pip install "astra-inference[models]"')
+
+
 def test_every_extra_exists() -> None:
     import tomllib
 

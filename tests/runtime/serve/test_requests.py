@@ -12,13 +12,31 @@ import torch
 from astra_runtime import Engine
 from astra_runtime.serve.leader import Leader
 from astra_runtime.serve.service import (
+    Embedding,
     GenerationRequest,
     RequestRefused,
     Sampling,
     ServiceFailed,
+    Token,
 )
 
 from .service import GREEDY, alone, ask, led, prompt
+
+
+def test_what_is_asked_and_answered_can_be_in_sets() -> None:
+    """They are frozen, and compare; of numbers in lists and dictionaries the hash says nothing."""
+    asked = Sampling(seed=1, logit_bias={3: 1.0})
+    for one, twin, other in (
+        (asked, Sampling(seed=1, logit_bias={3: 1.0}), Sampling(seed=1)),
+        (
+            GenerationRequest("a", [1, 2], sampling=asked),
+            GenerationRequest("a", [1, 2], sampling=asked),
+            GenerationRequest("a", [1, 3], sampling=asked),
+        ),
+        (Token(0, 1, "a", 0.5, [(1, 0.5)]), Token(0, 1, "a", 0.5, [(1, 0.5)]), Token(0, 1, "a")),
+        (Embedding([0.6, 0.8], 1), Embedding([0.6, 0.8], 1), Embedding([0.8, 0.6], 1)),
+    ):
+        assert len({one, twin, other}) == 2
 
 
 @pytest.fixture(scope="module")
