@@ -18,6 +18,7 @@ from .options import (
     add_mesh_options,
     add_missing,
     add_model,
+    add_ranks,
     check_text,
     positive,
 )
@@ -33,12 +34,17 @@ def configure(parser: argparse.ArgumentParser) -> None:
     )
     add_model(parser)
     add_fit_options(parser)
+    add_ranks(parser, "processes on this machine (default: 1)")
     add_mesh_options(parser)
     add_missing(parser)
     add_leader(parser)
     parser.add_argument("--system", help="what the model is told before the first question")
     parser.add_argument(
-        "--max-new-tokens", type=positive, default=512, help="of an answer (default: 512)"
+        "--max-new-tokens",
+        type=positive,
+        default=512,
+        metavar="N",
+        help="of an answer (default: 512)",
     )
     add_sampling(parser)
 

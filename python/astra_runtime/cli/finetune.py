@@ -15,6 +15,7 @@ from .fitting import verdict
 from .options import (
     add_model,
     add_tokens,
+    group,
     not_negative,
     output_folder,
     positive,
@@ -46,63 +47,66 @@ def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--output", metavar="DIR", required=True, help="folder for model and codebook"
     )
-    parser.add_argument("--text", metavar="FILE", help="text to train on (default: built-in)")
-    add_tokens(parser, "tokens a window")
-    parser.add_argument(
+    text = group(parser, "text")
+    text.add_argument("--text", metavar="FILE", help="text to train on (default: built-in)")
+    add_tokens(text, "tokens a window")
+    text.add_argument(
         "--windows",
         type=positive,
         default=1000,
         help="most windows of the text to train on (default: 1000)",
     )
-    parser.add_argument(
+    text.add_argument(
         "--held-back",
         type=not_negative,
         default=2,
         help="windows held out for evaluation (default: 2)",
     )
-    parser.add_argument(
+    training = group(parser, "training")
+    training.add_argument(
         "--steps", type=positive, default=300, help="optimizer steps (default: 300)"
     )
-    parser.add_argument("--batch", type=positive, default=4, help="windows a step (default: 4)")
-    parser.add_argument(
+    training.add_argument("--batch", type=positive, default=4, help="windows a step (default: 4)")
+    training.add_argument(
         "--lr", type=float, default=5e-5, help="highest learning rate (default: 5e-5)"
     )
-    parser.add_argument(
+    training.add_argument(
         "--noise",
         type=float,
         default=1.0,
         help="λ: noise over the residual (default: 1)",
     )
-    parser.add_argument(
+    training.add_argument(
         "--commitment",
         type=float,
         default=1e-4,
         help="β: weight of the commitment loss (default: 1e-4)",
     )
-    parser.add_argument(
+    training.add_argument(
         "--decay", type=float, default=0.99, help="γ of moving averages (default: 0.99)"
     )
-    parser.add_argument(
+    training.add_argument(
         "--min-ranks", type=positive, default=2, help="fewest devices of a step (default: 2)"
     )
-    parser.add_argument(
+    training.add_argument(
         "--max-ranks", type=positive, default=8, help="most devices of a step (default: 8)"
     )
-    parser.add_argument(
+    training.add_argument(
         "--min-shard",
         type=positive,
         help=f"fewest tokens of a device (default: {SHARD}, or as many as all have in a window)",
     )
-    parser.add_argument(
+    evaluation = group(parser, "evaluation and checkpoints")
+    evaluation.add_argument(
         "--world-size", type=two_or_more, default=4, help="ranks of the evaluation (default: 4)"
     )
-    parser.add_argument(
+    evaluation.add_argument(
         "--evaluate-every",
         type=not_negative,
         default=100,
         help="steps from one evaluation to the next; 0: at start and end alone (default: 100)",
     )
-    parser.add_argument(
+    evaluation.add_argument(
         "--checkpoint-every",
         type=not_negative,
         default=100,

@@ -24,6 +24,7 @@ from .fitting import (
 from .options import (
     add_model,
     add_tokens,
+    group,
     not_negative,
     output_folder,
     positive,
@@ -52,13 +53,14 @@ def configure(parser: argparse.ArgumentParser) -> None:
     )
     add_model(parser)
     parser.add_argument("--output", metavar="DIR", required=True, help="folder for the codebook")
-    parser.add_argument(
+    codes = group(parser, "what is coded, in how many bits")
+    codes.add_argument(
         "--space",
         type=coded_key,
         metavar="SPACE",
         help="what is coded (transform; with --groups or --shared: kv)",
     )
-    size = parser.add_mutually_exclusive_group()
+    size = codes.add_mutually_exclusive_group()
     size.add_argument("--bits", type=positive, help="at most so many bits a token and block")
     size.add_argument(
         "--target-gap",
@@ -68,34 +70,35 @@ def configure(parser: argparse.ArgumentParser) -> None:
         "tokens are worth",
     )
     size.add_argument("--groups", type=positive, help="codes a token and block")
-    parser.add_argument(
+    codes.add_argument(
         "--codewords",
         type=positive,
         help="of a group (K) (1024; space transform: 256, above 200 bits 64)",
     )
-    parser.add_argument(
+    codes.add_argument(
         "--fine-bits",
         type=not_negative,
         metavar="BITS",
         help="at most so many bits more for the last tokens before a cut, sent to the next rank "
         f"alone; 0: none, and a halo instead (transform of a decoder: {FINE_SHARE} times --bits)",
     )
-    parser.add_argument(
+    codes.add_argument(
         "--fine-tokens",
         type=positive,
         default=FINE_TOKENS,
         help=f"how many tokens those are, at most a quarter of a shard ({FINE_TOKENS})",
     )
-    parser.add_argument("--shared", action="store_true", help="kv: one set of codes for all heads")
-    parser.add_argument("--text", metavar="FILE", help="calibration text (default: built-in)")
-    add_tokens(parser, "tokens a window")
-    parser.add_argument(
+    codes.add_argument("--shared", action="store_true", help="kv: one set of codes for all heads")
+    calibration = group(parser, "calibration and evaluation")
+    calibration.add_argument("--text", metavar="FILE", help="calibration text (default: built-in)")
+    add_tokens(calibration, "tokens a window")
+    calibration.add_argument(
         "--windows",
         type=positive,
         help=f"windows of the text, two of them held out (space transform: {WINDOWS} of the "
         f"built-in one, {WINDOWS + OTHERS} of another; else {MORE_WINDOWS})",
     )
-    parser.add_argument(
+    calibration.add_argument(
         "--sampled",
         type=not_negative,
         default=0,
@@ -103,13 +106,13 @@ def configure(parser: argparse.ArgumentParser) -> None:
         help="windows of text that the model itself writes, to calibrate on as well: for a model "
         "of another language or field than the text (0; 24 take a minute or two)",
     )
-    parser.add_argument(
+    calibration.add_argument(
         "--world-size", type=two_or_more, default=4, help="ranks to evaluate (default: 4)"
     )
-    parser.add_argument(
+    calibration.add_argument(
         "--iterations", type=positive, default=8, help="k-means iterations (default: 8)"
     )
-    parser.add_argument(
+    calibration.add_argument(
         "--seed", type=seed, default=0, help="of windows and codewords (default: 0)"
     )
 

@@ -14,6 +14,10 @@ from ..errors import AstraError
 
 DEFAULT_MODEL = "smollm2"
 DENSE = "none"  # instead of a codebook's folder
+# Parts of a command's help.
+MODEL = "model and weights"
+CODES = "codes and shares of the tokens"
+DEVICES = "devices and their connections"
 
 
 def at_least(least: int) -> Callable[[str], int]:
@@ -57,8 +61,16 @@ def host(text: str) -> str:
         raise argparse.ArgumentTypeError(str(error)) from error
 
 
+def group(parser: argparse.ArgumentParser, title: str) -> argparse._ArgumentGroup:
+    """The part of the command's help under `title`, where others may have put options before."""
+    for known in parser._action_groups:
+        if known.title == title:
+            return known
+    return parser.add_argument_group(title)
+
+
 def add_model(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
+    group(parser, MODEL).add_argument(
         "--model",
         default=DEFAULT_MODEL,
         help="smollm2, minilm, a folder, a GGUF file, or a Hugging Face model in the local cache "
@@ -70,14 +82,15 @@ def add_model(parser: argparse.ArgumentParser) -> None:
 
 def add_form(parser: argparse.ArgumentParser) -> None:
     """--dtype and --checkpoint; `common.load` reads them."""
-    parser.add_argument(
+    model = group(parser, MODEL)
+    model.add_argument(
         "--dtype",
         choices=("float32", "bfloat16", "int8", "int4"),
         default="float32",
         help="what the weights are kept in (default: %(default)s); int8 takes about a quarter of "
         "the memory, int4 less; a codebook serves all of them",
     )
-    parser.add_argument(
+    model.add_argument(
         "--checkpoint",
         metavar="DIGEST",
         help="of a model that somebody else quantized: the checkpoint that it was made from, as "
@@ -86,16 +99,21 @@ def add_form(parser: argparse.ArgumentParser) -> None:
 
 
 def add_tokens(
-    parser: argparse.ArgumentParser, what: str, count: Callable[[str], int] = positive
+    parser: argparse.ArgumentParser | argparse._ArgumentGroup,
+    what: str,
+    count: Callable[[str], int] = positive,
 ) -> None:
     """--tokens; `window_tokens` reads it."""
     parser.add_argument(
-        "--tokens", type=count, help=f"{what} (default: 1024, or the model's limit)"
+        "--tokens",
+        type=count,
+        metavar="N",
+        help=f"{what} (default: 1024, or the model's limit)",
     )
 
 
 def add_fit_options(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
+    group(parser, CODES).add_argument(
         "--codebook",
         metavar="DIR",
         help="a folder written by `astra fit` (default: the cached one for this model, which is "
@@ -104,51 +122,56 @@ def add_fit_options(parser: argparse.ArgumentParser) -> None:
 
 
 def add_mesh_options(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "--threads",
-        type=positive,
-        help="CPU threads a rank (default: all physical cores; ranks on one machine share them)",
+    add_halo(parser)
+    group(parser, CODES).add_argument(
+        "--weights", metavar="W,W,…", help="shares of the tokens, one a rank (default: balanced)"
     )
-    parser.add_argument(
+    model = group(parser, MODEL)
+    model.add_argument(
         "--mixed-dtypes",
         action="store_true",
         help="let devices keep the weights in float32, int8 or int4, each as its --dtype says; the "
         "same on all devices (default: others than one's own are refused)",
     )
-    parser.add_argument(
+    model.add_argument(
         "--pack-weights",
         action="store_true",
         help="keep a second copy of the float32 weights, in the order in which MKL reads them: "
         "faster where few tokens share a pass, for about twice the memory; each device by itself",
     )
-    parser.add_argument(
-        "--weights", metavar="W,W,…", help="shares of the tokens, one a rank (default: balanced)"
+    group(parser, DEVICES).add_argument(
+        "--threads",
+        type=positive,
+        metavar="N",
+        help="CPU threads a rank (default: all physical cores; ranks on one machine share them)",
     )
-    add_halo(parser)
     add_connection(parser)
 
 
 def add_connection(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
+    devices = group(parser, DEVICES)
+    devices.add_argument(
         "--connect-timeout",
         type=seconds,
         default=600.0,
+        metavar="S",
         help="seconds to wait for the other devices to start (default: %(default)g)",
     )
-    parser.add_argument(
+    devices.add_argument(
         "--timeout",
         type=seconds,
         default=60.0,
+        metavar="S",
         help="seconds any wait for a peer may take (default: %(default)g)",
     )
-    parser.add_argument(
+    devices.add_argument(
         "--listen",
         type=host,
         metavar="HOST",
         help="the address of this device to listen at, where that is not its own in --peers "
         "(behind address translation, say); the port stays",
     )
-    security = parser.add_mutually_exclusive_group()
+    security = devices.add_mutually_exclusive_group()
     security.add_argument(
         "--keys",
         metavar="DIR",
@@ -159,7 +182,7 @@ def add_connection(parser: argparse.ArgumentParser) -> None:
 
 
 def add_halo(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
+    group(parser, CODES).add_argument(
         "--halo",
         type=not_negative,
         metavar="H",
@@ -169,20 +192,21 @@ def add_halo(parser: argparse.ArgumentParser) -> None:
 
 
 def add_missing(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
+    late = group(parser, "late and lost devices, links that lose packets")
+    late.add_argument(
         "--on-missing",
         choices=("raise", "degrade"),
         default="raise",
         help="what to do about a device that is late or lost: end with an error, or answer without "
         "it and say so; the same on all devices (default: raise)",
     )
-    parser.add_argument(
+    late.add_argument(
         "--deadline-ms",
         type=float,
         metavar="X",
         help="how long a block may wait for the codes of the others; the same on all devices",
     )
-    parser.add_argument(
+    late.add_argument(
         "--transport",
         choices=("tcp", "datagram"),
         default="tcp",
@@ -191,18 +215,29 @@ def add_missing(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def add_ranks(
+    parser: argparse.ArgumentParser, local: str, rank: str = "with --peers: 0, the leader"
+) -> None:
+    """Of commands that start local processes, or lead other devices."""
+    devices = group(parser, DEVICES)
+    devices.add_argument("--world-size", type=positive, metavar="N", help=local)
+    devices.add_argument("--rank", type=int, metavar="R", help=rank)
+    devices.add_argument("--peers", metavar="HOST:PORT,…", help="of every rank, by rank")
+
+
 def add_leader(parser: argparse.ArgumentParser) -> None:
-    """Of commands that answer requests with local processes, or lead other devices."""
+    """Of commands that answer requests with local processes, or lead other devices; behind
+    `add_mesh_options`, whose --timeout has another default."""
     parser.set_defaults(timeout=5.0)
+    devices = group(parser, DEVICES)
+    devices.add_argument("--mbit", type=float, default=0.0, help="emulate links of this rate")
+    devices.add_argument("--delay-ms", type=float, default=0.0, help="and of this one-way delay")
     parser.add_argument(
-        "--world-size", type=positive, help="processes on this machine (default: 1)"
-    )
-    parser.add_argument("--rank", type=int, help="with --peers: 0, the leader")
-    parser.add_argument("--peers", help="host:port of every rank, by rank")
-    parser.add_argument("--mbit", type=float, default=0.0, help="emulate links of this rate")
-    parser.add_argument("--delay-ms", type=float, default=0.0, help="and of this one-way delay")
-    parser.add_argument(
-        "--max-queue", type=positive, default=64, help="requests that wait (default: 64)"
+        "--max-queue",
+        type=positive,
+        default=64,
+        metavar="N",
+        help="requests that wait (default: 64)",
     )
     parser.add_argument(
         "--memory",

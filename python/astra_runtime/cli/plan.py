@@ -14,11 +14,13 @@ from .common import TOKENS, load, window_tokens
 from .fitting import cached_codebook, ensure_codebook
 from .options import (
     DENSE,
+    MODEL,
     add_connection,
     add_form,
     add_tokens,
     check_keys,
     connect_options,
+    group,
     peers_of,
     positive,
     settle_threads,
@@ -39,7 +41,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
         "      (measures these devices and their links; the others run `astra worker`)\n"
         "  astra plan --model llama-3-8b --tokens 4096 --mbit 20 --flops 50e12 --world-size 2 4 8"
     )
-    parser.add_argument(
+    group(parser, MODEL).add_argument(
         "--model",
         default="smollm2",
         help="a model's folder or smollm2 (default); with --flops also the name of a shape: "

@@ -11,14 +11,18 @@ from .cluster import cluster, traced, write_trace
 from .common import load
 from .fitting import codebook_at_hand, ensure_codebook
 from .options import (
+    CODES,
     DENSE,
+    DEVICES,
     add_fit_options,
     add_mesh_options,
     add_missing,
     add_model,
+    add_ranks,
     add_trace,
     check_trace,
     engine_options,
+    group,
     positive,
     settle_threads,
 )
@@ -39,6 +43,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
     )
     add_model(parser)
     add_fit_options(parser)
+    add_ranks(parser, "processes on this machine")
     add_mesh_options(parser)
     add_missing(parser)
     where = parser.add_mutually_exclusive_group(required=True)
@@ -52,18 +57,19 @@ def configure(parser: argparse.ArgumentParser) -> None:
         help="take the prompt as it stands, also where the model has a chat template",
     )
     parser.add_argument(
-        "--max-new-tokens", type=positive, default=40, help="of the answer (default: 40)"
+        "--max-new-tokens",
+        type=positive,
+        default=40,
+        metavar="N",
+        help="of the answer (default: 40)",
     )
-    parser.add_argument(
+    group(parser, CODES).add_argument(
         "--space",
         choices=("codes", "none", "drop"),
         default="codes",
         help="what to send: the codebook's codes, dense tensors, or nothing (default: codes)",
     )
-    parser.add_argument("--world-size", type=positive, help="processes on this machine")
-    parser.add_argument("--rank", type=int, help="with --peers: 0, the leader")
-    parser.add_argument("--peers", help="host:port of every rank, by rank")
-    parser.add_argument(
+    group(parser, DEVICES).add_argument(
         "--backend",
         choices=("tcp", "gloo"),
         default="tcp",

@@ -25,6 +25,8 @@ from .options import (
     add_mesh_options,
     add_missing,
     add_model,
+    add_ranks,
+    group,
     host,
     model_name,
     not_negative,
@@ -46,6 +48,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
     )
     add_model(parser)
     add_fit_options(parser)
+    add_ranks(parser, "processes on this machine (default: 1)")
     add_mesh_options(parser)
     add_missing(parser)
     add_leader(parser)
@@ -54,46 +57,62 @@ def configure(parser: argparse.ArgumentParser) -> None:
 
 
 def _add_http(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
+    http = group(parser, "the HTTP server")
+    http.add_argument(
         "--host", type=host, default="127.0.0.1", help="address to listen at (default: %(default)s)"
     )
-    parser.add_argument(
+    http.add_argument(
         "--port", type=not_negative, default=8000, help="0: any free one (default: %(default)s)"
     )
-    keys = parser.add_mutually_exclusive_group()
+    keys = http.add_mutually_exclusive_group()
     keys.add_argument(
-        "--api-key", help="what clients have to send; beyond loopback there has to be one"
+        "--api-key",
+        metavar="KEY",
+        help="what clients have to send; beyond loopback there has to be one",
     )
     keys.add_argument(
         "--api-key-file", metavar="FILE", help="a key a line (default: ASTRA_API_KEY, if set)"
     )
-    parser.add_argument(
+    http.add_argument(
         "--served-name", metavar="NAME", help="the name clients ask for (default: the model's)"
     )
-    parser.add_argument("--tls-cert", metavar="FILE", help="PEM: serve https")
-    parser.add_argument("--tls-key", metavar="FILE", help="PEM: its key, if in another file")
-    parser.add_argument(
-        "--cors-origin", action="append", default=[], help="a web page's origin that may ask"
+    http.add_argument("--tls-cert", metavar="FILE", help="PEM: serve https")
+    http.add_argument("--tls-key", metavar="FILE", help="PEM: its key, if in another file")
+    http.add_argument(
+        "--cors-origin",
+        action="append",
+        default=[],
+        metavar="ORIGIN",
+        help="a web page's origin that may ask",
     )
-    parser.add_argument(
-        "--allowed-host", action="append", default=[], help="a further name of this server"
+    http.add_argument(
+        "--allowed-host",
+        action="append",
+        default=[],
+        metavar="HOST",
+        help="a further name of this server",
     )
-    parser.add_argument("--trace", metavar="FOLDER", help="write a timeline of each request")
+    http.add_argument("--trace", metavar="FOLDER", help="write a timeline of each request")
 
 
 def _add_limits(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--max-new-tokens",
         type=positive,
+        metavar="N",
         help="the most a request may ask for (default: as it fits)",
     )
     parser.add_argument(
-        "--request-timeout", type=seconds, help="seconds an answer may take (default: no limit)"
+        "--request-timeout",
+        type=seconds,
+        metavar="S",
+        help="seconds an answer may take (default: no limit)",
     )
     parser.add_argument(
         "--drain",
         type=seconds,
         default=10.0,
+        metavar="S",
         help="seconds that answers have to end when the service ends (default: 10)",
     )
 

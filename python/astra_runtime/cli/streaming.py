@@ -8,21 +8,29 @@ from typing import Any
 
 from ..console import show
 from ..errors import AstraError
-from .options import positive
+from .options import group, positive
 
 
 def add_sampling(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "--temperature", type=float, default=0.0, help="0: always the likeliest token (default: 0)"
+    sampling = group(parser, "how tokens are chosen")
+    sampling.add_argument(
+        "--temperature",
+        metavar="T",
+        type=float,
+        default=0.0,
+        help="0: always the likeliest token (default: 0)",
     )
-    parser.add_argument(
+    sampling.add_argument(
         "--top-p",
+        metavar="P",
         type=float,
         default=1.0,
         help="draw from the likeliest tokens of this mass (default: 1)",
     )
-    parser.add_argument("--top-k", type=positive, help="draw from so many of the likeliest tokens")
-    parser.add_argument(
+    sampling.add_argument(
+        "--top-k", metavar="K", type=positive, help="draw from so many of the likeliest tokens"
+    )
+    sampling.add_argument(
         "--seed", type=int, default=0, help="the same seed draws the same text (default: 0)"
     )
 

@@ -18,6 +18,7 @@ from ..errors import AstraError
 from .common import load, uncollected
 from .fitting import ensure_codebook
 from .options import (
+    DEVICES,
     add_fit_options,
     add_mesh_options,
     add_missing,
@@ -25,6 +26,7 @@ from .options import (
     check_keys,
     connect_options,
     engine_options,
+    group,
     peers_of,
     settle_threads,
     sharing,
@@ -48,6 +50,13 @@ def configure(parser: argparse.ArgumentParser) -> None:
     )
     add_model(parser)
     add_fit_options(parser)
+    devices = group(parser, DEVICES)
+    devices.add_argument(
+        "--rank", type=int, required=True, metavar="R", help="this process's place, from 0"
+    )
+    devices.add_argument(
+        "--peers", required=True, metavar="HOST:PORT,…", help="of every rank, by rank"
+    )
     add_mesh_options(parser)
     add_missing(parser)
     parser.add_argument(
@@ -61,8 +70,6 @@ def configure(parser: argparse.ArgumentParser) -> None:
         action="store_true",
         help="wait for the first run, too, longer than a --connect-timeout that is given",
     )
-    parser.add_argument("--rank", type=int, required=True, help="this process's place, from 0")
-    parser.add_argument("--peers", required=True, help="host:port of every rank, by rank")
     parser.add_argument("--mbit", type=float, default=0.0, help=argparse.SUPPRESS)
     parser.add_argument("--delay-ms", type=float, default=0.0, help=argparse.SUPPRESS)
     parser.add_argument("--parent", type=int, help=argparse.SUPPRESS)
