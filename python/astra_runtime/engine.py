@@ -15,6 +15,7 @@ from . import decoding
 from .call import Call, Endable, Sizes, ending_after, ending_together
 from .codes.codebook import Codebook
 from .costs import Paces, engine_plan
+from .errors import ConnectFailed
 from .exchange import send_picture
 from .hugging_face import call_arguments, generate_as_asked
 from .inputs import (
@@ -158,6 +159,7 @@ class Engine(SessionHost):
         self.seconds = 0.0
         self._adopt_model()
         self._running: Endable | None = None
+        self._joining, self._given_up = False, ""  # whether `rejoin` runs, and why no longer
         self._packed = pack_weights
         if pack_weights:
             self.adapter.hooks.pack()
@@ -231,13 +233,34 @@ class Engine(SessionHost):
             mesh: the ranks, connected again by the caller; None: as `connect` did it before.
             connect_timeout: seconds to wait for the other ranks; None: as before.
 
-        Raises what `connect` raises, and HandshakeRefused. It may then be called again.
+        `close` and `cancel` end it, from any thread or signal handler, but while it waits for
+        ranks over torch.distributed.
+
+        Raises what `connect` raises, and HandshakeRefused; ConnectFailed where it was ended. It may
+        then be called again, unless the engine was closed.
         """
         if not self._open:
             raise RuntimeError("the engine is closed")
         check_kind("mesh", mesh, Mesh)
+        self._given_up, self._joining = "", True
+        try:
+            self._join(mesh, connect_timeout)
+            self._check_given_up()
+        except Exception as error:
+            if not self._given_up:
+                raise
+            self.mesh.abort(error)
+            raise ConnectFailed(self._given_up) from error
+        finally:
+            self._joining = False
+
+    def _check_given_up(self) -> None:
+        if self._given_up:
+            raise ConnectFailed(self._given_up)
+
+    def _join(self, mesh: Mesh | None, connect_timeout: float | None) -> None:
         if mesh is None:
-            mesh = self.mesh.reconnect(connect_timeout)
+            mesh = self.mesh.reconnect(connect_timeout, check=self._check_given_up)
         elif mesh is not self.mesh:
             self.mesh.close()
         place = (mesh.rank, mesh.world_size)
@@ -248,6 +271,7 @@ class Engine(SessionHost):
             )
         check_deadlines(self.on_missing, self.deadline_ms, mesh)
         self.mesh, self._owns_mesh = mesh, False
+        self._check_given_up()
         self._agree()
 
     @property
@@ -500,7 +524,8 @@ class Engine(SessionHost):
     def close(self) -> None:
         """Ends the use of the model by this engine. A mesh that it was given stays open.
 
-        From any thread or signal handler: a call that runs ends with CallEnded, on every rank.
+        From any thread or signal handler: a call that runs ends with CallEnded, on every rank, and
+        a `rejoin` with ConnectFailed.
         """
         if self._open:
             self._open = False
@@ -512,13 +537,19 @@ class Engine(SessionHost):
     def cancel(self) -> None:
         """Ends the call that runs, on every rank, with CallEnded; engine and mesh stay as they are.
 
-        From any thread or signal handler. Without a call it does nothing.
+        From any thread or signal handler. It ends a `rejoin` of this rank, too, with ConnectFailed.
+        Without either it does nothing.
         """
         self._end_running("it was cancelled")
 
     def _end_running(self, reason: str) -> None:
         if (call := self._running) is not None:
             call.end(reason)
+        elif self._joining:
+            self._given_up = f"rejoin: {reason}"
+            self.mesh.abort(
+                ConnectFailed(self._given_up)
+            )  # where it is made, and the ranks still compare
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         raise TypeError(

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import threading
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,7 +15,7 @@ import torch
 
 from astra_runtime import Engine
 from astra_runtime.cli import main
-from astra_runtime.errors import AstraError, HandshakeRefused, PeerLost
+from astra_runtime.errors import AstraError, ConnectFailed, HandshakeRefused, PeerLost
 from astra_runtime.transport import Mesh, connect, local_mesh
 from tests.processes import Fork
 
@@ -164,3 +166,44 @@ def test_a_worker_serves_run_after_run(
         first.stdout.close()
     assert len(set(texts)) == 1
     assert len(texts[0].split()) == 5
+
+
+@pytest.mark.parametrize("way", ["close", "cancel"])
+@pytest.mark.parametrize("waits_for", ["the rank", "its engine"])
+def test_a_rejoin_that_is_given_up_ends_at_once(way: str, waits_for: str) -> None:
+    """It waited on for its `connect_timeout`, and joined for an engine that was closed."""
+    model, peers, made = tiny("llama"), free_ports(2), threading.Barrier(2, timeout=60)
+    left, connected, over = (threading.Event() for _ in range(3))
+    engines: list[Engine] = []
+
+    def leader() -> str:
+        engines.append(Engine(model, None, connect(0, 2, peers, timeout=60)))
+        made.wait()
+        left.wait(60)
+        with pytest.raises(ConnectFailed) as ended:
+            engines[0].rejoin(connect_timeout=40)
+        over.set()
+        engines[0].mesh.close()
+        return str(ended.value)
+
+    def other() -> None:
+        with connect(1, 2, peers, timeout=60) as mesh, Engine(model, None, mesh):
+            made.wait()
+        left.set()
+        if waits_for == "its engine":
+            with contextlib.suppress(AstraError), connect(1, 2, peers, timeout=60):
+                connected.set()  # and makes no engine
+                over.wait(60)
+
+    def host() -> float:
+        (left if waits_for == "the rank" else connected).wait(60)
+        time.sleep(0.2)
+        began = time.monotonic()
+        getattr(engines[0], way)()
+        over.wait(60)
+        return time.monotonic() - began
+
+    said, _, seconds = together([leader, other, host])
+    reasons = {"close": "rejoin: the engine was closed", "cancel": "rejoin: it was cancelled"}
+    assert said == reasons[way]
+    assert seconds < 5

@@ -259,7 +259,7 @@ def _connect_tcp(options: ConnectOptions, contexts: Contexts | None) -> TcpMesh:
             _warn_once(hint)
         own_hello = Hello(world_size, rank, NOBODY, run)
         bootstrap = MeshBootstrap(own_hello, listeners, addresses, contexts, hint)
-        streams = bootstrap.run(options.connect_timeout, options.on_wait)
+        streams = bootstrap.run(options.connect_timeout, options.on_wait, options.check)
     del store
     return TcpMesh(rank, world_size, streams, timeout=timeout, handshake=bootstrap.stats)
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 import select
 import socket
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Final
 
 from astra_runtime.errors import ConnectFailed, PeersRefused, anew
@@ -56,8 +56,13 @@ class MeshBootstrap:
         """What the handshakes have cost, of the peers that joined."""
         return self._members.stats
 
-    def run(self, seconds: float, on_wait: OnWait | None = None) -> dict[int, Stream]:
-        """Waits for every rank, `seconds` at most; `on_wait`: see `ConnectOptions`."""
+    def run(
+        self,
+        seconds: float,
+        on_wait: OnWait | None = None,
+        check: Callable[[], None] | None = None,
+    ) -> dict[int, Stream]:
+        """Waits for every rank, `seconds` at most; `on_wait`, `check`: see `ConnectOptions`."""
         begun = time.monotonic()
         deadline, notice = begun + seconds, begun + NOTICE_SECONDS
         members = self._members
@@ -72,6 +77,8 @@ class MeshBootstrap:
                 self._acceptor.expire(now)
                 self._dialer.expire(now)
                 self._serve(min(deadline - now, RETRY_SECONDS))
+                if check is not None:
+                    check()
                 if on_wait is not None and now >= notice:
                     notice = now + NOTICE_SECONDS
                     on_wait(self._absent())

@@ -16,7 +16,7 @@ import math
 import threading
 import time
 from collections import deque
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from queue import Empty, SimpleQueue
 from typing import Any, Final
 
@@ -313,8 +313,11 @@ class DistributedMesh(PeerMesh[Channel]):
         """torch.distributed has no way to say why: peers see a loss, or wait for their deadline."""
         self._end(aborted_by(error))
 
-    def reconnect(self, connect_timeout: float | None = None) -> Mesh:
-        """As `Mesh.reconnect`; the process group is destroyed and made again.
+    def reconnect(
+        self, connect_timeout: float | None = None, *, check: Callable[[], None] | None = None
+    ) -> Mesh:
+        """As `Mesh.reconnect`; the process group is destroyed and made again. Nothing ends that
+        wait before its time, `check` neither.
 
         Raises AstraError where it is not `connect`'s own: a group that has lost a rank is of no use
         any more, and only who made it may destroy it.
@@ -326,7 +329,7 @@ class DistributedMesh(PeerMesh[Channel]):
                 "mesh, engine.rejoin(connect(backend=...))"
             )
         self._end(CLOSED)
-        return super().reconnect(connect_timeout)
+        return super().reconnect(connect_timeout, check=check)
 
     def _end(self, reason: str) -> None:
         if not self._lifetime.end(reason):

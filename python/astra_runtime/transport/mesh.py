@@ -282,10 +282,14 @@ class Mesh(ABC):
         May be called by any thread or signal handler, as `close` may.
         """
 
-    def reconnect(self, connect_timeout: float | None = None) -> Mesh:
+    def reconnect(
+        self, connect_timeout: float | None = None, *, check: Callable[[], None] | None = None
+    ) -> Mesh:
         """Closes this mesh and makes the same one anew, with the arguments of its `connect`.
 
         Collective; a rank may be another process by now. Works in whatever state this mesh is.
+        check: called again and again while other ranks are waited for, over sockets; what it raises
+        ends the wait.
         Raises AstraError where the mesh was not made by `connect`, else what `connect` raises.
         """
         store = self.store
@@ -298,7 +302,9 @@ class Mesh(ABC):
         options = self.options
         if connect_timeout is not None:
             options = replace(options, connect_timeout=connect_timeout)
-        return self.reconnect_factory(options, self.store)
+        mesh = self.reconnect_factory(replace(options, check=check), self.store)
+        mesh.options = options
+        return mesh
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         raise TypeError("a mesh holds this process's connections, and cannot be copied or pickled")

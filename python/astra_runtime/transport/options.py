@@ -25,6 +25,7 @@ class ConnectOptions:
     Attributes:
         on_wait: called about once a second with the ranks that have not joined yet, over TCP where
             the peers' addresses are known; what it raises ends the wait.
+        check: called twenty times a second during that wait; what it raises ends it, too.
 
     Raises ValueError or KeysError for arguments that no mesh can have.
     """
@@ -40,6 +41,7 @@ class ConnectOptions:
     keys: Keys | str | os.PathLike[str] | None = None
     insecure: bool = False
     on_wait: OnWait | None = None
+    check: Callable[[], None] | None = None
 
     def __post_init__(self) -> None:
         self._check_types()
