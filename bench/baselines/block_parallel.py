@@ -25,7 +25,7 @@ def bp(
 
     The model is a row of `blocks` (Nb) groups of layers. The last layer of each is an original one;
     the others are decoupled: N sub-blocks side by side, each a Transformer layer on D/N of the
-    channels, which never hear of each other. So a rank computes its sub-block of all tokens without
+    channels, which never see each other. So a rank computes its sub-block of all tokens without
     a word, and channels are gathered before an original layer only. That one is computed
 
     - by every rank, all of it (BP+AG): its output needs no exchange;

@@ -1,4 +1,4 @@
-"""Segment means: a rank hears of the others' tokens as averages over runs of them."""
+"""Segment means: a rank knows the others' tokens as averages over runs of them."""
 
 from __future__ import annotations
 
@@ -51,8 +51,8 @@ def segment_means(
     ranks = range(plan.world_size)
     sizes = [segment_sizes(plan.size(n), rate) for n in ranks]
     positions = every_position(tokens, device).float()[None, :, None]
-    heard = [means(positions[:, plan.shard(n)], sizes[n]) for n in sources]
-    rope = transformer.rope(torch.cat([*heard, positions[:, own]], 1)[0, :, 0])
+    remote = [means(positions[:, plan.shard(n)], sizes[n]) for n in sources]
+    rope = transformer.rope(torch.cat([*remote, positions[:, own]], 1)[0, :, 0])
     counts = [size for n in sources for size in sizes[n]]
     everything = transformer.embed(inputs)
     bias = _bias(counts, everything[0, own, :1], transformer.causal)

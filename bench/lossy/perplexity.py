@@ -61,7 +61,7 @@ class LossyDatagrams(Simulation):
         return torch.stack([torch.cat([self._whole(block, n, m) for m in ranks]) for n in ranks])
 
     def _whole(self, block: int, receiver: int, sender: int) -> Tensor:
-        """Which of a rank's tokens another one hears of whole, bool [tokens]."""
+        """Which of a rank's tokens another one receives whole, bool [tokens]."""
         whole = torch.ones(self.plan.size(sender), dtype=torch.bool)
         num_sent = self.plan.num_sent(sender)
         if num_sent:

@@ -111,7 +111,7 @@ class Seed:
 
     def controls(self, like: Variant, world_size: int) -> dict[str, float]:
         """With the same steps as `like`. Exact: the better of the original and the adapted model.
-        int8: the same model's, by the engine. Local only: adapted to hear of no other shard."""
+        int8: the same model's, by the engine. Local only: adapted to see no other shard."""
         task, steps = like.task, like.steps
         exact = Variant(task, "none", steps=steps)
         best = max((Row(exact, 1), Row(replace(exact, adapted=False), 1)), key=self.accuracy)

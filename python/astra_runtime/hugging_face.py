@@ -134,7 +134,7 @@ class Asked:
         sampling: what `warp` does, in words.
         returned: answers for each row of the prompt.
         pad: what stands behind the end of a finished row; None: the end token again.
-        streamer: hears of the prompt and of every token.
+        streamer: is given the prompt and every token.
         mask: the attention mask, given or inferred.
     """
 

@@ -129,8 +129,8 @@ def test_an_engine_tells_every_stage() -> None:
     assert [s[1] for s in middle.spans if s[0] == "attend"] == [
         b for b in range(blocks) for _ in "12"
     ]
-    assert "unpack" not in {s[0] for s in first.spans}  # hears of nobody
-    assert "encode" not in {s[0] for s in last.spans}  # nobody hears of it
+    assert "unpack" not in {s[0] for s in first.spans}  # receives from nobody
+    assert "encode" not in {s[0] for s in last.spans}  # nobody receives from it
     # the stages without those in them are all of the pass, and each is at least nothing
     told = middle.seconds()
     assert min(told.values()) >= 0

@@ -1,4 +1,4 @@
-"""What each rank did in the last seconds, as far as the leader hears: how busy, how quick."""
+"""What each rank did in the last seconds, by its reports to the leader: how busy, how quick."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ class _Report:
 
 @dataclass
 class _Rank:
-    last: float  # when it was heard of last
+    last: float  # when its last report came
     reports: deque[_Report] = field(default_factory=deque)
     link: deque[tuple[float, int, int]] = field(default_factory=deque)  # when, sent, received
     tokens_per_s: float | None = None

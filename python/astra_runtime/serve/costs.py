@@ -33,7 +33,7 @@ class PromptCosts:
         self.token: float | None = None  # seconds of one token, on a rank by itself
         self.by_one: float | None = None  # the same, as prompts were read by one of several ranks
         self.exchange: float | None = None  # seconds that reading together adds
-        # Shares of what reading together takes: before the first block (the ranks hear of it, cut
+        # Shares of what reading together takes: before the first block (the ranks get the job, cut
         # and embed it), and behind the last one (the head, what is kept, who is late).
         self.begin = self.end = 0.0
         self.pause: float | None = None  # seconds of a pause

@@ -41,8 +41,8 @@ class Kept:
             self._held.pop(number, None)
 
     def hold(self, number: int, known: KeyValues) -> None:
-        """Keys and values of a prompt that this rank alone has read, until the leader has heard of
-        it and says what becomes of them."""
+        """Keys and values of a prompt that this rank alone has read, until the leader knows of it
+        and says what becomes of them."""
         if self.possible:
             self._held[number] = known
 
@@ -115,7 +115,8 @@ class Kept:
     def share(self, number: int, ranks: Collection[int]) -> None:
         """`ranks` get what they need to go on with a prompt that all ranks have read; collective.
 
-        Every rank hears the codes that it lacks, as far as the prompt's owner did not wait for it.
+        Every rank receives the codes that it lacks, as far as the prompt's owner did not wait for
+        it.
         """
         engine, session = self._engine, self._sessions[number]
         with session._call(number, None, "share") as (running, work):

@@ -90,8 +90,8 @@ class Placement:
         return self._spread(work, 0.0) if is_short else [work.owner] * work.request.n
 
     def spread(self, work: Work, patience: float) -> list[int]:
-        """The same after a prompt that all ranks have read. They have to hear codes before, and to
-        rebuild what these stand for: in less than `patience` seconds."""
+        """The same after a prompt that all ranks have read. They have to receive codes before, and
+        to rebuild what these stand for: in less than `patience` seconds."""
         seconds = self._answer_costs.sharing(work.prompt_tokens)
         others = len(self._admission.running) > 1
         if seconds is None or seconds > (ROUND_SECONDS if others else patience):

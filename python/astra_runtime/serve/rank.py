@@ -57,7 +57,7 @@ class Worker:
         self.engine, self.mesh, self._idle = engine, engine.mesh, idle
         self.sequences = Sequences(engine)
         self.jobs = 0  # that were done
-        self._next: dict[str, Any] | None = None  # heard in the middle of a prompt
+        self._next: dict[str, Any] | None = None  # received in the middle of a prompt
         self._problem: str | None = None  # not reported yet
 
     def follow(self) -> None:

@@ -295,7 +295,7 @@ class Sequences:
             )
 
     def report(self) -> dict[str, Any]:
-        """What the leader has not confirmed to have heard: tokens, failures, prompts read."""
+        """What the leader has not confirmed yet: tokens, failures, prompts read."""
         return {
             "tokens": list(self._unreported),
             "failed": list(self._failed),

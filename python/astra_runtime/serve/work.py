@@ -26,7 +26,7 @@ class Answer:
 
     Attributes:
         rank: that decodes it.
-        ids: of its tokens, heard of so far.
+        ids: of its tokens reported so far.
     """
 
     number: int

@@ -30,8 +30,8 @@ def moved(
 ) -> list[SessionState]:
     """Forks of `states`; each rank in `places` gets all that it needs to go on with its own.
 
-    The others do what that takes. Sessions that begin alike, such as forks of one prefix, hear the
-    codes that they lack once, and a rank rebuilds what these stand for once.
+    The others do what that takes. Sessions that begin alike, such as forks of one prefix, receive
+    the codes that they lack once, and a rank rebuilds what these stand for once.
     """
     alike: dict[tuple[int, str], SessionState] = {}
     keys = [(session_tag(state), str(state.exact)) for state in states]
@@ -61,7 +61,7 @@ def decode_together(
     request: int | None,
     running: Running,
 ) -> list[list[int]]:
-    """Step by step, every rank hears every session's next token; the tokens of each."""
+    """Step by step, every rank gets every session's next token; the tokens of each."""
     rank, mesh = engine.rank, engine.mesh
     limits = [(each.max_new_tokens, each.ends) for each in asked]
     tag = joint_tag(works, request, limits, places)

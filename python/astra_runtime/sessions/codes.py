@@ -25,7 +25,7 @@ from .state import Fine, SessionState, Span
 
 
 def synchronize(engine: EngineParts, state: SessionState, running: Running) -> None:
-    """Every rank hears the codes that it lacks; collective.
+    """Every rank receives the codes that it lacks; collective.
 
     What a rank has not coded yet, it codes from its keys and values.
     """
@@ -60,7 +60,7 @@ def most_lacking(engine: EngineParts, state: SessionState) -> int:
 
 def _num_fine(engine: EngineParts, state: SessionState, span: Span) -> int:
     """How many of the span's last tokens get fine codes: of those at the session's end, which
-    nobody but their source has heard of."""
+    nobody but their source has."""
     if span.stop < state.read or len(span.known) > 1:
         return 0
     last = whole(span.stop - span.start).fine_tokens(0, engine.codec.fine_tokens)

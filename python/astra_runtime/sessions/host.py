@@ -80,7 +80,7 @@ class SessionHost(EngineParts):
         After `rejoin`, a rank that is another process now has no sessions. It passes None, the
         others the session that they have, and all go on with what is returned. The returned rank
         knows the tokens by their codes, and the last ones as `source` has them. Tokens whose codes
-        some rank had not heard of are cut off: `len` says what is left.
+        some rank had not received are cut off: `len` says what is left.
 
         Args:
             session: this rank's; None: it has none.

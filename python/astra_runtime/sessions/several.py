@@ -23,7 +23,7 @@ from .state import SessionState
 
 Warp = Callable[[Tensor, Tensor], Tensor]  # (ids [1, t], logits [1, V]) -> scores [1, V]
 
-# Of codes, or of keys and values, that other ranks may have to hear before they can answer.
+# Of codes, or of keys and values, that other ranks may have to receive before they can answer.
 MOST_SHARED = 4 << 20  # bytes
 
 
@@ -42,7 +42,7 @@ def draw_several(
     """`count` answers to one prompt, each drawn by a rank; collective.
 
     The prompt is read once. Up to `EXACT_TOKENS` tokens each rank reads them by itself; of longer
-    ones the ranks hear the codes that they lack, unless these are more than `MOST_SHARED` bytes:
+    ones the ranks receive the codes that they lack, unless these are more than `MOST_SHARED` bytes:
     then their owner draws all answers. It draws the first one in any case.
 
     Args:

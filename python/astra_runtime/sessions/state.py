@@ -52,7 +52,7 @@ class SessionState:
         owner: the rank that computed the last token, and answers by default.
         fresh: `owner` has the logits behind token `read` − 1.
         exact: by rank, the tokens that it computed itself.
-        pending: what some rank has not heard of yet, in order.
+        pending: what some rank has neither computed nor received yet, in order.
         cache: keys and values of the first tokens, exact or rebuilt from codes.
         store: a block's codes of the tokens from `prefix` on, up to the first pending one; None:
             with dense exchange there are none.

@@ -133,7 +133,7 @@ def _closed_loop(recorded: Recorded, codec: type[PackedCodes], options: Codeword
 
 
 def _stacked(of_blocks: Tables, blocks: int, progress: Progress) -> tuple[Tensor, Tensor | None]:
-    """Tables and scales of all blocks; `progress` hears of each."""
+    """Tables and scales of all blocks; `progress` is told of each."""
     tables, scales = [], []
     progress("clustering", 0, blocks)
     for block, (table, scale) in enumerate(of_blocks):

@@ -51,7 +51,7 @@ class FitOptions:
             for the same number, as torch sums products over all tokens in one part a thread.
         held_back: windows kept out of the fit, on which the result is evaluated as `world_size`
             ranks. `notes["held_back"]` of the codebook tells; with 0, nothing is evaluated.
-        progress: hears what is done, the steps done and the steps in all.
+        progress: called with what is done, the steps done and the steps in all.
     """
 
     space: str = "kv"
