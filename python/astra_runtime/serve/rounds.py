@@ -229,11 +229,15 @@ class Rounds(ABC):
 
     def _form(self) -> None:
         """Connects the ranks again."""
-        mesh = self.engine.mesh.reconnect(self._rejoin_seconds)
+        mesh = self.engine.mesh.reconnect(self._rejoin_seconds, check=self._check_not_ended)
         self._announce(mesh)
         self.engine.rejoin(mesh)
         self._counts["rejoined"] += 1
         log.warning("all %d ranks are here again", mesh.world_size)
+
+    def _check_not_ended(self) -> None:
+        if self._ended:
+            raise NotReady(CLOSING)
 
     def _away(self, error: Exception) -> None:
         """The mesh has ended, or could not be formed again."""
@@ -248,6 +252,8 @@ class Rounds(ABC):
             log.warning("the mesh has ended: %s", text)
         self.engine.mesh.abort(error)
         self._end_running(ServiceFailed(f"the answer could not be finished: {text}"))
+        if self._ended:
+            return
         try:
             self._on_away(error)
         except Exception as problem:  # no process can be started, say: the next try may do better

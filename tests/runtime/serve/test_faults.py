@@ -6,6 +6,7 @@ import contextlib
 import os
 import socket
 import threading
+import time
 import weakref
 from collections.abc import Iterator
 from pathlib import Path
@@ -31,6 +32,7 @@ class Rank:
     def __init__(self, model: Any, peers: list[str]) -> None:
         self.may = threading.Event()
         self.may.set()
+        self.over = False  # whether it does not join again
         self.engine: Any = None
         self.thread = threading.Thread(target=self._run, args=(model, peers), daemon=True)
         self.thread.start()
@@ -38,6 +40,8 @@ class Rank:
     def _run(self, model: Any, peers: list[str]) -> None:
         while True:
             assert self.may.wait(100)
+            if self.over:
+                return
             with (
                 contextlib.suppress(AstraError),
                 connect(1, peers=peers, timeout=20) as mesh,
@@ -85,6 +89,22 @@ def test_a_rank_that_is_lost_comes_back(llama: Any) -> None:
         assert away
         assert ask(leader, prompt(150)).wait().ids() == alone(llama, prompt(150), 5)
         assert (leader.status().lost, leader.status().rejoined) == (1, 1)
+
+
+def test_a_service_ends_at_once_while_a_rank_is_away(llama: Any) -> None:
+    """It waited on for the rank, for as long as a try to form the mesh again may take."""
+    away: list[Exception] = []
+    with pair(llama, on_away=away.append, rejoin_seconds=60) as (leader, other):
+        other.may.clear()
+        other.die()
+        wait_for(lambda: bool(away))
+        time.sleep(0.2)  # it waits for the rank by now
+        began = time.monotonic()
+        leader.close()
+        assert time.monotonic() - began < 5
+        assert len(away) == 1  # no process is started for a service that ends
+        other.over = True
+        other.may.set()
 
 
 def test_what_runs_fails_and_what_waits_is_answered(llama: Any) -> None:
