@@ -65,6 +65,7 @@ def coded_attention(
     threads: int,
     isa: str = "",
     storage: int = 0,
+    rounded: bool = False,
 ) -> int:
     """0, or 1 or 2 where a code of the keys or of the values is in no table."""
 

@@ -23,6 +23,8 @@ from astra_kernels import _C
 from astra_kernels._elementwise.native import can_run
 from astra_kernels._library.registration import KERNELS
 from astra_kernels.attention import native as attention_native
+from astra_kernels.coded_attention import native as coded_native
+from astra_kernels.coded_attention.cpu import looks_up
 from astra_kernels.encode import native as encode_native
 from astra_kernels.encode.cpu import NATIVE_WIDTH
 from astra_kernels.quantized_linear import native as quantized_linear_native
@@ -95,10 +97,24 @@ def coded_attention(
     code_bits: int | None,
     num_tokens: int | None,
     scale: float,
+    rounded: bool = False,
 ) -> tuple[Tensor, Tensor]:
-    """`ak.coded_attention`; shapes and values of codes are checked here as well."""
+    """`ak.coded_attention`; shapes and values of codes are checked here as well.
+
+    rounded: as in `attention`, of codewords, where codes are looked up in C++.
+    """
     floats = (query, key_codebook, value_codebook, *(rope or ()))
     if codes.is_cpu and not _is_traced() and can_run(*floats):
+        sizes = (codes.shape[1], codes.shape[-1])
+        plain = rounded and MAY_ROUND and code_bits is None
+        if plain and looks_up(query, sizes, key_codebook, rope, None):
+            return coded_native.coded_attention(
+                *(query, codes, key_codebook, value_codebook),
+                scale=scale,
+                rope=rope,
+                code_mask=code_mask,
+                rounded=True,
+            )
         cos, sin = rope or (None, None)
         state: tuple[Tensor, Tensor] = KERNELS["coded_attention"](
             *(query, codes, key_codebook, value_codebook, None, code_bits, num_tokens, cos, sin),

@@ -159,4 +159,4 @@ def random_codebook(name: str, adapter: Adapter) -> Codebook:
         model=adapter.digest(),
         tables=torch.randn(shape, generator=torch.Generator().manual_seed(1)),
         scales=None if codec.early else torch.ones(blocks, heads, 2),
-    )
+    ).with_left_out([1.0] * blocks)

@@ -302,8 +302,9 @@ void attention(const py::tuple& shape, const py::tuple& query, const py::tuple& 
 
 int coded_attention(const py::tuple& shape, const py::tuple& query, const py::tuple& coded_given,
                     const py::tuple& out, std::uintptr_t lse, float scale, std::uintptr_t sinks,
-                    unsigned threads, const std::string& isa, int storage) {
-  const auto queries = queries_of(shape, query, out, lse, scale, sinks, threads, isa, storage);
+                    unsigned threads, const std::string& isa, int storage, bool rounded) {
+  auto queries = queries_of(shape, query, out, lse, scale, sinks, threads, isa, storage);
+  queries.rounded = rounded;
   const astra::CodedKeys coded = coded_of(coded_given);
   astra::CodesFound found{};
   run(scores_of(queries.shape, coded.count),
@@ -594,7 +595,8 @@ PYBIND11_MODULE(_C, module) {
              py::arg("isa") = "", py::arg("storage") = 0, py::arg("rounded") = false);
   module.def("coded_attention", &coded_attention, py::arg("shape"), py::arg("query"),
              py::arg("coded"), py::arg("out"), py::arg("lse"), py::arg("scale"), py::arg("sinks"),
-             py::arg("threads"), py::arg("isa") = "", py::arg("storage") = 0);
+             py::arg("threads"), py::arg("isa") = "", py::arg("storage") = 0,
+             py::arg("rounded") = false);
   module.def("mixed_attention", &mixed_attention, py::arg("shape"), py::arg("query"),
              py::arg("dense"), py::arg("coded"), py::arg("out"), py::arg("lse"), py::arg("scale"),
              py::arg("sinks"), py::arg("threads"), py::arg("isa") = "", py::arg("storage") = 0);

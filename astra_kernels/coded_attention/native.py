@@ -5,7 +5,7 @@ Packed codes are read where they lie; neither keys nor values are ever there as 
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -13,11 +13,14 @@ from torch import Tensor
 from astra_kernels import _C
 from astra_kernels._checks import CodedShape, check_code_values
 from astra_kernels._rotary import Rope
-from astra_kernels.attention.native import STORED, address_of, prepare
+from astra_kernels.attention.native import HAS_ROUNDED, STORED, address_of, prepare
 from astra_kernels.pack.native import unpack_tensor
 
 if TYPE_CHECKING:
     from astra_kernels._C import CodedKeys, CodeTable, TokenCodes
+
+# Whether it is of attention to codes as well; an extension that was built before stays usable.
+HAS_ROUNDED_CODES = HAS_ROUNDED and "rounded" in (_C.coded_attention.__doc__ or "")
 
 
 def coded_attention(
@@ -34,15 +37,23 @@ def coded_attention(
     code_bits: int | None = None,
     shape: CodedShape | None = None,
     isa: str = "",
+    rounded: bool = False,
 ) -> tuple[Tensor, Tensor]:
-    """`shape` is needed where codes are packed."""
+    """`shape` is needed where codes are packed.
+
+    rounded: products may be of numbers rounded to bf16, where these are quicker.
+    """
     op = "coded_attention"
     width = value_codebook.shape[-3] * value_codebook.shape[-1]
     call = prepare(op, query, key_codebook.shape[-4], width, scale, sinks)
     coded = Coded(
         codes, key_codebook, value_codebook, value_codes, rope, code_mask, code_bits, shape
     )
-    found = _C.coded_attention(call.shape, call.query, coded.keys, *call.rest, isa, *call.storage)
+    storage: Any = call.storage
+    more: Any = {"rounded": True} if rounded and HAS_ROUNDED_CODES else {}
+    found = _C.coded_attention(
+        call.shape, call.query, coded.keys, *call.rest, isa, *storage, **more
+    )
     coded.refuse(op, found)
     return call.state(query.dtype)
 

@@ -48,7 +48,8 @@ class Paces(NamedTuple):
     def of(cls, adapter: Adapter, codebook: Codebook) -> Paces:
         """Of this process, by what its processor has."""
         linear = LINEAR_PACE if direct.HAS_VNNI else LINEAR_PACE_WITHOUT_VNNI
-        rounds = codebook.codec.rounds and direct.rounds_attention(adapter.device, adapter.dtype)
+        rounds = codebook.codec.rounds(codebook)
+        rounds = rounds and direct.rounds_attention(adapter.device, adapter.dtype)
         return cls(linear.get(adapter.form(), 1.0), ROUNDED_PACE if rounds else 1.0)
 
     def __str__(self) -> str:

@@ -154,8 +154,6 @@ class Codec(ABC):
         keeps_sessions: tokens are coded from their keys and values, and read again from codes, at
             any time; `tensors` works.
         fine_tokens: how many tokens before a cut have fine codes, for the next rank alone.
-        rounds: of nearly all of its reconstructions so much is left out that attention may round
-            them to bf16, where products are quicker so.
         tabled: its tables were made from the model's projections when it was created.
         payload_device: where it can write and read payloads as tensors; None: on the host alone.
     """
@@ -171,7 +169,6 @@ class Codec(ABC):
     allots_bits: ClassVar[bool] = False
     gains_by_variety: ClassVar[bool] = False
     keeps_sessions: ClassVar[bool] = False
-    rounds: ClassVar[bool] = False
     fine_tokens: int = 0
     tabled: bool = False
     payload_device: torch.device | None = None
@@ -197,6 +194,12 @@ class Codec(ABC):
     @abstractmethod
     def costs(cls, codebook: CodebookFields, adapter: Adapter) -> CodeCosts:
         """What it adds to the model's own work."""
+
+    @classmethod
+    def rounds(cls, codebook: CodebookFields) -> bool:
+        """Whether so much is left out of most blocks' reconstructions that attention may round them
+        to bf16, where products are quicker so."""
+        return False
 
     @classmethod
     @abstractmethod

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, Self
+from functools import cached_property
+from typing import Any, Final, Self
 
 import torch
 from torch import Tensor
@@ -11,6 +13,9 @@ from torch import Tensor
 from .fine import FineCode
 from .predictive import Transform
 
+# Of the energy of what is coded, the share that codewords leave out where attention may round them
+# to bf16, which leaves out a few millionths.
+ROUGH: Final = 0.01
 DENSE_DTYPES = ("float32", "float16", "int8")  # on the wire
 
 
@@ -46,7 +51,8 @@ class CodebookFields:
             as beside their codes, to the next rank alone (`fine.py`).
         fine_tokens, fine_codewords: how many tokens at most, see `Plan.fine_tokens`, and codewords
             of a group; 0: no fine codes.
-        notes: where the codewords come from, and what `fit` measured.
+        notes: where the codewords come from, and what `fit` measured; of "left_out" see
+            `rough_blocks`.
     """
 
     space: str
@@ -82,6 +88,30 @@ class CodebookFields:
         if not self.fine:
             return 0.0
         return sum(fine.codes for fine in self.fine) * self.fine_code_bits / len(self.fine)
+
+    @property
+    def digest(self) -> str:
+        """Names the content, see `Codebook`."""
+        raise NotImplementedError
+
+    @cached_property
+    def rough_blocks(self) -> tuple[bool, ...]:
+        """Of each block whether its codewords leave out at least `ROUGH`, so that attention may
+        round them. A fit notes what they leave out; codewords of which nobody has said it, or that
+        were changed since, may be exact."""
+        count, note = len(self.block_tables), self.notes.get("left_out")
+        note = note if isinstance(note, dict) else {}
+        shares: Any = note.get("shares")
+        if not (isinstance(shares, list) and len(shares) == count):
+            return (False,) * count
+        if note.get("digest") != self.digest:
+            return (False,) * count
+        return tuple(isinstance(share, float) and share >= ROUGH for share in shares)
+
+    def with_left_out(self, shares: Sequence[float]) -> Self:
+        """The same with a note of the share of each block's energy that its codewords leave out."""
+        left_out = {"digest": self.digest, "shares": [float(f"{share:.2g}") for share in shares]}
+        return replace(self, notes=self.notes | {"left_out": left_out})
 
     @property
     def block_tables(self) -> list[Tensor]:

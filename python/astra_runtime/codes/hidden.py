@@ -111,12 +111,12 @@ class HiddenCodes(HiddenEncoder, DenseAttention):
         projected, refined = (both, None) if estimate is None else both
         heads = projected.unflatten(-1, (2, self.adapter.num_key_value_heads, -1))
         key, value = heads.permute(2, 0, 3, 1, 4)
-        return DenseTokens(rotate(key, rope), value), refined
+        return DenseTokens(rotate(key, rope), value, self.rough[block]), refined
 
     def project(self, block: int, estimate: Tensor, rope: Rope) -> DenseTokens:
         """The block's own keys and values of estimated inputs [B, N, D]."""
         key, value = self.adapter.project(block, estimate.to(self.adapter.dtype))
-        return DenseTokens(rotate(key, rope), value)
+        return DenseTokens(rotate(key, rope), value, self.rough[block])
 
 
 class SimulatedInputs(SimulatedCodec):

@@ -40,10 +40,15 @@ class PackedCodes(Codec):
         half = self.staging is not None and adapter.dtype.itemsize == 2
         self.vector_dtype = self.half_dtype if half else torch.float32
         self.searches = [Search(table, dtype=self.vector_dtype) for table in self.tables]
+        self.rough = codebook.rough_blocks
 
     @classmethod
     def token_bits(cls, codebook: CodebookFields, sizes: Mapping[str, int], block: int) -> float:
         return codebook.groups * codebook.code_bits
+
+    @classmethod
+    def rounds(cls, codebook: CodebookFields) -> bool:
+        return 2 * sum(codebook.rough_blocks) > len(codebook.rough_blocks)
 
     @classmethod
     def training_vectors(
@@ -207,6 +212,7 @@ class TableLookup(PackedCodes):
             code_mask=mask,
             code_bits=remote.bits if packed else None,
             num_tokens=remote.tokens if packed else None,
+            rounded=self.rough[block],
         )
 
 

@@ -44,7 +44,6 @@ class TransformCodes(PackedCodes, DenseAttention):
     allots_bits = True
     gains_by_variety = True
     keeps_sessions = True
-    rounds = True
 
     own: DecoderState
     remote: DecoderState
@@ -102,6 +101,10 @@ class TransformCodes(PackedCodes, DenseAttention):
             sums=added,
             fine_sums=added,
         )
+
+    @classmethod
+    def rounds(cls, codebook: CodebookFields) -> bool:
+        return True
 
     @classmethod
     def simulate(

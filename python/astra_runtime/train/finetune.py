@@ -252,10 +252,14 @@ class _Training:
     def result(self, world_size: int) -> Codebook:
         codebook = self.codebook()
         started = {"digest": self.start.digest, **self.start.notes}
-        started.pop("held_back", None)
+        for measured in ("held_back", "left_out"):
+            started.pop(measured, None)
         codebook = replace(
             codebook, notes={"finetuned": asdict(self.settings), "started_from": started}
         )
+        shares = [layer.left_out for layer in self.quantizers if isinstance(layer, NAVQ)]
+        if len(shares) == len(self.quantizers) and not codebook.codec.accumulates:
+            codebook = codebook.with_left_out(shares)
         if self.measured:
             last = self.measured[-1] | {"windows": len(self.held_out), "world_size": world_size}
             codebook.notes.update(held_back=last, measured=self.measured)

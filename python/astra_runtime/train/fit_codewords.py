@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -20,7 +21,23 @@ from .kmeans import kmeans
 from .options import FitData, FitOptions
 
 DEFAULT_CODEWORDS = 1024
-Tables = Iterator[tuple[Tensor, Tensor | None]]  # and scales, of each block in turn
+MEASURED = 4096  # vectors of a block, of those that the codewords are fitted to
+
+
+class Clustered(NamedTuple):
+    """What was found for a block.
+
+    Attributes:
+        table: [C, K, w]. scales: [Hkv, 2], or None.
+        left_out: the share of the vectors' energy that codewords leave out.
+    """
+
+    table: Tensor
+    scales: Tensor | None
+    left_out: float
+
+
+Tables = Iterator[Clustered]  # of each block in turn
 
 
 @dataclass(frozen=True)
@@ -79,7 +96,7 @@ def _fit(
     assert issubclass(codec, PackedCodes)
     recorded = record(adapter, codec.early, data.windows, data.progress, options.prefix)
     blocks = cluster(recorded, codec, options)
-    tables, scales = _stacked(blocks, len(adapter.blocks), data.progress)
+    tables, scales, left_out = _stacked(blocks, len(adapter.blocks), data.progress)
     codebook = Codebook(
         codec.key,
         options.groups,
@@ -95,18 +112,19 @@ def _fit(
             "iterations": options.iterations,
             "seed": options.seed,
         },
-    )
+    ).with_left_out(left_out)
     if data.evaluate is not None:
         codebook.notes["held_back"] = data.evaluate(codebook)
     return codebook
 
 
 def _clustered(recorded: Recorded, codec: type[PackedCodes], options: CodewordOptions) -> Tables:
-    def cluster(block: int) -> tuple[Tensor, Tensor | None]:
+    def cluster(block: int) -> Clustered:
         vectors, scales = recorded.vectors(codec, block, options.groups, options.shared)
         seed = options.seed + block
         table = kmeans(vectors, options.codewords, iterations=options.iterations, seed=seed)
-        return table, scales
+        some = vectors[:: -(-len(vectors) // MEASURED)]
+        return Clustered(table, scales, _left_out(some, ak.decode(ak.encode(some, table), table)))
 
     return map_cores(cluster, range(len(recorded.adapter.blocks)))
 
@@ -122,23 +140,31 @@ def _closed_loop(recorded: Recorded, codec: type[PackedCodes], options: Codeword
 
     # block 0's are the embeddings, known everywhere
     estimate, scales = recorded.vectors(codec, 0, groups, False)
-    yield estimate.new_zeros(groups, codewords, estimate.shape[-1]), scales
+    yield Clustered(estimate.new_zeros(groups, codewords, estimate.shape[-1]), scales, 0.0)
     for block in range(1, len(recorded.adapter.blocks)):
         vectors, scales = recorded.vectors(codec, block, groups, False)
         missing = [part.contiguous() for part in (vectors - estimate).split(1, 1)]
         clustered = map_cores(cluster, enumerate(missing, options.seed + block * groups))
         tables, steps = zip(*clustered, strict=True)
         estimate += torch.cat(steps, 1)
-        yield torch.cat(tables), scales
+        yield Clustered(torch.cat(tables), scales, _left_out(vectors, estimate))
 
 
-def _stacked(of_blocks: Tables, blocks: int, progress: Progress) -> tuple[Tensor, Tensor | None]:
-    """Tables and scales of all blocks; `progress` is told of each."""
-    tables, scales = [], []
+def _left_out(vectors: Tensor, found: Tensor) -> float:
+    """Of the energy of vectors [n, C, w], the share that what was found for them leaves out."""
+    return float((vectors - found).square().sum() / vectors.square().sum().clamp(min=1e-30))
+
+
+def _stacked(
+    of_blocks: Tables, blocks: int, progress: Progress
+) -> tuple[Tensor, Tensor | None, list[float]]:
+    """Tables, scales and what is left out, of all blocks; `progress` is told of each."""
+    found: list[Clustered] = []
     progress("clustering", 0, blocks)
-    for block, (table, scale) in enumerate(of_blocks):
-        tables.append(table)
-        if scale is not None:
-            scales.append(scale)
+    for block, of_block in enumerate(of_blocks):
+        found.append(of_block)
         progress("clustering", block + 1, blocks)
-    return torch.stack(tables).cpu(), torch.stack(scales).cpu() if scales else None
+    tables = torch.stack([block.table for block in found]).cpu()
+    scales = [block.scales for block in found if block.scales is not None]
+    shares = [block.left_out for block in found]
+    return tables, torch.stack(scales).cpu() if scales else None, shares

@@ -141,6 +141,15 @@ class NAVQ(nn.Module):
         mean, square = self.moments / self.weight.clamp(min=1e-30)
         return mean, (square - mean * mean).clamp(min=0)
 
+    @property
+    def left_out(self) -> float:
+        """The share of the vectors' energy that codewords leave out: E‖x − q‖² beside that and
+        E‖q‖², as a codeword is the mean of its members; 0 before the first training step."""
+        error = float((self.moments[1] / self.weight.clamp(min=1e-30)).sum())
+        of_codewords = self.tables.square().sum(-1) * self.counts
+        found = float((of_codewords.sum(-1) / self.counts.sum(-1).clamp(min=1e-30)).sum())
+        return error / max(error + found, 1e-30)
+
     def _observe(self, residual: Tensor) -> None:
         """Running moments of the residual [n, C, w], divided by what weights them so far."""
         fresh = torch.stack([residual.mean(0), residual.square().mean(0)])

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+from pathlib import Path
+
 import pytest
 import torch
 from torch import Tensor
@@ -14,6 +17,7 @@ from astra_runtime.codes.latent import FEW_NUMBERS, DecoderState, sums_rows
 from astra_runtime.codes.transform import TransformCodes
 from astra_runtime.models import adapt
 
+from ..models import fitted as codewords_of
 from ..models import inputs_for, tiny, windows_for
 from ..outputs import ranks_output
 from ..transforms import fitted
@@ -97,3 +101,46 @@ def test_what_every_rank_computes_itself_stays_exact(monkeypatch: pytest.MonkeyP
     assert book.bits == 0
     output = ranks_output(model, book, inputs, 2, logits="all", halo=0)[1]
     torch.testing.assert_close(output, model(**inputs).logits, rtol=1e-4, atol=1e-5)
+
+
+CODEWORDS = {"kv": ("llama", 3), "hidden-1": ("vit", 1), "hidden-4": ("bert", 4)}
+
+
+@pytest.mark.parametrize("name", CODEWORDS)
+@torch.no_grad()
+def test_codewords_are_rounded_where_they_leave_out_much(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    kind, groups = CODEWORDS[name]
+    model, space = tiny(kind), name.partition("-")[0]
+    inputs = inputs_for(kind, 40)
+    book = codewords_of(kind, model, space=space, groups=groups)
+    assert book.rough_blocks == (True,) * 3
+    assert book.codec.rounds(book)
+
+    def answer(book: Codebook, may: bool) -> Tensor:
+        monkeypatch.setattr(direct, "MAY_ROUND", may)
+        return ranks_output(model, book, inputs, 2, logits="all")[1]
+
+    exact, rounded = answer(book, False), answer(book, True)
+    assert (float((rounded - exact).norm()) > 0) == HAS_ROUNDED
+    assert float((rounded - exact).norm() / exact.norm()) < 0.03
+
+    # of other codewords, and where nobody has said it, nothing is known
+    others = book.with_tables([1.5 * table for table in book.block_tables])
+    for unknown in (others, replace(book, notes={})):
+        assert unknown.rough_blocks == (False,) * 3
+        assert torch.equal(answer(unknown, False), answer(unknown, True))
+
+
+def test_codewords_that_leave_out_little_are_not_rounded(tmp_path: Path) -> None:
+    model = tiny("llama")
+    few = windows_for("llama", 1, 32)  # a codeword for every token
+    exact = Codebook.fit(model, few, groups=3, codewords=32, iterations=2, held_back=0, prefix=0)
+    assert exact.rough_blocks == (False,) * 3
+    book = codewords_of("llama", model, space="differential", groups=4)
+    assert not book.rough_blocks[0]  # every rank embeds the token ids itself
+    book.save_pretrained(tmp_path / "book")
+    assert Codebook.from_pretrained(tmp_path / "book").rough_blocks == book.rough_blocks
+    for note in ({}, {"digest": book.digest}, {"digest": book.digest, "shares": ["1", None, True]}):
+        assert not any(replace(book, notes={"left_out": note}).rough_blocks)
