@@ -20,7 +20,19 @@ def _moment(block: int | None) -> str:
 
 
 class AstraError(Exception):
-    """Any failure that ASTRA itself reports. Arguments are kept, so it survives pickling."""
+    """Any failure that ASTRA itself reports. Arguments are kept, so it survives pickling.
+
+    Of a call all ranks raise the same one. After a `CallEnded` engine and mesh are of use as
+    before; after any other `Engine.rejoin` connects the ranks again.
+
+    Example:
+        try:
+            logits = engine(input_ids=ids, within_ms=500).logits
+        except CallEnded as error:  # this call alone: error.rank says who, error.reason why
+            logits = None
+        except AstraError:  # PeerLost, DeadlineExceeded, WireError …
+            engine.rejoin()
+    """
 
 
 class ConnectFailed(AstraError):

@@ -37,6 +37,13 @@ class Plan:
             encoder's class token; a decoder's attention sinks, where its codebook asks for that.
         halo: of a decoder, how many tokens before its shard a rank computes, too; fewer where there
             are no more.
+
+    Example:
+        >>> plan = Plan.make(10, 2, causal=True, halo=1)
+        >>> plan.bounds, plan.size(1), plan.num_leading(1)
+        ((0, 5, 10), 5, 1)
+        >>> plan.sources(1), plan.receivers(1), plan.num_received(1, 0)
+        ((0,), (), 4)
     """
 
     bounds: tuple[int, ...]
@@ -85,10 +92,12 @@ class Plan:
 
     @property
     def tokens(self) -> int:
+        """How many there are, replicated ones not counted."""
         return self.bounds[-1]
 
     @property
     def world_size(self) -> int:
+        """How many ranks there are."""
         return len(self.bounds) - 1
 
     def shard(self, rank: int) -> slice:

@@ -45,6 +45,11 @@ class Codebook(CodebookFields):
     Made by `Codebook.fit` or `Codebook.from_pretrained`; `Codebook.dense()` and
     `Codebook.local_only()` need no fit. `CodebookFields` describes the attributes. Codebooks with
     the same `digest` are equal, whatever their notes say.
+
+    Example:
+        >>> codebook = Codebook.dense("int8")  # every rank has to have the same one
+        >>> codebook.space, codebook.coded, codebook == Codebook.dense("int8")
+        ('none', False, True)
     """
 
     def __post_init__(self) -> None:

@@ -65,9 +65,9 @@ class Leader(Rounds):
         options: those of `Rounds`.
 
     Example:
-        >>> with Leader(engine, tokenizer) as leader:
-        ...     for event in leader.stream(GenerationRequest("1", ids)):
-        ...         print(event.text, end="")
+        with Leader(engine, tokenizer) as leader:
+            for event in leader.stream(GenerationRequest("1", ids)):
+                print(event.text, end="")
     """
 
     def __init__(

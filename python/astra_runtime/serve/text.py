@@ -19,9 +19,9 @@ class TextStream:
         stopped: a stop text was found.
 
     Example:
-        >>> stream = TextStream(tokenizer, ["."])
-        >>> stream.add(token)  # "" in the middle of a character
-        >>> stream.finish()    # what was held back
+        stream = TextStream(tokenizer, ["."])
+        piece = stream.add(token)  # "" in the middle of a character
+        rest = stream.finish()  # what was held back
     """
 
     def __init__(self, tokenizer: Any, stop: Sequence[str] = ()) -> None:

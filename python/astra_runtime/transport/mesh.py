@@ -156,6 +156,7 @@ class Mesh(ABC):
         programs. torch.distributed shows a loss only to a call. After the end: this rank alone.
 
         Example:
+            >>> from astra_runtime import local_mesh
             >>> [mesh.alive() for mesh in local_mesh(2)]
             [[0, 1], [0, 1]]
         """
@@ -170,8 +171,9 @@ class Mesh(ABC):
         never taken for gone. After the end: all others.
 
         Example:
-            >>> local_mesh(2)[0].disconnected()
-            []
+            >>> from astra_runtime import local_mesh
+            >>> [mesh.disconnected() for mesh in local_mesh(2)]
+            [[], []]
         """
         if self.ended is not None:
             return sorted(peers_of(self))

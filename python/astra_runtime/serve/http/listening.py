@@ -35,8 +35,8 @@ def open_listeners(host: str, port: int) -> list[socket.socket]:
         AstraError: the port is in use, or the host is none of this machine's.
 
     Example:
-        >>> [listener.getsockname() for listener in open_listeners("localhost", 8000)]
-        [('::1', 8000, 0, 0), ('127.0.0.1', 8000)]
+        >>> [listener.getsockname()[0] for listener in open_listeners("127.0.0.1", 0)]
+        ['127.0.0.1']
     """
     try:
         endpoints = resolve(parse_host(host), port, passive=True)
