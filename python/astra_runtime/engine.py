@@ -275,6 +275,11 @@ class Engine(SessionHost):
         self._agree()
 
     @property
+    def closed(self) -> bool:
+        """Whether `close` was called."""
+        return not self._open
+
+    @property
     def space(self) -> Any:
         """An older name of `codec`."""
         return self.codec

@@ -178,10 +178,21 @@ class Rounds(ABC):
                     self._next_round()
             except Exception as error:
                 formed = False
-                self._away(error)
+                if self.engine.closed:
+                    self._end_without_engine()
+                else:
+                    self._away(error)
         with suppress(AstraError):
             self._send_job(do="stop")
         self._end_all(NotReady(CLOSING))
+
+    def _end_without_engine(self) -> None:
+        """Who made the engine has closed it, and no other try would find it open."""
+        log.warning("the engine was closed, so the service ends")
+        with self._changed:
+            self._closing = self._ended = True
+            self._changed.notify_all()
+        self._end_running(ServiceFailed("the answer could not be finished: the engine was closed"))
 
     def _send_job(self, **job: Any) -> None:
         send_json(self.engine.mesh, job, blocks=JOB, to=peers_of(self.engine.mesh))

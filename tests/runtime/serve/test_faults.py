@@ -20,7 +20,7 @@ from astra_runtime.errors import AstraError
 from astra_runtime.serve import patience, rounds
 from astra_runtime.serve.leader import Leader
 from astra_runtime.serve.rank import follow
-from astra_runtime.serve.service import NotReady, ServiceFailed
+from astra_runtime.serve.service import CLOSING, NotReady, ServiceFailed
 
 from ..ranks import free_ports, wait_for
 from .service import Numbers, alone, ask, led, prompt
@@ -105,6 +105,25 @@ def test_a_service_ends_at_once_while_a_rank_is_away(llama: Any) -> None:
         assert len(away) == 1  # no process is started for a service that ends
         other.over = True
         other.may.set()
+
+
+@pytest.mark.parametrize("busy", [False, True])
+def test_a_service_ends_with_its_engine(
+    llama: Any, busy: bool, caplog: pytest.LogCaptureFixture
+) -> None:
+    """It formed the mesh again and again, and told of an unexpected error each time."""
+    with pair(llama) as (leader, _):
+        heard = ask(leader, prompt(20), 200) if busy else None
+        if heard is not None:
+            assert heard.first.wait(60)
+        leader.engine.close()
+        wait_for(lambda: leader.status().reason == CLOSING)
+        if heard is not None:
+            assert isinstance(heard.wait().error(), ServiceFailed)
+        with pytest.raises(NotReady):
+            ask(leader, prompt(8))
+    assert "unexpected" not in caplog.text
+    assert "the engine was closed, so the service ends" in caplog.text
 
 
 def test_what_runs_fails_and_what_waits_is_answered(llama: Any) -> None:
