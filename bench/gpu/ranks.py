@@ -74,10 +74,10 @@ class Replaying(Mesh):
         return {}
 
     def agree(
-        self, fields: Mapping[str, str], told: Mapping[str, str] | None = None
+        self, fields: Mapping[str, str], exchanged: Mapping[str, str] | None = None
     ) -> dict[str, list[str]]:
         """The ranks agreed when they were recorded, and were all like this one."""
-        return {name: [value] * self.world_size for name, value in (told or {}).items()}
+        return {name: [value] * self.world_size for name, value in (exchanged or {}).items()}
 
     def send(
         self, payload: Any, *, block: int, plan: int, to: Sequence[int], partial: bool = False
