@@ -120,7 +120,7 @@ def suspended() -> Iterator[None]:
 
 def _key(op: str, args: tuple[Any, ...]) -> Key | None:
     """All that a call depends on but for values in its tensors; None: it is to be left alone."""
-    if _suspended or not _plain():
+    if _suspended or not is_unwatched():
         return None
     kinds = tuple(map(type, args))
     try:
@@ -157,7 +157,7 @@ def _places(kinds: tuple[type, ...]) -> tuple[tuple[int, ...], tuple[int, ...]] 
     return tensors, tuple(i for i, kind in enumerate(kinds) if kind not in _TENSORS)
 
 
-def _plain() -> bool:
+def is_unwatched() -> bool:
     """Whether nobody follows the operations of this thread, or transforms them."""
     if torch._C._len_torch_dispatch_stack() or forward_ad._current_level >= 0:
         return False

@@ -8,6 +8,7 @@ from torch import Tensor
 from astra_kernels import _replay as replay
 from astra_kernels._autograd import undifferentiated
 from astra_kernels._checks import check_scale, check_softcap, check_tensors, check_window
+from astra_kernels.attention import native
 
 __all__ = ["attention"]
 
@@ -74,9 +75,14 @@ def attention(
         >>> alibi = -slopes[:, None, None] * distance  # [H, M, L]
         >>> out, _ = ak.attention(query, key, value, attn_mask=alibi, window=(4, 0))
     """
+    masked = key_mask is not None or attn_mask is not None or window is not None
+    if not masked and softcap is None and sinks is None:
+        state = native.plain_attention(query, key, value, is_causal, scale, impl)
+        if state is not None:
+            return state
     op = "attention"
     args = (query, key, value, is_causal, key_mask, attn_mask, window, scale, softcap, sinks, impl)
-    state: tuple[Tensor, Tensor] | None = replay.run(op, args)
+    state = replay.run(op, args)
     if state is not None:
         return state
     optional = None

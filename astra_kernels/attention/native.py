@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from astra_kernels import _C
+from astra_kernels._plain import is_plain
 from astra_kernels.attention.blocks import new_state
 
 if TYPE_CHECKING:
@@ -54,6 +55,66 @@ def attention(
     more: Any = {"rounded": True} if rounded and HAS_ROUNDED else {}
     _C.attention(call.shape, call.query, dense.keys, *call.rest, isa, *storage, **more)
     return call.state(query.dtype)
+
+
+_CPU = torch.device("cpu")
+
+
+def plain_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    is_causal: bool,
+    scale: float | None,
+    impl: str,
+) -> tuple[Tensor, Tensor] | None:
+    """`astra_kernels.attention` of fp32 tensors on a CPU that fit; None: anything else.
+
+    It asks for no more than what decides whether the kernel may run, which is half the time of a
+    short call: what it turns down goes the long way, and gets its error there.
+    """
+    if impl != "native" and not (impl == "auto" and _SERVES):
+        return None
+    if type(is_causal) is not bool or not (scale is None or type(scale) is float):
+        return None
+    if not is_plain(query, key, value):
+        return None
+    shape, key_shape, value_shape = query.shape, key.shape, value.shape
+    if not (len(shape) == len(key_shape) == len(value_shape) == 4):
+        return None
+    batch, heads, rows, dim = shape
+    _, kv_heads, tokens, width = value_shape
+    if key_shape != (batch, kv_heads, tokens, dim) or value_shape[0] != batch:
+        return None
+    if 0 in shape or 0 in value_shape or heads % kv_heads or (is_causal and rows > tokens):
+        return None
+    key_strides, value_strides = key.stride(), value.stride()
+    if query.stride(3) != 1 or key_strides[3] != 1 or value_strides[3] != 1:
+        return None
+    dense = (
+        tokens,
+        (key.data_ptr(), key_strides[:3]),
+        (value.data_ptr(), value_strides[:3]),
+        0,
+        is_causal,
+    )
+    call = plain_call(query, kv_heads, width, scale)
+    _C.attention(call.shape, call.query, dense, *call.rest)
+    return call.out, call.lse
+
+
+def plain_call(query: Tensor, kv_heads: int, width: int, scale: float | None) -> Call:
+    """`prepare` for fp32 queries on a CPU that may be read as they lie, without sinks."""
+    batch, heads, rows, dim = query.shape
+    strides = (rows * heads * width, width, heads * width, 1)
+    out = torch.empty_strided(
+        (batch, heads, rows, width), strides, dtype=torch.float32, device=_CPU
+    )
+    lse = torch.empty((batch, heads, rows), dtype=torch.float32, device=_CPU)
+    scale = dim**-0.5 if scale is None else scale
+    rest = ((out.data_ptr(), strides[:3]), lse.data_ptr(), scale, 0, torch.get_num_threads())
+    shape = (batch, heads, kv_heads, rows, dim, width)
+    return Call((), out, lse, shape, (query.data_ptr(), query.stride()[:3]), rest, ())
 
 
 def serves(dtype: torch.dtype) -> bool:

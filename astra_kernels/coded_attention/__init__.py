@@ -8,6 +8,7 @@ from torch import Tensor
 from astra_kernels import _replay as replay
 from astra_kernels._autograd import undifferentiated
 from astra_kernels._checks import check_scale, check_softcap, check_tensors, split_rope
+from astra_kernels.coded_attention import native
 
 __all__ = ["coded_attention"]
 
@@ -87,6 +88,14 @@ def coded_attention(
     """
     op = "coded_attention"
     cos, sin = split_rope(op, rope)
+    masked = code_mask is not None or attn_mask is not None
+    if not masked and value_codes is None and softcap is None and sinks is None:
+        tables = (key_codebook, value_codebook)
+        quick = native.plain_coded_attention(
+            *(query, codes, *tables, code_bits, num_tokens, scale, cos, sin, impl)
+        )
+        if quick is not None:
+            return quick
     args = (
         *(query, codes, key_codebook, value_codebook, value_codes, code_bits, num_tokens, cos, sin),
         *(code_mask, attn_mask, scale, softcap, sinks, impl, check),

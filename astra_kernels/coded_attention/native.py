@@ -12,8 +12,17 @@ from torch import Tensor
 
 from astra_kernels import _C
 from astra_kernels._checks import CodedShape, check_code_values
+from astra_kernels._checks.arguments import MAX_CODE_BITS, MAX_CODEWORDS
+from astra_kernels._plain import is_plain
 from astra_kernels._rotary import Rope
-from astra_kernels.attention.native import HAS_ROUNDED, STORED, address_of, prepare
+from astra_kernels.attention.native import (
+    HAS_ROUNDED,
+    STORED,
+    address_of,
+    plain_call,
+    prepare,
+    serves,
+)
 from astra_kernels.pack.native import unpack_tensor
 
 if TYPE_CHECKING:
@@ -56,6 +65,75 @@ def coded_attention(
     )
     coded.refuse(op, found)
     return call.state(query.dtype)
+
+
+def plain_coded_attention(
+    query: Tensor,
+    codes: Tensor,
+    key_codebook: Tensor,
+    value_codebook: Tensor,
+    code_bits: int | None,
+    num_tokens: int | None,
+    scale: float | None,
+    cos: Tensor | None,
+    sin: Tensor | None,
+    impl: str,
+) -> tuple[Tensor, Tensor] | None:
+    """`astra_kernels.coded_attention` of fp32 tensors on a CPU that fit; None: anything else, and
+    where a code is out of range. As `plain_attention`."""
+    if not (scale is None or type(scale) is float) or not is_plain(codes, dtype=None):
+        return None
+    tables = (key_codebook, value_codebook)
+    if not is_plain(query, *tables, cos, sin) or query.ndim != 4 or query.stride(3) != 1:
+        return None
+    batch, heads, _, dim = query.shape
+    sizes = key_codebook.shape
+    if len(sizes) != 4 or value_codebook.shape[:3] != sizes[:3] or value_codebook.ndim != 4:
+        return None
+    kv_heads, groups, codewords, part = sizes
+    width = groups * value_codebook.shape[3]
+    if 0 in query.shape or 0 in sizes or not width or heads % kv_heads or groups * part != dim:
+        return None
+    tokens, per_token = _count(codes, batch, (kv_heads * groups, groups), code_bits, num_tokens)
+    if not tokens or codewords > MAX_CODEWORDS:
+        return None
+    rope: Rope | None = None
+    if cos is not None and sin is not None:
+        if not (cos.shape == sin.shape == (tokens, dim)) or dim % 2:
+            return None
+        rope = cos, sin
+    if not all(t.is_contiguous() for t in (codes, *tables, *(rope or ()))):
+        return None
+    # Codes of keys that are not rotated may be counted instead, see cpu.py.
+    if impl != "native" and not (impl == "auto" and rope and serves(query.dtype)):
+        return None
+    bits = 0 if code_bits is None else code_bits
+    own = (codes.data_ptr(), bits, per_token, codes.stride(0) if batch > 1 else 0)
+    angles = (0, 0) if rope is None else (rope[0].data_ptr(), rope[1].data_ptr())
+    table, value_table = ((t.data_ptr(), 1, groups, codewords) for t in tables)
+    keys = (tokens, own, table, own, value_table, *angles, 0, 0)
+    call = plain_call(query, kv_heads, width, scale)
+    found = _C.coded_attention(call.shape, call.query, keys, *call.rest)
+    return None if found else (call.out, call.lse)
+
+
+def _count(
+    codes: Tensor, batch: int, choices: tuple[int, int], bits: int | None, tokens: int | None
+) -> tuple[int, int]:
+    """How many tokens there are, and how many codes each has; (0, 0) where that is not plain."""
+    if bits is None:
+        fit = codes.dtype is torch.int32 and codes.ndim == 3 and codes.shape[0] == batch
+        if not fit or codes.shape[2] not in choices or tokens not in (None, codes.shape[1]):
+            return 0, 0
+        return codes.shape[1], codes.shape[2]
+    if codes.dtype is not torch.uint8 or codes.ndim != 2 or codes.shape[0] != batch:
+        return 0, 0
+    if type(bits) is not int or not 1 <= bits <= MAX_CODE_BITS or type(tokens) is not int:
+        return 0, 0
+    size = codes.shape[1]
+    fitting = (c for c in choices if tokens > 0 and (tokens * c * bits + 7) // 8 == size)
+    per_token = next(fitting, 0)
+    return (tokens, per_token) if per_token else (0, 0)
 
 
 class Coded:

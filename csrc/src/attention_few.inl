@@ -6,31 +6,47 @@ constexpr std::size_t chunk_of(std::size_t rows) {
   return rows > 2 ? kBlock / 2 : rows == 2 ? kBlock : 8;
 }
 constexpr std::size_t kFewRows = 4;  // queries in registers
-// Scattered rows are asked for so many keys before their turn.
-constexpr std::size_t kAhead = 12;
 
 inline std::size_t value_channel(const FewRows& few, std::size_t vector) {
   const std::size_t c = vector * kLanes;
   return c + kLanes <= few.value_width ? c : few.value_width - kLanes;
 }
 
-// All ones where the last vector of a row does not repeat channels.
-inline Ints fresh_lanes(const FewRows& few) {
-  Ints fresh;
-  for (std::size_t l = 0; l < kLanes; ++l) fresh[l] = l >= few.stride - few.width ? -1 : 0;
-  return fresh;
+template <std::size_t... kLane>
+inline Ints numbers_of(std::index_sequence<kLane...>) {
+  return Ints{static_cast<std::int32_t>(kLane)...};
 }
 
-// The sums of kLanes vectors, one a lane.
-template <std::size_t kStep>
-inline Floats sums_of(Floats (&x)[kLanes]) {
-  each<kLanes>([&](auto i) {
-    if constexpr (i.value % (2 * kStep) == 0) {
-      trade<kStep>(x[i.value], x[i.value + kStep]);
-      x[i.value] += x[i.value + kStep];
-    }
-  });
-  if constexpr (kStep * 2 < kLanes) return sums_of<kStep * 2>(x);
+// Every lane's number.
+inline Ints lane_numbers() { return numbers_of(std::make_index_sequence<kLanes>()); }
+
+// The sums of kCount vectors: lane l has those of the lanes of vector l % kCount whose number
+// differs from l by a multiple of kCount.
+template <std::size_t kCount, std::size_t kStep = 1>
+inline Floats partial_sums(Floats (&x)[kCount]) {
+  if constexpr (kStep < kCount) {
+    each<kCount>([&](auto i) {
+      if constexpr (i.value % (2 * kStep) == 0) {
+        trade<kStep>(x[i.value], x[i.value + kStep]);
+        x[i.value] += x[i.value + kStep];
+      }
+    });
+    return partial_sums<kCount, kStep * 2>(x);
+  }
+  return x[0];
+}
+
+// The sums of kLanes vectors, one a lane, from those of kCount each.
+template <std::size_t kCount>
+inline Floats sums_of(Floats (&x)[kLanes / kCount]) {
+  if constexpr (kCount < kLanes) {
+    Floats pairs[kLanes / kCount / 2];
+    each<kLanes / kCount / 2>([&](auto i) {
+      trade<kCount>(x[2 * i.value], x[2 * i.value + 1]);
+      pairs[i.value] = x[2 * i.value] + x[2 * i.value + 1];
+    });
+    return sums_of<kCount * 2>(pairs);
+  }
   return x[0];
 }
 
@@ -48,73 +64,167 @@ inline float total_of(Floats x) {
   return x[0];
 }
 
-template <std::size_t kRows>
-inline void dot(const FewRows& few, const float* queries, const float* key, Ints fresh,
-                Floats (&sums)[kRows]) {
-  const std::size_t stride = few.stride;
-  const std::size_t last = stride - kLanes;
-  const Floats end = (Floats)((Ints)load(key + few.width - kLanes) & fresh);
-  each<kRows>([&](auto r) { sums[r.value] = end * load(queries + r.value * stride + last); });
-  for (std::size_t c = 0; c < last; c += kLanes) {
-    const Floats x = load(key + c);
-    each<kRows>([&](auto r) { sums[r.value] += x * load(queries + r.value * stride + c); });
+// Keys whose sums with so many queries stay in registers beside so many vectors of each query.
+constexpr std::size_t keys_of(std::size_t rows) { return kBlock == 8 || rows == 1 ? 4 : 2; }
+constexpr std::size_t step_of(std::size_t rows) {
+  if (kBlock == 8) return rows <= 3 ? 4 : 2;
+  return rows == 1 ? 4 : rows <= 3 ? 2 : 1;
+}
+
+// Rows where a list says.
+struct ListedRows {
+  const float* const* rows;
+
+  const float* operator[](std::size_t k) const { return rows[k]; }
+};
+
+// Keys that are rotated on the way.
+struct RotatedRows {
+  const float* const* keys;
+  const float* const* cos;
+  const float* const* sin;
+};
+
+// The rows from `start` on, and behind the last of `count` rows that one again.
+template <class Rows>
+inline void list_last(const Rows& rows, std::size_t start, std::size_t count,
+                      const float* (&list)[kLanes]) {
+  for (std::size_t i = 0; i < kLanes; ++i) {
+    list[i] = rows[start + i < count ? start + i : count - 1];
   }
 }
 
-// The same of a key that is rotated on the way.
-template <std::size_t kRows>
-inline void dot_rotated(const FewRows& few, const float* queries, const float* key,
-                        const float* cos, const float* sin, Floats (&sums)[kRows]) {
-  const std::size_t stride = few.stride;
-  const std::size_t half = few.width / 2;
-  Floats others[kRows];
-  each<kRows>([&](auto r) { others[r.value] = sums[r.value] = Floats{}; });
-  for (std::size_t c = 0; c < half; c += kLanes) {
-    const Floats low = load(key + c);
-    const Floats high = load(key + half + c);
-    const Floats first = low * load(cos + c) - high * load(sin + c);
-    const Floats second = high * load(cos + half + c) + low * load(sin + half + c);
+template <std::size_t kRows, std::size_t kKeys>
+using Sums = Floats[kRows][kKeys];
+
+// Adds products of queries and keys from `first` on: kStep vectors, from channel c on. A key is
+// read in the order of memory.
+template <std::size_t kStep, std::size_t kRows, std::size_t kKeys, class Keys>
+ASTRA_INLINE void multiply(const FewRows& few, const float* queries, const Keys& keys,
+                           std::size_t first, std::size_t c, Sums<kRows, kKeys>& sums) {
+  Floats query[kRows][kStep];
+  each<kRows>([&](auto r) {
+    each<kStep>([&](auto s) {
+      query[r.value][s.value] = load(queries + r.value * few.stride + c + s.value * kLanes);
+    });
+  });
+  each<kKeys>([&](auto k) {
+    const float* key = keys[first + k.value] + c;
+    each<kStep>([&](auto s) {
+      const Floats x = load(key + s.value * kLanes);
+      each<kRows>([&](auto r) { sums[r.value][k.value] += x * query[r.value][s.value]; });
+    });
+  });
+}
+
+// The same of the last channels, where they fill no vector: the last vector of a row repeats some,
+// which are left out, as what hides in them may be no number.
+template <std::size_t kRows, std::size_t kKeys, class Keys>
+__attribute__((noinline)) void multiply_last(const FewRows& few, const float* queries,
+                                             const Keys& keys, std::size_t first,
+                                             Sums<kRows, kKeys>& products) {
+  const Ints fresh = lane_numbers() >= static_cast<std::int32_t>(few.stride - few.width);
+  each<kKeys>([&](auto k) {
+    const float* key = keys[first + k.value] + few.width - kLanes;
+    const Floats x = (Floats)((Ints)load(key) & fresh);
     each<kRows>([&](auto r) {
-      sums[r.value] += first * load(queries + r.value * stride + c);
-      others[r.value] += second * load(queries + r.value * stride + half + c);
+      const float* query = queries + (r.value + 1) * few.stride - kLanes;
+      products[r.value][k.value] = x * load(query);
+    });
+  });
+}
+
+template <std::size_t kRows, std::size_t kKeys, class Keys>
+ASTRA_INLINE void dot(const FewRows& few, const float* queries, const Keys& keys, std::size_t first,
+                      Sums<kRows, kKeys>& sums) {
+  constexpr std::size_t kStep = step_of(kRows);
+  std::size_t c = 0;
+  for (; c + kStep * kLanes <= few.width; c += kStep * kLanes) {
+    multiply<kStep, kRows, kKeys>(few, queries, keys, first, c, sums);
+  }
+  for (; kStep > 1 && c + kLanes <= few.width; c += kLanes) {
+    multiply<1, kRows, kKeys>(few, queries, keys, first, c, sums);
+  }
+  if (c == few.width) return;
+  Floats products[kRows][kKeys];
+  multiply_last<kRows, kKeys>(few, queries, keys, first, products);
+  each<kRows>([&](auto r) {
+    each<kKeys>([&](auto k) { sums[r.value][k.value] += products[r.value][k.value]; });
+  });
+}
+
+template <std::size_t kRows, std::size_t kKeys>
+ASTRA_INLINE void dot(const FewRows& few, const float* queries, const RotatedRows& rows,
+                      std::size_t first, Sums<kRows, kKeys>& sums) {
+  const std::size_t half = few.width / 2;
+  for (std::size_t c = 0; c < half; c += kLanes) {
+    Floats near[kRows], far[kRows];
+    each<kRows>([&](auto r) {
+      near[r.value] = load(queries + r.value * few.stride + c);
+      far[r.value] = load(queries + r.value * few.stride + half + c);
+    });
+    each<kKeys>([&](auto k) {
+      const float* key = rows.keys[first + k.value] + c;
+      const float* cos = rows.cos[first + k.value] + c;
+      const float* sin = rows.sin[first + k.value] + c;
+      const Floats low = load(key), high = load(key + half);
+      const Floats x = low * load(cos) - high * load(sin);
+      const Floats y = high * load(cos + half) + low * load(sin + half);
+      each<kRows>([&](auto r) {
+        sums[r.value][k.value] += x * near[r.value];
+        sums[r.value][k.value] += y * far[r.value];
+      });
     });
   }
-  each<kRows>([&](auto r) { sums[r.value] += others[r.value]; });
 }
 
-template <std::size_t kRows, bool kRotated>
-void score_few(const FewRows& few, std::size_t first_row, const KeyRows& rows, std::size_t count,
-               float* weights) {
-  const Ints fresh = fresh_lanes(few);
+// Scores of kLanes keys from `first` on; those from `end` of them on are -inf.
+template <std::size_t kRows, class Keys>
+ASTRA_INLINE void score_group(const FewRows& few, std::size_t first_row, const Keys& keys,
+                              std::size_t first, std::size_t place, std::size_t count,
+                              float* weights) {
+  constexpr std::size_t kKeys = keys_of(kRows);
+  constexpr std::size_t kParts = kLanes / kKeys;
   const float* queries = few.queries + first_row * few.stride;
-  const std::size_t fetched = rows.scattered && first_row == 0 ? count : 0;
-  const std::size_t values_fetched = rows.values == nullptr ? 0 : fetched;
-  Ints lane;
-  for (std::size_t l = 0; l < kLanes; ++l) lane[l] = static_cast<std::int32_t>(l);
-  for (std::size_t start = 0; start < count; start += kLanes) {
-    Floats parts[kRows][kLanes];
-    for (std::size_t i = 0; i < kLanes; ++i) {
-      // Behind the last key, its scores again; they are masked below.
-      const std::size_t k = start + i < count ? start + i : count - 1;
-      if (k + kAhead < fetched) fetch_row(rows.keys[k + kAhead], few.width);
-      if (k < values_fetched) fetch_row(rows.values[k], few.value_width);
-      Floats sums[kRows];
-      if constexpr (kRotated) {
-        dot_rotated<kRows>(few, queries, rows.keys[k], rows.cos[k], rows.sin[k], sums);
-      } else {
-        dot<kRows>(few, queries, rows.keys[k], fresh, sums);
-      }
-      each<kRows>([&](auto r) { parts[r.value][i] = sums[r.value]; });
-    }
-    for (std::size_t r = 0; r < kRows; ++r) {
-      const std::size_t seen = static_cast<std::size_t>(few.limits[first_row + r]);
-      const std::size_t end = seen < rows.first + count ? seen : rows.first + count;
-      const auto here =
-          static_cast<std::int32_t>(end) - static_cast<std::int32_t>(rows.first + start);
-      const Floats scores = sums_of<1>(parts[r]);
-      store(weights + (first_row + r) * kTileKeys + start, lane < here ? scores : all(-kInfinity));
-    }
+  Floats parts[kRows][kParts];
+  for (std::size_t part = 0; part < kParts; ++part) {
+    Floats sums[kRows][kKeys];
+    each<kRows>([&](auto r) { each<kKeys>([&](auto k) { sums[r.value][k.value] = Floats{}; }); });
+    dot<kRows, kKeys>(few, queries, keys, first + part * kKeys, sums);
+    each<kRows>([&](auto r) { parts[r.value][part] = partial_sums<kKeys>(sums[r.value]); });
   }
+  const Ints lane = lane_numbers();
+  each<kRows>([&](auto r) {
+    const std::size_t limit = static_cast<std::size_t>(few.limits[first_row + r.value]);
+    const std::size_t seen = limit > place ? limit - place : 0;
+    const auto end = static_cast<std::int32_t>(seen < count ? seen : count);
+    const Floats scores = sums_of<kKeys>(parts[r.value]);
+    store(weights + r.value * kTileKeys, lane < end ? scores : all(-kInfinity));
+  });
+}
+
+// Rows in no order are asked for before their turn; what lies evenly comes by itself.
+inline void fetch(const EvenRows& /*keys*/, std::size_t /*first*/, std::size_t /*end*/,
+                  std::size_t /*width*/) {}
+inline void fetch(const ListedRows& rows, std::size_t first, std::size_t end, std::size_t width) {
+  for (std::size_t k = first; k < end; ++k) fetch_row(rows[k], width);
+}
+inline void fetch(const RotatedRows& rows, std::size_t first, std::size_t end, std::size_t width) {
+  fetch(ListedRows{rows.keys}, first, end, width);
+}
+
+// Of all keys of a tile. `last`: of the last ones, as many as there are lanes.
+template <std::size_t kRows, class Keys, class Last>
+void score_few(const FewRows& few, std::size_t first_row, const Keys& keys, const Last& last,
+               std::size_t tile, std::size_t count, float* weights) {
+  std::size_t k = 0;
+  weights += first_row * kTileKeys;
+  for (; k + kLanes <= count; k += kLanes) {
+    const std::size_t next = k + 2 * kLanes < count ? k + 2 * kLanes : count;
+    if (first_row == 0) fetch(keys, k + kLanes, next, few.width);
+    score_group<kRows>(few, first_row, keys, k, tile + k, kLanes, weights + k);
+  }
+  if (k < count) score_group<kRows>(few, first_row, last, 0, tile + k, count - k, weights + k);
 }
 
 // The maximum that is subtracted follows scores only where they are larger by this much: sums are
@@ -142,8 +252,9 @@ inline float soften(const FewRows& few, std::size_t row, std::size_t count, floa
 }
 
 // Weights of the keys of a tile.
+template <class Values>
 struct TileWeights {
-  const float* const* values;
+  Values values;
   const float* weights;
 
   const float* value(std::size_t k) const { return values[k]; }
@@ -196,30 +307,49 @@ void weigh_few(const FewRows& few, std::size_t first_row, const Weights& from, s
   }
 }
 
-template <std::size_t kRows>
-void score_rows(const FewRows& few, std::size_t row, const KeyRows& rows, std::size_t count,
-                float* weights) {
+template <std::size_t kRows, class Keys, class Last>
+void score_rows(const FewRows& few, std::size_t row, const Keys& keys, const Last& last,
+                std::size_t tile, std::size_t count, float* weights) {
   for (; row + kRows <= few.rows; row += kRows) {
-    if (rows.cos != nullptr) {
-      score_few<kRows, true>(few, row, rows, count, weights);
-    } else {
-      score_few<kRows, false>(few, row, rows, count, weights);
-    }
+    score_few<kRows>(few, row, keys, last, tile, count, weights);
   }
   if constexpr (kRows > 1) {
-    if (row < few.rows) score_rows<kRows - 1>(few, row, rows, count, weights);
+    if (row < few.rows) score_rows<kRows - 1>(few, row, keys, last, tile, count, weights);
   }
 }
 
-template <std::size_t kRows>
-void weigh_rows(const FewRows& few, std::size_t row, const KeyRows& rows, std::size_t count,
+void score_tile(const FewRows& few, const KeyRows& rows, std::size_t count, float* weights) {
+  const float *keys[kLanes], *cos[kLanes], *sin[kLanes];
+  const std::size_t whole = count / kLanes * kLanes;
+  if (rows.keys == nullptr) {
+    if (whole < count) list_last(rows.even_keys, whole, count, keys);
+    score_rows<kFewRows>(few, 0, rows.even_keys, ListedRows{keys}, rows.first, count, weights);
+    return;
+  }
+  if (whole < count) list_last(rows.keys, whole, count, keys);
+  if (rows.cos == nullptr) {
+    const ListedRows listed{rows.keys};
+    score_rows<kFewRows>(few, 0, listed, ListedRows{keys}, rows.first, count, weights);
+    return;
+  }
+  if (whole < count) {
+    list_last(rows.cos, whole, count, cos);
+    list_last(rows.sin, whole, count, sin);
+  }
+  const RotatedRows rotated{rows.keys, rows.cos, rows.sin};
+  const RotatedRows last{keys, cos, sin};
+  score_rows<kFewRows>(few, 0, rotated, last, rows.first, count, weights);
+}
+
+template <std::size_t kRows, class Values>
+void weigh_rows(const FewRows& few, std::size_t row, const Values& values, std::size_t count,
                 const float* weights, const float* alpha) {
   for (; row + kRows <= few.rows; row += kRows) {
-    const TileWeights from{rows.values, weights + row * kTileKeys};
+    const TileWeights<Values> from{values, weights + row * kTileKeys};
     weigh_few<kRows, chunk_of(kRows)>(few, row, from, count, 0, alpha + row);
   }
   if constexpr (kRows > 1) {
-    if (row < few.rows) weigh_rows<kRows - 1>(few, row, rows, count, weights, alpha);
+    if (row < few.rows) weigh_rows<kRows - 1>(few, row, values, count, weights, alpha);
   }
 }
 
@@ -308,15 +438,17 @@ void absorb_few(const FewRows& few, const KeyRows& rows, float* weights) {
   const std::size_t count = seen < rows.count ? seen : rows.count;
   float alpha[kMostFew] = {1, 1, 1, 1, 1, 1, 1, 1};
   bool grew = false;
-  score_rows<kFewRows>(few, 0, rows, count, weights);
+  score_tile(few, rows, count, weights);
   for (std::size_t r = 0; r < few.rows; ++r) {
     alpha[r] = soften(few, r, count, weights + r * kTileKeys);
     grew = grew || !(alpha[r] == 1.0F);
   }
-  if (rows.values != nullptr) {
-    weigh_rows<kFewRows>(few, 0, rows, count, weights, alpha);
-    return;
+  if (rows.value_codes != nullptr) {
+    if (grew) rescale(few, alpha);
+    sum_by_codeword(few, rows, count, weights);
+  } else if (rows.values != nullptr) {
+    weigh_rows<kFewRows>(few, 0, ListedRows{rows.values}, count, weights, alpha);
+  } else {
+    weigh_rows<kFewRows>(few, 0, rows.even_values, count, weights, alpha);
   }
-  if (grew) rescale(few, alpha);
-  sum_by_codeword(few, rows, count, weights);
 }

@@ -37,7 +37,7 @@ inline void rotate_row(const float* from, const float* cos, const float* sin, st
 void gather(const KeyRows& rows, std::size_t width, std::size_t value_width, float* keys,
             float* values) {
   for (std::size_t k = 0; k < rows.count; ++k) {
-    if (rows.scattered && k + kRowsAhead < rows.count) {
+    if (k + kRowsAhead < rows.count) {
       fetch_row(rows.keys[k + kRowsAhead], width);
       if (rows.values != nullptr) fetch_row(rows.values[k + kRowsAhead], value_width);
     }

@@ -35,18 +35,29 @@ struct KeyTile {
   std::size_t count;  // at most kTileKeys
 };
 
-// The same as rows anywhere in memory, each read as a whole.
+// Rows at one distance from each other. A processor that knows where they are reads them ahead;
+// behind a list of addresses it does not.
+struct EvenRows {
+  const float* first;
+  std::size_t stride;
+
+  const float* operator[](std::size_t k) const { return first + k * stride; }
+};
+
+// The same as rows, each read as a whole.
 struct KeyRows {
-  const float* const* keys;  // [count]
-  // [count], or null: weights are then summed by codeword, as FewRows has it.
+  const float* const* keys;  // [count], or null: `even_keys`
+  // [count], or null: `even_values`, unless there are codes.
   const float* const* values;
-  const std::uint32_t* value_codes;  // [count], where `values` is null
+  // [count], or null. If not, weights are summed by codeword, as FewRows has it.
+  const std::uint32_t* value_codes;
   // [count] each, or null: angles by which keys are still to be rotated, as `gather` does.
   const float* const* cos;
   const float* const* sin;
   std::size_t first;
   std::size_t count;
-  bool scattered;  // in no order, so that the processor does not foresee them
+  EvenRows even_keys;
+  EvenRows even_values;
 };
 
 // The online-softmax state of queries that stand side by side.

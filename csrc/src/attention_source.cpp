@@ -213,18 +213,37 @@ KeyTile DenseSource::tile(const TilePlace& place, TileMemory& memory) const {
 KeyRows DenseSource::rows(const TilePlace& place, TileMemory& memory, bool /*as_codes*/) const {
   const HeadStrides& by_key = dense_.key_strides;
   const HeadStrides& by_value = dense_.value_strides;
-  const std::size_t keys = place.batch * by_key.batch + place.kv_head * by_key.head;
-  const std::size_t values = place.batch * by_value.batch + place.kv_head * by_value.head;
-  float* to = memory.scratch;
-  float* value_to = to + kTileKeys * shape_.width;
-  for (std::size_t k = 0; k < place.count; ++k) {
-    const std::size_t row = place.visible->place(place.first + k);
-    memory.keys[k] =
-        stored_.read(dense_.keys, keys + row * by_key.row, shape_.width, to + k * shape_.width);
-    memory.values[k] = stored_.read(dense_.values, values + row * by_value.row, shape_.value_width,
-                                    value_to + k * shape_.value_width);
+  std::size_t keys = place.batch * by_key.batch + place.kv_head * by_key.head;
+  std::size_t values = place.batch * by_value.batch + place.kv_head * by_value.head;
+  KeyRows rows{};
+  rows.first = place.first;
+  rows.count = place.count;
+  const std::int32_t* places = place.visible->places;
+  if (places == nullptr) {
+    keys += place.first * by_key.row;
+    values += place.first * by_value.row;
   }
-  return {memory.keys, memory.values, nullptr, nullptr, nullptr, place.first, place.count, false};
+  if (places == nullptr && stored_.are_floats()) {
+    rows.even_keys = {static_cast<const float*>(dense_.keys) + keys, by_key.row};
+    rows.even_values = {static_cast<const float*>(dense_.values) + values, by_value.row};
+    return rows;
+  }
+  rows.even_keys = {memory.scratch, shape_.width};
+  rows.even_values = {memory.scratch + kTileKeys * shape_.width, shape_.value_width};
+  const bool are_floats = stored_.are_floats();
+  for (std::size_t k = 0; k < place.count; ++k) {
+    const auto row = places == nullptr ? k : static_cast<std::size_t>(places[place.first + k]);
+    float* to = memory.scratch + k * shape_.width;
+    float* value_to = memory.scratch + kTileKeys * shape_.width + k * shape_.value_width;
+    memory.keys[k] = stored_.read(dense_.keys, keys + row * by_key.row, shape_.width, to);
+    memory.values[k] =
+        stored_.read(dense_.values, values + row * by_value.row, shape_.value_width, value_to);
+  }
+  if (are_floats) {
+    rows.keys = memory.keys;
+    rows.values = memory.values;
+  }
+  return rows;
 }
 
 CodedSource::CodedSource(const CodedKeys& coded, const AttentionShape& shape,
@@ -276,8 +295,11 @@ KeyRows CodedSource::find(const TilePlace& place, TileMemory& memory, bool as_co
       head_table(coded_.key_table, coded_.key_codes, shape_.kv_heads, place.kv_head, shape_.width);
   const HeadTable values = head_table(coded_.value_table, coded_.value_codes, shape_.kv_heads,
                                       place.kv_head, shape_.value_width);
-  KeyRows rows{memory.keys, memory.values, nullptr,     nullptr,
-               nullptr,     place.first,   place.count, true};
+  KeyRows rows{};
+  rows.keys = memory.keys;
+  rows.values = memory.values;
+  rows.first = place.first;
+  rows.count = place.count;
 
   const bool single = words_of(coded_.key_table) == 1;
   const bool single_value = words_of(coded_.value_table) == 1;

@@ -5,6 +5,9 @@
 #include <cstdint>
 #include <utility>
 
+// Functions whose arrays are to stay in registers.
+#define ASTRA_INLINE inline __attribute__((always_inline))
+
 namespace astra::detail {
 namespace {
 
@@ -25,14 +28,14 @@ struct Constant {
 };
 
 template <class Body, std::size_t... kValues>
-inline void each_of(Body body, std::index_sequence<kValues...>) {
+ASTRA_INLINE void each_of(Body body, std::index_sequence<kValues...>) {
   (body(Constant<kValues>{}), ...);
 }
 
 // body(0), ..., body(kCount - 1) with constants: GCC keeps an array in registers if it sees
 // constant places in it from the start, but not if it has to unroll a loop first.
 template <std::size_t kCount, class Body>
-inline void each(Body body) {
+ASTRA_INLINE void each(Body body) {
   each_of(body, std::make_index_sequence<kCount>());
 }
 
