@@ -38,12 +38,15 @@ class Outgoing:
         """
         call = self.call
         size = call.sizes.payload[block].get(call.rank, 0)
-        if not (call.sizes.receivers and size):
+        if not call.sizes.receivers:
+            return
+        what: Any = tensors[0] if call.codec.early else tensors
+        if not size:
+            call.codec.pass_over(block, what, call.views.sent_rope)
             return
         fine = call.sizes.fine[block][call.rank]
         frame = self._frame(size + fine)
         with stage("encode", block):
-            what: Any = tensors[0] if call.codec.early else tensors
             out = frame.payload[: size + fine]
             pending = call.codec.encode(block, what, call.views.sent_rope, out)
             seen = call.codec.finite  # where encoding has looked at all of it anyway

@@ -279,7 +279,7 @@ def test_paces_are_those_of_what_the_processor_has(
 ) -> None:
     model = in_form(llama, "int8")
     adapter, exact = adapt(model), Codebook.dense()
-    rounding: Any = SimpleNamespace(codec=SimpleNamespace(rounds=True))
+    rounding: Any = SimpleNamespace(codec=SimpleNamespace(rounds=lambda book: True))
     monkeypatch.setattr(direct, "HAS_VNNI", True)
     monkeypatch.setattr(direct, "MAY_ROUND", True)
     monkeypatch.setattr(native, "HAS_ROUNDED", True)

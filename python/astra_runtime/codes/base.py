@@ -302,6 +302,10 @@ class Codec(ABC):
         [B, Hkv, T, d] each, the keys rotated by `rope`.
         """
 
+    def pass_over(self, block: int, what: Any, rope: Rope) -> None:  # noqa: B027
+        """Called in place of `encode`, with the same, where this rank's shard has no payload in a
+        block, and has one in others."""
+
     @abstractmethod
     def decode(self, block: int, payloads: Sequence[Payload], batch: int, rope: Rope) -> Any:
         """What this rank keeps of the remote tokens, in the order of `payloads`; None: nothing."""

@@ -34,7 +34,7 @@ class TransformCodes(PackedCodes, DenseAttention):
     leaving it out of all later ones (`bench.lossy`).
 
     Attributes:
-        own: what the others know of this rank's tokens; of one pass, see `begin`.
+        own_inputs: embeddings and ê of this rank's tokens; of one pass, see `begin`.
         remote: what this rank knows of the tokens that it sees.
     """
 
@@ -45,7 +45,7 @@ class TransformCodes(PackedCodes, DenseAttention):
     gains_by_variety = True
     keeps_sessions = True
 
-    own: DecoderState
+    own_inputs: tuple[Tensor, Tensor]
     remote: DecoderState
 
     def __init__(self, codebook: CodebookFields, adapter: Adapter) -> None:
@@ -63,6 +63,7 @@ class TransformCodes(PackedCodes, DenseAttention):
         # of one pass: which of the tokens sent have fine codes, and by what keys are turned back
         self.fine_sent, self.dtype = slice(0), adapter.dtype
         self.turned_back: tuple[Rope, Rope] = (None, None)
+        self._own: DecoderState | None = None
 
     @classmethod
     def token_bits(cls, codebook: CodebookFields, sizes: Mapping[str, int], block: int) -> float:
@@ -81,10 +82,11 @@ class TransformCodes(PackedCodes, DenseAttention):
         sums = sums_rows(transforms, _weights(adapter))
         pairs = zip(transforms, (None, *transforms[:-1]), strict=True)
         macs = [code_macs(transform, before, sums) for transform, before in pairs]
-        # once for all blocks: the embedding's coordinates, and block 0, which is not coded
-        shared = 0.0 if codebook.basis is None else float(codebook.basis.numel())
-        shared += projection_flops(adapter) / 2 if adapter.token_ids else 0.0
-        code, receive = ((shared + sum(parts)) / len(macs) for parts in zip(*macs, strict=True))
+        # once for all blocks: the embedding's coordinates, and of remote tokens block 0, not coded
+        once = 0.0 if codebook.basis is None else float(codebook.basis.numel())
+        first = projection_flops(adapter) / 2 if adapter.token_ids else 0.0
+        code, receive = (sum(parts) / len(macs) for parts in zip(*macs, strict=True))
+        code, receive = code + once / len(macs), receive + (once + first) / len(macs)
         added = sum(t.codes * len(t.offset) for t in transforms) / len(macs) if sums else 0.0
         if not codebook.fine:
             return CodeCosts(2.0 * code, 2.0 * receive, sums=added)
@@ -119,31 +121,53 @@ class TransformCodes(PackedCodes, DenseAttention):
     def begin(self, inputs: Mapping[str, Tensor], plan: Plan, rank: int) -> TransformCodes:
         this = copy.copy(self)  # the tensors stay shared
         this.fine_sent = plan.fine_tokens(rank, self.fine_tokens)
-        this.dtype, this.turned_back = self.adapter.dtype, (None, None)
+        this.dtype, this.turned_back, this._own = self.adapter.dtype, (None, None), None
         if not self.adapter.token_ids:
             batch = len(next(iter(inputs.values())))
             received = sum(plan.num_received(rank, n) for n in plan.sources(rank))
-            this.own = DecoderState(self.codes, None, None, batch, plan.num_sent(rank))
+            this._own = DecoderState(self.codes, None, None, batch, plan.num_sent(rank))
             this.remote = DecoderState(self.codes, None, None, batch, received)
             return this
         sent = plan.sent_slice(rank)
         # of a decoder's tokens those that it sends and those before its shard
         seen = max(sent.stop, plan.shard(rank).start) if plan.causal else None
         embedded = self.adapter.embed(inputs)[:, :seen]
-        first = merge_heads(*self.adapter.project(0, embedded)).float()
         embedding = embedding_features(embedded, self.basis)
-
-        this.own = DecoderState(self.codes, first[:, sent], embedding[:, sent])
-        this.remote = DecoderState(
-            self.codes, plan.remote_tokens(first, rank), plan.remote_tokens(embedding, rank)
+        this.own_inputs = embedded[:, sent], embedding[:, sent]
+        this.remote = self._started(
+            plan.remote_tokens(embedded, rank), plan.remote_tokens(embedding, rank)
         )
         return this
 
-    def encode(self, block: int, what: Any, rope: Rope, out: Bytes) -> Pending | None:
+    def _started(self, embedded: Tensor, embedding: Tensor) -> DecoderState:
+        """What is known of tokens before anything is sent, from their embeddings and ê."""
+        first = merge_heads(*self.adapter.project(0, embedded)).float()
+        return DecoderState(self.codes, first, embedding)
+
+    @property
+    def own(self) -> DecoderState:
+        """What the others know of this rank's tokens."""
+        if self._own is None:
+            self._own = self._started(*self.own_inputs)
+        return self._own
+
+    def pass_over(self, block: int, what: Any, rope: Rope) -> None:
+        """Takes block 0's keys and values of its own tokens from the block, which makes them.
+
+        Not of 16 bits: what the others compute is rounded once, before it is rotated.
+        """
+        if block == 0 and self._own is None and self.adapter.dtype == torch.float32:
+            self._own = DecoderState(self.codes, self._unrotated(what, rope), self.own_inputs[1])
+
+    def _unrotated(self, what: Any, rope: Rope) -> Tensor:
+        """y, [B, N, E], of keys and values as `encode` has them."""
         key, value = what
         if self.turned_back[0] is not rope:  # the same for every block
             self.turned_back = rope, inverse(rope, torch.float32)
-        y = merge_rotated(key, value, self.turned_back[1])
+        return merge_rotated(key, value, self.turned_back[1])
+
+    def encode(self, block: int, what: Any, rope: Rope, out: Bytes) -> Pending | None:
+        y = self._unrotated(what, rope)
         size = self.payload_bytes(block, len(y), y.shape[1])
         codes, pending = self.write(block, self.own.coordinates(block, y), out[:size])
         codewords = direct.decode(codes, self.tables[block])

@@ -42,8 +42,8 @@ def test_an_answer_changes_little(monkeypatch: pytest.MonkeyPatch) -> None:
     answers = {}
     for may in (False, True):
         monkeypatch.setattr(direct, "MAY_ROUND", may)
-        inputs = inputs_for("llama", 40, batch=1)
-        answers[may] = ranks_output(tiny("llama"), book, inputs, 2, logits="all", halo=0)[1]
+        inputs, equal = inputs_for("llama", 40, batch=1), {"halo": 0, "weights": (1, 1)}
+        answers[may] = ranks_output(tiny("llama"), book, inputs, 2, logits="all", **equal)[1]
     exact, rounded = answers[False], answers[True]
     error = float((rounded - exact).norm() / exact.norm())
     assert error < 0.03
