@@ -72,7 +72,8 @@ CHAT_PATH, TEXT_PATH, VECTOR_PATH, IMAGE_PATH = PATHS
         ("model", 7), ("model", None), ("cache_prompt", 1), ("tools", [{"type": "function"}]),
         ("tool_choice", "required"), ("functions", [{}]), ("response_format", {"type": "json"}),
         ("modalities", ["audio"]), ("audio", {}), ("echo", True), ("suffix", "x"),
-        ("best_of", 2), ("web_search_options", {}),
+        ("best_of", 2), ("web_search_options", {}), ("min_p", 0.1), ("repetition_penalty", 1.2),
+        ("ignore_eos", True), ("stop_token_ids", [2]), ("guided_json", {}),
     ],
 )  # fmt: skip
 def test_a_value_of_chat_is_refused_by_name(name: str, value: Any) -> None:
@@ -248,6 +249,7 @@ def test_a_model_without_a_template_completes_texts_only() -> None:
         {"temperature": None, "stop": None, "n": None, "stream": None, "tools": None},
         {"reasoning_effort": "low", "anything": {"else": 1}},
         {"max_tokens": 7, "max_completion_tokens": 7},
+        {"min_p": 0.0, "repetition_penalty": 1.0, "ignore_eos": False, "stop_token_ids": []},
     ],
 )
 def test_what_asks_for_nothing_is_accepted(more: Any) -> None:

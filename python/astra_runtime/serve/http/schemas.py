@@ -218,6 +218,21 @@ _SAMPLING: dict[str, Read] = {
     "stream_options": stream_options,
     "cache_prompt": boolean,
 }
+# That draw or end an answer otherwise, at vLLM and llama-server: none here is to pass for theirs.
+_OTHERS: dict[str, tuple[Any, ...]] = {
+    "min_p": (0,),
+    "typical_p": (1,),
+    "repetition_penalty": (1,),
+    "repeat_penalty": (1,),
+    "min_tokens": (0,),
+    "ignore_eos": (False,),
+    "stop_token_ids": ([],),
+    "use_beam_search": (False,),
+    "grammar": ("",),
+    "json_schema": (),
+    "guided_json": (),
+    "structured_outputs": (),
+}
 _IGNORED = frozenset({"user", "metadata", "store", "service_tier"})
 
 CHAT = Endpoint(
@@ -231,6 +246,7 @@ CHAT = Endpoint(
     },
     ignored=_IGNORED | {"parallel_tool_calls"},
     refused={
+        **_OTHERS,
         "tools": ([],),
         "tool_choice": ("none", "auto"),
         "functions": ([],),
@@ -249,6 +265,7 @@ COMPLETIONS = Endpoint(
     taken={**_SAMPLING, "prompt": prompts, "logprobs": integer(0, 5)},
     ignored=_IGNORED,
     refused={
+        **_OTHERS,
         "echo": (False,),
         "suffix": ("",),
         "best_of": (1,),
