@@ -103,3 +103,14 @@ def test_a_fit_under_another_default_dtype(space: str) -> None:
     want = Codebook.fit(model, windows_for("llama", 2), space=space, **options)
     with _default_dtype(torch.float64):
         assert Codebook.fit(model, windows_for("llama", 2), space=space, **options) == want
+
+
+@pytest.mark.parametrize("space", ["kv", "hidden"])
+def test_a_fit_after_an_engine(space: str) -> None:
+    """Steps that engines compute otherwise stayed in the model, and gave other codes by rounding:
+    so two fits in one process differed, as the first one's evaluation makes engines."""
+    model, windows = tiny("llama"), windows_for("llama", 4)
+    options = {"codewords": 8, "iterations": 2, "world_size": 2}
+    want = Codebook.fit(model, windows, space=space, **options)
+    for _ in range(2):
+        assert Codebook.fit(model, windows, space=space, **options).digest == want.digest

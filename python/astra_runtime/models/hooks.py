@@ -129,6 +129,18 @@ class Hooks:
         self._fused = fused_forwards(inside, astra_attention, is_running, has_listener)
         self._fused += few_rows_forwards(self.blocks)
 
+    @contextlib.contextmanager
+    def unfused(self) -> Iterator[None]:
+        """Has passes that begin in here be the model's own, whatever engines had it fuse before:
+        what comes of them is the same to the bit, whether there were any or not."""
+        with _lock:
+            fused, self._fused = self._fused, []
+        try:
+            yield
+        finally:
+            with _lock:
+                self._fused = fused or self._fused
+
     def watch(self, model: nn.Module, base: nn.Module) -> None:
         """Notes from now on, during calls, which hooks on `model` and in `base` change anything."""
         _, *self._watching = base.modules()

@@ -91,7 +91,8 @@ def fit(model: nn.Module, calibration: Tensor | Sequence[Tensor], **keywords: An
         evaluate if held_out else None,
         options.progress,
     )
-    return method.run(data, chosen)
+    with adapter.hooks.unfused():
+        return method.run(data, chosen)
 
 
 def _fitted_codec(key: str) -> type[Codec]:
