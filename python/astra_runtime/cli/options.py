@@ -20,13 +20,15 @@ CODES = "codes and shares of the tokens"
 DEVICES = "devices and their connections"
 
 
-def at_least(least: int) -> Callable[[str], int]:
-    """The `type` of an option that takes a whole number from `least` on."""
+def at_least(least: int, most: int | None = None) -> Callable[[str], int]:
+    """The `type` of an option that takes a whole number from `least` on, up to `most`."""
 
     def whole(text: str) -> int:
         value = int(text)
         if value < least:
             raise argparse.ArgumentTypeError(f"expected at least {least}, got {value}")
+        if most is not None and value > most:
+            raise argparse.ArgumentTypeError(f"expected at most {most}, got {value}")
         return value
 
     whole.__name__ = "whole number"  # argparse says it of what is none
@@ -34,6 +36,7 @@ def at_least(least: int) -> Callable[[str], int]:
 
 
 not_negative, positive, two_or_more = at_least(0), at_least(1), at_least(2)
+thread_count = at_least(1, 1024)  # more than any machine has cores; many more cannot be started
 
 
 def seed(text: str) -> int:
@@ -141,7 +144,7 @@ def add_mesh_options(parser: argparse.ArgumentParser) -> None:
     )
     group(parser, DEVICES).add_argument(
         "--threads",
-        type=positive,
+        type=thread_count,
         metavar="N",
         help="CPU threads a rank (default: all physical cores; ranks on one machine share them)",
     )

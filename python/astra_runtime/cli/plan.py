@@ -25,6 +25,7 @@ from .options import (
     positive,
     settle_threads,
     sharing,
+    thread_count,
 )
 from .waiting import Waiting
 
@@ -75,7 +76,9 @@ def configure(parser: argparse.ArgumentParser) -> None:
         "--flops", type=float, help="FLOP/s of a device; default: this machine is measured"
     )
     parser.add_argument(
-        "--threads", type=positive, help="CPU threads measured with (default: all physical cores)"
+        "--threads",
+        type=thread_count,
+        help="CPU threads measured with (default: all physical cores)",
     )
     parser.add_argument(
         "--speeds",

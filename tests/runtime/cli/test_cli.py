@@ -105,6 +105,15 @@ def test_mistakes_get_a_sentence(
     assert message in last
 
 
+@pytest.mark.parametrize("command", [["run", *ONE_WORD], ["plan"]])
+def test_threads_that_no_machine_starts(command: list[str], capsys: Any) -> None:
+    """The error was torch's "can't start new thread"."""
+    with pytest.raises(SystemExit) as ended:
+        main([*command, "--threads", "100000"])
+    assert ended.value.code == 2
+    assert "--threads: expected at most 1024, got 100000" in capsys.readouterr().err
+
+
 def test_a_port_in_use_is_named(home: Path, here: Callable[..., tuple[str, str]]) -> None:
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
