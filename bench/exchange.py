@@ -11,6 +11,8 @@ Every rank is a process. All three run in the same processes, in rounds that tak
 whatever else the machine does meets them alike. An exchange is timed on every rank from the first
 send to the last received byte, and all ranks' samples are pooled. Correctness is checked first.
 The roofline is half a round trip of the payload between two processes over plain blocking sockets.
+`costs` are of one exchange on one rank, of each system: its mean, and the processor time and the
+context switches that the kernel counts for the process, with all of its threads.
 """
 
 from __future__ import annotations
@@ -19,6 +21,7 @@ import argparse
 import contextlib
 import multiprocessing
 import random
+import resource
 import socket
 import sys
 import time
@@ -183,6 +186,12 @@ def measure(system: Any, exchanges: int) -> list[int]:
     return samples[WARM_UP:]
 
 
+def usage() -> np.ndarray[Any, np.dtype[np.float64]]:
+    """Seconds of the processor and context switches of this process, as the kernel counts them."""
+    used = resource.getrusage(resource.RUSAGE_SELF)
+    return np.array([used.ru_utime + used.ru_stime, used.ru_nvcsw + used.ru_nivcsw])
+
+
 def round_trips(rank: int, port: int, size: int, exchanges: int) -> list[int]:
     """Nanoseconds of round trips between ranks 0 and 1 over plain blocking sockets."""
     if rank > 1:
@@ -261,12 +270,15 @@ def run_rank(
         check(system, rank, world_size, size)
         samples[system.name] = []
     per_round = -(-exchanges // ROUNDS)
+    used = {system.name: np.zeros(2) for system in systems}
     for _ in range(ROUNDS):
         for system in systems:
+            before = usage()
             samples[system.name] += measure(system, per_round)
+            used[system.name] += (usage() - before) / (ROUNDS * (WARM_UP + per_round))
     for system in systems:
         system.close()
-    results.put(samples)
+    results.put((samples, used))
 
 
 def free_ports(count: int) -> list[int]:
@@ -299,7 +311,7 @@ def run_case(world_size: int, size: int, exchanges: int, keys: str | None) -> Ex
     ]
     for process in processes:
         process.start()
-    parts = [results.get(timeout=600) for _ in processes]
+    parts, used = zip(*(results.get(timeout=600) for _ in processes), strict=True)
     for process in processes:
         process.join()
     pooled = {name: np.concatenate([part[name] for part in parts]) / 1e6 for name in parts[0]}
@@ -312,6 +324,14 @@ def run_case(world_size: int, size: int, exchanges: int, keys: str | None) -> Ex
         for name in pooled
         if name.startswith("connect ")
     }
+    costs = {}
+    for name in used[0]:
+        seconds, switches = np.mean([part[name] for part in used], axis=0)
+        costs[name] = {
+            "mean_ms": float(pooled[name].mean()),
+            "processor_ms": float(seconds) * 1e3,
+            "switches": float(switches),
+        }
     ours = Astra.name if keys is None else AstraTls.name
     baselines = BASELINES if keys is None else (Astra.name, *BASELINES)
     return Exchange(
@@ -323,7 +343,7 @@ def run_case(world_size: int, size: int, exchanges: int, keys: str | None) -> Ex
         floor_ms=ms("roofline").p50 / 2,
         peers={name: ms(name).p50 for name in baselines},
         peers_p99={name: ms(name).p99 for name in baselines},
-        extra={} if keys is None else {"connect_ms": connect_ms},
+        extra={"costs": costs} | ({} if keys is None else {"connect_ms": connect_ms}),
     )
 
 
@@ -336,6 +356,9 @@ def summary(case: Exchange) -> str:
         p99 = case.peers_p99[name]
         times = f"{p50 / ours.p50:.1f}x {p99 / ours.p99:.1f}x"
         parts.append(f"{name} {p50:.3f} {p99:.3f} ({times})")
+    for name, cost in case.extra["costs"].items():
+        mean, processor, switches = cost.values()
+        parts.append(f"{name} mean {mean:.3f} processor {processor:.3f} switches {switches:.2f}")
     parts += [f"connect {name} {p50:.1f}" for name, p50 in case.extra.get("connect_ms", {}).items()]
     return " | ".join([*parts, f"roofline {case.floor_ms:.3f}"])
 

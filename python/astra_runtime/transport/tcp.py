@@ -137,8 +137,14 @@ class TcpMesh(PeerMesh[Connection]):
         frame = payload if isinstance(payload, Frame) else Frame.of(payload)
         with self._lifetime:
             self.block = block
-            for rank in to:
-                self._send(self._peer(rank), frame, block, plan, partial)
+            peers = [self._peers.get(rank) or self._peer(rank) for rank in to]
+            if partial or any(peer.unsent_bytes > MAX_UNSENT for peer in peers):
+                for peer in peers:
+                    self._send(peer, frame, block, plan, partial)
+                return
+            with self._turn:
+                for peer in peers:
+                    self._write(peer, frame, block, plan)
 
     def _send(self, peer: Connection, frame: Frame, block: int, plan: int, partial: bool) -> None:
         if partial and peer.unsent_bytes > MAX_UNSENT:
@@ -148,14 +154,19 @@ class TcpMesh(PeerMesh[Connection]):
         if peer.unsent_bytes > MAX_UNSENT:
             self._flush([peer], block, self.timeout)
         with self._turn:
-            self._lifetime.check()
-            data = peer.stamp(frame, block, plan)
-            try:
-                peer.transmit(data)
-            except OSError as error:
-                if not partial:
-                    raise peer.broken(block, error) from error
-                peer.close_send_side()
+            self._write(peer, frame, block, plan, partial)
+
+    def _write(
+        self, peer: Connection, frame: Frame, block: int, plan: int, partial: bool = False
+    ) -> None:
+        self._lifetime.check()
+        data = peer.stamp(frame, block, plan)
+        try:
+            peer.transmit(data)
+        except OSError as error:
+            if not partial:
+                raise peer.broken(block, error) from error
+            peer.close_send_side()
 
     def receive(
         self,
@@ -178,7 +189,7 @@ class TcpMesh(PeerMesh[Connection]):
         waiting: dict[int, Connection] = {}
         awaited: list[Connection] = []
         for rank, size in sizes.items():
-            peer = self._peer(rank)
+            peer = self._peers.get(rank) or self._peer(rank)
             if rank in self._lost:
                 if not partial:
                     raise anew(self._lost[rank])
@@ -317,9 +328,10 @@ class TcpMesh(PeerMesh[Connection]):
         block: int,
         partial: bool,
     ) -> None:
+        awaited = peer.fd in waiting
         if events & select.POLLOUT:
             self._flush_now([peer], block, partial)
-        if peer.fd in waiting:
+        if awaited:
             if events & ~select.POLLOUT and self._advance(peer, partial):
                 del waiting[peer.fd]
         elif events & _ENDED:
@@ -331,10 +343,12 @@ class TcpMesh(PeerMesh[Connection]):
             if cause is not None:
                 raise anew(cause)
             self._ignore(peer)
-        self._watch(peer, peer.fd in waiting)
+        # who was awaited most likely is so in the next block, too
+        self._watch(peer, awaited)
 
     def _watch(self, peer: Connection, readable: bool) -> None:
-        """Keeps frames that came early from waking this rank: only awaited data counts."""
+        """Keeps frames that came early from waking this rank more than once a wait: only awaited
+        data counts."""
         if not peer.watched:
             return
         events = _ENDED
