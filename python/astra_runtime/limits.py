@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any, Final
 
 # Families that count positions from behind the padding token's id, which their tables have, too.
-_BEHIND_PADDING: Final = ("roberta", "xlm-roberta")
+BEHIND_PADDING: Final = ("roberta", "xlm-roberta")
 
 
 def configured_limit(config: Any) -> int | None:
@@ -24,6 +24,8 @@ def configured_limit(config: Any) -> int | None:
     limit = getattr(config, "max_position_embeddings", getattr(config, "n_positions", None))
     if limit is None:
         return None
-    if getattr(config, "model_type", None) in _BEHIND_PADDING:
-        limit -= getattr(config, "pad_token_id", 1) + 1
+    padding = getattr(config, "pad_token_id", 1)
+    # None: its positions have no beginning, and an engine refuses it
+    if getattr(config, "model_type", None) in BEHIND_PADDING and padding is not None:
+        limit -= padding + 1
     return int(limit)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -13,7 +14,8 @@ from torch import Tensor
 
 from astra_runtime import Codebook, Engine
 from astra_runtime.evaluate import run_ranks
-from astra_runtime.models import is_language_model
+from astra_runtime.limits import configured_limit
+from astra_runtime.models import adapt, is_language_model
 from astra_runtime.transport import Mesh
 
 from .models import tiny
@@ -157,6 +159,29 @@ def test_roberta_s_places_count_what_is_no_padding() -> None:
         engine(input_ids=ids_of(1).repeat(1, 8)[:, :126])
         with pytest.raises(ValueError, match="expected 2 to 126 tokens, the class token first"):
             engine(input_ids=ids_of(1).repeat(1, 8)[:, :127])
+
+
+@torch.no_grad()
+def test_a_roberta_without_padding_s_id_is_refused() -> None:
+    """transformers itself counts no positions then; with another id the limit would be another."""
+    with pytest.raises(ValueError, match="pad_token_id to be a number, .* got None"):
+        Engine(tiny("roberta", pad_token_id=None))
+    model = tiny("roberta")
+    model.config.pad_token_id = 7
+    with pytest.raises(ValueError, match="pad_token_id to be 1, as its embeddings .* got 7"):
+        Engine(model)
+    config = SimpleNamespace(model_type="roberta", max_position_embeddings=130, pad_token_id=None)
+    assert configured_limit(config) == 130
+
+
+def test_a_roberta_is_named_by_padding_s_id_too() -> None:
+    """Ranks of two ids would count positions from two beginnings, and agree on all else."""
+    one, other, same = (tiny("roberta", pad_token_id=pad) for pad in (1, 3, 1))
+    other.load_state_dict(one.state_dict())
+    assert adapt(one).digest() == adapt(same).digest() != adapt(other).digest()
+    bert, other = tiny("bert", pad_token_id=1), tiny("bert", pad_token_id=3)
+    other.load_state_dict(bert.state_dict())
+    assert adapt(bert).digest() == adapt(other).digest()
 
 
 def test_a_head_for_masked_tokens_is_no_language_model() -> None:

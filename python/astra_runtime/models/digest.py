@@ -12,6 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..limits import BEHIND_PADDING
+
 # What a configuration says besides the function that the model computes.
 _NOT_THE_MODEL = {
     "transformers_version",
@@ -68,6 +70,8 @@ def digests_of(config: Any, entries: Mapping[str, bytes]) -> tuple[str, ...]:
             f"model: expected a configuration that can be saved, got one that cannot: {error}"
         ) from error
     training = {name for name in said if _is_about_training(name)}
+    if config.model_type in BEHIND_PADDING:
+        training.discard("pad_token_id")  # its positions begin behind it
     unread = {name for name in said if _is_unread(config, name)}
     return tuple(
         _digest(said, entries, left_out) for left_out in (training | unread, training, set())

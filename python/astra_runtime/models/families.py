@@ -321,7 +321,9 @@ class Bert(Adapter):
     def check(self) -> None:
         config: Any = self.model.config
         if config.is_decoder:
-            raise ValueError("model: expected BERT as an encoder, got is_decoder=True")
+            raise ValueError(
+                f"model: expected {config.model_type} as an encoder, got is_decoder=True"
+            )
         if config.chunk_size_feed_forward:
             raise ValueError(
                 "model: expected chunk_size_feed_forward=0, which computes the same, as a rank's "
@@ -386,6 +388,17 @@ class Bert(Adapter):
 
 class Roberta(Bert):
     """As BERT, with positions that count the ids that are no padding, from behind padding's own."""
+
+    def check(self) -> None:
+        super().check()
+        padding = self.model.config.pad_token_id
+        made_with = self.base.embeddings.padding_idx
+        if padding is None or padding != made_with:
+            wanted = "a number" if made_with is None else f"{made_with}, as its embeddings have it"
+            raise ValueError(
+                f"model: expected pad_token_id to be {wanted}, as positions count from behind it, "
+                f"got {padding}"
+            )
 
     def places(self, ids: Tensor) -> Tensor:
         embeddings: Any = self.base.embeddings
