@@ -196,7 +196,8 @@ class TransformCodes(PackedCodes, DenseAttention):
     ) -> Tensor:
         """ŷ of `block`, [B, N, E], from codes [B, N, C], below 0 where they did not come, and
         their codewords [B, N, C, w]; `tokens`: of those alone."""
-        if self.rows is None:
+        known = block == 0 and state.first is not None  # exactly, and not to be written to
+        if self.rows is None or known:
             return state.estimate(block, codewords, tokens)
         estimate = state.estimate(block, None, tokens)
         chosen = codes[:, tokens].flatten(0, 1).contiguous()

@@ -134,6 +134,8 @@ def _exchange_rates(
         start = time.perf_counter()
         if out:
             sender.encode(block, what, cut(0), view)
+        else:
+            sender.pass_over(block, what, cut(0))
         coded = time.perf_counter()
         kept = receiver.decode(block, [Payload(view, remote, remote)], 1, cut(0))
         received = time.perf_counter()

@@ -78,6 +78,11 @@ def test_sums_of_table_rows_are_the_product(kind: str, monkeypatch: pytest.Monke
         want = state.estimate(block, codewords, part)
         found = codec._restored(state, block, codes, codewords, part)
         assert float((found - want).norm() / want.norm()) < 0.004
+    if first is not None:  # what every rank computes itself stays as it is
+        start = DecoderState(codec.codes, first, embedding, 2, tokens)
+        before, codec.rows[0] = first.clone(), codec.rows[block]
+        assert torch.equal(codec._restored(start, 0, codes, codewords), before)
+        assert torch.equal(first, before)
     monkeypatch.setattr(direct, "MAY_ROUND", False)
     assert TransformCodes(book, adapt(model)).rows is None
 

@@ -9,6 +9,7 @@ import pytest
 
 from astra_runtime import Codebook
 from astra_runtime.codes.base import geometry
+from astra_runtime.codes.transform import TransformCodes
 from astra_runtime.costs import engine_plan, flops_over_ideal, single_flops
 from astra_runtime.deploy.predict import closed_form, first_token, one_device, quickest_plan
 from astra_runtime.deploy.rates import Rates, measure_rates, rates_of_flops
@@ -188,6 +189,22 @@ def test_every_space_is_measured(kind: str, space: str) -> None:
     assert min(vars(rates).values()) >= 0
     assert (rates.remote_pair > 0) == (space != "drop")
     assert (rates.code > 0) == (space != "drop")
+
+
+def test_a_sender_is_measured_as_it_codes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With block 0's keys and values from the block, as in a call, not computed once more."""
+    model = tiny("llama")
+    book = book_of(model, "llama", space="transform", bits=24, codewords=16, held_back=0)
+    started: list[object] = []
+    start = TransformCodes._started
+
+    def counted(codec: TransformCodes, *given: Any) -> Any:
+        started.append(codec)
+        return start(codec, *given)
+
+    monkeypatch.setattr(TransformCodes, "_started", counted)
+    measure_rates(model, book, 32)
+    assert len(started) == 2  # what each of two ranks is to receive
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float16", "int8"])

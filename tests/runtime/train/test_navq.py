@@ -90,6 +90,20 @@ def test_noise_has_the_residuals_moments() -> None:
     torch.testing.assert_close(noise.var(0), residual.var(0), rtol=0.05, atol=0)
 
 
+def test_the_share_that_is_left_out() -> None:
+    """What a codebook notes of codewords that were trained: of the vectors of the last steps."""
+    vectors, tables = data(count=4000, codewords=8)
+    vectors = vectors * torch.tensor([4.0, 1.0, 0.1], dtype=torch.float64)[:, None] + 0.5
+    layer = NAVQ(tables, decay=0.8)
+    assert layer.left_out == 0
+    for _ in range(40):
+        layer(vectors)
+    q = nearest(vectors, layer.tables)[1]
+    share = float((vectors - q).square().sum() / vectors.square().sum())
+    assert 0.1 < share < 0.9
+    assert layer.left_out == pytest.approx(share, rel=0.02)
+
+
 def test_codewords_come_closer() -> None:
     vectors, tables = data(count=400)
     layer = NAVQ(tables, decay=0.5)
