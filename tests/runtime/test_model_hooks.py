@@ -369,6 +369,8 @@ def test_words_in_a_configuration_make_no_other_model() -> None:
     model.config.attention_dropout = 0.1
     model.config.max_length, model.config.note = 100, "somebody's own"  # no module reads them
     Engine(model, book).close()
+    model.config.rope_parameters = {"rope_type": "default", "rope_theta": 10000}  # no float
+    Engine(model, book).close()
     model.config.rms_norm_eps = 1e-3  # this is the function
     with pytest.raises(ValueError, match="made for a model with weights"):
         Engine(model, book)
@@ -378,6 +380,8 @@ def test_codebooks_of_models_that_were_named_by_all_words_stay_good() -> None:
     """A codebook fitted earlier names a model with words that its class does not know."""
     model = tiny("llama")
     book = Codebook.fit(model, windows_for("llama"), groups=6, codewords=16, held_back=0)
+    now, before, _ = adapt(model)._own_digests()
+    assert now == before  # as long as there are no such words
     model.config.license = "apache-2.0"
     older = {name for name in adapt(model).digests() if name != book.model}
     assert older

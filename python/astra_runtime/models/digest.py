@@ -39,8 +39,9 @@ _NOT_WEIGHTS = {
     "task_specific_params",
 }
 # That modules ask a configuration for, whether its class declares them or not.
-_READ_ANYWAY = {"head_dim", "is_causal"}
+_READ_ANYWAY = {"model_type", "head_dim", "is_causal"}
 _NOT_WEIGHTS_ENDS = ("_token_id", "dropout", "_dropout_prob", "_pdrop", "layerdrop")
+_ROPE = "rope_parameters"
 _SAMPLE = 256  # values of a tensor, evenly spaced
 _ADDRESS = re.compile(" at 0x[0-9a-f]+")
 
@@ -61,8 +62,9 @@ def entry_of(name: str, value: Any, dtype: torch.dtype | None = None) -> bytes:
 
 def digests_of(config: Any, entries: Mapping[str, bytes]) -> tuple[str, ...]:
     """The name of a model with these entries, and those that codebooks fitted earlier know it by:
-    one that also covered words of which the configuration's class knows nothing, and before version
-    0.2 one with ids of special tokens, labels and dropouts, too."""
+    one that also covered words of which the configuration's class knows nothing, and how rotary
+    parameters were written; before version 0.2 one with ids of special tokens, labels and dropouts,
+    too."""
     try:
         said = config.to_diff_dict()
     except TypeError as error:  # transformers copies it
@@ -73,9 +75,28 @@ def digests_of(config: Any, entries: Mapping[str, bytes]) -> tuple[str, ...]:
     if config.model_type in BEHIND_PADDING:
         training.discard("pad_token_id")  # its positions begin behind it
     unread = {name for name in said if _is_unread(config, name)}
-    return tuple(
-        _digest(said, entries, left_out) for left_out in (training | unread, training, set())
+    alike = {name: _alike(value) if name == _ROPE else value for name, value in said.items()}
+    return (
+        _digest(alike, entries, training | unread),
+        _digest(said, entries, training),
+        _digest(said, entries, set()),
     )
+
+
+def _alike(rope: Any) -> Any:
+    """Rotary parameters as one configuration writes them where another has 10000 for 10000.0, or
+    the same words in another order."""
+    if not isinstance(rope, dict):
+        return rope
+    return {
+        name: float(value) if _is_real(name, value) else value
+        for name, value in sorted(rope.items())
+    }
+
+
+def _is_real(name: str, value: Any) -> bool:
+    whole = isinstance(value, int) and not isinstance(value, bool)
+    return whole and "position" not in name  # lengths are whole numbers everywhere
 
 
 def is_beside_the_function(name: str) -> bool:
