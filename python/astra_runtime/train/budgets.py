@@ -16,7 +16,7 @@ from ..codes.transform import TransformCodes
 from ..models import Adapter, Inputs, adapt
 from ..steady import give_back
 from .calibration import Progress, check_finite, empty_pairs, record_pairs
-from .fit_transform import SEARCH, allocate, embedding_of, fit_blocks, fit_fine
+from .fit_transform import SEARCH, allocate, embedding_of, fit_blocks, fit_fine, past_first
 from .linear import Products, Rows, linear_models, shared_basis
 from .options import FitData, FitOptions
 from .sensitivity import DECODER_DIAGONAL, Cost, sensitivity
@@ -158,6 +158,7 @@ class TransformFit:
                 (codewords - 1).bit_length(),
                 progress=lambda step: self.progress("sharing bits out", step, SEARCH),
             )
+            counts = past_first(counts)
             with_fine = bool(options.fine_tokens and fine_bits)
             transforms, errors = fit_blocks(
                 self.rows,

@@ -19,6 +19,7 @@ from astra_runtime.train.fit_transform import (
     balanced_groups,
     fit_blocks,
     fit_quantizer,
+    past_first,
     predictor,
 )
 from astra_runtime.train.linear import (
@@ -34,6 +35,13 @@ from astra_runtime.train.sensitivity import Cost
 
 from ..models import tiny, windows_for
 from ..transforms import fitted, simulated
+
+
+def test_codes_of_the_first_block_alone_go_to_the_second() -> None:
+    assert past_first([2, 0, 0]) == [0, 2, 0]
+    assert past_first([1]) == [1]
+    for counts in ([0, 0, 0], [2, 1, 0], [0, 0, 3]):
+        assert past_first(counts) == counts
 
 
 def test_a_budget_is_kept_and_more_bits_are_nearer() -> None:
