@@ -34,4 +34,6 @@ def is_plain(*tensors: Tensor | None, dtype: torch.dtype | None = torch.float32)
             return False
         if graded and tensor.requires_grad:
             return False
+        if tensor._is_zerotensor():  # zeros that torch has written nowhere, of a gradient, say
+            return False
     return replay.is_unwatched()

@@ -84,6 +84,7 @@ def test_what_has_to_be_seen_is_not_plain():
     assert not is_plain(torch.randn(3, requires_grad=True))
     with torch.no_grad():
         assert is_plain(torch.randn(3, requires_grad=True))
+    assert not is_plain(torch._efficientzerotensor(3))
     inside = []
     torch.func.vmap(lambda x: inside.append(is_plain(x)) or x)(torch.randn(3))
     assert inside == [False]
@@ -100,6 +101,14 @@ def test_gradients_and_negations_are_as_ever():
     with torch.no_grad():
         expected = ak.attention(query, -key, value)[0]
         assert torch.equal(ak.attention(query, negated, value)[0], expected)
+
+
+def test_zeros_without_memory_are_zeros():
+    query, key, value = tensors()
+    nowhere = torch._efficientzerotensor(tuple(query.shape))
+    assert nowhere.data_ptr() == 0
+    expected = ak.attention(torch.zeros_like(query), key, value)[0]
+    assert torch.equal(ak.attention(nowhere, key, value)[0], expected)
 
 
 @pytest.mark.parametrize(
