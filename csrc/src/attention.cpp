@@ -69,6 +69,23 @@ const AttentionKernels& kernels_for(const Queries& queries) {
   return kernels;
 }
 
+// One query a KV head waits for memory, which an EPYC reads up to a third faster with vectors of
+// half the width (12 heads of 64 channels, 8k keys).
+const AttentionKernels& kernels_for_few(const Queries& queries, const KeySource& source,
+                                        const AttentionKernels& kernels) {
+#ifdef ASTRA_HAVE_AVX512
+  const bool alone = queries.shape.heads == queries.shape.kv_heads && queries.shape.rows == 1;
+  const bool chosen = *queries.isa != '\0';
+  if (alone && !chosen && !source.is_shared() && kernels.lanes == detail::kAttentionAvx512.lanes) {
+    return detail::kAttentionAvx2;
+  }
+#else
+  static_cast<void>(queries);
+  static_cast<void>(source);
+#endif
+  return kernels;
+}
+
 void attend_unit(void* context, std::size_t unit) {
   Call& call = *static_cast<Call*>(context);
   thread_local Arena arena;
@@ -138,7 +155,9 @@ void attend(const Queries& queries, const KeySource* const* sources, std::size_t
     check(queries, *sources[s]);
     keys += sources[s]->count();
   }
-  const AttentionKernels& kernels = kernels_for(queries);
+  const AttentionKernels& kernels =
+      source_count > 1 ? kernels_for(queries)
+                       : kernels_for_few(queries, *sources[0], kernels_for(queries));
   if (shape.batch == 0 || shape.heads == 0 || shape.rows == 0) return;
 
   thread_local Arena arena;
