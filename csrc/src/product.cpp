@@ -20,7 +20,7 @@ constexpr std::size_t kPanelFloats = 147456;  // of the rows of a pass, which so
 constexpr std::size_t kGroupsOfUnit = 4;      // of columns: a thread's next piece of work
 constexpr std::size_t kMostSingleRows = 2;    // behind the last whole vector of rows
 
-const ProductKernels& kernels(bool rounded) {
+const ProductKernels& kernels([[maybe_unused]] bool rounded) {
 #ifdef ASTRA_HAVE_AVX512
   if (rounded && product_rounds()) return detail::kProductBfloat16;
   if (__builtin_cpu_supports("avx512f")) return detail::kProductAvx512;
