@@ -40,10 +40,10 @@ def coded(bits=None):
 @pytest.mark.parametrize("is_causal", [False, True])
 @pytest.mark.parametrize("scale", [None, 0.3])
 def test_attention_is_that_of_the_dispatcher(rows, width, is_causal, scale):
-    args = tensors(rows, width=width)
-    plain = native.plain_attention(*args, is_causal, scale, "native")
+    query, key, value = tensors(rows, width=width)
+    plain = native.plain_attention(query, key, value, is_causal, scale, "native")
     op = torch.ops.astra.attention
-    long = op(*args, is_causal, None, None, None, scale, None, None, "native")
+    long = op(query, key, value, is_causal, None, None, None, scale, None, None, "native")
     for a, b in zip(plain, long, strict=True):
         assert torch.equal(a, b)
         assert a.stride() == b.stride()
