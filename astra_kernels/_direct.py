@@ -106,8 +106,8 @@ def coded_attention(
     floats = (query, key_codebook, value_codebook, *(rope or ()))
     if codes.is_cpu and not _is_traced() and can_run(*floats):
         sizes = (codes.shape[1], codes.shape[-1])
-        plain = rounded and MAY_ROUND and code_bits is None
-        if plain and looks_up(query, sizes, key_codebook, rope, None):
+        quicker = rounded and MAY_ROUND and coded_native.HAS_ROUNDED_CODES
+        if quicker and code_bits is None and looks_up(query, sizes, key_codebook, rope, None):
             return coded_native.coded_attention(
                 *(query, codes, key_codebook, value_codebook),
                 scale=scale,
